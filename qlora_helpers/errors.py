@@ -1,0 +1,49 @@
+"""The errors a person can mend.
+
+Every step raises `UserError` (or a subclass) for what its caller can put right: the message says what was expected, what
+was found and what to do next. The command line turns it into one line and exit code 2; anything else is a fault of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend: `expected`, `got` and the `next_step` make up the message.
+
+    Args:
+        problem: what is wrong, in one sentence without a full stop.
+        expected: what would have been right (optional).
+        got: what was there instead (optional).
+        next_step: what to do about it (optional).
+    """
+
+    def __init__(self, problem: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
+        self.problem, self.expected, self.got, self.next_step = problem, expected, got, next_step
+        parts = [problem.rstrip(".")]
+        parts += [f"expected {expected}"] if expected else []
+        parts += [f"got {got}"] if got else []
+        super().__init__("; ".join(parts) + "." + (f" {next_step}" if next_step else ""))
+
+
+class ConfigError(UserError):
+    """One or more settings are unknown or wrong; `problems` lists all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        count = "1 setting is" if len(self.problems) == 1 else f"{len(self.problems)} settings are"
+        Exception.__init__(self, f"{count} unknown or wrong; nothing was changed:{lines}")
+
+
+class DataError(UserError):
+    """A data source can't be read or used; the message names the file and, where there is one, the line."""
+
+
+class RunError(UserError):
+    """A run folder is not in the state that a step needs."""
+
+
+class ModelError(UserError):
+    """A model can't be loaded, or is not what was asked for."""

@@ -1,0 +1,288 @@
+"""From a checkpoint to an audited 4-bit model and its tokenizer.
+
+Owns dtype and attention for the hardware, placement over GPUs, the padding token, and the audit after loading. Knows nothing of adapters, data or run folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.config import ModelConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.nf4 import (
+    falcon_linears_as_plain,
+    is_nf4,
+    keep_gradients_exact_on_cpu,
+    quantization_settings,
+    quiet_bitsandbytes,
+    stored_bytes,
+    unpacked_numel,
+)
+from qlora_helpers.units import BYTES_IN_GIB, gib
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<unk>", "[UNK]", ">>SUFFIX<<")
+
+
+@dataclass(frozen=True)
+class LoadAudit:
+    """What was found in memory after loading.
+
+    Attributes:
+        quantized, expected: linear layers in 4 bits, and how many should be.
+        storage: `nf4`, or `none` where quantisation was off.
+        gib_by_device: weights and buffers on each device.
+        parameters: weights, two for each byte of a 4-bit layer.
+        compute_dtype, attention: what the products and the attention run in.
+    """
+
+    quantized: int
+    expected: int
+    storage: str
+    gib_by_device: dict[str, float]
+    parameters: int
+    compute_dtype: str
+    attention: str
+
+    def __repr__(self) -> str:
+        devices = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.gib_by_device.items())
+        layers = f"{self.quantized} of {self.expected} linear layers in {self.storage}"
+        return (
+            f"{self.parameters:,} parameters, {layers}\n"
+            f"{devices}; products in {self.compute_dtype}, attention by {self.attention}"
+        )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with all that belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    audit: LoadAudit
+
+    def __repr__(self) -> str:
+        return f"{self.checkpoint!r}\n{self.audit!r}"
+
+
+def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token that is not its end-of-text token."""
+    return _tokenizer(find_checkpoint(config, say=say))
+
+
+def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> LoadedModel:
+    """Loads a model as asked, places it over the devices and audits what is in memory.
+
+    Args:
+        config: name, quantisation, dtype, attention and placement.
+        say: told what takes long.
+
+    Raises:
+        ModelError: the checkpoint can't be had, does not fit, or is not what was asked for after loading.
+    """
+    checkpoint = find_checkpoint(config, say=say)
+    tokenizer = _tokenizer(checkpoint)
+    dtype = compute_dtype(config)
+    attention = "sdpa" if config.attention == "auto" else config.attention
+    quiet_bitsandbytes()
+    if checkpoint.shape is not None:
+        from qlora_helpers.random_weights import build_random_model
+
+        model = build_random_model(checkpoint.shape, config, dtype=dtype, attention=attention)
+    else:
+        model = _from_pretrained(checkpoint, config, dtype, attention)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.use_cache = False
+    keep_gradients_exact_on_cpu(model)
+    return LoadedModel(model, tokenizer, checkpoint, audit(model, config))
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The type of the matrix products: bfloat16 where the GPU has it, float16 only where it has not, float32 on a CPU."""
+    import torch
+
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    if config.device_map == "cpu" or not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = config.device_map == "auto" and torch.cuda.is_available()
+    try:
+        with falcon_linears_as_plain():
+            return AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                quantization_config=quantization_settings(config, dtype),
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=device_map_argument() if on_gpu else {"": "cpu"},
+                max_memory=_limits(config) if on_gpu else None,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{checkpoint.name} does not fit on the GPU",
+            next_step="Choose a smaller model or a larger GPU; notebook 08 shows what holds GPU memory.",
+        ) from error
+    except ValueError as error:
+        if "dispatched on the CPU or the disk" in str(error):
+            raise ModelError(
+                f"{checkpoint.name} does not fit on the GPUs within the limit",
+                next_step="Raise model.max_memory_per_gpu_gib, use more or larger GPUs, or a smaller model.",
+            ) from error
+        if "remote code" in str(error) or "trust_remote_code" in str(error) or "model type" in str(error):
+            raise ModelError(
+                f"{checkpoint.name} is no architecture that transformers knows itself",
+                next_step="Code that comes with a model is never run here: choose a model that is native in transformers.",
+            ) from error
+        raise
+
+
+def device_map_argument() -> Any:
+    """One process: spread over all GPUs. Under torchrun: each process holds the whole model on its own GPU."""
+    import os
+
+    rank = os.environ.get("LOCAL_RANK")
+    return "auto" if rank is None else {"": int(rank)}
+
+
+def _limits(config: ModelConfig) -> dict[int, int] | None:
+    import torch
+
+    if config.max_memory_per_gpu_gib is None:
+        return None
+    limit = int(config.max_memory_per_gpu_gib * BYTES_IN_GIB)
+    return {index: limit for index in range(torch.cuda.device_count())}
+
+
+def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str, float]:
+    """Where `device_map="auto"` would put a model's weights, computed on the meta device: no GPU and no weights needed.
+
+    Args:
+        shape: the model's `config.json`.
+        gpus: how many GPUs.
+        limit_gib: memory allowed on each, GiB; transformers keeps 10 % of it free.
+
+    Returns:
+        GiB of weights by GPU.
+
+    Raises:
+        ModelError: they don't fit.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization_settings(ModelConfig(), torch.bfloat16))
+    with falcon_linears_as_plain(), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    quantizer.preprocess_model(model=model, device_map=None)
+    limits = {index: int(limit_gib * BYTES_IN_GIB) for index in range(gpus)} | {"cpu": 0}
+    try:
+        devices = _get_device_map(model, "auto", limits, quantizer)
+    except ValueError as error:
+        raise ModelError(
+            f"the weights don't fit on {gpus} GPUs of {limit_gib} GiB",
+            next_step="Use more or larger GPUs, or a smaller model.",
+        ) from error
+    sizes, _ = compute_module_sizes(model, quantizer)
+    found: dict[str, float] = {}
+    for module, device in devices.items():
+        key = f"cuda:{device}" if isinstance(device, int) else str(device)
+        found[key] = found.get(key, 0.0) + gib(sizes[module])
+    return found
+
+
+def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
+    """Checks that the model in memory is the one that was asked for, and measures it.
+
+    Every linear layer but the output head has to be a 4-bit one: `is_loaded_in_4bit` alone is True even where transformers
+    skipped every layer, as it does for Falcon without the shim.
+
+    Raises:
+        ModelError: a layer is not in 4 bits, or a weight is on the meta device or on disk.
+    """
+    import torch
+    lost = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if lost:
+        raise ModelError(
+            f"{len(lost)} weights are not in memory, {lost[0]} first",
+            next_step="The model did not fit: raise model.max_memory_per_gpu_gib, or use more GPUs or a smaller model.",
+        )
+    head = model.get_output_embeddings()
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    quantized = [name for name, module in linears.items() if is_nf4(module)]
+    missing = sorted(set(linears) - set(quantized))
+    if config.quantization == "nf4" and (missing or not linears):
+        raise ModelError(
+            "the model was not quantised as asked",
+            expected=f"{len(linears)} linear layers in 4-bit NF4",
+            got=f"{len(quantized)}; {missing[0] if missing else 'no layer'} is not",
+            next_step="Set model.quantization=none to train it in 16 bits, or choose another model.",
+        )
+    by_device: dict[str, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        by_device[str(tensor.device)] = by_device.get(str(tensor.device), 0) + stored_bytes(tensor)
+    return LoadAudit(
+        quantized=len(quantized),
+        expected=len(linears),
+        storage=config.quantization,
+        gib_by_device={name: gib(size) for name, size in sorted(by_device.items())},
+        parameters=sum(unpacked_numel(parameter) for parameter in model.parameters()),
+        compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
+        attention=str(model.config._attn_implementation),
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    set_pad_token(tokenizer)
+    return tokenizer
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the tokenizer a padding token that is not its end-of-text token, without adding a row to the embedding.
+
+    With `pad_token = eos_token`, as in the 2023 recipe, transformers' collator masks the label of every end-of-text token, and
+    the model never learns to stop.
+
+    Raises:
+        ModelError: the vocabulary has no token to spare.
+    """
+    if tokenizer.eos_token is None:
+        raise ModelError("the tokenizer has no end-of-text token", next_step="Choose another model.")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [token for token in PAD_TOKENS if token in vocabulary and token not in taken]
+    spare += sorted(token for token in tokenizer.all_special_tokens if token not in taken)
+    if not spare:
+        raise ModelError("the tokenizer has no token to pad with", next_step="Choose another model.")
+    tokenizer.pad_token = spare[0]

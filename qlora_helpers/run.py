@@ -1,0 +1,329 @@
+"""One run, one folder: its paths, atomic writes, status, requests and progress.
+
+What notebooks, panels, background processes and cluster jobs share about a run passes through this folder and nothing else.
+JSON files are written whole or not at all. This module knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.config import RunConfig, config_from_dict
+from qlora_helpers.errors import RunError
+
+STATES = ("new", "running", "stopped", "finished", "failed")
+REQUEST_KINDS = ("stop", "save")
+HEARTBEAT_STALE_S = 60.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a temporary name, fsync, rename.
+
+    Raises:
+        RunError: the disk is full or the folder can't be written; the old file is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole or not at all; dataclasses become objects."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        RunError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path.name} is not in {path.parent}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A folder written whole or not at all: yields a temporary folder that takes `path`'s place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.chmod(temporary, 0o755)
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run is doing; `status.json`.
+
+    Attributes:
+        state: one of `new`, `running`, `stopped`, `finished`, `failed`; a reader may also be told `dead`.
+        step, max_steps: optimizer steps done, and to do.
+        pid, host: the trainer's process.
+        session: counts the starts of this run, from 1.
+        heartbeat: seconds since the epoch at the last sign of life.
+        exit_reason, last_error: why it ended, in a sentence.
+    """
+
+    state: str = "new"
+    step: int = 0
+    max_steps: int = 0
+    pid: int | None = None
+    host: str | None = None
+    session: int = 0
+    heartbeat: float = 0.0
+    exit_reason: str | None = None
+    last_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked of a running trainer, and whether the trainer has heard it."""
+
+    id: str
+    kind: str
+    session: int
+    asked_at: float
+    acknowledged_at: float | None = None
+    answer: str | None = None
+
+
+class Run:
+    """A run folder, `runs/<name>/`. Cheap to make; holds nothing but the path.
+
+    Args:
+        folder: the run's folder; need not exist yet.
+
+    Raises:
+        RunError: the last part of the path is not a plain name.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not _NAME.fullmatch(self.folder.name):
+            raise RunError(
+                "that is no name for a run",
+                expected="letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most",
+                got=repr(self.folder.name),
+                next_step="Choose another name.",
+            )
+
+    def __repr__(self) -> str:
+        return f"Run({self.name!r}, {self.status().state})"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    config_path = property(lambda self: self.folder / "config.json")
+    plan_path = property(lambda self: self.folder / "plan.json")
+    data_dir = property(lambda self: self.folder / "data")
+    checkpoints_dir = property(lambda self: self.folder / "checkpoints")
+    status_path = property(lambda self: self.folder / "status.json")
+    progress_path = property(lambda self: self.folder / "progress.jsonl")
+    requests_dir = property(lambda self: self.folder / "requests")
+    events_dir = property(lambda self: self.folder / "events")
+    log_path = property(lambda self: self.folder / "log.txt")
+    adapter_dir = property(lambda self: self.folder / "adapter")
+    evaluation_path = property(lambda self: self.folder / "evaluation.json")
+    report_path = property(lambda self: self.folder / "report.html")
+
+    def exists(self) -> bool:
+        """Whether the run has a configuration."""
+        return self.config_path.exists()
+
+    def config(self) -> RunConfig:
+        """What was asked.
+
+        Raises:
+            RunError: the run has none yet, or the file is damaged.
+            ConfigError: the file holds unknown or wrong settings.
+        """
+        if not self.exists():
+            raise RunError(
+                f"the run {self.name!r} does not exist yet",
+                next_step="Run notebook 00_setup, or `python -m qlora_helpers train "
+                f"{self.name} --profile demo`, which makes it.",
+            )
+        return config_from_dict(read_json(self.config_path))
+
+    def save_config(self, config: RunConfig) -> None:
+        """Writes `config.json`."""
+        write_json(self.config_path, config.to_dict())
+
+    def need(self, path: Path, made_by: str) -> Path:
+        """Returns `path` if it is there.
+
+        Raises:
+            RunError: it is not; the message says `made_by` makes it.
+        """
+        if not path.exists():
+            raise RunError(f"{self.name}/{path.name} is not there yet", next_step=f"{made_by} makes it; run that first.")
+        return path
+
+    # status
+
+    def status(self) -> Status:
+        """The run's status; a trainer that no longer lives is told as `dead`."""
+        if not self.status_path.exists():
+            return Status()
+        known = {item.name for item in dataclasses.fields(Status)}
+        status = Status(**{key: value for key, value in read_json(self.status_path).items() if key in known})
+        if status.state == "running" and not _alive(status):
+            return dataclasses.replace(status, state="dead", exit_reason="the trainer's process ended without a word")
+        return status
+
+    def set_status(self, **changes: Any) -> Status:
+        """Changes some fields of `status.json` and beats the heart."""
+        status = self.status()
+        if status.state == "dead":
+            status = dataclasses.replace(status, state="running")
+        status = dataclasses.replace(status, heartbeat=time.time(), **changes)
+        if status.state not in STATES:
+            raise ValueError(f"state {status.state!r} is none of {STATES}")
+        write_json(self.status_path, status)
+        return status
+
+    def start_session(self, max_steps: int, resumed_from: int) -> int:
+        """Begins a session of the trainer: status `running`, and a line in `progress.jsonl` that supersedes later steps.
+
+        Args:
+            max_steps: optimizer steps of the whole run.
+            resumed_from: the step of the checkpoint it goes on from; 0 for a fresh start.
+
+        Returns:
+            The session's number, from 1.
+        """
+        session = self.status().session + 1
+        self.append_progress({"event": "start", "session": session, "resumed_from": resumed_from})
+        self.set_status(
+            state="running", step=resumed_from, max_steps=max_steps, session=session, pid=os.getpid(),
+            host=socket.gethostname(), exit_reason=None, last_error=None,
+        )  # fmt: skip
+        return session
+
+    # progress
+
+    def append_progress(self, record: dict[str, Any]) -> None:
+        """Appends one line to `progress.jsonl`; a line that a killed process left half written is closed first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"time": round(time.time(), 3)} | record, allow_nan=False) + "\n"
+        with open(self.progress_path, "ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = "\n" + line
+            file.write(line.encode())
+
+    def progress(self) -> list[dict[str, Any]]:
+        """The logged steps as one gapless curve: what a resumed session did again is dropped, half-written lines too."""
+        if not self.progress_path.exists():
+            return []
+        kept: list[dict[str, Any]] = []
+        for line in self.progress_path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(record, dict):
+                continue
+            if record.get("event") == "start":
+                kept = [old for old in kept if old["step"] <= record.get("resumed_from", 0)]
+            elif isinstance(record.get("step"), int):
+                kept.append(record)
+        return kept
+
+    # requests
+
+    def request(self, kind: str) -> Request:
+        """Asks the running trainer to `stop` (save, then end) or to `save` now.
+
+        Raises:
+            RunError: the kind is unknown, or nothing is running.
+        """
+        if kind not in REQUEST_KINDS:
+            raise RunError("unknown request", expected=" or ".join(REQUEST_KINDS), got=repr(kind))
+        status = self.status()
+        if status.state != "running":
+            raise RunError(f"the run {self.name!r} is {status.state}", next_step="Only a running trainer can be asked.")
+        request = Request(f"{time.time_ns()}-{kind}", kind, status.session, time.time())
+        write_json(self.requests_dir / f"{request.id}.json", request)
+        return request
+
+    def requests(self) -> list[Request]:
+        """All requests, oldest first."""
+        found = []
+        for path in sorted(self.requests_dir.glob("[0-9]*.json")):
+            with contextlib.suppress(RunError, TypeError):
+                found.append(Request(**read_json(path)))
+        return found
+
+    def pending_requests(self, session: int) -> list[Request]:
+        """What this session has not yet acknowledged; a request that was meant for an earlier session is answered as stale."""
+        pending = []
+        for request in self.requests():
+            if request.acknowledged_at is None and request.session == session:
+                pending.append(request)
+            elif request.acknowledged_at is None and request.session < session:
+                self.acknowledge(request, "stale: the session it was meant for has ended")
+        return pending
+
+    def acknowledge(self, request: Request, answer: str) -> None:
+        """Marks a request as heard."""
+        done = dataclasses.replace(request, acknowledged_at=time.time(), answer=answer)
+        write_json(self.requests_dir / f"{request.id}.json", done)
+
+
+def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:
+    """All runs below a folder, by name."""
+    return [Run(path.parent) for path in sorted(Path(root).glob("*/config.json")) if _NAME.fullmatch(path.parent.name)]
+
+
+def _alive(status: Status) -> bool:
+    if status.host == socket.gethostname() and status.pid:
+        try:
+            os.kill(status.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    return time.time() - status.heartbeat < HEARTBEAT_STALE_S

@@ -1,0 +1,70 @@
+"""A hub on this machine: enough of its HTTP API for `datasets.load_dataset` to fetch a data set, or to be refused."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterator
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c" * 40
+_RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
+_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<call>tree|paths-info|revision)/[^/]+)?(/(?P<folder>.+))?")
+
+
+@contextlib.contextmanager
+def hub(repositories: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) -> Iterator[str]:
+    """Serves data sets given as files by path; yields the endpoint. Ids in `gated` are refused, others are unknown."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = unquote(urlsplit(self.path).path)
+            match = _RESOLVE.fullmatch(path) or _API.fullmatch(path)
+            repo = match["repo"] if match else ""
+            if repo not in repositories:
+                code, error = (403, "GatedRepo") if repo in gated else (404, "RepoNotFound")
+                return self.reply(code, b"{}", {"X-Error-Code": error})
+            files = repositories[repo]
+            if path.startswith("/api/"):
+                return self.reply(200, json.dumps(answer(match, files, body.decode())).encode(), {})
+            if match["file"] not in files:
+                return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            data = files[match["file"]]
+            return self.reply(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+
+        do_HEAD = do_POST = do_GET
+
+        def reply(self, code: int, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(code)
+            for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    def answer(match: re.Match, files: dict[str, bytes], body: str) -> object:
+        entries = [
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in files.items()
+        ]
+        if match["call"] == "tree":
+            return [entry for entry in entries if not match["folder"]]
+        if match["call"] == "paths-info":
+            return [entry for entry in entries if entry["path"] in body]
+        return {"id": match["repo"], "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

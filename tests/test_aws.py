@@ -1,0 +1,137 @@
+"""AWS's client side: no call leaves this machine, botocore's Stubber answers."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+from botocore.stub import ANY, Stubber
+
+from qlora_helpers import aws
+from qlora_helpers.errors import UserError
+
+
+def stubbed(service: str):
+    client = boto3.client(
+        service, region_name="us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
+    )
+    return client, Stubber(client)
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def test_without_a_region_or_credentials_one_sentence_says_so(no_account):
+    with pytest.raises(UserError, match="no AWS region is set. Set AWS_DEFAULT_REGION"):
+        aws.new_client("sagemaker")
+    with pytest.raises(UserError, match="no AWS credentials on this machine. Run this in SageMaker Studio"):
+        aws.new_client("sagemaker", "us-east-1")
+
+
+def test_a_profile_that_does_not_exist_is_told(no_account, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match="nobody"):
+        aws.new_client("sagemaker", "us-east-1")
+
+
+def test_a_client_is_made_where_there_is_an_account(no_account, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    assert aws.new_client("sagemaker", "eu-west-1").meta.region_name == "eu-west-1"
+
+
+@pytest.mark.parametrize(
+    ("region", "expected"),
+    [
+        ("us-east-1", "763104351884.dkr.ecr.us-east-1.amazonaws.com"),
+        ("eu-south-1", "692866216735.dkr.ecr.eu-south-1.amazonaws.com"),
+        ("cn-north-1", "727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn"),
+    ],
+)
+def test_registry(region, expected):
+    assert aws.registry(region) == expected
+
+
+def test_registry_of_no_region():
+    with pytest.raises(UserError, match="no AWS region; expected such as us-east-1; got 'frankfurt'"):
+        aws.registry("frankfurt")
+
+
+def test_split_s3_uri():
+    assert aws.split_s3_uri("s3://my-bucket/a/b.json") == ("my-bucket", "a/b.json")
+
+
+@pytest.mark.parametrize(
+    "uri", ["my-bucket/a", "s3://my-bucket", "s3://my-bucket/", "s3://my-bucket//", "s3://B/a", ""]
+)
+def test_split_s3_uri_refuses(uri):
+    with pytest.raises(UserError, match="s3://bucket/prefix"):
+        aws.split_s3_uri(uri)
+
+
+def test_checked_role():
+    assert aws.checked_role("arn:aws:iam::123456789012:role/service-role/Studio") is not None
+    for wrong in ("Studio", "arn:aws:iam::1234:role/Studio", "arn:aws:iam::123456789012:user/alice"):
+        with pytest.raises(UserError, match="IAM role"):
+            aws.checked_role(wrong)
+
+
+def test_aws_errors_are_told_plainly_with_a_next_step():
+    client, stub = stubbed("sagemaker")
+    stub.add_client_error("list_endpoints", "AccessDeniedException", "no sagemaker:ListEndpoints for you.", 403)
+    with (
+        stub,
+        pytest.raises(UserError, match=r"AWS did not list them; got .*ListEndpoints for you\. Give the role"),
+        aws.told_plainly("list them"),
+    ):
+        client.list_endpoints()
+
+
+def test_upload_takes_the_files_name_for_a_folder(tmp_path):
+    path = tmp_path / "model.tar.gz"
+    path.write_bytes(b"data")
+    client, stub = stubbed("s3")
+    stub.add_response(
+        "put_object", {}, {"Bucket": "my-bucket", "Key": "a/model.tar.gz", "Body": ANY, "ChecksumAlgorithm": ANY}
+    )
+    with stub:
+        assert aws.upload(path, "s3://my-bucket/a/", client=client) == "s3://my-bucket/a/model.tar.gz"
+    stub.assert_no_pending_responses()
+
+
+def test_upload_of_a_missing_file_and_to_a_missing_bucket(tmp_path):
+    client, stub = stubbed("s3")
+    with pytest.raises(UserError, match="model.tar.gz is not there"):
+        aws.upload(tmp_path / "model.tar.gz", "s3://my-bucket/a/", client=client)
+    (tmp_path / "model.tar.gz").write_bytes(b"data")
+    stub.add_client_error("put_object", "NoSuchBucket", "The specified bucket does not exist", 404)
+    with stub, pytest.raises(UserError, match="did not take model.tar.gz.*NoSuchBucket"):
+        aws.upload(tmp_path / "model.tar.gz", "s3://my-bucket/a/", client=client)
+
+
+def test_delete_endpoint_deletes_configuration_and_models_too():
+    client, stub = stubbed("sagemaker")
+    variants = [{"VariantName": "A", "ModelName": "m1"}, {"VariantName": "B"}]
+    moment = "2026-01-01T00:00:00Z"
+    arn = "arn:aws:sagemaker:us-east-1:123456789012:endpoint/e1"
+    described = {"EndpointName": "e1", "EndpointArn": arn, "EndpointConfigName": "c1", "EndpointStatus": "InService"}
+    described |= {"CreationTime": moment, "LastModifiedTime": moment}
+    config = {
+        "EndpointConfigName": "c1",
+        "EndpointConfigArn": arn,
+        "ProductionVariants": variants,
+        "CreationTime": moment,
+    }
+    stub.add_response("describe_endpoint", described, {"EndpointName": "e1"})
+    stub.add_response("describe_endpoint_config", config, {"EndpointConfigName": "c1"})
+    stub.add_response("delete_endpoint", {}, {"EndpointName": "e1"})
+    stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "c1"})
+    stub.add_response("delete_model", {}, {"ModelName": "m1"})
+    with stub:
+        assert aws.delete_endpoint("e1", client=client) == ["endpoint e1", "endpoint configuration c1", "model m1"]
+    stub.assert_no_pending_responses()
