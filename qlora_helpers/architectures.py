@@ -38,16 +38,23 @@ def adapter_targets(config: dict[str, Any]) -> tuple[str, ...] | None:
     return ADAPTER_TARGETS.get(str(config.get("model_type")))
 
 
-def keeps_packed_rows_apart(config: dict[str, Any]) -> bool:
+def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool:
     """Whether packed rows can be kept apart by a block-diagonal mask and restarted positions.
 
-    False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, OPT counts its
-    positions from one, and recurrent models have no mask. Such models are trained on padded rows. True is checked again on the
-    loaded model before training (`training.check_rows_apart`).
+    False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, OPT
+    counts its positions from a mask too; and where a sliding window is shorter than the block, since our mask would
+    replace it. Such models are trained on padded rows. A True is proved on the loaded model before training
+    (`training.check_rows_apart`).
+
+    Args:
+        config: a model's `config.json`.
+        seq_len_tokens: length of a block.
     """
-    return config.get("model_type") in ADAPTER_TARGETS and not (
-        config.get("alibi") or config.get("model_type") in ("bloom", "opt")
-    )
+    family = config.get("model_type")
+    if family not in ADAPTER_TARGETS or family in ("bloom", "opt") or config.get("alibi"):
+        return False
+    window = config.get("sliding_window")
+    return window is None or config.get("use_sliding_window") is False or window >= seq_len_tokens
 
 
 def _falcon(hidden: int, layers: int, heads: int, kv_heads: int, *, new: bool, vocab: int = 65024) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def checked_role(role: str) -> str:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model's name is one that a container in AWS can download: `owner/name`, and no folder of this machine."""
+    """Whether a container in AWS can download a model of that name: `owner/name`, and no folder of this machine."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)) and not Path(model).exists()
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-
 import shutil
 import subprocess
 import sys
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +79,9 @@ def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
     if path.is_dir():
         return Checkpoint(path.name, _checked_folder(path), "folder")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no model folder {name}", next_step="Check model.name, or give a hub id (owner/name).")
+        raise ModelError(
+            f"there is no model folder {name}", next_step="Check model.name, or give a hub id (owner/name)."
+        )
     return _from_hub(config, say)
 
 
@@ -178,14 +178,19 @@ def _clear_hub_errors(name: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: its licence must be accepted first",
-            next_step=f"Accept it on the model's page, then log in with `hf auth login`, or choose another model.",
+            next_step="Accept it on the model's page, then log in with `hf auth login`, or choose another model.",
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelError(
             f"the hub knows no model {name} (or not to you)",
             next_step="Check model.name and model.revision; for a private model log in with `hf auth login`.",
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, errors.HfHubHTTPError) as error:
+    except (
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        httpx.HTTPError,
+        errors.HfHubHTTPError,
+    ) as error:
         raise ModelError(
             f"{name} is not in the cache, and the model hub can't be reached",
             next_step="Without a network: set model.name to a local folder, a .gguf file or random:NAME, or use "

@@ -144,12 +144,14 @@ class TrainConfig:
         True, "Recompute activations in the backward pass: about a third slower, far less memory."
     )
     logging_steps: int = option(2, "Write a line of progress every so many steps.", low=1)
-    eval_steps: int | None = option(None, "Evaluate the loss every so many steps; none does it after each epoch.", low=1)
-    save_steps: int | None = option(None, "Save a checkpoint every so many steps; none does it after each epoch.", low=1)
-    checkpoints_kept: int = option(2, "How many verified checkpoints are kept.", low=1, high=100)
-    tensorboard: str = option(
-        "local", "TensorBoard events: local (in the run folder), an s3://bucket/prefix, or off."
+    eval_steps: int | None = option(
+        None, "Evaluate the loss every so many steps; none does it after each epoch.", low=1
     )
+    save_steps: int | None = option(
+        None, "Save a checkpoint every so many steps; none does it after each epoch.", low=1
+    )
+    checkpoints_kept: int = option(2, "How many verified checkpoints are kept.", low=1, high=100)
+    tensorboard: str = option("local", "TensorBoard events: local (in the run folder), an s3://bucket/prefix, or off.")
     seed: int = option(42, "Seed of the adapters, the order of the rows and the dropout.", low=0)
 
 

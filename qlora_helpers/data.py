@@ -1,7 +1,7 @@
 """Dialogues -> labelled blocks of tokens, packed with their rows kept apart, or padded.
 
-Owns packing, the collator and the prepared data on disk. What a dialogue looks like as tokens is `prompts`' and `labels`'
-business; where dialogues come from is `sources`'.
+Owns the preparation and the prepared data on disk. What a dialogue looks like as tokens is `prompts`' and `labels`' business, what
+a block is `blocks`', and where dialogues come from `sources`'.
 """
 
 from __future__ import annotations
@@ -9,53 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.blocks import PreparedData, pack
 from qlora_helpers.config import DataConfig
 from qlora_helpers.errors import DataError
-from qlora_helpers.labels import IGNORED, LabelledRow, LabelReport, label_report, label_row
+from qlora_helpers.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.run import read_json, replaced_folder, write_json
 from qlora_helpers.sources import Corpus, Dialogue
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What the trainer and the evaluation take.
-
-    Attributes:
-        train, eval: blocks with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each) and `row_ids`.
-        test: dialogues held out for the final comparison.
-        report, eval_report: label reports of the two sets.
-        packed: whether a block holds several rows.
-        seq_len_tokens: length of a packed block.
-        notes: what was left out, trimmed or changed on the way, each with its place.
-        source: name and licence of the data.
-    """
-
-    train: Dataset
-    eval: Dataset
-    test: tuple[Dialogue, ...]
-    report: LabelReport
-    eval_report: LabelReport
-    packed: bool
-    seq_len_tokens: int
-    notes: tuple[str, ...]
-    source: str
-
-    def __repr__(self) -> str:
-        sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
-        fill = self.report.tokens / max(1, len(self.train) * self.seq_len_tokens)
-        how = f"{len(self.train)} blocks of {self.seq_len_tokens} tokens, {fill:.0%} full" if self.packed else "padded"
-        return f"{self.source}: {sizes}; {how}"
 
 
 def prepare(
@@ -133,35 +100,6 @@ def _singles(rows: Sequence[LabelledRow]) -> list[list[int]]:
     return [[index] for index in range(len(rows))]
 
 
-def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
-    """Puts rows into as few blocks as first-fit decreasing finds (at most 11/9 of the best; Johnson 1973).
-
-    Args:
-        lengths: tokens of each row, none longer than `capacity`.
-        capacity: tokens of a block.
-        seed: of the order among equally long rows, and of the blocks.
-
-    Returns:
-        Indices of the rows in each block; every row once.
-    """
-    order = list(range(len(lengths)))
-    shuffler = random.Random(seed)
-    shuffler.shuffle(order)
-    order.sort(key=lambda index: -lengths[index])
-    blocks: list[list[int]] = []
-    room: list[int] = []
-    for index in order:
-        place = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
-            blocks.append([])
-            room.append(capacity)
-            place = len(blocks) - 1
-        blocks[place].append(index)
-        room[place] -= lengths[index]
-    shuffler.shuffle(blocks)
-    return blocks
-
-
 def _block(rows: Sequence[LabelledRow]) -> dict[str, Any]:
     return {
         "input_ids": [token for row in rows for token in row.input_ids],
@@ -169,90 +107,6 @@ def _block(rows: Sequence[LabelledRow]) -> dict[str, Any]:
         "segment_ids": [number for number, row in enumerate(rows, start=1) for _ in row.input_ids],
         "row_ids": [row.id for row in rows],
     }
-
-
-@dataclass
-class BlockCollator:
-    """Blocks -> one batch of tensors.
-
-    Padded rows get a two-dimensional mask. Packed blocks get positions that restart with every row and a block-diagonal causal
-    mask, so no row sees another. Where the model's `forward` takes `logits_to_keep`, logits are computed at the positions whose
-    next token is trained, and nowhere else: same loss and gradients, a fraction of the output layer's work.
-
-    Args:
-        pad_token_id: fills up short blocks; never trained, never attended to by a row.
-        packed: whether blocks hold several rows.
-        mask_dtype: None for a boolean mask (sdpa); a float type for an additive one (eager).
-        pad_to: length of a packed batch; None pads to the longest block in it.
-        keep_trained_logits: whether to add `logits_to_keep` and `shift_labels`.
-    """
-
-    pad_token_id: int
-    packed: bool
-    mask_dtype: torch.dtype | None = None
-    pad_to: int | None = None
-    keep_trained_logits: bool = True
-
-    def __call__(self, blocks: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `input_ids`, `labels`, `attention_mask` and, for packed blocks, `position_ids`: `(batch, tokens)` each, the
-        packed mask `(batch, 1, tokens, tokens)`."""
-        import torch
-
-        length = max(self.pad_to or 0, *(len(block["input_ids"]) for block in blocks))
-        ids = _padded([block["input_ids"] for block in blocks], length, self.pad_token_id)
-        labels = _padded([block["labels"] for block in blocks], length, IGNORED)
-        segments = _padded([block["segment_ids"] for block in blocks], length, 0)
-        batch = {"input_ids": ids, "labels": labels}
-        if self.packed:
-            batch["position_ids"] = positions_in_row(segments)
-            batch["attention_mask"] = _as_mask(rows_apart_mask(segments), self.mask_dtype)
-        else:
-            batch["attention_mask"] = segments.clamp(max=1)
-        if self.keep_trained_logits:
-            shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-            batch["logits_to_keep"] = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
-            batch["shift_labels"] = shifted[:, batch["logits_to_keep"]].contiguous()
-        return batch
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
-
-
-def positions_in_row(segments: torch.Tensor) -> torch.Tensor:
-    """Positions that restart at 0 with every row.
-
-    Args:
-        segments: `(batch, tokens)`, the row's number at each token; a row's tokens stand together.
-    """
-    import torch
-
-    index = torch.arange(segments.shape[1]).expand_as(segments)
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-def rows_apart_mask(segments: torch.Tensor) -> torch.Tensor:
-    """True where token i may look at token j: the same row, and not later. `(batch, tokens)` -> `(batch, 1, tokens, tokens)`.
-
-    Padding looks at padding, so that no line of the softmax is empty.
-    """
-    import torch
-    from einops import rearrange
-
-    same_row = rearrange(segments, "batch i -> batch 1 i 1") == rearrange(segments, "batch j -> batch 1 1 j")
-    return same_row & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
-
-
-def _as_mask(allowed: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    import torch
-
-    if dtype is None:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_helpers.blocks import BlockCollator
 from qlora_helpers.config import EvaluationConfig
-from qlora_helpers.data import BlockCollator
 from qlora_helpers.labels import IGNORED, label_row
 from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.sources import Dialogue

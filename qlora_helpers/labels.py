@@ -105,7 +105,9 @@ class LabelReport:
         if not self.rows:
             found.append("there is nothing to train on")
         if self.eos_trained < self.rows:
-            found.append(f"{self.rows - self.eos_trained} rows don't train their end: the model would not learn to stop")
+            found.append(
+                f"{self.rows - self.eos_trained} rows don't train their end: the model would not learn to stop"
+            )
         if self.answers_whole < self.rows:
             found.append(f"{self.rows - self.answers_whole} rows don't train their whole summary")
         if self.loss_on == "summary" and self.prompt_masked < self.rows:
@@ -230,7 +232,9 @@ class TokenView:
             last_segment = segment
         legend = " ".join(f"<b style='color:{colour}'>{kind}</b>" for kind, colour in self.COLOURS.items())
         body = "".join(parts) + html.escape(self._rest())
-        return f"<div style='font-family:monospace;line-height:1.5'>{body}<div style='margin-top:6px'>{legend}</div></div>"
+        return (
+            f"<div style='font-family:monospace;line-height:1.5'>{body}<div style='margin-top:6px'>{legend}</div></div>"
+        )
 
     def _rest(self) -> str:
         return f" ... and {self.hidden} more tokens" if self.hidden else ""

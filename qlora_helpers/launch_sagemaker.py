@@ -44,7 +44,7 @@ ln -sfn "$ml/checkpoints" runs/{name}
 cp "$ml/input/data/config/config.json" runs/{name}/config.json
 
 python3 -m pip install --quiet --disable-pip-version-check -r requirements.txt 2>&1 | tee train.out || fail
-while sleep 30; do copy_events; done &
+while sleep 30; do copy_events; done > /dev/null 2>&1 &
 copier=$!
 {command} 2>&1 | tee train.out
 status=$?

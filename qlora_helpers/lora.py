@@ -5,6 +5,10 @@ Takes a model and a small `AdapterConfig`, gives back peft's model. Knows nothin
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +106,9 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
     from peft import LoraConfig, get_peft_model
 
     if hasattr(model, "peft_config"):
-        raise ModelError("the model has adapters already", next_step="Load the model again (notebook 01), then add them.")
+        raise ModelError(
+            "the model has adapters already", next_step="Load the model again (notebook 01), then add them."
+        )
     torch.manual_seed(seed)
     model.requires_grad_(False)
     settings = LoraConfig(
@@ -115,7 +121,29 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    with _without_deprecation_noise():
+        return get_peft_model(model, settings)
+
+
+def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Puts a saved adapter on a freshly loaded base model.
+
+    Args:
+        model: the base model, without adapters.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+    """
+    from peft import PeftModel
+
+    with _without_deprecation_noise():
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+
+@contextlib.contextmanager
+def _without_deprecation_noise() -> Iterator[None]:
+    """peft still asks transformers by its old names for activation checkpointing; a reader can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:

@@ -1,6 +1,7 @@
 """From a checkpoint to an audited 4-bit model and its tokenizer.
 
-Owns dtype and attention for the hardware, placement over GPUs, the padding token, and the audit after loading. Knows nothing of adapters, data or run folders.
+Owns dtype and attention for the hardware, placement over GPUs, the padding token, and the audit after
+loading. Knows nothing of adapters, data or run folders.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def _limits(config: ModelConfig) -> dict[int, int] | None:
     if config.max_memory_per_gpu_gib is None:
         return None
     limit = int(config.max_memory_per_gpu_gib * BYTES_IN_GIB)
-    return {index: limit for index in range(torch.cuda.device_count())}
+    return dict.fromkeys(range(torch.cuda.device_count()), limit)
 
 
 def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str, float]:
@@ -223,6 +224,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
         ModelError: a layer is not in 4 bits, or a weight is on the meta device or on disk.
     """
     import torch
+
     lost = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if lost:
         raise ModelError(

@@ -196,7 +196,9 @@ class Run:
             RunError: it is not; the message says `made_by` makes it.
         """
         if not path.exists():
-            raise RunError(f"{self.name}/{path.name} is not there yet", next_step=f"{made_by} makes it; run that first.")
+            raise RunError(
+                f"{self.name}/{path.name} is not there yet", next_step=f"{made_by} makes it; run that first."
+            )
         return path
 
     # status

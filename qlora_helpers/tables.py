@@ -8,6 +8,44 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from html import escape
 
+from qlora_helpers.config import describe
+
+
+class Table:
+    """Rows that print as fixed-width text and show as HTML in a notebook.
+
+    Args:
+        header: the names of the columns.
+        rows: the cells; whatever is no text is shown as Python prints it.
+        caption: what the table shows (HTML alone).
+        numbers: the columns that are set flush right.
+    """
+
+    def __init__(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        caption: str = "",
+        numbers: Collection[int] = (),
+    ) -> None:
+        self.header = list(header)
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        self.caption, self.numbers = caption, numbers
+
+    def __repr__(self) -> str:
+        return text_table(self.header, self.rows, numbers=self.numbers)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.header, self.rows, caption=self.caption, numbers=self.numbers)
+
+
+def settings_table(section: object) -> Table:
+    """A configuration section as a table: each setting, its value and what it does (the configuration's own text)."""
+    rows = [(row["name"], "none" if row["value"] is None else row["value"], row["text"]) for row in describe(section)]
+    return Table(["setting", "value", "what it does"], rows)
+
+
 # White text is readable on each of them, so that a badge looks the same in either theme.
 BADGES = {"ok": "#1a7f37", "warning": "#9a6700", "failure": "#cf222e"}
 _PADDING = "padding:.25em .75em"

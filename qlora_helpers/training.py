@@ -19,8 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers import telemetry
 from qlora_helpers import training_checkpoints as saved
+from qlora_helpers.blocks import BlockCollator, PreparedData
 from qlora_helpers.config import TrainConfig
-from qlora_helpers.data import BlockCollator, PreparedData
 from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.run import Run
@@ -253,7 +253,11 @@ class RunFolderCallback(TrainerCallback):
 
     def _record(self, logs: dict[str, float], state: Any) -> dict[str, Any]:
         names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "eval_loss": "eval_loss"}
-        record: dict[str, Any] = {"session": self.session, "step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        record: dict[str, Any] = {
+            "session": self.session,
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0, 4),
+        }
         record |= {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
         if "loss" in logs and self.trainer is not None:
             tokens, now = int(self.trainer.tokens_seen), time.monotonic()

@@ -210,10 +210,10 @@ def served(data: bytes, **said) -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer((said.get("host", "127.0.0.1"), 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{server.server_address[0]}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -291,5 +291,11 @@ def test_addresses_that_are_not_safe_or_no_archives():
     assert "got file://" in str(refusal("file:///tmp/corpus.7z"))
     assert "rows.jsonl can't be read from the web" in str(refusal("https://example.org/rows.jsonl"))
     assert "that is no address" in str(refusal("https://[::1/corpus.7z"))
-    with served(b"", to="http://localhost.example.org/corpus.7z") as address:
-        refusal(f"{address}/moved.7z")
+
+
+def test_a_redirect_to_an_address_that_is_not_safe_is_refused():
+    data = archive(SAMSUM)
+    with served(data, host="127.0.0.2") as elsewhere, served(b"", to=f"{elsewhere}/corpus.7z") as address:
+        assert "expected an https:// address" in str(refusal(f"{address}/moved.7z"))
+    with served(data) as here, served(b"", to=f"{here}/corpus.7z") as address:
+        assert len(read_corpus(DataConfig(source=f"{address}/moved.7z")).train) == 20

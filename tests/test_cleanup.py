@@ -210,7 +210,8 @@ def test_what_is_gone_already_frees_nothing(machine):
 
 
 def test_finding_space_imports_no_torch(machine):
-    code = "import sys; from qlora_helpers.cleanup import *; find_space(); print(free_gpu_memory(), 'torch' in sys.modules)"
+    code = "import sys; from qlora_helpers.cleanup import *; find_space()\n"
+    code += "print(free_gpu_memory(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=machine, check=True)
     assert done.stdout.strip() == "GpuMemory(before_gib=0.0, after_gib=0.0) False"
 

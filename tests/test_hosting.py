@@ -1,4 +1,4 @@
-"""Adapters of tiny real models are packaged; the calls to SageMaker are checked by botocore's Stubber, word for word."""
+"""Adapters of tiny real models are packaged; the calls to SageMaker are checked by botocore's Stubber."""
 
 from __future__ import annotations
 

@@ -23,6 +23,17 @@ def test_train_command_names_a_run_in_runs_and_the_folder_of_any_other(tmp_path)
     assert launch.train_command(Run(tmp_path / "demo"))[-1] == str(tmp_path / "demo")
 
 
+def test_the_command_line_takes_what_is_sent_to_it():
+    from qlora_helpers.__main__ import parser
+
+    command = launch.torchrun_command(
+        Run("runs/demo"), 2, profile="tiny", settings=["train.max_steps=2", "data.seed=1"]
+    )
+    read = parser().parse_args(command[command.index("qlora_helpers") + 1 :])
+    assert (read.command, read.run, read.profile) == ("train", "demo", "tiny")
+    assert read.settings == ["train.max_steps=2", "data.seed=1"]
+
+
 def test_torchrun_command():
     assert launch.torchrun_command(Run("runs/demo"), 4) == [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4",

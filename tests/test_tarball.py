@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import time
 
 import pytest
 
@@ -22,8 +21,8 @@ def test_the_same_contents_give_the_same_bytes_and_name_nobody(tmp_path):
         assert archive.extractfile("x/weights").read() == b"w" * 100_000
         entry = archive.getmember("note.txt")
         assert (entry.uid, entry.uname, entry.mtime, entry.mode) == (0, "", 0, 0o644)
-    assert b"one.tar" not in first.read_bytes()[:64]
-    assert time.time() - first.stat().st_mtime < 60
+    header = first.read_bytes()[:10]
+    assert (header[3], header[4:8]) == (0, b"\0\0\0\0")  # gzip: no file name, no time
 
 
 def test_a_failure_keeps_the_old_archive_and_leaves_nothing_behind(tmp_path):

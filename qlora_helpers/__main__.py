@@ -1,0 +1,117 @@
+"""The command line: parses, calls `workflow`, maps exit codes; nothing else.
+
+Exit 0 on success, 2 on what the user can mend (one clear message), 1 on a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from qlora_helpers.config import PROFILES, SECTIONS, describe
+from qlora_helpers.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; the texts of the settings are the configuration's own."""
+    settings = "\n".join(
+        f"  {section}.{row['name']}={row['value']}\n      {row['text']}"
+        for section, kind in SECTIONS.items()
+        for row in describe(kind)
+    )
+    top = argparse.ArgumentParser(prog="python -m qlora_helpers", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="report on this machine: packages, GPUs, disk, notebook")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    train = commands.add_parser(
+        "train", help="start or resume a run", epilog="settings and their defaults:\n" + settings,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    train.add_argument("run", help="the run's name below runs/, or a path")
+    train.add_argument("--profile", choices=sorted(PROFILES), help="what a new run starts from")
+    train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
+
+    evaluate = commands.add_parser("evaluate", help="compare base and tuned model on the run's held-out rows")
+    evaluate.add_argument("run")
+    report = commands.add_parser("report", help="write the run's report.html")
+    report.add_argument("run")
+    clean = commands.add_parser("clean", help="show what takes space; with --yes free it")
+    clean.add_argument("run", nargs="?", help="one run; else caches and all runs are shown")
+    clean.add_argument("--yes", action="store_true", help="delete what is shown (a run must be named)")
+    demo = commands.add_parser("demo", help="the whole job on a small model, with a report at the end")
+    demo.add_argument("--data", help="a data file or hub data set; else the embedded corpus")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return _COMMANDS[options.command](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is intact", file=sys.stderr)
+        return 130
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from qlora_helpers.environment import check_machine
+
+    report = check_machine()
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    return 2 if report.level == "failure" else 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from qlora_helpers import workflow
+
+    print(workflow.train(workflow.open_run(options.run, profile=options.profile, settings=options.settings)))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from qlora_helpers import workflow
+
+    print(workflow.evaluate(workflow.existing_run(options.run)))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from qlora_helpers import report, workflow
+
+    print(report.write_report(workflow.existing_run(options.run)))
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from qlora_helpers import cleanup, workflow
+
+    space = cleanup.find_space(workflow.runs_root())
+    if options.run is None:
+        if options.yes:
+            raise UserError("nothing is deleted without a name", next_step="Name the run: clean RUN --yes.")
+        print(space)
+    else:
+        cleanup.free(space.select(f"run:{options.run}/*"), confirm=options.yes)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from qlora_helpers import workflow
+
+    workflow.demo(data=options.data)
+    return 0
+
+
+_COMMANDS = {
+    "doctor": _doctor, "train": _train, "evaluate": _evaluate, "report": _report, "clean": _clean, "demo": _demo,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

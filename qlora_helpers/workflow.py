@@ -1,0 +1,413 @@
+"""A whole run: composes the steps, and alone owns a run's state and its lock.
+
+What the command line, `train(run)` in a cell and torchrun all enter. Each function takes a run, finds what earlier steps left
+in its folder, does one step and writes what it made. Steps know nothing of each other; here is where they meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.architectures import keeps_packed_rows_apart
+from qlora_helpers.config import RunConfig, profile_config
+from qlora_helpers.errors import RunError, UserError
+from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_helpers.blocks import PreparedData
+    from qlora_helpers.evaluation import Evaluation
+    from qlora_helpers.models import LoadedModel
+    from qlora_helpers.training import TrainResult
+
+Say = Callable[[str], None]
+FIXED = ("model", "adapter", "data")
+RELOAD_TOLERANCE = 1e-4
+
+
+def open_run(
+    name: str | os.PathLike[str] = "demo",
+    *,
+    profile: str | None = None,
+    settings: Iterable[str] | dict[str, Any] = (),
+    root: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Opens a run, making it where it is new.
+
+    Args:
+        name: the run's name below `root`, or a path.
+        profile: starts a new run from a profile; `$QLORA_PROFILE` or `demo` where none is given.
+        settings: changes to the settings, as `["train.max_steps=20"]`.
+        root: the folder that holds the runs; `$QLORA_RUNS`, else `runs`.
+
+    Raises:
+        ConfigError: unknown or wrong settings; all of them at once.
+        RunError: a setting that can't change once training has begun, with the difference.
+    """
+    run = _run_at(name, root)
+    old = run.config() if run.exists() else None
+    if old is None or (profile is not None and profile != old.profile):
+        config = profile_config(profile or os.environ.get("QLORA_PROFILE", "demo"))
+    else:
+        config = old
+    config = config.with_settings(settings)
+    if old is not None and config != old:
+        _refuse_fixed_changes(run, old, config)
+    if config != old:
+        run.save_config(config)
+    return run
+
+
+def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:
+    return Run(Path(name) if os.sep in str(name) else runs_root(root) / name)
+
+
+def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
+    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
+
+
+def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
+    """Opens a run that must be there.
+
+    Raises:
+        RunError: it is not; the message names the runs that are.
+    """
+    run = _run_at(name, root)
+    if not run.exists():
+        there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
+        raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
+    return run
+
+
+def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
+    if not run.checkpoints_dir.exists() and not run.adapter_dir.exists():
+        return
+    before, after = old.to_dict(), new.to_dict()
+    changed = [
+        f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
+        for section in FIXED
+        for key in before[section]
+        if before[section][key] != after[section][key]
+    ]
+    if changed:
+        raise RunError(
+            f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
+            next_step="Give the new settings a run of their own (another name), or delete this one.",
+        )
+
+
+def load(run: Run, *, say: Say = print) -> LoadedModel:
+    """Loads the run's base model and tokenizer, audited."""
+    from qlora_helpers.models import load_model
+
+    return load_model(run.config().model, say=say)
+
+
+def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
+    """Puts fresh adapters on a loaded model, as the run's settings say."""
+    from qlora_helpers import lora
+
+    config = run.config()
+    return lora.add_adapters(loaded.model, config.adapter, seed=config.train.seed)
+
+
+def prepare_data(
+    run: Run, tokenizer: PreTrainedTokenizerBase, *, shape: dict[str, Any], say: Say = print
+) -> PreparedData:
+    """The run's labelled and packed data: what is there if it still fits the settings, else made and saved.
+
+    Args:
+        run: the run.
+        tokenizer: the model's.
+        shape: the model's `config.json`; says whether packed rows can be kept apart.
+        say: told what takes long.
+    """
+    from qlora_helpers.data import prepared
+    from qlora_helpers.sources import read_corpus
+
+    config = run.config().data
+    can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
+    data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
+    if not data.report.passed:
+        raise UserError(
+            "the label report failed: " + "; ".join(data.report.problems),
+            next_step="Look at it in notebook 03 before training.",
+        )
+    return data
+
+
+def train(run: Run, *, loaded: LoadedModel | None = None, show_progress: bool = True, say: Say = print) -> TrainResult:
+    """Trains the run's adapters, or goes on from its newest good checkpoint, and saves the adapter.
+
+    Args:
+        run: the run.
+        loaded: the base model, where it is in memory already; it gets adapters here unless it has them.
+        show_progress: whether Trainer draws its bar or table.
+        say: told what takes long.
+
+    Raises:
+        RunError: another process trains this run, or training ended badly; the last good checkpoint is intact.
+    """
+    from qlora_helpers import training
+    from qlora_helpers.events import event_callback
+
+    config = run.config()
+    main = is_main_process()
+    with _owned(run) if main else contextlib.nullcontext():
+        loaded = loaded or load(run, say=say)
+        model = loaded.model if hasattr(loaded.model, "peft_config") else add_adapters(run, loaded)
+        with _main_process_first(loaded):
+            data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+        callbacks = tuple(filter(None, [event_callback(run, config) if main else None]))
+        result = training.train(
+            model, loaded.tokenizer, data, config.train, run, extra_callbacks=callbacks, show_progress=show_progress
+        )
+        if main:
+            save_adapter(run, model, loaded)
+            _write_measured(run, loaded, result)
+            run.set_status(
+                state="stopped" if result.stopped else "finished",
+                step=result.steps,
+                exit_reason="stopped and saved by request" if result.stopped else "all steps are done",
+            )
+    return result
+
+
+def evaluate(
+    run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
+) -> Evaluation:
+    """Asks base and tuned model the run's held-out rows and writes `evaluation.json`.
+
+    Args:
+        run: a run with a saved adapter.
+        model: the tuned model, where it is in memory already; else the adapter is loaded onto the base.
+        loaded: the base model that `model` stands on.
+        say: told what takes long.
+    """
+    from qlora_helpers import evaluation
+
+    config = run.config()
+    if model is None or loaded is None:
+        loaded = load(run, say=say)
+        model = load_adapter(run, loaded)
+    data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
+    result = evaluation.evaluate(
+        model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
+        max_tokens=config.data.seq_len_tokens,
+    )  # fmt: skip
+    write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
+    return result
+
+
+def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
+    """Writes the adapter, the tokenizer and the run's settings into `adapter/`, whole or not at all."""
+    config = run.config()
+    with replaced_folder(run.adapter_dir) as folder:
+        # 'auto' would ask the hub whether the embedding was resized; it never is here.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        loaded.tokenizer.save_pretrained(folder)
+        settings = read_json(folder / "adapter_config.json")
+        settings["base_model_name_or_path"] = loaded.checkpoint.name
+        settings["revision"] = loaded.checkpoint.revision
+        write_json(folder / "adapter_config.json", settings)
+        write_json(folder / "config.json", config.to_dict())
+        (folder / "README.md").write_text(_model_card(run, config, loaded), encoding="utf-8")
+
+
+def _model_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
+    return (
+        f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
+        f"# {run.name}\n\nA LoRA adapter (r={config.adapter.r}, alpha={config.adapter.lora_alpha}) for "
+        f"{loaded.checkpoint.name}, trained in 4-bit NF4 (QLoRA) on {config.data.source} to summarise dialogues.\n\n"
+        f"Prompt: the `{config.data.template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
+    )
+
+
+def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
+    """Puts the run's saved adapter on a freshly loaded base model.
+
+    Raises:
+        RunError: the run has no adapter yet.
+    """
+    from qlora_helpers import lora
+
+    run.need(run.adapter_dir / "adapter_model.safetensors", "Notebook 04_train (or `python -m qlora_helpers train`)")
+    return lora.load_adapter(loaded.model, run.adapter_dir)
+
+
+@dataclass(frozen=True)
+class ReloadCheck:
+    """Whether the saved adapter on a freshly loaded base model is the model that was trained.
+
+    Attributes:
+        largest_difference: between next-token logits of the two on `prompts` held-out prompts.
+        same_answers: answers that are equal to the letter.
+    """
+
+    prompts: int
+    largest_difference: float
+    same_answers: int
+
+    @property
+    def passed(self) -> bool:
+        return self.same_answers == self.prompts and self.largest_difference <= RELOAD_TOLERANCE
+
+    def __repr__(self) -> str:
+        verdict = "the reloaded model is the trained one" if self.passed else "the reloaded model DIFFERS"
+        return f"{verdict}: {self.same_answers} of {self.prompts} answers equal, logits within {self.largest_difference:.1e}"
+
+
+def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
+    """Loads base and adapter again from disk and compares them with the model in memory.
+
+    Raises:
+        RunError: they differ.
+    """
+    from qlora_helpers import evaluation
+    from qlora_helpers.prompts import prompt_tokens
+
+    config = run.config()
+    data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
+    fresh = load(run, say=say)
+    reloaded = load_adapter(run, fresh)
+    room = config.data.seq_len_tokens
+    questions = []
+    for item in data.test[:prompts]:
+        tokens = prompt_tokens(item.dialogue, config.data.template, fresh.tokenizer)
+        questions.append(tokens.trimmed(max(0, len(tokens) - room)).ids)
+    short = dataclasses.replace(
+        config.evaluation, do_sample=False, max_new_tokens=min(40, config.evaluation.max_new_tokens)
+    )
+    answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
+    difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
+    check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
+    if not check.passed:
+        raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
+    return check
+
+
+def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: Say = print) -> Path:
+    """The whole job on a small model, with a report at the end; what is there already is used again.
+
+    Args:
+        data: a data file of the user's (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; else the embedded corpus.
+        root: the folder that holds the runs.
+
+    Returns:
+        The report's path.
+    """
+    from qlora_helpers import report
+
+    started = time.monotonic()
+    name = "demo" if data is None else f"demo-{''.join(c if c.isalnum() else '-' for c in Path(data).stem) or 'data'}"
+    run = open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
+    if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
+        say(f"{run.name} is finished; its report is made again from what is there.")
+        return report.write_report(run)
+    loaded = load(run, say=say)
+    say(str(loaded))
+    say(str(prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)))
+    if run.status().state == "finished" and run.adapter_dir.exists():
+        model = load_adapter(run, loaded)
+    else:
+        model = add_adapters(run, loaded)
+        say(str(train(run, loaded=dataclasses.replace(loaded, model=model), say=say)))
+    say("Saving, reloading and comparing ...")
+    check = check_reload(run, model, loaded, say=lambda text: None)
+    say(str(check))
+    result = evaluate(run, model=model, loaded=loaded, say=say)
+    say(str(result))
+    measured = read_json(run.plan_path) if run.plan_path.exists() else {}
+    write_json(
+        run.plan_path,
+        measured | {"reload": dataclasses.asdict(check), "demo_seconds": round(time.monotonic() - started)},
+    )
+    path = report.write_report(run)
+    say(f"The report is {path}.")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def is_main_process() -> bool:
+    """True but in the second and later processes of a torchrun job."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def _main_process_first(loaded: LoadedModel) -> Iterator[None]:
+    """Under torchrun the first process prepares the data, the others then read it."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState(cpu=str(loaded.model.device) == "cpu").main_process_first():
+        yield
+
+
+@contextlib.contextmanager
+def _owned(run: Run) -> Iterator[None]:
+    """Keeps a second trainer off this run, writes the log, and leaves a true status whatever happens."""
+    from filelock import FileLock, Timeout
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"another process is training {run.name!r}", next_step="Wait for it, or stop it; then try again."
+        ) from None
+    handler = _log_to(run.log_path)
+    try:
+        yield
+    except BaseException as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
+        logging.getLogger("qlora_helpers").error("training ended: %s: %s", type(error).__name__, error)
+        run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    finally:
+        handler.close()
+        for name in ("qlora_helpers", "transformers"):
+            logging.getLogger(name).removeHandler(handler)
+        lock.release()
+
+
+def _log_to(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("qlora_helpers", "transformers"):
+        logging.getLogger(name).addHandler(handler)
+    logging.getLogger("qlora_helpers").setLevel(logging.INFO)
+    return handler
+
+
+def _write_measured(run: Run, loaded: LoadedModel, result: TrainResult) -> None:
+    from qlora_helpers.lora import count_parameters
+
+    count = count_parameters(loaded.model)
+    old = json.loads(run.plan_path.read_text(encoding="utf-8")) if run.plan_path.exists() else {}
+    measured = {
+        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "seconds": round(result.seconds, 1),
+        "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps, "trainable_parameters": count.trainable,
+        "parameters": count.total, "versions": versions(),
+    }  # fmt: skip
+    write_json(run.plan_path, old | {"measured": measured})
