@@ -47,8 +47,6 @@ def read_archive(file: BinaryIO, name: str) -> dict[str, bytes]:
 
     try:
         with py7zr.SevenZipFile(file, max_extract_size=MAX_EXTRACTED_BYTES) as archive:
-            if archive.needs_password():
-                raise PasswordRequired(name)
             members = _expected_members(archive, name)
             memory = py7zr.io.BytesIOFactory(MAX_EXTRACTED_BYTES)
             archive.extract(targets=members, factory=memory)
@@ -61,7 +59,10 @@ def read_archive(file: BinaryIO, name: str) -> dict[str, bytes]:
             next_step="Unpack it and name a file of it.",
         ) from error
     except DecompressionBombError as error:
-        raise _too_large(name) from error
+        raise DataError(
+            f"{name} is over the limit: it unpacks to more than {size_text(MAX_EXTRACTED_BYTES)}",
+            next_step="Unpack it by hand if you trust it, and name a file of it.",
+        ) from error
     except Exception as error:  # py7zr meets damaged bytes with any error that its parser runs into
         raise DataError(
             f"{name} is no whole 7z archive: it is truncated or damaged ({brief(error)})",
@@ -120,8 +121,6 @@ def _expected_members(archive: Any, name: str) -> list[str]:
             got=", ".join(repr(member.filename[:60]) for member in list(archive.files)[:10]) or "an empty archive",
             next_step="For other contents unpack it, and name a .json, .jsonl, .csv or .parquet file.",
         )
-    if sum(member.uncompressed for member in archive.files if member.filename in found) > MAX_EXTRACTED_BYTES:
-        raise _too_large(name)
     return found
 
 
@@ -134,13 +133,6 @@ def _fault(member: Any) -> str:
     if member.is_directory and member.filename in MEMBERS:
         return "is a folder"
     return ""
-
-
-def _too_large(name: str) -> DataError:
-    return DataError(
-        f"{name} is over the limit: it unpacks to more than {size_text(MAX_EXTRACTED_BYTES)}",
-        next_step="Unpack it by hand if you trust it, and name a file of it.",
-    )
 
 
 def _need_safe(url: str) -> None:

@@ -71,12 +71,20 @@ def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
     name = config.name
     if name.startswith("random:"):
         return _random_checkpoint(name, say)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, or the home of an unknown user
+        raise ModelError(f"{name[:100]!r} is no usable path ({error})", next_step="Check model.name.") from error
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not is_file:
             raise ModelError(f"there is no file {path.name}", got=name, next_step="Check model.name.")
         return Checkpoint(path.name, dequantised(path, say=say), "gguf")
-    if path.is_dir():
+    if is_file:
+        raise ModelError(
+            f"{path.name} is no model", expected="a folder or a .gguf file", next_step="Give the folder that holds it."
+        )
+    if is_folder:
         return Checkpoint(path.name, _checked_folder(path), "folder")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -125,16 +133,13 @@ def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
 
 
 def _hub_answers() -> bool:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    import httpx
+    from huggingface_hub import constants, errors, get_session
 
     try:
-        return httpx.head(constants.ENDPOINT, timeout=HUB_ANSWER_S, follow_redirects=True).status_code < 500
-    except httpx.HTTPError:
+        answer = get_session().head(constants.ENDPOINT, timeout=HUB_ANSWER_S, follow_redirects=True)
+    except (errors.HTTPError, errors.OfflineModeIsEnabled):
         return False
+    return answer.status_code < 500
 
 
 def _check_space(config: ModelConfig) -> None:
@@ -170,7 +175,6 @@ def _no_space(name: str, needed: int | None, free: int | None) -> ModelError:
 def _clear_hub_errors(name: str) -> Iterator[None]:
     import errno
 
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -185,12 +189,15 @@ def _clear_hub_errors(name: str) -> Iterator[None]:
             f"the hub knows no model {name} (or not to you)",
             next_step="Check model.name and model.revision; for a private model log in with `hf auth login`.",
         ) from error
-    except (
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-        httpx.HTTPError,
-        errors.HfHubHTTPError,
-    ) as error:
+    except errors.HFValidationError as error:
+        raise ModelError(
+            "that is no name of a model",
+            expected="a hub id (owner/name), a folder, a .gguf file or random:NAME",
+            got=repr(name),
+            next_step="Check model.name.",
+        ) from error
+    # errors.HTTPError is that of the client that huggingface_hub is built on: httpx, since its version 2 httpx2.
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         raise ModelError(
             f"{name} is not in the cache, and the model hub can't be reached",
             next_step="Without a network: set model.name to a local folder, a .gguf file or random:NAME, or use "
@@ -213,8 +220,11 @@ def dequantised(gguf: Path, *, say: Say = print) -> Path:
     """
     stamp = f"{gguf.name}:{gguf.stat().st_size}:{_sha256_of_start(gguf)}"
     folder = cache_root() / "dequantised" / f"{gguf.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-    if (folder / "config.json").exists():
-        return folder
+    _make_once(folder, "config.json", lambda: _dequantise(gguf, folder, say))
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -234,7 +244,18 @@ def dequantised(gguf: Path, *, say: Say = print) -> Path:
     with replaced_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
-    return folder
+
+
+def _make_once(folder: Path, proof: str, make: Callable[[], None]) -> None:
+    """Makes a folder of the cache unless it holds the file `proof`; processes that start together wait for the first."""
+    from filelock import FileLock
+
+    if (folder / proof).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not (folder / proof).exists():
+            make()
 
 
 def _sha256_of_start(path: Path) -> str:
@@ -275,13 +296,10 @@ def _random_checkpoint(name: str, say: Say) -> Checkpoint:
     shape = SHAPES[short]
     folder = cache_root() / "random" / short
     if _small(shape):
-        if not (folder / "model.safetensors").exists():
-            say(f"Making {short} with random weights in the cache ...")
-            _write_random_model(shape, folder)
+        say_so = f"Making {short} with random weights in the cache ..."
+        _make_once(folder, "model.safetensors", lambda: (say(say_so), _write_random_model(shape, folder)))
         return Checkpoint(name, folder, "random")
-    if not (folder / "tokenizer.json").exists():
-        with replaced_folder(folder) as temporary:
-            corpus_tokenizer().save_pretrained(temporary)
+    _make_once(folder, "tokenizer.json", lambda: _write_tokenizer(folder))
     return Checkpoint(name, folder, "random", shape=shape)
 
 

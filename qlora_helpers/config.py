@@ -6,10 +6,12 @@ mistake and raises them in one `ConfigError`. This module knows nothing of torch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -152,7 +154,7 @@ class TrainConfig:
     )
     checkpoints_kept: int = option(2, "How many verified checkpoints are kept.", low=1, high=100)
     tensorboard: str = option("local", "TensorBoard events: local (in the run folder), an s3://bucket/prefix, or off.")
-    seed: int = option(42, "Seed of the adapters, the order of the rows and the dropout.", low=0)
+    seed: int = option(42, "Seed of the adapters, the order of the rows and the dropout.", low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -241,10 +243,10 @@ def _changed(
     changes: dict[str, dict[str, Any]] = {}
     for name, value, is_text in _pairs(settings, problems):
         if name == "profile":
-            if not isinstance(value, str):
-                problems.append(f"profile: expected a text, got {json.dumps(value, default=str)}")
-            else:
-                config = replace(config, profile=value)
+            try:
+                config = replace(config, profile=_plain_text(value))
+            except ValueError as error:
+                problems.append(f"profile: {error}")
             continue
         section, _, key = name.partition(".")
         known = {item.name: item for item in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
@@ -267,7 +269,7 @@ def _pairs(settings: Iterable[str] | Mapping[str, Any], problems: list[str]) -> 
     if isinstance(settings, Mapping):
         return [(name, value, False) for name, value in settings.items()]
     pairs = []
-    for text in settings:
+    for text in [settings] if isinstance(settings, str) else settings:
         name, equals, value = text.partition("=")
         if equals:
             pairs.append((name.strip(), value.strip(), True))
@@ -313,30 +315,33 @@ def _converted(hint: Any, value: Any, is_text: bool) -> Any:
     if is_text:
         try:
             value = json.loads(value.lower() if kind is bool else value)
-        except ValueError:
-            raise ValueError(f"expected {_NAMES[kind]}, got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"expected {_NAMES[kind]}, got {value[:100]!r}") from None
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"expected {_NAMES[kind]}, got {value!r}")
     return value
 
 
+_UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # half characters: bytes of the command line that are no UTF-8
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def _plain_text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or any(ord(char) < 32 for char in value):
+    if not isinstance(value, str) or not value.strip() or _UNWRITABLE.search(value):
         raise ValueError(f"expected a text without control characters, got {value!r}")
     return value
 
 
 def _texts(value: Any, is_text: bool) -> tuple[str, ...]:
     if is_text:
-        value = [part.strip() for part in value.strip("[]()").replace('"', "").replace("'", "").split(",")]
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(part, str) and part for part in value):
+        parts = value.strip("[]()").replace('"', "").replace("'", "").split(",")
+        value = [part.strip() for part in parts if part.strip()]
+    if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"expected a list of names, got {value!r}")
-    return tuple(value)
+    return tuple(map(_plain_text, value))
 
 
 def _contradictions(config: RunConfig) -> list[str]:
@@ -378,11 +383,11 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
             "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "data.seq_len_tokens": 512,
             "data.train_rows": 240,
-            "train.micro_batch_size": 4,
+            "train.micro_batch_size": 2,
             "train.learning_rate": 1e-3,
             "train.activation_checkpointing": False,
-            "train.eval_steps": 10,
-            "train.save_steps": 10,
+            "train.eval_steps": 28,
+            "train.save_steps": 28,
         },
     ),
     "falcon-40b": (

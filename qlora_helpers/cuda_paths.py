@@ -8,12 +8,15 @@ variable for the processes started from here. Nothing in this module imports tor
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.machinery
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +146,34 @@ def extend_library_path(
     return value
 
 
+def try_library_path() -> list[tuple[str, bool]]:
+    """Shows with a throw-away library why LD_LIBRARY_PATH alone is no mend for a running kernel.
+
+    The library is a copy of the C math library under a name that the loader doesn't know, in a temporary folder.
+
+    Returns:
+        What was tried, in order, and whether the library was found; empty where the loader isn't Linux's.
+    """
+    maps = Path("/proc/self/maps")
+    loaded = re.search(r"/\S*/libm[-.]\S*", maps.read_text()) if maps.exists() else None
+    if loaded is None:
+        return []
+    name = "libq.so.6"  # as long as libm.so.6, so that it can take its place in the file
+    before = os.environ.get("LD_LIBRARY_PATH")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        path = Path(folder, name)
+        path.write_bytes(Path(loaded[0]).read_bytes().replace(b"libm.so.6", name.encode()))
+        undo.callback(_restore, "LD_LIBRARY_PATH", before)
+        extend_library_path([folder])
+        child = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({name!r})"]
+        return [
+            ("by name in this process, after setting LD_LIBRARY_PATH", _found(name, undo)),
+            ("by name in a new process, started from here", subprocess.run(child, capture_output=True).returncode == 0),
+            ("by its path in this process", _found(str(path), undo)),
+            ("by name in this process, now that it is loaded", _found(name, undo)),
+        ]
+
+
 def fix_cuda_library_path(site_packages: str | os.PathLike[str] | None = None) -> CudaFix:
     """Makes bitsandbytes find the CUDA libraries of the installed PyTorch, in this process and in those it starts.
 
@@ -180,6 +211,25 @@ def fix_cuda_library_path(site_packages: str | os.PathLike[str] | None = None) -
         f"CUDA {runtime.cuda} ({runtime.layout} layout): loaded {names} for this kernel, and extended LD_LIBRARY_PATH "
         "for the processes that it starts.",
     )
+
+
+def _found(name: str, undo: contextlib.ExitStack) -> bool:
+    """Whether the loader finds a library, which is given back when `undo` closes."""
+    try:
+        library = ctypes.CDLL(name)
+    except OSError:
+        return False
+    import _ctypes
+
+    undo.callback(_ctypes.dlclose, library._handle)
+    return True
+
+
+def _restore(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def _layouts(roots: list[Path], major: int, environ: Mapping[str, str]) -> Iterator[tuple[str, list[Path]]]:

@@ -104,6 +104,26 @@ def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any 
     )
 
 
+def missing_requirements() -> list[str]:
+    """What `requirements.txt` asks for and this Python lacks or has in another version, as pip would be told; and this
+    package, where it isn't installed but only found in the folder of the checkout.
+    """
+    importlib.invalidate_caches()
+    pins = _pins(_requirements())
+    missing = [
+        f"{name}=={pin}" if pin else name
+        for name, pin in pins.items()
+        if _package_check(name, pin, _version(name)).level != "ok"
+    ]
+    root = Path(__file__).resolve().parent.parent
+    # A build leaves the package's metadata in the checkout: what is found there says nothing.
+    elsewhere = [path for path in sys.path if Path(path).resolve() != root]
+    installed = any(importlib.metadata.distributions(name="qlora_helpers", path=elsewhere))
+    if (root / "pyproject.toml").is_file() and not installed:
+        missing.append("qlora_helpers")
+    return missing
+
+
 def _python_check(version: tuple[int, int, int]) -> Check:
     found = ".".join(map(str, version))
     if version[:2] >= OLDEST_PYTHON:

@@ -94,6 +94,56 @@ def package_adapter(adapter_dir: Path, base_model: str, out_path: Path, *, name:
     return write_tarball(out_path, contents)
 
 
+def endpoint_requests(
+    model_s3_uri: str,
+    endpoint_name: str,
+    *,
+    role: str,
+    instance_type: str,
+    image_uri: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What `deploy` sends: the arguments of boto3's three calls, in their order. Needs no network.
+
+    Args:
+        model_s3_uri, endpoint_name, role, instance_type, image_uri, environment: as for `deploy`.
+
+    Returns:
+        `create_model`, `create_endpoint_config` and `create_endpoint`, each with its arguments.
+
+    Raises:
+        UserError: an argument is wrong.
+    """
+    if not _NAME.fullmatch(endpoint_name):
+        expected = "letters, digits and '-', 63 at most"
+        raise UserError("that is no name for an endpoint", expected=expected, got=repr(endpoint_name))
+    split_s3_uri(model_s3_uri)
+    container: dict[str, Any] = {"Image": image_uri}
+    settings = {"SERVING_FAIL_FAST": "true"}
+    if model_s3_uri.endswith("/"):
+        source = {"S3Uri": model_s3_uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
+        container["ModelDataSource"] = {"S3DataSource": source}
+        settings |= {f"OPTION_{key.upper()}": value for key, value in _VLLM_OPTIONS.items()}
+    else:
+        container["ModelDataUrl"] = model_s3_uri
+    container["Environment"] = settings | dict(environment or {})
+    variant = {
+        "VariantName": "AllTraffic",
+        "ModelName": endpoint_name,
+        "InstanceType": instance_type,
+        "InitialInstanceCount": 1,
+        "InferenceAmiVersion": INFERENCE_AMI,
+        "ContainerStartupHealthCheckTimeoutInSeconds": STARTUP_TIMEOUT_S,
+    }
+    return {
+        "create_model": {
+            "ModelName": endpoint_name, "PrimaryContainer": container, "ExecutionRoleArn": checked_role(role)
+        },
+        "create_endpoint_config": {"EndpointConfigName": endpoint_name, "ProductionVariants": [variant]},
+        "create_endpoint": {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name},
+    }  # fmt: skip
+
+
 def deploy(
     model_s3_uri: str,
     endpoint_name: str,
@@ -125,35 +175,17 @@ def deploy(
     Raises:
         UserError: an argument is wrong, AWS refuses (nothing is left behind), or the endpoint did not start.
     """
-    if not _NAME.fullmatch(endpoint_name):
-        expected = "letters, digits and '-', 63 at most"
-        raise UserError("that is no name for an endpoint", expected=expected, got=repr(endpoint_name))
-    split_s3_uri(model_s3_uri)
     client = client or new_client("sagemaker")
-    container = {"Image": image_uri or lmi_image_uri(client.meta.region_name)}
-    settings = {"SERVING_FAIL_FAST": "true"}
-    if model_s3_uri.endswith("/"):
-        source = {"S3Uri": model_s3_uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
-        container["ModelDataSource"] = {"S3DataSource": source}
-        settings |= {f"OPTION_{key.upper()}": value for key, value in _VLLM_OPTIONS.items()}
-    else:
-        container["ModelDataUrl"] = model_s3_uri
-    container["Environment"] = settings | dict(environment or {})
-    variant = {
-        "VariantName": "AllTraffic",
-        "ModelName": endpoint_name,
-        "InstanceType": instance_type,
-        "InitialInstanceCount": 1,
-        "InferenceAmiVersion": INFERENCE_AMI,
-        "ContainerStartupHealthCheckTimeoutInSeconds": STARTUP_TIMEOUT_S,
-    }
-    names = {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name}
+    requests = endpoint_requests(
+        model_s3_uri, endpoint_name, role=role, instance_type=instance_type, environment=environment,
+        image_uri=image_uri or lmi_image_uri(client.meta.region_name),
+    )  # fmt: skip
     with told_plainly(f"create the endpoint {endpoint_name}"), contextlib.ExitStack() as undo:
-        client.create_model(ModelName=endpoint_name, PrimaryContainer=container, ExecutionRoleArn=checked_role(role))
+        client.create_model(**requests["create_model"])
         undo.callback(client.delete_model, ModelName=endpoint_name)
-        client.create_endpoint_config(EndpointConfigName=endpoint_name, ProductionVariants=[variant])
+        client.create_endpoint_config(**requests["create_endpoint_config"])
         undo.callback(client.delete_endpoint_config, EndpointConfigName=endpoint_name)
-        client.create_endpoint(**names)
+        client.create_endpoint(**requests["create_endpoint"])
         undo.pop_all()
     if wait:
         wait_for_endpoint(endpoint_name, client=client)
@@ -181,6 +213,15 @@ def wait_for_endpoint(endpoint_name: str, *, client: Any = None) -> None:
             ) from error
 
 
+def question(
+    prompt: str, *, adapter: str | None = "tuned", max_new_tokens: int = 80, temperature: float = 0.0
+) -> dict[str, Any]:
+    """What `ask` sends, as JSON: the body of a request to the endpoint. The arguments are `ask`'s."""
+    # The vLLM handler takes one adapter's name, not the list that LMI's older batching took.
+    request = {"inputs": prompt, "parameters": {"max_new_tokens": max_new_tokens, "temperature": temperature}}
+    return request | ({"adapters": adapter} if adapter else {})
+
+
 def ask(
     endpoint_name: str,
     prompt: str,
@@ -206,9 +247,7 @@ def ask(
     Raises:
         UserError: the endpoint does not answer, or refuses.
     """
-    # The vLLM handler takes one adapter's name, not the list that LMI's older batching took.
-    request = {"inputs": prompt, "parameters": {"max_new_tokens": max_new_tokens, "temperature": temperature}}
-    request |= {"adapters": adapter} if adapter else {}
+    request = question(prompt, adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature)
     client = client or new_client("sagemaker-runtime")
     with told_plainly(f"ask the endpoint {endpoint_name}"):
         reply = client.invoke_endpoint(

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.architectures import adapter_targets
@@ -89,6 +90,45 @@ def linear_layer_names(model: torch.nn.Module) -> set[str]:
     }
 
 
+@dataclass(frozen=True)
+class AdapterSize:
+    """The adapters on all layers of one name and size.
+
+    Attributes:
+        name: last part of the layers' names.
+        in_features, out_features: of one layer.
+        layers: how many there are.
+        parameters: of their adapters: `r * (in + out)` a layer, and with DoRA `out` magnitudes more.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    layers: int
+    parameters: int
+
+
+def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[AdapterSize, ...]:
+    """The adapters that a model would get, by arithmetic alone: nothing is added.
+
+    Raises:
+        ModelError: unknown target layers.
+    """
+    import torch
+
+    targets = target_modules(model, config)
+    found: dict[tuple[str, int, int], int] = {}
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if name in targets and isinstance(module, torch.nn.Linear):
+            key = (name, module.in_features, module.out_features)
+            found[key] = found.get(key, 0) + 1
+    return tuple(
+        AdapterSize(name, inputs, outputs, layers, layers * (config.r * (inputs + outputs) + config.use_dora * outputs))
+        for (name, inputs, outputs), layers in found.items()
+    )
+
+
 def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) -> PeftModel:
     """Freezes the model and adds LoRA adapters in float32 beside the chosen layers.
 
@@ -136,6 +176,28 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
 
     with _without_deprecation_noise():
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+
+
+def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> float:
+    """The largest difference between any two weights of two saved adapters; 0.0 where they are the same to the bit.
+
+    Args:
+        first, second: folders that hold `adapter_model.safetensors`.
+
+    Raises:
+        ModelError: they have different layers or ranks.
+    """
+    from safetensors.torch import load_file
+
+    one, other = (load_file(Path(folder) / "adapter_model.safetensors") for folder in (first, second))
+    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(
+            "the two adapters can't be compared",
+            expected="the same layers and ranks",
+            next_step="Compare adapters of runs with the same adapter settings.",
+        )
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ loading. Knows nothing of adapters, data or run folders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +54,7 @@ class LoadAudit:
     attention: str
 
     def __repr__(self) -> str:
-        devices = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.gib_by_device.items())
+        devices = ", ".join(f"{value:.3g} GiB on {name}" for name, value in self.gib_by_device.items())
         layers = f"{self.quantized} of {self.expected} linear layers in {self.storage}"
         return (
             f"{self.parameters:,} parameters, {layers}\n"
@@ -200,10 +202,11 @@ def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str
     quantizer.preprocess_model(model=model, device_map=None)
     limits = {index: int(limit_gib * BYTES_IN_GIB) for index in range(gpus)} | {"cpu": 0}
     try:
-        devices = _get_device_map(model, "auto", limits, quantizer)
+        with _without_device_warnings():
+            devices = _get_device_map(model, "auto", limits, quantizer)
     except ValueError as error:
         raise ModelError(
-            f"the weights don't fit on {gpus} GPUs of {limit_gib} GiB",
+            f"the weights don't fit on {gpus} GPU{'s' * (gpus != 1)} of {limit_gib:g} GiB",
             next_step="Use more or larger GPUs, or a smaller model.",
         ) from error
     sizes, _ = compute_module_sizes(model, quantizer)
@@ -212,6 +215,18 @@ def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str
         key = f"cuda:{device}" if isinstance(device, int) else str(device)
         found[key] = found.get(key, 0.0) + gib(sizes[module])
     return found
+
+
+@contextlib.contextmanager
+def _without_device_warnings() -> Iterator[None]:
+    """accelerate warns that the GPUs asked about are not in this machine; that is the point of asking."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
@@ -264,6 +279,7 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
     set_pad_token(tokenizer)
     return tokenizer
 

@@ -35,9 +35,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full or the folder can't be written; the old file is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -45,12 +46,17 @@ def write_text(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(
-            f"{path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
-        ) from error
+        raise _not_written(path, error) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _not_written(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,7 +90,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield temporary
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -208,7 +219,10 @@ class Run:
         if not self.status_path.exists():
             return Status()
         known = {item.name for item in dataclasses.fields(Status)}
-        status = Status(**{key: value for key, value in read_json(self.status_path).items() if key in known})
+        values = read_json(self.status_path)
+        if not isinstance(values, dict):
+            raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
+        status = Status(**{key: value for key, value in values.items() if key in known})
         if status.state == "running" and not _alive(status):
             return dataclasses.replace(status, state="dead", exit_reason="the trainer's process ended without a word")
         return status
@@ -245,15 +259,22 @@ class Run:
     # progress
 
     def append_progress(self, record: dict[str, Any]) -> None:
-        """Appends one line to `progress.jsonl`; a line that a killed process left half written is closed first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Appends one line to `progress.jsonl`; a line that a killed process left half written is closed first.
+
+        Raises:
+            RunError: the disk is full or the folder can't be written.
+        """
         line = json.dumps({"time": round(time.time(), 3)} | record, allow_nan=False) + "\n"
-        with open(self.progress_path, "ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = "\n" + line
-            file.write(line.encode())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.progress_path, "ab+") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        line = "\n" + line
+                file.write(line.encode())
+        except OSError as error:
+            raise _not_written(self.progress_path, error) from error
 
     def progress(self) -> list[dict[str, Any]]:
         """The logged steps as one gapless curve: what a resumed session did again is dropped, half-written lines too."""
@@ -320,12 +341,16 @@ def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:
 
 
 def _alive(status: Status) -> bool:
-    if status.host == socket.gethostname() and status.pid:
-        try:
-            os.kill(status.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
+    if status.host != socket.gethostname() or not status.pid:
+        return time.time() - status.heartbeat < HEARTBEAT_STALE_S
+    import psutil
+
+    try:
+        process = psutil.Process(status.pid)
+        # A killed child stays in the process table until its parent asks; after a restart another process has the number.
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return not ended and process.create_time() < status.heartbeat + HEARTBEAT_STALE_S
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
         return True
-    return time.time() - status.heartbeat < HEARTBEAT_STALE_S

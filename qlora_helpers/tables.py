@@ -5,6 +5,7 @@ This module owns their looks and knows nothing about what they say. Standard lib
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from html import escape
 
@@ -49,6 +50,13 @@ def settings_table(section: object) -> Table:
 # White text is readable on each of them, so that a badge looks the same in either theme.
 BADGES = {"ok": "#1a7f37", "warning": "#9a6700", "failure": "#cf222e"}
 _PADDING = "padding:.25em .75em"
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours and cursor movements
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # window titles and links
+    r"|\x1b[ -/]*[0-~]"
+)
+# C0 but \t and \n, DEL, C1, overrides of the writing direction, and what UTF-8 can't hold
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[int] = ()) -> str:
@@ -108,3 +116,8 @@ def _cell(text: str) -> str:
     if text not in BADGES:
         return escape(text)
     return f'<span style="background:{BADGES[text]};color:#fff;border-radius:.75em;padding:.1em .6em">{text}</span>'
+
+
+def plain(text: str) -> str:
+    """A text from elsewhere without terminal escape codes and control characters; line ends and tabs stay."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text))

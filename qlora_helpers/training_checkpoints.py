@@ -12,9 +12,14 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_helpers.errors import RunError
 from qlora_helpers.run import read_json, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainerState
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 SEAL = "verified.json"
@@ -78,6 +83,15 @@ def newest_good(folder: Path) -> Path | None:
             return checkpoint
         warnings.warn(f"{checkpoint.name} is incomplete or damaged; going on from an older one", stacklevel=2)
     return None
+
+
+def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
+    """Puts a checkpoint's adapter into a peft model, and returns the state that Trainer had then."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def rotate(folder: Path, keep: int) -> None:

@@ -8,3 +8,13 @@ BYTES_IN_GIB = 1024**3
 def gib(n_bytes: float) -> float:
     """Bytes as GiB (1024³ bytes)."""
     return n_bytes / BYTES_IN_GIB
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `38 s`, `4 min 12 s`, `1 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import os
 import time
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.blocks import PreparedData
-    from qlora_helpers.evaluation import Evaluation
+    from qlora_helpers.evaluation import Answer, Evaluation
     from qlora_helpers.models import LoadedModel
     from qlora_helpers.training import TrainResult
 
@@ -149,12 +148,20 @@ def prepare_data(
     return data
 
 
-def train(run: Run, *, loaded: LoadedModel | None = None, show_progress: bool = True, say: Say = print) -> TrainResult:
+def train(
+    run: Run,
+    *,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    show_progress: bool = True,
+    say: Say = print,
+) -> TrainResult:
     """Trains the run's adapters, or goes on from its newest good checkpoint, and saves the adapter.
 
     Args:
         run: the run.
-        loaded: the base model, where it is in memory already; it gets adapters here unless it has them.
+        model: the model with adapters, where it is in memory already.
+        loaded: the base model that `model` stands on, or that gets adapters here.
         show_progress: whether Trainer draws its bar or table.
         say: told what takes long.
 
@@ -168,7 +175,7 @@ def train(run: Run, *, loaded: LoadedModel | None = None, show_progress: bool = 
     main = is_main_process()
     with _owned(run) if main else contextlib.nullcontext():
         loaded = loaded or load(run, say=say)
-        model = loaded.model if hasattr(loaded.model, "peft_config") else add_adapters(run, loaded)
+        model = model or add_adapters(run, loaded)
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         callbacks = tuple(filter(None, [event_callback(run, config) if main else None]))
@@ -177,7 +184,8 @@ def train(run: Run, *, loaded: LoadedModel | None = None, show_progress: bool = 
         )
         if main:
             save_adapter(run, model, loaded)
-            _write_measured(run, loaded, result)
+            if result.tokens_per_s:  # nothing is measured where nothing was left to train
+                _write_measured(run, model, loaded, result)
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
@@ -210,6 +218,39 @@ def evaluate(
     )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
+
+
+def ask(
+    run: Run,
+    model: PeftModel,
+    loaded: LoadedModel,
+    dialogue: str,
+    *,
+    tuned: bool = True,
+    sampled: bool = False,
+    seed: int = 0,
+) -> Answer:
+    """Has one dialogue summarised, in the prompt that the run was trained with.
+
+    Args:
+        run: the run; its evaluation settings say how long an answer may be, and how it is sampled.
+        model: the tuned model.
+        loaded: the base model that `model` stands on.
+        dialogue: turns, one a line; its end is cut off where it is too long for the run's block.
+        tuned: False switches the adapters off, so the base model answers.
+        sampled: draw the tokens by their likelihood instead of taking the likeliest each time.
+        seed: of the draw.
+    """
+    from qlora_helpers import evaluation
+    from qlora_helpers.prompts import prompt_tokens
+
+    config = run.config()
+    settings = dataclasses.replace(config.evaluation, do_sample=sampled)
+    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
+    room = config.data.seq_len_tokens - settings.max_new_tokens
+    prompt = tokens.trimmed(max(0, len(tokens) - room)).ids
+    with contextlib.nullcontext() if tuned else model.disable_adapter():
+        return evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
 
 
 def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
@@ -271,7 +312,7 @@ class ReloadCheck:
 
 
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
-    """Loads base and adapter again from disk and compares them with the model in memory.
+    """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
 
     Raises:
         RunError: they differ.
@@ -294,6 +335,7 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
     difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
     check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
+    _add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
     return check
@@ -324,17 +366,13 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
         model = load_adapter(run, loaded)
     else:
         model = add_adapters(run, loaded)
-        say(str(train(run, loaded=dataclasses.replace(loaded, model=model), say=say)))
+        say(str(train(run, model=model, loaded=loaded, say=say)))
     say("Saving, reloading and comparing ...")
     check = check_reload(run, model, loaded, say=lambda text: None)
     say(str(check))
     result = evaluate(run, model=model, loaded=loaded, say=say)
     say(str(result))
-    measured = read_json(run.plan_path) if run.plan_path.exists() else {}
-    write_json(
-        run.plan_path,
-        measured | {"reload": dataclasses.asdict(check), "demo_seconds": round(time.monotonic() - started)},
-    )
+    _add_to_plan(run, demo_seconds=round(time.monotonic() - started))
     path = report.write_report(run)
     say(f"The report is {path}.")
     return path
@@ -400,14 +438,18 @@ def _log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def _write_measured(run: Run, loaded: LoadedModel, result: TrainResult) -> None:
+def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult) -> None:
     from qlora_helpers.lora import count_parameters
 
-    count = count_parameters(loaded.model)
-    old = json.loads(run.plan_path.read_text(encoding="utf-8")) if run.plan_path.exists() else {}
+    count = count_parameters(model)
     measured = {
         "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "seconds": round(result.seconds, 1),
         "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps, "trainable_parameters": count.trainable,
         "parameters": count.total, "versions": versions(),
     }  # fmt: skip
-    write_json(run.plan_path, old | {"measured": measured})
+    _add_to_plan(run, measured=measured)
+
+
+def _add_to_plan(run: Run, **found: Any) -> None:
+    old = read_json(run.plan_path) if run.plan_path.exists() else {}
+    write_json(run.plan_path, old | found)

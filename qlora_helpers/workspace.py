@@ -1,4 +1,4 @@
-"""Where the notebooks live: the large volume, the model cache on it, and a Jupyter kernel of our own.
+"""Where the notebooks live: the large volume, the model cache and the packages on it, and a Jupyter kernel of our own.
 
 Knows SageMaker's places (Studio's JupyterLab spaces and notebook instances) and the Hugging Face variables that name
 the cache; nothing about models or what is in the cache. Standard library alone. What it prints holds no path.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from qlora_helpers.telemetry import read_disk
 STUDIO_VOLUME = Path("/home/sagemaker-user")
 NOTEBOOK_INSTANCE_VOLUME = Path("/home/ec2-user/SageMaker")
 KERNEL_VARIABLES = ("HF_HOME", "LD_LIBRARY_PATH")
+KERNEL_NAME, KERNEL_DISPLAY_NAME = "qlora", "Python (QLoRA)"
+# Without CUDA the packages take 2.1 GiB unpacked (measured); PyTorch's CUDA libraries are several times that.
+PACKAGES_GIB = 10
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,10 +103,58 @@ def set_model_cache(path: str | os.PathLike[str] | None = None) -> ModelCache:
     return ModelCache(folder, place, read_disk(folder).free_gib)
 
 
+def own_python() -> Path:
+    """The Python to install packages into: this one, or on SageMaker that of an environment on the large volume.
+
+    SageMaker's own environment is left alone: it is lost when the space stops, and its other tools count on the versions
+    that are in it. The environment is made where it isn't there yet, without packages.
+
+    Raises:
+        UserError: the large volume has no room for the packages.
+    """
+    volume = large_volume()
+    if volume is None or Path(sys.prefix).is_relative_to(volume):
+        return Path(sys.executable)
+    folder = volume / ".qlora-environment"
+    if not (folder / "bin" / "python").exists():
+        free_gib = read_disk(volume).free_gib
+        if free_gib < PACKAGES_GIB:
+            raise UserError(
+                "the large volume has no room for the packages",
+                expected=f"{PACKAGES_GIB} GiB free",
+                got=f"{free_gib:.1f} GiB",
+                next_step="Stop the space, raise its storage, and start it again.",
+            )
+        venv.create(folder, with_pip=True, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def require_kernel(python: str | os.PathLike[str]) -> None:
+    """Returns where this kernel runs that Python; else registers a kernel that does, and says to go on in it.
+
+    Args:
+        python: from `own_python()`, with the requirements installed.
+
+    Raises:
+        UserError: this kernel runs another Python, or the other one could not be registered.
+    """
+    if Path(python) == Path(sys.executable) or Path(python).parent.parent == Path(sys.prefix):
+        return
+    kernel = register_kernel(python=python)
+    raise UserError(
+        "the packages are installed beside this kernel, not in it",
+        next_step=f"Choose the kernel {kernel.display_name!r} at the top right, then run this notebook from the top.",
+    )
+
+
 def register_kernel(
-    name: str = "qlora", display_name: str = "Python (QLoRA)", *, user: bool = True
+    name: str = KERNEL_NAME,
+    display_name: str = KERNEL_DISPLAY_NAME,
+    *,
+    user: bool = True,
+    python: str | os.PathLike[str] | None = None,
 ) -> RegisteredKernel:
-    """Registers this Python as a Jupyter kernel, with this process's HF_HOME and LD_LIBRARY_PATH.
+    """Registers a Python as a Jupyter kernel, with this process's HF_HOME and LD_LIBRARY_PATH.
 
     Needed where JupyterLab runs in another environment, such as SageMaker Distribution's: ours stays apart from it.
 
@@ -110,11 +162,12 @@ def register_kernel(
         name: the kernel's name, as in a notebook's metadata.
         display_name: what JupyterLab shows.
         user: for this user, whichever environment the server runs in; False: for servers of this environment alone.
+        python: the Python that the kernel runs; none takes this one.
 
     Raises:
         UserError: ipykernel is missing, or it refuses the name.
     """
-    command = [sys.executable, "-m", "ipykernel", "install", "--user" if user else "--sys-prefix"]
+    command = [os.fspath(python or sys.executable), "-m", "ipykernel", "install", "--user" if user else "--sys-prefix"]
     command += ["--name", name, "--display-name", display_name]
     variables = tuple(variable for variable in KERNEL_VARIABLES if os.environ.get(variable))
     for variable in variables:

@@ -30,6 +30,7 @@ from qlora_helpers.environment import (
     _ram_check,
     _torch_check,
     check_machine,
+    missing_requirements,
 )
 from qlora_helpers.telemetry import SILENT_GPU, DiskReading, DriverReading, GpuReading
 
@@ -343,3 +344,23 @@ def test_disk(monkeypatch, free_gib, has_gpu, level):
 @pytest.mark.parametrize(("ram_gib", "level"), [(3.8, "warning"), (7.7, "ok"), (None, "ok")])
 def test_ram(ram_gib, level):
     assert _ram_check(ram_gib).level == level
+
+
+# what the first notebook installs
+
+
+def test_missing_requirements_are_named_as_pip_takes_them(monkeypatch):
+    found = {"here": "1.0+cpu", "old": "1.0"}
+    monkeypatch.setattr(environment, "_requirements", lambda: ["here==1.0", "old==2.0", "absent==3.0", "any-version"])
+    monkeypatch.setattr(environment, "_version", found.get)
+    assert [name for name in missing_requirements() if name != "qlora_helpers"] == [
+        "old==2.0", "absent==3.0", "any-version",
+    ]  # fmt: skip
+
+
+def test_a_checkout_that_is_only_on_the_path_is_not_installed(tmp_path):
+    code = "from qlora_helpers.environment import missing_requirements; print(missing_requirements())"
+    bare = [sys.executable, "-S", "-c", code]  # a Python without site-packages
+    told = subprocess.check_output(bare, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "'torch==" in told
+    assert told.strip().endswith("'qlora_helpers']")

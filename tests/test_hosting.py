@@ -295,10 +295,18 @@ def asked(body: dict) -> dict:
     return {"EndpointName": "demo", "Body": json.dumps(body).encode(), **json_types}
 
 
+def test_the_requests_can_be_read_before_they_are_sent():
+    requests = hosting.endpoint_requests(
+        CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", image_uri=CONTAINER["Image"]
+    )
+    assert list(requests.items()) == [(call, arguments) for call, _, arguments in expected_calls(CONTAINER)]
+
+
 def test_ask_sends_what_the_container_reads():
     client, stub = stubbed("sagemaker-runtime")
     parameters = {"max_new_tokens": 40, "temperature": 0.5}
     body = {"inputs": "Summarise: hi", "parameters": parameters, "adapters": "tuned"}
+    assert hosting.question("Summarise: hi", max_new_tokens=40, temperature=0.5) == body
     stub.add_response("invoke_endpoint", answer('{"generated_text": "Ann says hé."}'), asked(body))
     with stub:
         text = hosting.ask("demo", "Summarise: hi", max_new_tokens=40, temperature=0.5, client=client)

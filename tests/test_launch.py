@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -60,7 +61,8 @@ import torch
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)
 facts = [os.environ[name] for name in ("MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
-print("rank", dist.get_rank(), "sum", total.item(), *facts, sys.argv[1:], flush=True)
+line = " ".join(map(str, ["rank", dist.get_rank(), "sum", total.item(), *facts, sys.argv[1:]]))
+os.write(1, f"{line}\\n".encode())  # one write: the processes share the pipe
 dist.destroy_process_group()
 sys.exit(3 if "train.max_steps=0" in sys.argv else 0)
 """
@@ -83,7 +85,7 @@ def test_two_processes_work_together_over_the_loopback_address(stand_in):
     lines = []
     done = launch.start_torchrun(Run("runs/demo"), 2, settings=["train.max_steps=1"], say=lines.append)
     assert done.returncode == 0, done.stdout
-    said = sorted(line for line in lines if line.startswith("rank"))
+    said = sorted(re.findall(r"rank \d sum .*?\]", done.stdout))
     arguments = ["train", "demo", "--set", "train.max_steps=1"]
     assert said == [f"rank {rank} sum 3.0 127.0.0.1 3  {arguments}" for rank in (0, 1)]
     assert done.stdout == "\n".join(lines) + "\n"

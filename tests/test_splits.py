@@ -140,6 +140,9 @@ def test_a_smaller_sample_is_part_of_a_larger_one(read):
     small, large = (read(values, eval_rows=5, test_rows=5, train_rows=count) for count in (10, 20))
     assert set(small.train) < set(large.train)
     assert (small.eval, small.test) == (large.eval, large.test)
+    assert [item for item in large.train if item in small.train] == list(small.train)  # in the order of the file
+    lines = [int(item.where.split()[-1]) for item in large.train]
+    assert lines == sorted(lines)
 
 
 SPLIT = {

@@ -148,3 +148,48 @@ def test_kernel_name_that_jupyter_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     with pytest.raises(UserError, match="could not be registered; got .*[Nn]ame"):
         register_kernel("no name at all!")
+
+
+# a Python and a kernel of our own
+
+
+def test_packages_go_into_this_python_outside_of_sagemaker():
+    assert workspace.own_python() == Path(sys.executable)
+
+
+def test_packages_go_onto_the_large_volume_and_not_into_sagemakers_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "PACKAGES_GIB", 0)
+    (tmp_path / "sagemaker-user").mkdir()
+    python = workspace.own_python()
+    told = subprocess.check_output(
+        [python, "-c", "import pip, sys; print(sys.prefix, sys.version_info[:2])"], text=True
+    )
+    assert told.strip() == f"{tmp_path / 'sagemaker-user' / '.qlora-environment'} {sys.version_info[:2]}"
+
+    made = (python.parent.parent / "pyvenv.cfg").stat().st_mtime_ns
+    assert workspace.own_python() == python
+    assert (python.parent.parent / "pyvenv.cfg").stat().st_mtime_ns == made, "it was made again"
+    monkeypatch.setattr(sys, "prefix", str(python.parent.parent))  # the kernel that runs it stays in it
+    assert workspace.own_python() == Path(sys.executable)
+
+
+def test_packages_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    (tmp_path / "sagemaker-user").mkdir()
+    monkeypatch.setattr(workspace, "read_disk", lambda path: types.SimpleNamespace(free_gib=4.5))
+    with pytest.raises(UserError, match="expected 10 GiB free; got 4.5 GiB. Stop the space"):
+        workspace.own_python()
+    assert not any((tmp_path / "sagemaker-user").iterdir())
+
+
+def test_a_kernel_that_runs_another_python_is_told_to_switch(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    workspace.require_kernel(sys.executable)
+    assert not (tmp_path / "jupyter").exists()
+
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "/elsewhere/bin/python")
+    monkeypatch.setattr(sys, "prefix", "/elsewhere")
+    with pytest.raises(UserError, match=r"Choose the kernel 'Python \(QLoRA\)' at the top right"):
+        workspace.require_kernel(python)
+    spec = json.loads((tmp_path / "jupyter" / "kernels" / "qlora" / "kernel.json").read_text())
+    assert spec["argv"][0] == python

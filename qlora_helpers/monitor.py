@@ -1,0 +1,167 @@
+"""Watching a run: its loss curve, its other readings, several runs side by side, and where it stands now.
+
+Reads the run folder alone, so that it works beside a trainer in another process, after it, and without a GPU (what the GPUs do is
+`telemetry.gpu_table`'s). Knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_helpers.charts import Chart, Panel, Points, number_text
+from qlora_helpers.errors import UserError
+from qlora_helpers.run import Run, Status, find_runs, read_json
+from qlora_helpers.tables import html_table, plain, text_table
+from qlora_helpers.units import duration
+
+
+class LossCurve(Chart):
+    """Training and evaluation loss over the steps, nats a trained token.
+
+    Attributes:
+        loss, eval_loss: `(step, value)` pairs; a resumed run is one gapless curve.
+    """
+
+    def __init__(self, name: str, loss: Points, eval_loss: Points) -> None:
+        self.loss, self.eval_loss = loss, eval_loss
+        super().__init__(name, [Panel("loss, nats a token", {"training loss": loss, "evaluation loss": eval_loss})])
+
+
+def loss_curve(run: Run) -> LossCurve:
+    """The run's loss curve as far as it is logged; a progress file that is missing or half written is no error."""
+    records = run.progress()
+    return LossCurve(run.name, _points(records, "loss"), _points(records, "eval_loss"))
+
+
+def curves(run: Run) -> Chart:
+    """Learning rate, gradient norm and speed of a run, as small charts side by side."""
+    records = run.progress()
+    names = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
+    return Chart(run.name, [Panel(title, {title: _points(records, key)}) for title, key in names.items()], columns=3)
+
+
+def _points(records: Sequence[dict[str, Any]], key: str) -> Points:
+    values = [(record["step"], record.get(key)) for record in records]
+    return tuple((step, float(value)) for step, value in values if isinstance(value, int | float) and _finite(value))
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, repr=False)
+class RunTable:
+    """Several runs side by side; prints as text, shows as HTML in a notebook."""
+
+    rows: tuple[tuple[str, ...], ...]
+
+    HEADER = ("run", "state", "step", "loss", "eval loss", "ROUGE-L")
+
+    def __repr__(self) -> str:
+        return text_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "no runs yet"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "<p>no runs yet</p>"
+
+
+def run_table(root: str | os.PathLike[str] = "runs") -> RunTable:
+    """All runs below a folder: state, step, last losses and, where they are evaluated, ROUGE-L with the points gained.
+
+    A run whose files are damaged has the state `damaged`, and does not hide the others.
+    """
+    return RunTable(tuple(map(_run_row, find_runs(root))))
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    try:
+        status, records = run.status(), run.progress()
+        rouge = _rouge(read_json(run.evaluation_path)) if run.evaluation_path.exists() else ""
+    except UserError:
+        return (run.name, "damaged", "", "", "", "")
+    step = f"{status.step} of {status.max_steps}" if status.max_steps else ""
+    return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), rouge)
+
+
+def _rouge(evaluation: dict[str, Any]) -> str:
+    return f"{evaluation['scores']['tuned']['rouge_l']:.1f} ({evaluation['rouge_l_gain']:+.1f})"
+
+
+def _last(records: Sequence[dict[str, Any]], key: str) -> str:
+    points = _points(records, key)
+    return number_text(points[-1][1]) if points else ""
+
+
+@dataclass(frozen=True, repr=False)
+class Watch:
+    """Where a run stands at one moment; prints as a few lines.
+
+    Attributes:
+        name: the run's.
+        status: as `Run.status` tells it; a trainer that no longer lives is `dead`.
+        readings: name -> text, the last that were logged; empty before the first.
+        seconds_left: of the training, by the pace of this session; None where it can't be told.
+        seconds_silent: since the trainer's last sign of life.
+    """
+
+    name: str
+    status: Status
+    readings: dict[str, str]
+    seconds_left: float | None = None
+    seconds_silent: float = 0.0
+
+    def lines(self) -> list[str]:
+        """The lines that are printed: state and step, trouble where there is any, readings."""
+        status = self.status
+        head = f"{self.name}: {status.state}"
+        head += f", step {status.step} of {status.max_steps}" if status.max_steps else ""
+        if status.state == "running":
+            head += f", about {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
+            head += f", last sign of life {duration(self.seconds_silent)} ago"
+        lines = [head]
+        lines += [f"why it ended: {status.exit_reason}"] if status.exit_reason and status.state != "running" else []
+        lines += [f"last error: {status.last_error}"] if status.last_error else []
+        if self.readings:
+            lines.append(", ".join(f"{name} {text}" for name, text in self.readings.items()))
+        return [" ".join(plain(line).split()) for line in lines]
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        first, *rest = map(html.escape, self.lines())
+        return f"<div><strong>{first}</strong>{''.join(f'<br>{line}' for line in rest)}</div>"
+
+
+def watch_once(run: Run) -> Watch:
+    """Looks at a run once: state, step, time left, and the last readings."""
+    status, records = run.status(), run.progress()
+    return Watch(
+        run.name, status, _readings(records), _seconds_left(status, records), max(0.0, time.time() - status.heartbeat)
+    )
+
+
+def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    names = {"loss": "loss", "evaluation loss": "eval_loss", "learning rate": "learning_rate"}
+    names |= {"gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
+    found = {name: _last(records, key) for name, key in names.items()}
+    last = records[-1] if records else {}
+    for index, gpu in enumerate(last.get("gpus", [])):
+        parts = ((gpu.get("memory_used_gib"), ".1f", "GiB"), (gpu.get("load"), ".0f", "%"))
+        found[f"GPU {index}"] = " ".join(f"{value:{form}} {unit}" for value, form, unit in parts if value is not None)
+    if "process" in last:
+        found["process"] = f"{last['process']['rss_gib']:.2f} GiB"
+    return {name: text for name, text in found.items() if text}
+
+
+def _seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
+    paced = [record for record in records if record.get("session") == status.session and "time" in record]
+    steps = paced[-1]["step"] - paced[0]["step"] if paced else 0
+    if status.state != "running" or steps <= 0:
+        return None
+    return (paced[-1]["time"] - paced[0]["time"]) / steps * max(0, status.max_steps - status.step)

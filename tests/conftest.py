@@ -1,0 +1,108 @@
+"""What the tests share: offline, a cache of their own, few threads, and tiny real models instead of mocks.
+
+Heavy libraries are imported inside the fixtures, so that a test of a light module starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The cache of the package, empty at the start; no setting of the person who runs the tests reaches them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CACHE", str(folder))
+        for name in ("QLORA_PROFILE", "QLORA_RUNS", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """torch, on one thread: tiny products are slower on several, above all on a shared machine."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that does not exist yet."""
+    from qlora_helpers.run import Run
+
+    return Run(tmp_path / "runs" / "mine")
+
+
+@pytest.fixture(scope="session")
+def falcon(cache, torch):
+    """The tiny Falcon (the wiring of the 40B) in NF4, with its tokenizer. Shared: look, don't touch."""
+    return tiny_falcon()
+
+
+@pytest.fixture
+def own_falcon(cache, torch):
+    """The same, for tests that change it."""
+    return tiny_falcon()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(falcon):
+    """The corpus tokenizer: 2,048 tokens, 0 ends a text, 1 pads."""
+    return falcon.tokenizer
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, torch):
+    """A checkpoint folder with a tiny Llama, random weights and the corpus tokenizer."""
+    from qlora_helpers.checkpoints import corpus_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
+    tiny_llama().save_pretrained(folder)
+    corpus_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama(torch):
+    """A tiny Llama in float32, not quantised; a new one for each test."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def dialogues():
+    """Eight short dialogues with summaries."""
+    from qlora_helpers.sources import Dialogue
+
+    return tuple(
+        Dialogue(f"d{number}", dialogue, summary, f"conftest row {number}")
+        for number, (dialogue, summary) in enumerate(DIALOGUES, start=1)
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(dialogues):
+    """The dialogues in three splits: 4, 2 and 2."""
+    from qlora_helpers.sources import Corpus
+
+    return Corpus("written for the tests", "CC0-1.0", dialogues[:4], dialogues[4:6], dialogues[6:], notes=())
+
+
+@pytest.fixture(scope="session")
+def data(corpus, tokenizer):
+    """The corpus as packed blocks of 128 tokens."""
+    return prepared_data(corpus, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def padded_data(corpus, tokenizer):
+    """The corpus a row a block."""
+    return prepared_data(corpus, tokenizer, packing=False)

@@ -1,0 +1,99 @@
+"""Plain facts about model families, checked against transformers' own models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tiny import FAMILIES, tiny_model
+
+from qlora_helpers.architectures import ADAPTER_TARGETS, SHAPES, adapter_targets, keeps_packed_rows_apart
+from qlora_helpers.errors import ModelError
+
+
+def test_every_listed_family_is_tried_here():
+    assert set(FAMILIES) == set(ADAPTER_TARGETS)
+    assert len(FAMILIES) >= 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_are_all_linear_layers_of_a_block(torch, family):
+    """None that the model lacks, and none left out: QLoRA found adapters on all of them to matter."""
+    model = tiny_model(family)
+    head = model.get_output_embeddings()
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    assert set(adapter_targets(model.config.to_dict())) == found
+
+
+def test_an_unlisted_family_has_no_targets_here():
+    assert adapter_targets({"model_type": "stablelm"}) is None
+    assert adapter_targets({}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        ({"model_type": "falcon"}, True),
+        ({"model_type": "falcon", "alibi": True}, False),  # Falcon-RW
+        ({"model_type": "bloom"}, False),
+        ({"model_type": "opt"}, False),
+        ({"model_type": "llama"}, True),
+        ({"model_type": "mamba"}, False),
+        ({"model_type": "mistral", "sliding_window": 512}, True),
+        ({"model_type": "mistral", "sliding_window": 511}, False),
+        ({"model_type": "mistral", "sliding_window": None}, True),
+        ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}, True),
+        ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": True}, False),
+        ({}, False),
+    ],
+)
+def test_which_models_keep_packed_rows_apart(config, apart):
+    assert keeps_packed_rows_apart(config, 512) is apart
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if keeps_packed_rows_apart({"model_type": family}, 64)])
+def test_what_is_said_to_keep_rows_apart_does(torch, family):
+    """Proved on a model of each family, with weights large enough for a leak to show."""
+    changed, apart = rows_apart(tiny_model(family, initializer_range=0.5))
+    assert changed == 0
+    assert apart < 1e-4
+
+
+def test_a_model_that_does_not_is_found_out(torch):
+    with pytest.raises((ModelError, ValueError, RuntimeError)):
+        rows_apart(tiny_model("bloom", initializer_range=0.5))
+
+
+def rows_apart(model) -> tuple[float, float]:
+    from qlora_helpers.training import check_rows_apart, make_collator
+
+    model.config.use_cache = False
+    collator = make_collator(model, SimpleNamespace(pad_token_id=0), SimpleNamespace(packed=True, seq_len_tokens=32))
+    return check_rows_apart(model, collator)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_catalogued_shapes_are_transformers_own(torch, name):
+    """Every key is one that the family's configuration knows, and the wiring is as in the released model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**SHAPES[name])
+    known = config.to_dict()
+    assert set(SHAPES[name]) <= set(known)
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings"):
+        assert known[key] == SHAPES[name].get(key, known[key])
+
+
+def test_the_tiny_falcon_has_the_wiring_of_the_40b():
+    tiny, large = SHAPES["falcon-tiny"], SHAPES["falcon-40b"]
+    sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
+             "bos_token_id", "eos_token_id"}  # fmt: skip
+    assert {key: value for key, value in tiny.items() if key not in sizes} == {
+        key: value for key, value in large.items() if key not in sizes
+    }
+    assert tiny["num_kv_heads"] > 1  # grouped keys and values, as in the 40B
+    assert tiny["hidden_size"] % 64 == 0  # of a block of NF4

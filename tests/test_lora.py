@@ -1,0 +1,193 @@
+"""Adapters: on the right layers, counted honestly, and without effect until they are trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from tiny import tiny_llama, tiny_model
+
+from qlora_helpers.architectures import SHAPES
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.lora import (
+    ParameterCount,
+    add_adapters,
+    count_from_shape,
+    count_parameters,
+    linear_layer_names,
+    load_adapter,
+    target_modules,
+)
+
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_falcon_40b_in_figures(torch):
+    """The recipe's published figures count two 4-bit weights as one; the true total is twice as large."""
+    count = count_from_shape(SHAPES["falcon-40b"], AdapterConfig())
+    assert count == ParameterCount(trainable=55_541_760, total=41_358_835_712, published_total=20_974_518_272)
+    assert round(count.percent, 4) == 0.1343
+    assert round(count.published_percent, 4) == 0.2648
+    for figure in ("55,541,760", "41,358,835,712", "0.1343 %", "20,974,518,272", "0.2648 %"):
+        assert figure in repr(count)
+
+
+def test_known_sizes_of_other_models(torch):
+    assert count_from_shape(SHAPES["smollm2-135m"], AdapterConfig()).total == 134_515_008 + 2_442_240
+    assert round(count_from_shape(SHAPES["llama-3.1-8b"], AdapterConfig()).total / 1e9, 2) == 8.05
+
+
+def test_a_4_bit_model_is_counted_as_if_it_were_unpacked(torch, own_falcon):
+    """Equal to the count of the same shape on the meta device; a bf16 copy of it has as many."""
+    expected = count_from_shape(SHAPES["falcon-tiny"], AdapterConfig(r=4))
+    count = count_parameters(add_adapters(own_falcon.model, AdapterConfig(r=4), seed=0))
+    assert count == expected
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["falcon-tiny"]))
+    assert count.total - count.trainable == sum(parameter.numel() for parameter in plain.parameters())
+    layers, hidden = 4, 256
+    heads, keys = 256, 2 * 2 * 32
+    inputs_and_outputs = (hidden + heads + keys) + (hidden + hidden) + 2 * (hidden + 4 * hidden)
+    assert count.trainable == layers * 4 * inputs_and_outputs
+    packed = layers * (hidden * (heads + keys) + hidden * hidden + 2 * 4 * hidden * hidden) // 2
+    assert count.published_total == count.total - packed
+
+
+def test_tied_weights_are_counted_once(torch):
+    apart, tied = (count_parameters(tiny_llama(tie_word_embeddings=tied)).total for tied in (False, True))
+    assert apart - tied == 2048 * 64
+
+
+# which layers
+
+
+def test_the_architecture_s_layers_by_default(llama, falcon):
+    assert target_modules(llama, AdapterConfig()) == LLAMA_TARGETS
+    assert target_modules(falcon.model, AdapterConfig()) == (
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    )  # fmt: skip
+
+
+def test_4_bit_layers_are_found(falcon):
+    assert linear_layer_names(falcon.model) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("stablelm", set(LLAMA_TARGETS)), ("mpt", {"Wqkv", "out_proj", "up_proj", "down_proj"})],
+)
+def test_layers_of_an_unlisted_family_are_discovered(torch, family, expected):
+    model = tiny_model(family)
+    assert set(target_modules(model, AdapterConfig())) == expected
+    adapted = add_adapters(model, AdapterConfig(r=2), seed=0)
+    assert {name.split(".")[-4] for name, weight in adapted.named_parameters() if weight.requires_grad} == expected
+
+
+def test_a_model_without_linear_layers_is_refused(torch):
+    """GPT-2's layers are of a kind of its own (Conv1D)."""
+    model = tiny_model("gpt2")
+    with pytest.raises(ModelError, match="no linear layers in its blocks"):
+        add_adapters(model, AdapterConfig(), seed=0)
+
+
+def test_the_user_s_own_layers(llama):
+    config = AdapterConfig(r=2, target_modules=("v_proj", "q_proj"))
+    assert target_modules(llama, config) == ("v_proj", "q_proj")
+    adapted = add_adapters(llama, config, seed=0)
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # layers, targets, A and B
+    assert all("q_proj" in name or "v_proj" in name for name in trained)
+
+
+@pytest.mark.parametrize("name", ["query_key_value", "lm_head", "embed_tokens", "norm", "proj", "layers.0.self_attn.q_proj"])
+def test_layers_that_the_model_does_not_have_are_refused(llama, name):
+    with pytest.raises(ModelError, match=rf"expected some of down_proj, .*; got {name}\. Set adapter.target_modules=none"):
+        add_adapters(llama, AdapterConfig(target_modules=("q_proj", name)), seed=0)
+
+
+# what they do
+
+
+@pytest.fixture
+def ids(torch):
+    return torch.randint(2, 2048, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_new_adapters_change_no_answer(torch, own_falcon, ids, settings):
+    """B starts at zero; on 4-bit layers, with every option."""
+    with torch.no_grad():
+        before = own_falcon.model(input_ids=ids).logits
+        adapted = add_adapters(own_falcon.model, AdapterConfig(r=4, **settings), seed=0).eval()
+        after = adapted(input_ids=ids).logits
+        # DoRA divides by a norm that it computes from the weights: equal but for rounding
+        assert torch.allclose(before, after, atol=1e-4 if settings.get("use_dora") else 0, rtol=0)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.01)
+        assert (adapted(input_ids=ids).logits - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / math.sqrt(16))])
+def test_the_scale(torch, llama, ids, rslora, scale):
+    """W x + scale * B A x, to the digit, on one layer."""
+    config = AdapterConfig(r=16, lora_alpha=32, lora_dropout=0, use_rslora=rslora, target_modules=("q_proj",))
+    plain = copy.deepcopy(llama.model.layers[0].self_attn.q_proj)
+    layer = add_adapters(llama, config, seed=0).base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        b.normal_(generator=torch.Generator().manual_seed(2))
+        assert torch.allclose(layer(x), plain(x) + scale * x @ a.T @ b.T, atol=1e-4)
+
+
+def test_dora_trains_a_magnitude_too(torch, llama):
+    trained = {name for name, weight in add_adapters(llama, AdapterConfig(use_dora=True), seed=0).named_parameters()
+               if weight.requires_grad}  # fmt: skip
+    assert sum("lora_magnitude_vector" in name for name in trained) == 2 * len(LLAMA_TARGETS)
+
+
+def test_only_the_adapters_are_trained_and_in_float32(torch, own_falcon):
+    adapted = add_adapters(own_falcon.model, AdapterConfig(), seed=0)
+    for name, weight in adapted.named_parameters():
+        assert weight.requires_grad is ("lora_" in name)
+        assert weight.dtype == torch.float32 or not weight.requires_grad
+
+
+def test_adapters_on_a_bf16_model_are_in_float32(torch, llama):
+    adapted = add_adapters(llama.to(torch.bfloat16), AdapterConfig(), seed=0)
+    assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_the_seed_makes_the_adapters(torch):
+    def first(seed):
+        adapted = add_adapters(tiny_llama(), AdapterConfig(), seed=seed)
+        return next(weight for name, weight in adapted.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_a_second_set_of_adapters_is_refused(llama):
+    adapted = add_adapters(llama, AdapterConfig(), seed=0)
+    for model in (adapted, llama):
+        with pytest.raises(ModelError, match="has adapters already"):
+            add_adapters(model, AdapterConfig(), seed=0)
+
+
+def test_a_saved_adapter_answers_as_the_one_in_memory(torch, llama, ids, tmp_path):
+    adapted = add_adapters(llama, AdapterConfig(), seed=0).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+        expected = adapted(input_ids=ids).logits
+        adapted.save_pretrained(tmp_path)
+        loaded = load_adapter(tiny_llama(), tmp_path).eval()
+        assert not any(weight.requires_grad for name, weight in loaded.named_parameters() if "lora_" in name)
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-3)
