@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -237,7 +238,7 @@ def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:
         raise ModelError(
             f"{gguf.name} could not be read as GGUF ({error})", next_step="Download it again, or use another format."
         ) from error
@@ -296,8 +297,7 @@ def _random_checkpoint(name: str, say: Say) -> Checkpoint:
     shape = SHAPES[short]
     folder = cache_root() / "random" / short
     if _small(shape):
-        say_so = f"Making {short} with random weights in the cache ..."
-        _make_once(folder, "model.safetensors", lambda: (say(say_so), _write_random_model(shape, folder)))
+        _make_once(folder, "model.safetensors", lambda: _write_random_model(shape, folder, say))
         return Checkpoint(name, folder, "random")
     _make_once(folder, "tokenizer.json", lambda: _write_tokenizer(folder))
     return Checkpoint(name, folder, "random", shape=shape)
@@ -307,10 +307,16 @@ def _small(shape: dict[str, Any]) -> bool:
     return 12 * shape["num_hidden_layers"] * shape["hidden_size"] ** 2 < WRITTEN_OUT_PARAMETERS
 
 
-def _write_random_model(shape: dict[str, Any], folder: Path) -> None:
+def _write_tokenizer(folder: Path) -> None:
+    with replaced_folder(folder) as temporary:
+        corpus_tokenizer().save_pretrained(temporary)
+
+
+def _write_random_model(shape: dict[str, Any], folder: Path, say: Say) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    say(f"Making {folder.name} with random weights in the cache ...")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)

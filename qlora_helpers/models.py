@@ -93,7 +93,7 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
     checkpoint = find_checkpoint(config, say=say)
     tokenizer = _tokenizer(checkpoint)
     dtype = compute_dtype(config)
-    attention = "sdpa" if config.attention == "auto" else config.attention
+    attention = None if config.attention == "auto" else config.attention
     quiet_bitsandbytes()
     if checkpoint.shape is not None:
         from qlora_helpers.random_weights import build_random_model
@@ -106,6 +106,7 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = False
+    _check_vocabulary(model, tokenizer)
     keep_gradients_exact_on_cpu(model)
     return LoadedModel(model, tokenizer, checkpoint, audit(model, config))
 
@@ -122,41 +123,78 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
     on_gpu = config.device_map == "auto" and torch.cuda.is_available()
+    with _clear_load_errors(checkpoint.name), falcon_linears_as_plain():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            quantization_config=quantization_settings(config, dtype),
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device_map_argument() if on_gpu else {"": "cpu"},
+            max_memory=_limits(config) if on_gpu else None,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(found["missing_keys"])  # transformers fills these with random values and goes on
+    if missing:
+        raise ModelError(
+            f"{checkpoint.name} lacks {len(missing)} of its weights, {missing[0]} first",
+            next_step="Its files are incomplete, or not of the model that its config.json describes: get it again.",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _clear_load_errors(name: str) -> Iterator[None]:
+    """What goes wrong while a checkpoint's files are read becomes one `ModelError`."""
+    import torch
+    from safetensors import SafetensorError
+
     try:
-        with falcon_linears_as_plain():
-            return AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                quantization_config=quantization_settings(config, dtype),
-                dtype=dtype,
-                attn_implementation=attention,
-                device_map=device_map_argument() if on_gpu else {"": "cpu"},
-                max_memory=_limits(config) if on_gpu else None,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
-            f"{checkpoint.name} does not fit on the GPU",
+            f"{name} does not fit on the GPU",
             next_step="Choose a smaller model or a larger GPU; notebook 08 shows what holds GPU memory.",
         ) from error
-    except ValueError as error:
-        if "dispatched on the CPU or the disk" in str(error):
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if "dispatched on the CPU or the disk" in text:
             raise ModelError(
-                f"{checkpoint.name} does not fit on the GPUs within the limit",
+                f"{name} does not fit on the GPUs within the limit",
                 next_step="Raise model.max_memory_per_gpu_gib, use more or larger GPUs, or a smaller model.",
             ) from error
-        if "remote code" in str(error) or "trust_remote_code" in str(error) or "model type" in str(error):
+        if "custom code" in text or "trust_remote_code" in text or "model type" in text.lower():
             raise ModelError(
-                f"{checkpoint.name} is no architecture that transformers knows itself",
+                f"{name} needs code that transformers does not hold itself, or is no causal language model",
                 next_step="Code that comes with a model is never run here: choose a model that is native in transformers.",
             ) from error
-        raise
+        if "attention implementation" in text:
+            raise ModelError(f"{name} has no such attention", next_step="Set model.attention=auto.") from error
+        if "You set `ignore_mismatched_sizes`" in text:
+            text = "its weights have other sizes than its config.json says"
+        reason = (text.strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name} could not be loaded ({reason})", next_step="Get its files again, or choose another model."
+        ) from error
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    for kind, token in (("padding", tokenizer.pad_token_id), ("end-of-text", tokenizer.eos_token_id)):
+        if token >= rows:
+            raise ModelError(
+                f"the tokenizer's {kind} token has no row in the model's embedding",
+                expected=f"a number below {rows}",
+                got=str(token),
+                next_step="Get the tokenizer that belongs to the model, or choose another model.",
+            )
 
 
 def device_map_argument() -> Any:
@@ -278,7 +316,8 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with _clear_load_errors(f"the tokenizer of {checkpoint.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
     set_pad_token(tokenizer)
     return tokenizer

@@ -19,7 +19,7 @@ STANDARD_DEVIATION = 0.02
 
 
 def build_random_model(
-    shape: dict[str, Any], config: ModelConfig, *, dtype: torch.dtype, attention: str, seed: int = 0
+    shape: dict[str, Any], config: ModelConfig, *, dtype: torch.dtype, attention: str | None, seed: int = 0
 ) -> PreTrainedModel:
     """Builds a causal language model from its shape, on the first GPU or else the CPU.
 
@@ -27,7 +27,7 @@ def build_random_model(
         shape: the model's `config.json`.
         config: quantisation and device.
         dtype: of the unquantised weights and of the products.
-        attention: attention implementation.
+        attention: attention implementation; None takes transformers' choice.
         seed: of the weights.
     """
     import torch

@@ -174,7 +174,10 @@ def train(
     config = run.config()
     main = is_main_process()
     with _owned(run) if main else contextlib.nullcontext():
-        loaded = loaded or load(run, say=say)
+        if loaded is None:
+            if main:
+                check_source(run)
+            loaded = load(run, say=say)
         model = model or add_adapters(run, loaded)
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
@@ -359,6 +362,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
         say(f"{run.name} is finished; its report is made again from what is there.")
         return report.write_report(run)
+    check_source(run)
     loaded = load(run, say=say)
     say(str(loaded))
     say(str(prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)))

