@@ -123,6 +123,18 @@ def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
     return lora.add_adapters(loaded.model, config.adapter, seed=config.train.seed)
 
 
+def check_source(run: Run) -> None:
+    """Reads the data once before gigabytes of model are loaded, so that a mistake in it is told at once.
+
+    Raises:
+        DataError: the source can't be read or used.
+    """
+    from qlora_helpers.sources import read_corpus
+
+    if not (run.data_dir / "prepared.json").exists():
+        read_corpus(run.config().data)
+
+
 def prepare_data(
     run: Run, tokenizer: PreTrainedTokenizerBase, *, shape: dict[str, Any], say: Say = print
 ) -> PreparedData:
