@@ -8,6 +8,7 @@ on the way becomes one `ModelError`. Knows nothing of quantisation, devices or t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import struct
@@ -133,7 +134,9 @@ def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
     return Checkpoint(config.name, _checked_folder(folder), "hub", revision=folder.name)
 
 
+@functools.cache
 def _hub_answers() -> bool:
+    """Whether the model hub is there; asked once a process."""
     from huggingface_hub import constants, errors, get_session
 
     try:

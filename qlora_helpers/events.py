@@ -73,7 +73,7 @@ class S3Copy:
 
 
 def event_callback(run: Run, config: RunConfig, *, s3_client: Any = None) -> Any:
-    """A `TrainerCallback` that writes the run's scalars, settings and sample texts to `events/`; None where it is off.
+    """A `TrainerCallback` that writes the run's scalars and settings to `events/`; None where it is off.
 
     Args:
         run: the run.

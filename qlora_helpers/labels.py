@@ -210,10 +210,9 @@ class TokenView:
         """Trained tokens in [brackets], the trained end as [END], masked text as it is, a bar between rows."""
         parts, last_kind, last_segment = [], "", None
         for text, kind, segment in self.tokens:
-            if last_segment not in (None, segment):
-                parts.append("\n| ")
             opens, closes = kind in ("trained", "end"), last_kind in ("trained", "end")
             parts += ["]" if closes and (not opens or segment != last_segment) else ""]
+            parts += ["\n| " if last_segment not in (None, segment) else ""]
             parts += ["[" if opens and (not closes or segment != last_segment) else ""]
             parts.append({"end": "END", "padding": "."}.get(kind, text))
             last_kind, last_segment = kind, segment

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.resources
 import shlex
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import __version__, telemetry
+from qlora_helpers import __version__
 from qlora_helpers.catalog import LICENCES
 from qlora_helpers.config import SECTIONS, RunConfig, describe
 from qlora_helpers.labels import LabelReport
@@ -248,13 +247,9 @@ def _short(name: str, *, keep_owner: bool = False) -> str:
 
 
 def _machine(parts: _Parts) -> str:
-    """`a CPU`, or the GPUs' name where this is the machine that trained; never the machine's own name."""
-    devices = [name for name in parts.measured["peak_gib"] if name != "cpu"]
-    if not devices:
-        return "a CPU"
-    here = parts.status.host == socket.gethostname()
-    names = sorted({gpu.name for gpu in telemetry.read_gpus()}) if here else []
-    return f"{len(devices)} x {' or '.join(names) or 'GPU'}"
+    """`a CPU`, or the GPUs' names; never the machine's own name."""
+    name = parts.measured["machine"]
+    return "a CPU" if name == "CPU" else name
 
 
 def _parameters(parts: _Parts) -> dict[str, str]:
@@ -265,6 +260,7 @@ def _parameters(parts: _Parts) -> dict[str, str]:
         "trained": f"{trained:,}",
         "total": f"{total:,}",
         "percent": f"{100 * trained / total:.2f}\N{NO-BREAK SPACE}%",
+        "published": f"{parts.measured['published_parameters']:,}",
     }
 
 

@@ -38,22 +38,28 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps done in all sessions.
+        new_steps: those of this session.
         loss, eval_loss: the last logged ones; per trained token, in nats.
         seconds: of this session's training.
         tokens_per_s: tokens that are not padding, of this session.
         peak_gib: most memory held by tensors on each GPU; on a CPU the process's peak.
         stopped: whether a person stopped it before the end.
+        machine: what it ran on: the GPUs' names, or `CPU`.
     """
 
     steps: int
+    new_steps: int
     loss: float | None
     eval_loss: float | None
     seconds: float
     tokens_per_s: float
     peak_gib: dict[str, float]
     stopped: bool
+    machine: str
 
     def __repr__(self) -> str:
+        if self.new_steps == 0:
+            return f"nothing left to do: all {self.steps} steps were done before"
         peak = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.peak_gib.items())
         end = "stopped by request" if self.stopped else "finished"
         losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
@@ -244,6 +250,12 @@ class RunFolderCallback(TrainerCallback):
             control.should_save = True
         if "stop" in kinds:
             self.stopped = control.should_training_stop = True
+        self._beat_heart(state)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._beat_heart(state)
+
+    def _beat_heart(self, state: Any) -> None:
         if self.is_writer and time.monotonic() - self._beat > HEARTBEAT_S:
             self._beat = time.monotonic()
             self.run.set_status(step=state.global_step)
@@ -252,7 +264,8 @@ class RunFolderCallback(TrainerCallback):
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        for name in ("loss", "eval_loss", "grad_norm"):
+        # With float16 a gradient may overflow: the loss scaler then leaves out that step and scales less.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             if name in logs and not math.isfinite(float(logs[name])):
                 raise RunError(
                     f"{name} is no longer a finite number at step {state.global_step}",
@@ -269,7 +282,8 @@ class RunFolderCallback(TrainerCallback):
             "step": state.global_step,
             "epoch": round(state.epoch or 0, 4),
         }
-        record |= {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        values = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        record |= {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         if "loss" in logs and self.trainer is not None:
             tokens, now = int(self.trainer.tokens_seen), time.monotonic()
             processes = self.trainer.accelerator.num_processes
@@ -341,13 +355,16 @@ def train(
         check_rows_apart(model, collator)
     args = training_arguments(config, run, on_cpu=on_cpu, half=None if on_cpu else half_of(model))
     args.disable_tqdm = not show_progress
+    if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
+        args._n_gpu = 1
     trainer = SummaryTrainer(
         model=model, args=args, train_dataset=data.train, eval_dataset=data.eval, data_collator=collator
     )
     resume = saved.newest_good(run.checkpoints_dir)
     is_writer = trainer.is_world_process_zero()
     total = planned_steps(trainer)
-    session = run.start_session(total, saved.step_of(resume) if resume else 0) if is_writer else 0
+    start = saved.step_of(resume) if resume else 0
+    session = run.start_session(total, start) if is_writer else 0
     callback = RunFolderCallback(run, config, session, is_writer)
     callback.trainer = trainer
     trainer.add_callback(callback)
@@ -355,7 +372,7 @@ def train(
         trainer.add_callback(extra)
     started = time.monotonic()
     try:
-        if resume and saved.step_of(resume) >= total:  # Trainer would do one step more
+        if resume and start >= total:  # Trainer would do one step more
             trainer.state = saved.load_finished(model, resume)
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -366,8 +383,8 @@ def train(
     losses = {key: item[key] for item in trainer.state.log_history for key in ("loss", "eval_loss") if key in item}
     tokens = int(trainer.tokens_seen) * trainer.accelerator.num_processes
     return TrainResult(
-        trainer.state.global_step, losses.get("loss"), losses.get("eval_loss"), seconds, tokens / max(1e-9, seconds),
-        peak_memory(), callback.stopped,
+        trainer.state.global_step, trainer.state.global_step - start, losses.get("loss"), losses.get("eval_loss"),
+        seconds, tokens / max(1e-9, seconds), peak_memory(), callback.stopped, machine_name(device),
     )  # fmt: skip
 
 
@@ -385,6 +402,14 @@ def half_of(model: torch.nn.Module) -> torch.dtype | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     dtype = inner.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def machine_name(device: torch.device) -> str:
+    """What a model on this device runs on: `CPU`, or the GPUs' names, such as `2 x NVIDIA L4`."""
+    if device.type == "cpu":
+        return "CPU"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def peak_memory() -> dict[str, float]:

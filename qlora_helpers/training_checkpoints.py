@@ -7,7 +7,6 @@ a damaged one is passed over with a warning. `training_args.bin`, a pickle, is n
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import shutil
 import warnings
@@ -42,7 +41,9 @@ def verify(checkpoint: Path) -> None:
     Raises:
         RunError: a file is missing, unreadable or holds a value that is not finite.
     """
-    (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    # Two saves at one step (asked for, and at the end of an epoch) leave the first one's seal here.
+    for name in ("training_args.bin", SEAL):
+        (checkpoint / name).unlink(missing_ok=True)
     missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
     if missing:
         raise RunError(f"{checkpoint.name} is incomplete: {', '.join(missing)} is missing")
@@ -96,7 +97,7 @@ def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
 
 def rotate(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` good checkpoints, and leftovers older than the newest good one."""
-    good = [path for path in all_checkpoints(folder) if (path / SEAL).exists()]
+    good = [path for path in all_checkpoints(folder) if is_good(path)]
     if not good:
         return
     kept = set(good[-keep:])
@@ -108,8 +109,3 @@ def rotate(folder: Path, keep: int) -> None:
 def _fingerprint(path: Path) -> list[int | str]:
     with open(path, "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN: a value that is not finite becomes None."""
-    return value if math.isfinite(value) else None

@@ -199,7 +199,7 @@ def train(
         )
         if main:
             save_adapter(run, model, loaded)
-            if result.tokens_per_s:  # nothing is measured where nothing was left to train
+            if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result)
             run.set_status(
                 state="stopped" if result.stopped else "finished",
@@ -461,7 +461,8 @@ def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: Tra
     measured = {
         "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "seconds": round(result.seconds, 1),
         "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps, "trainable_parameters": count.trainable,
-        "parameters": count.total, "versions": versions(),
+        "parameters": count.total, "published_parameters": count.published_total, "machine": result.machine,
+        "versions": versions(),
     }  # fmt: skip
     _add_to_plan(run, measured=measured)
 

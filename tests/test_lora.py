@@ -13,6 +13,7 @@ from qlora_helpers.config import AdapterConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.lora import (
     ParameterCount,
+    adapter_sizes,
     add_adapters,
     count_from_shape,
     count_parameters,
@@ -102,9 +103,13 @@ def test_the_user_s_own_layers(llama):
     assert all("q_proj" in name or "v_proj" in name for name in trained)
 
 
-@pytest.mark.parametrize("name", ["query_key_value", "lm_head", "embed_tokens", "norm", "proj", "layers.0.self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "name", ["query_key_value", "lm_head", "embed_tokens", "norm", "proj", "layers.0.self_attn.q_proj"]
+)
 def test_layers_that_the_model_does_not_have_are_refused(llama, name):
-    with pytest.raises(ModelError, match=rf"expected some of down_proj, .*; got {name}\. Set adapter.target_modules=none"):
+    with pytest.raises(
+        ModelError, match=rf"expected some of down_proj, .*; got {name}\. Set adapter.target_modules=none"
+    ):
         add_adapters(llama, AdapterConfig(target_modules=("q_proj", name)), seed=0)
 
 
@@ -191,3 +196,12 @@ def test_a_saved_adapter_answers_as_the_one_in_memory(torch, llama, ids, tmp_pat
         assert torch.equal(loaded(input_ids=ids).logits, expected)
         with loaded.disable_adapter():
             assert not torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"r": 4}, {"use_dora": True}, {"target_modules": ("dense",)}])
+def test_sizes_by_arithmetic_are_what_is_added(torch, own_falcon, settings):
+    config = AdapterConfig(**settings)
+    sizes = adapter_sizes(own_falcon.model, config)
+    assert [size.layers for size in sizes] == [4] * len(target_modules(own_falcon.model, config))
+    model = add_adapters(own_falcon.model, config, seed=0)
+    assert sum(size.parameters for size in sizes) == count_parameters(model).trainable

@@ -142,8 +142,7 @@ def test_what_is_no_number_is_left_out(tmp_path):
         '{"step": 5, "loss": 2}\n[1]\n'
     )
     assert loss_curve(run).loss == ((5, 2.0),)
-    dots = re.findall(r"<use ", image(loss_curve(run)))
-    assert dots, "a single point is drawn as a dot"
+    assert re.search(f"<use [^>]*{charts.BLUE}", image(loss_curve(run))), "a single point is drawn as a dot"
 
 
 # tables of long runs
@@ -207,6 +206,18 @@ def test_a_running_run(tmp_path):
         "loss 2.212, evaluation loss 2.287, learning rate 3.3e-04, gradient norm 0.800, tokens/s 840"
     )
     assert readings.endswith("process 1.31 GiB")
+
+
+def test_the_time_left_goes_by_the_pace_of_this_session(tmp_path):
+    run = fake_run(tmp_path)
+    run.start_session(30, 0)
+    add_progress(run, last=20)  # 8 s a step, long ago
+    run.start_session(30, 20)
+    assert watch_once(run).seconds_left is None
+    for step in (22, 24):
+        run.append_progress({"session": 2, "step": step, "loss": 2.0, "time": 2_000_000.0 + step / 2})
+    run.set_status(step=24)
+    assert watch_once(run).seconds_left == pytest.approx(3)
 
 
 def test_a_run_that_has_only_begun(tmp_path):

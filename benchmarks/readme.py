@@ -1,0 +1,89 @@
+"""Fills the README's figures from the JSON files beside this script; `--check` fails where they differ.
+
+    .venv/bin/python benchmarks/readme.py [--check]
+
+Between `<!-- figures:NAME -->` and `<!-- /figures -->` stands what this script wrote, and nothing that a person typed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_helpers.run import read_json, write_text
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def main() -> int:
+    """Writes the README, or with `--check` says whether it would change."""
+    old = README.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv[1:]:
+        print("README.md agrees with benchmarks/" if new == old else "README.md differs: run benchmarks/readme.py")
+        return int(new != old)
+    write_text(README, new)
+    return 0
+
+
+def filled(text: str) -> str:
+    """The README with every marked place filled."""
+    for name, table in TABLES.items():
+        place = re.compile(rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)", re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"README.md has no place for {name}")
+        content = table()
+        text = place.sub(lambda match, content=content: match[1] + content + match[2], text)
+    return text
+
+
+def demo() -> str:
+    """Scores and cost of `make demo`."""
+    found = read_json(HERE / "demo_two_cores.json")
+    lines = ["| data | model | ROUGE-1 | ROUGE-L | answers that end | loss |", "|---|---|---|---|---|---|"]
+    names = {"base": "untuned", "base_chat": "untuned, its own chat template", "tuned": "**tuned**"}
+    for run in found["runs"]:
+        for name, score in run["scores"].items():
+            loss = "" if score["loss"] is None else f"{score['loss']:.2f}"
+            cells = [run["data"], names[name], f"{score['rouge1']:.1f}", f"{score['rouge_l']:.1f}"]
+            lines.append("| " + " | ".join([*cells, f"{score['stop_rate']:.0%}", loss]) + " |")
+    times = "; ".join(
+        f"{run['demo_seconds'] / 60:.1f} minutes in all for {run['train_rows']} rows, "
+        f"{run['measured']['seconds'] / 60:.1f} of them training, peak {run['measured']['peak_gib']['cpu']:.1f} GiB"
+        for run in found["runs"]
+    )
+    machine = found["machine"]
+    versions = found["runs"][0]["measured"]["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return "\n".join([*lines, "", f"{times} ({machine['cpu']}, {machine['cores']} cores; {packages}).", ""])
+
+
+def gpu() -> str:
+    """A model at true size on one real GPU."""
+    found = read_json(HERE / "true_size_one_gpu.json")
+    lines = [
+        "| model | weights | layers in 4 bits | loss in 20 steps | peak | reloaded logits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in found["models"].items():
+        weights, peak = sum(run["weights_gib"].values()), sum(run["peak_gib"].values())
+        difference = run["reload_difference"]
+        same = "equal" if difference == 0 else f"within {difference:.0e}"
+        lines.append(
+            f"| {name} ({run['parameters']:,} parameters) | {weights:.2f} GiB | {run['linear_layers_in_4_bit']} | "
+            f"{run['first_loss']:.2f} to {run['last_loss']:.2f} | {peak:.2f} GiB | {same} |"
+        )
+    versions = found["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return "\n".join(
+        [*lines, "", f"{found['gpu']}; {packages}; `tests/gpu/run_on_gpu.py`, `benchmarks/true_size_one_gpu.json`.", ""]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu}
+
+if __name__ == "__main__":
+    sys.exit(main())

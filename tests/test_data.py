@@ -1,0 +1,210 @@
+"""Dialogues become blocks: every row once, nothing lost silently, and what is on disk is used while it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from tiny import prepared_data
+
+from qlora_helpers import data as data_module
+from qlora_helpers.checkpoints import corpus_tokenizer
+from qlora_helpers.config import DataConfig
+from qlora_helpers.data import fingerprint, load_prepared, prepare, prepared, save_prepared
+from qlora_helpers.errors import DataError, RunError
+from qlora_helpers.sources import Corpus, Dialogue, read_corpus
+
+
+def rows_of(blocks, tokenizer) -> dict[str, str]:
+    """Each row's text by its id, put together again from the blocks."""
+    texts = {}
+    for block in blocks:
+        for number, row_id in enumerate(block["row_ids"], start=1):
+            ids = [token for token, row in zip(block["input_ids"], block["segment_ids"], strict=True) if row == number]
+            assert row_id not in texts
+            texts[row_id] = tokenizer.decode(ids)
+    return texts
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_row_is_there_once(corpus, tokenizer, packing):
+    made = prepared_data(corpus, tokenizer, packing=packing)
+    assert made.packed is packing
+    for blocks, dialogues, report in (
+        (made.train, corpus.train, made.report),
+        (made.eval, corpus.eval, made.eval_report),
+    ):
+        assert rows_of(blocks, tokenizer) == {
+            item.id: f"Summarize the chat dialogue:\n{item.dialogue}\n---\nSummary:\n{item.summary}<|endoftext|>"
+            for item in dialogues
+        }
+        assert report.passed
+        assert report.rows == len(dialogues)
+        assert all(len(block["input_ids"]) <= 128 for block in blocks)
+        assert len(blocks) == len(dialogues) or packing
+    assert made.test == corpus.test
+    assert made.notes == ()
+
+
+def test_packing_saves_blocks(corpus, tokenizer):
+    made = prepared_data(corpus, tokenizer, seq_len_tokens=256)
+    assert len(made.train) < len(corpus.train)
+    assert "4 training, 2 evaluation and 2 test rows" in repr(made)
+    assert f"{len(made.train)} blocks of 256 tokens" in repr(made)
+
+
+def test_a_model_that_can_not_keep_rows_apart_gets_padded_ones(corpus, tokenizer):
+    made = prepare(corpus, tokenizer, DataConfig(seq_len_tokens=128), can_pack=False)
+    assert not made.packed
+    assert len(made.train) == 4
+    assert made.notes == ("this model can't keep packed rows apart, so rows are padded instead",)
+    assert prepare(corpus, tokenizer, DataConfig(packing=False, seq_len_tokens=128), can_pack=False).notes == ()
+
+
+@pytest.fixture
+def long_corpus(corpus):
+    """One dialogue that is too long for 64 tokens, and one whose summary is."""
+    long_dialogue = Dialogue("long", "Ana: really?\n" * 40, "Ana doubts it.", "rows.csv line 7")
+    long_summary = Dialogue("endless", "Ana: hi", "Ana says hi. " * 40, "rows.csv line 9")
+    return dataclasses.replace(corpus, train=(*corpus.train, long_dialogue, long_summary), notes=("a note of the source",))
+
+
+def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
+    made = prepared_data(long_corpus, tokenizer)
+    texts = rows_of(made.train, tokenizer)
+    assert set(texts) == {"d1", "d2", "d3", "d4", "long"}
+    assert texts["long"].startswith("Summarize the chat dialogue:\nAna: really?\nAna: really?")
+    assert texts["long"].endswith("\n---\nSummary:\nAna doubts it.<|endoftext|>")
+    assert (made.report.trimmed, made.report.left_out) == (("long",), ("endless",))
+    assert made.report.passed
+    cut = len(tokenizer("Ana: really?\n" * 40)["input_ids"])
+    first, *rest = made.notes
+    assert first == "a note of the source"
+    assert rest[0].startswith("rows.csv line 7: the last ")
+    assert int(rest[0].split()[5]) < cut
+    assert rest[1] == "rows.csv line 9: left out, its summary alone fills the block"
+
+
+def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
+    made = prepared_data(long_corpus, tokenizer, long_rows="drop")
+    assert made.report.left_out == ("long", "endless")
+    assert made.report.trimmed == ()
+    assert "rows.csv line 7: left out, " in made.notes[1]
+    assert made.notes[1].endswith(" tokens too long")
+
+
+def test_long_rows_are_refused(long_corpus, tokenizer):
+    with pytest.raises(DataError, match=r"rows\.csv line 7: the row is longer than the block; expected at most 128 tokens"):
+        prepared_data(long_corpus, tokenizer, long_rows="refuse")
+
+
+def test_nothing_that_fits(corpus, tokenizer):
+    with pytest.raises(DataError, match=r"no row fits into a block; got data.seq_len_tokens=32\. Raise it\."):
+        prepared_data(corpus, tokenizer, seq_len_tokens=32, long_rows="drop")
+
+
+def test_the_seed_is_of_the_order_alone(corpus, tokenizer):
+    one, again, other = (prepared_data(corpus, tokenizer, seed=seed, seq_len_tokens=64) for seed in (0, 0, 5))
+    assert one.train["row_ids"] == again.train["row_ids"] != other.train["row_ids"]
+    assert rows_of(one.train, tokenizer) == rows_of(other.train, tokenizer)
+
+
+# on disk
+
+
+def test_what_was_saved_is_read_back(long_corpus, tokenizer, tmp_path):
+    made = prepared_data(long_corpus, tokenizer)
+    save_prepared(made, tmp_path / "data", "mark")
+    read = load_prepared(tmp_path / "data", "mark")
+    for item in dataclasses.fields(made):
+        one, other = getattr(made, item.name), getattr(read, item.name)
+        assert (one.to_list() == other.to_list()) if item.name in ("train", "eval") else (one == other)
+    assert load_prepared(tmp_path / "data", "another mark") is None
+    assert load_prepared(tmp_path / "nothing", "mark") is None
+
+
+def test_a_damaged_note_on_it_is_told(corpus, tokenizer, tmp_path):
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
+    (tmp_path / "data" / "prepared.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        load_prepared(tmp_path / "data", "mark")
+
+
+def test_it_is_made_once_and_anew_where_it_no_longer_fits(corpus, tokenizer, tmp_path):
+    reads = []
+
+    def read(config):
+        reads.append(config)
+        return corpus
+
+    config = DataConfig(seq_len_tokens=128)
+    first = prepared(config, tokenizer, tmp_path / "data", read=read)
+    again = prepared(config, tokenizer, tmp_path / "data", read=read)
+    assert len(reads) == 1
+    assert again.train.to_list() == first.train.to_list()
+    prepared(dataclasses.replace(config, loss_on="all"), tokenizer, tmp_path / "data", read=read)
+    prepared(dataclasses.replace(config, loss_on="all"), tokenizer, tmp_path / "data", read=read, can_pack=False)
+    assert len(reads) == 3
+
+
+def test_a_failed_preparation_leaves_what_was_there(corpus, tokenizer, tmp_path, monkeypatch):
+    config = DataConfig(seq_len_tokens=128)
+    prepared(config, tokenizer, tmp_path / "data", read=lambda config: corpus)
+    monkeypatch.setattr(data_module, "write_json", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(dataclasses.replace(config, seed=1), tokenizer, tmp_path / "data", read=lambda config: corpus)
+    mark = fingerprint(config, tokenizer, can_pack=True)
+    assert load_prepared(tmp_path / "data", mark) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_fingerprint_follows_all_that_matters(tokenizer, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"dialogue": "a", "summary": "b"}))
+    config = DataConfig(source=str(source))
+    mark = fingerprint(config, tokenizer, can_pack=True)
+    assert fingerprint(config, corpus_tokenizer(), can_pack=True) == mark
+    others = {
+        fingerprint(dataclasses.replace(config, **{item.name: value}), tokenizer, can_pack=True)
+        for item, value in [(item, _other(item)) for item in dataclasses.fields(DataConfig) if item.name != "source"]
+    }
+    assert len(others) == len(dataclasses.fields(DataConfig)) - 1
+    others.add(fingerprint(config, tokenizer, can_pack=False))
+    others.add(fingerprint(config, corpus_tokenizer(vocab_size=1000), can_pack=True))
+    padded_otherwise = corpus_tokenizer()
+    padded_otherwise.pad_token = "!"
+    others.add(fingerprint(config, padded_otherwise, can_pack=True))
+    source.write_text(json.dumps({"dialogue": "a", "summary": "c"}))  # the same name, other rows
+    others.add(fingerprint(config, tokenizer, can_pack=True))
+    assert mark not in others
+    assert len(others) == len(dataclasses.fields(DataConfig)) + 3
+    chat, other_chat = corpus_tokenizer(), corpus_tokenizer()
+    chat.chat_template, other_chat.chat_template = "{{ messages }}", "{{ messages[0] }}"
+    config = DataConfig(template="chat")
+    assert fingerprint(config, chat, can_pack=True) != fingerprint(config, other_chat, can_pack=True)
+
+
+def _other(item):
+    if item.metadata["choices"]:
+        return next(choice for choice in item.metadata["choices"] if choice != item.default)
+    if isinstance(item.default, bool):
+        return not item.default
+    return "other" if isinstance(item.default, str) else (item.default or 0) + 1
+
+
+def test_the_embedded_corpus_passes_its_report(tokenizer):
+    """All 300 rows, at the length that the demo uses."""
+    found = read_corpus(DataConfig(eval_rows=None, test_rows=None))
+    assert (len(found.train), len(found.eval), len(found.test)) == (240, 30, 30)
+    made = prepare(found, tokenizer, DataConfig(seq_len_tokens=512))
+    assert made.report.passed
+    assert made.eval_report.passed
+    assert (made.report.rows, made.eval_report.rows) == (240, 30)
+    assert made.report.left_out == ()
+    fill = made.report.tokens / (len(made.train) * 512)
+    assert fill > 0.9
+
+
+def test_the_corpus_of_the_tests_is_one(corpus):
+    assert isinstance(corpus, Corpus)

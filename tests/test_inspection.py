@@ -1,0 +1,62 @@
+"""Counting weights before they are loaded, and a 4-bit layer beside its original."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from tiny import tiny_llama, tiny_model
+
+from qlora_helpers.architectures import SHAPES
+from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.config import ModelConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.inspection import WeightCounts, compare_layer, count_weights, read_shape
+
+
+def test_falcon_40b_is_counted_from_its_shape(torch):
+    counts = count_weights(SHAPES["falcon-40b"])
+    assert counts == WeightCounts(linear=40_768_634_880, other=534_659_072)
+    assert round(counts.gib(linear_bits=16, other_bits=16), 2) == 76.93
+    assert round(counts.gib(linear_bits=4 + 8 / 64 + 32 / (64 * 256), other_bits=16), 2) == 20.58
+    for figure in ("40,768,634,880", "98.7%", "534,659,072", "41,303,293,952"):
+        assert figure in repr(counts)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_no_linear_layer_of_the_blocks(torch, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    counts = count_weights(model.config.to_dict())
+    in_blocks = sum(part.weight.numel() for part in model.model.layers.modules() if isinstance(part, torch.nn.Linear))
+    assert counts == WeightCounts(in_blocks, sum(part.numel() for part in model.parameters()) - in_blocks)
+
+
+def test_the_shape_is_the_checkpoint_s(torch, falcon):
+    assert read_shape(falcon.checkpoint)["hidden_size"] == 256
+    large = find_checkpoint(ModelConfig(name="random:falcon-7b"), say=lambda text: None)
+    assert (read_shape(large)["hidden_size"], read_shape(large)["model_type"]) == (4544, "falcon")
+
+
+def test_the_prediction_is_what_loading_measures(torch, falcon):
+    dtype = torch.float32 if falcon.audit.compute_dtype == "float32" else torch.bfloat16
+    predicted = count_weights(read_shape(falcon.checkpoint)).gib(linear_bits=4.127, other_bits=8 * dtype.itemsize)
+    assert math.isclose(predicted, sum(falcon.audit.gib_by_device.values()), rel_tol=0.01)
+
+
+def test_a_layer_beside_its_original(torch, falcon):
+    layer = compare_layer(falcon.model, falcon.checkpoint)
+    assert layer.name == "transformer.h.0.self_attention.query_key_value.weight"
+    assert layer.original.shape == layer.restored.shape == (384, 256)
+    assert 0.08 < layer.relative_error < 0.10  # normally distributed weights lose 9.2 %
+    assert 4.127 < layer.bits < 4.25
+    assert "384 x 256" in repr(layer)
+    exact = dataclasses.replace(layer, restored=layer.original)
+    assert exact.relative_error == 0
+
+
+def test_what_can_not_be_compared_is_said(torch, falcon, tmp_path):
+    with pytest.raises(ModelError, match="no layer in 4 bits"):
+        compare_layer(tiny_model("llama"), falcon.checkpoint)
+    with pytest.raises(ModelError, match="no file with the weight transformer"):
+        compare_layer(falcon.model, Checkpoint("random:falcon-7b", tmp_path, "random"))

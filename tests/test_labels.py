@@ -1,0 +1,202 @@
+"""Which tokens are trained: the summary and its end, and a report that fails where that is not so."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_helpers.checkpoints import corpus_tokenizer
+from qlora_helpers.labels import IGNORED, LabelReport, TokenView, label_report, label_row
+
+TOKENIZER = corpus_tokenizer()
+DIALOGUE = "Ana: are you coming?\nBo: no, I'm at work until ten tonight"
+SUMMARY = "Bo works until ten."
+
+
+def row(dialogue=DIALOGUE, summary=SUMMARY, **settings):
+    return label_row("r1", dialogue, summary, TOKENIZER, **settings)
+
+
+def trained(labelled) -> str:
+    return TOKENIZER.decode([label for label in labelled.labels if label != IGNORED])
+
+
+def test_the_summary_and_its_end_are_trained():
+    labelled = row()
+    assert trained(labelled) == SUMMARY + "<|endoftext|>"
+    assert TOKENIZER.decode(labelled.input_ids) == (
+        f"Summarize the chat dialogue:\n{DIALOGUE}\n---\nSummary:\n{SUMMARY}<|endoftext|>"
+    )
+    assert all(label in (IGNORED, token) for token, label in zip(labelled.input_ids, labelled.labels, strict=True))
+    assert (labelled.trimmed_tokens, len(labelled)) == (0, len(labelled.labels))
+
+
+def test_everything_is_trained_where_that_is_asked():
+    """All but the first token, which nothing predicts."""
+    labelled = row(loss_on="all")
+    assert labelled.labels == [IGNORED, *labelled.input_ids[1:]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=120),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.integers(16, 120),
+    st.sampled_from(["summary", "all"]),
+)
+def test_a_row_fits_or_is_none_and_its_summary_and_frame_stay_whole(dialogue, summary, limit, loss_on):
+    whole, labelled = row(dialogue, summary, loss_on=loss_on), row(dialogue, summary, loss_on=loss_on, max_tokens=limit)
+    frame = len(row("", summary))
+    assert (labelled is None) == (frame > limit)
+    if labelled is None:
+        return
+    assert len(labelled) == len(labelled.labels) == min(len(whole), limit)
+    assert labelled.trimmed_tokens == len(whole) - len(labelled)
+    answer = TOKENIZER(summary, split_special_tokens=True)["input_ids"] + [TOKENIZER.eos_token_id]
+    assert labelled.labels[-len(answer) :] == labelled.input_ids[-len(answer) :] == answer
+    assert labelled.input_ids[-frame:][-len(answer) - 3 :] == whole.input_ids[-len(answer) - 3 :]
+    before = labelled.labels[: -len(answer)]
+    assert before.count(IGNORED) == (len(before) if loss_on == "summary" else 1)
+    kept = len(labelled) - frame
+    prefix = len(TOKENIZER("Summarize the chat dialogue:\n")["input_ids"])
+    assert labelled.input_ids[: prefix + kept] == whole.input_ids[: prefix + kept]
+
+
+# the report
+
+
+def block(*rows, ids=None) -> dict:
+    return {
+        "input_ids": [token for each in rows for token in each.input_ids],
+        "labels": [label for each in rows for label in each.labels],
+        "segment_ids": [number for number, each in enumerate(rows, start=1) for _ in each.input_ids],
+        "row_ids": ids or [each.id for each in rows],
+    }
+
+
+def report(blocks, **settings) -> LabelReport:
+    return label_report(blocks, TOKENIZER, **{"summaries": {"r1": SUMMARY, "r2": "Ana asks."}} | settings)
+
+
+def two_rows(**settings):
+    return row(**settings), label_row("r2", "Ana: so?", "Ana asks.", TOKENIZER, **settings)
+
+
+def test_a_good_block_passes():
+    rows = two_rows()
+    found = report([block(*rows)])
+    assert found.passed
+    assert found.problems == ()
+    assert (found.rows, found.blocks, found.tokens) == (2, 1, sum(map(len, rows)))
+    assert found.trained_tokens == sum(label != IGNORED for each in rows for label in each.labels)
+    assert (found.eos_trained, found.prompt_masked, found.answers_whole) == (2, 2, 2)
+    assert repr(found).splitlines()[-1] == "verdict        PASS"
+    assert found.to_dict()["passed"] is True
+    assert report([block(each) for each in rows]).tokens == found.tokens
+
+
+def test_padding_is_not_counted():
+    rows = two_rows()
+    padded = block(*rows)
+    for name, value in (("input_ids", 1), ("labels", IGNORED), ("segment_ids", 0)):
+        padded[name] = padded[name] + [value] * 9
+    assert report([padded]) == report([block(*rows)])
+
+
+def test_the_recipe_s_labels_fail(torch):
+    """transformers' collator masks every padding token, and with pad = eos the end of text is one."""
+    from transformers import DataCollatorForLanguageModeling
+
+    recipe = corpus_tokenizer()
+    recipe.pad_token = recipe.eos_token
+    rows = two_rows()
+    batch = DataCollatorForLanguageModeling(recipe, mlm=False)([{"input_ids": each.input_ids} for each in rows])
+    blocks = [
+        {"input_ids": each.input_ids, "labels": labels[: len(each)], "segment_ids": [1] * len(each), "row_ids": [each.id]}
+        for each, labels in zip(rows, batch["labels"].tolist(), strict=True)
+    ]
+    found = report(blocks)
+    assert not found.passed
+    assert found.eos_trained == 0
+    assert found.problems == (
+        "2 rows don't train their end: the model would not learn to stop",
+        "2 rows train their prompt: loss is spent on the dialogue",
+    )
+    assert repr(found).splitlines()[-1].startswith("verdict        FAIL: 2 rows don't train their end")
+
+
+def test_everything_trained_passes_where_it_was_asked_for():
+    rows = two_rows(loss_on="all")
+    assert report([block(*rows)], loss_on="all").passed
+    assert report([block(*rows)]).problems == ("2 rows train their prompt: loss is spent on the dialogue",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda b: b["labels"].__setitem__(-1, IGNORED), "1 rows don't train their end"),
+        (lambda b: b["labels"].__setitem__(-3, IGNORED), "1 rows don't train their whole summary"),
+        (lambda b: b["labels"].__setitem__(-3, 7), "1 rows don't train their whole summary"),
+        (lambda b: b["labels"].__setitem__(4, b["input_ids"][4]), "1 rows train their prompt"),
+        (lambda b: [b[name].pop() for name in ("labels", "input_ids", "segment_ids")], "1 rows don't train their end"),
+        (lambda b: [b[name].clear() for name in ("labels", "input_ids", "segment_ids")], "1 rows don't train their end"),
+    ],
+)
+def test_each_fault_is_found(spoil, problem):
+    spoilt = block(row())
+    spoil(spoilt)
+    assert any(found.startswith(problem) for found in report([spoilt]).problems)
+
+
+def test_a_summary_of_another_row_is_found():
+    assert report([block(row(), ids=["r2"])]).problems
+
+
+def test_nothing_to_train_on():
+    assert report([]).problems == ("there is nothing to train on",)
+    assert "rows           0 in 0 blocks" in repr(report([]))
+
+
+def test_rows_that_were_cut_or_left_out_are_named():
+    found = report([block(row())], trimmed=["r1"], left_out=[f"x{number}" for number in range(7)])
+    lines = dict(found.lines())
+    assert lines["trimmed"] == "1: r1"
+    assert lines["left out"] == "7: x0, x1, x2, x3, x4 and 2 more"
+
+
+# what a reader sees
+
+
+def test_tokens_in_brackets():
+    view = TokenView(block(*two_rows()), TOKENIZER)
+    text = repr(view)
+    assert text.count("[") == text.count("]") == 2
+    assert f"Summary:\n[{SUMMARY}END]" in text
+    assert "\n| Summarize" in text
+    assert repr(TokenView({"input_ids": row().input_ids, "labels": row().labels}, TOKENIZER)) == text.split("\n| ")[0]
+
+
+def test_long_blocks_are_cut():
+    view = TokenView(block(row()), TOKENIZER, most=5)
+    assert len(view.tokens) == 5
+    assert repr(view).endswith(f" ... and {len(row()) - 5} more tokens")
+    assert f"and {len(row()) - 5} more tokens" in view._repr_html_()
+
+
+def test_what_somebody_typed_is_shown_and_not_run():
+    nasty = "Ana: <script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""
+    page = TokenView(block(row(dialogue=nasty, summary="<b>bold</b>")), TOKENIZER)._repr_html_()
+    for tag in ("<script", "<img", "<b>bold", "</script"):
+        assert tag not in page
+    assert "&lt;" in page
+    assert page.count("<span") == page.count("</span>")
+    assert "title='trained'" in page
+    assert "title='end'" in page
+    assert "title='masked'" in page
+
+
+def test_padding_is_shown_as_such():
+    padded = {"input_ids": [*row().input_ids, 1], "labels": [*row().labels, IGNORED], "segment_ids": [1] * len(row()) + [0]}
+    assert repr(TokenView(padded, TOKENIZER)).endswith("END]\n| .")
+    assert "title='padding'" in TokenView(padded, TOKENIZER)._repr_html_()

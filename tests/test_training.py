@@ -1,0 +1,474 @@
+"""Training on tiny real models: it learns, stops and resumes as it says, and its figures are what they are called."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import prepared_data, tiny_llama
+from transformers import TrainerCallback
+
+from qlora_helpers import blocks
+from qlora_helpers import training_checkpoints as saved
+from qlora_helpers.blocks import BlockCollator
+from qlora_helpers.config import AdapterConfig, TrainConfig
+from qlora_helpers.errors import ModelError, RunError
+from qlora_helpers.labels import IGNORED
+from qlora_helpers.lora import add_adapters
+from qlora_helpers.run import Run
+from qlora_helpers.training import (
+    RunFolderCallback,
+    SummaryTrainer,
+    check_rows_apart,
+    half_of,
+    make_collator,
+    planned_steps,
+    row_losses,
+    train,
+    training_arguments,
+)
+
+pytestmark = pytest.mark.usefixtures("cache", "torch")
+
+
+def tuned(base=None, **settings):
+    """A model with fresh adapters; no dropout unless asked for."""
+    config = AdapterConfig(**{"r": 4, "lora_dropout": 0.0} | settings)
+    return add_adapters(base or tiny_llama(), config, seed=0)
+
+
+def settings(**changes) -> TrainConfig:
+    values = {"max_steps": 4, "micro_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "eval_steps": 2,
+              "save_steps": 2, "activation_checkpointing": False}  # fmt: skip
+    return TrainConfig(**values | changes)
+
+
+@pytest.fixture
+def teach(run, tokenizer, data):
+    """Trains a fresh tiny Llama in the run; settings as keywords."""
+
+    def teach(*callbacks, model=None, on=run, data=data, **changes):
+        model = model or tuned()
+        return model, train(model, tokenizer, data, settings(**changes), on, extra_callbacks=callbacks, show_progress=False)
+
+    return teach
+
+
+def adapter(model) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def largest_difference(one, other) -> float:
+    one, other = adapter(one), adapter(other)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def checkpoints(run) -> list[int]:
+    return [saved.step_of(path) for path in saved.all_checkpoints(run.checkpoints_dir)]
+
+
+class At(TrainerCallback):
+    """Does something when a step begins (so it is heard when that step ends)."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.action()
+
+
+# learning
+
+
+def test_the_loss_falls(teach, run):
+    _, result = teach(max_steps=30, eval_steps=30, save_steps=30, micro_batch_size=2)
+    losses = [line["loss"] for line in run.progress() if "loss" in line]
+    assert len(losses) == 30
+    assert losses[0] > 5
+    assert losses[-1] < 0.2 * losses[0]
+    assert result.loss == losses[-1]
+    assert result.steps == 30
+    assert "finished after 30 steps: loss" in repr(result)
+
+
+def test_a_falcon_in_4_bits_learns_too(teach, run, own_falcon):
+    base = {name: weight.detach().clone() for name, weight in own_falcon.model.named_parameters()}
+    model, _ = teach(model=tuned(own_falcon.model, r=8), max_steps=8, eval_steps=4, save_steps=8, learning_rate=2e-2)
+    losses = [line["eval_loss"] for line in run.progress() if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace("base_layer.", "")
+            assert torch.equal(weight, base[name])  # only the adapters have moved
+
+
+def test_the_same_seed_gives_the_same_adapter(teach, run, tmp_path):
+    """Dropout and the order of the rows included."""
+    one, _ = teach(model=tuned(lora_dropout=0.3))
+    again, _ = teach(model=tuned(lora_dropout=0.3), on=Run(tmp_path / "again"))
+    other, _ = teach(model=tuned(lora_dropout=0.3), on=Run(tmp_path / "other"), seed=7)
+    assert largest_difference(one, again) == 0
+    assert largest_difference(one, other) > 1e-4
+
+
+def test_what_is_in_the_run_folder_afterwards(teach, run):
+    _, result = teach()
+    lines = run.progress()
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    for line in lines:
+        assert line["session"] == 1
+        assert line["process"]["rss_gib"] > 0
+        if "loss" in line:
+            assert {"time", "epoch", "learning_rate", "grad_norm", "tokens_per_s"} <= set(line)
+            assert line["tokens_per_s"] > 0
+    assert (run.status().step, run.status().max_steps, run.status().session) == (4, 4, 1)
+    assert run.status().state == "running"  # how it ended is workflow's to say
+    assert checkpoints(run) == [2, 4]
+    assert all(saved.is_good(path) for path in saved.all_checkpoints(run.checkpoints_dir))
+    assert (result.steps, result.stopped, result.loss) == (4, False, lines[-2]["loss"])
+    assert result.eval_loss == lines[-1]["eval_loss"]
+    assert result.tokens_per_s > 0
+    assert result.peak_gib["cpu"] > 0
+
+
+def test_the_learning_rate_takes_its_course(teach, run):
+    teach(max_steps=4, warmup_steps=2, learning_rate=0.01)
+    rates = [line["learning_rate"] for line in run.progress() if "loss" in line]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.005])
+
+
+# stop, save, resume
+
+
+def test_a_stop_request_saves_and_stops_at_once(teach, run):
+    _, result = teach(At(3, lambda: run.request("stop")), max_steps=10, eval_steps=10, save_steps=10)
+    assert (result.stopped, result.steps) == (True, 3)
+    assert "stopped by request after 3 steps" in repr(result)
+    assert checkpoints(run) == [3]
+    (request,) = run.requests()
+    assert request.answer == "saved at step 3"
+    assert run.status().step == 3
+
+
+def test_a_save_request_saves_and_goes_on(teach, run):
+    _, result = teach(At(1, lambda: run.request("save")), max_steps=3, eval_steps=10, save_steps=10)
+    assert (result.stopped, result.steps) == (False, 3)
+    assert checkpoints(run) == [1, 3]
+    assert [request.answer for request in run.requests()] == ["saved at step 1"]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_request_in_a_run_that_saves_after_each_epoch(teach, run, step):
+    """An epoch has two steps here: a request in the second, and a stop, save twice at one step."""
+    teach(At(step, lambda: run.request("stop")), max_steps=None, epochs=3.0, eval_steps=None, save_steps=None)
+    newest = saved.newest_good(run.checkpoints_dir)
+    assert saved.step_of(newest) == step
+    _, result = teach(max_steps=None, epochs=3.0, eval_steps=None, save_steps=None)
+    assert result.steps == 6
+    assert [line["step"] for line in run.progress() if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_request_of_an_earlier_session_is_not_heard(teach, run):
+    run.start_session(max_steps=4, resumed_from=0)
+    run.request("stop")
+    _, result = teach()
+    assert not result.stopped
+    assert [request.answer for request in run.requests()] == ["stale: the session it was meant for has ended"]
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):
+    """Weights, optimizer, learning rate, order of the rows and dropout go on where they were."""
+    whole, _ = teach(model=tuned(lora_dropout=0.2), on=Run(tmp_path / "whole"), max_steps=6)
+    teach(At(3, lambda: run.request("stop")), model=tuned(lora_dropout=0.2), max_steps=6)
+    resumed, result = teach(model=tuned(lora_dropout=0.2), max_steps=6)
+    assert result.steps == 6
+    assert largest_difference(whole, resumed) < 1e-6
+    lines = run.progress()
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["session"] for line in lines if "loss" in line] == [1, 1, 1, 2, 2, 2]
+    same = Run(tmp_path / "whole").progress()
+    for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+        expected = [line[name] for line in same if name in line]
+        assert [line[name] for line in lines if name in line] == pytest.approx(expected, rel=1e-4)
+    assert run.status().session == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(teach, run):
+    teach(max_steps=4)
+    weights = run.checkpoints_dir / "checkpoint-4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete or damaged"):
+        _, result = teach(max_steps=6)
+    assert result.steps == 6
+    assert [line["session"] for line in run.progress() if "loss" in line] == [1, 1, 2, 2, 2, 2]
+    assert checkpoints(run) == [4, 6]
+    assert saved.is_good(run.checkpoints_dir / "checkpoint-4")  # written anew
+
+
+def test_a_checkpoint_without_a_seal_does_not_count(teach, run):
+    """As a process leaves it that is killed while it saves."""
+    teach(max_steps=2)
+    (run.checkpoints_dir / "checkpoint-2" / saved.SEAL).unlink()
+    with pytest.warns(UserWarning, match="checkpoint-2 is incomplete or damaged"):
+        _, result = teach(max_steps=2)
+    assert [line["session"] for line in run.progress() if "loss" in line] == [2, 2]
+    assert result.steps == 2
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_checkpoints_are_kept_as_asked(teach, run, keep):
+    teach(max_steps=5, save_steps=1, checkpoints_kept=keep)
+    assert checkpoints(run) == [1, 2, 3, 4, 5][-keep:]
+
+
+def test_a_finished_run_is_loaded_and_not_trained(teach, run):
+    first, _ = teach()
+    again, result = teach()
+    assert largest_difference(first, again) == 0
+    assert (result.steps, result.tokens_per_s) == (4, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        longer, result = teach(max_steps=5)
+    assert result.steps == 5
+    assert largest_difference(first, longer) > 0
+
+
+# figures
+
+
+def test_the_evaluation_s_loss_is_over_tokens_whatever_the_batch_size(teach, tmp_path, tokenizer, corpus):
+    padded = prepared_data(corpus, tokenizer, packing=False)
+    results = {}
+    for size in (1, 2):
+        _, result = teach(on=Run(tmp_path / f"b{size}"), data=padded, max_steps=1, eval_steps=1, learning_rate=1e-12,
+                          micro_batch_size=size)  # fmt: skip
+        results[size] = result.eval_loss
+    assert results[1] == pytest.approx(results[2], rel=1e-6)
+    model = tiny_llama()
+    total = count = 0.0
+    means = []
+    for row in padded.eval:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(row["labels"][1:]), ignore_index=IGNORED, reduction="none"
+        )
+        trained = sum(label != IGNORED for label in row["labels"])
+        total, count = total + float(losses.sum()), count + trained
+        means.append(float(losses.sum()) / trained)
+    assert results[1] == pytest.approx(total / count, rel=1e-5)
+    assert abs(sum(means) / len(means) - total / count) > 1e-3  # a mean of batches would be another
+
+
+def test_packed_and_padded_rows_have_the_same_evaluation_loss(teach, tmp_path, tokenizer, corpus, data):
+    results = []
+    for kind, blocks_ in (("packed", data), ("padded", prepared_data(corpus, tokenizer, packing=False))):
+        _, result = teach(on=Run(tmp_path / kind), data=blocks_, max_steps=1, eval_steps=1, learning_rate=1e-12)
+        results.append(result.eval_loss)
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_row_losses_are_sums_over_trained_tokens(padded_data):
+    model = tuned().eval()
+    rows = padded_data.train.to_list()
+    full, kept = (BlockCollator(1, packed=False, keep_trained_logits=keep)(rows) for keep in (False, True))
+    (sums, tokens), (same, too) = row_losses(model, full), row_losses(model, kept)
+    assert torch.allclose(sums, same, rtol=1e-6)
+    assert tokens.tolist() == too.tolist() == [sum(label != IGNORED for label in row["labels"]) for row in rows]
+    assert float(model(**full).loss) == pytest.approx(float(sums.sum() / tokens.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_accumulated_gradients_are_those_of_one_batch(teach, tmp_path, tokenizer, corpus, packing):
+    """Two forward passes of one block each make the step that one pass of two blocks makes, rows of any length."""
+    made = prepared_data(corpus, tokenizer, packing=packing)
+    models = {}
+    for size, passes in ((2, 1), (1, 2)):
+        run = Run(tmp_path / f"{size}x{passes}")
+        models[size], _ = teach(on=run, data=made, micro_batch_size=size, gradient_accumulation_steps=passes, max_steps=3)
+        models[size].losses = [line["loss"] for line in run.progress() if "loss" in line]
+    assert models[1].losses == pytest.approx(models[2].losses, rel=1e-5)
+    assert largest_difference(models[1], models[2]) < 1e-5
+
+
+def test_recomputed_activations_change_nothing(teach, tmp_path):
+    plain, _ = teach(on=Run(tmp_path / "plain"))
+    recomputed, _ = teach(on=Run(tmp_path / "recomputed"), activation_checkpointing=True)
+    assert largest_difference(plain, recomputed) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"max_steps": 7}, 4),
+        ({"max_steps": None, "epochs": 2.0, "micro_batch_size": 3}, 4),
+        ({"max_steps": None, "epochs": 1.5, "micro_batch_size": 1, "gradient_accumulation_steps": 3}, 4),
+        ({"max_steps": None, "epochs": 0.3, "micro_batch_size": 1}, 4),
+        ({"max_steps": None, "epochs": 1.0, "micro_batch_size": 8, "gradient_accumulation_steps": 4}, 4),
+    ],
+)
+def test_the_planned_steps_are_those_that_are_done(teach, run, tokenizer, padded_data, changes, rows):
+    assert len(padded_data.train) == rows
+    _, result = teach(data=padded_data, eval_steps=100, save_steps=100, **changes)
+    assert run.status().max_steps == result.steps
+
+
+def test_tokens_are_counted_without_padding(run, tokenizer, padded_data):
+    model = tuned()
+    trainer = SummaryTrainer(
+        model=model,
+        args=training_arguments(settings(micro_batch_size=2), run, on_cpu=True, half=None),
+        train_dataset=padded_data.train,
+        data_collator=make_collator(model, tokenizer, padded_data),
+    )
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
+    assert len(batches) == 2
+    assert int(trainer.tokens_seen) == padded_data.report.tokens
+
+
+# what goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_training(teach, run):
+    """Trainer's own default logs a NaN as 0.0 and goes on."""
+    with pytest.raises(RunError, match=r"is no longer a finite number at step \d\. Lower train.learning_rate") as caught:
+        teach(max_steps=20, save_steps=20, eval_steps=20, learning_rate=1e30)
+    assert "loss" in str(caught.value) or "grad_norm" in str(caught.value)
+    assert all(math.isfinite(line.get("loss", 0)) for line in run.progress())
+    assert checkpoints(run) == []
+
+
+def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
+    """Also where the step was not logged."""
+
+    def spoil():
+        with torch.no_grad():
+            next(weight for weight in model.parameters() if weight.requires_grad).fill_(float("nan"))
+
+    model = tuned()
+    teach(max_steps=2, save_steps=2, eval_steps=100)
+    with pytest.raises(RunError, match="not finite"):
+        teach(At(3, spoil), model=model, max_steps=10, logging_steps=10, save_steps=3, eval_steps=100)
+    with pytest.warns(UserWarning, match="checkpoint-3 is incomplete or damaged"):
+        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+
+
+def test_a_float16_gradient_may_overflow(run):
+    """The loss scaler leaves out such a step; the loss itself must stay a number."""
+    run.start_session(max_steps=4, resumed_from=0)
+    callback = RunFolderCallback(run, settings(), session=1, is_writer=True)
+    state = SimpleNamespace(global_step=1, epoch=0.1)
+    logs = {"loss": 2.0, "grad_norm": float("inf"), "learning_rate": 1e-3}
+    callback.on_log(SimpleNamespace(fp16=True), state, None, logs)
+    (line,) = run.progress()
+    assert line["loss"] == 2.0
+    assert "grad_norm" not in line  # JSON has no infinity
+    with pytest.raises(RunError, match="grad_norm is no longer a finite number"):
+        callback.on_log(SimpleNamespace(fp16=False), state, None, logs)
+    with pytest.raises(RunError, match="loss is no longer a finite number"):
+        callback.on_log(SimpleNamespace(fp16=True), state, None, logs | {"loss": float("nan")})
+
+
+def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch):
+    monkeypatch.setattr(blocks, "rows_apart_mask", lambda segments: torch.ones(*segments.shape, segments.shape[1]).tril()[:, None].bool())
+    with pytest.raises(ModelError, match=r"does not keep packed rows apart; expected .* Set data.packing=false"):
+        teach()
+    assert not run.status_path.exists()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_apart_in_16_bits(tokenizer, data, attention):
+    """Rounding is no leak."""
+    model = tiny_llama(attn_implementation=attention).to(torch.bfloat16)
+    changed, apart = check_rows_apart(model, make_collator(model, tokenizer, data))
+    assert changed == 0
+    assert apart < 0.05
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(teach, run, monkeypatch):
+    teach(max_steps=2)
+    monkeypatch.setattr(saved, "write_json", _full)
+    with pytest.raises(RunError, match="could not be written"):
+        teach(max_steps=4)
+    with pytest.warns(UserWarning, match="checkpoint-4"):
+        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+
+
+def _full(*args):
+    raise RunError("verified.json could not be written (No space left on device)")
+
+
+# devices
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_model_that_is_dispatched_over_devices_trains(teach, tmp_path, halves):
+    """With accelerate's hooks on every layer, as over several GPUs; here all are the CPU."""
+    from accelerate import dispatch_model
+
+    whole, _ = teach(on=Run(tmp_path / "whole"))
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    base = dispatch_model(tiny_llama(), places if halves else {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert any(hasattr(module, "_hf_hook") for module in base.modules())
+    dispatched, result = teach(model=tuned(base), on=Run(tmp_path / "dispatched"))
+    assert result.steps == 4
+    assert largest_difference(whole, dispatched) < 1e-6
+
+
+def test_arguments_are_the_recipe_s(run):
+    args = training_arguments(TrainConfig(), run, on_cpu=True, half=None)
+    assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (2e-4, 8, 1.0)
+    assert (args.max_grad_norm, args.warmup_steps, args.optim) == (1.0, 0, "adamw_torch")
+    assert args.logging_nan_inf_filter is False
+    assert args.save_total_limit is None  # we rotate, after we have verified
+    assert args.report_to == []
+    assert args.use_cpu
+    assert getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    assert training_arguments(settings(max_steps=None), run, on_cpu=True, half=None).max_steps == -1
+
+
+def test_adapters_train_in_float32_beside_16_bits():
+    assert half_of(tuned(tiny_llama().to(torch.bfloat16))) == torch.bfloat16
+    assert half_of(tuned(tiny_llama().to(torch.float16))) == torch.float16
+    assert half_of(tuned()) is None
+
+
+def test_the_collator_fits_the_model(tokenizer, data, padded_data):
+    packed = make_collator(tuned(), tokenizer, data)
+    assert (packed.packed, packed.pad_to, packed.pad_token_id, packed.mask_dtype) == (True, 128, 1, None)
+    assert packed.keep_trained_logits
+    assert make_collator(tuned(), tokenizer, padded_data).pad_to is None
+    eager = tiny_llama(attn_implementation="eager").to(torch.bfloat16)
+    assert make_collator(tuned(eager), tokenizer, data).mask_dtype == torch.bfloat16
+
+
+def test_an_eager_model_trains_as_an_sdpa_one(teach, tmp_path):
+    sdpa, _ = teach(on=Run(tmp_path / "sdpa"))
+    eager, _ = teach(model=tuned(tiny_llama(attn_implementation="eager")), on=Run(tmp_path / "eager"))
+    assert largest_difference(sdpa, eager) < 1e-4
+
+
+def test_the_heart_beats_while_nothing_is_logged(teach, run, monkeypatch):
+    monkeypatch.setattr("qlora_helpers.training.HEARTBEAT_S", 0.0)
+    beats = []
+    teach(At(3, lambda: beats.append(copy.copy(run.status()))), logging_steps=100, eval_steps=100, save_steps=100)
+    assert beats[0].step == 2
+    assert beats[0].heartbeat > 0
+
+
+def test_a_copied_run_folder_goes_on(teach, run, tmp_path):
+    """To other hardware, say."""
+    teach(max_steps=2)
+    shutil.copytree(run.folder, tmp_path / "elsewhere")
+    _, result = teach(on=Run(tmp_path / "elsewhere"), max_steps=4)
+    assert result.steps == 4
+    assert dataclasses.asdict(result)["stopped"] is False

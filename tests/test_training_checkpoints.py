@@ -1,0 +1,167 @@
+"""A checkpoint counts once it is verified; a damaged one is passed over, and only then is an older one removed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from qlora_helpers.errors import RunError
+from qlora_helpers.training_checkpoints import NEEDED, SEAL, all_checkpoints, is_good, newest_good, rotate, step_of, verify
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def write(folder, step: int, *, value: float = 1.0, sealed: bool = True):
+    """A checkpoint as Trainer leaves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (path / name).write_bytes(b"x" * 100)
+    save_file({"lora_A": torch.full((2, 3), value), "lora_B": torch.zeros(3, 2)}, path / "adapter_model.safetensors")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if sealed:
+        verify(path)
+    return path
+
+
+def steps(folder) -> list[int]:
+    return [step_of(path) for path in all_checkpoints(folder)]
+
+
+def test_a_sealed_checkpoint_is_good(folder):
+    path = write(folder, 10, sealed=False)
+    assert not is_good(path)
+    verify(path)
+    assert is_good(path)
+    assert newest_good(folder) == path
+    assert not (path / "training_args.bin").exists()  # a pickle
+    assert set(json.loads((path / SEAL).read_text())["files"]) == {*NEEDED, "rng_state.pth"}
+
+
+def test_they_are_counted_by_step(folder):
+    assert all_checkpoints(folder) == []
+    assert newest_good(folder) is None
+    for step in (9, 100, 20):
+        write(folder, step)
+    for name in ("checkpoint-x", "checkpoint-", "tmp-checkpoint-30", "checkpoint-40.tmp"):
+        (folder / name).mkdir()
+    assert steps(folder) == [9, 20, 100]
+    assert step_of(newest_good(folder)) == 100
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_incomplete_one_is_not_sealed(folder, name):
+    path = write(folder, 3, sealed=False)
+    (path / name).unlink()
+    with pytest.raises(RunError, match=f"checkpoint-3 is incomplete: {name} is missing"):
+        verify(path)
+    assert not is_good(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_with_weights_that_are_no_numbers_is_not_sealed(folder, value):
+    path = write(folder, 3, value=value, sealed=False)
+    with pytest.raises(RunError, match="checkpoint-3 holds weights that are not finite"):
+        verify(path)
+    assert not is_good(path)
+
+
+def test_one_of_another_step_is_not_sealed(folder):
+    path = write(folder, 3, sealed=False)
+    (path / "trainer_state.json").write_text('{"global_step": 2}')
+    with pytest.raises(RunError, match="checkpoint-3 holds step 2"):
+        verify(path)
+
+
+def test_a_second_save_at_the_same_step_is_good_too(folder):
+    """As where a save is asked for in the last step of an epoch."""
+    path = write(folder, 3)
+    assert is_good(write(folder, 3, value=2.0))
+    (path / "optimizer.pt").write_bytes(b"damaged")
+    assert not is_good(path)
+    assert is_good(write(folder, 3, value=3.0))
+
+
+def cut(path):
+    (path / "adapter_model.safetensors").write_bytes((path / "adapter_model.safetensors").read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray((path / "adapter_model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (path / "adapter_model.safetensors").write_bytes(content)
+
+
+def rewrite_seal(text):
+    return lambda path: (path / SEAL).write_text(text)
+
+
+DAMAGES = {
+    "cut": cut,
+    "one bit": flip,
+    "a file gone": lambda path: (path / "optimizer.pt").unlink(),
+    "no seal": lambda path: (path / SEAL).unlink(),
+    "half a seal": rewrite_seal("{"),
+    "an empty seal": rewrite_seal('{"files": {}}'),
+    "a seal of another kind": rewrite_seal("[]"),
+    "null": rewrite_seal("null"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_passed_over_with_a_warning(folder, damage):
+    for step in (2, 4):
+        write(folder, step)
+    DAMAGES[damage](folder / "checkpoint-4")
+    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete or damaged; going on from an older one"):
+        assert newest_good(folder) == folder / "checkpoint-2"
+
+
+def test_a_good_one_gives_no_warning(folder):
+    write(folder, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newest_good(folder)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_are_kept(folder, keep):
+    for number in range(1, 6):
+        write(folder, 10 * number)
+        rotate(folder, keep)
+        assert steps(folder) == [10 * n for n in range(max(1, number - keep + 1), number + 1)]
+
+
+def test_none_is_removed_for_one_that_is_not_verified(folder):
+    write(folder, 2)
+    write(folder, 4, sealed=False)  # just written; or left by a process that was killed
+    rotate(folder, 1)
+    assert steps(folder) == [2, 4]
+    rotate(folder / "nothing", 1)
+
+
+def test_none_is_removed_for_one_that_is_damaged(folder):
+    """After a resume from step 2, the damaged one of step 4 must not push out what is good."""
+    write(folder, 2)
+    cut(write(folder, 4))
+    write(folder, 3)
+    rotate(folder, 1)
+    assert steps(folder) == [3, 4]
+    assert is_good(folder / "checkpoint-3")
+
+
+def test_old_leftovers_go(folder):
+    write(folder, 1, sealed=False)
+    cut(write(folder, 2))
+    write(folder, 3)
+    write(folder, 4)
+    rotate(folder, 2)
+    assert steps(folder) == [3, 4]
