@@ -388,6 +388,7 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
             "train.activation_checkpointing": False,
             "train.eval_steps": 28,
             "train.save_steps": 28,
+            "evaluation.batch_size": 30,
         },
     ),
     "falcon-40b": (

@@ -184,10 +184,11 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.do_sample else {}
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
+    # What is not set here, transformers takes from the checkpoint: some come with a repetition penalty.
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, use_cache=True, **sampling,
+        eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
     )  # fmt: skip
     device = model.get_input_embeddings().weight.device
     was_training = model.training

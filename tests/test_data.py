@@ -67,7 +67,9 @@ def long_corpus(corpus):
     """One dialogue that is too long for 64 tokens, and one whose summary is."""
     long_dialogue = Dialogue("long", "Ana: really?\n" * 40, "Ana doubts it.", "rows.csv line 7")
     long_summary = Dialogue("endless", "Ana: hi", "Ana says hi. " * 40, "rows.csv line 9")
-    return dataclasses.replace(corpus, train=(*corpus.train, long_dialogue, long_summary), notes=("a note of the source",))
+    return dataclasses.replace(
+        corpus, train=(*corpus.train, long_dialogue, long_summary), notes=("a note of the source",)
+    )
 
 
 def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
@@ -95,7 +97,9 @@ def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
 
 
 def test_long_rows_are_refused(long_corpus, tokenizer):
-    with pytest.raises(DataError, match=r"rows\.csv line 7: the row is longer than the block; expected at most 128 tokens"):
+    with pytest.raises(
+        DataError, match=r"rows\.csv line 7: the row is longer than the block; expected at most 128 tokens"
+    ):
         prepared_data(long_corpus, tokenizer, long_rows="refuse")
 
 

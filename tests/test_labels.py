@@ -113,7 +113,12 @@ def test_the_recipe_s_labels_fail(torch):
     rows = two_rows()
     batch = DataCollatorForLanguageModeling(recipe, mlm=False)([{"input_ids": each.input_ids} for each in rows])
     blocks = [
-        {"input_ids": each.input_ids, "labels": labels[: len(each)], "segment_ids": [1] * len(each), "row_ids": [each.id]}
+        {
+            "input_ids": each.input_ids,
+            "labels": labels[: len(each)],
+            "segment_ids": [1] * len(each),
+            "row_ids": [each.id],
+        }
         for each, labels in zip(rows, batch["labels"].tolist(), strict=True)
     ]
     found = report(blocks)
@@ -140,7 +145,10 @@ def test_everything_trained_passes_where_it_was_asked_for():
         (lambda b: b["labels"].__setitem__(-3, 7), "1 rows don't train their whole summary"),
         (lambda b: b["labels"].__setitem__(4, b["input_ids"][4]), "1 rows train their prompt"),
         (lambda b: [b[name].pop() for name in ("labels", "input_ids", "segment_ids")], "1 rows don't train their end"),
-        (lambda b: [b[name].clear() for name in ("labels", "input_ids", "segment_ids")], "1 rows don't train their end"),
+        (
+            lambda b: [b[name].clear() for name in ("labels", "input_ids", "segment_ids")],
+            "1 rows don't train their end",
+        ),
     ],
 )
 def test_each_fault_is_found(spoil, problem):
@@ -197,6 +205,10 @@ def test_what_somebody_typed_is_shown_and_not_run():
 
 
 def test_padding_is_shown_as_such():
-    padded = {"input_ids": [*row().input_ids, 1], "labels": [*row().labels, IGNORED], "segment_ids": [1] * len(row()) + [0]}
+    padded = {
+        "input_ids": [*row().input_ids, 1],
+        "labels": [*row().labels, IGNORED],
+        "segment_ids": [1] * len(row()) + [0],
+    }
     assert repr(TokenView(padded, TOKENIZER)).endswith("END]\n| .")
     assert "title='padding'" in TokenView(padded, TOKENIZER)._repr_html_()

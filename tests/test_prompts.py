@@ -45,7 +45,9 @@ def test_a_model_without_a_template_is_told(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["recipe", "chat"])
-@pytest.mark.parametrize("dialogue", ["Ana: hi\nBo: hello", NASTY, "", "  \n", "Jo: 🎂🎂 ça", "[[the dialogue goes here]]"])
+@pytest.mark.parametrize(
+    "dialogue", ["Ana: hi\nBo: hello", NASTY, "", "  \n", "Jo: 🎂🎂 ça", "[[the dialogue goes here]]"]
+)
 def test_tokens_read_as_the_text(chat_tokenizer, template, dialogue):
     tokens = prompt_tokens(dialogue, template, chat_tokenizer)
     assert chat_tokenizer.decode(tokens.ids) == prompt_text(dialogue, template, chat_tokenizer)

@@ -8,7 +8,16 @@ import warnings
 import pytest
 
 from qlora_helpers.errors import RunError
-from qlora_helpers.training_checkpoints import NEEDED, SEAL, all_checkpoints, is_good, newest_good, rotate, step_of, verify
+from qlora_helpers.training_checkpoints import (
+    NEEDED,
+    SEAL,
+    all_checkpoints,
+    is_good,
+    newest_good,
+    rotate,
+    step_of,
+    verify,
+)
 
 
 @pytest.fixture

@@ -1,0 +1,280 @@
+"""Answers end where the model ends them, whatever stands beside them in the batch; scores are what they are called."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import prepared_data, tiny_falcon, tiny_llama
+
+from qlora_helpers.checkpoints import corpus_tokenizer
+from qlora_helpers.config import AdapterConfig, EvaluationConfig, TrainConfig
+from qlora_helpers.evaluation import (
+    Evaluation,
+    Scores,
+    evaluate,
+    evaluation_from_dict,
+    generate,
+    rouge,
+    same_answers,
+    summary_loss,
+)
+from qlora_helpers.labels import IGNORED
+from qlora_helpers.lora import add_adapters
+from qlora_helpers.sources import Dialogue
+
+pytestmark = pytest.mark.usefixtures("cache", "torch")
+GREEDY = EvaluationConfig(batch_size=4, max_new_tokens=8)
+
+
+def counting_model():
+    """A Llama that answers each token with the next one; after 2047 comes 0, the end of text."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        tokens = torch.nn.functional.normalize(model.model.embed_tokens.weight.normal_(), dim=-1)
+        model.model.embed_tokens.weight.copy_(tokens)
+        model.lm_head.weight.copy_(tokens.roll(1, dims=0))
+    return model
+
+
+def tuned(base):
+    model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(cache):
+    """A tiny Llama with adapters that change its answers."""
+    return tuned(tiny_llama())
+
+
+# answers
+
+
+def test_an_answer_ends_at_the_end_of_text(tokenizer):
+    prompts = [[5, 2040], [7, 8, 9, 100], [2046], [2047]]
+    answers = generate(counting_model(), tokenizer, prompts, EvaluationConfig(batch_size=4, max_new_tokens=10))
+    assert [(answer.tokens, answer.stopped) for answer in answers] == [(8, True), (10, False), (2, True), (1, True)]
+    texts = [range(2041, 2048), range(101, 111), [2047], []]
+    assert [answer.text for answer in answers] == [tokenizer.decode(list(ids)).strip() for ids in texts]
+    assert "<|endoftext|>" not in answers[0].text
+
+
+def test_an_answer_that_ends_with_the_limit_has_stopped(tokenizer):
+    (answer,) = generate(counting_model(), tokenizer, [[2040]], EvaluationConfig(max_new_tokens=8))
+    assert (answer.tokens, answer.stopped) == (8, True)
+    (answer,) = generate(counting_model(), tokenizer, [[2040]], EvaluationConfig(max_new_tokens=7))
+    assert (answer.tokens, answer.stopped) == (7, False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_a_row_s_answer_does_not_depend_on_its_neighbours(tokenizer, kind):
+    """Shorter prompts are padded on the left; none of it is seen."""
+    base = tiny_falcon().model if kind == "falcon" else tiny_llama()
+    model = tuned(base)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 2048, (length,), generator=draw).tolist() for length in (3, 31, 12, 7, 20)]
+    alone, together = (
+        generate(model, tokenizer, prompts, EvaluationConfig(batch_size=size, max_new_tokens=8)) for size in (1, 5)
+    )
+    assert alone == together
+    assert len({answer.text for answer in alone}) == 5
+
+
+def test_answers_come_in_the_order_of_the_prompts(model, tokenizer):
+    prompts = [[number] * length for number, length in ((5, 2), (6, 9), (7, 5), (8, 1), (9, 30))]
+    told = []
+    answers = generate(
+        model, tokenizer, prompts, EvaluationConfig(batch_size=2, max_new_tokens=4), progress=told.append
+    )
+    assert told == [2, 2, 1]
+    assert answers == [
+        generate(model, tokenizer, [prompt], EvaluationConfig(max_new_tokens=4))[0] for prompt in prompts
+    ]
+    assert generate(model, tokenizer, [], GREEDY) == []
+
+
+def test_sampling_is_reproduced_by_its_seed(model, tokenizer):
+    config = EvaluationConfig(batch_size=2, max_new_tokens=12, do_sample=True, temperature=1.5, top_p=1.0)
+    prompts = [[5, 6, 7], [8, 9]]
+    first, again, other = (generate(model, tokenizer, prompts, config, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert first != generate(model, tokenizer, prompts, GREEDY)
+
+
+def test_no_dropout_while_it_answers_and_the_mode_comes_back(model, tokenizer):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, 6, 7, 8], "segment_ids": [1] * 4}]
+    for training in (True, False):
+        model.train(training)
+        first, again = (generate(model, tokenizer, [[5, 6, 7]], GREEDY) for _ in range(2))
+        assert first == again
+        assert summary_loss(model, tokenizer, rows, 1) == summary_loss(model, tokenizer, rows, 1)
+        assert same_answers(model, model, tokenizer, [[5, 6]]) == 0.0
+        assert model.training is training
+    model.eval()
+
+
+def test_a_checkpoint_s_own_settings_don_t_change_how_it_is_asked(tokenizer):
+    """Several come with a temperature, a repetition penalty or a top_k; transformers would take what is not set."""
+    settings = {"do_sample": True, "temperature": 5.0, "top_k": 1, "max_length": 3, "repetition_penalty": 3.0,
+                "no_repeat_ngram_size": 1}  # fmt: skip
+    for config in (GREEDY, EvaluationConfig(max_new_tokens=8, do_sample=True, top_p=1.0, temperature=2.0)):
+        plain, other = tiny_llama(), tiny_llama()
+        for name, value in settings.items():
+            setattr(other.generation_config, name, value)
+        prompts = [[5, 6, 7, 100], [9, 9, 9]]
+        assert generate(plain, tokenizer, prompts, config) == generate(other, tokenizer, prompts, config)
+
+
+# scores
+
+
+def test_rouge_by_hand():
+    """5 of 5 and 5 of 6 words; 3 of 4 and 3 of 5 pairs; the longest common sequence has 5 words."""
+    one, two, longest = rouge(["the cat on the mat"], ["the cat sat on the mat"])
+    assert one == longest == pytest.approx(100 * 10 / 11)
+    assert two == pytest.approx(100 * 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "scores"),
+    [
+        ("Bo runs", "bo RUNNING!", (100, 100, 100)),  # stems, case and punctuation don't count
+        ("", "Bo is late", (0, 0, 0)),
+        ("late is Bo", "Bo is late", (100, 0, 100 / 3)),
+        ("🎂", "Bo is late", (0, 0, 0)),
+    ],
+)
+def test_rouge_of_other_answers(answer, reference, scores):
+    assert rouge([answer], [reference]) == pytest.approx(scores)
+
+
+def test_rouge_is_a_mean_over_rows():
+    assert rouge(["a b", ""], ["a b", "c d"]) == pytest.approx((50, 50, 50))
+    assert rouge([], []) == (0, 0, 0)
+    with pytest.raises(ValueError, match="argument 2 is"):
+        rouge(["a"], [])
+
+
+def test_the_loss_is_the_one_that_training_reports(run, tokenizer, corpus, data):
+    """On the same rows, packed there and padded here, and for any batch size."""
+    from qlora_helpers.training import train
+
+    model = tuned(tiny_llama())
+    config = TrainConfig(max_steps=1, learning_rate=1e-12, micro_batch_size=2, eval_steps=1, save_steps=1,
+                         activation_checkpointing=False)  # fmt: skip
+    result = train(model, tokenizer, data, config, run, show_progress=False)
+    rows = prepared_data(corpus, tokenizer, packing=False).eval.to_list()
+    for size in (1, 2, 16):
+        assert summary_loss(model, tokenizer, rows, size) == pytest.approx(result.eval_loss, rel=1e-6)
+
+
+def test_perplexity_is_that_of_the_loss():
+    score = Scores(1, 1, 1, 1, 1, loss=2.0)
+    assert score.perplexity == pytest.approx(math.exp(2))
+    assert Scores(1, 1, 1, 1, 1).perplexity is None
+    assert math.isfinite(Scores(1, 1, 1, 1, 1, loss=1e9).perplexity)
+
+
+# the comparison
+
+
+@pytest.fixture
+def compare(model, tokenizer, corpus):
+    def compare(dialogues=corpus.test, tokenizer=tokenizer, max_tokens=128, **settings):
+        config = EvaluationConfig(**{"batch_size": 4, "max_new_tokens": 6} | settings)
+        return evaluate(model, tokenizer, dialogues, config, template="recipe", max_tokens=max_tokens, progress=False)
+
+    return compare
+
+
+def test_base_and_tuned_answer_the_same_rows(compare, model, tokenizer, corpus):
+    result = compare()
+    assert list(result.scores) == ["base", "tuned"]
+    assert [row["id"] for row in result.rows] == [item.id for item in corpus.test]
+    assert [row["summary"] for row in result.rows] == [item.summary for item in corpus.test]
+    base, tuned_score = result.scores["base"], result.scores["tuned"]
+    assert base.loss != tuned_score.loss
+    assert base.mean_tokens == 6
+    assert result.rouge_l_gain == tuned_score.rouge_l - base.rouge_l
+    assert result.prompt_tokens_trimmed == 0
+    rows = prepared_data(corpus, tokenizer, packing=False)
+    assert rows.test == corpus.test
+    # the base is the model without its adapters, which are on again afterwards
+    untouched = compare_alone(tiny_llama(), tokenizer, corpus)
+    assert [row["answers"]["base"]["text"] for row in result.rows] == untouched
+    assert [row["answers"]["tuned"]["text"] for row in result.rows] == compare_alone(model, tokenizer, corpus)
+    assert [row["answers"]["tuned"]["text"] for row in result.rows] != untouched
+
+
+def compare_alone(model, tokenizer, corpus) -> list[str]:
+    from qlora_helpers.prompts import prompt_tokens
+
+    prompts = [prompt_tokens(item.dialogue, "recipe", tokenizer).ids for item in corpus.test]
+    return [
+        answer.text for answer in generate(model, tokenizer, prompts, EvaluationConfig(batch_size=4, max_new_tokens=6))
+    ]
+
+
+def test_the_untuned_model_is_asked_under_its_own_template_too(compare):
+    chat = corpus_tokenizer()
+    chat.chat_template = "{{ messages[0]['content'] }}\nAnswer:"
+    result = compare(tokenizer=chat)
+    assert list(result.scores) == ["base", "base_chat", "tuned"]
+    assert result.scores["base_chat"].loss is None
+    assert list(compare(tokenizer=chat, chat_baseline=False).scores) == ["base", "tuned"]
+    assert "untuned, chat template" in repr(result)
+
+
+def test_dialogues_that_are_too_long_are_counted(compare):
+    long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
+    result = compare([long])
+    assert result.prompt_tokens_trimmed == 1
+    assert result.rows[0]["dialogue"] == long.dialogue
+
+
+def test_it_is_read_back_from_json(compare):
+    result = compare()
+    again = evaluation_from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again == result
+    assert again.to_dict() == result.to_dict()
+    assert repr(again) == repr(result)
+    assert set(result.to_dict()["scores"]["base"]) == {
+        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity",
+    }  # fmt: skip
+
+
+NASTY = "<script>alert(1)</script> <img src=x onerror=alert(1)>"
+
+
+def test_what_is_in_a_dialogue_or_an_answer_is_shown_and_not_run():
+    answers = {
+        "base": {"text": NASTY, "tokens": 3, "stopped": False},
+        "tuned": {"text": "a\n" * 400, "tokens": 3, "stopped": True},
+    }
+    row = {"id": "r1", "dialogue": f"Ana: {NASTY}", "summary": NASTY, "answers": answers}
+    score = Scores(10.0, 5.0, 9.94, 0.5, 12.0, 2.0)
+    result = Evaluation({"base": score, "tuned": score}, (row,))
+    for page in (result.side_by_side()._repr_html_(), result._repr_html_()):
+        assert "<script" not in page
+        assert "<img" not in page
+    page = result.side_by_side()._repr_html_()
+    assert page.count("&lt;script&gt;") == 3
+    assert page.count("<td ") == page.count("<th ") == 4
+    text = repr(result.side_by_side())
+    assert text.startswith("Ana: <script>")
+    assert text.endswith(" ...")  # a long answer is cut, in one line
+    assert repr(Evaluation({}, ()).side_by_side()) == ""
+    assert "1 held-out rows" in result._repr_html_()
+    assert "50%" in repr(result)
+    assert "9.9" in repr(result)
