@@ -1,6 +1,6 @@
 """All checks in order, each with its time: style, layers, unit tests, notebooks. Ends at the first failure.
 
-    python tests/run_all.py [--only style|unit|notebooks] [--profile tiny|demo]
+python tests/run_all.py [--only style|unit|notebooks] [--profile tiny|demo]
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def is_worth_storing(output: nbformat.NotebookNode) -> bool:
 
 def machine_names(notebook: nbformat.NotebookNode) -> list[str]:
     """Paths and names of this machine that the outputs hold."""
-    text = nbformat.writes(nbformat.from_dict({**notebook, "cells": [c for c in notebook.cells if c.cell_type == "code"]}))
+    text = nbformat.writes(
+        nbformat.from_dict({**notebook, "cells": [c for c in notebook.cells if c.cell_type == "code"]})
+    )
     names = {str(NOTEBOOKS.parent), str(Path.home()) + "/", os.environ["QLORA_RUNS"], os.environ["JUPYTER_DATA_DIR"]}
     if len(socket.gethostname()) > 3:
         names.add(socket.gethostname())

@@ -20,7 +20,9 @@ ROW = {"dialogue": "Ana: lunch?\nBo: yes, at noon", "summary": "Ana and Bo have 
 def here(tmp_path, monkeypatch):
     """An empty folder to stand in, with bad files of several kinds."""
     monkeypatch.chdir(tmp_path)
-    rows = "".join(json.dumps({"dialogue": f"Ana: {i}\nBo: ok {i}", "summary": f"Ana says {i}."}) + "\n" for i in range(9))
+    rows = "".join(
+        json.dumps({"dialogue": f"Ana: {i}\nBo: ok {i}", "summary": f"Ana says {i}."}) + "\n" for i in range(9)
+    )
     files = {
         "good.jsonl": rows.encode(),
         "empty.jsonl": b"",
@@ -157,7 +159,12 @@ def test_two_processes_under_torchrun_train_one_adapter(here):
     from qlora_helpers.launch import start_torchrun
     from qlora_helpers.workflow import open_run
 
-    settings = {"data.source": "./good.jsonl", "data.seq_len_tokens": 128, "train.max_steps": 2, "train.logging_steps": 1}
+    settings = {
+        "data.source": "./good.jsonl",
+        "data.seq_len_tokens": 128,
+        "train.max_steps": 2,
+        "train.logging_steps": 1,
+    }
     run = open_run("two", profile="tiny", settings=settings)
     done = start_torchrun(run, 2, say=lambda text: None)
     assert done.returncode == 0, done.stderr

@@ -466,6 +466,7 @@ def test_arguments_are_the_recipe_s(run):
     args = training_arguments(TrainConfig(), run, on_cpu=True, half=None)
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (2e-4, 8, 1.0)
     assert (args.max_grad_norm, args.warmup_steps, args.optim) == (1.0, 0, "adamw_torch")
+    assert (args.seed, args.data_seed) == (42, 42)
     assert args.logging_nan_inf_filter is False
     assert args.save_total_limit is None  # we rotate, after we have verified
     assert args.report_to == []
