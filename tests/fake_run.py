@@ -89,7 +89,8 @@ SCORES = {
 
 
 SETTINGS = {
-    "adapter.r": 8, "adapter.lora_alpha": 32, "data.seq_len_tokens": 512, "data.packing": True,
+    "adapter.r": 8, "adapter.lora_alpha": 32, "adapter.lora_dropout": 0.05, "data.seq_len_tokens": 512,
+    "data.packing": True,
     "train.micro_batch_size": 4, "train.gradient_accumulation_steps": 1, "train.learning_rate": 1e-3,
     "train.warmup_steps": 0,
 }  # fmt: skip

@@ -311,7 +311,7 @@ def test_row_losses_are_sums_over_trained_tokens(padded_data):
     (sums, tokens), (same, too) = row_losses(model, full), row_losses(model, kept)
     assert torch.allclose(sums, same, rtol=1e-6)
     assert tokens.tolist() == too.tolist() == [sum(label != IGNORED for label in row["labels"]) for row in rows]
-    assert float(model(**full).loss) == pytest.approx(float(sums.sum() / tokens.sum()), rel=1e-6)
+    assert model(**full).loss.item() == pytest.approx(float(sums.sum() / tokens.sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -17,7 +17,7 @@ from qlora_helpers import workflow
 from qlora_helpers.config import profile_config
 from qlora_helpers.errors import ConfigError, ModelError, RunError
 from qlora_helpers.run import Run, read_json
-from qlora_helpers.workflow import check_reload, existing_run, open_run
+from qlora_helpers.workflow import ReloadCheck, check_reload, existing_run, open_run
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.05", "train.eval_steps=2", "train.save_steps=1", "data.train_rows=4",
@@ -295,6 +295,13 @@ def test_the_reloaded_model_is_the_trained_one(whole):
     assert (check.prompts, check.same_answers) == (2, 2)
     assert check.largest_difference <= 1e-4
     assert repr(check).startswith("the reloaded model is the trained one: 2 of 2 answers equal")
+
+
+def test_either_difference_fails_the_check():
+    assert ReloadCheck(prompts=2, largest_difference=1e-5, same_answers=2).passed
+    assert not ReloadCheck(prompts=2, largest_difference=1e-5, same_answers=1).passed
+    assert not ReloadCheck(prompts=2, largest_difference=1e-3, same_answers=2).passed
+    assert not ReloadCheck(prompts=2, largest_difference=float("nan"), same_answers=2).passed
 
 
 def spoil(run, change) -> None:
