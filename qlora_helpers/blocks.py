@@ -6,6 +6,7 @@ rows are kept apart by positions that restart and a block-diagonal mask. Knows n
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,3 +162,24 @@ def _as_mask(allowed: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None:
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def takes_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether a model can compute its logits at chosen positions alone."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats."""
+    import torch
+
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
+    logits = model(**inputs).logits.float()
+    shifted = batch.get("shift_labels")
+    if shifted is None:
+        logits, shifted = logits[:, :-1], batch["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), shifted.to(logits.device), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)

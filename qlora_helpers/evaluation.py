@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_helpers.blocks import BlockCollator
+from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
-from qlora_helpers.labels import IGNORED, label_row
+from qlora_helpers.labels import label_row
 from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.sources import Dialogue
 from qlora_helpers.tables import html_table, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
 
 
 @dataclass(frozen=True)
@@ -227,20 +230,17 @@ def summary_loss(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> float:
     """Mean loss over all trained tokens of labelled rows, in nats a token."""
-    collate = BlockCollator(tokenizer.pad_token_id, packed=False, keep_trained_logits=False)
+    collate = BlockCollator(tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model))
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    for start in range(0, len(rows), batch_size):
-        batch = {name: value.to(device) for name, value in collate(rows[start : start + batch_size]).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"
-        )
-        total, count = total + float(losses), count + int(labels.ne(IGNORED).sum())
+    at_once = min(batch_size, LOSS_ROWS)
+    for start in range(0, len(rows), at_once):
+        batch = {name: value.to(device) for name, value in collate(rows[start : start + at_once]).items()}
+        losses, tokens = row_losses(model, batch)
+        total, count = total + float(losses.sum()), count + int(tokens.sum())
     model.train(was_training)
     return total / max(1, count)
 

@@ -6,7 +6,6 @@ requests of people. Knows nothing of where model and data came from, and leaves 
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers import telemetry
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import BlockCollator, PreparedData
+from qlora_helpers.blocks import BlockCollator, PreparedData, row_losses, takes_logits_to_keep
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.labels import IGNORED
@@ -76,7 +75,7 @@ def make_collator(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, da
         packed=data.packed,
         mask_dtype=inner.dtype if eager else None,
         pad_to=data.seq_len_tokens if data.packed else None,
-        keep_trained_logits="logits_to_keep" in inspect.signature(inner.forward).parameters,
+        keep_trained_logits=takes_logits_to_keep(model),
     )
 
 
@@ -213,19 +212,6 @@ class SummaryTrainer(Trainer):
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
-
-
-def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
-    logits = model(**inputs).logits.float()
-    shifted = batch.get("shift_labels")
-    if shifted is None:
-        logits, shifted = logits[:, :-1], batch["labels"][:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), shifted.to(logits.device), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)
 
 
 class RunFolderCallback(TrainerCallback):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qlora_helpers import blocks
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import BlockCollator
+from qlora_helpers.blocks import BlockCollator, row_losses
 from qlora_helpers.config import AdapterConfig, TrainConfig
 from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.labels import IGNORED
@@ -27,7 +27,6 @@ from qlora_helpers.training import (
     check_rows_apart,
     half_of,
     make_collator,
-    row_losses,
     train,
     training_arguments,
 )
