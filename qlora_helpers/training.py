@@ -6,6 +6,7 @@ requests of people. Knows nothing of where model and data came from, and leaves 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEARTBEAT_S = 2.0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,9 @@ class RunFolderCallback(TrainerCallback):
                     next_step="Lower train.learning_rate; the run goes on from its last good checkpoint.",
                 )
         if self.is_writer:
-            self.run.append_progress(self._record(logs, state))
+            record = self._record(logs, state)
+            self.run.append_progress(record)
+            log.info("%s", {name: value for name, value in record.items() if name not in ("process", "gpus")})
             self.run.set_status(step=state.global_step)
 
     def _record(self, logs: dict[str, float], state: Any) -> dict[str, Any]:

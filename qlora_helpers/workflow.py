@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_helpers.training import TrainResult
 
 Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 FIXED = ("model", "adapter", "data")
 RELOAD_TOLERANCE = 1e-4
 
@@ -202,6 +203,7 @@ def train(
                 extra_callbacks=(events,) if events else (), show_progress=show_progress,
             )  # fmt: skip
         if main:
+            log.info("%s", result)
             save_adapter(run, model, loaded)
             if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result)
@@ -352,7 +354,7 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
         tokens = prompt_tokens(item.dialogue, config.data.template, fresh.tokenizer)
         questions.append(tokens.trimmed(max(0, len(tokens) - room)).ids)
     short = dataclasses.replace(
-        config.evaluation, do_sample=False, max_new_tokens=min(40, config.evaluation.max_new_tokens)
+        config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
     )
     answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
     difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
@@ -447,7 +449,7 @@ def _owned(run: Run) -> Iterator[None]:
         yield
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
-        logging.getLogger("qlora_helpers").error("training ended: %s: %s", type(error).__name__, error)
+        log.error("training ended: %s: %s", type(error).__name__, error)
         run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
         raise
     finally:
