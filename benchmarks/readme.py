@@ -48,7 +48,12 @@ def demo() -> str:
     for run in found["runs"]:
         for name, score in run["scores"].items():
             loss = "" if score["loss"] is None else f"{score['loss']:.2f}"
-            cells = [run["data"], names[name], f"{score['rouge1']:.1f}", f"{score['rouge_l']:.1f}"]
+            cells = [
+                run["data"].replace(" (not stated (a local file))", ""),
+                names[name],
+                f"{score['rouge1']:.1f}",
+                f"{score['rouge_l']:.1f}",
+            ]
             lines.append("| " + " | ".join([*cells, f"{score['stop_rate']:.0%}", loss]) + " |")
     times = "; ".join(
         f"{run['demo_seconds'] / 60:.1f} minutes in all for {run['train_rows']} rows, "
