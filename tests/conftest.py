@@ -106,3 +106,22 @@ def data(corpus, tokenizer):
 def padded_data(corpus, tokenizer):
     """The corpus a row a block."""
     return prepared_data(corpus, tokenizer, packing=False)
+
+
+@pytest.fixture
+def from_hub(tmp_path, monkeypatch):
+    """Turns huggingface_hub to a hub of this machine, or (with None) takes its network away; its cache is empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def start(endpoint: str | None) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", endpoint is None)
+        endpoint = endpoint or "http://127.0.0.1:9"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+
+    return start

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import FAMILIES, tiny_model
 
-from qlora_helpers.architectures import ADAPTER_TARGETS, SHAPES, adapter_targets, keeps_packed_rows_apart
+from qlora_helpers.architectures import ADAPTER_TARGETS, adapter_targets, keeps_packed_rows_apart
 from qlora_helpers.errors import ModelError
 
 
@@ -71,31 +71,9 @@ def test_a_model_that_does_not_is_found_out(torch):
 
 
 def rows_apart(model) -> tuple[float, float]:
-    from qlora_helpers.training import check_rows_apart, make_collator
+    from qlora_helpers.probes import check_rows_apart
+    from qlora_helpers.training import make_collator
 
     model.config.use_cache = False
     collator = make_collator(model, SimpleNamespace(pad_token_id=0), SimpleNamespace(packed=True, seq_len_tokens=32))
     return check_rows_apart(model, collator)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_catalogued_shapes_are_transformers_own(torch, name):
-    """Every key is one that the family's configuration knows, and the wiring is as in the released model."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**SHAPES[name])
-    known = config.to_dict()
-    assert set(SHAPES[name]) <= set(known)
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings"):
-        assert known[key] == SHAPES[name].get(key, known[key])
-
-
-def test_the_tiny_falcon_has_the_wiring_of_the_40b():
-    tiny, large = SHAPES["falcon-tiny"], SHAPES["falcon-40b"]
-    sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
-             "bos_token_id", "eos_token_id"}  # fmt: skip
-    assert {key: value for key, value in tiny.items() if key not in sizes} == {
-        key: value for key, value in large.items() if key not in sizes
-    }
-    assert tiny["num_kv_heads"] > 1  # grouped keys and values, as in the 40B
-    assert tiny["hidden_size"] % 64 == 0  # of a block of NF4

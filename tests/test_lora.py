@@ -8,7 +8,6 @@ import math
 import pytest
 from tiny import tiny_llama, tiny_model
 
-from qlora_helpers.architectures import SHAPES
 from qlora_helpers.config import AdapterConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.lora import (
@@ -21,6 +20,7 @@ from qlora_helpers.lora import (
     load_adapter,
     target_modules,
 )
+from qlora_helpers.model_shapes import SHAPES
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -11,10 +11,10 @@ import pytest
 from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
 
 from qlora_helpers import models, nf4
-from qlora_helpers.architectures import SHAPES
 from qlora_helpers.checkpoints import corpus_tokenizer, find_checkpoint
 from qlora_helpers.config import ModelConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.models import audit, load_model, load_tokenizer, placement, set_pad_token
 from qlora_helpers.nf4 import falcon_linears_as_plain, is_nf4, keep_gradients_exact_on_cpu, stored_bytes, unpacked_numel
 

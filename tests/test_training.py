@@ -18,18 +18,19 @@ from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import BlockCollator, row_losses
 from qlora_helpers.config import AdapterConfig, TrainConfig
 from qlora_helpers.errors import ModelError, RunError
+from qlora_helpers.fast_step import loss as token_loss
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.lora import add_adapters
+from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
 from qlora_helpers.training import (
-    RunFolderCallback,
     SummaryTrainer,
-    check_rows_apart,
     half_of,
     make_collator,
     train,
     training_arguments,
 )
+from qlora_helpers.training_callback import RunFolderCallback
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
@@ -410,15 +411,49 @@ def test_a_float16_gradient_may_overflow(run):
         callback.on_log(SimpleNamespace(fp16=True), state, None, logs | {"loss": float("nan")})
 
 
-def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch):
+@pytest.mark.parametrize("fast_step", [True, False])
+def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch, fast_step):
+    def leaking_mask(segments):
+        return torch.ones(*segments.shape, segments.shape[1]).tril()[:, None].bool()
+
+    def one_row(segments, most_rows):
+        return torch.tensor([0, segments.numel()], dtype=torch.int32)
+
     monkeypatch.setattr(
-        blocks,
-        "rows_apart_mask",
-        lambda segments: torch.ones(*segments.shape, segments.shape[1]).tril()[:, None].bool(),
+        blocks, "row_starts" if fast_step else "rows_apart_mask", one_row if fast_step else leaking_mask
     )
     with pytest.raises(ModelError, match=r"does not keep packed rows apart; expected .* Set data.packing=false"):
+        teach(fast_step=fast_step)
+    assert not run.status_path.exists()
+
+
+def test_a_fast_step_that_loses_otherwise_stops_before_training(teach, run, monkeypatch):
+    right = token_loss.token_losses
+    monkeypatch.setattr(token_loss, "token_losses", lambda hidden, *args, **more: right(hidden * 2, *args, **more))
+    with pytest.raises(ModelError, match=r"does not give this model's own losses; .* Set train.fast_step=false"):
         teach()
     assert not run.status_path.exists()
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_fast_step_trains_the_plain_steps_adapter(teach, tmp_path, packing, accumulation, data, padded_data):
+    """Through Trainer, over several steps, evaluations and accumulation."""
+    data = data if packing else padded_data
+    runs = {fast: Run(tmp_path / str(fast)) for fast in (True, False)}
+    models = {}
+    for fast, each in runs.items():
+        models[fast], _ = teach(
+            on=each, data=data, fast_step=fast, gradient_accumulation_steps=accumulation, max_steps=4, max_grad_norm=1e3,
+            activation_checkpointing=fast, recompute_layers=1,
+        )  # fmt: skip
+    assert difference(models[True], models[False]) < 1e-3
+    lines = {fast: each.progress() for fast, each in runs.items()}
+    for one, other in zip(lines[True], lines[False], strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert (name in one) == (name in other)
+            if name in one:
+                assert one[name] == pytest.approx(other[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -496,7 +531,7 @@ def test_an_eager_model_trains_as_an_sdpa_one(teach, tmp_path):
 
 
 def test_the_heart_beats_while_nothing_is_logged(teach, run, monkeypatch):
-    monkeypatch.setattr("qlora_helpers.training.HEARTBEAT_S", 0.0)
+    monkeypatch.setattr("qlora_helpers.training_callback.HEARTBEAT_S", 0.0)
     beats = []
     teach(At(3, lambda: beats.append(copy.copy(run.status()))), logging_steps=100, eval_steps=100, save_steps=100)
     assert beats[0].step == 2

@@ -1,0 +1,87 @@
+"""Decoder layers, one at a time: each compiled, and any number of them recomputed in the backward pass.
+
+All layers have one shape, so the first is compiled and the others use its kernels (regional compilation, PyTorch's recipe of that
+name). A layer that is recomputed keeps its input alone (Chen et al. 2016, arXiv:1604.06174); with a number between none and all,
+memory is spent where there is some.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers of a causal language model: the longest list of modules of one class in it."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    return max(lists, key=len, default=[])
+
+
+def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
+    """Which layers recompute: spread evenly, so that memory rises and falls evenly too."""
+    return sorted({round(index * layers / recomputed) for index in range(recomputed)}) if recomputed else []
+
+
+@contextmanager
+def layers_changed(
+    model: torch.nn.Module, *, compiled: bool, recomputed: int, keep_random_state: bool
+) -> Iterator[None]:
+    """While open, decoder layers are compiled, and `recomputed` of them recompute their activations.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+        compiled: whether to compile every layer; blocks must have one shape.
+        recomputed: how many layers keep their input alone, 0 to all.
+        keep_random_state: whether the recomputation must draw the same dropout masks.
+    """
+    layers = decoder_layers(model)
+    chosen = set(layers_to_recompute(len(layers), min(recomputed, len(layers))))
+    with ExitStack() as undo:
+        for index, layer in enumerate(layers):
+            forward = layer.forward
+            if compiled:
+                forward = torch.compile(forward, dynamic=False)
+            if index in chosen:
+                forward = _recomputing(layer, forward, keep_random_state)
+            if forward is not layer.forward:
+                _set_forward(layer, forward, undo)
+        yield
+
+
+def _set_forward(layer: torch.nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    if "forward" in vars(layer):  # accelerate's hooks on a dispatched model
+        undo.callback(setattr, layer, "forward", layer.forward)
+    else:
+        undo.callback(delattr, layer, "forward")
+    layer.forward = forward
+
+
+def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not (layer.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=keep_random_state, **kwargs)
+
+    return recomputed
+
+
+def compile_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why layers can't be compiled here, or None where they can: a small product is compiled and differentiated."""
+    if device.type != "cuda":
+        return "layers are compiled on CUDA GPUs alone"
+    try:
+        x = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
+        torch.compile(lambda value: torch.nn.functional.gelu(value) * 2, dynamic=False)(x).sum().backward()
+    except Exception as error:  # triton or the C compiler is missing, in as many ways as there are machines
+        return f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return None

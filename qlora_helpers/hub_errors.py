@@ -1,0 +1,57 @@
+"""What goes wrong between this machine and the model hub, in words that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from qlora_helpers.errors import ModelError
+from qlora_helpers.units import gib
+
+
+@contextlib.contextmanager
+def clear_hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong while the hub is asked for a model becomes one `ModelError`."""
+    import errno
+
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: its licence must be accepted first",
+            next_step="Accept it on the model's page, then log in with `hf auth login`, or choose another model.",
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ModelError(
+            f"the hub knows no model {name} (or not to you)",
+            next_step="Check model.name and model.revision; for a private model log in with `hf auth login`.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise ModelError(
+            "that is no name of a model",
+            expected="a hub id (owner/name), a folder, a .gguf file or random:NAME",
+            got=repr(name),
+            next_step="Check model.name.",
+        ) from error
+    # errors.HTTPError is that of the client that huggingface_hub is built on: httpx, since its version 2 httpx2.
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
+        raise ModelError(
+            f"{name} is not in the cache, and the model hub can't be reached",
+            next_step="Without a network: set model.name to a local folder, a .gguf file or random:NAME, or use "
+            "QLORA_PROFILE=tiny, which downloads nothing.",
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise no_space(name, None, None) from error
+        raise
+
+
+def no_space(name: str, needed: int | None, free: int | None) -> ModelError:
+    return ModelError(
+        f"there is not enough disk space for {name}",
+        expected=f"{gib(needed):.1f} GiB" if needed is not None else "",
+        got=f"{gib(free):.1f} GiB free" if free is not None else "",
+        next_step="Free some (notebook 08), or set HF_HOME to a larger volume (notebook 00).",
+    )

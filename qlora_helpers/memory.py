@@ -1,0 +1,244 @@
+"""What a training step holds on each GPU, in bytes, by arithmetic alone: no torch, no download.
+
+Every part follows from a model's sizes and from what the fast step keeps for the backward pass; what was measured is in
+`benchmarks/`. Owns bytes; knows nothing of speed, prices or how settings are chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.units import BYTES_IN_GIB, gib
+
+HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
+QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a constant of theirs (arXiv:2305.14314)
+LOSS_CHUNK_BYTES = 256 * 1024**2  # of float32 logits; the same figure as fast_step.loss
+CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
+FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.05, 1 * BYTES_IN_GIB  # of what comes and goes: allocated against reserved
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What of a run's settings memory depends on.
+
+    Attributes:
+        seq_len_tokens: length of a block.
+        blocks: in one forward pass, on each GPU.
+        recomputed: decoder layers that recompute their activations.
+        compiled: whether decoder layers are compiled.
+        r: rank of the adapters.
+        adapter_parameters: trainable weights in all.
+        optim: optimizer, as in `TrainConfig.optim`.
+        trained_share: share of the tokens that are trained.
+        quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
+    """
+
+    seq_len_tokens: int
+    blocks: int
+    recomputed: int
+    compiled: bool
+    r: int
+    adapter_parameters: int
+    optim: str = "adamw_torch"
+    trained_share: float = 0.2
+    quantized: bool = True
+    double_quantization: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.seq_len_tokens
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU, by what they are for.
+
+    Attributes:
+        weights_quantized: linear layers in 4 bits.
+        constants: their quantisation constants.
+        weights_other: embeddings, output layer, norms and what else stays in 16 bits.
+        adapters, gradients, optimizer: of the adapters, in 32 bits.
+        activations: kept from the forward for the backward pass.
+        working: the most that lives for a moment: a layer being recomputed, a weight in 16 bits, a chunk of logits.
+        fragmentation: reserved by PyTorch beyond what tensors take.
+        context: CUDA's own.
+    """
+
+    weights_quantized: int = 0
+    constants: int = 0
+    weights_other: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    working: int = 0
+    fragmentation: int = 0
+    context: int = 0
+
+    @property
+    def weights(self) -> int:
+        return self.weights_quantized + self.constants + self.weights_other
+
+    @property
+    def allocated(self) -> int:
+        """The peak that `torch.cuda.max_memory_allocated` counts."""
+        return self.total - self.fragmentation - self.context
+
+    @property
+    def reserved(self) -> int:
+        """The peak that `torch.cuda.max_memory_reserved` counts."""
+        return self.total - self.context
+
+    @property
+    def total(self) -> int:
+        """What the card must have free."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    def parts_gib(self) -> dict[str, float]:
+        """Each part in GiB, by name."""
+        return {item.name: gib(getattr(self, item.name)) for item in fields(self)}
+
+
+def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
+    """16-bit values that one decoder layer keeps for its backward pass, a token.
+
+    The layer's input, what each norm gives, queries, keys, values and the attention's output, the residual between attention and
+    MLP, and the MLP's inner values: before and after its non-linearity, and their product where it is gated. An adapter's first
+    matrix needs the input of every layer it stands beside, which are among these. Uncompiled, a root-mean-square norm keeps its
+    input in 32 bits and a gated MLP its non-linearity's output too; compiled, both are made again.
+    """
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    norms = sizes.norms_per_block
+    residuals = 1 if sizes.parallel_attention else 2
+    extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
+    stream = sizes.hidden * (residuals + norms + extra_norms)
+    attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in 32 bits
+    if sizes.qk_norm:
+        attention += queries + keys
+    inner = sizes.intermediate * (3 if sizes.gated_mlp else 2)
+    if sizes.experts:
+        inner *= sizes.experts_per_token
+    if not compiled and sizes.norm == "rms":
+        stream += sizes.hidden * (residuals + extra_norms)
+        inner += sizes.intermediate * (1 if sizes.gated_mlp else 0)
+    low_rank = r * sum(layer.per_block for layer in sizes.linears)
+    return stream + attention + inner + low_rank
+
+
+def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
+    """What one decoder layer holds for the whole step; activations as if it were not recomputed."""
+    linear, other = sizes.linear_parameters_per_block, sizes.other_parameters_per_block
+    adapters = settings.adapter_parameters // sizes.blocks
+    constants = linear / QUANTISATION_BLOCK
+    constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
+    return GpuMemory(
+        weights_quantized=linear // 2 if settings.quantized else 0,
+        constants=round(constants) if settings.quantized else 0,
+        weights_other=HALF * (other if settings.quantized else other + linear),
+        adapters=SINGLE * adapters,
+        gradients=SINGLE * adapters,
+        optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
+        activations=HALF * settings.tokens * kept_values(sizes, compiled=settings.compiled, r=settings.r),
+    )
+
+
+def stage_memory(
+    sizes: ModelSizes, settings: StepSettings, *, layers: int, recomputed: int, first: bool, last: bool
+) -> GpuMemory:
+    """What a GPU holds that has some of the decoder layers.
+
+    Args:
+        sizes: of the model.
+        settings: of the step.
+        layers: decoder layers on this GPU.
+        recomputed: how many of them recompute.
+        first: whether the embedding is here.
+        last: whether the last layer is here; the output layer is too, or with the embedding that it is tied to.
+    """
+    head = first if sizes.tied else last
+    one = layer_bytes(sizes, settings)
+    whole = GpuMemory(**{item.name: layers * getattr(one, item.name) for item in fields(one)})
+    layer_input = HALF * settings.tokens * sizes.hidden
+    activations = (layers - recomputed) * one.activations + recomputed * layer_input
+    other = whole.weights_other
+    if first:
+        other += HALF * sizes.other_parameters
+    if head:
+        other += HALF * sizes.head_parameters
+    in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
+    in_layer += HALF * settings.tokens * sizes.intermediate
+    working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
+    fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
+    return replace(
+        whole, weights_other=other, activations=activations, working=working, fragmentation=round(fragmentation),
+        context=CONTEXT_BYTES,
+    )  # fmt: skip
+
+
+def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
+    """One layer's weight, in 16 bits for the moment of its product."""
+    if not settings.quantized:
+        return 0
+    return HALF * max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
+
+
+def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
+    """A chunk of logits in 16 and 32 bits with its slopes, and inputs and gradients of the trained tokens."""
+    trained = max(1, round(settings.trained_share * settings.tokens))
+    chunk = min(trained, max(16, LOSS_CHUNK_BYTES // (SINGLE * sizes.vocab)))
+    return chunk * sizes.vocab * (2 * HALF + 2 * SINGLE) + 2 * trained * sizes.hidden * HALF
+
+
+def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple[int, ...]:
+    """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
+    one = layer_bytes(sizes, settings)
+    share = settings.recomputed / sizes.blocks
+    a_layer = one.total - share * (one.activations - HALF * settings.tokens * sizes.hidden)
+    held = [
+        float(stage_memory(sizes, settings, layers=0, recomputed=0, first=index == 0, last=index == gpus - 1).total)
+        for index in range(gpus)
+    ]
+    counts = [0] * gpus
+    for _ in range(sizes.blocks):
+        emptiest = min(range(gpus), key=held.__getitem__)
+        counts[emptiest] += 1
+        held[emptiest] += a_layer
+    return tuple(counts)
+
+
+def predict(
+    sizes: ModelSizes, settings: StepSettings, *, gpus: int = 1
+) -> tuple[tuple[int, ...], tuple[GpuMemory, ...]]:
+    """Layers and memory of each GPU when a model is spread over some.
+
+    Args:
+        sizes: of the model.
+        settings: of the step; `recomputed` layers are spread evenly.
+        gpus: how many hold one copy of the model together.
+    """
+    counts = spread_layers(sizes, settings, gpus)
+    recomputed = _apportioned(settings.recomputed, counts)
+    stages = tuple(
+        stage_memory(sizes, settings, layers=layers, recomputed=again, first=index == 0, last=index == gpus - 1)
+        for index, (layers, again) in enumerate(zip(counts, recomputed, strict=True))
+    )
+    return counts, stages
+
+
+def _apportioned(recomputed: int, counts: tuple[int, ...]) -> list[int]:
+    """Recomputed layers on each GPU where they stand evenly among all, as `fast_step.layers` chooses them."""
+    total = sum(counts)
+    chosen = {round(index * total / recomputed) for index in range(recomputed)} if recomputed else set()
+    shares, start = [], 0
+    for count in counts:
+        shares.append(sum(start <= index < start + count for index in chosen))
+        start += count
+    return shares

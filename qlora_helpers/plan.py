@@ -1,0 +1,388 @@
+"""The fastest settings that fit, their time and price, and the next best: by arithmetic, before a byte is downloaded.
+
+Takes a model's `config.json`, the hardware and a run's settings; tries every micro-batch and every number of recomputed layers.
+Speeds are a roofline whose few constants were fitted to measured steps (`benchmarks/`); on a card that was never measured they are
+extrapolated from its datasheet, and said to be. Imports no torch; knows nothing of runs on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.catalog import GPUS, INSTANCES, Gpu, Hardware, parse_gpus
+from qlora_helpers.config import RunConfig
+from qlora_helpers.memory import HALF, GpuMemory, StepSettings, kept_values, predict
+from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.units import duration, gib
+
+BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+COPIES_EFFICIENCY = 0.95  # several processes wait for each other and average gradients; adapters are small
+COMPILE_S = 30.0  # what the first step takes longer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Constants of the roofline, fitted on one card.
+
+    Attributes:
+        matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
+        memory_share: of the datasheet's bandwidth that everything else reaches.
+        forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
+        eager_factor: how much longer all of that takes uncompiled.
+        layer_s: what each pass over a layer costs besides, on the host.
+    """
+
+    matrix_share: float
+    memory_share: float
+    forward_passes: float
+    backward_passes: float
+    eager_factor: float
+    layer_s: float
+
+
+FITTED = Speed(
+    matrix_share=0.762, memory_share=0.662, forward_passes=2.76, backward_passes=3.62, eager_factor=2.27, layer_s=0.0013
+)
+"""Fitted on one H100 80GB to the steps of Falcon-40B and a Llama of 8 B in `benchmarks/step_speed_one_gpu.json`."""
+PLAIN_GPU = Gpu("unnamed", 0, 0, 121, 300)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the training.
+
+    Attributes:
+        blocks, accumulation: micro-batch on each GPU, and forward passes per optimizer step.
+        recomputed: decoder layers that recompute their activations, of `layers`.
+        compiled: whether layers are compiled.
+        copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
+        layers_per_gpu, memory: of each GPU that holds a part of one copy.
+        seq_len_tokens: length of a block.
+        tokens_per_s: over all GPUs, padding not counted where `tokens` did not count it.
+        seconds: for the whole data.
+        dollars: at the hardware's price; None where it is not known.
+    """
+
+    blocks: int
+    accumulation: int
+    recomputed: int
+    layers: int
+    compiled: bool
+    copies: int
+    layers_per_gpu: tuple[int, ...]
+    memory: tuple[GpuMemory, ...]
+    seq_len_tokens: int
+    tokens_per_s: float
+    seconds: float
+    dollars: float | None
+
+    @property
+    def peak_gib(self) -> float:
+        """What the fullest GPU must have free, GiB."""
+        return max(gib(each.total) for each in self.memory)
+
+    @property
+    def settings(self) -> list[str]:
+        """As `--set` takes them."""
+        return [
+            f"data.seq_len_tokens={self.seq_len_tokens}",
+            f"train.micro_batch_size={self.blocks}",
+            f"train.gradient_accumulation_steps={self.accumulation}",
+            f"train.activation_checkpointing={'true' if self.recomputed else 'false'}",
+            f"train.recompute_layers={self.recomputed}",
+            f"train.compile={'on' if self.compiled else 'off'}",
+        ]
+
+    def __repr__(self) -> str:
+        again = f"{self.recomputed} of {self.layers} layers recomputed"
+        dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
+        return (
+            f"{self.blocks} x {self.seq_len_tokens} tokens, {self.accumulation} a step, {again}"
+            f"{', compiled' if self.compiled else ''}: {self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, "
+            f"{duration(self.seconds)}{dollars}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits, how fast it is, and what to change where nothing does.
+
+    Attributes:
+        model: the name that was asked about.
+        sizes: the model's.
+        adapter_parameters: trainable weights.
+        hardware: the GPUs.
+        tokens: of the whole training, in all epochs.
+        choice: the fastest that fits, or None.
+        alternatives: the next two of other micro-batch.
+        smallest: the settings that hold least, fitting or not.
+        mends: where nothing fits, the smallest changes that would, each with its text.
+        notes: what a reader must know of this plan.
+    """
+
+    model: str
+    sizes: ModelSizes
+    adapter_parameters: int
+    hardware: Hardware
+    tokens: int
+    choice: Candidate | None
+    alternatives: tuple[Candidate, ...]
+    smallest: Candidate
+    mends: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.choice is not None
+
+    @property
+    def shortfall_gib(self) -> float:
+        """GiB missing on the fullest GPU; 0 where it fits."""
+        return 0.0 if self.fits else self.smallest.peak_gib - self.hardware.usable_gib
+
+    def with_note(self, note: str) -> Plan:
+        """A copy that says one thing more."""
+        return replace(self, notes=(*self.notes, note))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "model": self.model, "parameters": self.sizes.parameters, "trainable_parameters": self.adapter_parameters,
+            "hardware": self.hardware.label, "gpus": self.hardware.gpus, "usable_gib": self.hardware.usable_gib,
+            "price_usd_per_hour": self.hardware.price_usd_per_hour, "price_note": self.hardware.price_note,
+            "tokens": self.tokens, "fits": self.fits, "shortfall_gib": round(self.shortfall_gib, 3),
+            "choice": _as_dict(self.choice), "alternatives": [_as_dict(each) for each in self.alternatives],
+            "smallest": _as_dict(self.smallest), "mends": list(self.mends), "notes": list(self.notes),
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        shown = self.choice or self.smallest
+        lines = [
+            f"{self.model} on {self.hardware.label}: {self.sizes.parameters:,} parameters, "
+            f"{self.adapter_parameters:,} trained",
+            _memory_table(shown, self.hardware),
+        ]
+        if self.choice:
+            lines.append(f"fastest that fits  {self.choice!r}")
+            lines += [f"next best          {each!r}" for each in self.alternatives]
+        else:
+            lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB too much on the fullest GPU, at {shown!r}")
+            lines += [f"would fit: {mend}" for mend in self.mends]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def make_plan(
+    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2
+) -> Plan:
+    """Plans a training run.
+
+    Args:
+        model: its name, for the reader.
+        shape: its `config.json`.
+        hardware: the GPUs, with their price.
+        config: adapter, optimizer, block length and blocks an optimizer step are taken from here; what is left is chosen.
+        tokens: that are trained on in one epoch.
+        trained_share: of the tokens.
+
+    Raises:
+        ModelError: the shape lacks a size, or a target layer is unknown.
+    """
+    sizes = model_sizes(shape)
+    adapters = adapter_parameters(shape, config.adapter.r, config.adapter.target_modules, config.adapter.use_dora)
+    total = round(tokens * config.train.epochs)
+    found = _candidates(sizes, adapters, hardware, config, total, trained_share)
+    fitting = sorted(
+        (each for each in found if each.peak_gib <= hardware.usable_gib), key=lambda each: -each.tokens_per_s
+    )
+    smallest = min(found, key=lambda each: each.peak_gib)
+    best: dict[int, Candidate] = {}
+    for each in fitting:
+        best.setdefault(each.blocks, each)
+    choice, *others = list(best.values()) or [None]
+    mends = () if choice else _mends(sizes, shape, hardware, config, total, trained_share)
+    return Plan(
+        model,
+        sizes,
+        adapters,
+        hardware,
+        total,
+        choice,
+        tuple(others[:2]),
+        smallest,
+        mends,
+        _notes(hardware, sizes, choice),
+    )
+
+
+def _candidates(
+    sizes: ModelSizes, adapters: int, hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> list[Candidate]:
+    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    found = []
+    for blocks in [count for count in BLOCKS if per_step % count == 0] or [1]:
+        step = StepSettings(
+            seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=0, compiled=True, r=config.adapter.r,
+            adapter_parameters=adapters, optim=config.train.optim, trained_share=trained_share,
+            quantized=config.model.quantization == "nf4", double_quantization=config.model.double_quantization,
+        )  # fmt: skip
+        for gpus in sorted({1, hardware.gpus}):
+            found += _with_least_recomputation(sizes, step, hardware, config, tokens, gpus)
+    return found
+
+
+def _with_least_recomputation(
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, config: RunConfig, tokens: int, gpus: int
+) -> list[Candidate]:
+    """The fewest recomputed layers that fit, and all of them."""
+    fewest, most = 0, sizes.blocks
+    while fewest < most:  # memory falls with every layer that recomputes
+        middle = (fewest + most) // 2
+        _, memory = predict(sizes, replace(step, recomputed=middle), gpus=gpus)
+        if max(gib(each.total) for each in memory) <= hardware.usable_gib:
+            most = middle
+        else:
+            fewest = middle + 1
+    counts = {fewest, sizes.blocks}
+    return [_candidate(sizes, replace(step, recomputed=count), hardware, config, tokens, gpus) for count in counts]
+
+
+def _candidate(
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, config: RunConfig, tokens: int, gpus: int
+) -> Candidate:
+    layers, memory = predict(sizes, step, gpus=gpus)
+    copies = hardware.gpus // gpus
+    gpu = hardware.gpu or PLAIN_GPU
+    rates = {}
+    for compiled in (True, False):
+        rate = step.tokens / step_seconds(sizes, replace(step, compiled=compiled), gpu)
+        rates[compiled] = rate * (1 if copies == 1 else copies * COPIES_EFFICIENCY)
+    seconds = {True: COMPILE_S + tokens / rates[True], False: tokens / rates[False]}
+    compiled = seconds[True] < seconds[False]
+    if not compiled:
+        layers, memory = predict(sizes, replace(step, compiled=False), gpus=gpus)
+    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    price = hardware.price_usd_per_hour
+    return Candidate(
+        blocks=step.blocks, accumulation=max(1, round(per_step / step.blocks / copies)), recomputed=step.recomputed,
+        layers=sizes.blocks, compiled=compiled, copies=copies, layers_per_gpu=layers, memory=memory,
+        seq_len_tokens=step.seq_len_tokens, tokens_per_s=rates[compiled], seconds=seconds[compiled],
+        dollars=None if price is None else price * seconds[compiled] / 3600,
+    )  # fmt: skip
+
+
+def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
+    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, and what crosses the memory bus.
+
+    Layers spread over several GPUs work one after another, so it is the same for any number of them.
+    """
+    matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
+    memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
+    weights = sizes.linear_parameters_per_block + sizes.expert_parameters_per_block * sizes.experts_per_token / max(
+        1, sizes.experts
+    )
+    products = 2 * step.tokens * weights / matrix
+    dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
+    values = HALF * step.tokens * kept_values(sizes, compiled=True, r=step.r) / memory
+    values *= 1.0 if step.compiled else speed.eager_factor
+    forward = products + dequantised + values * speed.forward_passes + speed.layer_s
+    backward = products + dequantised + values * speed.backward_passes + speed.layer_s
+    head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
+    optimizer = 28 * step.adapter_parameters / memory
+    return (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+
+
+def _mends(
+    sizes: ModelSizes, shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> tuple[str, ...]:
+    """The smallest change of the settings that fits, and the cheapest instance that does."""
+    adapters = adapter_parameters(shape, config.adapter.r, config.adapter.target_modules, config.adapter.use_dora)
+    found = []
+    for change in _changes(config):
+        changed = config.with_settings(change)
+        count = adapter_parameters(shape, changed.adapter.r, changed.adapter.target_modules, changed.adapter.use_dora)
+        fitting = _fitting(sizes, count, hardware, changed, tokens, trained_share)
+        if fitting:
+            best = max(fitting, key=lambda each: each.tokens_per_s)
+            found.append(" ".join(f"--set {item}" for item in change) + f" ({best!r})")
+            break
+    instances = []
+    for instance in INSTANCES.values():
+        other = parse_gpus(instance.name)
+        if other.price_usd_per_hour is not None and _fitting(sizes, adapters, other, config, tokens, trained_share):
+            instances.append((other.price_usd_per_hour, other))
+    if instances:
+        price, cheapest = min(instances, key=lambda pair: pair[0])
+        found.append(f"{cheapest.label}, ${price:.2f} an hour; {cheapest.price_note}")
+    return tuple(found)
+
+
+def _changes(config: RunConfig) -> list[list[str]]:
+    """Changes from the mildest on: shorter blocks, an optimizer of 8 bits, a lower rank, and these together."""
+    lengths = [
+        f"data.seq_len_tokens={length}" for length in (1024, 512, 256)
+        if config.evaluation.max_new_tokens < length < config.data.seq_len_tokens
+    ]  # fmt: skip
+    rank = [f"adapter.r={r}" for r in (8,) if r < config.adapter.r]
+    eight_bit = ["train.optim=adamw_8bit"]
+    singles = [[length] for length in lengths] + [eight_bit] + [[each] for each in rank]
+    return singles + [[lengths[-1], *eight_bit, *rank]] if lengths else singles
+
+
+def _fitting(
+    sizes: ModelSizes, adapters: int, hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> list[Candidate]:
+    found = _candidates(sizes, adapters, hardware, config, tokens, trained_share)
+    return [each for each in found if each.peak_gib <= hardware.usable_gib]
+
+
+def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
+    notes = []
+    if hardware.gpu is None:
+        notes.append(
+            f"no GPU was named: speed is that of a card with the datasheet of an {GPUS['L4'].name}, extrapolated"
+        )
+    elif not hardware.gpu.measured:
+        notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
+    if hardware.gpu is not None and not hardware.gpu.supports_bf16:
+        notes.append(f"{hardware.gpu.name} has no bfloat16: products run in float16, attention without the fast kernel")
+    if choice and choice.copies > 1:
+        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
+    elif hardware.gpus > 1 and len((choice and choice.layers_per_gpu) or ()) > 1:
+        notes.append("the layers are spread over the GPUs, which work one after another")
+    if sizes.experts:
+        notes.append("experts are not quantised when they are loaded, so most weights stay in 16 bits")
+    if sizes.assumed:
+        notes.append("an unknown architecture, taken to be wired like Llama")
+    return tuple(notes)
+
+
+def _memory_table(shown: Candidate, hardware: Hardware) -> str:
+    names = list(shown.memory[0].parts_gib())
+    labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
+    rows = [["GiB", *labels]]
+    for name in names:
+        rows.append([name.replace("_", " "), *(f"{each.parts_gib()[name]:.2f}" for each in shown.memory)])
+    rows.append(["in all", *(f"{gib(each.total):.2f}" for each in shown.memory)])
+    rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in shown.memory)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def _as_dict(each: Candidate | None) -> dict[str, Any] | None:
+    if each is None:
+        return None
+    return {
+        "blocks": each.blocks, "seq_len_tokens": each.seq_len_tokens, "accumulation": each.accumulation,
+        "recomputed": each.recomputed, "layers": each.layers, "compiled": each.compiled, "copies": each.copies,
+        "layers_per_gpu": list(each.layers_per_gpu), "memory_gib": [memory.parts_gib() for memory in each.memory],
+        "allocated_gib": [gib(memory.allocated) for memory in each.memory],
+        "reserved_gib": [gib(memory.reserved) for memory in each.memory], "peak_gib": each.peak_gib,
+        "tokens_per_s": each.tokens_per_s, "seconds": each.seconds, "dollars": each.dollars, "settings": each.settings,
+    }  # fmt: skip

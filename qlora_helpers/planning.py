@@ -1,0 +1,82 @@
+"""A plan for a run's settings: finds the model's shape, the hardware and the size of the data, and asks `plan`.
+
+What notebooks, forms and the command line call. Downloads at most a config.json; imports no torch.
+"""
+
+from __future__ import annotations
+
+from qlora_helpers import telemetry
+from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, GPUS, Hardware, parse_gpus
+from qlora_helpers.config import DataConfig, RunConfig
+from qlora_helpers.errors import UserError
+from qlora_helpers.plan import Plan, make_plan
+from qlora_helpers.shape_lookup import find_shape
+from qlora_helpers.sources import read_corpus
+
+UNKNOWN_TOKENS = 1_000_000
+
+
+def plan_run(
+    config: RunConfig, *, gpus: str | None = None, price: float | None = None, tokens: int | None = None
+) -> Plan:
+    """What fits for these settings, how fast it is, and what it costs, before anything is downloaded.
+
+    Args:
+        config: model, adapter, block length, blocks an optimizer step, epochs, data.
+        gpus: `4x24GiB`, `H100`, `2xL4` or `ml.g5.12xlarge`; None takes this machine's GPUs.
+        price: USD an hour for all of the hardware, in place of the catalogue's.
+        tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
+
+    Raises:
+        UserError: no such hardware or model, or this machine has no GPU and none was named.
+    """
+    hardware = parse_gpus(gpus, price) if gpus else this_machine(price)
+    shape = find_shape(config.model)
+    known = tokens if tokens is not None else estimated_tokens(config.data)
+    share = 1.0 if config.data.loss_on == "all" else 0.2
+    plan = make_plan(config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS, trained_share=share)
+    if known is None:
+        plan = plan.with_note(
+            f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"
+        )
+    return plan
+
+
+def this_machine(price: float | None = None) -> Hardware:
+    """The GPUs of this machine; the smallest counts where they differ.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = telemetry.read_gpus()
+    if not found:
+        raise UserError(
+            "this machine has no GPU",
+            expected="the hardware to plan for",
+            next_step="Name it: --gpus 24GiB, 4xL4, ml.g5.12xlarge.",
+        )
+    usable = min(gpu.memory_total_gib for gpu in found)
+    name = found[0].name.replace(" ", "-").upper()
+    known = max(
+        (gpu for gpu in GPUS.values() if _is_called(name, gpu.name)), key=lambda gpu: len(gpu.name), default=None
+    )
+    label = found[0].name if len(found) == 1 else f"{len(found)}x{found[0].name}"
+    if known is not None:
+        usable = min(usable, known.usable_gib)
+    return Hardware(label, len(found), usable, known, price, "as given" if price is not None else "")
+
+
+def _is_called(driver_name: str, short: str) -> bool:
+    """`NVIDIA-A100-SXM4-80GB` is an A100-80GB."""
+    return all(part in driver_name.split("-") for part in short.upper().split("-"))
+
+
+def estimated_tokens(config: DataConfig) -> int | None:
+    """Tokens of the training rows with the recipe's prompt, or None where the source would have to be downloaded to know."""
+    if config.source in DATA_SIZES:
+        size = DATA_SIZES[config.source]
+        return round(min(size.rows, config.train_rows or size.rows) * size.tokens_per_row)
+    if not config.source.lower().endswith((".json", ".jsonl", ".csv", ".parquet", ".7z")):
+        return None
+    rows = read_corpus(config).train
+    return round(sum(len(row.dialogue) + len(row.summary) for row in rows) / CHARACTERS_PER_TOKEN)

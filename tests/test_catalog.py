@@ -1,0 +1,115 @@
+"""Hardware as people write it, and the facts behind it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from qlora_helpers.catalog import GPUS, INSTANCES, parse_gpus
+from qlora_helpers.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "usable_gib", "name"),
+    [
+        ("24GiB", 1, 24, None),
+        ("4x24GiB", 4, 24, None),
+        ("4 x 24 gib", 4, 24, None),
+        ("1x7.5GiB", 1, 7.5, None),
+        ("4x24 GB", 4, 24e9 / 1024**3, None),
+        ("H100", 1, 79.11, "H100"),
+        ("2xA100-80GB", 2, GPUS["A100-80GB"].usable_gib, "A100-80GB"),
+        ("8X rtx 4090", 8, GPUS["RTX-4090"].usable_gib, "RTX-4090"),
+        ("ml.g5.12xlarge", 4, GPUS["A10G"].usable_gib, "A10G"),
+        ("ML.P5.4xlarge", 1, GPUS["H100"].usable_gib, "H100"),
+    ],
+)
+def test_hardware_is_read_as_people_write_it(text, gpus, usable_gib, name):
+    hardware = parse_gpus(text)
+    assert (hardware.gpus, hardware.gpu and hardware.gpu.name) == (gpus, name)
+    assert math.isclose(hardware.usable_gib, usable_gib)
+    assert parse_gpus(hardware.label) == hardware  # a label can be typed again
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "24",
+        "4x",
+        "x24GiB",
+        "4x24",
+        "0x24GiB",
+        "4x0GiB",
+        "24MiB",
+        "A100",
+        "0xH100",
+        "ml.g9.xlarge",
+        "4xml.g5.xlarge",
+    ],
+)
+def test_anything_else_is_one_clear_message(text):
+    with pytest.raises(UserError) as caught:
+        parse_gpus(text)
+    message = str(caught.value)
+    assert "4x24GiB" in message and "A100-80GB" in message and "ml.g5.12xlarge" in message
+    assert (text.strip() or "got nothing") in message
+
+
+def test_a_price_is_dated_and_can_be_overridden():
+    dated = parse_gpus("ml.g5.12xlarge")
+    assert dated.price_usd_per_hour == 7.09
+    assert "us-east-1, mid 2026" in dated.price_note
+    own = parse_gpus("ml.g5.12xlarge", price=5.5)
+    assert (own.price_usd_per_hour, own.price_note) == (5.5, "as given")
+    assert parse_gpus("4x24GiB", price=0).price_usd_per_hour == 0
+    with pytest.raises(UserError, match="negative"):
+        parse_gpus("H100", price=-1)
+
+
+def test_what_has_no_price_says_nothing_of_one():
+    for text in ("4x24GiB", "2xL4", "ml.p5en.48xlarge"):
+        hardware = parse_gpus(text)
+        assert (hardware.price_usd_per_hour, hardware.price_note) == (None, "")
+
+
+def test_prices_are_dated_and_have_a_source():
+    for instance in INSTANCES.values():
+        if instance.price_usd_per_hour is None:
+            assert not (instance.region or instance.priced_on or instance.source)
+            continue
+        assert instance.price_usd_per_hour > 0
+        assert re.fullmatch(r"mid 2026|2026-\d\d-\d\d", instance.priced_on)
+        assert re.fullmatch(r"us-(east|west)-\d", instance.region)
+        assert instance.source
+
+
+def test_the_prices_that_were_checked():
+    prices = {name: (INSTANCES[name].price_usd_per_hour, INSTANCES[name].region) for name in INSTANCES}
+    assert prices["ml.g6.12xlarge"] == (5.75, "us-east-1")
+    assert prices["ml.g6e.12xlarge"] == (13.12, "us-east-1")
+    assert prices["ml.p4d.24xlarge"] == (25.25, "us-west-2")
+    assert prices["ml.p5.48xlarge"] == (63.30, "us-west-2")
+
+
+def test_every_instance_has_a_known_gpu_and_more_of_them_cost_more():
+    assert {name.split(".")[1] for name in INSTANCES} == {"g4dn", "g5", "g6", "g6e", "p4d", "p4de", "p5", "p5e", "p5en"}
+    assert {instance.gpu for instance in INSTANCES.values()} <= set(GPUS)
+    assert {instance.gpus for instance in INSTANCES.values()} == {1, 4, 8}
+    for family in ("g4dn", "g5", "g6", "g6e", "p5"):
+        priced = [instance for name, instance in INSTANCES.items() if name.split(".")[1] == family]
+        assert [one.price_usd_per_hour for one in priced] == sorted(one.price_usd_per_hour for one in priced)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_less_of_a_gpu_is_usable_than_it_is_sold_as(gpu):
+    assert 0.85 * gpu.memory_gib < gpu.usable_gib < gpu.memory_gib
+    assert gpu.name in GPUS
+
+
+def test_only_what_was_measured_counts_as_measured():
+    assert {name for name, gpu in GPUS.items() if gpu.measured} == {"H100"}
+    assert {name for name, gpu in GPUS.items() if not gpu.supports_bf16} == {"T4"}

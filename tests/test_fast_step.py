@@ -1,0 +1,389 @@
+"""The fast step learns what the plain path learns: same losses, same gradients, on models of every layout."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_helpers.blocks import BlockCollator, most_rows, row_losses, row_starts
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.fast_step import fast_step
+from qlora_helpers.fast_step.layers import decoder_layers, layers_changed, layers_to_recompute
+from qlora_helpers.fast_step.loss import loss_in_chunks, token_losses
+from qlora_helpers.fast_step.rows import RowStarts, attend_in_rows, kernel_refusal
+from qlora_helpers.lora import add_adapters
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABULARY = 97
+
+
+def _falcon(**more):
+    return {
+        "model_type": "falcon", "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "bias": False, "alibi": False, "parallel_attn": True,
+    } | more  # fmt: skip
+
+
+def _llama_like(family, **more):
+    return {
+        "model_type": family, "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0,
+    } | more  # fmt: skip
+
+
+SHAPES = {
+    "falcon-40b layout": _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-7b layout": _falcon(new_decoder_architecture=False, multi_query=True),
+    "falcon-rw layout without alibi": _falcon(new_decoder_architecture=False, multi_query=False, bias=True),
+    "llama": _llama_like("llama"),
+    "mistral": _llama_like("mistral", sliding_window=None),
+    "qwen2": _llama_like("qwen2"),
+    "qwen3": _llama_like("qwen3"),
+    "gemma": _llama_like("gemma"),
+    "phi3": _llama_like("phi3"),
+    "phi": _llama_like("phi"),
+    "gpt_neox": _llama_like("gpt_neox"),
+}
+
+
+def built(shape: dict, *, seed: int = 0, r: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
+    """A small model with adapters whose B is not zero, so that both adapter matrices get gradients."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa").to(
+        DEVICE, dtype
+    )
+    model.config.use_cache = False
+    adapted = add_adapters(model, AdapterConfig(r=r, lora_dropout=dropout), seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn_like(parameter) * 0.2).to(dtype)
+    return adapted.train()
+
+
+def rows_of(lengths: list[int], *, start: int = 0, trained_share: float = 0.5):
+    draw = torch.Generator().manual_seed(start)
+    ids, labels, segments = [], [], []
+    for number, length in enumerate(lengths, 1):
+        row = torch.randint(1, VOCABULARY, (length,), generator=draw).tolist()
+        prompt = int(length * (1 - trained_share))
+        ids += row
+        labels += [-100] * prompt + row[prompt:]
+        segments += [number] * length
+    return {"input_ids": ids, "labels": labels, "segment_ids": segments, "row_ids": list(range(len(lengths)))}
+
+
+BLOCKS = [rows_of([9, 5, 1, 7]), rows_of([12, 8], start=1)]
+PADDED = [rows_of([9]), rows_of([5], start=1), rows_of([14], start=2)]
+
+
+def gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss = model(**{name: tensor.to(DEVICE) for name, tensor in batch.items()}).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def fast(model, *, packed=True, compiled=False, recomputed=0):
+    return fast_step(model, packed=packed, longest=24, compiled=compiled, recomputed=recomputed)
+
+
+def plain_collator(packed=True):
+    return BlockCollator(0, packed, pad_to=24 if packed else None, keep_trained_logits=False)
+
+
+def fast_collator(on, packed=True):
+    return BlockCollator(
+        0,
+        packed,
+        pad_to=24 if packed else None,
+        most_rows=5 if on.rows_apart else None,
+        list_trained=on.loss is not None,
+    )
+
+
+def assert_same(first, second, tolerance=1e-9):
+    assert first[0] == pytest.approx(second[0], rel=tolerance)
+    assert first[1].keys() == second[1].keys() and first[1]
+    for name in first[1]:
+        scale = first[1][name].abs().max()
+        assert scale > 0, name
+        assert (first[1][name] - second[1][name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the kernel takes 16-bit types; tests/gpu compares those")
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_loss_and_gradients_are_the_plain_paths(name, packed):
+    model = built(SHAPES[name])
+    blocks = BLOCKS if packed else PADDED
+    expected = gradients(model, plain_collator(packed)(blocks))
+    with fast(model, packed=packed, recomputed=2) as on:
+        assert on.adapters and on.loss and on.recomputed == 2 and on.layers == 3
+        assert on.rows_apart == packed
+        found = gradients(model, fast_collator(on, packed)(blocks))
+    # The loss is summed in float32 by design; the rest of the path is in float64 here.
+    assert_same(expected, found, tolerance=3e-6)
+    assert_same(expected, gradients(model, plain_collator(packed)(blocks)), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_a_packed_row_is_answered_as_the_row_alone(name):
+    model = built(SHAPES[name]).eval()
+    with fast(model) as on:
+        batch = fast_collator(on)(BLOCKS)
+        del batch["labels"]
+        packed = model(**batch).logits
+    for block, lengths in zip(range(2), ([9, 5, 1, 7], [12, 8]), strict=True):
+        start = 0
+        for length in lengths:
+            ids = torch.tensor(BLOCKS[block]["input_ids"][start : start + length])[None]
+            alone = model(input_ids=ids).logits[0]
+            assert (packed[block, start : start + length] - alone).abs().max() < 1e-9
+            start += length
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_everything_is_as_before_once_the_step_is_closed(name):
+    model = built(SHAPES[name]).eval()
+    inner = model.get_base_model()
+    ids = torch.tensor([BLOCKS[0]["input_ids"]])
+
+    def state():
+        forwards = [path for path, module in model.named_modules() if "forward" in vars(module)]
+        hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+        return forwards, hooks, inner.config._attn_implementation, inner.loss_function, sorted(model.state_dict())
+
+    before, logits = state(), model(input_ids=ids).logits
+    with contextlib.suppress(InterruptedError), fast(model, recomputed=3):
+        assert state() != before
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)
+        raise InterruptedError
+    assert state() == before
+    assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_generation_inside_the_step_is_generation():
+    model = built(SHAPES["llama"], dtype=torch.float32).eval()
+    ids = torch.tensor([BLOCKS[0]["input_ids"][:8]])
+    ask = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**ask)
+    with fast(model):
+        assert torch.equal(model.generate(**ask), expected)
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_recomputed_layers_draw_the_same_dropout(name):
+    model = built(SHAPES[name], dropout=0.5)
+    found = []
+    for recomputed in (0, 3):
+        with fast(model, recomputed=recomputed) as on:
+            torch.manual_seed(7)
+            found.append(gradients(model, fast_collator(on)(BLOCKS)))
+    assert_same(*found, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_adapters_of_a_16_bit_model_stay_in_32_bits_and_get_gradients_as_exact_as_autocasts(name):
+    errors = {"fast": 0.0, "autocast": 0.0}
+    for seed in range(3):
+        model = built(SHAPES[name], seed=seed, dtype=torch.bfloat16)
+        for path, parameter in model.named_parameters():
+            if "lora_" in path:
+                parameter.data = parameter.data.float() * 0.2
+        reference = built(SHAPES[name], dtype=torch.float32)
+        reference.load_state_dict({path: tensor.float() for path, tensor in model.state_dict().items()})
+        exact = gradients(reference, plain_collator()(BLOCKS))[1]
+        with fast(model) as on:
+            found = gradients(model, fast_collator(on)(BLOCKS))[1]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            cast = gradients(model, plain_collator()(BLOCKS))[1]
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        size = sum(float(gradient.square().sum()) for gradient in exact.values())
+        for kind, seen in (("fast", found), ("autocast", cast)):
+            errors[kind] += sum(float((seen[path] - exact[path]).square().sum()) for path in exact) / size
+    assert (errors["fast"] / 3) ** 0.5 < 0.03
+    assert errors["fast"] < 1.5 * errors["autocast"]
+
+
+def test_evaluation_in_chunks_gives_the_plain_losses_of_each_block():
+    model = built(SHAPES["falcon-40b layout"])
+    with torch.no_grad():
+        expected = row_losses(model, plain_collator()(BLOCKS))
+        with fast(model) as on:
+            found = row_losses(model, fast_collator(on)(BLOCKS), on.loss)
+    torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=1e-6, atol=0)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_blocks_of_padding_change_nothing():
+    model = built(SHAPES["llama"])
+    with fast(model) as on:
+        collator = fast_collator(on)
+        expected = gradients(model, collator(BLOCKS))
+        collator.blocks = 4
+        batch = collator(BLOCKS)
+        assert batch["input_ids"].shape == (4, 24)
+        assert_same(expected, gradients(model, batch), tolerance=1e-9)
+        losses, tokens = row_losses(model, batch, on.loss)
+    assert losses[2:].tolist() == [0, 0] and tokens[2:].tolist() == [0, 0]
+
+
+# loss
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 100, None])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_token_losses_are_cross_entropies(chunk, with_bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(33, 8, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(50, 8, dtype=torch.float64), torch.randn(50, dtype=torch.float64) if with_bias else None
+    labels = torch.randint(0, 50, (33,))
+    labels[[0, 5, 32]] = -100
+    upstream = torch.randn(33, dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias), labels, reduction="none", ignore_index=-100
+    )
+    (slope,) = torch.autograd.grad((expected * upstream).sum(), hidden)
+    found = token_losses(hidden, weight, labels, bias=bias, chunk=chunk)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    (found_slope,) = torch.autograd.grad((found.double() * upstream).sum(), hidden)
+    torch.testing.assert_close(found_slope, slope, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_logits_than_a_chunk_exist_at_once():
+    sizes = []
+    original = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        out = original(x, weight, bias)
+        sizes.append(out.shape[0])
+        return out
+
+    torch.nn.functional.linear = watched
+    try:
+        token_losses(
+            torch.randn(40, 4, requires_grad=True), torch.randn(9, 4), torch.zeros(40, dtype=torch.long), chunk=16
+        )
+    finally:
+        torch.nn.functional.linear = original
+    assert sizes == [16, 16, 8]
+
+
+def test_the_loss_divides_by_what_the_trainer_counted():
+    model = built(SHAPES["llama"]).get_base_model()
+    ids = torch.tensor([BLOCKS[0]["input_ids"]])
+    expected = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(7)).loss
+    with loss_in_chunks(model):
+        found = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(7)).loss
+        assert model(input_ids=ids).logits.shape[-1] == VOCABULARY
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert expected.item() > 2 * model(input_ids=ids, labels=ids).loss.item()
+
+
+# rows
+
+
+def test_row_starts_have_one_length_and_count_padding():
+    collator = BlockCollator(
+        0, True, pad_to=24, most_rows=most_rows({"row_ids": [[1, 2, 3, 4], [5, 6]]}, {"row_ids": [[7]]})
+    )
+    starts = collator(BLOCKS)["row_starts"]
+    assert starts.tolist() == [0, 9, 14, 15, 22, 24, 36, 44, 48, 48, 48]
+    assert starts.dtype == torch.int32
+    full = row_starts(torch.tensor([[1, 1, 2, 2]]), 3)
+    assert full.tolist() == [0, 2, 4, 4]
+
+
+def test_attention_in_rows_with_fewer_key_heads_and_a_scale():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 6, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    rows = RowStarts(torch.device("cpu"), 6)
+    rows.starts = torch.tensor([0, 4, 6, 7, 12, 12, 12], dtype=torch.int32)
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2], [1, 2, 2, 2, 2, 2]])
+    mask = (segments[:, :, None] == segments[:, None, :]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    key_all, value_all = (part.repeat_interleave(2, dim=2).transpose(1, 2) for part in (key, value))
+    scores = (query.transpose(1, 2) @ key_all.transpose(-1, -2) * 0.3).masked_fill(~mask[:, None], float("-inf"))
+    expected = (scores.softmax(-1) @ value_all).transpose(1, 2)
+    torch.testing.assert_close(attend_in_rows(query, key, value, rows, scale=0.3), expected)
+
+
+def test_what_the_kernel_can_not_take_is_said():
+    assert kernel_refusal(torch.device("cpu"), torch.float32, 64) is None
+    assert "mps" in kernel_refusal(torch.device("mps"), torch.float16, 64)
+    assert "float32" in kernel_refusal(torch.device("cuda"), torch.float32, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_logit_softcapping": 30.0}, "soft-capping"),
+        ({"final_logit_softcapping": 30.0}, "changes its logits"),
+        ({"_attn_implementation": "eager"}, "attention is eager"),
+    ],
+)
+def test_a_part_that_would_change_the_model_is_off_with_its_reason(change, reason):
+    model = built(SHAPES["llama"])
+    for name, value in change.items():
+        setattr(model.get_base_model().config, name, value)
+    with fast(model) as on:
+        assert any(reason in text for text in on.reasons)
+        assert reason in repr(on)
+        assert on.rows_apart == ("changes its logits" in reason)
+        assert (on.loss is None) == ("changes its logits" in reason)
+
+
+# layers
+
+
+def test_any_number_of_layers_is_recomputed():
+    assert layers_to_recompute(8, 0) == []
+    assert layers_to_recompute(8, 8) == list(range(8))
+    for layers in (1, 3, 30, 60):
+        for recomputed in range(layers + 1):
+            chosen = layers_to_recompute(layers, recomputed)
+            assert len(chosen) == recomputed and all(0 <= index < layers for index in chosen)
+    gaps = torch.tensor(layers_to_recompute(60, 20)).diff()
+    assert gaps.min() == gaps.max() == 3
+
+
+def test_recomputed_layers_keep_their_input_alone():
+    model = built(SHAPES["llama"])
+    batch = plain_collator()(BLOCKS)
+    kept = []
+    for recomputed in (0, 1, 2, 3):
+        bytes_kept = 0
+
+        def keep(tensor):
+            nonlocal bytes_kept
+            bytes_kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with (
+            layers_changed(model.get_base_model(), compiled=False, recomputed=recomputed, keep_random_state=False),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            model(**batch)
+        kept.append(bytes_kept)
+    steps = torch.tensor(kept).diff()
+    assert (steps < 0).all() and steps.max() < 0.8 * steps.min()
+    assert len(decoder_layers(model)) == 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="says why a CPU compiles nothing")
+def test_compilation_falls_back_with_a_reason():
+    model = built(SHAPES["llama"])
+    with fast(model, compiled=True) as on:
+        assert not on.compiled and "CUDA" in " ".join(on.reasons)
+        gradients(model, fast_collator(on)(BLOCKS))
+
+
+def test_dora_keeps_pefts_way():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama"]))
+    adapted = add_adapters(model, AdapterConfig(use_dora=True, lora_dropout=0.0), seed=0)
+    with fast(adapted) as on:
+        assert on.adapters == 0 and on.loss is not None
+        assert gradients(adapted, fast_collator(on)(BLOCKS))[1]

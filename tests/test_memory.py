@@ -1,0 +1,125 @@
+"""Bytes by arithmetic: against what the parts are defined to be, and against what a real GPU measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers.memory import StepSettings, kept_values, predict, spread_layers, stage_memory
+from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.units import gib
+
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"
+
+
+def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
+    values = {"seq_len_tokens": 2048, "blocks": 1, "recomputed": 0, "compiled": True, "r": r}
+    return StepSettings(**values | {"adapter_parameters": adapter_parameters(SHAPES[name], r, None, False)} | changes)
+
+
+def measured():
+    cases = json.loads(MEASURED.read_text())["cases"]
+    return [case for case in cases if case["variant"] in ("fast", "eager") and "peak_allocated_gib" in case]
+
+
+@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['blocks']}-{case['recomputed']}")
+def test_the_prediction_is_what_a_gpu_measured(case):
+    name, r = case["model"], case["r"]
+    sizes = model_sizes(SHAPES[name])
+    recomputed = sizes.blocks if case["recomputed"] is None else case["recomputed"]
+    step = settings(
+        name, r=r, seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], recomputed=recomputed,
+        compiled=case["variant"] == "fast", trained_share=case["trained_share"],
+    )  # fmt: skip
+    _, (found,) = predict(sizes, step)
+    weights = gib(found.weights + found.adapters)
+    assert weights == pytest.approx(case["weights_gib"], rel=0.015)
+    assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
+    assert gib(found.allocated) - weights == pytest.approx(case["peak_allocated_gib"] - case["weights_gib"], rel=0.15)
+
+
+def test_falcon_40b_in_4_bits():
+    """Half a byte a weight, and 8.25 / 64 bits of constants with double quantisation (0.5 without): Dettmers et al. 2023."""
+    sizes = model_sizes(SHAPES["falcon-40b"])
+    _, (found,) = predict(sizes, settings("falcon-40b"))
+    linear = 60 * sizes.linear_parameters_per_block
+    assert found.weights_quantized == linear / 2
+    assert found.constants == pytest.approx(linear * (8 + 32 / 256) / 64 / 8, rel=1e-6)
+    assert found.weights_other == 2 * (sizes.parameters - linear)
+    assert (found.adapters, found.gradients, found.optimizer) == tuple(55_541_760 * size for size in (4, 4, 8))
+    _, (plain,) = predict(sizes, settings("falcon-40b", double_quantization=False))
+    assert plain.constants == pytest.approx(linear * 4 / 64, rel=1e-6)
+    _, (whole,) = predict(sizes, settings("falcon-40b", quantized=False))
+    assert (whole.weights_quantized, whole.constants) == (0, 0)
+    assert whole.weights_other == 2 * sizes.parameters
+
+
+def test_what_a_llama_layer_keeps():
+    """17 times its width for Llama 8B: input, two norms and the residual between (4), queries and output (2), keys and values
+    (1/2), three inner values (10.5)."""
+    sizes = model_sizes(SHAPES["llama-3.1-8b"])
+    expected = 4096 * (4 + 2 + 0.5 + 10.5) + 2 * 32 + 16 * 7
+    assert kept_values(sizes, compiled=True, r=16) == expected
+    assert kept_values(sizes, compiled=False, r=16) == expected + 4096 * (2 + 3.5)
+
+
+def test_parts_add_up():
+    sizes = model_sizes(SHAPES["falcon-7b"])
+    _, (found,) = predict(sizes, settings("falcon-7b"))
+    assert found.total == sum(round(value * 2**30) for value in found.parts_gib().values())
+    assert found.total == found.reserved + found.context == found.allocated + found.fragmentation + found.context
+    assert found.weights == found.weights_quantized + found.constants + found.weights_other
+
+
+@pytest.mark.parametrize("name", ["falcon-40b", "llama-3.1-8b", "smollm2-135m"])
+def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
+    sizes = model_sizes(SHAPES[name])
+
+    def total(**changes):
+        return predict(sizes, settings(name, **changes))[1][0].total
+
+    assert total(blocks=2) > total(blocks=1)
+    totals = [total(recomputed=count) for count in range(1, sizes.blocks + 1)]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == sizes.blocks
+    assert total(optim="adamw_8bit") < total()
+    assert total(compiled=False) >= total()
+
+
+def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
+    sizes = model_sizes(SHAPES["llama-3.1-8b"])
+    whole = stage_memory(
+        sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8), layers=0, recomputed=0, first=False, last=True
+    )
+    assert gib(8 * 2048 * 128_256 * 4) > 7
+    assert gib(whole.working) < 1.1
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
+    sizes = model_sizes(SHAPES["falcon-40b"])
+    step = settings("falcon-40b", blocks=2, recomputed=20)
+    counts, memory = predict(sizes, step, gpus=gpus)
+    assert sum(counts) == 60 and len(counts) == len(memory) == gpus
+    assert counts == spread_layers(sizes, step, gpus)
+    totals = [each.total for each in memory]
+    a_layer = predict(sizes, replace(step, recomputed=0))[1][0].total / 60
+    assert max(totals) - min(totals) < 1.5 * a_layer
+    one = predict(sizes, step)[1][0]
+    for part in ("weights_quantized", "constants", "weights_other", "activations"):
+        assert sum(getattr(each, part) for each in memory) == pytest.approx(getattr(one, part), rel=1e-6)
+    assert sum(each.adapters for each in memory) == pytest.approx(one.adapters, rel=1e-6)
+
+
+def test_a_tied_output_layer_is_held_once_beside_its_embedding():
+    sizes = model_sizes(SHAPES["smollm2-135m"])
+    assert sizes.tied
+    one = predict(sizes, settings("smollm2-135m"))[1][0]
+    counts, (first, last) = predict(sizes, settings("smollm2-135m"), gpus=2)
+    assert first.weights_other + last.weights_other == one.weights_other
+    assert first.working > last.working  # the chunk of logits is where the output layer is
+    assert counts[0] < counts[1]

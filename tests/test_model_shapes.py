@@ -1,0 +1,128 @@
+"""Catalogued shapes: as transformers reads them, and as large as their publishers say."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_helpers.model_shapes import HUB_NAMES, SHAPES, known_shape
+from qlora_helpers.model_sizes import KNOWN_FAMILIES, model_sizes
+
+# Of the checkpoints' safetensors headers, a tied head counted once
+PUBLISHED = {
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "falcon-180b": 179_522_565_120,
+    "falcon3-1b": 1_669_408_768,
+    "falcon3-3b": 3_227_655_168,
+    "falcon3-7b": 7_455_550_464,
+    "falcon3-10b": 10_305_653_760,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "mixtral-8x22b-instruct": 140_630_071_296,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 751_632_384 - 151_936 * 1024,  # the published file holds the tied head a second time
+    "qwen3-1.7b": 2_031_739_904 - 151_936 * 2048,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    # less the vision tower and what projects its 1,152 features into the decoder
+    "gemma-3-4b": 4_300_079_472 - 416_866_032 - 1152 * (2560 + 1),
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 1152 * (3840 + 1),
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 1152 * (5376 + 1),
+    "phi-3-mini": 3_821_079_552,
+    "phi-3-medium": 13_960_238_080,
+    "phi-3.5-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "tinyllama-1.1b": 1_100_048_384,
+}
+
+
+def test_all_but_our_own_model_have_a_published_total():
+    assert set(SHAPES) - set(PUBLISHED) == {"falcon-tiny"}
+    assert len(SHAPES) >= 46
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shape_is_as_large_as_its_publisher_says(name):
+    assert model_sizes(SHAPES[name]).parameters == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_catalogued_shapes_are_transformers_own(torch, name):
+    """Every key is one that the family's configuration knows, and comes out of it as it went in."""
+    from transformers import AutoConfig
+
+    shape = known_shape(name)
+    read = AutoConfig.for_model(**known_shape(name)).to_dict()
+    assert {key: read[key] for key in shape} == shape
+    assert shape["model_type"] in KNOWN_FAMILIES
+    assert {"tie_word_embeddings", "max_position_embeddings", "rope_parameters", "eos_token_id"} <= set(shape)
+
+
+def test_the_tiny_falcon_has_the_wiring_of_the_40b():
+    tiny, large = SHAPES["falcon-tiny"], SHAPES["falcon-40b"]
+    sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
+             "bos_token_id", "eos_token_id"}  # fmt: skip
+    assert {key: value for key, value in tiny.items() if key not in sizes} == {
+        key: value for key, value in large.items() if key not in sizes
+    }
+    assert tiny["num_kv_heads"] > 1  # grouped keys and values, as in the 40B
+    assert tiny["hidden_size"] % 64 == 0  # of a block of NF4
+
+
+def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
+    assert set(HUB_NAMES.values()) == set(SHAPES) - {"falcon-tiny"}
+    assert len({name.lower() for name in HUB_NAMES}) == len(HUB_NAMES) >= 90
+    assert all(name.count("/") == 1 for name in HUB_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tiiuae/falcon-40b", "falcon-40b"),
+        ("TIIUAE/Falcon-40B-Instruct", "falcon-40b"),
+        ("tiiuae/Falcon3-10B-Base", "falcon3-10b"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.1-70b"),
+        ("mistralai/Mistral-Nemo-Base-2407", "mistral-nemo-12b"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b"),
+        ("Qwen/Qwen3-8B-Base", "qwen3-8b"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"),
+        ("random:falcon-7b", "falcon-7b"),
+        (" phi-4 ", "phi-4"),
+    ],
+)
+def test_a_shape_is_found_by_any_of_its_names(name, key):
+    assert known_shape(name) == SHAPES[key]
+
+
+@pytest.mark.parametrize("name", ["", "falcon", "tiiuae/falcon-41b", "random:nothing", "someone/falcon-40b"])
+def test_an_unknown_name_has_none(name):
+    assert known_shape(name) is None
+
+
+def test_a_changed_copy_leaves_the_catalogue_alone():
+    known_shape("falcon-40b")["rope_parameters"]["rope_theta"] = 0
+    assert SHAPES["falcon-40b"]["rope_parameters"]["rope_theta"] == 10000.0

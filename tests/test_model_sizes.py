@@ -1,0 +1,282 @@
+"""Sizes by arithmetic, each compared with the model that transformers builds and with what bitsandbytes and peft make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from tiny import FAMILIES, UNLISTED, tiny_llama, tiny_model
+
+from qlora_helpers import model_sizes as module
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.inspection import count_weights
+from qlora_helpers.lora import add_adapters, count_parameters
+from qlora_helpers.model_shapes import SHAPES, known_shape
+from qlora_helpers.model_sizes import KNOWN_FAMILIES, adapter_parameters, model_sizes
+from qlora_helpers.nf4 import falcon_linears_as_plain
+
+LLAMA = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+_GROUPED = LLAMA | {"num_key_value_heads": 2}
+_FALCON = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_OPT = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
+_BLOOM = {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+
+# Wirings that no catalogued shape has
+WIRINGS = {
+    "llama with biases": ("llama", _GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "llama, head size of its own": ("llama", _GROUPED | {"head_dim": 32}),
+    "llama without grouping": ("llama", LLAMA),
+    "mistral, untold key-value heads": ("mistral", LLAMA | {"num_attention_heads": 8}),
+    "mistral, whatever is said of biases": ("mistral", _GROUPED | {"attention_bias": True}),
+    "qwen2, tied": ("qwen2", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen3 with biases": ("qwen3", _GROUPED | {"attention_bias": True}),
+    "gemma": ("gemma", _GROUPED),
+    "gemma, untied": ("gemma", _GROUPED | {"tie_word_embeddings": False, "attention_bias": True}),
+    "gemma2, untold head size": ("gemma2", LLAMA),
+    "gemma3, untold heads and vocabulary": (
+        "gemma3_text", {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    ),
+    "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 4}),
+    "mixtral, untold experts": ("mixtral", LLAMA | {"num_attention_heads": 8}),
+    "phi": ("phi", LLAMA),
+    "phi, grouped, normalised": ("phi", _GROUPED | {"qk_layernorm": True}),
+    "phi, tied": ("phi", LLAMA | {"tie_word_embeddings": True}),
+    "phi3, tied": ("phi3", _GROUPED | {"tie_word_embeddings": True, "pad_token_id": 0}),
+    "gpt_neox": ("gpt_neox", LLAMA),
+    "gpt_neox in sequence, without attention biases": (
+        "gpt_neox", LLAMA | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}
+    ),
+    "opt": ("opt", _OPT | {"max_position_embeddings": 32}),
+    "opt, narrow embedding, norms after (350M)": (
+        "opt", _OPT | {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+    ),
+    "opt without biases and norm weights": (
+        "opt", _OPT | {"max_position_embeddings": 32, "enable_bias": False, "layer_norm_elementwise_affine": False}
+    ),
+    "opt, untied": ("opt", _OPT | {"max_position_embeddings": 32, "tie_word_embeddings": False}),
+    "bloom": ("bloom", _BLOOM),
+    "falcon, one key-value head (7B)": ("falcon", _FALCON | {"num_kv_heads": 4}),
+    "falcon, in sequence with biases (RW)": (
+        "falcon", _FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+    ),
+    "falcon, one norm in the new decoder (11B)": (
+        "falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1,
+                             "ffn_hidden_size": 96, "tie_word_embeddings": False}
+    ),
+    "falcon, untold key-value heads in the new decoder": ("falcon", _FALCON | {"new_decoder_architecture": True}),
+}  # fmt: skip
+
+
+def on_meta(config):
+    """The model that transformers builds of a configuration: no memory, no weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with falcon_linears_as_plain(), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model.tie_weights()
+    return model
+
+
+def blocks_of(torch, model):
+    """The decoder layers: the only module list that holds whole blocks."""
+    (blocks,) = (part for part in model.base_model.modules() if isinstance(part, torch.nn.ModuleList))
+    return blocks
+
+
+def found_sizes(torch, model):
+    """Of the last block: its linear layers, all its weights, its norms; and the weights of the whole model."""
+    blocks = blocks_of(torch, model)
+    linears = Counter(
+        (name.rsplit(".", 1)[-1], part.in_features, part.out_features, part.bias is not None)
+        for name, part in blocks[-1].named_modules()
+        if isinstance(part, torch.nn.Linear)
+    )
+    norms = {name: part for name, part in blocks[-1].named_modules() if "norm" in type(part).__name__.lower()}
+    qk = [name for name in norms if name.rsplit(".", 1)[-1].startswith(("q_", "k_"))]
+    weights = sum(part.numel() for part in blocks[-1].parameters())
+    return linears, weights, len(norms) - len(qk), bool(qk), sum(part.numel() for part in model.parameters())
+
+
+def said_sizes(sizes):
+    linears = Counter(
+        {(layer.name, layer.in_features, layer.out_features, layer.bias): layer.per_block for layer in sizes.linears}
+    )
+    weights = sizes.linear_parameters_per_block + sizes.other_parameters_per_block
+    return linears, weights, sizes.norms_per_block, sizes.qk_norm, sizes.parameters
+
+
+def assert_said_is_found(torch, config):
+    sizes, model = model_sizes(config), on_meta(config)
+    assert said_sizes(sizes) == found_sizes(torch, model)
+    assert sizes == model_sizes(model.config.to_dict())  # the same with its defaults filled in
+    assert sizes.blocks == len(blocks_of(torch, model))
+    assert (sizes.hidden, sizes.vocab, sizes.tied) == (
+        model.config.hidden_size, model.config.vocab_size, model.config.tie_word_embeddings
+    )  # fmt: skip
+    gates = {name for layer in blocks_of(torch, model) for name, _ in layer.named_modules() if "gate" in name}
+    assert sizes.gated_mlp == bool(gates)
+    assert not sizes.assumed
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_catalogued_shape_is_what_transformers_builds(torch, name):
+    """Two blocks of it: the rest are the same, and the total is compared with the published one elsewhere."""
+    assert_said_is_found(torch, known_shape(name) | {"num_hidden_layers": 2})
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_other_wirings_are_what_transformers_builds(torch, wiring):
+    family, config = WIRINGS[wiring]
+    assert_said_is_found(torch, config | {"model_type": family})
+
+
+def test_every_known_family_is_compared():
+    compared = {shape["model_type"] for shape in SHAPES.values()} | {family for family, _ in WIRINGS.values()}
+    assert compared == KNOWN_FAMILIES
+    assert len(KNOWN_FAMILIES) >= 14
+
+
+def test_the_attention_and_the_mlp_are_described(torch):
+    falcon, llama, phi = (model_sizes(SHAPES[name]) for name in ("falcon-7b", "llama-3.1-8b", "phi-4"))
+    assert (falcon.kv_heads, falcon.head_dim, falcon.intermediate, falcon.norm) == (1, 64, 18176, "layer")
+    assert (falcon.parallel_attention, falcon.gated_mlp, falcon.activation) == (True, False, "gelu")
+    assert (llama.kv_heads, llama.head_dim, llama.intermediate, llama.norm) == (8, 128, 14336, "rms")
+    assert (llama.parallel_attention, llama.gated_mlp, llama.activation) == (False, True, "silu")
+    assert (phi.heads, phi.kv_heads, phi.intermediate) == (40, 10, 17920)
+    gemma = model_sizes(SHAPES["gemma-2-9b"])
+    assert (gemma.logit_softcap, gemma.activation) == (30.0, "gelu_pytorch_tanh")
+    assert model_sizes(SHAPES["gemma-3-4b"]).logit_softcap is None
+    assert not model_sizes(_FALCON | {"model_type": "falcon", "parallel_attn": False}).parallel_attention
+    assert not model_sizes(LLAMA | {"model_type": "gpt_neox", "use_parallel_residual": False}).parallel_attention
+
+
+@pytest.mark.parametrize("family", sorted(module._DEFAULTS))
+def test_what_a_file_leaves_out_is_what_transformers_assumes(torch, family):
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(family).to_dict()
+    assert {key: known[key] for key in module._DEFAULTS[family]} == module._DEFAULTS[family]
+
+
+@pytest.mark.parametrize("family", sorted(KNOWN_FAMILIES))
+def test_a_head_is_tied_unless_said_as_in_transformers(torch, family):
+    from transformers import AutoConfig
+
+    assert AutoConfig.for_model(family).tie_word_embeddings == (family in module._TIED)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) | {"mixtral"}))
+def test_the_linear_layers_are_exactly_what_bitsandbytes_quantises(torch, family):
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = FAMILIES.get(family, _GROUPED) | {"model_type": family}
+    model, sizes = on_meta(config), model_sizes(config)
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True))
+    found = Counter(
+        (name.rsplit(".", 1)[-1], part.in_features, part.out_features)
+        for name, part in model.named_modules()
+        if isinstance(part, Linear4bit)
+    )
+    assert found == Counter(
+        {(layer.name, layer.in_features, layer.out_features): layer.per_block * sizes.blocks for layer in sizes.linears}
+    )
+
+
+def test_the_experts_of_mixtral_stay_in_16_bits():
+    """If this fails because the linear layers grew, transformers quantises experts now: tell the planner."""
+    sizes = model_sizes(SHAPES["mixtral-8x7b"])
+    assert {layer.name for layer in sizes.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert (sizes.experts, sizes.experts_per_token) == (8, 2)
+    assert sizes.expert_parameters_per_block == 8 * 3 * 4096 * 14336
+    assert 0.97 < 1 - sizes.blocks * sizes.linear_parameters_per_block / sizes.parameters < 0.98
+
+
+# adapters
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_as_large_as_peft_makes_them(torch, family, use_dora):
+    model = tiny_model(family)
+    said = adapter_parameters(model.config.to_dict(), 4, None, use_dora)
+    adapted = add_adapters(model, AdapterConfig(r=4, use_dora=use_dora), seed=0)
+    assert said == count_parameters(adapted).trainable > 0
+
+
+def test_adapters_on_chosen_layers(torch):
+    model = tiny_llama()
+    said = adapter_parameters(model.config.to_dict(), 8, ("q_proj", "down_proj"), False)
+    adapted = add_adapters(model, AdapterConfig(r=8, target_modules=("q_proj", "down_proj")), seed=0)
+    assert said == count_parameters(adapted).trainable
+
+
+def test_adapters_of_mixtral_are_on_its_attention(torch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _GROUPED | {"model_type": "mixtral"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert adapter_parameters(config, 4, None, False) == count_parameters(adapted).trainable
+
+
+def test_the_recipe_s_adapters_are_counted_as_published():
+    assert adapter_parameters(SHAPES["falcon-40b"], 8, None, False) == 55_541_760
+
+
+def test_unknown_target_layers_are_refused():
+    with pytest.raises(ModelError, match="expected some of dense, dense_4h_to_h, .* got q_proj"):
+        adapter_parameters(SHAPES["falcon-40b"], 8, ("q_proj", "dense"), False)
+
+
+# what is not known
+
+
+def test_an_unknown_family_with_llama_s_keys_is_taken_for_a_llama():
+    config = {key: value for key, value in SHAPES["llama-3.1-8b"].items() if key != "model_type"}
+    assumed = model_sizes(config | {"model_type": "granite"})
+    assert assumed.assumed
+    assert assumed.parameters == model_sizes(SHAPES["llama-3.1-8b"]).parameters
+
+
+def test_the_text_decoder_of_a_model_with_vision(torch):
+    text = {key: value for key, value in SHAPES["gemma-3-4b"].items() if "head" not in key and key != "vocab_size"}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    assert model_sizes(config) == model_sizes(SHAPES["gemma-3-4b"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "lacks a size; expected hidden_size"),
+        ({"model_type": "t5", "d_model": 512}, "expected hidden_size, a whole number; got nothing"),
+        ({"model_type": "gemma3"}, "family gemma3_text lacks a size"),
+        (LLAMA | {"model_type": "llama", "intermediate_size": "large"}, "expected intermediate_size, .* got 'large'"),
+        (LLAMA | {"model_type": "llama", "vocab_size": 0}, "expected vocab_size, .* got 0"),
+        (LLAMA | {"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts .* got n_routed_experts"),
+    ],
+)
+def test_what_can_not_be_sized_is_said(config, message):
+    with pytest.raises(ModelError, match=message):
+        model_sizes(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "stablelm", "gpt2"])
+def test_counting_weights_needs_no_known_family(torch, family):
+    model = tiny_model(family)
+    counts = count_weights((FAMILIES | UNLISTED)[family] | {"model_type": family})
+    assert counts.linear + counts.other == sum(part.numel() for part in model.parameters())
+    head = model.get_output_embeddings()
+    linears = (part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head)
+    assert counts.linear == sum(part.weight.numel() for part in linears)

@@ -1,0 +1,183 @@
+"""What fits, how fast and for how much: the choice is the best of all, and where nothing fits it says what would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers.catalog import GPUS, parse_gpus
+from qlora_helpers.config import profile_config
+from qlora_helpers.memory import StepSettings, predict
+from qlora_helpers.model_shapes import SHAPES, known_shape
+from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.plan import make_plan, step_seconds
+from qlora_helpers.units import gib
+
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"
+RECIPE = profile_config("falcon-40b")
+SAMSUM_TOKENS = 14_732 * 190
+
+
+def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, price: float | None = None):
+    return make_plan(model, known_shape(model), parse_gpus(gpus, price), RECIPE.with_settings(settings), tokens=tokens)
+
+
+def measured():
+    cases = json.loads(MEASURED.read_text())["cases"]
+    return [case for case in cases if case["variant"] in ("fast", "eager") and "step_s" in case]
+
+
+@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['blocks']}-{case['recomputed']}")
+def test_the_speed_is_what_the_gpu_measured(case):
+    shape, r = SHAPES[case["model"]], case["r"]
+    sizes = model_sizes(shape)
+    step = StepSettings(
+        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["variant"] == "fast", r=r,
+        recomputed=sizes.blocks if case["recomputed"] is None else case["recomputed"],
+        adapter_parameters=adapter_parameters(shape, r, None, False), trained_share=case["trained_share"],
+    )  # fmt: skip
+    assert step_seconds(sizes, step, GPUS["H100"]) == pytest.approx(case["step_s"], rel=0.2)
+
+
+def test_falcon_40b_over_four_cards_of_24_gib():
+    plan = planned("tiiuae/falcon-40b", "4x24GiB")
+    assert plan.fits and plan.shortfall_gib == 0
+    assert plan.adapter_parameters == 55_541_760
+    assert sum(plan.choice.layers_per_gpu) == 60 and len(plan.choice.memory) == 4
+    assert all(gib(each.total) <= 24 for each in plan.choice.memory)
+    assert any("one after another" in note for note in plan.notes)
+    assert any("extrapolated" in note for note in plan.notes)
+
+
+def test_the_choice_is_the_fastest_that_fits():
+    plan = planned("meta-llama/Llama-3.1-8B", "A10G")
+    fitting = [plan.choice, *plan.alternatives]
+    assert [each.tokens_per_s for each in fitting] == sorted((each.tokens_per_s for each in fitting), reverse=True)
+    assert all(each.peak_gib <= 21.99 for each in fitting)
+    assert len({each.blocks for each in fitting}) == 3
+    for each in fitting:
+        assert each.blocks * each.accumulation == RECIPE.train.micro_batch_size
+        if each.recomputed:  # one layer less, and it would not fit
+            shape = known_shape("meta-llama/Llama-3.1-8B")
+            step = StepSettings(
+                seq_len_tokens=each.seq_len_tokens, blocks=each.blocks, recomputed=each.recomputed - 1, compiled=each.compiled,
+                r=8, adapter_parameters=plan.adapter_parameters,
+            )  # fmt: skip
+            assert gib(predict(model_sizes(shape), step)[1][0].total) > 21.99
+
+
+def test_where_nothing_fits_it_says_by_how_much_and_what_would():
+    plan = planned("tiiuae/falcon-40b", "T4")
+    assert not plan.fits
+    assert plan.shortfall_gib == pytest.approx(plan.smallest.peak_gib - 14.58)
+    assert plan.shortfall_gib > 5
+    (instance,) = plan.mends
+    name = instance.split(",")[0]
+    assert planned("tiiuae/falcon-40b", name).fits
+    assert "does not fit" in repr(plan) and instance in repr(plan)
+
+
+def test_the_smallest_change_that_fits_is_named_and_fits():
+    plan = planned("tiiuae/falcon-40b", "24GiB")
+    assert not plan.fits
+    change = plan.mends[0].split(" (")[0].replace("--set ", "").split()
+    name, length = change[0].split("=")
+    assert name == "data.seq_len_tokens" and len(change) == 1
+    assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
+    assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={2 * int(length)}").fits
+
+
+def test_a_price_makes_dollars():
+    plan = planned("tiiuae/falcon-40b", "ml.g5.12xlarge")
+    assert plan.choice.dollars == pytest.approx(7.09 * plan.choice.seconds / 3600)
+    assert "mid 2026" in plan.to_dict()["price_note"]
+    assert planned("tiiuae/falcon-40b", "4x24GiB").choice.dollars is None
+    given = planned("tiiuae/falcon-40b", "4x24GiB", price=2.0)
+    assert given.choice.dollars == pytest.approx(2.0 * given.choice.seconds / 3600)
+
+
+def test_several_cards_that_each_hold_the_model_work_side_by_side():
+    one, four = planned("meta-llama/Llama-3.1-8B", "A10G"), planned("meta-llama/Llama-3.1-8B", "4xA10G")
+    assert four.choice.copies == 4
+    assert four.choice.tokens_per_s == pytest.approx(4 * 0.95 * one.choice.tokens_per_s, rel=0.3)
+    assert any("torchrun" in note for note in four.notes)
+
+
+def test_compilation_is_chosen_where_the_run_is_long_enough():
+    assert planned("meta-llama/Llama-3.1-8B", "H100").choice.compiled
+    assert not planned("meta-llama/Llama-3.1-8B", "H100", tokens=50_000).choice.compiled
+
+
+def test_only_a_measured_card_is_not_extrapolated():
+    assert not any("extrapolated" in note for note in planned("tiiuae/falcon-7b", "H100").notes)
+    assert any("extrapolated" in note for note in planned("tiiuae/falcon-7b", "H200").notes)
+
+
+def test_the_settings_of_a_choice_are_settings():
+    choice = planned("tiiuae/falcon-40b", "H100").choice
+    changed = RECIPE.with_settings(choice.settings)
+    assert changed.train.micro_batch_size == choice.blocks
+    assert changed.train.recompute_layers == choice.recomputed
+    assert changed.train.activation_checkpointing == (choice.recomputed > 0)
+
+
+def test_epochs_take_their_time():
+    once, twice = planned("tiiuae/falcon-7b", "H100"), planned("tiiuae/falcon-7b", "H100", "train.epochs=2")
+    assert twice.tokens == 2 * once.tokens
+    assert twice.choice.seconds > 1.8 * once.choice.seconds
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_every_catalogued_model_gets_a_plan_at_once(name):
+    start = time.perf_counter()
+    plan = make_plan(name, SHAPES[name], parse_gpus("8xA100-80GB"), RECIPE, tokens=1_000_000)
+    assert time.perf_counter() - start < 1
+    assert plan.fits or plan.mends or "405b" in name or "180b" in name
+    assert json.loads(json.dumps(plan.to_dict()))["model"] == name
+    assert name in repr(plan)
+
+
+def test_mixtral_is_planned_as_it_is_loaded():
+    plan = planned("mistralai/Mixtral-8x7B-v0.1", "A100-80GB")
+    assert not plan.fits
+    assert any("experts are not quantised" in note for note in plan.notes)
+
+
+# the command
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_helpers", "plan", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_answers_within_a_second():
+    command("--model", "tiiuae/falcon-40b", "--gpus", "4x24GiB")  # once, so that files are in the cache
+    start = time.perf_counter()
+    done = command("--model", "tiiuae/falcon-40b", "--gpus", "4x24GiB", "--json")
+    assert time.perf_counter() - start < 1.5  # a second on an idle machine
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["tokens"] == round(14_732 * 189.9)
+    assert found["choice"]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "many"], "these GPUs are not known"),
+        (["--gpus", "H100", "--model", "random:nothing"], "no shape is catalogued"),
+        (["--gpus", "H100", "--model", "./nowhere.gguf"], "a .gguf file can't be planned"),
+        (["--gpus", "H100", "--set", "adapter.target_modules=foo"], "target_modules names layers"),
+        (["--gpus", "H100", "--price", "-1"], "the price is negative"),
+    ],
+)
+def test_bad_input_is_one_message(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,127 @@
+"""A plan for a run's settings: where the shape, the hardware and the size of the data come from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_hub import hub
+
+from qlora_helpers import planning
+from qlora_helpers.config import DataConfig, ModelConfig, profile_config
+from qlora_helpers.errors import ModelError, UserError
+from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
+from qlora_helpers.shape_lookup import find_shape
+from qlora_helpers.telemetry import GpuReading
+
+
+def test_a_catalogued_model_needs_no_file():
+    assert find_shape(ModelConfig(name="tiiuae/falcon-40b")) == SHAPES["falcon-40b"]
+
+
+def test_any_other_model_is_planned_from_its_config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.1-8b"]))
+    assert find_shape(ModelConfig(name=str(tmp_path))) == SHAPES["llama-3.1-8b"]
+    config = profile_config("falcon-40b").with_settings({"model.name": str(tmp_path)})
+    assert plan_run(config, gpus="H100").sizes.parameters == 8_030_261_248
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "can't be read"), ("[1]", "is no object"), ("{}", "lacks a size")])
+def test_a_damaged_config_json_is_said(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    config = profile_config("falcon-40b").with_settings({"model.name": str(tmp_path)})
+    with pytest.raises(ModelError, match=message):
+        plan_run(config, gpus="H100")
+
+
+def test_a_folder_without_a_config_json_is_said(tmp_path):
+    with pytest.raises(ModelError, match="holds no model"):
+        find_shape(ModelConfig(name=str(tmp_path)))
+
+
+def test_the_size_of_the_data():
+    assert estimated_tokens(DataConfig(source="knkarthick/samsum")) == round(14_732 * 189.9)
+    assert estimated_tokens(DataConfig(source="embedded", train_rows=100)) == 22_670
+    assert estimated_tokens(DataConfig(source="somebody/something")) is None
+
+
+def test_a_file_of_the_users_is_counted(tmp_path):
+    rows = [
+        {"dialogue": f"Ann: {'hello ' * 20}{number}\nBen: hi", "summary": f"They greet {number}."}
+        for number in range(40)
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = estimated_tokens(DataConfig(source=str(path)))
+    longer = estimated_tokens(DataConfig(source=str(path), eval_rows=1, test_rows=1))
+    assert 0 < found < longer
+
+
+def test_an_unknown_size_is_noted():
+    config = profile_config("falcon-40b").with_settings({"data.source": "somebody/something"})
+    assert any("--tokens" in note for note in plan_run(config, gpus="H100").notes)
+    assert not any("--tokens" in note for note in plan_run(config, gpus="H100", tokens=5).notes)
+
+
+def reading(index: int, name: str, total_gib: float) -> GpuReading:
+    return GpuReading(
+        index=index, name=name, memory_used_gib=0.5, memory_total_gib=total_gib, utilisation_percent=0, temperature_c=30,
+        power_w=50.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "total_gib", "known", "usable_gib"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80.0, "A100-80GB", 79.14),
+        ("NVIDIA H100 80GB HBM3", 79.6, "H100", 79.11),
+        ("NVIDIA L40S", 44.99, "L40S", 44.40),
+        ("NVIDIA GeForce RTX 4090", 23.99, "RTX-4090", 23.52),
+        ("NVIDIA Something New", 100.0, None, 100.0),
+    ],
+)
+def test_this_machines_gpus_are_recognised(monkeypatch, name, total_gib, known, usable_gib):
+    monkeypatch.setattr(
+        planning.telemetry, "read_gpus", lambda: [reading(0, name, total_gib), reading(1, name, total_gib)]
+    )
+    found = this_machine(price=3.0)
+    assert (found.gpus, found.usable_gib, found.price_usd_per_hour) == (2, usable_gib, 3.0)
+    assert (found.gpu.name if found.gpu else None) == known
+
+
+def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
+    monkeypatch.setattr(planning.telemetry, "read_gpus", list)
+    with pytest.raises(UserError, match="this machine has no GPU; .* --gpus"):
+        plan_run(profile_config("falcon-40b"))
+
+
+def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
+    files = {"config.json": json.dumps(SHAPES["falcon-7b"]).encode(), "model.safetensors": b"x" * 999}
+    with hub({"lab/new": files}) as endpoint:
+        from_hub(endpoint)
+        assert find_shape(ModelConfig(name="lab/new"))["hidden_size"] == 4544
+    assert [path.name for path in (tmp_path / "hub").rglob("*") if path.name in files] == ["config.json"]
+    from_hub(None)
+    assert find_shape(ModelConfig(name="lab/new"))["hidden_size"] == 4544  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lab/unknown", "can't be had: the hub knows no model lab/unknown"),
+        ("lab/gated", "can't be had: lab/gated is gated"),
+        ("lab/empty", "can't be had: lab/empty has no config.json"),
+    ],
+)
+def test_a_config_json_that_can_not_be_had(from_hub, name, told):
+    with hub({"lab/empty": {"README.md": b"x"}}, gated=("lab/gated",)) as endpoint:
+        from_hub(endpoint)
+        with pytest.raises(ModelError, match=told):
+            find_shape(ModelConfig(name=name))
+
+
+def test_no_network_and_no_catalogue_entry(from_hub):
+    from_hub(None)
+    with pytest.raises(ModelError, match="can't be reached.* Give a catalogued model"):
+        find_shape(ModelConfig(name="lab/new"))
