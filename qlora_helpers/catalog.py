@@ -108,6 +108,13 @@ GPUS: dict[str, Gpu] = {
 """GPUs by short name. H100 and H200 are the SXM cards, as are both A100."""
 
 
+def find_gpu(driver_name: str) -> Gpu | None:
+    """The catalogue's entry for a name that the driver gives: `NVIDIA A100-SXM4-80GB` is an A100-80GB."""
+    words = driver_name.replace(" ", "-").upper().split("-")
+    called = [gpu for gpu in GPUS.values() if all(part in words for part in gpu.name.upper().split("-"))]
+    return max(called, key=lambda gpu: len(gpu.name), default=None)
+
+
 @dataclass(frozen=True)
 class Instance:
     """A SageMaker instance with GPUs.

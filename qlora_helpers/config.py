@@ -146,7 +146,9 @@ class TrainConfig:
         True, "Recompute activations in the backward pass: about a third slower, far less memory."
     )
     recompute_layers: int | None = option(
-        None, "How many decoder layers recompute, where activation_checkpointing is on; none takes all of them.", low=0
+        None,
+        "How many decoder layers recompute, where activation_checkpointing is on; none takes as few as fit on a GPU, else all.",
+        low=0,
     )
     fast_step: bool = option(
         True, "Attend within rows without a mask, make the loss in chunks, compute adapters in the model's type."

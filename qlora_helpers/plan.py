@@ -236,16 +236,36 @@ def _with_least_recomputation(
     sizes: ModelSizes, step: StepSettings, hardware: Hardware, config: RunConfig, tokens: int, gpus: int
 ) -> list[Candidate]:
     """The fewest recomputed layers that fit, and all of them."""
+    counts = {fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus), sizes.blocks}
+    return [_candidate(sizes, replace(step, recomputed=count), hardware, config, tokens, gpus) for count in counts]
+
+
+def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
+    """How many decoder layers must recompute their activations to fit; all of them where even that does not.
+
+    Args:
+        sizes: of the model.
+        step: its `recomputed` does not count.
+        usable_gib: of each GPU, the CUDA context included.
+        gpus: how many hold one copy of the model together.
+    """
     fewest, most = 0, sizes.blocks
     while fewest < most:  # memory falls with every layer that recomputes
         middle = (fewest + most) // 2
         _, memory = predict(sizes, replace(step, recomputed=middle), gpus=gpus)
-        if max(gib(each.total) for each in memory) <= hardware.usable_gib:
+        if max(gib(each.total) for each in memory) <= usable_gib:
             most = middle
         else:
             fewest = middle + 1
-    counts = {fewest, sizes.blocks}
-    return [_candidate(sizes, replace(step, recomputed=count), hardware, config, tokens, gpus) for count in counts]
+    return fewest
+
+
+def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:
+    """Whether a training run of so many forward passes wins back the time that compilation takes."""
+    saved = step_seconds(sizes, replace(step, compiled=False), gpu) - step_seconds(
+        sizes, replace(step, compiled=True), gpu
+    )
+    return passes * saved > COMPILE_S
 
 
 def _candidate(

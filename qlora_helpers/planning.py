@@ -6,12 +6,15 @@ What notebooks, forms and the command line call. Downloads at most a config.json
 from __future__ import annotations
 
 from qlora_helpers import telemetry
-from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, GPUS, Hardware, parse_gpus
+from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
-from qlora_helpers.plan import Plan, make_plan
+from qlora_helpers.memory import StepSettings, predict
+from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.plan import PLAIN_GPU, Plan, make_plan, step_seconds
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
+from qlora_helpers.units import gib
 
 UNKNOWN_TOKENS = 1_000_000
 
@@ -42,6 +45,40 @@ def plan_run(
     return plan
 
 
+def predicted_step(
+    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, fill: float = 1.0
+) -> dict[str, object]:
+    """What a step with these very settings should hold and how fast it should be: to stand beside what was measured.
+
+    Args:
+        config: of the run.
+        hardware: that it runs on.
+        compiled, recomputed: of the decoder layers.
+        trained_share: of the tokens.
+        fill: share of a block that is not padding.
+
+    Returns:
+        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` without padding, and whether that is `extrapolated`.
+    """
+    shape = find_shape(config.model)
+    sizes = model_sizes(shape)
+    adapter = config.adapter
+    step = StepSettings(
+        seq_len_tokens=config.data.seq_len_tokens, blocks=config.train.micro_batch_size, recomputed=recomputed,
+        compiled=compiled, r=adapter.r, optim=config.train.optim, trained_share=trained_share,
+        adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
+        quantized=config.model.quantization == "nf4", double_quantization=config.model.double_quantization,
+    )  # fmt: skip
+    _, memory = predict(sizes, step, gpus=hardware.gpus)
+    seconds = step_seconds(sizes, step, hardware.gpu or PLAIN_GPU)
+    return {
+        "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
+        "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
+        "tokens_per_s": round(step.tokens * fill / seconds, 1),
+        "extrapolated": not (hardware.gpu and hardware.gpu.measured),
+    }
+
+
 def this_machine(price: float | None = None) -> Hardware:
     """The GPUs of this machine; the smallest counts where they differ.
 
@@ -56,19 +93,11 @@ def this_machine(price: float | None = None) -> Hardware:
             next_step="Name it: --gpus 24GiB, 4xL4, ml.g5.12xlarge.",
         )
     usable = min(gpu.memory_total_gib for gpu in found)
-    name = found[0].name.replace(" ", "-").upper()
-    known = max(
-        (gpu for gpu in GPUS.values() if _is_called(name, gpu.name)), key=lambda gpu: len(gpu.name), default=None
-    )
+    known = find_gpu(found[0].name)
     label = found[0].name if len(found) == 1 else f"{len(found)}x{found[0].name}"
     if known is not None:
         usable = min(usable, known.usable_gib)
     return Hardware(label, len(found), usable, known, price, "as given" if price is not None else "")
-
-
-def _is_called(driver_name: str, short: str) -> bool:
-    """`NVIDIA-A100-SXM4-80GB` is an A100-80GB."""
-    return all(part in driver_name.split("-") for part in short.upper().split("-"))
 
 
 def estimated_tokens(config: DataConfig) -> int | None:

@@ -7,11 +7,12 @@ Knows nothing of where model and data came from, and leaves the run's state to `
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, row_losses, takes_logits_to_keep
+from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
+from qlora_helpers.errors import ModelError
 from qlora_helpers.fast_step import FastStep, fast_step
+from qlora_helpers.memory import CONTEXT_BYTES, StepSettings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.plan import PLAIN_GPU, compile_pays, fewest_recomputed
 from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
 from qlora_helpers.run import Run
 from qlora_helpers.training_callback import RunFolderCallback
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-STEPS_WORTH_COMPILING = 60
+MEMORY_MARGIN = 0.03  # of the card, left free where the number of recomputed layers is chosen here
 log = logging.getLogger(__name__)
 
 
@@ -45,9 +51,12 @@ class TrainResult:
         loss, eval_loss: the last logged ones; per trained token, in nats.
         seconds: of this session's training.
         tokens_per_s: tokens that are not padding, of this session.
-        peak_gib: most memory held by tensors on each GPU; on a CPU the process's peak.
+        peak_gib: most memory held by tensors on each GPU while training; on a CPU the process's peak.
+        reserved_gib: the most that PyTorch took from each GPU for that; empty on a CPU.
         stopped: whether a person stopped it before the end.
         machine: what it ran on: the GPUs' names, or `CPU`.
+        compiled, recomputed: whether decoder layers were compiled, and how many recomputed their activations.
+        fast_step: what of the fast step was on, a line each; empty on the plain path.
     """
 
     steps: int
@@ -59,6 +68,10 @@ class TrainResult:
     peak_gib: dict[str, float]
     stopped: bool
     machine: str
+    reserved_gib: dict[str, float] = field(default_factory=dict)
+    compiled: bool = False
+    recomputed: int = 0
+    fast_step: str = ""
 
     def __repr__(self) -> str:
         if self.new_steps == 0:
@@ -257,6 +270,9 @@ def _run_session(
     callback.trainer = trainer
     for each in (callback, *extra):
         trainer.add_callback(each)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     started = time.monotonic()
     try:
         if resume and start >= total:  # Trainer would do one step more
@@ -272,7 +288,10 @@ def _run_session(
     return TrainResult(
         trainer.state.global_step, trainer.state.global_step - start, losses.get("loss"), losses.get("eval_loss"),
         seconds, tokens / max(1e-9, seconds), peak_memory(), callback.stopped,
-        machine_name(model.get_input_embeddings().weight.device),
+        machine_name(model.get_input_embeddings().weight.device), reserved_memory(),
+        compiled=trainer.fast.compiled if trainer.fast else False,
+        recomputed=trainer.fast.recomputed if trainer.fast else 0,
+        fast_step=repr(trainer.fast) if trainer.fast else "",
     )  # fmt: skip
 
 
@@ -289,9 +308,45 @@ def _fast_step(
             check_rows_apart(model, collator)
         check_same_losses(probe_losses(model, collator, on.loss), plain)
 
-    recompute = config.recompute_layers if config.activation_checkpointing else 0
-    compiled = config.compile == "on" or (config.compile == "auto" and _steps(data, config) >= STEPS_WORTH_COMPILING)
-    return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recompute, check=check)
+    compiled, recomputed = _compiled_and_recomputed(model, data, config)
+    return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, check=check)
+
+
+def _compiled_and_recomputed(
+    model: torch.nn.Module, data: PreparedData, config: TrainConfig
+) -> tuple[bool, int | None]:
+    """What the settings leave open, by the plan's arithmetic; None recomputes all layers.
+
+    On a CPU nothing is compiled, and memory is not what is short. For an architecture that can't be planned all layers recompute.
+    """
+    compiled = config.compile == "on"
+    recomputed = config.recompute_layers if config.activation_checkpointing else 0
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or next(iter(devices)).type != "cuda":
+        return compiled, recomputed
+    try:
+        sizes = model_sizes(model.config.to_dict())
+    except ModelError as error:
+        log.warning("the step is not planned: %s", error)
+        return compiled, recomputed
+    peft_config = next(iter(model.peft_config.values()))
+    step = StepSettings(
+        seq_len_tokens=data.seq_len_tokens if data.packed else max(map(len, data.train["input_ids"])),
+        blocks=config.micro_batch_size, recomputed=0, compiled=False, r=peft_config.r, optim=config.optim,
+        adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        trained_share=data.report.trained_tokens / data.report.tokens,
+        quantized=bool(getattr(model, "is_loaded_in_4bit", False)),
+    )  # fmt: skip
+    (device,) = devices
+    card = torch.cuda.get_device_properties(device)
+    if config.compile == "auto":
+        passes = _steps(data, config) * config.gradient_accumulation_steps
+        compiled = data.packed and compile_pays(sizes, step, find_gpu(card.name) or PLAIN_GPU, passes)
+    if recomputed is None:
+        free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+        usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
+        recomputed = fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable)
+    return compiled, recomputed
 
 
 def _steps(data: PreparedData, config: TrainConfig) -> int:
@@ -323,8 +378,16 @@ def machine_name(device: torch.device) -> str:
     return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
+def reserved_memory() -> dict[str, float]:
+    """The most that PyTorch reserved on each GPU, GiB; empty on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    gpus = range(torch.cuda.device_count())
+    return {f"cuda:{index}": gib(torch.cuda.max_memory_reserved(index)) for index in gpus}
+
+
 def peak_memory() -> dict[str, float]:
-    """Most memory held since the process began: tensors on each GPU, GiB; on a CPU the process's peak."""
+    """Most memory held since the count was last reset: tensors on each GPU, GiB; on a CPU the process's peak."""
     if torch.cuda.is_available():
         return {
             f"cuda:{index}": gib(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())

@@ -206,7 +206,7 @@ def train(
             log.info("%s", result)
             save_adapter(run, model, loaded)
             if result.new_steps:  # nothing is measured where nothing was left to train
-                _write_measured(run, model, loaded, result)
+                _write_measured(run, model, loaded, result, data)
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
@@ -468,17 +468,32 @@ def _log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult) -> None:
+def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult, data: PreparedData) -> None:
+    """What was measured into `plan.json`, and on GPUs beside it what should have been."""
     from qlora_helpers.lora import count_parameters
 
     count = count_parameters(model)
     measured = {
-        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "seconds": round(result.seconds, 1),
-        "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps, "trainable_parameters": count.trainable,
-        "parameters": count.total, "published_parameters": count.published_total, "machine": result.machine,
-        "versions": versions(),
+        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "reserved_gib": result.reserved_gib,
+        "seconds": round(result.seconds, 1), "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps,
+        "trainable_parameters": count.trainable, "parameters": count.total, "published_parameters": count.published_total,
+        "machine": result.machine, "fast_step": result.fast_step.splitlines(), "versions": versions(),
     }  # fmt: skip
     _add_to_plan(run, measured=measured)
+    if not result.fast_step or result.machine == "CPU":
+        return
+    from qlora_helpers.planning import predicted_step, this_machine
+
+    try:
+        predicted = predicted_step(
+            run.config(), hardware=this_machine(), compiled=result.compiled, recomputed=result.recomputed,
+            trained_share=data.report.trained_tokens / data.report.tokens,
+            fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
+        )  # fmt: skip
+    except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
+        log.warning("no prediction beside the measured memory: %s", error)
+    else:
+        _add_to_plan(run, predicted=predicted)
 
 
 def _add_to_plan(run: Run, **found: Any) -> None:

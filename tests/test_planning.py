@@ -8,6 +8,7 @@ import pytest
 from fake_hub import hub
 
 from qlora_helpers import planning
+from qlora_helpers.catalog import parse_gpus
 from qlora_helpers.config import DataConfig, ModelConfig, profile_config
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.model_shapes import SHAPES
@@ -125,3 +126,18 @@ def test_no_network_and_no_catalogue_entry(from_hub):
     from_hub(None)
     with pytest.raises(ModelError, match="can't be reached.* Give a catalogued model"):
         find_shape(ModelConfig(name="lab/new"))
+
+
+def test_the_prediction_for_a_runs_own_settings():
+    config = profile_config("falcon-40b").with_settings({"train.micro_batch_size": 2})
+    one, two = (
+        planning.predicted_step(
+            config, hardware=parse_gpus(gpus), compiled=True, recomputed=6, trained_share=0.15, fill=0.5
+        )
+        for gpus in ("H100", "2xA100-80GB")
+    )
+    assert list(one["allocated_gib"]) == ["cuda:0"] and list(two["allocated_gib"]) == ["cuda:0", "cuda:1"]
+    assert sum(two["allocated_gib"].values()) == pytest.approx(one["allocated_gib"]["cuda:0"], rel=0.03)
+    assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 60
+    assert not one["extrapolated"] and two["extrapolated"]
+    assert 1000 < one["tokens_per_s"] < 2500  # half of each block is padding
