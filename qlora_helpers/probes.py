@@ -111,3 +111,11 @@ def probe_losses(model: torch.nn.Module, collator: BlockCollator, chunked: Chunk
         losses = chunked.per_token
     model.train(was_training)
     return losses.float()
+
+
+def loss_and_gradient(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """A batch's loss, and the gradient of all adapter weights as one vector: what two ways through a model are compared by."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
