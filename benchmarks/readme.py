@@ -11,8 +11,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from qlora_helpers.catalog import GPUS
+from qlora_helpers.memory import StepSettings, predict
+from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.plan import step_seconds
 from qlora_helpers.run import read_json, write_text
+from qlora_helpers.units import gib
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -88,7 +95,51 @@ def gpu() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu}
+def speed() -> str:
+    """Measured steps beside the plan's arithmetic."""
+    found = read_json(HERE / "step_speed_one_gpu.json")
+    lines = [
+        "| model | step | data | tokens/s | peak GiB, measured | predicted | step s, measured | predicted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in found["cases"]:
+        if "tokens_per_s" not in case:
+            continue
+        cells = [case["model"], _step_name(case), case["data"], f"{case['tokens_per_s']:,.0f}"]
+        memory, seconds = _predicted(case) if case["variant"] != "recipe" else (None, None)
+        cells += [f"{case['peak_allocated_gib']:.1f}", f"{memory:.1f}" if memory else ""]
+        cells += [f"{case['step_s']:.2f}", f"{seconds:.2f}" if seconds else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(
+        f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+    )
+    source = f"{found['machine']}; {versions}; `benchmarks/step_speed.py`, `benchmarks/step_speed_one_gpu.json`."
+    return "\n".join([*lines, "", source, ""])
+
+
+def _step_name(case: dict[str, Any]) -> str:
+    if case["variant"] == "recipe":
+        return "recipe"
+    again = "all" if case["recomputed"] is None else case["recomputed"]
+    return f"{case['blocks']} x {case['seq_len_tokens']:,}, {again} recomputed" + (
+        "" if case["variant"] == "fast" else ", not compiled"
+    )
+
+
+def _predicted(case: dict[str, Any]) -> tuple[float, float]:
+    """Peak GiB and seconds a step, by the plan's arithmetic."""
+    shape = SHAPES[case["model"]]
+    sizes = model_sizes(shape)
+    step = StepSettings(
+        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["variant"] == "fast", r=case["r"],
+        recomputed=sizes.blocks if case["recomputed"] is None else case["recomputed"],
+        adapter_parameters=adapter_parameters(shape, case["r"], None, False), trained_share=case["trained_share"],
+    )  # fmt: skip
+    _, (memory,) = predict(sizes, step)
+    return gib(memory.allocated), step_seconds(sizes, step, GPUS["H100"])
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu, "speed": speed}
 
 if __name__ == "__main__":
     sys.exit(main())
