@@ -139,7 +139,22 @@ def _predicted(case: dict[str, Any]) -> tuple[float, float]:
     return gib(memory.allocated), step_seconds(sizes, step, GPUS["H100"])
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu, "speed": speed}
+def cpu_speed() -> str:
+    """The demo's step on two cores, plain and fast in turns."""
+    found = read_json(HERE / "step_speed_two_cores.json")
+    steps = {
+        variant: [case["step_s"] for case in found["cases"] if case["variant"] == variant]
+        for variant in ("plain", "fast")
+    }
+    ratios = [plain / fast for plain, fast in zip(steps["plain"], steps["fast"], strict=True)]
+    plain, fast = (", ".join(f"{seconds:.1f}" for seconds in steps[name]) for name in ("plain", "fast"))
+    return (
+        f"On two CPU cores the demo's step took {plain} s on the plain path and {fast} s on the fast one, measured in turns: "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as fast (`benchmarks/step_speed_two_cores.json`).\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu, "speed": speed, "cpu speed": cpu_speed}
 
 if __name__ == "__main__":
     sys.exit(main())

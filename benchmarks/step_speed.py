@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from qlora_helpers import lora, models, training, workflow
 from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from qlora_helpers.data import prepare
-from qlora_helpers.model_shapes import known_shape
+from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.run import Run
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.units import BYTES_IN_GIB, gib
@@ -120,7 +120,7 @@ def measure(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]:
     if ON_GPU:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (case.limit_gib or 1e9) * BYTES_IN_GIB / total))
-    name = f"random:{case.model}" if known_shape(case.model) else case.model
+    name = f"random:{case.model}" if case.model in SHAPES else case.model
     loaded = models.load_model(ModelConfig(name=name), say=lambda text: None)
     model = loaded.model
     if case.variant == "recipe":
