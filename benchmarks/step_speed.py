@@ -13,7 +13,6 @@ Everything runs in one process, so the ratios hold whatever the card's clock doe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import tempfile
@@ -144,7 +143,7 @@ def measure(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]:
     recompute = {"activation_checkpointing": case.recomputed != 0, "recompute_layers": case.recomputed}
     config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant["train"])
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, _trainer_told(clock):
+    with tempfile.TemporaryDirectory() as folder:
         training.train(
             model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock,), show_progress=False
         )
@@ -165,22 +164,6 @@ def measure(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]:
             "fast_step": repr(clock.trainer.fast).splitlines() if clock.trainer.fast else None,
         }
     )
-
-
-@contextlib.contextmanager
-def _trainer_told(clock: Clock) -> Any:
-    """Hands the clock the trainer, whose token count it reads."""
-    original = training.SummaryTrainer.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        clock.trainer = self
-
-    training.SummaryTrainer.__init__ = init
-    try:
-        yield
-    finally:
-        training.SummaryTrainer.__init__ = original
 
 
 def matrix_rate() -> float:

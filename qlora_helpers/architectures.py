@@ -100,12 +100,11 @@ class ModelSizes:
             are stored in 4 bits (1 M weights).
         head_parameters: of the output head, which stays unquantised; 0 where it is tied (Phi's bias always counts).
         gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
-        activation: the MLP's non-linearity, by transformers' name.
         parallel_attention: whether attention and MLP read the same residual and are added together.
         norm: `rms` (weight alone) or `layer` (weight and bias).
         norms_per_block: norms of width `hidden`.
         qk_norm: whether queries and keys are normalised for each head.
-        logit_softcap: tanh cap on the logits, which costs another copy of them; None where there is none.
+        logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
         experts, experts_per_token: of a mixture of experts, else 0.
         expert_parameters_per_block: of all experts together; they are part of `other_parameters_per_block`.
         assumed: the family is not known here and was taken to be wired like Llama.
@@ -129,7 +128,6 @@ class ModelSizes:
     other_parameters: int
     head_parameters: int
     gated_mlp: bool
-    activation: str
     parallel_attention: bool = False
     norm: str = "rms"
     norms_per_block: int = 2

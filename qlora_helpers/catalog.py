@@ -60,9 +60,8 @@ DATA_SIZES: dict[str, DataSize] = {
     "knkarthick/dialogsum": DataSize(12_460, 262.4),
 }
 """Data sets named in this project; SAMSum's mean is that of its validation split."""
-CHARACTERS_PER_TOKEN = (
-    3.2  # of dialogues with their summaries, prompt and names included; for files that are not tokenised yet
-)
+# Of dialogues with their summaries, prompt and names included: for files that are not tokenised yet
+CHARACTERS_PER_TOKEN = 3.2
 
 
 @dataclass(frozen=True)

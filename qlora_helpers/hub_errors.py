@@ -49,6 +49,7 @@ def clear_hub_errors(name: str) -> Iterator[None]:
 
 
 def no_space(name: str, needed: int | None, free: int | None) -> ModelError:
+    """The error for a disk that is too small; `needed` and `free` in bytes, None where they are not known."""
     return ModelError(
         f"there is not enough disk space for {name}",
         expected=f"{gib(needed):.1f} GiB" if needed is not None else "",

@@ -7,13 +7,17 @@ Every part follows from a model's sizes and from what the fast step keeps for th
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any
 
 from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.config import RunConfig
+from qlora_helpers.model_sizes import adapter_parameters
 from qlora_helpers.units import BYTES_IN_GIB, gib
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
 QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a constant of theirs (arXiv:2305.14314)
-LOSS_CHUNK_BYTES = 256 * 1024**2  # of float32 logits; the same figure as fast_step.loss
+LOSS_CHUNK_BYTES = 256 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
 CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.05, 1 * BYTES_IN_GIB  # of what comes and goes: allocated against reserved
 OPTIMIZER_BYTES = {
@@ -55,6 +59,31 @@ class StepSettings:
     @property
     def tokens(self) -> int:
         return self.blocks * self.seq_len_tokens
+
+
+def step_settings(
+    config: RunConfig, shape: dict[str, Any], *, blocks: int, recomputed: int = 0, compiled: bool = True,
+    trained_share: float,
+) -> StepSettings:  # fmt: skip
+    """A run's settings as memory and speed depend on them.
+
+    Args:
+        config: of the run.
+        shape: the model's `config.json`.
+        blocks: in one forward pass, on each GPU.
+        recomputed, compiled: of the decoder layers.
+        trained_share: of the tokens.
+
+    Raises:
+        ModelError: the shape lacks a size, or a target layer is unknown.
+    """
+    adapter = config.adapter
+    return StepSettings(
+        seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=recomputed, compiled=compiled, r=adapter.r,
+        adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
+        optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
+        double_quantization=config.model.double_quantization,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,10 +220,23 @@ def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
 
 
 def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
-    """A chunk of logits in 16 and 32 bits with its slopes, and inputs and gradients of the trained tokens."""
+    """A chunk of logits in 16 and 32 bits with its slopes, and inputs and gradients of the trained tokens.
+
+    Logits that the model changes itself (soft-capping) are needed whole.
+    """
     trained = max(1, round(settings.trained_share * settings.tokens))
-    chunk = min(trained, max(16, LOSS_CHUNK_BYTES // (SINGLE * sizes.vocab)))
+    chunk = trained if sizes.logit_softcap else min(trained, loss_chunk(sizes.vocab))
     return chunk * sizes.vocab * (2 * HALF + 2 * SINGLE) + 2 * trained * sizes.hidden * HALF
+
+
+def loss_chunk(vocab: int) -> int:
+    """Tokens whose logits over a vocabulary exist at once."""
+    return max(16, LOSS_CHUNK_BYTES // (SINGLE * vocab))
+
+
+def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
+    """Which decoder layers recompute: spread evenly, so that memory rises and falls evenly too."""
+    return sorted({round(index * layers / recomputed) for index in range(recomputed)}) if recomputed else []
 
 
 def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple[int, ...]:
@@ -234,11 +276,7 @@ def predict(
 
 
 def _apportioned(recomputed: int, counts: tuple[int, ...]) -> list[int]:
-    """Recomputed layers on each GPU where they stand evenly among all, as `fast_step.layers` chooses them."""
-    total = sum(counts)
-    chosen = {round(index * total / recomputed) for index in range(recomputed)} if recomputed else set()
-    shares, start = [], 0
-    for count in counts:
-        shares.append(sum(start <= index < start + count for index in chosen))
-        start += count
-    return shares
+    """Recomputed layers on each GPU."""
+    chosen = layers_to_recompute(sum(counts), recomputed)
+    ends = list(accumulate(counts))
+    return [sum(end - count <= index < end for index in chosen) for count, end in zip(counts, ends, strict=True)]

@@ -108,7 +108,7 @@ def _flag(config: Config, name: str, otherwise: bool) -> bool:
 
 def _sizes(
     family: str, config: Config, linears: tuple[LinearLayer, ...], *, intermediate: int, kv_heads: int, head_dim: int,
-    activation: str, norm: str = "rms", norms: int = 2, block_extra: int = 0, embeddings: int | None = None,
+    norm: str = "rms", norms: int = 2, block_extra: int = 0, embeddings: int | None = None,
     final_norm: bool = True, head_bias: bool = False, **flags: Any,
 ) -> ModelSizes:  # fmt: skip
     """Adds up a model: `block_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
@@ -124,7 +124,7 @@ def _sizes(
         other_parameters_per_block=norms * norm_size + biases + block_extra,
         other_parameters=(embedding if embeddings is None else embeddings) + final_norm * norm_size,
         head_parameters=(0 if tied else embedding) + head_bias * vocab,
-        activation=activation, norm=norm, norms_per_block=norms, **flags,
+        norm=norm, norms_per_block=norms, **flags,
     )  # fmt: skip
 
 
@@ -158,10 +158,8 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
         LinearLayer("down_proj", inner, hidden, bias=mlp_bias),
     )
     qk_norm = family in ("qwen3", "gemma3_text")
-    gemma = family.startswith("gemma")
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-        activation=_activation(config, "gelu_pytorch_tanh" if gemma else "silu", "hidden_activation", "hidden_act"),
         norms=4 if family in ("gemma2", "gemma3_text") else 2, block_extra=2 * head_dim * qk_norm, gated_mlp=True,
         qk_norm=qk_norm, logit_softcap=config.get("final_logit_softcapping"), assumed=assumed,
     )  # fmt: skip
@@ -174,7 +172,7 @@ def _mixtral(family: str, config: Config) -> ModelSizes:
     expert_parameters = experts * 3 * hidden * inner
     return _sizes(
         family, config, attention, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-        activation=_activation(config, "silu", "hidden_act"), block_extra=experts * hidden + expert_parameters,
+        block_extra=experts * hidden + expert_parameters,
         gated_mlp=True, experts=experts, experts_per_token=_size(config, "num_experts_per_tok"),
         expert_parameters_per_block=expert_parameters,
     )  # fmt: skip
@@ -190,7 +188,7 @@ def _phi3(family: str, config: Config) -> ModelSizes:
         LinearLayer("down_proj", inner, hidden),
     )
     return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-                  activation=_activation(config, "silu", "hidden_act"), gated_mlp=True)  # fmt: skip
+                  gated_mlp=True)  # fmt: skip
 
 
 def _phi(family: str, config: Config) -> ModelSizes:
@@ -200,7 +198,7 @@ def _phi(family: str, config: Config) -> ModelSizes:
     qk_norm = _flag(config, "qk_layernorm", False)
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
-        activation=_activation(config, "gelu_new", "hidden_act"), norm="layer", norms=1,
+        norm="layer", norms=1,
         block_extra=4 * (hidden // _size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
         parallel_attention=True,
     )  # fmt: skip
@@ -219,7 +217,7 @@ def _opt(family: str, config: Config) -> ModelSizes:
     final = _flag(config, "do_layer_norm_before", True) and not _flag(config, "_remove_final_layer_norm", False)
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
-        activation=_activation(config, "relu", "activation_function"), norm="layer",
+        norm="layer",
         block_extra=0 if affine else -4 * hidden, final_norm=final and affine,
         embeddings=_size(config, "vocab_size") * width + positions + projections,
     )  # fmt: skip
@@ -251,7 +249,7 @@ def _falcon(family: str, config: Config) -> ModelSizes:
     parallel_norms = _optional(config, "num_ln_in_parallel_attn", 2 if new else 1)
     return _fused_qkv(
         family, config, qkv=(heads + 2 * kv_heads) * (hidden // heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
-        inner=_optional(config, "ffn_hidden_size", 4 * hidden), activation=_activation(config, "gelu", "activation"),
+        inner=_optional(config, "ffn_hidden_size", 4 * hidden),
         norms=parallel_norms if parallel else 2, parallel_attention=new or parallel,
     )  # fmt: skip
 
@@ -261,7 +259,6 @@ def _gpt_neox(family: str, config: Config) -> ModelSizes:
     return _fused_qkv(
         family, config, qkv=3 * hidden, kv_heads=_size(config, "num_attention_heads"), mlp_bias=True,
         inner=_size(config, "intermediate_size"), bias=_flag(config, "attention_bias", True),
-        activation=_activation(config, "gelu", "hidden_act"),
         parallel_attention=_flag(config, "use_parallel_residual", True),
     )  # fmt: skip
 
@@ -270,12 +267,8 @@ def _bloom(family: str, config: Config) -> ModelSizes:
     hidden = _size(config, "hidden_size", "n_embed")
     return _fused_qkv(
         family, config, qkv=3 * hidden, kv_heads=_size(config, "num_attention_heads", "n_head"), inner=4 * hidden,
-        bias=True, mlp_bias=True, activation="gelu", embeddings=_size(config, "vocab_size") * hidden + 2 * hidden,
+        bias=True, mlp_bias=True, embeddings=_size(config, "vocab_size") * hidden + 2 * hidden,
     )  # fmt: skip
-
-
-def _activation(config: Config, otherwise: str, *names: str) -> str:
-    return next((str(config[name]) for name in names if config.get(name)), otherwise)
 
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")

@@ -1,8 +1,7 @@
 """The fastest settings that fit, their time and price, and the next best: by arithmetic, before a byte is downloaded.
 
 Takes a model's `config.json`, the hardware and a run's settings; tries every micro-batch and every number of recomputed layers.
-Speeds are a roofline whose few constants were fitted to measured steps (`benchmarks/`); on a card that was never measured they are
-extrapolated from its datasheet, and said to be. Imports no torch; knows nothing of runs on disk.
+Bytes are `memory`'s, seconds `speed`'s. Imports no torch; knows nothing of runs on disk.
 """
 
 from __future__ import annotations
@@ -11,42 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.architectures import ModelSizes
-from qlora_helpers.catalog import GPUS, INSTANCES, Gpu, Hardware, parse_gpus
+from qlora_helpers.catalog import INSTANCES, Hardware, parse_gpus
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import HALF, GpuMemory, StepSettings, kept_values, predict
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.memory import GpuMemory, StepSettings, predict, step_settings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
+from qlora_helpers.tables import Table
 from qlora_helpers.units import duration, gib
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 COPIES_EFFICIENCY = 0.95  # several processes wait for each other and average gradients; adapters are small
-COMPILE_S = 30.0  # what the first step takes longer
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Constants of the roofline, fitted on one card.
-
-    Attributes:
-        matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
-        memory_share: of the datasheet's bandwidth that everything else reaches.
-        forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
-        eager_factor: how much longer all of that takes uncompiled.
-        layer_s: what each pass over a layer costs besides, on the host.
-    """
-
-    matrix_share: float
-    memory_share: float
-    forward_passes: float
-    backward_passes: float
-    eager_factor: float
-    layer_s: float
-
-
-FITTED = Speed(
-    matrix_share=0.762, memory_share=0.662, forward_passes=2.76, backward_passes=3.62, eager_factor=2.27, layer_s=0.0013
-)
-"""Fitted on one H100 80GB to the steps of Falcon-40B and a Llama of 8 B in `benchmarks/step_speed_one_gpu.json`."""
-PLAIN_GPU = Gpu("unnamed", 0, 0, 121, 300)
 
 
 @dataclass(frozen=True)
@@ -60,7 +33,7 @@ class Candidate:
         copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
         layers_per_gpu, memory: of each GPU that holds a part of one copy.
         seq_len_tokens: length of a block.
-        tokens_per_s: over all GPUs, padding not counted where `tokens` did not count it.
+        tokens_per_s: over all GPUs, of blocks filled to their end.
         seconds: for the whole data.
         dollars: at the hardware's price; None where it is not known.
     """
@@ -162,7 +135,7 @@ class Plan:
         lines = [
             f"{self.model} on {self.hardware.label}: {self.sizes.parameters:,} parameters, "
             f"{self.adapter_parameters:,} trained",
-            _memory_table(shown, self.hardware),
+            repr(_memory_table(shown, self.hardware)),
         ]
         if self.choice:
             lines.append(f"fastest that fits  {self.choice!r}")
@@ -189,55 +162,45 @@ def make_plan(
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    sizes = model_sizes(shape)
-    adapters = adapter_parameters(shape, config.adapter.r, config.adapter.target_modules, config.adapter.use_dora)
     total = round(tokens * config.train.epochs)
-    found = _candidates(sizes, adapters, hardware, config, total, trained_share)
-    fitting = sorted(
-        (each for each in found if each.peak_gib <= hardware.usable_gib), key=lambda each: -each.tokens_per_s
-    )
-    smallest = min(found, key=lambda each: each.peak_gib)
-    best: dict[int, Candidate] = {}
-    for each in fitting:
+    found = _candidates(shape, hardware, config, total, trained_share)
+    best: dict[int, Candidate] = {}  # the fastest of each micro-batch, fastest first
+    for each in sorted(_fitting(found, hardware), key=lambda each: -each.tokens_per_s):
         best.setdefault(each.blocks, each)
     choice, *others = list(best.values()) or [None]
-    mends = () if choice else _mends(sizes, shape, hardware, config, total, trained_share)
+    sizes = model_sizes(shape)
+    step = step_settings(config, shape, blocks=1, trained_share=trained_share)
     return Plan(
-        model,
-        sizes,
-        adapters,
-        hardware,
-        total,
-        choice,
-        tuple(others[:2]),
-        smallest,
-        mends,
-        _notes(hardware, sizes, choice),
-    )
+        model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]),
+        smallest=min(found, key=lambda each: each.peak_gib),
+        mends=() if choice else _mends(shape, hardware, config, total, trained_share),
+        notes=_notes(hardware, sizes, choice),
+    )  # fmt: skip
 
 
 def _candidates(
-    sizes: ModelSizes, adapters: int, hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
 ) -> list[Candidate]:
+    """Every micro-batch that makes up the asked blocks an optimizer step, in one copy over all GPUs or a copy on each."""
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
     found = []
-    for blocks in [count for count in BLOCKS if per_step % count == 0] or [1]:
-        step = StepSettings(
-            seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=0, compiled=True, r=config.adapter.r,
-            adapter_parameters=adapters, optim=config.train.optim, trained_share=trained_share,
-            quantized=config.model.quantization == "nf4", double_quantization=config.model.double_quantization,
-        )  # fmt: skip
-        for gpus in sorted({1, hardware.gpus}):
-            found += _with_least_recomputation(sizes, step, hardware, config, tokens, gpus)
+    for gpus in sorted({1, hardware.gpus}):
+        copies = hardware.gpus // gpus
+        for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
+            step = step_settings(config, shape, blocks=blocks, trained_share=trained_share)
+            accumulation = max(1, per_step // (blocks * copies))
+            found += _with_least_recomputation(model_sizes(shape), step, hardware, tokens, gpus, accumulation)
     return found
 
 
 def _with_least_recomputation(
-    sizes: ModelSizes, step: StepSettings, hardware: Hardware, config: RunConfig, tokens: int, gpus: int
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int
 ) -> list[Candidate]:
     """The fewest recomputed layers that fit, and all of them."""
     counts = {fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus), sizes.blocks}
-    return [_candidate(sizes, replace(step, recomputed=count), hardware, config, tokens, gpus) for count in counts]
+    return [
+        _candidate(sizes, replace(step, recomputed=count), hardware, tokens, gpus, accumulation) for count in counts
+    ]
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
@@ -260,81 +223,45 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
     return fewest
 
 
-def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:
-    """Whether a training run of so many forward passes wins back the time that compilation takes."""
-    saved = step_seconds(sizes, replace(step, compiled=False), gpu) - step_seconds(
-        sizes, replace(step, compiled=True), gpu
-    )
-    return passes * saved > COMPILE_S
-
-
 def _candidate(
-    sizes: ModelSizes, step: StepSettings, hardware: Hardware, config: RunConfig, tokens: int, gpus: int
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int
 ) -> Candidate:
-    layers, memory = predict(sizes, step, gpus=gpus)
     copies = hardware.gpus // gpus
-    gpu = hardware.gpu or PLAIN_GPU
-    rates = {}
-    for compiled in (True, False):
-        rate = step.tokens / step_seconds(sizes, replace(step, compiled=compiled), gpu)
-        rates[compiled] = rate * (1 if copies == 1 else copies * COPIES_EFFICIENCY)
+    together = 1 if copies == 1 else copies * COPIES_EFFICIENCY
+    rates = {
+        compiled: together
+        * step.tokens
+        / step_seconds(sizes, replace(step, compiled=compiled), hardware.gpu or UNNAMED_GPU)
+        for compiled in (True, False)
+    }
     seconds = {True: COMPILE_S + tokens / rates[True], False: tokens / rates[False]}
     compiled = seconds[True] < seconds[False]
-    if not compiled:
-        layers, memory = predict(sizes, replace(step, compiled=False), gpus=gpus)
-    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    layers, memory = predict(sizes, replace(step, compiled=compiled), gpus=gpus)
     price = hardware.price_usd_per_hour
     return Candidate(
-        blocks=step.blocks, accumulation=max(1, round(per_step / step.blocks / copies)), recomputed=step.recomputed,
-        layers=sizes.blocks, compiled=compiled, copies=copies, layers_per_gpu=layers, memory=memory,
-        seq_len_tokens=step.seq_len_tokens, tokens_per_s=rates[compiled], seconds=seconds[compiled],
+        blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks, compiled=compiled,
+        copies=copies, layers_per_gpu=layers, memory=memory, seq_len_tokens=step.seq_len_tokens,
+        tokens_per_s=rates[compiled], seconds=seconds[compiled],
         dollars=None if price is None else price * seconds[compiled] / 3600,
     )  # fmt: skip
 
 
-def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
-    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, and what crosses the memory bus.
-
-    Layers spread over several GPUs work one after another, so it is the same for any number of them.
-    """
-    matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
-    memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
-    weights = sizes.linear_parameters_per_block + sizes.expert_parameters_per_block * sizes.experts_per_token / max(
-        1, sizes.experts
-    )
-    products = 2 * step.tokens * weights / matrix
-    dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
-    values = HALF * step.tokens * kept_values(sizes, compiled=True, r=step.r) / memory
-    values *= 1.0 if step.compiled else speed.eager_factor
-    forward = products + dequantised + values * speed.forward_passes + speed.layer_s
-    backward = products + dequantised + values * speed.backward_passes + speed.layer_s
-    head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
-    optimizer = 28 * step.adapter_parameters / memory
-    return (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
-
-
 def _mends(
-    sizes: ModelSizes, shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
 ) -> tuple[str, ...]:
     """The smallest change of the settings that fits, and the cheapest instance that does."""
-    adapters = adapter_parameters(shape, config.adapter.r, config.adapter.target_modules, config.adapter.use_dora)
     found = []
     for change in _changes(config):
-        changed = config.with_settings(change)
-        count = adapter_parameters(shape, changed.adapter.r, changed.adapter.target_modules, changed.adapter.use_dora)
-        fitting = _fitting(sizes, count, hardware, changed, tokens, trained_share)
+        fitting = _fitting(_candidates(shape, hardware, config.with_settings(change), tokens, trained_share), hardware)
         if fitting:
             best = max(fitting, key=lambda each: each.tokens_per_s)
             found.append(" ".join(f"--set {item}" for item in change) + f" ({best!r})")
             break
-    instances = []
-    for instance in INSTANCES.values():
-        other = parse_gpus(instance.name)
-        if other.price_usd_per_hour is not None and _fitting(sizes, adapters, other, config, tokens, trained_share):
-            instances.append((other.price_usd_per_hour, other))
-    if instances:
-        price, cheapest = min(instances, key=lambda pair: pair[0])
-        found.append(f"{cheapest.label}, ${price:.2f} an hour; {cheapest.price_note}")
+    priced = [parse_gpus(name) for name, instance in INSTANCES.items() if instance.price_usd_per_hour is not None]
+    for other in sorted(priced, key=lambda each: each.price_usd_per_hour):
+        if _fitting(_candidates(shape, other, config, tokens, trained_share), other):
+            found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
+            break
     return tuple(found)
 
 
@@ -350,19 +277,14 @@ def _changes(config: RunConfig) -> list[list[str]]:
     return singles + [[lengths[-1], *eight_bit, *rank]] if lengths else singles
 
 
-def _fitting(
-    sizes: ModelSizes, adapters: int, hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
-) -> list[Candidate]:
-    found = _candidates(sizes, adapters, hardware, config, tokens, trained_share)
-    return [each for each in found if each.peak_gib <= hardware.usable_gib]
+def _fitting(candidates: list[Candidate], hardware: Hardware) -> list[Candidate]:
+    return [each for each in candidates if each.peak_gib <= hardware.usable_gib]
 
 
 def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
     notes = []
     if hardware.gpu is None:
-        notes.append(
-            f"no GPU was named: speed is that of a card with the datasheet of an {GPUS['L4'].name}, extrapolated"
-        )
+        notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
     elif not hardware.gpu.measured:
         notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
     if hardware.gpu is not None and not hardware.gpu.supports_bf16:
@@ -378,21 +300,13 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
     return tuple(notes)
 
 
-def _memory_table(shown: Candidate, hardware: Hardware) -> str:
-    names = list(shown.memory[0].parts_gib())
-    labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
-    rows = [["GiB", *labels]]
-    for name in names:
-        rows.append([name.replace("_", " "), *(f"{each.parts_gib()[name]:.2f}" for each in shown.memory)])
+def _memory_table(shown: Candidate, hardware: Hardware) -> Table:
+    parts = [each.parts_gib() for each in shown.memory]
+    rows = [[name.replace("_", " "), *(f"{each[name]:.2f}" for each in parts)] for name in parts[0]]
     rows.append(["in all", *(f"{gib(each.total):.2f}" for each in shown.memory)])
-    rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in shown.memory)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in parts)])
+    labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
+    return Table(["GiB", *labels], rows, numbers=range(1, len(labels) + 1))
 
 
 def _as_dict(each: Candidate | None) -> dict[str, Any] | None:

@@ -9,11 +9,12 @@ from qlora_helpers import telemetry
 from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
-from qlora_helpers.memory import StepSettings, predict
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.plan import PLAIN_GPU, Plan, make_plan, step_seconds
+from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.plan import Plan, make_plan
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
+from qlora_helpers.speed import UNNAMED_GPU, step_seconds
 from qlora_helpers.units import gib
 
 UNKNOWN_TOKENS = 1_000_000
@@ -52,7 +53,7 @@ def predicted_step(
 
     Args:
         config: of the run.
-        hardware: that it runs on.
+        hardware: the GPUs that hold one copy of the model.
         compiled, recomputed: of the decoder layers.
         trained_share: of the tokens.
         fill: share of a block that is not padding.
@@ -61,16 +62,12 @@ def predicted_step(
         `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` without padding, and whether that is `extrapolated`.
     """
     shape = find_shape(config.model)
-    sizes = model_sizes(shape)
-    adapter = config.adapter
-    step = StepSettings(
-        seq_len_tokens=config.data.seq_len_tokens, blocks=config.train.micro_batch_size, recomputed=recomputed,
-        compiled=compiled, r=adapter.r, optim=config.train.optim, trained_share=trained_share,
-        adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
-        quantized=config.model.quantization == "nf4", double_quantization=config.model.double_quantization,
+    step = step_settings(
+        config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled,
+        trained_share=trained_share,
     )  # fmt: skip
-    _, memory = predict(sizes, step, gpus=hardware.gpus)
-    seconds = step_seconds(sizes, step, hardware.gpu or PLAIN_GPU)
+    _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
+    seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
@@ -85,10 +82,10 @@ def this_machine(price: float | None = None) -> Hardware:
     Raises:
         UserError: there is none.
     """
-    found = telemetry.read_gpus()
+    found = [gpu for gpu in telemetry.read_gpus() if gpu.memory_total_gib]  # some cards don't tell
     if not found:
         raise UserError(
-            "this machine has no GPU",
+            "this machine has no GPU that tells its memory",
             expected="the hardware to plan for",
             next_step="Name it: --gpus 24GiB, 4xL4, ml.g5.12xlarge.",
         )

@@ -102,7 +102,6 @@ def probe_losses(model: torch.nn.Module, collator: BlockCollator, chunked: Chunk
     model.eval()
     if chunked is None:
         labels = batch.pop("labels")[:, 1:]
-        batch = {name: tensor for name, tensor in batch.items() if not name.startswith("trained_")}
         logits = model(**batch).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         losses = losses[labels != IGNORED]

@@ -7,7 +7,6 @@ Knows nothing of where model and data came from, and leaves the run's state to `
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -20,24 +19,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, row_losses, takes_logits_to_keep
-from qlora_helpers.catalog import find_gpu
+from qlora_helpers.blocks import PreparedData, row_losses
 from qlora_helpers.config import TrainConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.fast_step import FastStep, fast_step
-from qlora_helpers.memory import CONTEXT_BYTES, StepSettings
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import PLAIN_GPU, compile_pays, fewest_recomputed
-from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
+from qlora_helpers.fast_step import FastStep
+from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
 from qlora_helpers.training_callback import RunFolderCallback
+from qlora_helpers.training_step import make_collator, open_fast_step
 from qlora_helpers.units import gib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-MEMORY_MARGIN = 0.03  # of the card, left free where the number of recomputed layers is chosen here
 log = logging.getLogger(__name__)
 
 
@@ -81,37 +74,6 @@ class TrainResult:
         losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
         losses += f", evaluation loss {self.eval_loss:.3f}" if self.eval_loss is not None else ""
         return f"{end} after {self.steps} steps: {losses}\n{self.tokens_per_s:,.0f} tokens/s, peak {peak}"
-
-
-def make_collator(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    *,
-    fast: FastStep | None = None,
-    blocks: int | None = None,
-) -> BlockCollator:
-    """The collator that fits a model and prepared data.
-
-    Args:
-        model: with or without adapters.
-        tokenizer: the model's.
-        data: prepared blocks.
-        fast: what of the fast step is on; None takes the plain path.
-        blocks: fill every batch up to so many blocks.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
-    return BlockCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        packed=data.packed,
-        mask_dtype=inner.dtype if eager else None,
-        pad_to=data.seq_len_tokens if data.packed else None,
-        keep_trained_logits=takes_logits_to_keep(model),
-        most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
-        list_trained=fast is not None and fast.loss is not None,
-        blocks=blocks if data.packed else None,
-    )
 
 
 def training_arguments(
@@ -238,7 +200,7 @@ def train(
     with contextlib.ExitStack() as opened:
         fast = None
         if config.fast_step:
-            fast = opened.enter_context(_fast_step(model, tokenizer, data, config))
+            fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
         compiled = fast is not None and fast.compiled
         collator = make_collator(
@@ -267,8 +229,9 @@ def _run_session(
     start = saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0
     callback = RunFolderCallback(run, config, session, is_writer)
-    callback.trainer = trainer
     for each in (callback, *extra):
+        if hasattr(each, "trainer"):  # it reads the trainer's own counts
+            each.trainer = trainer
         trainer.add_callback(each)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -293,65 +256,6 @@ def _run_session(
         recomputed=trainer.fast.recomputed if trainer.fast else 0,
         fast_step=repr(trainer.fast) if trainer.fast else "",
     )  # fmt: skip
-
-
-def _fast_step(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: PreparedData, config: TrainConfig
-) -> contextlib.AbstractContextManager[FastStep]:
-    """The fast step as the settings ask for it, proved on the loaded model before training."""
-    longest = max(map(len, data.train["input_ids"])) if data.packed else 0
-    plain = probe_losses(model, make_collator(model, tokenizer, data), None)
-
-    def check(on: FastStep) -> None:
-        collator = make_collator(model, tokenizer, data, fast=on)
-        if data.packed:
-            check_rows_apart(model, collator)
-        check_same_losses(probe_losses(model, collator, on.loss), plain)
-
-    compiled, recomputed = _compiled_and_recomputed(model, data, config)
-    return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, check=check)
-
-
-def _compiled_and_recomputed(
-    model: torch.nn.Module, data: PreparedData, config: TrainConfig
-) -> tuple[bool, int | None]:
-    """What the settings leave open, by the plan's arithmetic; None recomputes all layers.
-
-    On a CPU nothing is compiled, and memory is not what is short. For an architecture that can't be planned all layers recompute.
-    """
-    compiled = config.compile == "on"
-    recomputed = config.recompute_layers if config.activation_checkpointing else 0
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or next(iter(devices)).type != "cuda":
-        return compiled, recomputed
-    try:
-        sizes = model_sizes(model.config.to_dict())
-    except ModelError as error:
-        log.warning("the step is not planned: %s", error)
-        return compiled, recomputed
-    peft_config = next(iter(model.peft_config.values()))
-    step = StepSettings(
-        seq_len_tokens=data.seq_len_tokens if data.packed else max(map(len, data.train["input_ids"])),
-        blocks=config.micro_batch_size, recomputed=0, compiled=False, r=peft_config.r, optim=config.optim,
-        adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        trained_share=data.report.trained_tokens / data.report.tokens,
-        quantized=bool(getattr(model, "is_loaded_in_4bit", False)),
-    )  # fmt: skip
-    (device,) = devices
-    card = torch.cuda.get_device_properties(device)
-    if config.compile == "auto":
-        passes = _steps(data, config) * config.gradient_accumulation_steps
-        compiled = data.packed and compile_pays(sizes, step, find_gpu(card.name) or PLAIN_GPU, passes)
-    if recomputed is None:
-        free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
-        usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
-        recomputed = fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable)
-    return compiled, recomputed
-
-
-def _steps(data: PreparedData, config: TrainConfig) -> int:
-    rows = config.micro_batch_size * config.gradient_accumulation_steps
-    return config.max_steps or math.ceil(config.epochs * len(data.train) / rows)
 
 
 def planned_steps(trainer: Trainer) -> int:

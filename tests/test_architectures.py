@@ -72,7 +72,7 @@ def test_a_model_that_does_not_is_found_out(torch):
 
 def rows_apart(model) -> tuple[float, float]:
     from qlora_helpers.probes import check_rows_apart
-    from qlora_helpers.training import make_collator
+    from qlora_helpers.training_step import make_collator
 
     model.config.use_cache = False
     collator = make_collator(model, SimpleNamespace(pad_token_id=0), SimpleNamespace(packed=True, seq_len_tokens=32))

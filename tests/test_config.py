@@ -262,7 +262,7 @@ def test_a_file_name_in_another_encoding_is_refused_and_not_stored():
     name = b"caf\xe9.jsonl".decode("utf-8", "surrogateescape")
     for setting in (f"data.source={name}", f"profile={name}"):
         (found,) = problems(lambda setting=setting: RunConfig().with_settings([setting]))
-        found.encode("utf-8")
+        assert found.encode("utf-8").decode("utf-8") == found
 
 
 # limits

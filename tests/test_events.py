@@ -110,6 +110,7 @@ def test_what_was_written_before_a_crash_is_there(run):
 def test_nothing_to_close(run):
     """A run that was finished already begins no training."""
     event_callback(run, config()).close()
+    assert not list(run.events_dir.glob("*"))
 
 
 # the bucket

@@ -130,6 +130,9 @@ def test_a_local_folder_that_looks_like_a_hub_id_is_refused(adapter, tmp_path, m
 
 def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
     hosting.package_adapter(adapter, "s3://my-bucket/models/mine/", tmp_path / "model.tar.gz")
+    with tarfile.open(tmp_path / "model.tar.gz") as archive:
+        settings = archive.extractfile("serving.properties").read().decode()
+    assert "option.model_id=s3://my-bucket/models/mine/" in settings
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", "x" * 64])

@@ -15,7 +15,8 @@ from qlora_helpers.config import profile_config
 from qlora_helpers.memory import StepSettings, predict
 from qlora_helpers.model_shapes import SHAPES, known_shape
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.plan import make_plan, step_seconds
+from qlora_helpers.plan import make_plan
+from qlora_helpers.speed import step_seconds
 from qlora_helpers.units import gib
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"

@@ -26,11 +26,11 @@ from qlora_helpers.run import Run
 from qlora_helpers.training import (
     SummaryTrainer,
     half_of,
-    make_collator,
     train,
     training_arguments,
 )
 from qlora_helpers.training_callback import RunFolderCallback
+from qlora_helpers.training_step import make_collator
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 

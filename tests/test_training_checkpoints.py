@@ -138,7 +138,7 @@ def test_a_good_one_gives_no_warning(folder):
     write(folder, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        newest_good(folder)
+        assert newest_good(folder) == folder / "checkpoint-2"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

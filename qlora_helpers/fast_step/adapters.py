@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora_helpers.fast_step.patching import replace_forward
+
 
 @contextmanager
 def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int]:
@@ -31,15 +33,14 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
     with ExitStack() as undo:
         for module in model.modules():
             if isinstance(module, LoraLayer) and _is_plain(module):
-                module.forward = types.MethodType(_lora_forward(module.forward), module)
-                undo.callback(delattr, module, "forward")
+                replace_forward(module, types.MethodType(_lora_forward(module.forward), module), undo)
                 changed += 1
         yield changed
 
 
 def _is_plain(layer: Any) -> bool:
     names = list(layer.active_adapters)
-    if len(names) != 1 or names[0] not in layer.lora_A or layer.merged or "forward" in vars(layer):
+    if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
         return False
     (name,) = names
     linear = isinstance(layer.lora_A[name], torch.nn.Linear) and isinstance(layer.get_base_layer(), torch.nn.Linear)

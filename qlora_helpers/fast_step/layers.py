@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.memory import layers_to_recompute
+
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder layers of a causal language model: the longest list of modules of one class in it."""
@@ -24,11 +27,6 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
         if isinstance(module, torch.nn.ModuleList) and len({type(item) for item in module}) == 1
     ]
     return max(lists, key=len, default=[])
-
-
-def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
-    """Which layers recompute: spread evenly, so that memory rises and falls evenly too."""
-    return sorted({round(index * layers / recomputed) for index in range(recomputed)}) if recomputed else []
 
 
 @contextmanager
@@ -52,17 +50,9 @@ def layers_changed(
                 forward = torch.compile(forward, dynamic=False)
             if index in chosen:
                 forward = _recomputing(layer, forward, keep_random_state)
-            if forward is not layer.forward:
-                _set_forward(layer, forward, undo)
+            if compiled or index in chosen:
+                replace_forward(layer, forward, undo)
         yield
-
-
-def _set_forward(layer: torch.nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    if "forward" in vars(layer):  # accelerate's hooks on a dispatched model
-        undo.callback(setattr, layer, "forward", layer.forward)
-    else:
-        undo.callback(delattr, layer, "forward")
-    layer.forward = forward
 
 
 def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:

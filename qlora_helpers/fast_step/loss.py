@@ -8,14 +8,15 @@ matrix products as the plain path, none twice. (Fusing the output layer with the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
-LOGITS_BYTES = 256 * 1024**2
+from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.labels import IGNORED
+from qlora_helpers.memory import loss_chunk
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -72,9 +73,7 @@ def token_losses(
     Returns:
         `(tokens,)`, float32.
     """
-    if chunk is None:
-        chunk = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
-    return _TokenLosses.apply(hidden, weight, bias, labels, chunk)
+    return _TokenLosses.apply(hidden, weight, bias, labels, chunk or loss_chunk(weight.shape[0]))
 
 
 class ChunkedLoss:
@@ -138,15 +137,9 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         return hidden if with_labels else logits_of(hidden)
 
-    hook = model.register_forward_pre_hook(look, with_kwargs=True)
-    had_own = "forward" in vars(head)
-    head.forward, model.loss_function = forward, loss
-    try:
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(look, with_kwargs=True).remove)
+        undo.callback(setattr, model, "loss_function", before)
+        replace_forward(head, forward, undo)
+        model.loss_function = loss
         yield loss
-    finally:
-        hook.remove()
-        model.loss_function = before
-        if had_own:
-            head.forward = logits_of
-        else:
-            del head.forward

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from qlora_helpers.fast_step.patching import replace_forward
+
 NAME = "rows_apart"
-ROW_STARTS = "row_starts"
 
 
 class RowStarts:
@@ -134,8 +135,7 @@ def rows_attended_apart(model: torch.nn.Module, *, longest: int) -> Iterator[Non
             module.row_starts = by_device.setdefault(device, RowStarts(device, longest))
             undo.callback(delattr, module, "row_starts")
             if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
-                module.forward = types.MethodType(_falcon_forward(module.forward), module)
-                undo.callback(delattr, module, "forward")
+                replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
         undo.enter_context(_attention_by_name(model))
         hook = model.register_forward_pre_hook(_take_row_starts(list(by_device.values())), with_kwargs=True)
         undo.callback(hook.remove)
@@ -144,7 +144,7 @@ def rows_attended_apart(model: torch.nn.Module, *, longest: int) -> Iterator[Non
 
 def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        starts = kwargs.pop(ROW_STARTS, None)
+        starts = kwargs.pop("row_starts", None)
         for place in places:
             place.starts = starts if starts is None else starts.to(place.device, non_blocking=True)
         if starts is not None:

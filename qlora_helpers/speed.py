@@ -1,0 +1,71 @@
+"""How long a training step takes, in seconds, by arithmetic alone: a roofline whose few constants were fitted to measured steps.
+
+Owns time on one card; knows nothing of memory limits, prices or how settings are chosen. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.catalog import GPUS, Gpu
+from qlora_helpers.memory import HALF, StepSettings, kept_values
+
+COMPILE_S = 30.0  # what the first step takes longer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Constants of the roofline, fitted on one card.
+
+    Attributes:
+        matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
+        memory_share: of the datasheet's bandwidth that everything else reaches.
+        forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
+        eager_factor: how much longer all of that takes uncompiled.
+        layer_s: what each pass over a layer costs besides, on the host.
+    """
+
+    matrix_share: float
+    memory_share: float
+    forward_passes: float
+    backward_passes: float
+    eager_factor: float
+    layer_s: float
+
+
+FITTED = Speed(
+    matrix_share=0.762, memory_share=0.662, forward_passes=2.76, backward_passes=3.62, eager_factor=2.27, layer_s=0.0013
+)
+"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B and a Llama of 8 B, measured on one H100 80GB."""
+UNNAMED_GPU = GPUS["L4"]
+"""Stands in for the speed of a card of which only the memory is known."""
+
+
+def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
+    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, and what crosses the memory bus.
+
+    Layers spread over several GPUs work one after another, so it is the same for any number of them.
+    """
+    matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
+    memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
+    weights = sizes.linear_parameters_per_block + sizes.expert_parameters_per_block * sizes.experts_per_token / max(
+        1, sizes.experts
+    )
+    products = 2 * step.tokens * weights / matrix
+    dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
+    values = HALF * step.tokens * kept_values(sizes, compiled=True, r=step.r) / memory
+    values *= 1.0 if step.compiled else speed.eager_factor
+    forward = products + dequantised + values * speed.forward_passes + speed.layer_s
+    backward = products + dequantised + values * speed.backward_passes + speed.layer_s
+    head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
+    optimizer = 28 * step.adapter_parameters / memory
+    return (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+
+
+def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:
+    """Whether a training run of so many forward passes wins back the time that compilation takes."""
+    saved = step_seconds(sizes, replace(step, compiled=False), gpu) - step_seconds(
+        sizes, replace(step, compiled=True), gpu
+    )
+    return passes * saved > COMPILE_S

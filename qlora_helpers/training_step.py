@@ -1,0 +1,123 @@
+"""How a training step is taken: the batches that fit a model, the fast step around it, and what settings leave to the plan.
+
+Works on a loaded model with adapters and prepared blocks; knows nothing of `Trainer`, runs or files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, takes_logits_to_keep
+from qlora_helpers.catalog import find_gpu
+from qlora_helpers.config import TrainConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.fast_step import FastStep, fast_step
+from qlora_helpers.memory import CONTEXT_BYTES, StepSettings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.plan import fewest_recomputed
+from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
+from qlora_helpers.speed import UNNAMED_GPU, compile_pays
+from qlora_helpers.units import gib
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEMORY_MARGIN = 0.03  # of the card, left free where the number of recomputed layers is chosen here
+log = logging.getLogger("qlora_helpers.training")
+
+
+def make_collator(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    *,
+    fast: FastStep | None = None,
+    blocks: int | None = None,
+) -> BlockCollator:
+    """The collator that fits a model and prepared data.
+
+    Args:
+        model: with or without adapters.
+        tokenizer: the model's.
+        data: prepared blocks.
+        fast: what of the fast step is on; None takes the plain path.
+        blocks: fill every batch up to so many blocks.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
+    return BlockCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        packed=data.packed,
+        mask_dtype=inner.dtype if eager else None,
+        pad_to=data.seq_len_tokens if data.packed else None,
+        keep_trained_logits=takes_logits_to_keep(model),
+        most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
+        list_trained=fast is not None and fast.loss is not None,
+        blocks=blocks if data.packed else None,
+    )
+
+
+def open_fast_step(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: PreparedData, config: TrainConfig
+) -> contextlib.AbstractContextManager[FastStep]:
+    """The fast step as the settings ask for it, proved on the loaded model before training."""
+    longest = data.seq_len_tokens if data.packed else max(map(len, data.train["input_ids"]))
+    plain = probe_losses(model, make_collator(model, tokenizer, data), None)
+
+    def check(on: FastStep) -> None:
+        collator = make_collator(model, tokenizer, data, fast=on)
+        if data.packed:
+            check_rows_apart(model, collator)
+        check_same_losses(probe_losses(model, collator, on.loss), plain)
+
+    compiled, recomputed = _compiled_and_recomputed(model, data, config, longest)
+    return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, check=check)
+
+
+def _compiled_and_recomputed(
+    model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int
+) -> tuple[bool, int | None]:
+    """What the settings leave open, by the plan's arithmetic; None recomputes all layers.
+
+    On a CPU nothing is compiled, and memory is not what is short. For an architecture that can't be planned all layers recompute.
+    """
+    compiled = config.compile == "on"
+    recomputed = config.recompute_layers if config.activation_checkpointing else 0
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or next(iter(devices)).type != "cuda":
+        return compiled, recomputed
+    try:
+        sizes = model_sizes(model.config.to_dict())
+    except ModelError as error:
+        log.warning("the step is not planned: %s", error)
+        return compiled, recomputed
+    settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
+    step = StepSettings(
+        seq_len_tokens=longest, blocks=config.micro_batch_size, recomputed=0, compiled=False,
+        r=model.active_peft_config.r, optim=config.optim,
+        adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
+        double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
+    )  # fmt: skip
+    (device,) = devices
+    if config.compile == "auto":
+        gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
+        compiled = data.packed and compile_pays(sizes, step, gpu, _passes(data, config))
+    if recomputed is None:
+        free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+        usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
+        recomputed = fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable)
+    return compiled, recomputed
+
+
+def _passes(data: PreparedData, config: TrainConfig) -> int:
+    """Forward passes of the whole training."""
+    if config.max_steps:
+        return config.max_steps * config.gradient_accumulation_steps
+    return math.ceil(config.epochs * len(data.train) / config.micro_batch_size)
