@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS
 from qlora_helpers.memory import StepSettings, predict
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.plan import step_seconds
 from qlora_helpers.run import read_json, write_text
+from qlora_helpers.speed import step_seconds
 from qlora_helpers.units import gib
 
 HERE = Path(__file__).parent
@@ -126,15 +127,20 @@ def _step_name(case: dict[str, Any]) -> str:
     )
 
 
-def _predicted(case: dict[str, Any]) -> tuple[float, float]:
-    """Peak GiB and seconds a step, by the plan's arithmetic."""
+def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
+    """A measured case as the plan sees it."""
     shape = SHAPES[case["model"]]
     sizes = model_sizes(shape)
-    step = StepSettings(
+    return sizes, StepSettings(
         seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["variant"] == "fast", r=case["r"],
         recomputed=sizes.blocks if case["recomputed"] is None else case["recomputed"],
         adapter_parameters=adapter_parameters(shape, case["r"], None, False), trained_share=case["trained_share"],
     )  # fmt: skip
+
+
+def _predicted(case: dict[str, Any]) -> tuple[float, float]:
+    """Peak GiB and seconds a step, by the plan's arithmetic."""
+    sizes, step = step_of(case)
     _, (memory,) = predict(sizes, step)
     return gib(memory.allocated), step_seconds(sizes, step, GPUS["H100"])
 

@@ -122,9 +122,9 @@ def _clean(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from qlora_helpers import workflow
+    from qlora_helpers.demo import demo
 
-    workflow.demo(data=options.data)
+    demo(data=options.data)
     return 0
 
 

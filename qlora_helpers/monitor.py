@@ -17,7 +17,7 @@ from typing import Any
 from qlora_helpers.charts import Chart, Panel, Points, number_text
 from qlora_helpers.errors import UserError
 from qlora_helpers.run import Run, Status, find_runs, read_json
-from qlora_helpers.tables import html_table, plain, text_table
+from qlora_helpers.tables import Table, html_table, plain, text_table
 from qlora_helpers.units import duration
 
 
@@ -165,3 +165,24 @@ def _seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | 
     if status.state != "running" or steps <= 0:
         return None
     return (paced[-1]["time"] - paced[0]["time"]) / steps * max(0, status.max_steps - status.step)
+
+
+def plan_table(run: Run) -> Table:
+    """What `plan.json` holds of the step: measured, and on GPUs beside it what the plan predicted for the same settings."""
+    plan = read_json(run.plan_path)
+    measured, predicted = plan["measured"], plan.get("predicted", {})
+    rows = [
+        [
+            f"{what}, {device}, GiB",
+            f"{predicted[key][device]:.2f}" if device in predicted.get(key, {}) else "",
+            f"{value:.2f}",
+        ]
+        for what, key, found in (
+            ("peak held by tensors", "allocated_gib", measured["peak_gib"]),
+            ("peak reserved", "reserved_gib", measured.get("reserved_gib", {})),
+        )
+        for device, value in found.items()
+    ]
+    speed = f"{predicted['tokens_per_s']:,.0f}" if predicted else ""
+    rows.append(["tokens/s", speed, f"{measured['tokens_per_s']:,.0f}"])
+    return Table(["step", "predicted", "measured"], rows, numbers=(1, 2))

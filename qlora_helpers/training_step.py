@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, takes_logits_to_keep
-from qlora_helpers.catalog import find_gpu
+from qlora_helpers.catalog import Gpu, find_gpu
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.fast_step import FastStep, fast_step
@@ -76,27 +77,24 @@ def open_fast_step(
             check_rows_apart(model, collator)
         check_same_losses(probe_losses(model, collator, on.loss), plain)
 
-    compiled, recomputed = _compiled_and_recomputed(model, data, config, longest)
+    compiled, recomputed = _choose(model, data, config, longest)
     return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, check=check)
 
 
-def _compiled_and_recomputed(
-    model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int
-) -> tuple[bool, int | None]:
-    """What the settings leave open, by the plan's arithmetic; None recomputes all layers.
+def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int) -> tuple[bool, int | None]:
+    """Whether to compile, and how many layers to recompute; None recomputes all.
 
-    On a CPU nothing is compiled, and memory is not what is short. For an architecture that can't be planned all layers recompute.
+    The plan chooses for one GPU. On a CPU, over several GPUs and for an architecture that can't be planned, the settings do.
     """
-    compiled = config.compile == "on"
-    recomputed = config.recompute_layers if config.activation_checkpointing else 0
+    as_set = config.compile == "on", config.recompute_layers if config.activation_checkpointing else 0
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
-        return compiled, recomputed
+        return as_set
     try:
         sizes = model_sizes(model.config.to_dict())
     except ModelError as error:
         log.warning("the step is not planned: %s", error)
-        return compiled, recomputed
+        return as_set
     settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest, blocks=config.micro_batch_size, recomputed=0, compiled=False,
@@ -106,14 +104,41 @@ def _compiled_and_recomputed(
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
     )  # fmt: skip
     (device,) = devices
+    gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
+    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+    usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
+    return compiled_and_recomputed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+
+
+def compiled_and_recomputed(
+    config: TrainConfig,
+    sizes: ModelSizes,
+    step: StepSettings,
+    gpu: Gpu,
+    usable_gib: float,
+    *,
+    passes: int,
+    packed: bool,
+) -> tuple[bool, int]:
+    """Whether to compile, and how many decoder layers to recompute on one GPU: as the settings say, else as the plan does.
+
+    Args:
+        config: training settings.
+        sizes: of the model.
+        step: what memory and speed depend on; its `compiled` and `recomputed` don't count.
+        gpu: the card, or one like it.
+        usable_gib: that the training may take of it, the CUDA context included.
+        passes: forward passes of the whole training.
+        packed: padded rows differ in length, and are not compiled.
+    """
+    compiled = config.compile == "on"
     if config.compile == "auto":
-        gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
-        compiled = data.packed and compile_pays(sizes, step, gpu, _passes(data, config))
-    if recomputed is None:
-        free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
-        usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
-        recomputed = fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable)
-    return compiled, recomputed
+        compiled = packed and compile_pays(sizes, step, gpu, passes)
+    if not config.activation_checkpointing:
+        return compiled, 0
+    if config.recompute_layers is not None:
+        return compiled, config.recompute_layers
+    return compiled, fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable_gib)
 
 
 def _passes(data: PreparedData, config: TrainConfig) -> int:

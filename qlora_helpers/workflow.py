@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,53 +358,10 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
     difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
     check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
-    _add_to_plan(run, reload=dataclasses.asdict(check))
+    add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
     return check
-
-
-def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: Say = print) -> Path:
-    """The whole job on a small model, with a report at the end; what is there already is used again.
-
-    Args:
-        data: a data file of the user's (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; else the embedded corpus.
-        root: the folder that holds the runs.
-
-    Returns:
-        The report's path.
-    """
-    from qlora_helpers import report
-
-    started = time.monotonic()
-    name = "demo" if data is None else _demo_name(data)
-    run = open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
-    if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
-        say(f"{run.name} is finished; its report is made again from what is there.")
-        return report.write_report(run)
-    check_source(run)
-    loaded = load(run, say=say)
-    say(str(loaded))
-    say(str(prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)))
-    if run.status().state == "finished" and run.adapter_dir.exists():
-        model = load_adapter(run, loaded)
-    else:
-        model = add_adapters(run, loaded)
-        say(str(train(run, model=model, loaded=loaded, say=say)))
-    say("Saving, reloading and comparing ...")
-    check = check_reload(run, model, loaded, say=lambda text: None)
-    say(str(check))
-    result = evaluate(run, model=model, loaded=loaded, say=say)
-    say(str(result))
-    _add_to_plan(run, demo_seconds=round(time.monotonic() - started))
-    path = report.write_report(run)
-    say(f"The report is {path}.")
-    return path
-
-
-def _demo_name(data: str) -> str:
-    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
-    return f"demo-{plain[:80] or 'data'}"
 
 
 def versions() -> dict[str, str]:
@@ -479,23 +435,26 @@ def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: Tra
         "trainable_parameters": count.trainable, "parameters": count.total, "published_parameters": count.published_total,
         "machine": result.machine, "fast_step": result.fast_step.splitlines(), "versions": versions(),
     }  # fmt: skip
-    _add_to_plan(run, measured=measured)
+    add_to_plan(run, measured=measured)
     if not result.fast_step or result.machine == "CPU":
         return
     from qlora_helpers.planning import predicted_step, this_machine
 
+    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # one a process under torchrun
     try:
         predicted = predicted_step(
-            run.config(), hardware=this_machine(), compiled=result.compiled, recomputed=result.recomputed,
+            run.config(), hardware=dataclasses.replace(this_machine(), gpus=holding), compiled=result.compiled,
+            recomputed=result.recomputed,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
         )  # fmt: skip
     except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
         log.warning("no prediction beside the measured memory: %s", error)
     else:
-        _add_to_plan(run, predicted=predicted)
+        add_to_plan(run, predicted=predicted)
 
 
-def _add_to_plan(run: Run, **found: Any) -> None:
+def add_to_plan(run: Run, **found: Any) -> None:
+    """Writes what was found into the run's `plan.json`, beside what is there."""
     old = read_json(run.plan_path) if run.plan_path.exists() else {}
     write_json(run.plan_path, old | found)

@@ -16,7 +16,7 @@ from fake_run import add_progress, fake_run, finished_run
 
 from qlora_helpers import charts
 from qlora_helpers.charts import Chart, Panel, number_text
-from qlora_helpers.monitor import curves, loss_curve, run_table, watch_once
+from qlora_helpers.monitor import curves, loss_curve, plan_table, run_table, watch_once
 from qlora_helpers.run import Run, write_json
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
@@ -294,3 +294,19 @@ def test_readings_have_as_many_digits_as_are_worth_reading(value, text):
 )
 def test_texts_from_elsewhere_are_plain(text, clean):
     assert plain(text) == clean
+
+
+def test_predicted_stands_beside_measured(tmp_path):
+    run = Run(tmp_path / "mine")
+    measured = {"peak_gib": {"cuda:0": 65.63}, "reserved_gib": {"cuda:0": 68.68}, "tokens_per_s": 2783.0}
+    predicted = {"allocated_gib": {"cuda:0": 63.2}, "reserved_gib": {"cuda:0": 66.3}, "tokens_per_s": 2800.4}
+    write_json(run.plan_path, {"measured": measured, "predicted": predicted})
+    assert plan_table(run).rows == [
+        ["peak held by tensors, cuda:0, GiB", "63.20", "65.63"],
+        ["peak reserved, cuda:0, GiB", "66.30", "68.68"],
+        ["tokens/s", "2,800", "2,783"],
+    ]
+    write_json(
+        run.plan_path, {"measured": {"peak_gib": {"cpu": 3.03}, "tokens_per_s": 180.0}}
+    )  # a CPU has no prediction
+    assert plan_table(run).rows == [["peak held by tensors, cpu, GiB", "", "3.03"], ["tokens/s", "", "180"]]

@@ -382,23 +382,6 @@ def test_an_evaluation_is_written(whole, copy):
 # the demo
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ("dialogues.jsonl", "demo-dialogues"),
-        ("/some/folder/my rows.v2.csv", "demo-my-rows-v2"),
-        ("knkarthick/samsum", "demo-samsum"),
-        ("données.jsonl", "demo-donn-es"),
-        ("データ.json", "demo----"),
-        (".jsonl", "demo--jsonl"),
-        ("x" * 200 + ".csv", "demo-" + "x" * 80),
-    ],
-)
-def test_a_demo_on_a_file_has_a_run_of_its_own(tmp_path, data, name):
-    assert workflow._demo_name(data) == name
-    assert Run(tmp_path / name).name == name
-
-
 def test_versions_of_what_a_result_depends_on():
     found = workflow.versions()
     assert set(found) == {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}

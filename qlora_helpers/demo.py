@@ -1,0 +1,50 @@
+"""`make demo`: the whole job on a small model, from a data file to a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from qlora_helpers import report, workflow
+
+
+def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: workflow.Say = print) -> Path:
+    """The whole job on a small model, with a report at the end; what is there already is used again.
+
+    Args:
+        data: a data file of the user's (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; else the embedded corpus.
+        root: the folder that holds the runs.
+
+    Returns:
+        The report's path.
+    """
+    started = time.monotonic()
+    name = "demo" if data is None else _demo_name(data)
+    run = workflow.open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
+    if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
+        say(f"{run.name} is finished; its report is made again from what is there.")
+        return report.write_report(run)
+    workflow.check_source(run)
+    loaded = workflow.load(run, say=say)
+    say(str(loaded))
+    say(str(workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)))
+    if run.status().state == "finished" and run.adapter_dir.exists():
+        model = workflow.load_adapter(run, loaded)
+    else:
+        model = workflow.add_adapters(run, loaded)
+        say(str(workflow.train(run, model=model, loaded=loaded, say=say)))
+    say("Saving, reloading and comparing ...")
+    check = workflow.check_reload(run, model, loaded, say=lambda text: None)
+    say(str(check))
+    result = workflow.evaluate(run, model=model, loaded=loaded, say=say)
+    say(str(result))
+    workflow.add_to_plan(run, demo_seconds=round(time.monotonic() - started))
+    path = report.write_report(run)
+    say(f"The report is {path}.")
+    return path
+
+
+def _demo_name(data: str) -> str:
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
+    return f"demo-{plain[:80] or 'data'}"

@@ -1,0 +1,51 @@
+"""What settings leave open about a step, the plan chooses; what they say, they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_helpers.catalog import GPUS
+from qlora_helpers.config import TrainConfig, profile_config
+from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.training_step import compiled_and_recomputed
+from qlora_helpers.units import gib
+
+SIZES = model_sizes(SHAPES["falcon-40b"])
+STEP = step_settings(profile_config("falcon-40b"), SHAPES["falcon-40b"], blocks=2, trained_share=0.2)
+
+
+def chosen(usable_gib: float, *, passes: int = 10_000, packed: bool = True, **settings):
+    return compiled_and_recomputed(
+        TrainConfig(**settings), SIZES, STEP, GPUS["H100"], usable_gib, passes=passes, packed=packed
+    )
+
+
+def total_gib(recomputed: int) -> float:
+    step = STEP.__class__(**vars(STEP) | {"recomputed": recomputed})
+    return gib(predict(SIZES, step)[1][0].total)
+
+
+@pytest.mark.parametrize("usable_gib", [30, 45, 60, 77])
+def test_as_few_layers_recompute_as_fit(usable_gib):
+    _, recomputed = chosen(usable_gib)
+    assert total_gib(recomputed) <= usable_gib
+    assert recomputed == 0 or total_gib(recomputed - 1) > usable_gib
+
+
+def test_where_nothing_fits_all_recompute():
+    assert chosen(20) == (True, 60)
+
+
+def test_the_settings_have_the_last_word():
+    assert chosen(30, activation_checkpointing=False)[1] == 0
+    assert chosen(30, recompute_layers=7)[1] == 7
+    assert chosen(77, compile="off")[0] is False
+    assert chosen(77, compile="on", passes=1)[0] is True
+
+
+def test_compilation_has_to_pay_and_needs_blocks_of_one_length():
+    assert chosen(77)[0] is True
+    assert chosen(77, passes=5)[0] is False
+    assert chosen(77, packed=False)[0] is False
