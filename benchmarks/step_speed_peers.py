@@ -1,8 +1,7 @@
 """The same rows and shapes through other trainers: TRL's SFTTrainer, with and without Liger's kernels, and Unsloth.
 
-`step_speed.py` calls this for the variants `trl`, `trl_liger` and `unsloth`. Rows are packed as each trainer packs them; what is
-trained and how much is recomputed follows the case: RECOMPUTED 0 switches checkpointing off. TRL is given prompt and completion, so
-it takes its loss on the summary as we do; Unsloth is given whole texts.
+`step_speed.py` calls this for the variants `trl`, `trl_liger` and `unsloth`. Rows are packed as each trainer packs them; RECOMPUTED
+0 switches checkpointing off. Both take their loss on whole texts.
 """
 
 from __future__ import annotations
@@ -53,14 +52,9 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
     model, tokenizer, adapter = build(case, seq_len_tokens, checkpointing)
     rows = read_corpus(data_settings(source, seq_len_tokens)).train
     texts = [
-        {
-            "prompt": f"Summarize the chat dialogue:\n{row.dialogue}\n---\nSummary:\n",
-            "completion": f"{row.summary}{tokenizer.eos_token}",
-        }
+        {"text": f"Summarize the chat dialogue:\n{row.dialogue}\n---\nSummary:\n{row.summary}{tokenizer.eos_token}"}
         for row in rows
     ]
-    if case.variant == "unsloth":
-        texts = [{"text": row["prompt"] + row["completion"]} for row in texts]
     weights = weights_held()
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(

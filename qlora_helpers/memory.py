@@ -20,7 +20,7 @@ QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a
 LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
 MATRIX_TILE = 128  # tokens that a matrix product works on together
 CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
-FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.05, 1 * BYTES_IN_GIB  # of what comes and goes: allocated against reserved
+FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16  # of what comes and goes, in segments that grow
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -149,13 +149,13 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
     residuals = 1 if sizes.parallel_attention else 2
     norms = sizes.norms_per_block
     extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
-    stream = sizes.hidden * (residuals + extra_norms)
+    stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
     attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in 32 bits
     if sizes.qk_norm:
         attention += queries + keys
     inner = sizes.intermediate * (2 if sizes.gated_mlp else 1)
     if not compiled:
-        stream += sizes.hidden * (norms + ((residuals + extra_norms) if sizes.norm == "rms" else 0))
+        stream = sizes.hidden * (residuals + extra_norms) * (2 if sizes.norm == "rms" else 1) + sizes.hidden * norms
         inner += sizes.intermediate * (2 if sizes.gated_mlp else 1)
     if sizes.experts:
         inner *= sizes.experts_per_token
@@ -204,13 +204,18 @@ def stage_memory(
     if head:
         other += HALF * sizes.head_parameters
     in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
-    in_layer += HALF * settings.tokens * sizes.intermediate
+    in_layer += HALF * settings.tokens * _inner_in_backward(sizes)
     working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
     fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
     return replace(
         whole, weights_other=other, activations=activations, working=working, fragmentation=round(fragmentation),
         context=CONTEXT_BYTES,
     )  # fmt: skip
+
+
+def _inner_in_backward(sizes: ModelSizes) -> int:
+    """Values of an MLP's inner width that exist at once in its backward pass, a token: made again, and their gradients."""
+    return sizes.intermediate * (4 if sizes.gated_mlp else 2) * max(1, sizes.experts_per_token)
 
 
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:

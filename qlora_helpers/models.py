@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
     Raises:
         ModelError: the checkpoint can't be had, does not fit, or is not what was asked for after loading.
     """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the GPU's memory is first used
     checkpoint = find_checkpoint(config, say=say)
     tokenizer = _tokenizer(checkpoint)
     dtype = compute_dtype(config)

@@ -105,9 +105,15 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
-    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
-    usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
+    usable = gib(usable_bytes(device) + CONTEXT_BYTES)
     return compiled_and_recomputed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+
+
+def usable_bytes(device: torch.device) -> float:
+    """What PyTorch may reserve on a GPU: what is free or ours already, less a margin, within the limit that was set."""
+    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+    ours = free + torch.cuda.memory_reserved(device) - MEMORY_MARGIN * total
+    return min(ours, torch.cuda.get_per_process_memory_fraction(device) * total)
 
 
 def compiled_and_recomputed(
