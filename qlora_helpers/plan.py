@@ -251,18 +251,32 @@ def _mends(
 ) -> tuple[str, ...]:
     """The smallest change of the settings that fits, and the cheapest instance that does."""
     found = []
+    if change := smallest_change(shape, hardware, config, tokens, trained_share):
+        settings, best = change
+        found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
+    if other := cheapest_instance(shape, config, tokens, trained_share):
+        found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
+    return tuple(found)
+
+
+def smallest_change(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> tuple[list[str], Candidate] | None:
+    """The mildest change of block length, optimizer and rank with which something fits, and the fastest that then does."""
     for change in _changes(config):
         fitting = _fitting(_candidates(shape, hardware, config.with_settings(change), tokens, trained_share), hardware)
         if fitting:
-            best = max(fitting, key=lambda each: each.tokens_per_s)
-            found.append(" ".join(f"--set {item}" for item in change) + f" ({best!r})")
-            break
+            return change, max(fitting, key=lambda each: each.tokens_per_s)
+    return None
+
+
+def cheapest_instance(shape: dict[str, Any], config: RunConfig, tokens: int, trained_share: float) -> Hardware | None:
+    """The catalogue's cheapest instance by the hour on which something fits."""
     priced = [parse_gpus(name) for name, instance in INSTANCES.items() if instance.price_usd_per_hour is not None]
     for other in sorted(priced, key=lambda each: each.price_usd_per_hour):
         if _fitting(_candidates(shape, other, config, tokens, trained_share), other):
-            found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
-            break
-    return tuple(found)
+            return other
+    return None
 
 
 def _changes(config: RunConfig) -> list[list[str]]:
