@@ -101,8 +101,9 @@ def look_ahead(
     steps, tokens = _work(config, size)
     step = _as_set(config, shape, hardware, steps, tokens, trained_share)
     plan = make_plan(
-        config.model.name, shape, hardware, config, tokens=tokens / config.train.epochs, trained_share=trained_share
-    )
+        config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
+        trained_share=trained_share, mend=False,
+    )  # fmt: skip
     mends = ()
     if step.peak_gib > hardware.usable_gib:
         mends = _mends(config, shape, plan, step, trained_share)

@@ -147,7 +147,14 @@ class Plan:
 
 
 def make_plan(
-    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2
+    model: str,
+    shape: dict[str, Any],
+    hardware: Hardware,
+    config: RunConfig,
+    *,
+    tokens: int,
+    trained_share: float = 0.2,
+    mend: bool = True,
 ) -> Plan:
     """Plans a training run.
 
@@ -158,6 +165,7 @@ def make_plan(
         config: adapter, optimizer, block length and blocks an optimizer step are taken from here; what is left is chosen.
         tokens: that are trained on in one epoch.
         trained_share: of the tokens.
+        mend: whether to look for changes that fit, where nothing does.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
@@ -173,7 +181,7 @@ def make_plan(
     return Plan(
         model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]),
         smallest=min(found, key=lambda each: each.peak_gib),
-        mends=() if choice else _mends(shape, hardware, config, total, trained_share),
+        mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share),
         notes=_notes(hardware, sizes, choice),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, write_json
+from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
-FIXED = ("model", "adapter", "data")
 RELOAD_TOLERANCE = 1e-4
 
 
@@ -62,10 +61,8 @@ def open_run(
     else:
         config = old
     config = config.with_settings(settings)
-    if old is not None and config != old:
-        _refuse_fixed_changes(run, old, config)
     if config != old:
-        run.save_config(config)
+        run.change_config(config)
     return run
 
 
@@ -73,11 +70,6 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
     # Path("").name and Path(".").name are empty: below the root they would be the root itself.
     is_path = os.sep in str(name) or not Path(name).name
     return Run(Path(name) if is_path else runs_root(root) / name)
-
-
-def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
-    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
@@ -91,23 +83,6 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
     return run
-
-
-def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
-    if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
-        return
-    before, after = old.to_dict(), new.to_dict()
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
-        for section in FIXED
-        for key in before[section]
-        if before[section][key] != after[section][key]
-    ]
-    if changed:
-        raise RunError(
-            f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
-            next_step="Give the new settings a run of their own (another name), or delete this one.",
-        )
 
 
 def load(run: Run, *, say: Say = print) -> LoadedModel:

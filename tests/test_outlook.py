@@ -82,8 +82,4 @@ def test_an_unknown_size_is_said_and_a_file_is_read_once(tmp_path, monkeypatch):
     first = planning.data_size(config.data)
     assert first.rows == 30 and 5 < first.tokens_per_row < 20
     monkeypatch.setattr(planning, "read_corpus", None)
-    assert (
-        planning.data_size(config.with_settings(["data.train_rows=3"]).data)
-        == first
-        == DataSize(first.rows, first.tokens_per_row)
-    )
+    assert planning.data_size(config.with_settings(["data.train_rows=3"]).data) == first
