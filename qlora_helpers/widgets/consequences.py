@@ -19,15 +19,16 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "gradients, optimizer": (("gradients", "optimizer"), "#cc79a7"),
     "activations": (("activations",), "#009e73"),
     "working": (("working",), "#56b4e9"),
-    "reserve": (("fragmentation", "context"), "#999999"),
+    "reserve": (("fragmentation", "context"), "#8c8c8c"),
 }
 STYLE = """<style>
-.qlora-figures { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 2px 0 8px; }
-.qlora-figures b { display: block; font-size: 19px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.qlora-figures { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 2px 0 8px; }
+.qlora-figures b { display: block; font-size: 18px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .qlora-figures span { font-size: 11px; color: var(--jp-ui-font-color2, #6e7781); }
 .qlora-gpu { display: grid; grid-template-columns: 118px 1fr 118px; gap: 8px; align-items: center; font-size: 12px;
   margin: 3px 0; font-variant-numeric: tabular-nums; }
-.qlora-bar { position: relative; height: 18px; display: flex; border-radius: 3px; background: var(--jp-layout-color3, #ddd); }
+.qlora-bar { position: relative; height: 18px; display: flex; border-radius: 3px; 
+  background: var(--jp-layout-color2, #eee); box-shadow: inset 0 0 0 1px var(--jp-border-color2, #ccc); }
 .qlora-bar i { display: block; height: 100%; min-width: 0; }
 .qlora-bar u { position: absolute; top: -3px; bottom: -3px; width: 0; border-left: 2px solid var(--jp-ui-font-color0, #000); }
 .qlora-over { color: var(--jp-error-color1, #cf222e); font-weight: 600; }
@@ -48,7 +49,7 @@ def figures(found: Outlook) -> dict[str, str]:
     step = found.step
     dollars = "no price known" if step.dollars is None else f"${step.dollars:,.2f}"
     return {
-        f"trainable parameters, {found.adapter_parameters / found.parameters:.3%}": f"{found.adapter_parameters:,}",
+        f"trainable, {found.adapter_parameters / found.parameters:.3%} of all": f"{found.adapter_parameters:,}",
         "tokens/s": f"{step.tokens_per_s:,.0f}",
         f"for {found.steps:,} steps": duration(step.seconds),
         "on " + found.hardware.label: dollars,

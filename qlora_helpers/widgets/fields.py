@@ -27,7 +27,7 @@ STOPS: dict[str, tuple[int, ...]] = {
 }
 """Where a slider rests, for whole numbers of a wide range; any other number can be typed."""
 LOGARITHMIC = ("train.learning_rate",)
-_LABEL = {"description_width": "156px"}
+_LABEL = {"description_width": "186px"}
 START: dict[str, int | float] = {
     "data.train_rows": 100, "train.max_steps": 100, "train.eval_steps": 10, "train.save_steps": 10,
     "model.max_memory_per_gpu_gib": 20.0,
@@ -146,7 +146,7 @@ def _control(
     elif kind in (int, float):
         kinds = {int: ipywidgets.IntText, float: ipywidgets.FloatText}
         start = row["value"] if row["value"] is not None else START.get(name, low or 0)
-        one = kinds[kind](start, **label, layout={"width": "270px"})
+        one = kinds[kind](start, **label, layout={"width": "300px"})
     else:
         one = ipywidgets.Text(continuous_update=False, **label, **wide)
     return one, [one]
@@ -156,7 +156,7 @@ def _number_and_slider(
     stops: Sequence[int], label: dict[str, Any]
 ) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
     """A number to type, and a slider that goes from one round number to the next."""
-    number = ipywidgets.IntText(**label, layout={"width": "250px"})
+    number = ipywidgets.IntText(**label, layout={"width": "280px"})
     slider = ipywidgets.IntSlider(max=len(stops) - 1, readout=False, layout={"flex": "1 1 auto", "width": "auto"})
     quiet = False
 

@@ -394,6 +394,7 @@ def _plain(value: Any) -> str:
 
 
 def _button(text: str, tooltip: str, clicked: Callable[[], Any], style: str = "") -> ipywidgets.Button:
-    button = ipywidgets.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "auto"})
+    button = ipywidgets.Button(description=text, tooltip=tooltip, button_style=style)
+    button.layout.width, button.layout.align_self = "auto", "flex-start"
     button.on_click(lambda _: clicked())
     return button
