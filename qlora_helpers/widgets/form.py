@@ -38,7 +38,7 @@ BASIC: dict[str, tuple[str, ...]] = {
 """What matters first; the rest of a section stands under 'more'."""
 TITLES = {"adapter": "Adapter", "data": "Data", "train": "Training", "model": "Model", "evaluation": "Evaluation"}
 THIS_MACHINE = "this machine"
-FALLBACK = "ml.g5.xlarge"  # where no instance of the catalogue would do either
+USUAL = "ml.g5.xlarge"  # planned for where there is no GPU, as long as the run can be made to fit on it
 
 
 class ConfigForm(Panel):
@@ -48,7 +48,7 @@ class ConfigForm(Panel):
         run: a run with settings (`workflow.open_run` makes one).
         sections: of `adapter`, `data`, `train`, `model`, `evaluation`.
         gpus: the hardware to plan for, as `4x24GiB`, `H100` or `ml.g5.12xlarge`; None takes this machine's GPUs, and where there
-            is none the cheapest instance on which the settings it starts with can be made to fit.
+            is none `ml.g5.xlarge`, or the cheapest instance on which the run can be made to fit.
         save: what writes the settings; None takes `run.change_config`.
 
     Attributes:
@@ -334,13 +334,14 @@ class ConfigForm(Panel):
             return parse_gpus(gpus)
         if self._machine is not None:
             return self._machine
-        shape, cheapest = self._shape(self.config), None
-        if shape is not None:
-            try:
-                cheapest = cheapest_instance(shape, self.config, UNKNOWN_TOKENS, trained_share(self.config.data))
-            except UserError:
-                cheapest = None
-        return cheapest or parse_gpus(FALLBACK)
+        usual, shape = parse_gpus(USUAL), self._shape(self.config)
+        try:
+            if shape is None or outlook(self.config, hardware=usual, shape=shape).plan.fits:
+                return usual
+            share = trained_share(self.config.data)
+            return cheapest_instance(shape, self.config, UNKNOWN_TOKENS, share) or usual
+        except UserError:
+            return usual
 
     # where there are no widgets
 
