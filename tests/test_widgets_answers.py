@@ -69,7 +69,15 @@ def test_a_picked_dialogue_brings_its_summary():
     assert "have lunch at one" in panel._reference.value
     find(panel.box, "qlora-pick").value = 1
     assert find(panel.box, "qlora-dialogue").value == EXAMPLES[1] and panel._reference.value == ""
+    find(panel.box, "qlora-pick").value = 0
+    find(panel.box, "qlora-dialogue").value += "\nAnn: sure"
+    assert find(panel.box, "qlora-pick").value == -1 and panel._reference.value == "", "typed over: no longer that row"
     assert answer_panel(echo)._dialogue.value == ""
+
+
+def test_an_answer_of_white_space_says_so():
+    panel = answer_panel(lambda dialogue, **settings: iter(["\n", "\n"]), EXAMPLES)
+    assert "white space" in asked(panel)[0]
 
 
 def test_it_shows_pieces_as_they_come_stops_and_asks_again():

@@ -190,7 +190,7 @@ class AnswerPanel(Panel):
     # what it looks like
 
     def _layout(self, temperature: float, top_p: float, max_new_tokens: int) -> ipywidgets.VBox:
-        wide, label = {"width": "auto"}, {"description_width": "110px"}
+        wide, label = {"width": "auto"}, {"description_width": "124px"}
         names = [(OWN, -1), *((each.name, index) for index, each in enumerate(self.examples))]
         self._pick = ipywidgets.Dropdown(options=names, value=min(0, len(self.examples) - 1), description="dialogue",
                                          layout=wide, style=label)  # fmt: skip
@@ -217,6 +217,7 @@ class AnswerPanel(Panel):
         self._ask_button.on_click(lambda _: self.ask())
         self._stop_button.on_click(lambda _: self.stop())
         self._pick.observe(self._on_pick, names="value")
+        self._dialogue.observe(self._on_dialogue, names="value")
         left = ipywidgets.VBox([self._pick, self._dialogue], layout={"flex": "2 1 420px", "min_width": "0"})
         buttons = ipywidgets.HBox([self._ask_button, self._stop_button])
         right = ipywidgets.VBox(
@@ -233,7 +234,12 @@ class AnswerPanel(Panel):
     def _on_pick(self, change: dict[str, Any]) -> None:
         if change["new"] >= 0:
             self._dialogue.value = self.examples[change["new"]].dialogue
-        self._draw()
+
+    def _on_dialogue(self, change: dict[str, Any]) -> None:
+        """What is typed over is no longer the dialogue that was picked."""
+        if self._pick.value >= 0 and change["new"] != self.examples[self._pick.value].dialogue:
+            self._pick.value = -1
+        self._draw_reference()
 
     def _switch(self, *, asking: bool) -> None:
         self._ask_button.disabled, self._stop_button.disabled = asking, not asking
@@ -241,13 +247,18 @@ class AnswerPanel(Panel):
     def _draw(self, *names: str) -> None:
         for name in names or MODELS:
             given = self.answers.get(name)
-            text = html.escape(plain(given.text)) if given else ""
+            text = html.escape(plain(given.text).strip()) if given else ""
+            if given and given.text and not text:
+                text = '<span class="muted">nothing but white space so far</span>'
             cursor = "▌" if given and given.state == "writing" else ""
             self._shown[name].value = (
                 f'<b>{MODELS[name]}</b> <span class="muted">{_state(given)}</span>'
-                f'<div class="qlora-text" style="min-height:84px;max-height:260px" aria-live="polite" '
-                f'aria-label="{MODELS[name]} answer" role="region" tabindex="0">{text}{cursor}</div>'
+                f'<div class="qlora-text" style="min-height:84px;max-height:260px" '
+                f'aria-label="{MODELS[name]} answer" role="log" tabindex="0">{text}{cursor}</div>'
             )
+        self._draw_reference()
+
+    def _draw_reference(self) -> None:
         summary = self._summary(self._dialogue.value)
         self._reference.value = (
             f'<div class="muted">what a person wrote</div><div>{html.escape(summary)}</div>' if summary else ""

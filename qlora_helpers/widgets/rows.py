@@ -33,7 +33,7 @@ STYLE = """<style>
 .qlora-panel .k-masked { color: var(--jp-ui-font-color2, #6e7781); }
 .qlora-panel .k-trained { background: rgba(46,160,67,.25); box-shadow: inset 0 -2px 0 #2ea043; }
 .qlora-panel .k-end { background: #b35900; color: #fff; border-radius: 3px; padding: 0 4px; font-weight: 600; }
-.qlora-panel .k-padding { color: var(--jp-ui-font-color3, #afb8c1); background: repeating-linear-gradient(45deg,
+.qlora-panel .k-padding { color: var(--jp-ui-font-color2, #6e7781); background: repeating-linear-gradient(45deg,
   rgba(128,128,128,.12) 0 4px, transparent 4px 8px); padding: 0 6px; }
 .qlora-panel .k-found { outline: 2px solid var(--jp-warn-color1, #d29922); }
 .qlora-bound { font-size: 11px; border-top: 1px dashed var(--jp-border-color1, #999); margin: 8px 0 2px; white-space: normal;
