@@ -15,7 +15,16 @@ from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
 from qlora_helpers.memory import StepSettings, predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import Candidate, Plan, cheapest_instance, fewest_recomputed, make_plan, smallest_change
+from qlora_helpers.plan import (
+    SPREAD,
+    Candidate,
+    Plan,
+    cheapest_instance,
+    fewest_recomputed,
+    hardware_notes,
+    make_plan,
+    smallest_change,
+)  # fmt: skip
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, compile_pays, step_seconds
 from qlora_helpers.units import gib
 
@@ -42,7 +51,8 @@ class Outlook:
     Attributes:
         step: these very settings: memory, speed, time and price of the whole training.
         steps: optimizer steps.
-        plan: what the plan would choose instead, on the same hardware and data.
+        plan: what the plan would choose instead, in one process on the same hardware and data.
+        several: the same with a process for each GPU (torchrun), where that is faster.
         mends: the smallest changes that fit, where the settings don't.
         notes: what a reader must know of these figures.
     """
@@ -50,6 +60,7 @@ class Outlook:
     step: Candidate
     steps: int
     plan: Plan
+    several: Candidate | None = None
     mends: tuple[Mend, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,14 +111,16 @@ def look_ahead(
     """
     steps, tokens = _work(config, size)
     step = _as_set(config, shape, hardware, steps, tokens, trained_share)
-    plan = make_plan(
-        config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
-        trained_share=trained_share, mend=False,
-    )  # fmt: skip
+    asked = {"tokens": round(tokens / config.train.epochs), "trained_share": trained_share, "mend": False}
+    plan = make_plan(config.model.name, shape, hardware, config, one_process=True, **asked)
+    several = make_plan(config.model.name, shape, hardware, config, **asked).choice if hardware.gpus > 1 else None
     mends = ()
     if step.peak_gib > hardware.usable_gib:
         mends = _mends(config, shape, plan, step, trained_share)
-    return Outlook(step, steps, plan, mends, (*plan.notes, *_notes(config)))
+    several = several if several and several.copies > 1 else None
+    return Outlook(
+        step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, hardware))
+    )
 
 
 def _work(config: RunConfig, size: DataSize) -> tuple[int, int]:
@@ -194,7 +207,7 @@ def _mends(
     found = []
     if plan.choice:
         found.append(Mend(tuple(plan.choice.settings), "", repr(plan.choice)))
-    elif change := smallest_change(shape, plan.hardware, config, plan.tokens, trained_share):
+    elif change := smallest_change(shape, plan.hardware, config, plan.tokens, trained_share, True):
         settings, best = change
         changed = {item.partition("=")[0] for item in settings}
         rest = [item for item in best.settings if item.partition("=")[0] not in changed]
@@ -228,8 +241,8 @@ def _same_learning(
     return None
 
 
-def _notes(config: RunConfig) -> list[str]:
-    notes = []
+def _notes(config: RunConfig, hardware: Hardware) -> list[str]:
+    notes = [f"one process: {SPREAD}"] if hardware.gpus > 1 else []
     if not config.train.fast_step:
         notes.append("train.fast_step is off: the plain step is slower and holds more than these figures say")
     if not config.data.packing:

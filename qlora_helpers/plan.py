@@ -19,6 +19,7 @@ from qlora_helpers.tables import Table
 from qlora_helpers.units import duration, gib
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+SPREAD = "the layers are spread over the GPUs, which work one after another"
 COPIES_EFFICIENCY = 0.95  # several processes wait for each other and average gradients; adapters are small
 
 
@@ -147,15 +148,9 @@ class Plan:
 
 
 def make_plan(
-    model: str,
-    shape: dict[str, Any],
-    hardware: Hardware,
-    config: RunConfig,
-    *,
-    tokens: int,
-    trained_share: float = 0.2,
-    mend: bool = True,
-) -> Plan:
+    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2,
+    one_process: bool = False, mend: bool = True,
+) -> Plan:  # fmt: skip
     """Plans a training run.
 
     Args:
@@ -165,13 +160,14 @@ def make_plan(
         config: adapter, optimizer, block length and blocks an optimizer step are taken from here; what is left is chosen.
         tokens: that are trained on in one epoch.
         trained_share: of the tokens.
+        one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
         mend: whether to look for changes that fit, where nothing does.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     total = round(tokens * config.train.epochs)
-    found = _candidates(shape, hardware, config, total, trained_share)
+    found = _candidates(shape, hardware, config, total, trained_share, one_process)
     best: dict[int, Candidate] = {}  # the fastest of each micro-batch, fastest first
     for each in sorted(_fitting(found, hardware), key=lambda each: -each.tokens_per_s):
         best.setdefault(each.blocks, each)
@@ -187,12 +183,13 @@ def make_plan(
 
 
 def _candidates(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
-) -> list[Candidate]:
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    one_process: bool = False,
+) -> list[Candidate]:  # fmt: skip
     """Every micro-batch that makes up the asked blocks an optimizer step, in one copy over all GPUs or a copy on each."""
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
     found = []
-    for gpus in sorted({1, hardware.gpus}):
+    for gpus in sorted({hardware.gpus if one_process else 1, hardware.gpus}):
         copies = hardware.gpus // gpus
         for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
             step = step_settings(config, shape, blocks=blocks, trained_share=trained_share)
@@ -268,11 +265,13 @@ def _mends(
 
 
 def smallest_change(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
-) -> tuple[list[str], Candidate] | None:
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    one_process: bool = False,
+) -> tuple[list[str], Candidate] | None:  # fmt: skip
     """The mildest change of block length, optimizer and rank with which something fits, and the fastest that then does."""
     for change in _changes(config):
-        fitting = _fitting(_candidates(shape, hardware, config.with_settings(change), tokens, trained_share), hardware)
+        changed = config.with_settings(change)
+        fitting = _fitting(_candidates(shape, hardware, changed, tokens, trained_share, one_process), hardware)
         if fitting:
             return change, max(fitting, key=lambda each: each.tokens_per_s)
     return None
@@ -305,21 +304,27 @@ def _fitting(candidates: list[Candidate], hardware: Hardware) -> list[Candidate]
 
 def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
     notes = []
+    if choice and choice.copies > 1:
+        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
+    elif choice and len(choice.layers_per_gpu) > 1:
+        notes.append(SPREAD)
+    return (*hardware_notes(hardware, sizes), *notes)
+
+
+def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
+    """What a reader must know of any figures for this hardware and model."""
+    notes = []
     if hardware.gpu is None:
         notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
     elif not hardware.gpu.measured:
         notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
     if hardware.gpu is not None and not hardware.gpu.supports_bf16:
         notes.append(f"{hardware.gpu.name} has no bfloat16: products run in float16, attention without the fast kernel")
-    if choice and choice.copies > 1:
-        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
-    elif hardware.gpus > 1 and len((choice and choice.layers_per_gpu) or ()) > 1:
-        notes.append("the layers are spread over the GPUs, which work one after another")
     if sizes.experts:
         notes.append("experts are not quantised when they are loaded, so most weights stay in 16 bits")
     if sizes.assumed:
         notes.append("an unknown architecture, taken to be wired like Llama")
-    return tuple(notes)
+    return notes
 
 
 def _memory_table(shown: Candidate, hardware: Hardware) -> Table:

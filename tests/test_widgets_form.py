@@ -83,27 +83,27 @@ def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
     assert not form.outlook.fits
     shown = text(find(form.box, "qlora-consequences"))
     assert "qlora-over" in shown and "Does not fit" in shown and "train.recompute_layers=" in shown
-    assert form._mend_button.layout.display is None
-    form._mend_button.click()
+    assert form.view.mend_button.layout.display == ""
+    form.view.mend_button.click()
     assert form.outlook.fits and form.config.train.activation_checkpointing
-    assert "qlora-over" not in form._figures.value.split("</style>")[1]
-    assert form._mend_button.layout.display == "none"
+    assert "qlora-over" not in form.view.figures.value.split("</style>")[1]
+    assert form.view.mend_button.layout.display == "none"
 
 
 def test_the_plan_s_settings_are_taken_whole(form):
     choice = form.outlook.plan.choice
     assert form.outlook.step.blocks != choice.blocks and choice.seconds < form.outlook.step.seconds
-    form._plan_button.click()
+    form.view.plan_button.click()
     assert form.config == form.saved.with_settings(choice.settings)
     assert form.fields["train.micro_batch_size"].control.value == choice.blocks
     assert form.outlook.step.seconds == pytest.approx(choice.seconds)
-    assert form._plan_button.layout.display == "none"
+    assert form.view.plan_button.layout.display == "none"
 
 
 def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
     form = ConfigForm(falcon_run, ("adapter",), gpus="ml.g5.12xlarge")
     choice = form.outlook.plan.choice
-    form._plan_button.click()
+    form.view.plan_button.click()
     form.fields["adapter.lora_alpha"].control.value = 16
     assert form.save()
     assert form.run.config() == profile_config("falcon-40b").with_settings([*choice.settings, "adapter.lora_alpha=16"])
@@ -123,11 +123,11 @@ def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
 def test_a_wrong_value_is_one_message_and_the_last_good_state_stays(form, name, value, message):
     before, found = form.config, form.outlook
     form.fields[name].control.value = value
-    assert message in form._wrong.value and form._wrong.value.count("role=") == 1
+    assert message in form.wrong.value and form.wrong.value.count("role=") == 1
     assert (form.config, form.outlook) == (before, found)
     assert not form.save() and form.run.config() == before
     form.reset()
-    assert not form._wrong.value and form.config == before
+    assert not form.wrong.value and form.config == before
 
 
 def test_no_layer_chosen_is_refused_and_some_layers_are_counted(form):
@@ -136,7 +136,7 @@ def test_no_layer_chosen_is_refused_and_some_layers_are_counted(form):
     field.automatic.value = False
     assert form.config.adapter.target_modules == field.control.options, "taken over from automatic: the same layers"
     field.control.value = ()
-    assert "adapter.target_modules" in form._wrong.value
+    assert "adapter.target_modules" in form.wrong.value
     field.control.value = ("query_key_value",)
     assert form.outlook.adapter_parameters == 60 * 8 * (8192 + 9216)
 
@@ -156,7 +156,7 @@ def test_saving_writes_only_what_was_changed_here(form):
     config = form.run.config()
     assert (config.adapter.r, config.train.epochs) == (16, 3.0)
     assert form.fields["train.epochs"].control.value == 3.0
-    assert "adapter.r 8 → 16" in form._message.value and "train" not in form._message.value
+    assert "adapter.r 8 → 16" in form.message.value and "train" not in form.message.value
 
 
 def test_a_trained_run_keeps_its_adapter_and_the_form_its_values(form):
@@ -165,7 +165,7 @@ def test_a_trained_run_keeps_its_adapter_and_the_form_its_values(form):
     form.fields["train.epochs"].control.value = 2
     before = form.run.config_path.read_text()
     find(form.box, "qlora-save-config").click()
-    assert "Not saved" in form._message.value and "adapter.r: 8 -&gt; 16" in form._message.value
+    assert "Not saved" in form.message.value and "adapter.r: 8 -&gt; 16" in form.message.value
     assert form.run.config_path.read_text() == before
     assert (form.fields["adapter.r"].value, form.fields["train.epochs"].value) == (16, 2)
     form.fields["adapter.r"].control.value = 8
@@ -198,22 +198,24 @@ def test_a_value_taken_back_to_the_profile_is_told_too(falcon_run):
 
 
 def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
-    form._hardware_box.value = "H100"
+    form.choice.name.value = "H100"
     assert form.hardware.label == "H100" and len(form.outlook.step.memory) == 1
-    form._price_box.value = "4.5"
+    form.choice.price.value = "4.5"
     assert form.outlook.step.dollars == pytest.approx(4.5 * form.outlook.step.seconds / 3600)
-    form._hardware_box.value = "a potato"
-    assert "not known" in form._hardware_wrong.value and form.hardware.label == "H100"
-    form._hardware_box.value, form._price_box.value = "4x24GiB", "cheap"
-    assert "no number" in form._hardware_wrong.value
+    form.choice.name.value = "a potato"
+    assert "not known" in form.choice.message.value and form.hardware.label == "H100"
+    form.choice.name.value, form.choice.price.value = "4x24GiB", "cheap"
+    assert "no number" in form.choice.message.value
 
 
 def test_without_a_gpu_it_plans_for_what_can_do_it_and_says_so(falcon_run):
     form = ConfigForm(falcon_run)
     assert form.outlook.plan.fits
     assert f"this machine has no GPU: planned for {form.hardware.label}" in text(form.box)
+    form.choice.name.value = "this machine"
+    assert "no GPU" in form.choice.message.value
     with pytest.raises(UserError, match="no GPU"):
-        form.set_hardware("this machine")
+        ConfigForm(falcon_run, gpus="this machine")
 
 
 def test_with_a_gpu_it_plans_for_this_machine(falcon_run, monkeypatch):
@@ -224,9 +226,9 @@ def test_with_a_gpu_it_plans_for_this_machine(falcon_run, monkeypatch):
     monkeypatch.setattr(planning.telemetry, "read_gpus", lambda: [card])
     form = ConfigForm(falcon_run)
     assert form.hardware.gpu.name == "H100" and "no GPU" not in text(form.box)
-    form.set_hardware("4x24GiB")
-    form.set_hardware("this machine", 3.0)
-    assert form.hardware.price_usd_per_hour == 3.0
+    form.choice.name.value = "4x24GiB"
+    form.choice.name.value, form.choice.price.value = "this machine", "3"
+    assert (form.hardware.gpu.name, form.hardware.price_usd_per_hour) == ("H100", 3.0)
 
 
 def test_a_model_that_can_t_be_planned_can_still_be_edited(falcon_run):
@@ -236,6 +238,37 @@ def test_a_model_that_can_t_be_planned_can_still_be_edited(falcon_run):
     form.fields["train.epochs"].control.value = 2
     assert form.save() and form.run.config().train.epochs == 2
     assert "epochs" in repr(form)
+
+
+def test_a_data_file_that_was_gone_before_does_not_lock_the_form(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings(["data.source=/gone/rows.jsonl"]))
+    form = ConfigForm(falcon_run, gpus="H100")
+    assert form.outlook is None and "rows.jsonl" in form.view.notes.value
+    form.fields["train.epochs"].control.value = 2
+    assert form.config.train.epochs == 2 and form.save()
+    form.fields["data.source"].control.value = "embedded"
+    assert form.outlook is not None and "No consequences" not in text(form.box)
+    form.fields["data.source"].control.value = "/also/gone.jsonl"
+    assert "gone.jsonl" in form.wrong.value and form.config.data.source == "embedded"
+
+
+def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
+    form.fields["train.micro_batch_size"].control.value = 0
+    form.choice.name.value = "H100"
+    assert "micro_batch_size" in form.wrong.value and len(form.outlook.step.memory) == 1
+    assert not form.save()
+
+
+def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings(["train.gradient_accumulation_steps=4"]))
+    form = ConfigForm(falcon_run, gpus="4xL4")
+    assert form.outlook.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
+    form.view.plan_button.click()
+    train = form.config.train
+    assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
+        "the optimizer step sees as many blocks as before"
+    )
+    assert form.view.plan_button.layout.display == "none" and form.outlook.plan.choice.copies == 1
 
 
 def test_a_run_that_is_not_there_and_a_section_that_is_none_are_refused(run, falcon_run):
@@ -259,7 +292,7 @@ def test_thirty_random_changes_take_under_100_ms_in_the_median(form):
         start = time.perf_counter()
         control.value = value
         seconds.append(time.perf_counter() - start)
-        assert form.fields[name].value == value and not form._wrong.value
+        assert form.fields[name].value == value and not form.wrong.value
     assert statistics.median(seconds) < 0.1
 
 

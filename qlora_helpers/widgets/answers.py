@@ -17,7 +17,7 @@ import ipywidgets
 
 from qlora_helpers.errors import UserError
 from qlora_helpers.tables import html_table, plain
-from qlora_helpers.widgets.panel import Panel, styled, wrong
+from qlora_helpers.widgets.panel import Panel, button, styled, wrong
 
 MODELS = {"base": "untuned", "tuned": "tuned"}
 DRAW_EVERY_S = 0.05
@@ -205,8 +205,9 @@ class AnswerPanel(Panel):
             tooltip="Draws from the likeliest tokens that make up this share; counts where temperature is above 0")  # fmt: skip
         self._length = ipywidgets.IntSlider(max_new_tokens, min=1, max=max(256, max_new_tokens), description="max_new_tokens",
             tooltip="The longest answer, tokens", layout=wide, style=label)  # fmt: skip
-        self._ask_button = ipywidgets.Button(description="Ask both", button_style="primary", layout={"width": "auto"})
-        self._stop_button = ipywidgets.Button(description="Stop", disabled=True, layout={"width": "auto"})
+        self._ask_button = button("Ask both", "The untuned model answers, then the tuned one", self.ask, "primary")
+        self._stop_button = button("Stop", "Ends the answers here", self.stop)
+        self._stop_button.disabled = True
         self._message, self._reference = ipywidgets.HTML(), ipywidgets.HTML()
         self._shown = {name: ipywidgets.HTML(layout={"flex": "1 1 380px", "min_width": "0"}) for name in MODELS}
         for each, name in (
@@ -214,8 +215,6 @@ class AnswerPanel(Panel):
             (self._pick, "qlora-pick"), *((shown, f"qlora-answer-{name}") for name, shown in self._shown.items()),
         ):  # fmt: skip
             each.add_class(name)
-        self._ask_button.on_click(lambda _: self.ask())
-        self._stop_button.on_click(lambda _: self.stop())
         self._pick.observe(self._on_pick, names="value")
         self._dialogue.observe(self._on_dialogue, names="value")
         left = ipywidgets.VBox([self._pick, self._dialogue], layout={"flex": "2 1 420px", "min_width": "0"})

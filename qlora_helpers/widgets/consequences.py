@@ -77,17 +77,18 @@ def verdict(found: Outlook) -> str:
         room = found.hardware.usable_gib - found.step.peak_gib
         return f"fits, {room:.1f} GiB of {found.hardware.usable_gib:.1f} free on the fullest GPU"
     mends = "; or: ".join(map(mend_text, found.mends)) or "none is known"
-    return f"does not fit: {found.shortfall_gib:.1f} GiB too much on the fullest GPU. Smallest mend: {mends}"
+    return f"Does not fit: {found.shortfall_gib:.1f} GiB too much on the fullest GPU. Smallest mend: {mends}"
 
 
 def plan_text(found: Outlook) -> str:
-    """What the plan would do instead, in a sentence."""
-    choice = found.plan.choice
+    """What the plan would do instead, in a sentence or two."""
+    choice, several = found.plan.choice, found.several
+    text = "the plan finds nothing faster"
     if choice is None:
-        return "the plan finds nothing that fits here"
-    if not found.plan_is_faster:
-        return "the plan finds nothing faster"
-    return f"the plan's fastest: {choice!r}"
+        text = "the plan finds nothing that fits in one process"
+    elif found.plan_is_faster:
+        text = f"the plan's fastest: {choice!r}"
+    return text + (f"; in {several.copies} processes (torchrun, notebook 07): {several!r}" if several else "")
 
 
 def consequences_html(found: Outlook) -> str:

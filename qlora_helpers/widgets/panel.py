@@ -6,6 +6,7 @@ Owns the choice between the two and the looks, which take JupyterLab's own colou
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -85,6 +86,20 @@ def copyable(label: str, text: str) -> str:
         f'<textarea class="qlora-copy" readonly rows="{rows}" spellcheck="false" aria-label="{html.escape(label)}" '
         f'onfocus="this.select()">{html.escape(text)}</textarea></div>'
     )
+
+
+def button(text: str, tooltip: str, clicked: Callable[[], Any], style: str = "") -> ipywidgets.Button:
+    """A button as wide as its text.
+
+    Args:
+        text, tooltip: what it says, and what it does.
+        clicked: called when it is pressed.
+        style: `primary` for what most people will press.
+    """
+    made = ipywidgets.Button(description=text, tooltip=tooltip, button_style=style)
+    made.layout.width, made.layout.align_self = "auto", "flex-start"
+    made.on_click(lambda _: clicked())
+    return made
 
 
 def styled(children: list[Any], *classes: str) -> ipywidgets.VBox:

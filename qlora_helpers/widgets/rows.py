@@ -14,7 +14,7 @@ import ipywidgets
 
 from qlora_helpers.errors import DataError
 from qlora_helpers.labels import TokenView, token_kind, token_texts
-from qlora_helpers.widgets.panel import Panel, said, styled, wrong
+from qlora_helpers.widgets.panel import Panel, button, said, styled, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,8 +128,8 @@ class RowBrowser(Panel):
         narrow = {"width": "auto"}
         self._split = ipywidgets.ToggleButtons(options=("train", "eval"), value=self.split, layout=narrow)
         self._split.style.button_width = "auto"
-        previous = ipywidgets.Button(description="Previous", icon="chevron-left", layout=narrow)
-        following = ipywidgets.Button(description="Next", icon="chevron-right", layout=narrow)
+        previous = button("Previous", "The row before, or the one before with the text", lambda: self.next(-1))
+        following = button("Next", "The next row, or the next with the text", self.next)
         self._number = ipywidgets.IntText(
             1, description="row", layout={"width": "120px"}, style={"description_width": "30px"}
         )
@@ -145,8 +145,6 @@ class RowBrowser(Panel):
             (self._search, "qlora-search"), (self._whole, "qlora-whole-block"), (self._tokens, "qlora-row-tokens"),
         ):  # fmt: skip
             each.add_class(name)
-        previous.on_click(lambda _: self.next(-1))
-        following.on_click(lambda _: self.next())
         self._number.observe(self._on_number, names="value")
         self._search.observe(lambda change: self.search(change["new"]), names="value")
         self._whole.observe(lambda _: self._draw(), names="value")
