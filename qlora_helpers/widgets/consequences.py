@@ -25,7 +25,7 @@ STYLE = """<style>
 .qlora-figures { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 2px 0 8px; }
 .qlora-figures b { display: block; font-size: 18px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .qlora-figures span { font-size: 11px; color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-gpu { display: grid; grid-template-columns: 118px 1fr 118px; gap: 8px; align-items: center; font-size: 12px;
+.qlora-gpu { display: grid; grid-template-columns: 104px 1fr 112px; gap: 8px; align-items: center; font-size: 12px;
   margin: 3px 0; font-variant-numeric: tabular-nums; }
 .qlora-bar { position: relative; height: 18px; display: flex; border-radius: 3px; 
   background: var(--jp-layout-color2, #eee); box-shadow: inset 0 0 0 1px var(--jp-border-color2, #ccc); }
@@ -48,6 +48,7 @@ def figures(found: Outlook) -> dict[str, str]:
     """The few numbers that a person turns a knob for, by name."""
     step = found.step
     dollars = "no price known" if step.dollars is None else f"${step.dollars:,.2f}"
+    dollars = "under 1 cent" if dollars == "$0.00" and step.dollars else dollars
     return {
         f"trainable, {found.adapter_parameters / found.parameters:.3%} of all": f"{found.adapter_parameters:,}",
         "tokens/s": f"{step.tokens_per_s:,.0f}",

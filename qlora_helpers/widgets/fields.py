@@ -27,7 +27,21 @@ STOPS: dict[str, tuple[int, ...]] = {
 }
 """Where a slider rests, for whole numbers of a wide range; any other number can be typed."""
 LOGARITHMIC = ("train.learning_rate",)
-_LABEL = {"description_width": "186px"}
+_LABEL = {"description_width": "initial"}
+STYLE = """<style>
+.qlora-field .widget-inline-hbox { display: grid; grid-template-columns: 1fr auto; height: auto; align-items: center; }
+.qlora-field .widget-inline-hbox > .widget-label { grid-column: 1 / -1; text-align: left; line-height: 18px; height: auto;
+  font-weight: 600; overflow: visible; white-space: nowrap; max-width: none; }
+.qlora-field .widget-dropdown > select { height: 28px; }
+.qlora-field .widget-hslider { min-height: 32px; }
+.qlora-field .widget-toggle-buttons > .widget-label { text-align: left; font-weight: 600; padding: 0; margin-left: 2px; }
+.qlora-field .widget-inline-hbox > :is(input, select, .widget-toggle-buttons, .widget-button) { grid-column: 1 / -1; }
+.qlora-field .widget-checkbox { display: flex; }
+.qlora-field .widget-checkbox .widget-label { font-weight: 600; }
+.qlora-field .qlora-automatic .widget-label { font-weight: 400; }
+.qlora-field .qlora-help { font-size: 11px; line-height: 1.35; margin: 0 4px 4px; color: var(--jp-ui-font-color2, #6e7781); }
+.qlora-form .widget-tab-contents, .qlora-form .jupyter-widget-Collapse-contents { padding: 8px 10px; }
+</style>"""
 START: dict[str, int | float] = {
     "data.train_rows": 100, "train.max_steps": 100, "train.eval_steps": 10, "train.save_steps": 10,
     "model.max_memory_per_gpu_gib": 20.0,
@@ -58,13 +72,15 @@ class Field:
         self.automatic = None
         if optional:
             self.automatic = ipywidgets.Checkbox(row["value"] is None, description="automatic", indent=False)
-            self.automatic.layout.width, self.automatic.tooltip = "100px", row["text"]
+            self.automatic.layout.width, self.automatic.tooltip = "96px", row["text"]
+            self.automatic.add_class("qlora-automatic")
             self.automatic.observe(self._heard, names="value")
             parts = [*parts, self.automatic]
         self.control.tooltip = row["text"]
-        line = ipywidgets.HBox(parts, layout={"align_items": "center", "overflow": "visible"})
+        line = ipywidgets.HBox(parts, layout={"align_items": "flex-end", "overflow": "visible"})
         help_text = ipywidgets.HTML(f'<div class="qlora-help">{html.escape(row["text"])}</div>')
         self.box = ipywidgets.VBox([line, help_text], layout={"overflow": "visible"})
+        self.box.add_class("qlora-field")
         self.box.add_class("qlora-field-" + name.replace(".", "-"))
         self.control.observe(self._heard, names="value")
         self.show(row["value"])
@@ -124,8 +140,7 @@ def _control(
     label = {"description": name.partition(".")[2], "style": _LABEL}
     wide, low, high = {"layout": {"flex": "1 1 auto", "width": "auto"}}, row["low"], row["high"]
     if kind is bool:
-        # the label stands behind its box, where the other controls stand
-        one = ipywidgets.Checkbox(description=label["description"], indent=True, style=_LABEL, **wide)
+        one = ipywidgets.Checkbox(description=label["description"], indent=False, **wide)
     elif row["choices"] and len(row["choices"]) <= 3:
         one = ipywidgets.ToggleButtons(options=row["choices"], **label, layout={"width": "auto"})
         one.style = {"button_width": "auto", **_LABEL}
@@ -146,7 +161,7 @@ def _control(
     elif kind in (int, float):
         kinds = {int: ipywidgets.IntText, float: ipywidgets.FloatText}
         start = row["value"] if row["value"] is not None else START.get(name, low or 0)
-        one = kinds[kind](start, **label, layout={"width": "300px"})
+        one = kinds[kind](start, **label, layout={"width": "200px"})
     else:
         one = ipywidgets.Text(continuous_update=False, **label, **wide)
     return one, [one]
@@ -156,7 +171,7 @@ def _number_and_slider(
     stops: Sequence[int], label: dict[str, Any]
 ) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
     """A number to type, and a slider that goes from one round number to the next."""
-    number = ipywidgets.IntText(**label, layout={"width": "280px"})
+    number = ipywidgets.IntText(**label, layout={"width": "100px", "flex": "0 0 auto", "overflow": "visible"})
     slider = ipywidgets.IntSlider(max=len(stops) - 1, readout=False, layout={"flex": "1 1 auto", "width": "auto"})
     quiet = False
 

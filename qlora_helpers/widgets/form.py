@@ -24,6 +24,7 @@ from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.tables import Table, settings_table
 from qlora_helpers.widgets.consequences import consequences_table
+from qlora_helpers.widgets.fields import STYLE as FIELD_STYLE
 from qlora_helpers.widgets.fields import Field
 from qlora_helpers.widgets.hardware import HardwareChoice
 from qlora_helpers.widgets.outlook_view import OutlookView
@@ -162,13 +163,13 @@ class ConfigForm(Panel):
         self.view = OutlookView(self.choice.box, self.take)
         controls = ipywidgets.VBox(
             [self._section_tabs(), self.wrong, ipywidgets.HBox([self.save_button, reset]), self.message],
-            layout={"flex": "1 1 470px", "min_width": "0"},
+            layout={"flex": "1 1 370px", "min_width": "0"},
         )
         controls.add_class("qlora-controls")
         controls.add_class("qlora-card")
         columns = ipywidgets.HBox([controls, self.view.box])
         columns.add_class("qlora-columns")
-        return styled([columns, self.code], "qlora-form")
+        return styled([ipywidgets.HTML(FIELD_STYLE, layout={"display": "none"}), columns, self.code], "qlora-form")
 
     def _section_tabs(self) -> ipywidgets.Widget:
         pages = []

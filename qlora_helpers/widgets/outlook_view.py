@@ -39,7 +39,7 @@ class OutlookView:
         self.plan_button.add_class("qlora-take-plan")
         self.box = ipywidgets.VBox(
             [above, self.figures, self.verdict, self.mend_button, self.plan, self.plan_button, self.notes],
-            layout={"flex": "1 1 430px", "min_width": "0"},
+            layout={"flex": "1 1 370px", "min_width": "0"},
         )
         for name in ("qlora-consequences", "qlora-card"):
             self.box.add_class(name)

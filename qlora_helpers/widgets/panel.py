@@ -16,7 +16,6 @@ STYLE = """<style>
 .qlora-panel { color: var(--jp-ui-font-color1, inherit); font-size: 13px; max-width: 1180px; overflow: visible; }
 .qlora-panel .widget-inline-hbox .widget-label { color: var(--jp-ui-font-color1, inherit); }
 .qlora-panel .muted, .qlora-panel .qlora-help { color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-panel .qlora-help { font-size: 11px; line-height: 1.35; margin: 0 4px 6px 194px; }
 .qlora-panel .widget-html-content, .qlora-panel .jupyter-widget-html-content { line-height: 1.45; }
 .qlora-columns { flex-wrap: wrap; gap: 12px; overflow: visible; }
 .qlora-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 6px; padding: 8px 12px;
