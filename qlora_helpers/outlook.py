@@ -20,6 +20,7 @@ from qlora_helpers.plan import (
     Candidate,
     Plan,
     cheapest_instance,
+    fastest_in_several_processes,
     fewest_recomputed,
     hardware_notes,
     make_plan,
@@ -111,13 +112,16 @@ def look_ahead(
     """
     steps, tokens = _work(config, size)
     step = _as_set(config, shape, hardware, steps, tokens, trained_share)
-    asked = {"tokens": round(tokens / config.train.epochs), "trained_share": trained_share, "mend": False}
-    plan = make_plan(config.model.name, shape, hardware, config, one_process=True, **asked)
-    several = make_plan(config.model.name, shape, hardware, config, **asked).choice if hardware.gpus > 1 else None
+    plan = make_plan(
+        config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
+        trained_share=trained_share, one_process=True, mend=False,
+    )  # fmt: skip
+    several = fastest_in_several_processes(shape, hardware, config, plan.tokens, trained_share)
+    if several and plan.choice and several.seconds >= plan.choice.seconds:
+        several = None
     mends = ()
     if step.peak_gib > hardware.usable_gib:
         mends = _mends(config, shape, plan, step, trained_share)
-    several = several if several and several.copies > 1 else None
     return Outlook(
         step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, hardware))
     )
@@ -212,7 +216,7 @@ def _mends(
         changed = {item.partition("=")[0] for item in settings}
         rest = [item for item in best.settings if item.partition("=")[0] not in changed]
         found.append(Mend((*settings, *rest), "", repr(best)))
-    if other := cheapest_instance(shape, config, plan.tokens, trained_share):
+    if other := cheapest_instance(shape, config, trained_share):
         text = f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}"
         found.append(Mend((), other.label, text))
     return tuple(found)
@@ -227,6 +231,9 @@ def _same_learning(
         if per_step % blocks:
             continue
         base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)
+        _, least = predict(sizes, replace(base, recomputed=sizes.blocks), gpus=hardware.gpus)
+        if blocks > 1 and max(gib(each.total) for each in least) > hardware.usable_gib:
+            continue
         fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
         again = max(fewest, step.recomputed)
         found = _candidate(sizes, replace(base, recomputed=again), hardware, per_step // blocks, 0)

@@ -167,7 +167,7 @@ def make_plan(
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     total = round(tokens * config.train.epochs)
-    found = _candidates(shape, hardware, config, total, trained_share, one_process)
+    found = _candidates(shape, hardware, config, total, trained_share, (hardware.gpus,) if one_process else None)
     best: dict[int, Candidate] = {}  # the fastest of each micro-batch, fastest first
     for each in sorted(_fitting(found, hardware), key=lambda each: -each.tokens_per_s):
         best.setdefault(each.blocks, each)
@@ -182,14 +182,27 @@ def make_plan(
     )  # fmt: skip
 
 
+def fastest_in_several_processes(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> Candidate | None:
+    """The fastest that fits with a copy of the model on each GPU (torchrun); None where there is one GPU, or nothing fits."""
+    if hardware.gpus == 1:
+        return None
+    fitting = _fitting(_candidates(shape, hardware, config, tokens, trained_share, (1,)), hardware)
+    return max(fitting, key=lambda each: each.tokens_per_s, default=None)
+
+
 def _candidates(
     shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
-    one_process: bool = False,
+    shares: tuple[int, ...] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Every micro-batch that makes up the asked blocks an optimizer step, in one copy over all GPUs or a copy on each."""
+    """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
+
+    Where it says nothing: one copy over all GPUs, or a copy on each.
+    """
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
     found = []
-    for gpus in sorted({hardware.gpus if one_process else 1, hardware.gpus}):
+    for gpus in shares or sorted({1, hardware.gpus}):
         copies = hardware.gpus // gpus
         for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
             step = step_settings(config, shape, blocks=blocks, trained_share=trained_share)
@@ -259,7 +272,7 @@ def _mends(
     if change := smallest_change(shape, hardware, config, tokens, trained_share):
         settings, best = change
         found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
-    if other := cheapest_instance(shape, config, tokens, trained_share):
+    if other := cheapest_instance(shape, config, trained_share):
         found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
     return tuple(found)
 
@@ -271,19 +284,34 @@ def smallest_change(
     """The mildest change of block length, optimizer and rank with which something fits, and the fastest that then does."""
     for change in _changes(config):
         changed = config.with_settings(change)
-        fitting = _fitting(_candidates(shape, hardware, changed, tokens, trained_share, one_process), hardware)
+        shares = (hardware.gpus,) if one_process else None
+        fitting = _fitting(_candidates(shape, hardware, changed, tokens, trained_share, shares), hardware)
         if fitting:
             return change, max(fitting, key=lambda each: each.tokens_per_s)
     return None
 
 
-def cheapest_instance(shape: dict[str, Any], config: RunConfig, tokens: int, trained_share: float) -> Hardware | None:
+def cheapest_instance(shape: dict[str, Any], config: RunConfig, trained_share: float) -> Hardware | None:
     """The catalogue's cheapest instance by the hour on which something fits."""
     priced = [parse_gpus(name) for name, instance in INSTANCES.items() if instance.price_usd_per_hour is not None]
     for other in sorted(priced, key=lambda each: each.price_usd_per_hour):
-        if _fitting(_candidates(shape, other, config, tokens, trained_share), other):
+        if _can_fit(shape, other, config, trained_share):
             return other
     return None
+
+
+def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, trained_share: float) -> bool:
+    """Whether something fits even uncompiled: the smallest micro-batch, with no layer recomputed or with all of them."""
+    per_step, sizes = config.train.micro_batch_size * config.train.gradient_accumulation_steps, model_sizes(shape)
+    for gpus in sorted({1, hardware.gpus}):
+        copies = hardware.gpus // gpus
+        blocks = next((count for count in BLOCKS if per_step % (count * copies) == 0), 1)
+        step = step_settings(config, shape, blocks=blocks, compiled=False, trained_share=trained_share)
+        for recomputed in (0, sizes.blocks):
+            _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
+            if max(gib(each.total) for each in memory) <= hardware.usable_gib:
+                return True
+    return False
 
 
 def _changes(config: RunConfig) -> list[list[str]]:

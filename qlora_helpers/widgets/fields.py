@@ -6,6 +6,7 @@ beside the number itself, an optional setting has an 'automatic' state. Knows no
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 import types
@@ -124,6 +125,7 @@ class _Nothing:
     """Equal to no value of a control."""
 
 
+@functools.cache
 def _kind(name: str) -> tuple[type, bool]:
     """The type of a setting, and whether it may be none."""
     section, _, key = name.partition(".")

@@ -19,7 +19,7 @@ from qlora_helpers.errors import ConfigError, UserError
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import Outlook
 from qlora_helpers.plan import cheapest_instance
-from qlora_helpers.planning import UNKNOWN_TOKENS, outlook, trained_share
+from qlora_helpers.planning import outlook, trained_share
 from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.tables import Table, settings_table
@@ -271,7 +271,7 @@ class ConfigForm(Panel):
             shape = self._shape(self.config)
             if outlook(self.config, hardware=usual, shape=shape).plan.fits:
                 return usual
-            return cheapest_instance(shape, self.config, UNKNOWN_TOKENS, trained_share(self.config.data)) or usual
+            return cheapest_instance(shape, self.config, trained_share(self.config.data)) or usual
         except UserError:
             return usual
 
