@@ -25,13 +25,15 @@ STYLE = """<style>
 .qlora-figures { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 2px 0 8px; }
 .qlora-figures b { display: block; font-size: 18px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .qlora-figures span { font-size: 11px; color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-gpu { display: grid; grid-template-columns: 104px 1fr 112px; gap: 8px; align-items: center; font-size: 12px;
+.qlora-gpu { display: grid; grid-template-columns: 104px 1fr 118px; gap: 8px; align-items: center; font-size: 12px;
   margin: 3px 0; font-variant-numeric: tabular-nums; }
 .qlora-bar { position: relative; height: 18px; display: flex; border-radius: 3px; 
   background: var(--jp-layout-color2, #eee); box-shadow: inset 0 0 0 1px var(--jp-border-color2, #ccc); }
 .qlora-bar i { display: block; height: 100%; min-width: 0; }
 .qlora-bar u { position: absolute; top: -3px; bottom: -3px; width: 0; border-left: 2px solid var(--jp-ui-font-color0, #000); }
-.qlora-over { color: var(--jp-error-color1, #cf222e); font-weight: 600; }
+.qlora-over { color: var(--jp-error-color1, #cf222e); }
+.qlora-over span:last-child { font-weight: 600; }
+.qlora-gpu span { white-space: nowrap; }
 .qlora-over .qlora-bar { outline: 2px solid var(--jp-error-color1, #cf222e); }
 .qlora-legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 11px; margin: 6px 0 2px; }
 .qlora-legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }
