@@ -130,7 +130,10 @@ class GpuMemory:
     @property
     def total(self) -> int:
         """What the card must have free."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        return (
+            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.working
+            + self.fragmentation + self.context
+        )  # fmt: skip
 
     def parts_gib(self) -> dict[str, float]:
         """Each part in GiB, by name."""
@@ -195,7 +198,7 @@ def stage_memory(
     """
     head = first if sizes.tied else last
     one = layer_bytes(sizes, settings)
-    whole = GpuMemory(**{item.name: layers * getattr(one, item.name) for item in fields(one)})
+    whole = GpuMemory(**{name: layers * value for name, value in vars(one).items()})
     layer_input = HALF * settings.tokens * sizes.hidden
     activations = (layers - recomputed) * one.activations + recomputed * layer_input
     other = whole.weights_other
@@ -248,6 +251,8 @@ def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
 
 def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple[int, ...]:
     """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
+    if gpus == 1:
+        return (sizes.blocks,)
     one = layer_bytes(sizes, settings)
     share = settings.recomputed / sizes.blocks
     a_layer = one.total - share * (one.activations - HALF * settings.tokens * sizes.hidden)
