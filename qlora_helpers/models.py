@@ -21,7 +21,6 @@ from qlora_helpers.nf4 import (
     is_nf4,
     keep_gradients_exact_on_cpu,
     quantization_settings,
-    quiet_bitsandbytes,
     stored_bytes,
     unpacked_numel,
 )
@@ -96,7 +95,6 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
     tokenizer = _tokenizer(checkpoint)
     dtype = compute_dtype(config)
     attention = None if config.attention == "auto" else config.attention
-    quiet_bitsandbytes()
     if checkpoint.shape is not None:
         from qlora_helpers.random_weights import build_random_model
 
