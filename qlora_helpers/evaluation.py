@@ -16,6 +16,7 @@ import torch
 
 from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
+from qlora_helpers.fast_answers import AnswerForm, NotFast, answer_fast
 from qlora_helpers.labels import label_row
 from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.sources import Dialogue
@@ -171,6 +172,7 @@ def generate(
     *,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
+    form: AnswerForm | None = None,
 ) -> list[Answer]:
     """Answers prompts in batches of similar length, greedily or by sampling.
 
@@ -181,10 +183,33 @@ def generate(
         config: batch size, longest answer, sampling.
         seed: of the sampling.
         progress: told how many prompts were answered.
+        form: what `fast_answers.answering_form` opened: greedy answers then come the fast way, which `form` is told of; None takes
+            `model.generate`.
 
     Returns:
         An answer for each prompt, in the order given.
     """
+    was_training = model.training
+    model.eval()
+    try:
+        if form is not None and not config.do_sample:
+            try:
+                lines = answer_fast(
+                    model, prompts, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id, most=config.max_new_tokens,
+                    slots=config.batch_size, form=form, progress=progress,
+                )  # fmt: skip
+                return [_answer(line, tokenizer) for line in lines]
+            except NotFast as reason:
+                form.note(f"answers by model.generate: {reason}")
+        return _generate_plainly(model, tokenizer, prompts, config, seed, progress)
+    finally:
+        model.train(was_training)
+
+
+def _generate_plainly(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: EvaluationConfig,
+    seed: int, progress: Callable[[int], Any] | None,
+) -> list[Answer]:  # fmt: skip
     from transformers import GenerationConfig
 
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
@@ -194,8 +219,6 @@ def generate(
         eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
     )  # fmt: skip
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -207,7 +230,6 @@ def generate(
             answers[index] = _answer(line, tokenizer)
         if progress is not None:
             progress(len(group))
-    model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
 
 

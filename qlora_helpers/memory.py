@@ -229,6 +229,20 @@ def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     return chunk * sizes.vocab * (2 * HALF + 2 * SINGLE) + 2 * trained * sizes.hidden * HALF
 
 
+def answering_bytes(*, layers: int, cached_values: int, rows: int, tokens: int, vocab: int, value_bytes: int) -> int:
+    """What answering holds beside the weights: keys and values of every token, and one step's logits, also in 32 bits.
+
+    Args:
+        layers: decoder layers.
+        cached_values: keys and values that a layer stores for a token.
+        rows: answers at once.
+        tokens: of the longest prompt with its answer.
+        vocab: tokens in the vocabulary.
+        value_bytes: of one value.
+    """
+    return rows * (layers * cached_values * tokens * value_bytes + vocab * (value_bytes + SINGLE))
+
+
 def loss_chunk(vocab: int) -> int:
     """Tokens whose logits over a vocabulary exist at once."""
     return max(16, LOSS_CHUNK_BYTES // (SINGLE * vocab))
