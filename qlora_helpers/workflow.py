@@ -234,7 +234,7 @@ def evaluate(
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     result = evaluation.evaluate(
         model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-        max_tokens=config.data.seq_len_tokens,
+        max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
     )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result

@@ -250,7 +250,7 @@ def test_it_is_read_back_from_json(compare):
     assert again.to_dict() == result.to_dict()
     assert repr(again) == repr(result)
     assert set(result.to_dict()["scores"]["base"]) == {
-        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity",
+        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity", "repetition",
     }  # fmt: skip
 
 
