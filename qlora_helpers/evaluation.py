@@ -185,6 +185,7 @@ def evaluate(
     template: str,
     max_tokens: int,
     train_keys: Collection[str] = (),
+    only: Collection[str] = tuple(MODELS),
     progress: bool = True,
 ) -> Evaluation:
     """Asks the model with its adapters off and on, on the same rows and prompts.
@@ -197,6 +198,7 @@ def evaluate(
         template: the prompt that was trained.
         max_tokens: longest row; a longer dialogue is trimmed as in training.
         train_keys: `scorecard.dialogue_key` of what was trained on: a held-out row that is among them is left out.
+        only: which of `MODELS` are asked.
         progress: whether to show a bar.
     """
     from tqdm.auto import tqdm
@@ -207,6 +209,7 @@ def evaluate(
     if config.chat_baseline and template != "chat" and tokenizer.chat_template:
         chat, _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
         asked = {"base": prompts, "base_chat": chat, "tuned": prompts}
+    asked = {name: questions for name, questions in asked.items() if name in only}
     longest = max((len(prompt) for several in asked.values() for prompt in several), default=0) + config.max_new_tokens
     losses: dict[str, float | None] = {}
     with (
@@ -224,7 +227,7 @@ def evaluate(
                     losses[name] = _add_losses(model, tokenizer, items, rows, name, config, template, max_tokens)
     score_answers(rows)
     scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
-    against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned"}
+    against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
     return Evaluation(scores, tuple(rows), trimmed, against, left_out, tuple(str(form).splitlines()))
 
 
