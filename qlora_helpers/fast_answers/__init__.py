@@ -1,9 +1,9 @@
 """Many greedy answers in a short time: what `model.generate` would say, up to rounding, at a multiple of its speed.
 
-Three parts. Weights are unpacked once where memory allows (`weights`). Slots whose answer has ended take the next prompt
-(`decoder`, `cache`). On a GPU a step is recorded as a CUDA graph (`graphs`). Before the first answer the loaded model is asked a
-few random tokens both ways; where the answers differ, or a part can't run, `NotFast` says why. Knows nothing of text, settings or
-scores.
+Four parts. Weights are unpacked once where memory allows (`weights`). Heads that share keys share them in fact (`attention`).
+Slots whose answer has ended take the next prompt (`decoder`, `cache`). On a GPU a step is recorded as a CUDA graph (`graphs`).
+Before the first answer the loaded model is asked a few random tokens both ways; where the answers differ, or a part can't run,
+`NotFast` says why. Knows nothing of text, settings or scores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qlora_helpers.fast_answers.attention import keys_shared
 from qlora_helpers.fast_answers.decoder import SlotDecoder
 from qlora_helpers.fast_answers.weights import adapters_in_model_type, dense_bytes, dense_weights
 from qlora_helpers.memory import answering_bytes
@@ -24,6 +25,7 @@ __all__ = ["AnswerForm", "NotFast", "answer_fast", "answering_form"]
 
 SAME_LOGITS = 0.1  # largest root mean square difference from the model's own logits, as a share of their spread
 MOVING_ROPE = ("dynamic", "longrope")  # its angles depend on the longest row in the batch
+PLACES_STEP = 64  # kernels copy masks of uneven lengths
 SPARE_SHARE = 0.1  # of the free memory that stays free
 
 
@@ -92,6 +94,7 @@ def answering_form(
             parts.enter_context(dense_weights(model))
             form.dense, form.dense_gib = True, gib(needed)
         parts.enter_context(adapters_in_model_type(model))
+        parts.enter_context(keys_shared(model))
         yield form
 
 
@@ -113,8 +116,8 @@ def cache_bytes(model: torch.nn.Module, rows: int, tokens: int) -> int:
     """Bytes of keys and values, and of a step's logits."""
     text = model.config.get_text_config()
     heads = text.num_attention_heads
-    # Falcon's newer wiring stores its keys once for every head.
-    stored = heads if getattr(text, "new_decoder_architecture", False) else _kv_heads(text)
+    copied = getattr(text, "new_decoder_architecture", False) and text._attn_implementation == "eager"
+    stored = heads if copied else _kv_heads(text)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return answering_bytes(
         layers=text.num_hidden_layers, cached_values=2 * stored * width, rows=rows, tokens=tokens, vocab=text.vocab_size,
@@ -123,7 +126,7 @@ def cache_bytes(model: torch.nn.Module, rows: int, tokens: int) -> int:
 
 
 def _kv_heads(text: Any) -> int:
-    if getattr(text, "multi_query", False):
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1
     return getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or text.num_attention_heads
 
@@ -150,8 +153,8 @@ def answer_fast(
     if not prompts:
         return []
     form = AnswerForm() if form is None else form
-    capacity = max(map(len, prompts)) + most
-    refusal = _shape_refusal(model, capacity)
+    capacity = -(-(max(map(len, prompts)) + most) // PLACES_STEP) * PLACES_STEP
+    refusal = _shape_refusal(model, max(map(len, prompts)) + most)
     if refusal is not None:
         raise NotFast(refusal)
     _prove(model, pad)
