@@ -296,15 +296,16 @@ def same_answers(
     live: torch.nn.Module, reloaded: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> float:
     """Largest difference between two models' next-token logits on the same prompts; 0.0 when they are the same model."""
-    worst = 0.0
-    for prompt in prompts:
-        outputs = []
-        for model in (live, reloaded):
-            was_training = model.training
-            model.eval()
-            device = model.get_input_embeddings().weight.device
-            with torch.no_grad():
-                outputs.append(model(input_ids=torch.tensor([prompt], device=device)).logits[0, -1].float().cpu())
-            model.train(was_training)
-        worst = max(worst, float((outputs[0] - outputs[1]).abs().max()))
-    return worst
+    pairs = zip(next_token_logits(live, prompts), next_token_logits(reloaded, prompts), strict=True)
+    return max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
+
+
+@torch.no_grad()
+def next_token_logits(model: torch.nn.Module, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """`(vocabulary,)` after each prompt, in 32 bits on the CPU."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    found = [model(input_ids=torch.tensor([prompt], device=device)).logits[0, -1].float().cpu() for prompt in prompts]
+    model.train(was_training)
+    return found

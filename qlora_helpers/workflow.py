@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.blocks import PreparedData
+    from qlora_helpers.certificate import Certificate
     from qlora_helpers.evaluation import Answer, Evaluation
     from qlora_helpers.models import LoadedModel
     from qlora_helpers.training import TrainResult
@@ -204,6 +205,7 @@ def train(
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
+            log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result, data)
             run.set_status(
@@ -312,6 +314,63 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
+def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+
+    Args:
+        run: a run whose adapter was just saved.
+        model: the model in memory that it was saved from.
+        loaded: the base model that `model` stands on.
+        data: its held-out rows are asked.
+        prompts: how many.
+    """
+    from qlora_helpers import certificate
+
+    asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
+    expected = certificate.expected_tensors(model)
+    with contextlib.suppress(
+        RuntimeError, OSError, ValueError, KeyError
+    ):  # a damaged file: the certificate names its tensors
+        live = _answered(run, model, loaded, data, prompts)
+        with certificate.saved_weights_in_place(model, run.adapter_dir):
+            saved = _answered(run, model, loaded, data, prompts)
+        asked = _compared(live, saved)
+    prepared = run.data_dir / "prepared.json"
+    checkpoint = loaded.checkpoint
+    return certificate.certify(
+        run.adapter_dir, expected, asked=asked, versions=versions(),
+        base={"name": checkpoint.name, "revision": checkpoint.revision,
+              "sha256": certificate.base_fingerprint(checkpoint.folder)},
+        data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
+    )  # fmt: skip
+
+
+def _answered(
+    run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, prompts: int
+) -> tuple[list[Any], list[Answer]]:
+    """Next-token logits and short greedy answers to the first held-out prompts."""
+    from qlora_helpers import evaluation
+    from qlora_helpers.prompts import prompt_tokens
+
+    config = run.config()
+    questions = []
+    for item in data.test[:prompts]:
+        tokens = prompt_tokens(item.dialogue, config.data.template, loaded.tokenizer)
+        questions.append(tokens.trimmed(max(0, len(tokens) - config.data.seq_len_tokens)).ids)
+    most = min(20, config.evaluation.max_new_tokens)
+    short = dataclasses.replace(config.evaluation, do_sample=False, max_new_tokens=most)
+    return evaluation.next_token_logits(model, questions), evaluation.generate(
+        model, loaded.tokenizer, questions, short
+    )
+
+
+def _compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
+    differences = [float((one - other).abs().max()) for one, other in zip(first[0], second[0], strict=True)]
+    same = sum(one == other for one, other in zip(first[1], second[1], strict=True))
+    worst = max(differences, key=lambda value: (value != value, value))  # not a number counts as the worst
+    return {"prompts": len(differences), "largest_difference": worst, "same_answers": same}
+
+
 @dataclass(frozen=True)
 class ReloadCheck:
     """Whether the saved adapter on a freshly loaded base model is the model that was trained.
@@ -340,24 +399,11 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     Raises:
         RunError: they differ.
     """
-    from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
-
-    config = run.config()
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    room = config.data.seq_len_tokens
-    questions = []
-    for item in data.test[:prompts]:
-        tokens = prompt_tokens(item.dialogue, config.data.template, fresh.tokenizer)
-        questions.append(tokens.trimmed(max(0, len(tokens) - room)).ids)
-    short = dataclasses.replace(
-        config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
-    )
-    answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
-    difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
-    check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
+    answered = [_answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    check = ReloadCheck(**_compared(*answered))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
