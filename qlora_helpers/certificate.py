@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.errors import ModelError
+from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.run import read_json, write_json
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def read_certificate(folder: Path) -> Certificate | None:
         values = read_json(folder / FILE)
         read = {item.name: values[item.name] for item in fields(Certificate)}
         return Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
-    except (OSError, ValueError, KeyError, TypeError, ModelError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 

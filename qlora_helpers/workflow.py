@@ -331,10 +331,10 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
     with contextlib.suppress(
         RuntimeError, OSError, ValueError, KeyError
     ):  # a damaged file: the certificate names its tensors
-        live = _answered(run, model, loaded, data, prompts)
+        live = answered(run, model, loaded, data, prompts)
         with certificate.saved_weights_in_place(model, run.adapter_dir):
-            saved = _answered(run, model, loaded, data, prompts)
-        asked = _compared(live, saved)
+            saved = answered(run, model, loaded, data, prompts)
+        asked = compared(live, saved)
     prepared = run.data_dir / "prepared.json"
     checkpoint = loaded.checkpoint
     return certificate.certify(
@@ -345,10 +345,10 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
     )  # fmt: skip
 
 
-def _answered(
+def answered(
     run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, prompts: int
 ) -> tuple[list[Any], list[Answer]]:
-    """Next-token logits and short greedy answers to the first held-out prompts."""
+    """Next-token logits and short greedy answers to the first held-out prompts, in the prompt that was trained."""
     from qlora_helpers import evaluation
     from qlora_helpers.prompts import prompt_tokens
 
@@ -364,7 +364,8 @@ def _answered(
     )
 
 
-def _compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
+def compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
+    """What two models' `answered` have in common."""
     differences = [float((one - other).abs().max()) for one, other in zip(first[0], second[0], strict=True)]
     same = sum(one == other for one, other in zip(first[1], second[1], strict=True))
     worst = max(differences, key=lambda value: (value != value, value))  # not a number counts as the worst
@@ -402,8 +403,8 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    answered = [_answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
-    check = ReloadCheck(**_compared(*answered))
+    answered = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    check = ReloadCheck(**compared(*answered))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
