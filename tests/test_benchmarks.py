@@ -81,7 +81,9 @@ def test_export_memory_merges_and_checks(tmp_path, monkeypatch):
     found = json.loads(out.read_text())
     (case,) = found["cases"]
     assert case["merged"] > 0
-    assert case["largest_error_in_last_places"] <= 0.75  # rounded once; half a place, and the rounding of the sums in 32 bits
+    assert (
+        case["largest_error_in_last_places"] <= 0.75
+    )  # rounded once; half a place, and the rounding of the sums in 32 bits
     assert case["merging_gib"] < case["bound_gib"] + 0.02
     assert 0.4 < found["arithmetic"]["falcon-40b"]["bound_gib"] < 0.5
     assert list(tmp_path.iterdir()) == [out]
