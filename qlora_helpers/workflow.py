@@ -403,8 +403,8 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    answered = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
-    check = ReloadCheck(**compared(*answered))
+    both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    check = ReloadCheck(**compared(*both))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")

@@ -57,7 +57,7 @@ class SlotDecoder:
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=self.cache, use_cache=True, **self.keep,
         ).logits[:, -1]  # fmt: skip
-        self.tokens[chosen] = logits.argmax(-1)
+        self.tokens[chosen] = logits.argmax(-1).to(self.device)
         self.places[chosen] = longest
         self.starts[chosen] = longest - mask.sum(1)
         return logits
@@ -74,7 +74,7 @@ class SlotDecoder:
             input_ids=self.tokens[:rows, None], attention_mask=mask, position_ids=(places - starts)[:, None],
             past_key_values=self.cache, use_cache=True,
         ).logits[:, -1]  # fmt: skip
-        self.tokens[:rows] = logits.argmax(-1)
+        self.tokens[:rows] = logits.argmax(-1).to(self.device)
         self.places[:rows] = (places + 1).clamp(max=self.capacity - 1)  # one that has ended may run on for a few steps
         return logits
 
