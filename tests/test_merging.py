@@ -173,20 +173,22 @@ def test_files_are_filled_in_order():
 # memory
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import torch
 from qlora_helpers.merging import merge
 import qlora_helpers.memory
 folder = Path(sys.argv[1])
 torch.ones(8, 8) @ torch.ones(8, 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_kib():  # ru_maxrss would begin at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak_kib()
 report = merge(folder / "base", folder / "adapter", folder / "merged", working_gib=0.03)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, report.bound_gib)
+print(before, peak_kib(), report.bound_gib)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_within_what_it_says_whatever_the_model_s_size(tmp_path, torch):
     """A checkpoint of 0.38 GiB, of which one tensor has 0.19, is merged with 0.03 GiB at work."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -205,6 +207,6 @@ def test_memory_stays_within_what_it_says_whatever_the_model_s_size(tmp_path, to
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     before, after, bound = map(float, done.stdout.split())
-    assert (after - before) / 1024**2 < bound + 0.02 < 0.1
+    assert 0.01 < (after - before) / 1024**2 < bound + 0.02 < 0.1
     total = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     assert math.isclose(total, 2 * 2 * rows * columns, rel_tol=1e-3)

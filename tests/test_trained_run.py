@@ -104,7 +104,7 @@ def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained,
     run, loaded, model = trained
     copy = Run(shutil.copytree(run.folder, tmp_path / "copy"))
     weights = load_file(copy.adapter_dir / "adapter_model.safetensors")
-    weights[next(name for name in weights if "lora_B" in name)] += 0.5
+    weights[next(name for name in weights if "lora_B" in name)] *= -9
     save_file(weights, copy.adapter_dir / "adapter_model.safetensors")
     data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
     found = workflow.certify(copy, model, loaded, data)
