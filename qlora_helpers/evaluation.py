@@ -16,6 +16,7 @@ from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
 from qlora_helpers.evaluation_result import MODELS, Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.fast_answers import AnswerForm, NotFast, answer_fast, answering_form
+from qlora_helpers.generation import generation_settings
 from qlora_helpers.labels import label_row
 from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.scorecard import compare, dialogue_key, mean_loss, rouge_rows, score_answers
@@ -102,14 +103,7 @@ def _generate_plainly(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: EvaluationConfig,
     seed: int, progress: Callable[[int], Any] | None,
 ) -> list[Answer]:  # fmt: skip
-    from transformers import GenerationConfig
-
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    # What is not set here, transformers takes from the checkpoint: some come with a repetition penalty.
-    settings = GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
-    )  # fmt: skip
+    settings = generation_settings(tokenizer, config)
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, write_json
+from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
-FIXED = ("model", "adapter", "data")
 RELOAD_TOLERANCE = 1e-4
+# Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
+_MODEL_IN_USE = threading.RLock()
 
 
 def open_run(
@@ -63,10 +65,8 @@ def open_run(
     else:
         config = old
     config = config.with_settings(settings)
-    if old is not None and config != old:
-        _refuse_fixed_changes(run, old, config)
     if config != old:
-        run.save_config(config)
+        run.change_config(config)
     return run
 
 
@@ -74,11 +74,6 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
     # Path("").name and Path(".").name are empty: below the root they would be the root itself.
     is_path = os.sep in str(name) or not Path(name).name
     return Run(Path(name) if is_path else runs_root(root) / name)
-
-
-def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
-    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
@@ -92,23 +87,6 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
     return run
-
-
-def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
-    if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
-        return
-    before, after = old.to_dict(), new.to_dict()
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
-        for section in FIXED
-        for key in before[section]
-        if before[section][key] != after[section][key]
-    ]
-    if changed:
-        raise RunError(
-            f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
-            next_step="Give the new settings a run of their own (another name), or delete this one.",
-        )
 
 
 def load(run: Run, *, say: Say = print) -> LoadedModel:
@@ -197,7 +175,7 @@ def train(
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         events = event_callback(run, config) if main else None
-        with contextlib.closing(events) if events else contextlib.nullcontext():
+        with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
                 extra_callbacks=(events,) if events else (), show_progress=show_progress,
@@ -234,10 +212,11 @@ def evaluate(
         loaded = load(run, say=say)
         model = load_adapter(run, loaded)
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
-    result = evaluation.evaluate(
-        model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-        max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
-    )  # fmt: skip
+    with _MODEL_IN_USE:
+        result = evaluation.evaluate(
+            model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
+            max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
+        )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
 
@@ -264,15 +243,48 @@ def ask(
         seed: of the draw.
     """
     from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
 
     config = run.config()
     settings = dataclasses.replace(config.evaluation, do_sample=sampled)
-    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
-    room = config.data.seq_len_tokens - settings.max_new_tokens
-    prompt = tokens.trimmed(max(0, len(tokens) - room)).ids
-    with contextlib.nullcontext() if tuned else model.disable_adapter():
+    prompt = _prompt(config, loaded, dialogue)
+    with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
         return evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
+
+
+def _prompt(config: RunConfig, loaded: LoadedModel, dialogue: str) -> list[int]:
+    """A dialogue's prompt as tokens, its dialogue trimmed so that prompt and answer fit into a block."""
+    from qlora_helpers.prompts import prompt_tokens
+
+    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
+    room = config.data.seq_len_tokens - config.evaluation.max_new_tokens
+    return tokens.trimmed(max(0, len(tokens) - room)).ids
+
+
+def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callable[..., Iterator[str]]:
+    """A function that answers dialogues in pieces, as `widgets.answer_panel` takes it: one answer at a time, whoever asks.
+
+    Args:
+        run: the run; its template and block length hold.
+        model: the tuned model; its adapters are off while the base model answers.
+        loaded: the base model that `model` stands on.
+
+    Returns:
+        `answer(dialogue, *, tuned, temperature, top_p, max_new_tokens)`, an iterator of texts; temperature 0 takes the likeliest
+        token each time. It raises ConfigError where these settings can't be, such as an answer longer than the block.
+    """
+    from qlora_helpers import generation
+
+    def answer(dialogue: str, *, tuned: bool, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
+        settings = {f"evaluation.{key}": value for key, value in sampling.items()}
+        config = run.config().with_settings(settings | {"evaluation.max_new_tokens": max_new_tokens})
+        prompt = _prompt(config, loaded, dialogue)
+        with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
+            yield from generation.stream(model, loaded.tokenizer, prompt, config.evaluation)
+
+    return answer
 
 
 def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
@@ -328,9 +340,8 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
 
     asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
     expected = certificate.expected_tensors(model)
-    with contextlib.suppress(
-        RuntimeError, OSError, ValueError, KeyError
-    ):  # a damaged file: the certificate names its tensors
+    # From a damaged file nothing is answered: the certificate names its tensors.
+    with _MODEL_IN_USE, contextlib.suppress(RuntimeError, OSError, ValueError, KeyError):
         live = answered(run, model, loaded, data, prompts)
         with certificate.saved_weights_in_place(model, run.adapter_dir):
             saved = answered(run, model, loaded, data, prompts)
@@ -403,7 +414,8 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    with _MODEL_IN_USE:
+        both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
     check = ReloadCheck(**compared(*both))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
