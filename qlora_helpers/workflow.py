@@ -340,12 +340,14 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
 
     asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
     expected = certificate.expected_tensors(model)
-    # From a damaged file nothing is answered: the certificate names its tensors.
-    with _MODEL_IN_USE, contextlib.suppress(RuntimeError, OSError, ValueError, KeyError):
-        live = answered(run, model, loaded, data, prompts)
-        with certificate.saved_weights_in_place(model, run.adapter_dir):
-            saved = answered(run, model, loaded, data, prompts)
-        asked = compared(live, saved)
+    try:
+        with _MODEL_IN_USE:
+            live = answered(run, model, loaded, data, prompts)
+            with certificate.saved_weights_in_place(model, run.adapter_dir):
+                saved = answered(run, model, loaded, data, prompts)
+            asked = compared(live, saved)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
     prepared = run.data_dir / "prepared.json"
     checkpoint = loaded.checkpoint
     return certificate.certify(
@@ -370,9 +372,8 @@ def answered(
         questions.append(tokens.trimmed(max(0, len(tokens) - config.data.seq_len_tokens)).ids)
     most = min(20, config.evaluation.max_new_tokens)
     short = dataclasses.replace(config.evaluation, do_sample=False, max_new_tokens=most)
-    return evaluation.next_token_logits(model, questions), evaluation.generate(
-        model, loaded.tokenizer, questions, short
-    )
+    logits = evaluation.next_token_logits(model, questions)
+    return logits, evaluation.generate(model, loaded.tokenizer, questions, short)
 
 
 def compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:

@@ -191,3 +191,37 @@ def test_the_cache_takes_what_arithmetic_says():
         held = sum(buffer.numel() * buffer.element_size() for buffer in (*decoder.cache.keys, *decoder.cache.values))
         logits = 2 * model.config.vocab_size * (4 + 4)
         assert held + logits == cache_bytes(model, 2, 64)
+
+
+def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
+    """Without the garbage collector's help: on a GPU they are gigabytes, and the next model's answers need the room."""
+    import gc
+    import weakref
+
+    from qlora_helpers.fast_answers import weights
+    from qlora_helpers.fast_answers.cache import SlotCache
+
+    held = []
+    unpack, update = weights.unpacked, SlotCache.update
+
+    def unpacked(layer):
+        held.append(weakref.ref(weight := unpack(layer)))
+        return weight
+
+    def updated(self, key_states, value_states, layer_idx, *args, **kwargs):
+        found = update(self, key_states, value_states, layer_idx, *args, **kwargs)
+        held.append(weakref.ref(self.keys[layer_idx]))
+        return found
+
+    monkeypatch.setattr(weights, "unpacked", unpacked)
+    monkeypatch.setattr(SlotCache, "update", updated)
+    model = tiny_falcon().model
+    gc.collect()
+    gc.disable()
+    try:
+        with answering_form(model, rows=2, tokens=40) as form:
+            answer_fast(model, random_prompts((9, 4, 20)), pad=PAD, end=END, most=6, slots=2, form=form)
+        assert len(held) > 20
+        assert not [1 for reference in held if reference() is not None]
+    finally:
+        gc.enable()

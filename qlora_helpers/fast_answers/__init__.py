@@ -164,11 +164,14 @@ def answer_fast(
         slots = -(-slots // 2)
         form.note(f"{slots} answers at once: a cache for more does not fit")
     decoder = SlotDecoder(model, slots=slots, capacity=capacity, graph_refusal=_graph_refusal(model))
-    answers = decoder.answer(prompts, pad=pad, end=end, most=most, progress=progress)
-    form.slots, form.graphs, form.steps = slots, form.graphs + decoder.step.recorded, form.steps + decoder.steps
-    if decoder.step.refusal:
-        form.note(decoder.step.refusal)
-    return answers
+    try:
+        answers = decoder.answer(prompts, pad=pad, end=end, most=most, progress=progress)
+        form.slots, form.graphs, form.steps = slots, form.graphs + decoder.step.recorded, form.steps + decoder.steps
+        if decoder.step.refusal:
+            form.note(decoder.step.refusal)
+        return answers
+    finally:
+        decoder.release()
 
 
 def _shape_refusal(model: torch.nn.Module, capacity: int) -> str | None:
@@ -210,6 +213,7 @@ def _prove(model: torch.nn.Module, pad: int) -> None:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise NotFast(f"the model takes no cache of ours ({type(error).__name__}: {reason})") from error
     found, own = logits, torch.stack(alone)
+    decoder.release()
     apart = float((found - own).square().mean().sqrt() / own.std())
     if not apart <= SAME_LOGITS:
         raise NotFast(f"answers in slots are not the model's own: their logits differ by {apart:.1%} of their spread")

@@ -116,6 +116,12 @@ class SlotDecoder:
                 progress(len(done))
         return answers
 
+    def release(self) -> None:
+        """Frees cache and graphs at once: the recorded step refers back to this object, and a collector may come late."""
+        self.step.release()
+        self.cache.keys.clear()
+        self.cache.values.clear()
+
     def _groups(
         self, free: list[int], waiting: deque[int], prompts: Sequence[Sequence[int]]
     ) -> list[tuple[list[int], list[int]]]:

@@ -23,7 +23,8 @@ class GraphedStep:
     def __init__(
         self, step: Callable[[int, int], object], state: Sequence[torch.Tensor], refusal: str | None = None
     ) -> None:
-        self._step, self._state, self.refusal = step, state, refusal
+        self._step: Callable[[int, int], object] | None = step
+        self._state, self.refusal = state, refusal
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: object | None = None
 
@@ -45,6 +46,11 @@ class GraphedStep:
     def recorded(self) -> int:
         """How many graphs there are."""
         return len(self._graphs)
+
+    def release(self) -> None:
+        """Drops the graphs with the memory that they hold; no step can be taken after that."""
+        self._graphs.clear()
+        self._pool, self._step = None, None
 
     def _recorded(self, rows: int, length: int) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
