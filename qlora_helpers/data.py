@@ -161,9 +161,10 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
         LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "left_out")})
         for key in ("report", "eval_report")
     ]
+    test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
         Dataset.load_from_disk(str(folder / "train")), Dataset.load_from_disk(str(folder / "eval")),
-        tuple(Dialogue(**item) for item in saved["test"]), *reports, saved["packed"], saved["seq_len_tokens"],
+        test, *reports, saved["packed"], saved["seq_len_tokens"],
         tuple(saved["notes"]), saved["source"], frozenset(saved.get("train_keys", ())),
     )  # fmt: skip
 

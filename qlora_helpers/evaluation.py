@@ -236,13 +236,13 @@ def _held_out(
         if key in trained:
             left_out.append(item.id)
         elif key in kept:
-            kept[key][1]["references"].append(item.summary)
+            kept[key][1]["references"] += [item.summary, *item.references]
         else:
             row = {
                 "id": item.id,
                 "dialogue": item.dialogue,
                 "summary": item.summary,
-                "references": [item.summary],
+                "references": [item.summary, *item.references],
                 "answers": {},
             }
             kept[key] = (item, row)

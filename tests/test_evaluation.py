@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -303,6 +304,11 @@ def test_one_dialogue_with_several_summaries_is_one_row(compare, corpus):
     result = compare([first, second, again])
     assert [row["id"] for row in result.rows] == [first.id, second.id]
     assert result.rows[0]["references"] == [first.summary, "Another summary."]
+    said = result.rows[0]["answers"]["tuned"]["text"]
+    result = compare([dataclasses.replace(first, references=(said, "Another summary."))])
+    assert result.rows[0]["references"] == [first.summary, said, "Another summary."]
+    assert said
+    assert result.scores["tuned"].rouge_l == 100
 
 
 def test_each_answer_has_its_scores_and_the_comparison_its_intervals(compare, tokenizer):
