@@ -84,6 +84,6 @@ def test_export_memory_merges_and_checks(tmp_path, monkeypatch):
     assert (
         case["largest_error_in_last_places"] <= 0.75
     )  # rounded once; half a place, and the rounding of the sums in 32 bits
-    assert case["merging_gib"] < case["bound_gib"] + 0.02
-    assert 0.4 < found["arithmetic"]["falcon-40b"]["bound_gib"] < 0.5
+    assert case["merging_gib"] < case["bound_gib"]
+    assert 0.5 < found["arithmetic"]["falcon-40b"]["bound_gib"] < 0.6
     assert list(tmp_path.iterdir()) == [out]

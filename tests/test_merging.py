@@ -207,6 +207,6 @@ def test_memory_stays_within_what_it_says_whatever_the_model_s_size(tmp_path, to
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     before, after, bound = map(float, done.stdout.split())
-    assert 0.01 < (after - before) / 1024**2 < bound + 0.02 < 0.1
+    assert 0.01 < (after - before) / 1024**2 < bound < 0.15
     total = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     assert math.isclose(total, 2 * 2 * rows * columns, rel_tol=1e-3)
