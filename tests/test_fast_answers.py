@@ -227,22 +227,20 @@ def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", ["llama", "falcon"])
-def test_in_16_bits_with_adapters_in_32(kind):
-    """As on a GPU: cache, mask and copies in bfloat16. The proof holds the logits; rounding may turn a near tie of a random model."""
-    from qlora_helpers.config import ModelConfig
-    from qlora_helpers.models import load_model
-
-    if kind == "falcon":
-        base = load_model(ModelConfig(name="random:falcon-tiny", compute_dtype="bfloat16"), say=str).model
-    else:
-        base = tiny_llama().to(torch.bfloat16)
-    model = tuned(base)
+def test_16_bits_lose_no_more_than_the_plain_way_does():
+    """As on a GPU: cache, mask and adapters in bfloat16, held against the same model in 32 bits."""
+    exact, model = tuned(tiny_llama()), tuned(tiny_llama().to(torch.bfloat16))
     assert next(weight for name, weight in model.named_parameters() if "lora_A" in name).dtype == torch.float32
     prompts = random_prompts((3, 31, 12, 7, 20, 9, 15, 26))
-    own = [own_answers(model, prompt, 3) for prompt in prompts]
-    with answering_form(model, rows=3, tokens=40) as form:
-        found = answer_fast(model, prompts, pad=PAD, end=END, most=3, slots=3, form=form)
+
+    def logits(asked):
+        return torch.stack([asked(input_ids=torch.tensor([row])).logits[0, -1].float() for row in prompts])
+
+    with torch.no_grad():
+        right, plain = logits(exact), logits(model)
+        with answering_form(model, rows=3, tokens=40) as form:
+            fast = logits(model)
+            found = answer_fast(model, prompts, pad=PAD, end=END, most=3, slots=3, form=form)
     assert form.dtype == "bfloat16"
+    assert (fast - right).square().mean() < 1.5**2 * (plain - right).square().mean()
     assert all(len(answer) == 3 or answer[-1] == END for answer in found)
-    assert sum(a[0] == b[0] for a, b in zip(found, own, strict=True)) >= 6
