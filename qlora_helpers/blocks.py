@@ -34,6 +34,7 @@ class PreparedData:
         seq_len_tokens: length of a packed block.
         notes: what was left out, trimmed or changed on the way, each with its place.
         source: name and licence of the data.
+        train_keys: `scorecard.dialogue_key` of every training dialogue: a held-out row that is among them proves nothing.
     """
 
     train: Dataset
@@ -45,6 +46,7 @@ class PreparedData:
     seq_len_tokens: int
     notes: tuple[str, ...]
     source: str
+    train_keys: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"

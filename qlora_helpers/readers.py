@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_helpers.dialogues import Row, listed
+from qlora_helpers.dialogues import Row, listed, numbered_siblings
 from qlora_helpers.errors import DataError
 from qlora_helpers.splits import SPLIT_NAMES, named_splits
 from qlora_helpers.units import BYTES_IN_GIB
@@ -195,10 +195,11 @@ FILE_SUFFIXES = (*_TEXT_READERS, ".parquet")
 
 
 def needed_columns(found: Collection[str], columns: Collection[str]) -> list[str]:
-    """Which columns of a table to read: those asked for and `id`; none where one that was asked for is missing."""
+    """Which columns of a table to read: those asked for, their numbered siblings and `id`; none where one asked for is missing."""
     if not set(columns) <= set(found):
         return []
-    return [column for column in found if column in columns or column == "id"]
+    more = {sibling for column in columns for sibling in numbered_siblings(column, found)}
+    return [column for column in found if column in columns or column in more or column == "id"]
 
 
 def header_only(found: Collection[str], name: str) -> list[Row]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.blocks import PreparedData
+    from qlora_helpers.certificate import Certificate
     from qlora_helpers.evaluation import Answer, Evaluation
     from qlora_helpers.models import LoadedModel
     from qlora_helpers.training import TrainResult
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
 RELOAD_TOLERANCE = 1e-4
-_MODEL_IN_USE = (
-    threading.RLock()
-)  # adapters are switched and modes set on the model itself: a panel's thread must wait its turn
+# Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
+_MODEL_IN_USE = threading.RLock()
 
 
 def open_run(
@@ -183,6 +183,7 @@ def train(
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
+            log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result, data)
             run.set_status(
@@ -214,7 +215,7 @@ def evaluate(
     with _MODEL_IN_USE:
         result = evaluation.evaluate(
             model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-            max_tokens=config.data.seq_len_tokens,
+            max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
         )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
@@ -325,6 +326,64 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
+def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+
+    Args:
+        run: a run whose adapter was just saved.
+        model: the model in memory that it was saved from.
+        loaded: the base model that `model` stands on.
+        data: its held-out rows are asked.
+        prompts: how many.
+    """
+    from qlora_helpers import certificate
+
+    asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
+    expected = certificate.expected_tensors(model)
+    try:
+        with _MODEL_IN_USE:
+            live = answered(run, model, loaded, data, prompts)
+            with certificate.saved_weights_in_place(model, run.adapter_dir):
+                saved = answered(run, model, loaded, data, prompts)
+            asked = compared(live, saved)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
+    prepared = run.data_dir / "prepared.json"
+    checkpoint = loaded.checkpoint
+    return certificate.certify(
+        run.adapter_dir, expected, asked=asked, versions=versions(),
+        base={"name": checkpoint.name, "revision": checkpoint.revision,
+              "sha256": certificate.base_fingerprint(checkpoint.folder)},
+        data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
+    )  # fmt: skip
+
+
+def answered(
+    run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, prompts: int
+) -> tuple[list[Any], list[Answer]]:
+    """Next-token logits and short greedy answers to the first held-out prompts, in the prompt that was trained."""
+    from qlora_helpers import evaluation
+    from qlora_helpers.prompts import prompt_tokens
+
+    config = run.config()
+    questions = []
+    for item in data.test[:prompts]:
+        tokens = prompt_tokens(item.dialogue, config.data.template, loaded.tokenizer)
+        questions.append(tokens.trimmed(max(0, len(tokens) - config.data.seq_len_tokens)).ids)
+    most = min(20, config.evaluation.max_new_tokens)
+    short = dataclasses.replace(config.evaluation, do_sample=False, max_new_tokens=most)
+    logits = evaluation.next_token_logits(model, questions)
+    return logits, evaluation.generate(model, loaded.tokenizer, questions, short)
+
+
+def compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
+    """What two models' `answered` have in common."""
+    differences = [float((one - other).abs().max()) for one, other in zip(first[0], second[0], strict=True)]
+    same = sum(one == other for one, other in zip(first[1], second[1], strict=True))
+    worst = max(differences, key=lambda value: (value != value, value))  # not a number counts as the worst
+    return {"prompts": len(differences), "largest_difference": worst, "same_answers": same}
+
+
 @dataclass(frozen=True)
 class ReloadCheck:
     """Whether the saved adapter on a freshly loaded base model is the model that was trained.
@@ -353,25 +412,12 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     Raises:
         RunError: they differ.
     """
-    from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
-
-    config = run.config()
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    room = config.data.seq_len_tokens
-    questions = []
-    for item in data.test[:prompts]:
-        tokens = prompt_tokens(item.dialogue, config.data.template, fresh.tokenizer)
-        questions.append(tokens.trimmed(max(0, len(tokens) - room)).ids)
-    short = dataclasses.replace(
-        config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
-    )
     with _MODEL_IN_USE:
-        answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
-        difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
-    check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
+        both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    check = ReloadCheck(**compared(*both))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")

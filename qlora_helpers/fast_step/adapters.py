@@ -71,14 +71,15 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
     changed = 0
     with ExitStack() as undo:
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and _is_plain(module):
+            if isinstance(module, LoraLayer) and is_plain(module):
                 in_place = path.rpartition(".")[2] in NEVER_CHANGED_AFTER
                 replace_forward(module, types.MethodType(_lora_forward(module.forward, in_place), module), undo)
                 changed += 1
         yield changed
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a LoRA layer has one adapter without DoRA, bias or merging: two matrices beside a linear layer."""
     names = list(layer.active_adapters)
     if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
         return False
