@@ -99,7 +99,6 @@ class RunFolderCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:
             return
-        saved.verify(self.run.checkpoints_dir / f"checkpoint-{state.global_step}")
         saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
         for request in self.saving_for:
             self.run.acknowledge(request, f"saved at step {state.global_step}")

@@ -1,20 +1,25 @@
 """Trainer's checkpoints in a run folder: one counts once it is verified, and only then is an older one removed.
 
+It is written under `.unfinished/`, verified there and then renamed, so a save that is cut off leaves all others as they were.
 A verified checkpoint holds `verified.json` with the size and SHA-256 of every file. Resuming takes the newest that still matches;
 a damaged one is passed over with a warning. `training_args.bin`, a pickle, is never read and therefore not kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.errors import RunError
 from qlora_helpers.run import read_json, write_json
+from qlora_helpers.units import gib
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 SEAL = "verified.json"
+UNFINISHED = ".unfinished"
+_REPLACED = ".replaced-"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,6 +65,59 @@ def verify(checkpoint: Path) -> None:
     write_json(checkpoint / SEAL, {"files": files})
 
 
+@contextlib.contextmanager
+def clear_write_errors(checkpoint: Path) -> Iterator[None]:
+    """Turns what writing a checkpoint raises (a full disk above all) into one clear error, and gives the space back.
+
+    Raises:
+        RunError: with the system's reason.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, RunError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        free = shutil.disk_usage(checkpoint.parent if checkpoint.parent.exists() else checkpoint.parent.parent).free
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise RunError(
+            f"{checkpoint.name} could not be written ({reason}; {gib(free):.1f} GiB were free)",
+            next_step="Free some space and train again; the run goes on from its last good checkpoint.",
+        ) from error
+
+
+def put_in_place(written: Path) -> None:
+    """Verifies a checkpoint that was written under `.unfinished/`, and moves it beside the others.
+
+    Raises:
+        RunError: see `verify`; nothing is moved.
+    """
+    try:
+        verify(written)
+    except RunError:
+        shutil.rmtree(written.parent, ignore_errors=True)
+        raise
+    folder = written.parent.parent
+    place, old = folder / written.name, folder / f"{_REPLACED}{written.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():  # two saves at one step, or a damaged one is written anew
+        os.replace(place, old)
+    os.replace(written, place)
+    shutil.rmtree(old, ignore_errors=True)
+    written.parent.rmdir()
+
+
+def _put_back(folder: Path) -> None:
+    """A process that was killed between the two renames of `put_in_place` left a checkpoint under its second name."""
+    for old in folder.glob(f"{_REPLACED}checkpoint-*"):
+        place = folder / old.name.removeprefix(_REPLACED)
+        if not place.exists():
+            os.replace(old, place)
+
+
 def adapter_is_finite(path: Path) -> bool:
     """Whether every value of a safetensors file is a finite number."""
     import torch
@@ -79,6 +139,7 @@ def is_good(checkpoint: Path) -> bool:
 
 def newest_good(folder: Path) -> Path | None:
     """The newest checkpoint that can be trusted, or None; warns of newer ones that can't."""
+    _put_back(folder)
     for checkpoint in reversed(all_checkpoints(folder)):
         if is_good(checkpoint):
             return checkpoint

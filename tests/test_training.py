@@ -391,8 +391,8 @@ def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
     teach(max_steps=2, save_steps=2, eval_steps=100)
     with pytest.raises(RunError, match="not finite"):
         teach(At(3, spoil), model=model, max_steps=10, logging_steps=10, save_steps=3, eval_steps=100)
-    with pytest.warns(UserWarning, match="checkpoint-3 is incomplete or damaged"):
-        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+    assert checkpoints(run) == [2]
+    assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
 
 
 def test_a_float16_gradient_may_overflow(run):
@@ -470,8 +470,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(teach
     monkeypatch.setattr(saved, "write_json", _full)
     with pytest.raises(RunError, match="could not be written"):
         teach(max_steps=4)
-    with pytest.warns(UserWarning, match="checkpoint-4"):
-        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+    assert checkpoints(run) == [2]
+    assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
 
 
 def _full(*args):

@@ -1,0 +1,103 @@
+"""`transformers.Trainer` with what it lacks here: tokens counted, a loss over tokens, checkpoints that are whole or absent.
+
+Knows nothing of runs, people or status; `training` makes it and `training_callback` tells the run folder of it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora_helpers import training_checkpoints as saved
+from qlora_helpers.blocks import row_losses
+from qlora_helpers.fast_step import FastStep
+from qlora_helpers.run import read_json, write_json
+
+
+class SummaryTrainer(Trainer):
+    """`Trainer` with three things of ours: tokens are counted, the evaluation loss is a mean over tokens, and saving is safe.
+
+    Trainer's own `eval_loss` is a mean over batches, which depends on the batch size where rows differ in length. Its own
+    checkpoint grows under its final name, and forgets the loss that was summed since the last log.
+    """
+
+    tokens_seen: torch.Tensor | int = 0
+    fast: FastStep | None = None
+    _saves_to: Path | None = None
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pad = self.data_collator.pad_token_id
+        self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
+        return batches, items
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Sum of the token losses over the number of trained tokens, over all processes."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        rows = 0
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
+            losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
+            sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
+            rows += len(tokens)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saves_to) if self._saves_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint in a folder of its own, seals it there, and only then puts it in its place.
+
+        Raises:
+            RunError: it could not be written, or is not what it should be; older checkpoints are as they were.
+        """
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / saved.UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saves_to = folder / saved.UNFINISHED
+        written = self._saves_to / f"checkpoint-{self.state.global_step}"
+        try:
+            with saved.clear_write_errors(written):
+                super()._save_checkpoint(model, trial)
+                self._write_sum(written)
+        finally:
+            self._saves_to = None
+        self.accelerator.wait_for_everyone()  # the seal covers the files of all processes
+        if self.is_world_process_zero():
+            saved.put_in_place(written)
+
+    def _sum_name(self) -> str:
+        return f"loss_sum_{self.args.process_index}.json"
+
+    def _write_sum(self, checkpoint: Path) -> None:
+        summed = float(self._tr_loss)
+        if math.isfinite(summed):  # one that is not stops the training at its next log
+            write_json(checkpoint / self._sum_name(), {"loss": summed, "since_step": self._globalstep_last_logged})
+
+    def go_on_summing(self, checkpoint: Path) -> None:
+        """Takes up the loss that was summed between the last log and a save, so that the next log is of all its steps."""
+        path = checkpoint / self._sum_name()
+        if path.is_file():
+            kept = read_json(path)
+            self._tr_loss += kept["loss"]
+            self._globalstep_last_logged = kept["since_step"]
