@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,23 @@ def train(
             model=model, args=args, train_dataset=data.train, eval_dataset=data.eval, data_collator=collator
         )
         trainer.fast = fast
+        opened.enter_context(_adapters_kept(model))
         return _run_session(trainer, model, config, run, extra_callbacks)
+
+
+@contextlib.contextmanager
+def _adapters_kept(model: torch.nn.Module) -> Iterator[None]:
+    """A session that fails leaves the adapters as it found them and no gradients, so the run can go on, or begin, in this process."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    before = [weight.detach().cpu().clone() for weight in trained]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for weight, kept in zip(trained, before, strict=True):
+                weight.grad = None
+                weight.copy_(kept)
+        raise
 
 
 class _Resumed(TrainerCallback):

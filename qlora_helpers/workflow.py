@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers import rescue
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
@@ -110,6 +111,7 @@ def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
         )
 
 
+@rescue.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
     """Loads the run's base model and tokenizer, audited."""
     from qlora_helpers.models import load_model
@@ -162,6 +164,7 @@ def prepare_data(
     return data
 
 
+@rescue.rescued
 def train(
     run: Run,
     *,
@@ -187,12 +190,12 @@ def train(
 
     config = run.config()
     main = is_main_process()
-    with _owned(run) if main else contextlib.nullcontext():
+    with _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
         if loaded is None:
             if main:
                 check_source(run)
             loaded = load(run, say=say)
-        model = model or add_adapters(run, loaded)
+        model = model or undone.enter_context(_adapters_on(run, loaded))
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         events = event_callback(run, config) if main else None
@@ -214,6 +217,50 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
+    """Fresh adapters on a model; taken off again where the session fails, so that the next one can add its own."""
+    from qlora_helpers import lora
+
+    model = add_adapters(run, loaded)
+    try:
+        yield model
+    except BaseException:
+        lora.remove_adapters(model)
+        raise
+
+
+@rescue.rescued
+def retry(
+    run: Run,
+    *,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    settings: Iterable[str] | dict[str, Any] | None = None,
+    show_progress: bool = True,
+    say: Say = print,
+) -> TrainResult:
+    """Goes on with a run that failed, from its last good checkpoint and without a restart of the process.
+
+    Args:
+        run: the run.
+        model, loaded: as for `train`.
+        settings: changes to the settings. None takes, after the run was out of memory, the fastest that should fit.
+        show_progress, say: as for `train`.
+
+    Raises:
+        RunError: see `train`; a setting that can't change once training has begun.
+    """
+    settings = rescue.next_settings(run) if settings is None else settings
+    if settings:
+        old = run.config()
+        _refuse_fixed_changes(run, old, new := old.with_settings(settings))
+        run.save_config(new)
+        say("Going on with " + ", ".join(settings))
+    return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
+
+
+@rescue.rescued
 def evaluate(
     run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
 ) -> Evaluation:
@@ -240,6 +287,7 @@ def evaluate(
     return result
 
 
+@rescue.rescued
 def ask(
     run: Run,
     model: PeftModel,
@@ -334,6 +382,7 @@ class ReloadCheck:
         return f"{verdict}: {self.same_answers} of {self.prompts} answers equal, logits within {self.largest_difference:.1e}"
 
 
+@rescue.rescued
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
     """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
 
