@@ -1,8 +1,8 @@
 """Out of memory: says where it happened and what would fit, and lets go of all that the failed step held.
 
-An error's traceback keeps the frames it went through, and they keep their tensors: the batch, every activation, the optimizer. In a
-notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are read, cleared
-and left behind; what is raised in their place holds nothing. Knows nothing of how a run is trained.
+An error's traceback keeps the frames it went through, and they keep their tensors: the batch, every activation, the optimizer. In
+a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are read,
+cleared and left behind; what is raised in their place holds nothing. Knows nothing of how a run is trained.
 """
 
 from __future__ import annotations

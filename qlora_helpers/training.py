@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import PreparedData
+from qlora_helpers.blocks import NumberedBlocks, PreparedData
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
@@ -175,8 +175,9 @@ def train(
         if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
             args._n_gpu = 1
         trainer = SummaryTrainer(
-            model=model, args=args, train_dataset=data.train, eval_dataset=data.eval, data_collator=collator
-        )
+            model=model, args=args, train_dataset=NumberedBlocks(data.train), eval_dataset=data.eval,
+            data_collator=collator,
+        )  # fmt: skip
         trainer.fast = fast
         opened.enter_context(_adapters_kept(model))
         return _run_session(trainer, model, config, run, extra_callbacks)
@@ -184,7 +185,7 @@ def train(
 
 @contextlib.contextmanager
 def _adapters_kept(model: torch.nn.Module) -> Iterator[None]:
-    """A session that fails leaves the adapters as it found them and no gradients, so the run can go on, or begin, in this process."""
+    """A session that fails leaves the adapters as it found them and no gradients: the run can go on, or begin, in this process."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     before = [weight.detach().cpu().clone() for weight in trained]
     try:

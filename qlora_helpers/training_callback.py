@@ -99,7 +99,8 @@ class RunFolderCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:
             return
-        saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
+        if not self.trainer.watch.suspects:  # what was saved before the loss rose may be needed yet
+            saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
         for request in self.saving_for:
             self.run.acknowledge(request, f"saved at step {state.global_step}")
         self.saving_for = []

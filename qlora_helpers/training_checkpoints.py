@@ -129,10 +129,15 @@ def adapter_is_finite(path: Path) -> bool:
 
 
 def is_good(checkpoint: Path) -> bool:
-    """Whether a checkpoint was sealed and is still as it was then."""
+    """Whether a checkpoint was sealed, is still as it was then, and was not set aside."""
     try:
-        files = read_json(checkpoint / SEAL)["files"]
-        return bool(files) and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
+        seal = read_json(checkpoint / SEAL)
+        files = seal["files"]
+        return (
+            bool(files)
+            and "set_aside" not in seal
+            and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
+        )
     except (RunError, OSError, KeyError, TypeError):
         return False
 
@@ -143,8 +148,28 @@ def newest_good(folder: Path) -> Path | None:
     for checkpoint in reversed(all_checkpoints(folder)):
         if is_good(checkpoint):
             return checkpoint
-        warnings.warn(f"{checkpoint.name} is incomplete or damaged; going on from an older one", stacklevel=2)
+        why = _why_set_aside(checkpoint) or "is incomplete or damaged"
+        warnings.warn(f"{checkpoint.name} {why}; going on from an older one", stacklevel=2)
     return None
+
+
+def last_good_step(folder: Path) -> int:
+    """The step of the newest checkpoint that can be trusted; 0 where there is none."""
+    return max((step_of(path) for path in all_checkpoints(folder) if is_good(path)), default=0)
+
+
+def set_aside(folder: Path, step: int, why: str) -> None:
+    """Checkpoints of this step and later don't count any more: they are whole, and what they hold is not worth going on from."""
+    for checkpoint in all_checkpoints(folder):
+        if step_of(checkpoint) >= step and is_good(checkpoint):
+            write_json(checkpoint / SEAL, read_json(checkpoint / SEAL) | {"set_aside": why})
+
+
+def _why_set_aside(checkpoint: Path) -> str:
+    try:
+        return f"was set aside ({read_json(checkpoint / SEAL)['set_aside']})"
+    except (RunError, KeyError, TypeError):
+        return ""
 
 
 def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:

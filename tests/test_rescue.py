@@ -1,4 +1,4 @@
-"""Out of memory: it is said where and what next, nothing keeps the memory, and the run goes on. The allocator itself refuses here."""
+"""Out of memory: it is said where and what next, nothing keeps the memory, and the run goes on. The allocator itself refuses."""
 
 from __future__ import annotations
 

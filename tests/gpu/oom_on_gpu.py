@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from out_of_memory import PLACES, exhausted_at, held_bytes  # noqa: E402
+from out_of_memory import PLACES, exhausted_at, held_bytes
 
 FREE = 1.01
 
