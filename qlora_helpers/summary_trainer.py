@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import row_losses
 from qlora_helpers.errors import RunError
@@ -32,6 +33,7 @@ class SummaryTrainer(Trainer):
 
     tokens_seen: torch.Tensor | int = 0
     fast: FastStep | None = None
+    trained_on: dict[str, Any] | None = None  # what can't change in later sessions
     _saves_to: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,8 +102,11 @@ class SummaryTrainer(Trainer):
             sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
             rows += len(tokens)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            if termination.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
+                break
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        done = rows >= len(dataloader.dataset) or not termination.asked()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -124,6 +129,8 @@ class SummaryTrainer(Trainer):
             with saved.clear_write_errors(written):
                 super()._save_checkpoint(model, trial)
                 self._write_sum(written)
+                if self.trained_on is not None and self.is_world_process_zero():
+                    write_json(written / saved.TRAINED_ON, self.trained_on)
         finally:
             self._saves_to = None
         self.accelerator.wait_for_everyone()  # the seal covers the files of all processes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import NumberedBlocks, PreparedData
 from qlora_helpers.config import TrainConfig
@@ -138,6 +139,7 @@ def train(
     *,
     extra_callbacks: tuple[TrainerCallback, ...] = (),
     show_progress: bool = True,
+    trained_on: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Trains the adapters, from the newest good checkpoint in the run folder where there is one.
 
@@ -151,6 +153,7 @@ def train(
         run: where progress and checkpoints go.
         extra_callbacks: such as TensorBoard's.
         show_progress: whether Trainer draws its bar or table.
+        trained_on: what can't change in later sessions, in plain values; kept in every checkpoint.
 
     Raises:
         ModelError: packed rows would see each other.
@@ -178,7 +181,7 @@ def train(
             model=model, args=args, train_dataset=NumberedBlocks(data.train), eval_dataset=data.eval,
             data_collator=collator,
         )  # fmt: skip
-        trainer.fast = fast
+        trainer.fast, trainer.trained_on = fast, trained_on
         opened.enter_context(_adapters_kept(model))
         return _run_session(trainer, model, config, run, extra_callbacks)
 
@@ -230,7 +233,8 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one step more
             trainer.state = saved.load_finished(model, resume)
         else:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            with termination.steps():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         # Trainer leaves its autocast around `forward`; the model should answer as the same adapter does when reloaded.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

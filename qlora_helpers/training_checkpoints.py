@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.errors import RunError
 from qlora_helpers.run import read_json, write_json
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 SEAL = "verified.json"
+TRAINED_ON = "trained_on.json"
 UNFINISHED = ".unfinished"
 _REPLACED = ".replaced-"
 
@@ -82,7 +83,7 @@ def clear_write_errors(checkpoint: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(checkpoint.parent if checkpoint.parent.exists() else checkpoint.parent.parent).free
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        reason = getattr(error, "strerror", None) or "its files were not taken whole"
         raise RunError(
             f"{checkpoint.name} could not be written ({reason}; {gib(free):.1f} GiB were free)",
             next_step="Free some space and train again; the run goes on from its last good checkpoint.",
@@ -170,6 +171,16 @@ def _why_set_aside(checkpoint: Path) -> str:
         return f"was set aside ({read_json(checkpoint / SEAL)['set_aside']})"
     except (RunError, KeyError, TypeError):
         return ""
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint that tells it was trained on: settings and marks that can't change any more."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        with contextlib.suppress(RunError):
+            found = read_json(checkpoint / TRAINED_ON)
+            if isinstance(found, dict):
+                return found
+    return None
 
 
 def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:

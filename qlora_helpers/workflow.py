@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import rescue
+from qlora_helpers import rescue, termination
+from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
@@ -97,18 +98,42 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
 def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
     if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
         return
-    before, after = old.to_dict(), new.to_dict()
+    _refuse_differences(run, old.to_dict(), new.to_dict())
+
+
+def _refuse_differences(run: Run, before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [
         f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
         for section in FIXED
-        for key in before[section]
-        if before[section][key] != after[section][key]
+        for key in before.get(section, {})
+        if key in after[section] and before[section][key] != after[section][key]
+    ]
+    marks = before.get("marks", {}), after.get("marks", {})
+    changed += [
+        f"{name} is not what it was" for name in marks[0] if marks[1].get(name, marks[0][name]) != marks[0][name]
     ]
     if changed:
         raise RunError(
             f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
             next_step="Give the new settings a run of their own (another name), or delete this one.",
         )
+
+
+def _refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:
+    """Compares the settings, and the marks where they are known, with those of the newest checkpoint, else of the adapter.
+
+    Also a `config.json` that was edited by hand, and data or a model whose files changed under the same name.
+
+    Returns:
+        What a session that begins now is trained on.
+    """
+    now = {section: run.config().to_dict()[section] for section in FIXED} | {"marks": marks or {}}
+    before = saved.trained_on(run.checkpoints_dir)
+    if before is None and (run.adapter_dir / "config.json").exists():
+        before = read_json(run.adapter_dir / "config.json")
+    if before is not None:
+        _refuse_differences(run, before, now)
+    return now
 
 
 @rescue.rescued
@@ -150,9 +175,10 @@ def prepare_data(
         shape: the model's `config.json`; says whether packed rows can be kept apart.
         say: told what takes long.
     """
-    from qlora_helpers.data import prepared
+    from qlora_helpers.data import content_marks, prepared
     from qlora_helpers.sources import read_corpus
 
+    _refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
     can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
     data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
@@ -186,11 +212,13 @@ def train(
         RunError: another process trains this run, or training ended badly; the last good checkpoint is intact.
     """
     from qlora_helpers import training
+    from qlora_helpers.data import content_marks
     from qlora_helpers.events import event_callback
 
     config = run.config()
     main = is_main_process()
-    with _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
+    with termination.heard(), _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
+        _refuse_other_than_trained_on(run)
         if loaded is None:
             if main:
                 check_source(run)
@@ -198,11 +226,13 @@ def train(
         model = model or undone.enter_context(_adapters_on(run, loaded))
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+        marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config) if main else None
         with contextlib.closing(events) if events else contextlib.nullcontext():
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
                 extra_callbacks=(events,) if events else (), show_progress=show_progress,
+                trained_on=_refuse_other_than_trained_on(run, marks),
             )  # fmt: skip
         if main:
             log.info("%s", result)
@@ -212,9 +242,15 @@ def train(
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
-                exit_reason="stopped and saved by request" if result.stopped else "all steps are done",
+                exit_reason=_why_it_ended(result),
             )
     return result
+
+
+def _why_it_ended(result: TrainResult) -> str:
+    if not result.stopped:
+        return "all steps are done"
+    return termination.REASON if termination.asked() else "stopped and saved by request"
 
 
 @contextlib.contextmanager
@@ -455,7 +491,8 @@ def _owned(run: Run) -> Iterator[None]:
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
         log.error("training ended: %s: %s", type(error).__name__, error)
-        run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
+        with contextlib.suppress(RunError):  # a full disk must not hide why
+            run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
         raise
     finally:
         handler.close()
