@@ -215,6 +215,8 @@ def _run_session(
     trainer: SummaryTrainer, model: torch.nn.Module, config: TrainConfig, run: Run, extra: tuple[TrainerCallback, ...]
 ) -> TrainResult:
     resume = saved.newest_good(run.checkpoints_dir)
+    if resume:
+        saved.refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
     total = planned_steps(trainer)
     start = saved.step_of(resume) if resume else 0

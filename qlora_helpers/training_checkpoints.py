@@ -154,6 +154,39 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
+def refuse_code(checkpoint: Path) -> None:
+    """Looks into the pickles that Trainer is about to read: they may hold tensors and plain values, and nothing that is called.
+
+    Trainer reads them with `weights_only=True`, which would refuse too, in other words. Nothing is unpickled here.
+
+    Raises:
+        RunError: a file would run code, or is in a form that can't be looked into; or the trainer's state is damaged.
+    """
+    import torch
+    from transformers import TrainerState
+    from transformers.trainer_pt_utils import safe_globals
+
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        try:
+            with safe_globals():
+                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as error:  # a pickle of the old kind, or bytes of any other
+            unsafe = [f"something unreadable ({type(error).__name__})"]
+        if unsafe:
+            raise RunError(
+                f"{checkpoint.name}/{path.name} is not to be trusted: it asks for {', '.join(map(repr, unsafe[:3]))}",
+                expected="tensors and plain values",
+                next_step="Nothing was run. Delete this checkpoint if it is not yours.",
+            )
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{checkpoint.name}/trainer_state.json is damaged ({type(error).__name__})",
+            next_step="Delete this checkpoint.",
+        ) from error
+
+
 def last_good_step(folder: Path) -> int:
     """The step of the newest checkpoint that can be trusted; 0 where there is none."""
     return max((step_of(path) for path in all_checkpoints(folder) if is_good(path)), default=0)
