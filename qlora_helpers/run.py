@@ -26,6 +26,7 @@ from qlora_helpers.errors import RunError
 
 STATES = ("new", "running", "stopped", "finished", "failed")
 REQUEST_KINDS = ("stop", "save")
+FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
 HEARTBEAT_STALE_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -213,6 +214,43 @@ class Run:
         """Writes `config.json`."""
         write_json(self.config_path, config.to_dict())
 
+    def change_config(self, config: RunConfig) -> None:
+        """Writes `config.json` unless it changes what a trained adapter stands on.
+
+        Raises:
+            RunError: the run has trained, and a setting of model, adapter or data differs; nothing is written.
+        """
+        if self.exists() and self.has_trained():
+            self._refuse_fixed_changes(self.config(), config)
+        self.save_config(config)
+
+    def has_trained(self) -> bool:
+        """Whether there is a checkpoint or an adapter, so that model, adapter and data can't change any more."""
+        return any(self.checkpoints_dir.glob("checkpoint-*")) or self.adapter_dir.exists()
+
+    def _refuse_fixed_changes(self, old: RunConfig, new: RunConfig) -> None:
+        self.refuse_differences(old.to_dict(), new.to_dict())
+
+    def refuse_differences(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Compares what a trained run stands on; settings and marks (digests by what they are of) that only one has don't count.
+
+        Raises:
+            RunError: something differs.
+        """
+        changed = [
+            f"{section}.{key}: {value!r} -> {after[section][key]!r}"
+            for section in FIXED
+            for key, value in before.get(section, {}).items()
+            if key in after[section] and value != after[section][key]
+        ]
+        marks, now = before.get("marks", {}), after.get("marks", {})
+        changed += [f"{name} is not what it was" for name in marks if name in now and now[name] != marks[name]]
+        if changed:
+            raise RunError(
+                f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
+                next_step="Give the new settings a run of their own (another name), or delete this one.",
+            )
+
     def need(self, path: Path, made_by: str) -> Path:
         """Returns `path` if it is there.
 
@@ -350,6 +388,11 @@ class Run:
         """Marks a request as heard."""
         done = dataclasses.replace(request, acknowledged_at=time.time(), answer=answer)
         write_json(self.requests_dir / f"{request.id}.json", done)
+
+
+def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
+    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:

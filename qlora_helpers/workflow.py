@@ -11,17 +11,18 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import rescue, termination
-from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, write_json
+from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
+from qlora_helpers.trained_on import refuse_other_than_trained_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
-FIXED = ("model", "adapter", "data")
 RELOAD_TOLERANCE = 1e-4
+_MODEL_IN_USE = (
+    threading.RLock()
+)  # adapters are switched and modes set on the model itself: a panel's thread must wait its turn
 
 
 def open_run(
@@ -64,10 +67,8 @@ def open_run(
     else:
         config = old
     config = config.with_settings(settings)
-    if old is not None and config != old:
-        _refuse_fixed_changes(run, old, config)
     if config != old:
-        run.save_config(config)
+        run.change_config(config)
     return run
 
 
@@ -75,11 +76,6 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
     # Path("").name and Path(".").name are empty: below the root they would be the root itself.
     is_path = os.sep in str(name) or not Path(name).name
     return Run(Path(name) if is_path else runs_root(root) / name)
-
-
-def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
-    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
@@ -93,47 +89,6 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
     return run
-
-
-def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
-    if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
-        return
-    _refuse_differences(run, old.to_dict(), new.to_dict())
-
-
-def _refuse_differences(run: Run, before: dict[str, Any], after: dict[str, Any]) -> None:
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
-        for section in FIXED
-        for key in before.get(section, {})
-        if key in after[section] and before[section][key] != after[section][key]
-    ]
-    marks = before.get("marks", {}), after.get("marks", {})
-    changed += [
-        f"{name} is not what it was" for name in marks[0] if marks[1].get(name, marks[0][name]) != marks[0][name]
-    ]
-    if changed:
-        raise RunError(
-            f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
-            next_step="Give the new settings a run of their own (another name), or delete this one.",
-        )
-
-
-def _refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:
-    """Compares the settings, and the marks where they are known, with those of the newest checkpoint, else of the adapter.
-
-    Also a `config.json` that was edited by hand, and data or a model whose files changed under the same name.
-
-    Returns:
-        What a session that begins now is trained on.
-    """
-    now = {section: run.config().to_dict()[section] for section in FIXED} | {"marks": marks or {}}
-    before = saved.trained_on(run.checkpoints_dir)
-    if before is None and (run.adapter_dir / "config.json").exists():
-        before = read_json(run.adapter_dir / "config.json")
-    if before is not None:
-        _refuse_differences(run, before, now)
-    return now
 
 
 @rescue.rescued
@@ -178,7 +133,7 @@ def prepare_data(
     from qlora_helpers.data import content_marks, prepared
     from qlora_helpers.sources import read_corpus
 
-    _refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
+    refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
     can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
     data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
@@ -218,7 +173,7 @@ def train(
     config = run.config()
     main = is_main_process()
     with termination.heard(), _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
-        _refuse_other_than_trained_on(run)
+        refuse_other_than_trained_on(run)
         if loaded is None:
             if main:
                 check_source(run)
@@ -228,11 +183,11 @@ def train(
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config) if main else None
-        with contextlib.closing(events) if events else contextlib.nullcontext():
+        with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
                 extra_callbacks=(events,) if events else (), show_progress=show_progress,
-                trained_on=_refuse_other_than_trained_on(run, marks),
+                trained_on=refuse_other_than_trained_on(run, marks),
             )  # fmt: skip
         if main:
             log.info("%s", result)
@@ -289,9 +244,7 @@ def retry(
     """
     settings = rescue.next_settings(run) if settings is None else settings
     if settings:
-        old = run.config()
-        _refuse_fixed_changes(run, old, new := old.with_settings(settings))
-        run.save_config(new)
+        run.change_config(run.config().with_settings(settings))
         say("Going on with " + ", ".join(settings))
     return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
 
@@ -315,10 +268,11 @@ def evaluate(
         loaded = load(run, say=say)
         model = load_adapter(run, loaded)
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
-    result = evaluation.evaluate(
-        model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-        max_tokens=config.data.seq_len_tokens,
-    )  # fmt: skip
+    with _MODEL_IN_USE:
+        result = evaluation.evaluate(
+            model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
+            max_tokens=config.data.seq_len_tokens,
+        )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
 
@@ -346,15 +300,48 @@ def ask(
         seed: of the draw.
     """
     from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
 
     config = run.config()
     settings = dataclasses.replace(config.evaluation, do_sample=sampled)
-    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
-    room = config.data.seq_len_tokens - settings.max_new_tokens
-    prompt = tokens.trimmed(max(0, len(tokens) - room)).ids
-    with contextlib.nullcontext() if tuned else model.disable_adapter():
+    prompt = _prompt(config, loaded, dialogue)
+    with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
         return evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
+
+
+def _prompt(config: RunConfig, loaded: LoadedModel, dialogue: str) -> list[int]:
+    """A dialogue's prompt as tokens, its dialogue trimmed so that prompt and answer fit into a block."""
+    from qlora_helpers.prompts import prompt_tokens
+
+    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
+    room = config.data.seq_len_tokens - config.evaluation.max_new_tokens
+    return tokens.trimmed(max(0, len(tokens) - room)).ids
+
+
+def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callable[..., Iterator[str]]:
+    """A function that answers dialogues in pieces, as `widgets.answer_panel` takes it: one answer at a time, whoever asks.
+
+    Args:
+        run: the run; its template and block length hold.
+        model: the tuned model; its adapters are off while the base model answers.
+        loaded: the base model that `model` stands on.
+
+    Returns:
+        `answer(dialogue, *, tuned, temperature, top_p, max_new_tokens)`, an iterator of texts; temperature 0 takes the likeliest
+        token each time. It raises ConfigError where these settings can't be, such as an answer longer than the block.
+    """
+    from qlora_helpers import generation
+
+    def answer(dialogue: str, *, tuned: bool, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
+        settings = {f"evaluation.{key}": value for key, value in sampling.items()}
+        config = run.config().with_settings(settings | {"evaluation.max_new_tokens": max_new_tokens})
+        prompt = _prompt(config, loaded, dialogue)
+        with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
+            yield from generation.stream(model, loaded.tokenizer, prompt, config.evaluation)
+
+    return answer
 
 
 def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
@@ -440,8 +427,9 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     short = dataclasses.replace(
         config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
     )
-    answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
-    difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
+    with _MODEL_IN_USE:
+        answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
+        difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
     check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
