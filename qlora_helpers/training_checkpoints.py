@@ -97,6 +97,7 @@ def put_in_place(written: Path) -> None:
         RunError: see `verify`; nothing is moved.
     """
     try:
+        _flush(written)
         verify(written)
     except RunError:
         shutil.rmtree(written.parent, ignore_errors=True)
@@ -109,6 +110,16 @@ def put_in_place(written: Path) -> None:
     os.replace(written, place)
     shutil.rmtree(old, ignore_errors=True)
     written.parent.rmdir()
+
+
+def _flush(folder: Path) -> None:
+    """Has the disk take what was written, so that a name never stands for files that a power cut emptied."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _put_back(folder: Path) -> None:
