@@ -50,13 +50,19 @@ class OutOfMemory(RunError):
         next_step = "Memory is free again. "
         if ranked:
             next_step += "Next, fastest first:" + "".join(ranked)
-            next_step += "\nretry(run) goes on from the last checkpoint with the first of them."
+            next_step += "\nworkflow.retry(run) goes on from the last checkpoint with the first of them."
         elif mends:
             next_step += "What would fit: " + "; ".join(mends)
+        elif where.startswith("generation"):
+            next_step += "Lower evaluation.batch_size or evaluation.max_new_tokens, and ask again."
+        elif where.startswith("loading"):
+            next_step += (
+                "Close what else holds it (notebook 00 shows it), or see `python -m qlora_helpers plan` for what fits."
+            )
         else:
             next_step += (
                 "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or recompute more "
-                "layers (train.activation_checkpointing=true, train.recompute_layers=none); then retry(run)."
+                "layers (train.activation_checkpointing=true, train.recompute_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
@@ -165,6 +171,8 @@ def read_frames(error: BaseException) -> Failure:
     layer = f"layer {seen[-1][1]} of {total}" if seen else ""
     if any(name == "qlora_helpers.probes" for name, _ in names):
         where = f"check before training, forward of {layer}" if layer else "check before training"
+    elif any(name in ("qlora_helpers.evaluation", "qlora_helpers.generation") for name, _ in names):
+        where = f"generation, forward of {layer}" if layer else "generation"
     elif any(function == "evaluation_loop" for _, function in names):
         where = f"evaluation, forward of {layer}" if layer else "evaluation"
     elif backward is not None:
@@ -180,8 +188,6 @@ def read_frames(error: BaseException) -> Failure:
         where = "loss"
     elif any(name == "qlora_helpers.models" for name, _ in names):
         where = "loading of the model"
-    elif any(function == "generate" for _, function in names):
-        where = "generation"
     else:
         where = f"in {names[-1][1]}" if names else "unknown place"
     return Failure(where, *_trainer_facts(frames))
@@ -213,7 +219,8 @@ def _trainer_facts(frames: list[FrameType]) -> tuple[int | None, int | None, boo
 
 def _told(run: Run, failure: Failure) -> OutOfMemory:
     """The error for the reader; the run's `plan.json` and status keep what it says."""
-    candidates, mends = _next_settings(run.config(), failure) if run.exists() else ((), ())
+    training = failure.step is not None or failure.where.startswith("check before training")
+    candidates, mends = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
     told = OutOfMemory(failure.where, failure.step, candidates, mends)
     with contextlib.suppress(RunError):  # a full disk must not hide this
         plan = read_json(run.plan_path) if run.plan_path.exists() else {}

@@ -123,10 +123,12 @@ def _flush(folder: Path) -> None:
 
 
 def _put_back(folder: Path) -> None:
-    """A process that was killed between the two renames of `put_in_place` left a checkpoint under its second name."""
+    """A process that was killed in the middle of `put_in_place` left the older checkpoint under its second name."""
     for old in folder.glob(f"{_REPLACED}checkpoint-*"):
         place = folder / old.name.removeprefix(_REPLACED)
-        if not place.exists():
+        if place.exists():
+            shutil.rmtree(old)
+        else:
             os.replace(old, place)
 
 

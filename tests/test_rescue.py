@@ -6,6 +6,7 @@ import gc
 import sys
 import traceback
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from out_of_memory import PLACES, exhausted_at, held_bytes
@@ -160,7 +161,8 @@ def falcon_7b(tmp_path, monkeypatch):
 
     @rescued
     def step(run):
-        raise MemoryError
+        trainer = SimpleNamespace(fast=None, state=SimpleNamespace(global_step=3))
+        raise MemoryError(trainer)
 
     return run, step
 
@@ -177,7 +179,7 @@ def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
     for number, each in enumerate(found, start=1):
         assert f"\n  {number}. {each!r}" in str(caught.value)
         assert f"{each.peak_gib:.1f} GiB" in str(caught.value)
-    assert "retry(run) goes on from the last checkpoint with the first of them" in str(caught.value)
+    assert "workflow.retry(run) goes on from the last checkpoint with the first of them" in str(caught.value)
 
 
 def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monkeypatch):
@@ -199,6 +201,16 @@ def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
         step(run)
     assert caught.value.candidates == ()
+
+
+def test_answers_that_run_out_of_memory_get_their_own_advice(run, model, loaded):
+    open_run(run.folder, settings={"train.max_steps": 1})
+    train(run, model, loaded)
+    with exhausted_in_the_first_step(loaded), pytest.raises(OutOfMemory) as caught:
+        workflow.evaluate(run, model=model, loaded=loaded, say=quiet)
+    assert caught.value.where == "generation, forward of layer 2 of 4"
+    assert "Lower evaluation.batch_size or evaluation.max_new_tokens" in str(caught.value)
+    assert run.status().state == "finished"  # the training was
 
 
 # retry
