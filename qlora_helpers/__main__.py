@@ -95,10 +95,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from qlora_helpers import workflow
+    from qlora_helpers import termination, workflow
 
     print(workflow.train(workflow.open_run(options.run, profile=options.profile, settings=options.settings)))
-    return 0
+    return termination.EXIT_CODE if termination.asked() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

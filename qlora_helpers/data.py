@@ -132,6 +132,16 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_p
     return digest.hexdigest()
 
 
+def content_marks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What settings don't say of the data: digests of the source file, where it is one, and of the vocabulary."""
+    marks = {"the tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
+    source = Path(config.source).expanduser()
+    if source.is_file():
+        with open(source, "rb") as file:
+            marks[f"the content of {source.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return marks
+
+
 def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
     """Writes prepared data into a run's `data/`, whole or not at all."""
     with replaced_folder(folder) as temporary:

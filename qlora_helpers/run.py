@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path.name} is not in {path.parent}") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
 
 
@@ -124,6 +125,18 @@ class Status:
     heartbeat: float = 0.0
     exit_reason: str | None = None
     last_error: str | None = None
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether every field is of its kind: the file may come from anywhere."""
+        whole = (self.step, self.max_steps, self.session, 0 if self.pid is None else self.pid)
+        texts = (self.host, self.exit_reason, self.last_error)
+        return (
+            self.state in STATES
+            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
+            and type(self.heartbeat) in (int, float) and math.isfinite(self.heartbeat)
+            and all(text is None or isinstance(text, str) for text in texts)
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,13 +229,22 @@ class Run:
         return any(self.checkpoints_dir.glob("checkpoint-*")) or self.adapter_dir.exists()
 
     def _refuse_fixed_changes(self, old: RunConfig, new: RunConfig) -> None:
-        before, after = old.to_dict(), new.to_dict()
+        self.refuse_differences(old.to_dict(), new.to_dict())
+
+    def refuse_differences(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Compares what a trained run stands on; settings and marks (digests by what they are of) that only one has don't count.
+
+        Raises:
+            RunError: something differs.
+        """
         changed = [
-            f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
+            f"{section}.{key}: {value!r} -> {after[section][key]!r}"
             for section in FIXED
-            for key in before[section]
-            if before[section][key] != after[section][key]
+            for key, value in before.get(section, {}).items()
+            if key in after[section] and value != after[section][key]
         ]
+        marks, now = before.get("marks", {}), after.get("marks", {})
+        changed += [f"{name} is not what it was" for name in marks if name in now and now[name] != marks[name]]
         if changed:
             raise RunError(
                 f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
@@ -252,6 +274,8 @@ class Run:
         if not isinstance(values, dict):
             raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
         status = Status(**{key: value for key, value in values.items() if key in known})
+        if not status.is_plausible:
+            raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
         if status.state == "running" and not _alive(status):
             return dataclasses.replace(status, state="dead", exit_reason="the trainer's process ended without a word")
         return status
@@ -313,13 +337,15 @@ class Run:
         for line in self.progress_path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(record, dict):
                 continue
             if record.get("event") == "start":
-                kept = [old for old in kept if old["step"] <= record.get("resumed_from", 0)]
-            elif isinstance(record.get("step"), int):
+                resumed_from = record.get("resumed_from", 0)
+                if type(resumed_from) is int:
+                    kept = [old for old in kept if old["step"] <= resumed_from]
+            elif type(record.get("step")) is int:
                 kept.append(record)
         return kept
 

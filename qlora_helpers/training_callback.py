@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_helpers import telemetry
+from qlora_helpers import telemetry, termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import RunError
@@ -46,14 +46,22 @@ class RunFolderCallback(TrainerCallback):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._listen(control)
+        self._beat_heart(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer saves after this, so what was asked during the evaluation is done at once, not a step later."""
+        self._listen(control)
+
+    def _listen(self, control: Any) -> None:
         asked = self.run.pending_requests(self.session) if self.is_writer else []
-        kinds = _told_to_all({request.kind for request in asked})
+        told_to_end = {"stop"} if self.is_writer and termination.asked() else set()
+        kinds = _told_to_all({request.kind for request in asked} | told_to_end)
         if kinds:
             self.saving_for = asked
             control.should_save = True
         if "stop" in kinds:
             self.stopped = control.should_training_stop = True
-        self._beat_heart(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._beat_heart(state)
@@ -65,7 +73,7 @@ class RunFolderCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "train_runtime" in logs:
+        if not {"loss", "eval_loss"} & logs.keys():  # the summary at the end, or an evaluation that was cut short
             return
         # With float16 a gradient may overflow: the loss scaler then leaves out that step and scales less.
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
@@ -99,8 +107,8 @@ class RunFolderCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:
             return
-        saved.verify(self.run.checkpoints_dir / f"checkpoint-{state.global_step}")
-        saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
+        if not self.trainer.watch.suspects:  # what was saved before the loss rose may be needed yet
+            saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
         for request in self.saving_for:
             self.run.acknowledge(request, f"saved at step {state.global_step}")
         self.saving_for = []

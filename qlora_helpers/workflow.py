@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers import rescue, termination
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
 from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
+from qlora_helpers.trained_on import refuse_other_than_trained_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,6 +91,7 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     return run
 
 
+@rescue.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
     """Loads the run's base model and tokenizer, audited."""
     from qlora_helpers.models import load_model
@@ -127,9 +130,10 @@ def prepare_data(
         shape: the model's `config.json`; says whether packed rows can be kept apart.
         say: told what takes long.
     """
-    from qlora_helpers.data import prepared
+    from qlora_helpers.data import content_marks, prepared
     from qlora_helpers.sources import read_corpus
 
+    refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
     can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
     data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
@@ -141,6 +145,7 @@ def prepare_data(
     return data
 
 
+@rescue.rescued
 def train(
     run: Run,
     *,
@@ -162,23 +167,27 @@ def train(
         RunError: another process trains this run, or training ended badly; the last good checkpoint is intact.
     """
     from qlora_helpers import training
+    from qlora_helpers.data import content_marks
     from qlora_helpers.events import event_callback
 
     config = run.config()
     main = is_main_process()
-    with _owned(run) if main else contextlib.nullcontext():
+    with termination.heard(), _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
+        refuse_other_than_trained_on(run)
         if loaded is None:
             if main:
                 check_source(run)
             loaded = load(run, say=say)
-        model = model or add_adapters(run, loaded)
+        model = model or undone.enter_context(_adapters_on(run, loaded))
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+        marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config) if main else None
         with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
                 extra_callbacks=(events,) if events else (), show_progress=show_progress,
+                trained_on=refuse_other_than_trained_on(run, marks),
             )  # fmt: skip
         if main:
             log.info("%s", result)
@@ -189,11 +198,59 @@ def train(
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
-                exit_reason="stopped and saved by request" if result.stopped else "all steps are done",
+                exit_reason=_why_it_ended(result),
             )
     return result
 
 
+def _why_it_ended(result: TrainResult) -> str:
+    if not result.stopped:
+        return "all steps are done"
+    return termination.REASON if termination.asked() else "stopped and saved by request"
+
+
+@contextlib.contextmanager
+def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
+    """Fresh adapters on a model; taken off again where the session fails, so that the next one can add its own."""
+    from qlora_helpers import lora
+
+    model = add_adapters(run, loaded)
+    try:
+        yield model
+    except BaseException:
+        lora.remove_adapters(model)
+        raise
+
+
+@rescue.rescued
+def retry(
+    run: Run,
+    *,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    settings: Iterable[str] | dict[str, Any] | None = None,
+    show_progress: bool = True,
+    say: Say = print,
+) -> TrainResult:
+    """Goes on with a run that failed, from its last good checkpoint and without a restart of the process.
+
+    Args:
+        run: the run.
+        model, loaded: as for `train`.
+        settings: changes to the settings. None takes, after the run was out of memory, the fastest that should fit.
+        show_progress, say: as for `train`.
+
+    Raises:
+        RunError: see `train`; a setting that can't change once training has begun.
+    """
+    settings = rescue.next_settings(run) if settings is None else settings
+    if settings:
+        run.change_config(run.config().with_settings(settings))
+        say("Going on with " + ", ".join(settings))
+    return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
+
+
+@rescue.rescued
 def evaluate(
     run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
 ) -> Evaluation:
@@ -221,6 +278,7 @@ def evaluate(
     return result
 
 
+@rescue.rescued
 def ask(
     run: Run,
     model: PeftModel,
@@ -406,6 +464,7 @@ class ReloadCheck:
         return f"{verdict}: {self.same_answers} of {self.prompts} answers equal, logits within {self.largest_difference:.1e}"
 
 
+@rescue.rescued
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
     """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
 
@@ -466,7 +525,8 @@ def _owned(run: Run) -> Iterator[None]:
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
         log.error("training ended: %s: %s", type(error).__name__, error)
-        run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
+        with contextlib.suppress(RunError):  # a full disk must not hide why
+            run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
         raise
     finally:
         handler.close()
