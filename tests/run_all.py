@@ -1,6 +1,6 @@
-"""All checks in order, each with its time: style, layers, unit tests, notebooks. Ends at the first failure.
+"""All checks in order, each with its time: style, layers, unit tests, notebooks, notebooks in a browser. Ends at the first failure.
 
-python tests/run_all.py [--only style|unit|notebooks] [--profile tiny|demo]
+python tests/run_all.py [--only style|unit|notebooks|browser] [--profile tiny|demo]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 def main() -> int:
     """Runs the chosen checks and returns the first exit code that is not 0."""
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("--only", choices=("style", "unit", "notebooks"))
+    arguments.add_argument("--only", choices=("style", "unit", "notebooks", "browser"))
     arguments.add_argument("--profile", choices=("tiny", "demo"), default="tiny")
     options = arguments.parse_args()
     for name, command, environment in checks(options.profile):
@@ -52,8 +52,13 @@ def checks(profile: str) -> list[tuple[str, list[str], dict[str, str]]]:
         ("style", [str(BIN / "ruff"), "check", "."], {}),
         ("style", [str(BIN / "ruff"), "format", "--check", "."], {}),
         ("style", [str(BIN / "lint-imports"), "--no-cache"], {}),
-        ("unit", [*python, "pytest", "tests", "-n", "2", "--dist", "loadfile"], offline | {"OMP_NUM_THREADS": "1"}),
+        (
+            "unit",
+            [*python, "pytest", "tests", "-n", "2", "--dist", "loadfile", "--ignore=tests/browser"],
+            offline | {"OMP_NUM_THREADS": "1"},
+        ),
         ("notebooks", [*python, "pytest", "--nbval-lax", "--nbval-current-env", "notebooks"], notebook_environment),
+        ("browser", [*python, "pytest", "tests/browser"], offline),
     ]
 
 

@@ -1,0 +1,85 @@
+"""A real JupyterLab in Debian's headless Chromium, driven by Playwright.
+
+Without Chromium these tests are skipped, unless QLORA_NEED_BROWSER is set: then they fail.
+QLORA_SCREENSHOTS names a folder (below the repository) for the pictures of the README; without it they go to a scratch folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import LAPTOP, ROOT, THEMES, Notebook, running_lab
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, without a window."""
+    if CHROMIUM is None:
+        complain = pytest.fail if os.environ.get("QLORA_NEED_BROWSER") else pytest.skip
+        complain("Chromium is not installed; on Debian: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def lab(browser, tmp_path_factory):
+    """One JupyterLab server for all tests, with copies of the notebooks; runs are shared between them."""
+    with running_lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def page(browser):
+    """A page of a browser profile of its own, as wide as a laptop; what its console says of errors fails the test."""
+    context = browser.new_context(viewport=LAPTOP)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    yield page
+    context.close()
+    assert not broken, broken
+
+
+@pytest.fixture
+def opened(page, lab):
+    """Opens notebooks by name; their kernels end with the test."""
+    notebooks: list[Notebook] = []
+
+    def open_notebook(name: str) -> Notebook:
+        notebooks.append(Notebook(page, lab, name))
+        return notebooks[-1]
+
+    yield open_notebook
+    for notebook in notebooks:
+        notebook.close()
+
+
+@pytest.fixture
+def picture(tmp_path) -> Callable[[Notebook, Any, str], list[Path]]:
+    """Takes a picture of a part of a notebook in the light and in the dark theme."""
+    folder = ROOT / os.environ["QLORA_SCREENSHOTS"] if "QLORA_SCREENSHOTS" in os.environ else tmp_path
+
+    def take(notebook: Notebook, part: Any, name: str) -> list[Path]:
+        paths = []
+        for theme in THEMES:
+            notebook.theme(theme)
+            part.scroll_into_view_if_needed()
+            paths.append(folder / f"{name}-{theme}.png")
+            part.screenshot(path=paths[-1], animations="disabled", caret="hide")
+        return paths
+
+    return take

@@ -1,0 +1,190 @@
+"""A JupyterLab of its own for a test, and a notebook in it as a person sees it.
+
+The server runs as a process on a free port with copies of notebooks, tiny profile, runs and settings in scratch folders. Tests click and
+type; what a person does by menu (open a file, run all) goes through JupyterLab's own commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+LAPTOP = {"width": 1280, "height": 800}
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+RUN_TIMEOUT_S = 180.0
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Lab:
+    """A running JupyterLab server.
+
+    Attributes:
+        folder: what it serves: the copied notebooks.
+        runs: where the notebooks keep their runs.
+        url, token: its address.
+    """
+
+    def __init__(self, folder: Path, runs: Path, url: str, token: str) -> None:
+        self.folder, self.runs, self.url, self.token = folder, runs, url, token
+
+    def add_notebook(self, name: str, cells: list[str]) -> str:
+        """Writes a notebook of code cells into the served folder and returns its name."""
+        import nbformat
+
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        nbformat.write(notebook, self.folder / name)
+        return name
+
+
+@contextlib.contextmanager
+def running_lab(scratch: Path) -> Iterator[Lab]:
+    """Starts JupyterLab on copies of the notebooks and ends it, with its kernels, at the end of the block."""
+    folder, runs = scratch / "notebooks", scratch / "runs"
+    shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
+    _write_settings(scratch / "settings")
+    port, token = free_port(), secrets.token_hex(16)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "QLORA_PROFILE": "tiny",
+        "QLORA_RUNS": str(runs),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "JUPYTER_CONFIG_DIR": str(scratch / "config"),
+        "JUPYTER_DATA_DIR": str(scratch / "data"),
+        "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(scratch / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(scratch / "workspaces"),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
+               "--LabApp.expose_app_in_browser=True", "--ServerApp.terminals_enabled=False"]  # fmt: skip
+    with open(scratch / "server.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_for_server(server, f"http://127.0.0.1:{port}", token, scratch / "server.log")
+            yield Lab(folder, runs, f"http://127.0.0.1:{port}", token)
+        finally:
+            server.terminate()  # ends its kernels first
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _write_settings(folder: Path) -> None:
+    """No question about news, nothing that asks the network, no notifications over what is looked at."""
+    path = folder / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
+
+
+def _wait_for_server(server: subprocess.Popen[bytes], url: str, token: str, log: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/api/status?token={token}", timeout=5):
+            return
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"JupyterLab did not start:\n{log.read_text()}")
+        time.sleep(0.1)
+
+
+class Notebook:
+    """A notebook in a browser's page.
+
+    Args:
+        page: Playwright's page.
+        lab: the server.
+        name: the notebook's file, below the served folder.
+    """
+
+    def __init__(self, page: Any, lab: Lab, name: str) -> None:
+        self.page, self.lab, self.name = page, lab, name
+        self.open()
+
+    def open(self) -> None:
+        """Opens it (again: as a reload of the page) and waits until its kernel is there."""
+        self.page.goto(f"{self.lab.url}/lab?token={self.lab.token}&reset")
+        self.page.wait_for_function("() => window.jupyterapp !== undefined")
+        self.page.evaluate(
+            """async name => {
+                await jupyterapp.restored;
+                window.notebook = await jupyterapp.commands.execute('docmanager:open', {path: name, factory: 'Notebook'});
+                await notebook.context.ready;
+                await notebook.sessionContext.ready;
+                if (!jupyterapp.shell.leftCollapsed) jupyterapp.shell.collapseLeft();
+            }""",
+            self.name,
+        )
+        self.wait_idle()
+
+    def run_all(self, timeout_s: float = RUN_TIMEOUT_S) -> None:
+        """Runs all cells and waits until the last has ended.
+
+        Raises:
+            AssertionError: a cell failed; with its traceback.
+        """
+        self.page.evaluate(
+            """() => {
+                window.ended = undefined;
+                jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ended = true; });
+            }"""
+        )
+        self.page.wait_for_function("() => window.ended", timeout=1000 * timeout_s)
+        self.wait_idle()
+        errors = [output for output in self.outputs() if output["output_type"] == "error"]
+        assert not errors, "\n".join("\n".join(error["traceback"]) for error in errors)
+
+    def run_cell(self, number: int, timeout_s: float = RUN_TIMEOUT_S) -> None:
+        """Runs one cell, counted from 0, and waits for its end."""
+        self.page.evaluate(
+            """number => {
+                window.ended = undefined;
+                notebook.content.deselectAll();
+                notebook.content.activeCellIndex = number;
+                jupyterapp.commands.execute('notebook:run-cell').then(() => { window.ended = true; });
+            }""",
+            number,
+        )
+        self.page.wait_for_function("() => window.ended", timeout=1000 * timeout_s)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """The outputs of all cells, as the notebook's file would hold them."""
+        cells = self.page.evaluate("() => notebook.content.model.toJSON().cells")
+        return [output for cell in cells for output in cell.get("outputs", [])]
+
+    def wait_idle(self, timeout_s: float = 60.0) -> None:
+        """Waits until the kernel has nothing to do."""
+        self.page.wait_for_function(
+            "() => notebook.sessionContext.session?.kernel?.status === 'idle'", timeout=1000 * timeout_s
+        )
+
+    def theme(self, name: str) -> None:
+        """Changes to the `light` or `dark` theme and waits until it is drawn."""
+        self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", THEMES[name])
+        light = "true" if name == "light" else "false"
+        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'")
+
+    def close(self) -> None:
+        """Ends the kernel: each holds a torch of its own."""
+        self.page.evaluate("() => notebook.sessionContext.shutdown()")
