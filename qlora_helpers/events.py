@@ -1,83 +1,32 @@
-"""TensorBoard event files: always local first; copied to S3 by a thread of its own where a run asks for it.
+"""TensorBoard event files: scalars, hyperparameters and sample texts, always local first; `s3_copy` brings them to S3 where asked.
 
-tensorboardX writes them (its own S3 writer uploads in the training loop and raises there when the bucket is away). A bucket that
-is missing, forbidden or gone for a while never stops or slows training and loses no points: the local files are whole, and the copy
-catches up. Knows nothing of models; TensorBoard's format is tensorboardX's business.
+tensorboardX writes them (its own S3 writer uploads in the training loop and raises there when the bucket is away). Knows nothing of
+models; TensorBoard's format is tensorboardX's business.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_helpers.config import RunConfig
+from qlora_helpers.errors import RunError
 from qlora_helpers.run import Run
+from qlora_helpers.s3_copy import CopyState, S3Copy, s3_target
 
-COPY_EVERY_S = 30.0
-log = logging.getLogger(__name__)
-
-
-class S3Copy:
-    """Copies changed files of a folder to S3 from a thread of its own.
-
-    Args:
-        folder: watched; its files only grow.
-        target: `s3://bucket/prefix`.
-        client: boto3's S3 client; made from the usual AWS settings where none is given.
-        every_s: seconds between looks.
-    """
-
-    def __init__(self, folder: Path, target: str, *, client: Any = None, every_s: float = COPY_EVERY_S) -> None:
-        self.folder, self.every_s = folder, every_s
-        self.bucket, _, self.prefix = target.removeprefix("s3://").rstrip("/").partition("/")
-        self.problem: str | None = None
-        self._client = client
-        self._sizes: dict[Path, int] = {}
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="s3-copy", daemon=True)
-        self._thread.start()
-
-    def close(self, timeout_s: float = 20.0) -> None:
-        """Makes a last copy and ends the thread."""
-        self._end.set()
-        self._thread.join(timeout_s)
-
-    def _loop(self) -> None:
-        while not self._end.wait(self.every_s):
-            self._copy()
-        self._copy()
-
-    def _copy(self) -> None:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            if self._client is None:
-                import boto3
-
-                self._client = boto3.client("s3")
-            for path in sorted(self.folder.rglob("events.*")):
-                size = path.stat().st_size
-                if self._sizes.get(path) != size:
-                    key = f"{self.prefix}/{path.relative_to(self.folder).as_posix()}"
-                    self._client.upload_file(str(path), self.bucket, key)
-                    self._sizes[path] = size
-            self.problem = None
-        except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
-            if self.problem is None:
-                log.warning("events could not be copied to s3://%s: %s; training goes on", self.bucket, error)
-            self.problem = f"{type(error).__name__}: {error}"
+METRICS = ("train/loss", "eval/loss")
+"""What the page of hyperparameters compares runs by."""
 
 
-def event_callback(run: Run, config: RunConfig, *, s3_client: Any = None) -> Any:
-    """A `TrainerCallback` that writes the run's scalars and settings to `events/`; None where it is off.
+def event_callback(
+    run: Run, config: RunConfig, *, samples: Mapping[str, Mapping[str, str]] | None = None, s3_client: Any = None
+) -> Any:
+    """A `TrainerCallback` that writes the run's scalars, settings and samples to `events/`; None where it is off.
 
     Args:
         run: the run.
         config: its settings; `train.tensorboard` says where the events go.
+        samples: name -> heading -> text, such as a held-out dialogue and its summary; what `write_answers` adds to later.
         s3_client: see `S3Copy`.
     """
     if config.train.tensorboard == "off":
@@ -90,13 +39,17 @@ def event_callback(run: Run, config: RunConfig, *, s3_client: Any = None) -> Any
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             from tensorboardX import SummaryWriter
+            from tensorboardX.summary import hparams
 
             self.writer = SummaryWriter(str(run.events_dir), flush_secs=10, purge_step=state.global_step + 1)
             self.writer.add_text("config", _as_markdown(config), state.global_step)
-            if config.train.tensorboard.startswith("s3://"):
-                self.copy = S3Copy(
-                    run.events_dir, f"{config.train.tensorboard.rstrip('/')}/{run.name}", client=s3_client
-                )
+            # Not add_hparams, which makes a folder of its own: then the page would show each run twice.
+            for summary in hparams(_settings(config), dict.fromkeys(METRICS))[:2]:  # the third says that it ended
+                self.writer.file_writer.add_summary(summary)
+            for name, texts in (samples or {}).items():
+                self.writer.add_text(f"samples/{name}", _as_code(texts), state.global_step)
+            if target := s3_target(run, config):
+                self.copy = S3Copy(run.events_dir, target, client=s3_client)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             for name, value in (logs or {}).items():
@@ -117,22 +70,79 @@ def event_callback(run: Run, config: RunConfig, *, s3_client: Any = None) -> Any
     return EventCallback()
 
 
-def _as_markdown(config: RunConfig) -> str:
-    lines = ["| setting | value |", "|---|---|"]
-    for section, values in config.to_dict().items():
-        if isinstance(values, dict):
-            lines += [f"| {section}.{key} | {value} |" for key, value in values.items()]
-    return "\n".join(lines)
-
-
-def tensorboard_arguments(run: Run, config: RunConfig, *, port: Callable[[], int] | None = None) -> list[str]:
-    """Arguments for `%tensorboard` (or the `tensorboard` command) that show this run.
+def write_answers(
+    run: Run,
+    config: RunConfig,
+    samples: Mapping[str, Mapping[str, str]],
+    scores: Mapping[str, float],
+    *,
+    s3_client: Any = None,
+) -> None:
+    """Adds answers and scores of an evaluation to the run's events, at the step that the run has reached.
 
     Args:
         run: the run.
-        config: says whether the events are local or on S3.
-        port: chooses the port; TensorBoard's own default where none is given.
+        config: its settings; `train.tensorboard` says where the events go.
+        samples: name -> heading -> text: dialogue, summary and each model's answer.
+        scores: name -> value.
+        s3_client: see `S3Copy`.
     """
-    s3 = config.train.tensorboard.startswith("s3://")
-    place = f"{config.train.tensorboard.rstrip('/')}/{run.name}" if s3 else str(run.events_dir)
-    return ["--logdir", place, *(["--port", str(port())] if port else [])]
+    if config.train.tensorboard == "off":
+        return
+    from tensorboardX import SummaryWriter
+
+    step = run.status().step
+    # The name of an event file holds the second: the ending keeps it apart from the trainer's.
+    with SummaryWriter(str(run.events_dir), filename_suffix=".evaluation") as writer:
+        for name, texts in samples.items():
+            writer.add_text(f"samples/{name}", _as_code(texts), step)
+        for name, value in scores.items():
+            writer.add_scalar(f"scores/{name}", value, step)
+    if target := s3_target(run, config):
+        S3Copy(run.events_dir, target, client=s3_client).close()
+
+
+def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
+    """Copies what is not in the bucket yet, for a run whose bucket was away to its end.
+
+    Raises:
+        RunError: the run's events go to no bucket, or it does not take them; the local ones are whole.
+    """
+    target = s3_target(run, run.config())
+    if target is None:
+        raise RunError(
+            f"the events of {run.name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+        )
+    copy = S3Copy(run.events_dir, target, client=s3_client)
+    copy.close()
+    if copy.problem is not None or not copy.ended:
+        raise RunError(
+            f"{target} did not take the events",
+            got=copy.problem or "no answer in time",
+            next_step="They are whole in the run folder; look at bucket, region and credentials, and call this again.",
+        )
+    return copy.state
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    sections = {name: values for name, values in config.to_dict().items() if isinstance(values, dict)}
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def _as_markdown(config: RunConfig) -> str:
+    return "\n".join(
+        ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in _settings(config).items())]
+    )
+
+
+def _as_code(texts: Mapping[str, str]) -> str:
+    """Headings and texts as Markdown; a text is indented, so that marks and tags in a dialogue are shown as they are."""
+    parts = []
+    for heading, text in texts.items():
+        lines = "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
+        parts.append(f"**{heading}**\n\n{lines}")
+    return "\n\n".join(parts)

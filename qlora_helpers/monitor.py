@@ -17,6 +17,7 @@ from typing import Any
 from qlora_helpers.charts import Chart, Panel, Points, number_text
 from qlora_helpers.errors import UserError
 from qlora_helpers.run import Run, Status, find_runs, read_json
+from qlora_helpers.s3_copy import CopyState, copy_state
 from qlora_helpers.tables import Table, html_table, plain, text_table
 from qlora_helpers.units import duration
 
@@ -107,6 +108,7 @@ class Watch:
         readings: name -> text, the last that were logged; empty before the first.
         seconds_left: of the training, by the pace of this session; None where it can't be told.
         seconds_silent: since the trainer's last sign of life.
+        events_copy: how far the copy of the TensorBoard events on S3 is; None where there is none.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Watch:
     readings: dict[str, str]
     seconds_left: float | None = None
     seconds_silent: float = 0.0
+    events_copy: CopyState | None = None
 
     def lines(self) -> list[str]:
         """The lines that are printed: state and step, trouble where there is any, readings."""
@@ -128,6 +131,7 @@ class Watch:
         lines += [f"last error: {status.last_error}"] if status.last_error else []
         if self.readings:
             lines.append(", ".join(f"{name} {text}" for name, text in self.readings.items()))
+        lines += [f"TensorBoard: {self.events_copy.line()}"] if self.events_copy else []
         return [" ".join(plain(line).split()) for line in lines]
 
     def __repr__(self) -> str:
@@ -141,8 +145,9 @@ class Watch:
 def watch_once(run: Run) -> Watch:
     """Looks at a run once: state, step, time left, and the last readings."""
     status, records = run.status(), run.progress()
+    silent = max(0.0, time.time() - status.heartbeat)
     return Watch(
-        run.name, status, _readings(records), _seconds_left(status, records), max(0.0, time.time() - status.heartbeat)
+        run.name, status, _readings(records), _seconds_left(status, records), silent, copy_state(run.events_dir)
     )
 
 

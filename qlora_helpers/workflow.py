@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
 RELOAD_TOLERANCE = 1e-4
+TENSORBOARD_SAMPLES = 3
 # Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
 _MODEL_IN_USE = threading.RLock()
 
@@ -182,7 +183,7 @@ def train(
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
-        events = event_callback(run, config) if main else None
+        events = event_callback(run, config, samples=_samples(data)) if main else None
         with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
@@ -263,6 +264,7 @@ def evaluate(
         say: told what takes long.
     """
     from qlora_helpers import evaluation
+    from qlora_helpers.events import write_answers
 
     config = run.config()
     if model is None or loaded is None:
@@ -275,6 +277,7 @@ def evaluate(
             max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
         )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
+    write_answers(run, config, *_answers(result))
     return result
 
 
@@ -578,3 +581,18 @@ def add_to_plan(run: Run, **found: Any) -> None:
     """Writes what was found into the run's `plan.json`, beside what is there."""
     old = read_json(run.plan_path) if run.plan_path.exists() else {}
     write_json(run.plan_path, old | found)
+
+
+def _samples(data: PreparedData) -> dict[str, dict[str, str]]:
+    """What TensorBoard shows of the held-out rows before they are answered."""
+    return {row.id: {"dialogue": row.dialogue, "its summary": row.summary} for row in data.test[:TENSORBOARD_SAMPLES]}
+
+
+def _answers(result: Evaluation) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """The same rows with their answers, and the scores that TensorBoard lays over those of other runs."""
+    samples = {
+        row["id"]: {"dialogue": row["dialogue"], "its summary": row["summary"]}
+        | {f"answer of {model}": answer["text"] for model, answer in row["answers"].items()}
+        for row in result.to_dict()["rows"][:TENSORBOARD_SAMPLES]
+    }
+    return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qlora_helpers.config import RunConfig
-from qlora_helpers.events import S3Copy, event_callback, tensorboard_arguments
+from qlora_helpers.errors import RunError
+from qlora_helpers.events import copy_events, event_callback, write_answers
+from qlora_helpers.s3_copy import CopyState, S3Copy, copy_state
 
 ARGS, CONTROL = SimpleNamespace(), SimpleNamespace()
 
@@ -53,12 +60,11 @@ class Bucket:
         self.failing: Exception | None = None
         self.calls = 0
 
-    def upload_file(self, path: str, bucket: str, key: str) -> None:
+    def put_object(self, *, Bucket: str, Key: str, Body: bytes) -> None:
         self.calls += 1
         if self.failing is not None:
             raise self.failing
-        with open(path, "rb") as file:
-            self.objects[bucket, key] = file.read()
+        self.objects[Bucket, Key] = Body
 
 
 def until(condition, seconds: float = 10.0) -> None:
@@ -81,7 +87,7 @@ def test_tensorboard_reads_them(run):
     }
     assert points(run.events_dir, "train/loss") == [(1, 10.0), (2, 5.0), (3, 10 / 3)]
     assert points(run.events_dir, "eval/loss") == [(3, 3.5)]
-    assert read(run.events_dir).Tags()["tensors"] == ["config/text_summary"]
+    assert "config/text_summary" in read(run.events_dir).Tags()["tensors"]
     text = read(run.events_dir).Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| model.name | HuggingFaceTB/SmolLM2-135M-Instruct |" in text
 
@@ -147,15 +153,11 @@ def no_connection():
     return EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
 
 
-def upload_failed():
-    from boto3.exceptions import S3UploadFailedError
-
-    return S3UploadFailedError("Failed to upload")
+def full_pool():
+    return RuntimeError("whatever else a library may raise")
 
 
-@pytest.mark.parametrize(
-    "failure", [client_error, no_connection, upload_failed, lambda: ConnectionRefusedError("refused")]
-)
+@pytest.mark.parametrize("failure", [client_error, no_connection, full_pool, lambda: ConnectionRefusedError("refused")])
 def test_a_bucket_that_is_away_is_told_once_and_caught_up_with(run, failure, caplog):
     bucket = Bucket()
     bucket.failing = failure()
@@ -166,10 +168,17 @@ def test_a_bucket_that_is_away_is_told_once_and_caught_up_with(run, failure, cap
         copy = S3Copy(folder, "s3://bucket/prefix", client=bucket, every_s=0.01)
         until(lambda: bucket.calls >= 3)
         assert copy.problem.startswith(type(bucket.failing).__name__)
+        until(lambda: copy_state(folder) is not None)
+        told = copy_state(folder)
+        assert (told.target, told.pending_bytes, told.last_success) == ("s3://bucket/prefix", 3, None)
+        assert told.last_error == copy.problem and told.failing_since <= time.time()
         (folder / "events.out.1").write_bytes(b"one two")
         bucket.failing = None
         until(lambda: copy.problem is None)
         copy.close()
+    told = copy_state(folder)
+    assert (told.pending_bytes, told.last_error, told.failing_since) == (0, None, None)
+    assert abs(told.last_success - time.time()) < 60
     assert bucket.objects == {("bucket", "prefix/events.out.1"): b"one two"}
     assert [record.message.split(":")[0] for record in caplog.records] == ["events could not be copied to s3"]
     assert "training goes on" in caplog.text
@@ -193,7 +202,7 @@ def test_the_run_s_files_reach_the_bucket_below_its_name(run):
     bucket = Bucket()
     callback = write(run, [1, 2], place="s3://bucket/a/prefix/", client=bucket)
     ((name, key),) = bucket.objects
-    (path,) = run.events_dir.iterdir()
+    (path,) = run.events_dir.glob("events.*")
     assert (name, key) == ("bucket", f"a/prefix/mine/{path.name}")
     assert bucket.objects[name, key] == path.read_bytes()  # the last points too
     assert not callback.copy._thread.is_alive()
@@ -206,11 +215,112 @@ def test_training_that_fails_leaves_no_thread_behind(run):
     assert callback.copy._thread not in threading.enumerate()
 
 
-# showing them
+def test_a_bucket_that_was_away_to_the_end_is_caught_up_with_later(run):
+    run.save_config(config("s3://bucket/prefix"))
+    bucket = Bucket()
+    bucket.failing = client_error()
+    write(run, [1, 2], place="s3://bucket/prefix", client=bucket)
+    with pytest.raises(
+        RunError, match="s3://bucket/prefix/mine did not take the events.*AccessDenied.*whole in the run"
+    ):
+        copy_events(run, s3_client=bucket)
+    bucket.failing = None
+    state = copy_events(run, s3_client=bucket)
+    assert (state.last_error, state.pending_bytes) == (None, 0)
+    (path,) = run.events_dir.glob("events.*")
+    assert bucket.objects == {("bucket", f"prefix/mine/{path.name}"): path.read_bytes()}
 
 
-def test_arguments_for_tensorboard(run):
-    assert tensorboard_arguments(run, config()) == ["--logdir", str(run.events_dir)]
-    assert tensorboard_arguments(run, config("s3://bucket/p/"), port=lambda: 6007) == [
-        "--logdir", "s3://bucket/p/mine", "--port", "6007",
-    ]  # fmt: skip
+def test_events_that_stay_here_have_nothing_to_catch_up_with(run):
+    run.save_config(config())
+    with pytest.raises(RunError, match="go to no bucket"):
+        copy_events(run)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"pending_bytes": 3}'])
+def test_a_damaged_state_is_no_state(run, damage):
+    run.events_dir.mkdir(parents=True)
+    assert copy_state(run.events_dir) is None
+    (run.events_dir / "upload.json").write_text(damage)
+    assert copy_state(run.events_dir) is None
+
+
+def test_what_a_panel_says():
+    assert CopyState("s3://b/p").line() == "s3://b/p: nothing is copied yet"
+    assert CopyState("s3://b/p", 100.0).line(now=172.0) == "s3://b/p: all events were copied 1 min 12 s ago"
+    failing = CopyState("s3://b/p", 100.0, "ClientError: no", 110.0, pending_bytes=2560)
+    assert failing.line(now=140.0) == (
+        "s3://b/p has not taken the events for 30 s (ClientError: no); "
+        "2.5 KiB wait in the run folder, training goes on and nothing is lost"
+    )
+
+
+def test_a_process_does_not_hang_on_a_bucket_that_never_answers(tmp_path):
+    """A connection that is taken and never answered: the slowest way for a bucket to be away."""
+    code = (
+        "import pathlib, sys; from qlora_helpers.s3_copy import S3Copy; folder = pathlib.Path(sys.argv[1]);"
+        "(folder / 'events.1').write_bytes(b'x'); S3Copy(folder, 's3://bucket/prefix').close(timeout_s=1)"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        account = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+        }
+        environment = os.environ | account | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        started = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, timeout=60
+        )
+        silent.setblocking(False)
+        silent.accept()  # it was asked
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert time.monotonic() - started < 15
+
+
+# hyperparameters and texts
+
+
+def test_settings_are_hyperparameters(run):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    write(run, [1])
+    events = read(run.events_dir)
+    data = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert data.plugin_name == "hparams"
+    values = HParamsPluginData.FromString(data.content).session_start_info.hparams
+    assert values["adapter.r"].number_value == config().adapter.r
+    assert values["data.packing"].bool_value is config().data.packing
+    assert values["model.name"].string_value == config().model.name
+
+
+def text(folder, tag) -> list[tuple[int, str]]:
+    return [
+        (event.step, event.tensor_proto.string_val[0].decode()) for event in read(folder).Tensors(f"{tag}/text_summary")
+    ]
+
+
+def test_samples_and_later_their_answers(run):
+    shown = {"test-001": {"dialogue": "Ana: <b>hi</b>\nBo: *hi*", "its summary": "They say hi."}}
+    callback = event_callback(run, config(), samples=shown)
+    callback.on_train_begin(ARGS, state(0), CONTROL)
+    callback.on_log(ARGS, state(3), CONTROL, {"loss": 1.0})
+    callback.on_train_end(ARGS, state(3), CONTROL)
+    run.set_status(step=3)
+    answered = {"test-001": shown["test-001"] | {"answer of tuned": ""}}
+    bucket = Bucket()
+    write_answers(run, config("s3://bucket/prefix"), answered, {"rouge_l_tuned": 12.5}, s3_client=bucket)
+    (before, first), (after, second) = text(run.events_dir, "samples/test-001")
+    assert (before, after) == (0, 3)
+    assert first == "**dialogue**\n\n    Ana: <b>hi</b>\n    Bo: *hi*\n\n**its summary**\n\n    They say hi."
+    assert second == f"{first}\n\n**answer of tuned**\n\n    (empty)"
+    assert points(run.events_dir, "scores/rouge_l_tuned") == [(3, 12.5)]
+    assert len(bucket.objects) == 2
+
+
+def test_answers_are_not_written_where_tensorboard_is_off(run):
+    write_answers(run, config("off"), {"a": {"dialogue": "x"}}, {})
+    assert not run.events_dir.exists()

@@ -208,6 +208,19 @@ def test_a_running_run(tmp_path):
     assert readings.endswith("process 1.31 GiB")
 
 
+def test_a_bucket_that_is_away_is_seen(tmp_path):
+    run = finished_run(tmp_path)
+    assert "TensorBoard" not in repr(watch_once(run))
+    write_json(
+        run.events_dir / "upload.json",
+        {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "pending_bytes": 1024},
+    )
+    last = repr(watch_once(run)).splitlines()[-1]
+    assert last.startswith("TensorBoard: s3://b/p/demo has not taken the events for") and "NoSuchBucket: <b>" in last
+    assert "1.0 KiB wait in the run folder" in last
+    assert "NoSuchBucket: &lt;b&gt;" in watch_once(run)._repr_html_()
+
+
 def test_the_time_left_goes_by_the_pace_of_this_session(tmp_path):
     run = fake_run(tmp_path)
     run.start_session(30, 0)

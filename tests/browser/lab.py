@@ -1,7 +1,7 @@
 """A JupyterLab of its own for a test, and a notebook in it as a person sees it.
 
-The server runs as a process on a free port with copies of notebooks, tiny profile, runs and settings in scratch folders. Tests click and
-type; what a person does by menu (open a file, run all) goes through JupyterLab's own commands.
+The server runs as a process on a free port, in the tiny profile, with copies of the notebooks, runs and settings in scratch
+folders. Tests click and type; what a person does by menu (open a file, run all) goes through JupyterLab's own commands.
 """
 
 from __future__ import annotations

@@ -1,0 +1,186 @@
+"""TensorBoard as a process beside the notebook, and the way a browser reaches its page.
+
+Owns the process, its port and the address: directly on the person's own machine, through Jupyter's proxy on JupyterHub and
+in SageMaker Studio, where the browser sees no port of the kernel's machine. Reads event files (here or on S3) through
+TensorBoard alone; no torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_helpers.config import RunConfig
+from qlora_helpers.errors import RunError
+from qlora_helpers.run import Run
+from qlora_helpers.s3_copy import s3_target
+
+START_TIMEOUT_S = 90.0
+_ADDRESS = re.compile(rb"TensorBoard \S+ at http://[^ :]+:(\d+)/")
+_pages: dict[str, TensorBoardPage] = {}
+
+
+def tensorboard_arguments(run: Run, config: RunConfig) -> list[str]:
+    """Arguments for the `tensorboard` command (or `%tensorboard`) that show this run, from wherever its events can be read."""
+    return ["--logdir", s3_target(run, config) or str(run.events_dir)]
+
+
+def start_tensorboard(run: Run, *, from_s3: bool | None = None) -> TensorBoardPage:
+    """Starts TensorBoard on a run, on a free port of this machine; the same page again where it runs already.
+
+    Args:
+        run: the run.
+        from_s3: whether to read the copy on S3; None takes the local events where there are some, as they are never behind.
+
+    Returns:
+        The page: shows itself in a notebook, prints as its address, and is ended with `stop()` (or with the kernel).
+
+    Raises:
+        RunError: the run has no events, or TensorBoard does not start.
+    """
+    target = s3_target(run, run.config())
+    if from_s3 is None:
+        from_s3 = target is not None and not any(run.events_dir.glob("events.*"))
+    if from_s3 and target is None:
+        raise RunError(
+            f"the events of {run.name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+        )
+    if not from_s3:
+        run.need(run.events_dir, "Notebook 04_train")
+    place = target if from_s3 and target else str(run.events_dir.resolve())
+    if place not in _pages or not _pages[place].is_running:
+        _pages[place] = TensorBoardPage(run.name, place)
+    return _pages[place]
+
+
+class TensorBoardPage:
+    """A running TensorBoard.
+
+    Args:
+        name: of what it shows.
+        place: the folder or `s3://` address of the events.
+
+    Attributes:
+        port: the one it chose.
+        url: where a browser finds it; a path alone where it goes through Jupyter.
+    """
+
+    def __init__(self, name: str, place: str) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", place, "--host", "127.0.0.1", "--port", "0"]
+        command += ["--reload_interval", "30" if place.startswith("s3://") else "5"]
+        with tempfile.TemporaryFile() as log:
+            # A process group of its own: interrupting a cell would end it too.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_environment(os.environ),
+                process_group=0,
+            )  # fmt: skip
+            atexit.register(self.stop)
+            self.port = self._wait_for_port(log)
+        self.url = browser_url(self.port)
+
+    def _wait_for_port(self, log: IO[bytes]) -> int:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            said = os.pread(log.fileno(), 100_000, 0)  # the place of reading is the place of its writing
+            if found := _ADDRESS.search(said):
+                return int(found[1])
+            if not self.is_running or time.monotonic() > deadline:
+                self.stop()
+                last = [line for line in said.decode(errors="replace").splitlines() if line.strip()][-1:]
+                raise RunError("TensorBoard did not start", got=repr(*last or [""]), next_step="Is it installed here?")
+            time.sleep(0.05)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process lives."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends it; the event files stay."""
+        atexit.unregister(self.stop)
+        if self.is_running:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def __enter__(self) -> TensorBoardPage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        if not self.is_running:
+            return f"TensorBoard of {self.name}: stopped"
+        return f"TensorBoard of {self.name}: {self.url} (stop() ends it)"
+
+    def _repr_html_(self) -> str:
+        if not self.is_running:
+            return f"<p>{html.escape(repr(self))}</p>"
+        url, name = html.escape(self.url), html.escape(self.name)
+        return (
+            f'<p>TensorBoard of {name}: <a href="{url}" target="_blank" rel="noopener">open it in a tab of its own</a></p>'
+            f'<iframe title="TensorBoard of {name}" src="{url}" width="100%" height="640" style="border:0"></iframe>'
+        )
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """TensorBoard reads another variable for an S3 that is not Amazon's than boto3 does."""
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    return ({"S3_ENDPOINT": endpoint} if endpoint else {}) | dict(environ)
+
+
+def browser_url(port: int, environ: Mapping[str, str] = os.environ) -> str:
+    """Where a browser finds a port of this machine.
+
+    Through `jupyter-server-proxy` on JupyterHub, in SageMaker Studio, and wherever the Jupyter server that started this
+    kernel has it; `TENSORBOARD_PROXY_URL` (with `%PORT%` in it) overrides. Else the port itself, which a browser on the same
+    machine reaches.
+    """
+    if "TENSORBOARD_PROXY_URL" in environ:
+        return environ["TENSORBOARD_PROXY_URL"].replace("%PORT%", str(port))
+    if prefix := environ.get("JUPYTERHUB_SERVICE_PREFIX"):
+        return f"{prefix.rstrip('/')}/proxy/{port}/"
+    if app := environ.get("SAGEMAKER_APP_TYPE_LOWERCASE") or environ.get("SAGEMAKER_APP_TYPE", "").lower():
+        return f"/{app}/default/proxy/{port}/"
+    server = _jupyter_server(environ)
+    if server and _answers(f"{server['url']}proxy/{port}/", server.get("token", "")):
+        return f"{server['base_url']}proxy/{port}/"
+    return f"http://127.0.0.1:{port}/"
+
+
+def _jupyter_server(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the Jupyter server that started this kernel wrote down about itself; None where there is none."""
+    try:
+        from jupyter_core.paths import jupyter_runtime_dir
+
+        path = Path(jupyter_runtime_dir()) / f"jpserver-{int(environ['JPY_PARENT_PID'])}.json"
+        told = json.loads(path.read_text())
+        return told if {"url", "base_url"} <= told.keys() else None
+    except (ImportError, KeyError, ValueError, OSError):
+        return None
+
+
+def _answers(url: str, token: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"token {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
