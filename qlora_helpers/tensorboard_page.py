@@ -37,32 +37,40 @@ def tensorboard_arguments(run: Run, config: RunConfig) -> list[str]:
     return ["--logdir", s3_target(run, config) or str(run.events_dir)]
 
 
-def start_tensorboard(run: Run, *, from_s3: bool | None = None) -> TensorBoardPage:
-    """Starts TensorBoard on a run, on a free port of this machine; the same page again where it runs already.
+def start_tensorboard(*runs: Run, from_s3: bool | None = None) -> TensorBoardPage:
+    """Starts TensorBoard on one or more runs, on a free port of this machine; the same page again where it is up already.
 
     Args:
-        run: the run.
-        from_s3: whether to read the copy on S3; None takes the local events where there are some, as they are never behind.
+        runs: what is shown, such as `start_tensorboard(run)` or `start_tensorboard(*find_runs("runs"))`.
+        from_s3: whether to read the copy on S3 (with all that lies beside it there) of the one run that is given; None takes
+            the local events where there are some, as they are never behind.
 
     Returns:
         The page: shows itself in a notebook, prints as its address, and is ended with `stop()` (or with the kernel).
 
     Raises:
-        RunError: the run has no events, or TensorBoard does not start.
+        RunError: a run has no events, or TensorBoard does not start.
     """
-    target = s3_target(run, run.config())
+    name = ", ".join(run.name for run in runs)
     if from_s3 is None:
-        from_s3 = target is not None and not any(run.events_dir.glob("events.*"))
-    if from_s3 and target is None:
-        raise RunError(
-            f"the events of {run.name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
-        )
-    if not from_s3:
-        run.need(run.events_dir, "Notebook 04_train")
-    place = target if from_s3 and target else str(run.events_dir.resolve())
-    if place not in _pages or not _pages[place].is_running:
-        _pages[place] = TensorBoardPage(run.name, place)
-    return _pages[place]
+        from_s3 = len(runs) == 1 and bool(_bucket(runs[0])) and not any(runs[0].events_dir.glob("events.*"))
+    if from_s3:
+        place: str | dict[str, Path] | None = _bucket(runs[0])
+        if place is None:
+            raise RunError(
+                f"the events of {name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+            )
+    else:
+        place = {run.name: run.need(run.events_dir, "Notebook 04_train").resolve() for run in runs}
+    key = str(place)
+    if key not in _pages or not _pages[key].is_running:
+        _pages[key] = TensorBoardPage(name, place)
+    return _pages[key]
+
+
+def _bucket(run: Run) -> str | None:
+    place = run.config().train.tensorboard
+    return place if place.startswith("s3://") else None
 
 
 class TensorBoardPage:
@@ -70,17 +78,22 @@ class TensorBoardPage:
 
     Args:
         name: of what it shows.
-        place: the folder or `s3://` address of the events.
+        place: an `s3://` address, or name -> folder of events.
 
     Attributes:
         port: the one it chose.
         url: where a browser finds it; a path alone where it goes through Jupyter.
     """
 
-    def __init__(self, name: str, place: str) -> None:
+    def __init__(self, name: str, place: str | Mapping[str, Path]) -> None:
         self.name = name
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", place, "--host", "127.0.0.1", "--port", "0"]
-        command += ["--reload_interval", "30" if place.startswith("s3://") else "5"]
+        # TensorBoard names a run by its folder below the one that it is given: a folder of links has the names people know.
+        self._links = tempfile.TemporaryDirectory(prefix="tensorboard-")
+        if not isinstance(place, str):
+            for run_name, folder in place.items():
+                (Path(self._links.name) / run_name).symlink_to(folder, target_is_directory=True)
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0", "--logdir"]
+        command += [place, "--reload_interval", "30"] if isinstance(place, str) else [self._links.name]
         with tempfile.TemporaryFile() as log:
             # A process group of its own: interrupting a cell would end it too.
             self._process = subprocess.Popen(
@@ -118,6 +131,7 @@ class TensorBoardPage:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        self._links.cleanup()
 
     def __enter__(self) -> TensorBoardPage:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -24,22 +25,36 @@ def test_arguments_for_tensorboard(run):
     assert tensorboard_arguments(run, s3) == ["--logdir", "s3://bucket/p/mine"]
 
 
+def get(url: str):
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return json.load(answer)
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_page_of_the_run_s_events_until_it_is_stopped(tmp_path):
-    run = fake_run(tmp_path)
+    run, other = fake_run(tmp_path), fake_run(tmp_path, "other")
     with SummaryWriter(str(run.events_dir)) as writer:
         writer.add_scalar("train/loss", 2.5, 7)
-    page = start_tensorboard(run)
+    with SummaryWriter(str(other.events_dir)) as writer:
+        writer.add_scalar("train/loss", 2.0, 7)
+    page = start_tensorboard(run, other)
     try:
-        assert start_tensorboard(run) is page  # not one more each time the cell is run
-        assert repr(page) == f"TensorBoard of demo: http://127.0.0.1:{page.port}/ (stop() ends it)"
+        assert start_tensorboard(run, other) is page  # not one more each time the cell is run
+        assert repr(page) == f"TensorBoard of demo, other: http://127.0.0.1:{page.port}/ (stop() ends it)"
         assert f'src="http://127.0.0.1:{page.port}/"' in page._repr_html_()
         assert os.getpgid(page._process.pid) != os.getpgid(0)  # an interrupted cell does not reach it
-        with urllib.request.urlopen(f"{page.url}data/plugins_listing", timeout=30) as answer:
-            assert {"scalars", "text", "hparams"} <= json.load(answer).keys()
+        assert {"scalars", "text", "hparams"} <= get(f"{page.url}data/plugins_listing").keys()
+        until(lambda: sorted(get(f"{page.url}data/runs")) == ["demo", "other"])
     finally:
         page.stop()
     page.stop()
-    assert repr(page) == "TensorBoard of demo: stopped" in page._repr_html_()
+    assert repr(page) == "TensorBoard of demo, other: stopped" in page._repr_html_()
     assert "iframe" not in page._repr_html_()
     with pytest.raises(ProcessLookupError):
         os.kill(page._process.pid, 0)
@@ -57,7 +72,7 @@ def test_what_tensorboard_says_where_it_does_not_start(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RunError, match="TensorBoard did not start"):
-        TensorBoardPage("demo", "somewhere")
+        TensorBoardPage("demo", "s3://bucket/prefix")
 
 
 # the way of a browser

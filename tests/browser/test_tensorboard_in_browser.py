@@ -19,9 +19,12 @@ def test_its_page_comes_through_jupyter_and_shows_the_run(lab, opened):
     notebook = opened(
         lab.add_notebook(
             "page.ipynb",
-            ["from qlora_helpers import workflow\nfrom qlora_helpers.tensorboard_page import start_tensorboard",
-             "page = start_tensorboard(workflow.existing_run('watched'))\npage", "page.stop(); page"],
-        )  # fmt: skip
+            [
+                "from qlora_helpers import workflow\nfrom qlora_helpers.tensorboard_page import start_tensorboard",
+                "page = start_tensorboard(workflow.existing_run('watched'))\npage",
+                "page.stop(); page",
+            ],
+        )
     )
     notebook.run_cell(0)
     notebook.run_cell(1)
