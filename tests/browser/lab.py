@@ -183,7 +183,9 @@ class Notebook:
         """Changes to the `light` or `dark` theme and waits until it is drawn."""
         self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", THEMES[name])
         light = "true" if name == "light" else "false"
-        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'")
+        self.page.wait_for_function(
+            f"() => document.body.dataset.jpThemeLight === '{light}' && !document.querySelector('#jupyterlab-splash')"
+        )
 
     def close(self) -> None:
         """Ends the kernel: each holds a torch of its own."""
