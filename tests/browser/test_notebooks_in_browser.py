@@ -1,17 +1,77 @@
-"""The notebooks as a person sees them."""
+"""The notebooks as a person sees them, one after the other: 04 makes the run whose model 06 asks."""
 
 from __future__ import annotations
 
+import pytest
+from playwright.sync_api import expect
+
 from qlora_helpers.run import Run
 
+ATTACK = '<img src=x onerror="window.attacked = true">'
 
-def test_notebook_04_runs_to_its_end_and_draws_its_curve(lab, opened, picture):
+
+@pytest.fixture
+def run(lab):
+    """The run of the notebooks."""
+    return Run(lab.runs / "tiny")
+
+
+def test_04_train(opened, run, picture):
     notebook = opened("04_train.ipynb")
+    page = notebook.page
     notebook.run_all()
-    curve = notebook.page.get_by_alt_text("training loss from").first
-    curve.scroll_into_view_if_needed()
-    assert curve.evaluate("image => image.complete && image.naturalWidth > 100")
-    run = Run(lab.runs / "tiny")
     assert run.status().state == "finished"
     assert any(run.checkpoints_dir.glob("checkpoint-*/verified.json"))
+    curve = page.get_by_alt_text("training loss from").first
+    curve.scroll_into_view_if_needed()
+    assert curve.evaluate("image => image.complete && image.naturalWidth > 100")
     picture(notebook, curve, "curve")
+
+    consequences = page.locator(".qlora-consequences")
+    before = consequences.inner_text()
+    page.locator(".qlora-field-train-micro_batch_size .noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    expect(consequences).not_to_have_text(before, use_inner_text=True)
+
+
+def test_06_asks_both_models_what_a_person_types(opened, run):
+    assert run.adapter_dir.exists(), "made by notebook 04, in the test before this one"
+    notebook = opened("06_evaluate.ipynb")
+    page = notebook.page
+    notebook.run_all()
+    panel = page.locator(".qlora-answers")
+    answers = {model: panel.locator(f".qlora-answer-{model}") for model in ("base", "tuned")}
+    before = {model: answer.locator(".qlora-text").inner_text() for model, answer in answers.items()}
+    panel.locator(".qlora-dialogue textarea").fill(f"Ana: are you coming?\nBo: {ATTACK} no, I work\nAna: pity")
+    panel.locator(".noUi-handle").first.focus()  # temperature
+    page.keyboard.press("End")
+    panel.locator("button.qlora-ask").click()
+    for model, answer in answers.items():
+        expect(answer.locator(".qlora-text")).not_to_have_text(before[model], timeout=60_000)
+        expect(answer).to_contain_text("done", timeout=60_000)
+        assert answer.locator(".qlora-text").inner_text().strip()
+    assert_not_attacked(page)
+
+
+def test_what_models_and_people_write_is_shown_and_never_run(lab, opened):
+    """A model that answers with the dialogue: the shortest way for a tag to come back."""
+    cells = [
+        "from qlora_helpers.widgets import answer_panel\n"
+        "def echo(dialogue, *, tuned, temperature, top_p, max_new_tokens):\n    yield from dialogue",
+        f"answer_panel(echo, [{{'id': 'a', 'dialogue': {('Ana: ' + ATTACK)!r}, 'summary': {('Sum: ' + ATTACK)!r}}}])",
+    ]
+    notebook = opened(lab.add_notebook("echo.ipynb", cells))
+    page = notebook.page
+    notebook.run_all()
+    panel = page.locator(".qlora-answers")
+    expect(panel).to_contain_text(f"Sum: {ATTACK}")
+    panel.locator("button.qlora-ask").click()
+    for model in ("base", "tuned"):
+        expect(panel.locator(f".qlora-answer-{model} .qlora-text")).to_have_text(f"Ana: {ATTACK}")
+    assert_not_attacked(page)
+
+
+def assert_not_attacked(page) -> None:
+    """No image of the attack is in the page, so its script can't run later either."""
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("() => window.attacked") is None
