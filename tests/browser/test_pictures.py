@@ -1,0 +1,34 @@
+"""Pictures for the README that need a trained model: taken where QLORA_SCREENSHOTS is set, of the run that `make demo` leaves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from lab import ROOT
+from playwright.sync_api import expect
+
+# Read before the tests' own settings take their place.
+DEMO_RUNS = Path(os.environ.get("QLORA_RUNS") or ROOT / "runs").resolve()
+CACHE = os.environ.get("QLORA_CACHE")
+
+
+@pytest.mark.skipif("QLORA_SCREENSHOTS" not in os.environ, reason="no pictures are asked for (QLORA_SCREENSHOTS)")
+def test_answers_of_the_demo(lab, opened, picture):
+    assert (DEMO_RUNS / "demo" / "adapter").is_dir(), "`make demo` makes the run; or name its folder in QLORA_RUNS"
+    cells = [
+        f"import os\n{'del ' if CACHE is None else ''}os.environ['QLORA_CACHE']{'' if CACHE is None else f' = {CACHE!r}'}\n"
+        "from qlora_helpers import workflow\nfrom qlora_helpers.widgets import answer_panel",
+        f"run = workflow.existing_run({str(DEMO_RUNS / 'demo')!r})\nloaded = workflow.load(run)\n"
+        "model = workflow.load_adapter(run, loaded)\n"
+        "data = workflow.prepare_data(run, loaded.tokenizer, shape=model.config.to_dict())",
+        "answer_panel(workflow.streaming_answers(run, model, loaded), data.test, max_new_tokens=60)",
+    ]
+    notebook = opened(lab.add_notebook("answers.ipynb", cells))
+    notebook.run_all()
+    panel = notebook.page.locator(".qlora-answers")
+    panel.locator("button.qlora-ask").click()
+    for model in ("base", "tuned"):
+        expect(panel.locator(f".qlora-answer-{model}")).to_contain_text("done", timeout=120_000)
+    picture(notebook, panel, "answers")
