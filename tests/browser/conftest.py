@@ -18,6 +18,8 @@ from lab import LAPTOP, ROOT, THEMES, Notebook, running_lab
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync"]  # fmt: skip
+PATIENCE_S = 60
+"""How long a test waits for what must come; a shared machine may be slow."""
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +28,9 @@ def browser():
     if CHROMIUM is None:
         complain = pytest.fail if os.environ.get("QLORA_NEED_BROWSER") else pytest.skip
         complain("Chromium is not installed; on Debian: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=1000 * PATIENCE_S)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -46,7 +49,7 @@ def page(browser):
     """A page of a browser profile of its own, as wide as a laptop; what its console says of errors fails the test."""
     context = browser.new_context(viewport=LAPTOP)
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(1000 * PATIENCE_S)
     broken: list[str] = []
     page.on("pageerror", lambda error: broken.append(str(error)))
     yield page

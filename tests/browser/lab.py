@@ -138,6 +138,12 @@ class Notebook:
         )
         self.wait_idle()
 
+    def reload(self) -> None:
+        """Saves and reloads the page, as a person who comes back; the kernel lives on."""
+        self.page.evaluate("() => jupyterapp.commands.execute('docmanager:save')")
+        self.page.wait_for_function("() => !notebook.context.model.dirty")
+        self.open()
+
     def run_all(self, timeout_s: float = RUN_TIMEOUT_S) -> None:
         """Runs all cells and waits until the last has ended.
 
@@ -167,6 +173,22 @@ class Notebook:
             number,
         )
         self.page.wait_for_function("() => window.ended", timeout=1000 * timeout_s)
+
+    def kernel(self, code: str) -> str:
+        """Runs code in the notebook's kernel, after all that was clicked before, and returns what it prints."""
+        return self.page.evaluate(
+            """async code => {
+                let printed = '';
+                const future = notebook.sessionContext.session.kernel.requestExecute({code});
+                future.onIOPub = message => {
+                    if (message.header.msg_type === 'stream') printed += message.content.text;
+                    if (message.header.msg_type === 'error') printed += message.content.traceback.join('\\n');
+                };
+                await future.done;
+                return printed;
+            }""",
+            code,
+        )
 
     def outputs(self) -> list[dict[str, Any]]:
         """The outputs of all cells, as the notebook's file would hold them."""

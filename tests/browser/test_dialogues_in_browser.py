@@ -34,7 +34,7 @@ def assert_not_attacked(page) -> None:
     assert page.evaluate("() => window.attacked") is None
 
 
-def test_rows_token_by_token(notebook, picture):
+def test_rows_token_by_token(notebook):
     page = notebook.page
     rows = page.locator(".qlora-rows")
     expect(rows).to_contain_text("train row 1 of 8")
@@ -49,5 +49,4 @@ def test_rows_token_by_token(notebook, picture):
     expect(rows).to_contain_text("2 of 8 rows with")
     rows.locator(".qlora-whole-block input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_visible()
-    picture(notebook, rows, "rows")
     assert_not_attacked(page)

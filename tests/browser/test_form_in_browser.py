@@ -19,9 +19,9 @@ def run(lab):
 
 @pytest.fixture
 def form(lab, opened, run):
-    """The notebook with the form of that run, for four cards of 24 GiB."""
+    """The notebook with the form of that run, for an instance with four cards of 24 GB."""
     cells = ["from qlora_helpers import workflow\nfrom qlora_helpers.widgets import ConfigForm"]
-    cells += ["ConfigForm(workflow.existing_run('formed'), gpus='4x24GiB')"]
+    cells += ["ConfigForm(workflow.existing_run('formed'), gpus='ml.g5.12xlarge')"]
     notebook = opened(lab.add_notebook("form.ipynb", cells))
     notebook.run_all()
     notebook.page.locator(".qlora-form").wait_for()

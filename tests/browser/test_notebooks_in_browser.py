@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from playwright.sync_api import expect
 
 from qlora_helpers.run import Run
+from qlora_helpers.tables import plain
 
 ATTACK = '<img src=x onerror="window.attacked = true">'
 
@@ -16,7 +19,7 @@ def run(lab):
     return Run(lab.runs / "tiny")
 
 
-def test_04_train(opened, run, picture):
+def test_04_train(opened, run):
     notebook = opened("04_train.ipynb")
     page = notebook.page
     notebook.run_all()
@@ -25,7 +28,6 @@ def test_04_train(opened, run, picture):
     curve = page.get_by_alt_text("training loss from").first
     curve.scroll_into_view_if_needed()
     assert curve.evaluate("image => image.complete && image.naturalWidth > 100")
-    picture(notebook, curve, "curve")
 
     consequences = page.locator(".qlora-consequences")
     before = consequences.inner_text()
@@ -40,16 +42,19 @@ def test_06_asks_both_models_what_a_person_types(opened, run):
     page = notebook.page
     notebook.run_all()
     panel = page.locator(".qlora-answers")
-    answers = {model: panel.locator(f".qlora-answer-{model}") for model in ("base", "tuned")}
-    before = {model: answer.locator(".qlora-text").inner_text() for model, answer in answers.items()}
     panel.locator(".qlora-dialogue textarea").fill(f"Ana: are you coming?\nBo: {ATTACK} no, I work\nAna: pity")
     panel.locator(".noUi-handle").first.focus()  # temperature
     page.keyboard.press("End")
     panel.locator("button.qlora-ask").click()
-    for model, answer in answers.items():
-        expect(answer.locator(".qlora-text")).not_to_have_text(before[model], timeout=60_000)
-        expect(answer).to_contain_text("done", timeout=60_000)
-        assert answer.locator(".qlora-text").inner_text().strip()
+    said = notebook.kernel(
+        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel._asked]))"
+    )
+    answers, asked = json.loads(said)
+    assert ATTACK in asked and set(answers) == {"base", "tuned"} and any(answers.values())
+    for model, text in answers.items():
+        shown = panel.locator(f".qlora-answer-{model}")
+        expect(shown).to_contain_text("done")
+        expect(shown.locator(".qlora-text")).to_contain_text(" ".join(plain(text).split()))
     assert_not_attacked(page)
 
 

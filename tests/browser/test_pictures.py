@@ -1,4 +1,7 @@
-"""Pictures for the README that need a trained model: taken where QLORA_SCREENSHOTS is set, of the run that `make demo` leaves."""
+"""Pictures for the README that take longer than a test should: taken where QLORA_SCREENSHOTS is set.
+
+The answers are those of the run that `make demo` leaves.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,21 @@ from playwright.sync_api import expect
 DEMO_RUNS = Path(os.environ.get("QLORA_RUNS") or ROOT / "runs").resolve()
 CACHE = os.environ.get("QLORA_CACHE")
 
+pytestmark = pytest.mark.skipif(
+    "QLORA_SCREENSHOTS" not in os.environ, reason="no pictures are asked for (QLORA_SCREENSHOTS)"
+)
 
-@pytest.mark.skipif("QLORA_SCREENSHOTS" not in os.environ, reason="no pictures are asked for (QLORA_SCREENSHOTS)")
-def test_answers_of_the_demo(lab, opened, picture):
+
+def test_answers_and_rows_of_the_demo(lab, opened, picture):
     assert (DEMO_RUNS / "demo" / "adapter").is_dir(), "`make demo` makes the run; or name its folder in QLORA_RUNS"
     cells = [
         f"import os\n{'del ' if CACHE is None else ''}os.environ['QLORA_CACHE']{'' if CACHE is None else f' = {CACHE!r}'}\n"
-        "from qlora_helpers import workflow\nfrom qlora_helpers.widgets import answer_panel",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.widgets import answer_panel, row_browser",
         f"run = workflow.existing_run({str(DEMO_RUNS / 'demo')!r})\nloaded = workflow.load(run)\n"
         "model = workflow.load_adapter(run, loaded)\n"
         "data = workflow.prepare_data(run, loaded.tokenizer, shape=model.config.to_dict())",
         "answer_panel(workflow.streaming_answers(run, model, loaded), data.test, max_new_tokens=60)",
+        "row_browser(data, loaded.tokenizer)",
     ]
     notebook = opened(lab.add_notebook("answers.ipynb", cells))
     notebook.run_all()
@@ -32,3 +39,7 @@ def test_answers_of_the_demo(lab, opened, picture):
     for model in ("base", "tuned"):
         expect(panel.locator(f".qlora-answer-{model}")).to_contain_text("done", timeout=120_000)
     picture(notebook, panel, "answers")
+    rows = notebook.page.locator(".qlora-rows")
+    rows.locator(".qlora-whole-block input").check()
+    expect(rows.locator(".qlora-bound").nth(1)).to_be_attached()
+    picture(notebook, rows, "rows")
