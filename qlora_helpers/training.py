@@ -71,7 +71,9 @@ class TrainResult:
         if self.new_steps == 0:
             return f"nothing left to do: all {self.steps} steps were done before"
         peak = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.peak_gib.items())
-        end = self.stop_reason if self.stopped else "finished"
+        limit = self.stop_reason.partition(": ")[2]
+        stopped = f"stopped by its budget ({limit})" if limit else "stopped by request"
+        end = stopped if self.stopped else "finished"
         losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
         losses += f", evaluation loss {self.eval_loss:.3f}" if self.eval_loss is not None else ""
         return f"{end} after {self.steps} steps: {losses}\n{self.tokens_per_s:,.0f} tokens/s, peak {peak}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"ConfigForm": "form", "row_browser": "rows", "answer_panel": "answers"}
+_HOMES = {"ConfigForm": "form", "row_browser": "rows", "answer_panel": "answers", "watch": "watch_panel"}
 __all__ = list(_HOMES)
 
 
