@@ -107,8 +107,9 @@ class RunFolderCallback(TrainerCallback):
         if self.is_writer:
             record = self._record(logs, state)
             self.run.append_progress(record)
-            told = {name: value for name, value in record.items() if name not in ("process", "gpus")}
-            log.info("%s", told)
+            passed = ("step", "session", "process", "gpus")
+            told = ", ".join(f"{name} {value:.5g}" for name, value in record.items() if name not in passed)
+            log.info("step %d: %s", state.global_step, told)
             self.run.set_status(step=state.global_step)
 
     def _record(self, logs: dict[str, float], state: Any) -> dict[str, Any]:

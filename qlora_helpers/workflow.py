@@ -182,7 +182,7 @@ def train(
         run: the run.
         model: the model with adapters, where it is in memory already.
         loaded: the base model that `model` stands on, or that gets adapters here.
-        show_progress: whether progress is drawn: Trainer's bar.
+        show_progress: whether progress is drawn: a live panel in a notebook, Trainer's bar elsewhere.
         shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
         say: told what takes long.
 
@@ -192,13 +192,18 @@ def train(
     """
     from qlora_helpers import training
     from qlora_helpers.events import event_callback
+    from qlora_helpers.training_callback import CallEachTime
+    from qlora_helpers.widgets import shown_in_cell
 
     config = run.config()
     main = is_main_process()
     show_progress = show_progress and not _prints_into(run.log_path)
     with contextlib.ExitStack() as owned:
+        redraw = owned.enter_context(shown_in_cell(run)) if show_progress and main else None
         if main:
             owned.enter_context(_owned(run, shut_down_app=shut_down_app))
+        if redraw:
+            redraw()
         if loaded is None:
             if main:
                 check_source(run)
@@ -208,9 +213,11 @@ def train(
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         events = event_callback(run, config) if main else None
         with contextlib.closing(events) if events else contextlib.nullcontext():
+            callbacks = [events] if events else []
+            callbacks += [CallEachTime(redraw)] if redraw else []
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
-                extra_callbacks=(events,) if events else (), show_progress=show_progress,
+                extra_callbacks=tuple(callbacks), show_progress=show_progress and not redraw,
             )  # fmt: skip
         if main:
             log.info("%s", result)

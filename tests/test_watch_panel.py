@@ -15,7 +15,7 @@ from fake_run import STEPS, add_progress, fake_run
 
 from qlora_helpers.run import Run, write_json
 from qlora_helpers.widgets import watch
-from qlora_helpers.widgets.live_charts import axis_end, thinned
+from qlora_helpers.widgets.live_charts import axis_end, round_ticks, thinned
 
 GPUS = {
     "gpus": [
@@ -306,6 +306,22 @@ def test_a_look_costs_little_however_long_the_run(tmp_path):
 )
 def test_the_axis_grows_in_round_steps_to_the_end_of_the_run(step, last, end):
     assert axis_end(step, last) == end
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks", "form"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100], "d"),
+        (1.93, 3.1, [2.0, 2.2, 2.4, 2.6, 2.8, 3.0], ".1f"),
+        (2.105, 2.195, [2.12, 2.14, 2.16, 2.18], ".2f"),
+        (0, 1.06e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3], ".0e"),
+        (0, 31_000, [0, 10_000, 20_000, 30_000], "~s"),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, ticks, form):
+    found, written = round_ticks(low, high, 6)
+    assert found == pytest.approx(ticks)
+    assert written == form
 
 
 def test_thinned_curves_keep_their_ends_and_extremes():

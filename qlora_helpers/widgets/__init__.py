@@ -8,7 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"ConfigForm": "form", "row_browser": "rows", "answer_panel": "answers", "watch": "watch_panel"}
+_HOMES = {
+    "ConfigForm": "form",
+    "row_browser": "rows",
+    "answer_panel": "answers",
+    "watch": "watch_panel",
+    "shown_in_cell": "watch_panel",
+}
 __all__ = list(_HOMES)
 
 

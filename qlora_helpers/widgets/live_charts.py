@@ -35,7 +35,6 @@ class LiveChart:
     Args:
         names: of the lines, as its key shows them.
         height_px: of the drawing.
-        tick_format: of the vertical axis, as d3 writes it.
 
     Attributes:
         box: the widget.
@@ -43,7 +42,7 @@ class LiveChart:
         key: the names with their latest values.
     """
 
-    def __init__(self, names: Sequence[str], *, height_px: int, tick_format: str = ".3~g") -> None:
+    def __init__(self, names: Sequence[str], *, height_px: int) -> None:
         self.names = tuple(names)
         self.x, self.y = bqplot.LinearScale(min=0.0, max=10.0), bqplot.LinearScale()
         looks = ({"colors": [BLUE]}, {"colors": [ORANGE], "marker": "circle", "marker_size": 24})
@@ -51,12 +50,12 @@ class LiveChart:
             bqplot.Lines(x=[], y=[], scales={"x": self.x, "y": self.y}, stroke_width=1.8, **look)
             for _, look in zip(names, looks, strict=False)
         ]
-        few = max(3, height_px // 40)
-        across = bqplot.Axis(scale=self.x, tick_format="~s", num_ticks=6, grid_lines="none")
-        up = bqplot.Axis(scale=self.y, side="left", tick_format=tick_format, num_ticks=few, grid_lines="none")
+        self.across = bqplot.Axis(scale=self.x, grid_lines="none")
+        self.up = bqplot.Axis(scale=self.y, side="left", grid_lines="none")
+        self._most = max(3, height_px // 45)
         figure = bqplot.Figure(
-            marks=self.lines, axes=[across, up], fig_margin={"top": 6, "bottom": 24, "left": 50, "right": 12},
-            min_aspect_ratio=0.1, max_aspect_ratio=100, padding_y=0.05, animation_duration=0,
+            marks=self.lines, axes=[self.across, self.up], fig_margin={"top": 6, "bottom": 24, "left": 50, "right": 12},
+            min_aspect_ratio=0.1, max_aspect_ratio=100, padding_x=0, padding_y=0, animation_duration=0,
             layout={"width": "100%", "height": f"{height_px}px", "min_width": "0"},
         )  # fmt: skip
         self.key = ipywidgets.HTML()
@@ -78,15 +77,30 @@ class LiveChart:
             return
         self._drawn, self._generation = ends, generation
         far = max((end[0] for end in ends if end), default=0)
-        self.x.max = float(axis_end(far, last_step))
-        for mark, points in zip(self.lines, lines, strict=True):
-            shown = thinned(points)
+        shown = [thinned(points) for points in lines]
+        self._scale(axis_end(far, last_step), [value for points in shown for _, value in points])
+        for mark, points in zip(self.lines, shown, strict=True):
             with mark.hold_sync():
-                mark.x = np.array([step for step, _ in shown], dtype=float)
-                mark.y = np.array([value for _, value in shown], dtype=float)
+                mark.x = np.array([step for step, _ in points], dtype=float)
+                mark.y = np.array([value for _, value in points], dtype=float)
                 if mark is self.lines[0]:
-                    mark.marker = "circle" if len(shown) == 1 else None  # one point makes no line
+                    mark.marker = "circle" if len(points) == 1 else None  # one point makes no line
         self.key.value = "&emsp;".join(map(_key, self.names, COLOURS, ends))
+
+    def _scale(self, end: int, values: Sequence[float]) -> None:
+        """Axes that hold the values, with round numbers at their ticks."""
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        for scale, axis, ends, most in (
+            (self.x, self.across, (0.0, float(end)), 6),
+            (self.y, self.up, (low - room, high + room), self._most),
+        ):
+            if (scale.min, scale.max) == ends:
+                continue
+            ticks, form = round_ticks(*ends, most)
+            with scale.hold_sync(), axis.hold_sync():
+                scale.min, scale.max = ends
+                axis.tick_values, axis.tick_format = np.array(ticks), form
 
 
 def _key(name: str, colour: str, end: tuple[int, float] | None) -> str:
@@ -106,6 +120,16 @@ def axis_end(step: int, last_step: int) -> int:
     size = 10 ** math.floor(math.log10(room))
     end = next(int(factor * size) for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * size >= room)
     return max(1, step, min(end, last_step)) if last_step else end
+
+
+def round_ticks(low: float, high: float, most: int) -> tuple[list[float], str]:
+    """Round numbers from `low` to `high`, about `most` of them, and how d3 is to write them."""
+    size = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(factor * size for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * size) <= most)
+    ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    if step >= 1:
+        return ticks, "~s" if max(map(abs, ticks), default=0) >= 10_000 else "d"
+    return ticks, ".0e" if step < 1e-3 else f".{math.ceil(-math.log10(step) - 1e-9)}f"
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:

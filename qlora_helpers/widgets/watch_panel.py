@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets
@@ -45,6 +45,27 @@ def watch(run: Run, start: Callable[[Run], Any] | None = None) -> WatchPanel:
     return panel
 
 
+@contextlib.contextmanager
+def shown_in_cell(run: Run) -> Iterator[Callable[[], None] | None]:
+    """Shows a panel below the notebook cell that trains in the kernel itself; yields what draws it anew.
+
+    Outside a notebook nothing is shown, and None yielded. The panel has no buttons: the kernel hears none while it trains. Interrupting the cell ends the training.
+    """
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if getattr(get_ipython(), "kernel", None) is None:
+        yield None
+        return
+    panel = WatchPanel(run, buttons=False)
+    shown = display(panel, display_id=True)
+    try:
+        yield panel.refresh
+    finally:
+        panel.refresh()
+        shown.update(panel)  # so that the notebook's file holds the curve as it ended
+
+
 class WatchPanel(Panel):
     """What `watch` returns.
 
@@ -70,12 +91,14 @@ class WatchPanel(Panel):
 
     def _make_widgets(self) -> None:
         self.state, self.readings, self.requests, self.limits, self.log = (ipywidgets.HTML() for _ in range(5))
-        self.bar = ipywidgets.FloatProgress(min=0.0, max=1.0, layout={"width": "100%", "margin": "2px 0"})
+        self.bar = ipywidgets.FloatProgress(
+            min=0.0, max=1.0, layout={"width": "100%", "height": "10px", "margin": "2px 0"}
+        )
         self.charts = {
             "loss": LiveChart(["training loss", "evaluation loss"], height_px=300),
-            "learning_rate": LiveChart(["learning rate"], height_px=84, tick_format=".1e"),
+            "learning_rate": LiveChart(["learning rate"], height_px=84),
             "grad_norm": LiveChart(["gradient norm"], height_px=84),
-            "tokens_per_s": LiveChart(["tokens/s"], height_px=84, tick_format="~s"),
+            "tokens_per_s": LiveChart(["tokens/s"], height_px=84),
         }
         self.stop_button = self._button("Stop and save", "stop", "stop", "Ends after this step, saved; frees the GPU.")
         self.save_button = self._button("Save now", "save", "save", "Saves a checkpoint and goes on.")
@@ -119,7 +142,7 @@ class WatchPanel(Panel):
         """Looks at the run now and shows it."""
         try:
             self._show(self._follower.look())
-        except UserError as error:  # a damaged status; the curves from before stay
+        except (UserError, OSError) as error:  # a damaged status, say; the curves from before stay
             self.state.value = wrong(str(error))
 
     def _show(self, view: View) -> None:

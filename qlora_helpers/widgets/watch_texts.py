@@ -15,6 +15,9 @@ from qlora_helpers.widgets.panel import wrong
 STYLE = """<style>
 .qlora-watch { gap: 4px; }
 .qlora-watch .qlora-state { width: 100%; }
+.qlora-watch .widget-hprogress { height: 10px; }
+.qlora-watch .widget-hprogress .progress { position: static; width: 100%; height: 8px; margin: 0; border-radius: 4px;
+  overflow: hidden; background: var(--jp-layout-color3, #ddd); }
 .qlora-head { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; font-variant-numeric: tabular-nums; }
 .qlora-head strong { font-size: 16px; }
 .qlora-head .what { color: var(--jp-ui-font-color2, #666); }
@@ -26,6 +29,7 @@ STYLE = """<style>
 .qlora-bars { display: flex; flex-wrap: wrap; gap: 2px 24px; font-size: 12px; }
 .qlora-bars > div { display: grid; grid-template-columns: max-content 90px max-content; gap: 8px; align-items: center;
   font-variant-numeric: tabular-nums; }
+.qlora-bars > .plain { grid-template-columns: max-content max-content; }
 .qlora-meter { height: 8px; border-radius: 4px; overflow: hidden; background: var(--jp-layout-color3, #ddd); }
 .qlora-meter > div { height: 100%; background: #3a7bd5; }
 .qlora-meter.full > div { background: #d2691e; }
@@ -37,7 +41,9 @@ STYLE = """<style>
 .qlora-tail { display: flex; flex-direction: column-reverse; max-height: 118px; overflow: auto; border-radius: 4px;
   background: var(--jp-layout-color2, #f5f5f5); }
 .qlora-watch .qlora-tail pre { margin: 0; padding: 4px 8px; font: 11px/1.45 var(--jp-code-font-family, monospace); white-space: pre;
-  color: var(--jp-ui-font-color2, #555); background: transparent; }
+  color: var(--jp-ui-font-color2, #555); background: transparent; overflow: visible; flex: none; }
+.qlora-watch .qlora-log { width: 100%; }
+.qlora-watch .qlora-log > .widget-html-content { width: 100%; min-width: 0; overflow: hidden; }
 </style>"""
 
 
@@ -128,7 +134,7 @@ def _bars(rows: Sequence[tuple[str, float | None, str]]) -> str:
 def _bar(name: str, share: float | None, text: str) -> str:
     label, value = f"<span>{html.escape(name)}</span>", f"<span>{html.escape(text)}</span>"
     if share is None:
-        return f"<div>{label}{value}</div>"
+        return f'<div class="plain">{label}{value}</div>'
     full = " full" if share >= 0.95 else ""
     width = 100 * min(1.0, max(0.0, share))
     return f'<div>{label}<div class="qlora-meter{full}"><div style="width:{width:.1f}%"></div></div>{value}</div>'
