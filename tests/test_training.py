@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,75 @@ def test_a_request_of_an_earlier_session_is_not_heard(teach, run):
     _, result = teach()
     assert not result.stopped
     assert [request.answer for request in run.requests()] == ["stale: the session it was meant for has ended"]
+
+
+class WhileEvaluating(TrainerCallback):
+    """Does something in the evaluation after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.action and state.global_step == self.step:
+            self.action = self.action() and None
+
+
+@pytest.mark.parametrize("kind", ["stop", "save"])
+def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
+    callback = WhileEvaluating(2, lambda: run.request(kind))
+    _, result = teach(callback, max_steps=6, eval_steps=2, save_steps=6)
+    assert result.steps == (2 if kind == "stop" else 6)
+    assert checkpoints(run)[0] == 2
+    assert [request.answer for request in run.requests()] == ["saved at step 2"]
+
+
+# the budget
+
+
+def test_patience_stops_and_saves_after_evaluations_without_a_better_loss(teach, run):
+    """A learning rate that ruins the model: the first evaluation is the best."""
+    _, result = teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
+    assert result.stopped and result.steps == 3
+    assert "in 2 evaluations (train.patience)" in result.stop_reason
+    assert "stopped by its budget (no better evaluation loss" in repr(result)
+    assert checkpoints(run) == [3]
+    counted = [line["evaluations_without_better"] for line in run.progress() if "eval_loss" in line]
+    assert counted[:2] == [0, 0] and len(counted) == 3
+
+
+def test_a_stop_for_want_of_patience_can_be_gone_on_from(teach, run):
+    teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
+    _, result = teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=3)
+    assert result.steps == 6  # three more, none of them better than the first session's best
+
+
+def test_dollars_stop_and_save_and_count_over_sessions(teach, run):
+    """At 36,000 USD an hour a second costs 10 USD."""
+    slow = At(2, lambda: time.sleep(1.1))
+    _, result = teach(slow, max_steps=50, eval_steps=50, save_steps=50, stop_at_usd=10.0, usd_per_hour=36_000.0)
+    assert result.stopped and 1 < result.steps <= 3 and checkpoints(run) == [result.steps]
+    assert "USD of train.stop_at_usd=10 are used" in result.stop_reason
+    used = [line["usd"] for line in run.progress()]
+    assert used == sorted(used) and used[-1] >= 10
+    run.set_status(state="stopped", usd_per_hour=36_000.0)
+    first = run.status().used_usd
+    assert first >= 10
+    run.start_session(max_steps=50, resumed_from=result.steps)
+    assert run.status().used_usd >= first
+
+
+def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run):
+    changes = {"max_steps": 5, "eval_steps": 50, "save_steps": 50, "stop_at_minutes": 0.02}
+    _, result = teach(At(2, lambda: time.sleep(1.3)), **changes)
+    assert result.stopped and result.steps == 2 and checkpoints(run) == [2]
+    assert "of train.stop_at_minutes=0.02 are over" in result.stop_reason
+    _, result = teach(**changes | {"stop_at_minutes": 5.0})
+    assert not result.stopped and result.steps == 5
+
+
+def test_a_limit_that_is_reached_with_the_last_step_stops_nothing(teach, run):
+    _, result = teach(max_steps=3, eval_steps=1, learning_rate=0.9, patience=2)
+    assert not result.stopped and result.steps == 3
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):

@@ -49,7 +49,8 @@ def watch(run: Run, start: Callable[[Run], Any] | None = None) -> WatchPanel:
 def shown_in_cell(run: Run) -> Iterator[Callable[[], None] | None]:
     """Shows a panel below the notebook cell that trains in the kernel itself; yields what draws it anew.
 
-    Outside a notebook nothing is shown, and None yielded. The panel has no buttons: the kernel hears none while it trains. Interrupting the cell ends the training.
+    Outside a notebook nothing is shown, and None yielded. The panel has no buttons, as the kernel hears none while it trains;
+    interrupting the cell ends the training.
     """
     from IPython import get_ipython
     from IPython.display import display
