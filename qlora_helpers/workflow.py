@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,13 +194,12 @@ def train(
     from qlora_helpers import training
     from qlora_helpers.events import event_callback
     from qlora_helpers.training_callback import CallEachTime
-    from qlora_helpers.widgets import shown_in_cell
 
     config = run.config()
     main = is_main_process()
     show_progress = show_progress and not _prints_into(run.log_path)
     with contextlib.ExitStack() as owned:
-        redraw = owned.enter_context(shown_in_cell(run)) if show_progress and main else None
+        redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
         if main:
             owned.enter_context(_owned(run, shut_down_app=shut_down_app))
         if redraw:
@@ -443,6 +443,16 @@ def _shut_app_down(run: Run) -> None:
         log.warning("shutting down this app: %s", stop_this_app())
     except UserError as error:
         log.warning("the app was not shut down: %s", error)
+
+
+def _shown_in_cell(run: Run) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
+    """A live panel below the notebook cell that trains, as a function that redraws it; None outside a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if getattr(shell, "kernel", None) is None:
+        return contextlib.nullcontext()
+    from qlora_helpers.widgets import shown_in_cell
+
+    return shown_in_cell(run)
 
 
 def _prints_into(path: Path) -> bool:

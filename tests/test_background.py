@@ -109,3 +109,77 @@ def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
     assert "why it ended: the trainer's process ended without a word" in repr(monitor.watch_once(run))
     with pytest.raises(RunError, match="the run 'mine' is dead"):
         run.request("stop")
+
+
+def test_a_stop_reaches_every_process_under_torchrun(make):
+    """The panel of a run in two processes: it is asked, all stop at the same step, and the checkpoint is whole."""
+    from qlora_helpers.widgets import watch
+
+    run = make("two", "data.train_rows=8")
+    panel = watch(run, start=lambda run: launch.start(run, processes=2))
+    panel.resume_button.click()
+    assert panel.view.status.state == "starting"
+    pid = run.status().pid
+    until(lambda: any("loss" in line for line in run.progress()), run)
+    workers = psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []
+    assert run.status().pid != pid  # the first worker's now
+    panel.refresh()
+    panel.stop_button.click()
+    until(lambda: run.status().state == "stopped", run)
+    panel.refresh()
+    step = run.status().step
+    assert f"saved at step {step}" in panel.requests.value
+    assert newest_good(run.checkpoints_dir).name == f"checkpoint-{step}"
+    until(lambda: ended(pid) and all(ended(worker.pid) for worker in workers))
+    assert "Traceback" not in run.log_path.read_text()
+    panel.close()
+
+
+def test_a_budget_stops_every_process_under_torchrun(make):
+    run = make("two", "data.train_rows=8", "train.stop_at_usd=0.5", "train.usd_per_hour=100")
+    started = launch.start(run, processes=2)
+    until(lambda: run.status().state == "stopped", run)
+    status = run.status()
+    assert "USD of train.stop_at_usd=0.5 are used" in status.exit_reason
+    assert newest_good(run.checkpoints_dir).name == f"checkpoint-{status.step}"
+    assert run.progress()[-1]["usd"] <= status.used_usd
+    until(lambda: ended(started.pid))
+    with pytest.raises(RunError, match="USD, and train.stop_at_usd is 0.5. Raise train.stop_at_usd to go on"):
+        launch.start(run)
+
+
+def test_what_can_not_begin_is_told_by_its_status_and_its_log(make):
+    run = make("mine", "data.source=./nothing.jsonl")
+    started = launch.start(run)
+    until(lambda: run.status().state == "failed")
+    assert "nothing.jsonl" in run.status().last_error
+    until(lambda: ended(started.pid))
+    assert "error: " in run.log_path.read_text()
+
+
+def test_a_run_that_was_never_made_is_not_started(tmp_path):
+    with pytest.raises(RunError, match="the run 'new' does not exist yet"):
+        launch.start(Run(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch):
+    """CPU seconds of the heart's thread in a second of training, at the pace that it keeps."""
+    from qlora_helpers import heartbeat
+
+    run = make()
+    run.start_session(max_steps=4, resumed_from=0)
+    for kind in ("save", "stop"):
+        run.acknowledge(run.request(kind), "done")
+    heartbeat.readings()
+    started = time.thread_time()
+    for _ in range(20):
+        run.hear(1)
+    listening = (time.thread_time() - started) / 20
+    started = time.thread_time()
+    for _ in range(20):
+        run.set_status(readings=heartbeat.readings())
+    beat = (time.thread_time() - started) / 20
+    share = listening / heartbeat.LISTEN_S + beat / heartbeat.BEAT_S
+    print(f"{100 * share:.3f} % of a core")
+    assert share < 0.01

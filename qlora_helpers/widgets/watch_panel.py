@@ -46,18 +46,13 @@ def watch(run: Run, start: Callable[[Run], Any] | None = None) -> WatchPanel:
 
 
 @contextlib.contextmanager
-def shown_in_cell(run: Run) -> Iterator[Callable[[], None] | None]:
+def shown_in_cell(run: Run) -> Iterator[Callable[[], None]]:
     """Shows a panel below the notebook cell that trains in the kernel itself; yields what draws it anew.
 
-    Outside a notebook nothing is shown, and None yielded. The panel has no buttons, as the kernel hears none while it trains;
-    interrupting the cell ends the training.
+    It has no buttons, as the kernel hears none while it trains; interrupting the cell ends the training.
     """
-    from IPython import get_ipython
     from IPython.display import display
 
-    if getattr(get_ipython(), "kernel", None) is None:
-        yield None
-        return
     panel = WatchPanel(run, buttons=False)
     shown = display(panel, display_id=True)
     try:
