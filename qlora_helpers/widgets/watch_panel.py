@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets
 
 from qlora_helpers import monitor
-from qlora_helpers.errors import UserError
+from qlora_helpers.errors import RunError, UserError
 from qlora_helpers.follow import Follower, View
 from qlora_helpers.run import Run
+from qlora_helpers.status import Status
 from qlora_helpers.widgets import live_charts, watch_texts
 from qlora_helpers.widgets.live_charts import LiveChart
 from qlora_helpers.widgets.panel import Panel, said, styled, wrong
@@ -172,6 +174,24 @@ class WatchPanel(Panel):
             except (UserError, OSError) as error:
                 self.state.value = wrong(str(error))
             await asyncio.sleep(LIVE_S if self.view.status.is_live else QUIET_S)
+
+    async def wait(self, *, step: int | None = None, timeout_s: float = 600.0) -> Status:
+        """Waits until the run has done a step, or its session has ended; the panel goes on meanwhile. For cells, with `await`.
+
+        Args:
+            step: none waits for the end.
+            timeout_s: seconds to wait at most.
+
+        Raises:
+            RunError: the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (status := self.run.status()).is_live and (step is None or status.step < step):
+            if time.monotonic() > deadline:
+                raise RunError(f"the run {self.run.name!r} is still {status.state} after {timeout_s:g} s")
+            await asyncio.sleep(0.1)
+        self.refresh()
+        return status
 
     def close(self) -> None:
         """Ends the panel; the run goes on."""
