@@ -55,6 +55,7 @@ class View:
         requests: the newest of each kind in this session, oldest first.
         log: the last lines that the trainer printed, without control characters.
         trouble: why it failed or died, with what it said last; empty where all is well.
+        settings_changed: whether they were saved anew since the last sign of life, so that a finished run may have more to do.
     """
 
     name: str
@@ -68,6 +69,7 @@ class View:
     requests: tuple[Request, ...] = ()
     log: tuple[str, ...] = ()
     trouble: str = ""
+    settings_changed: bool = False
 
     def last(self, curve: str) -> float | None:
         """The latest value of a curve."""
@@ -109,6 +111,7 @@ class Follower:
                 status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
                 _limits(self._unless_changed(self.run.config_path, self._train_config), status, last),
                 _newest_requests(self.run.requests(), status.session), log, _trouble(status, log),
+                settings_changed=self._settings_changed(status),
             )  # fmt: skip
 
     def _read_progress(self) -> None:
@@ -134,6 +137,12 @@ class Follower:
         if self._files.get(path, (None, None))[0] != mark:
             self._files[path] = (mark, read(path))
         return self._files[path][1]
+
+    def _settings_changed(self, status: Status) -> bool:
+        try:
+            return self.run.config_path.stat().st_mtime > status.heartbeat
+        except OSError:
+            return False
 
     def _train_config(self, path: Path) -> TrainConfig | None:
         try:

@@ -72,6 +72,8 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
     resumes as `workflow.train` does, prints into the run's `log.txt`, and hears requests. Without a GPU several processes share
     the cores out.
 
+    What this kernel holds on a GPU stays there: restart it first where the model would not fit twice.
+
     Args:
         run: an existing run.
         processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one for each.

@@ -183,3 +183,26 @@ def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch)
     share = listening / heartbeat.LISTEN_S + beat / heartbeat.BEAT_S
     print(f"{100 * share:.3f} % of a core")
     assert share < 0.01
+
+
+def test_a_restarted_kernel_does_not_touch_the_run(make):
+    """A real kernel starts the run, is interrupted, restarted and shut down."""
+    from jupyter_client.manager import start_new_kernel
+
+    run = make()
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        code = "from qlora_helpers import launch\nfrom qlora_helpers.run import Run\n"
+        reply = client.execute_interactive(code + f"print(launch.start(Run({str(run.folder)!r})).pid)", timeout=60)
+        assert reply["content"]["status"] == "ok"
+        pid = run.status().pid
+        manager.interrupt_kernel()
+        manager.restart_kernel(now=False)
+        until(lambda: run.status().state == "running" and run.progress(), run)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=False)
+    steps = len(run.progress())
+    until(lambda: len(run.progress()) > steps, run)
+    assert run.status().pid == pid
+    assert "Interrupt" not in run.log_path.read_text()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import html
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import time
 import pytest
 from fake_run import STEPS, add_progress, fake_run
 
+from qlora_helpers.errors import RunError
 from qlora_helpers.run import Run, write_json
 from qlora_helpers.widgets import watch
 from qlora_helpers.widgets.live_charts import axis_end, round_ticks, thinned
@@ -339,3 +341,78 @@ def test_watching_imports_no_torch():
     code += "print(callable(watch), sorted({'torch', 'transformers', 'accelerate', 'boto3'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"
+
+
+def test_a_finished_run_can_go_on_once_its_settings_changed(tmp_path):
+    run = live_run(tmp_path)
+    run.set_status(state="finished")
+    panel = watch(run, start=print)
+    assert panel.resume_button.disabled
+    changed = run.config().with_settings({"train.epochs": 2})
+    run.save_config(changed)
+    later = time.time() + 5
+    os.utime(run.config_path, (later, later))
+    panel.refresh()
+    assert not panel.resume_button.disabled
+    panel.close()
+
+
+def test_a_cell_that_is_run_again_replaces_its_panel_and_closing_leaves_nothing(tmp_path, monkeypatch):
+    from ipywidgets.widgets.widget import _instances as alive
+
+    from qlora_helpers.widgets import watch_panel
+
+    before = set(alive)
+    run = live_run(tmp_path)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-1")
+    first = watch(run)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-2")
+    other = watch(run)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-1")
+    second = watch(run)
+    assert first.closed and not other.closed and not second.closed
+    assert len(set(alive) - before) > 60
+    second.close()
+    other.close()
+    assert not set(alive) - before
+
+
+def test_waiting_for_a_step_and_for_the_end(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+
+    async def wait():
+        with pytest.raises(RunError, match="the run 'demo' is still running after 0.2 s"):
+            await panel.wait(timeout_s=0.2)
+        assert (await panel.wait(step=STEPS)).step == STEPS
+
+        async def end():
+            await asyncio.sleep(0.2)
+            run.set_status(state="stopped")
+
+        ending = asyncio.create_task(end())
+        assert (await panel.wait(step=10_000)).state == "stopped"
+        await ending
+
+    asyncio.run(wait())
+    assert panel.view.status.state == "stopped"
+    panel.close()
+
+
+def test_training_in_a_cell_is_shown_live_and_ends_as_a_picture(tmp_path):
+    """A real kernel: the output that the notebook's file would hold after the cell."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    settings = ["data.train_rows=4", "data.eval_rows=1", "data.seq_len_tokens=128", "train.max_steps=3"]
+    code = "from qlora_helpers import workflow\n"
+    code += f"run = workflow.open_run('a', profile='tiny', settings={settings}, root={str(tmp_path)!r})"
+    cells = [nbformat.v4.new_code_cell(code + "\nworkflow.train(run)")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = next(output for output in notebook.cells[0].outputs if "text/html" in output.get("data", {}))
+    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    assert shown.data["text/plain"].startswith("a: finished, step 3 of 3")
+    assert "<img alt=" in shown.data["text/html"]
+    text = "".join(output.get("text", "") for output in notebook.cells[0].outputs if output.output_type == "stream")
+    assert "'loss'" not in text

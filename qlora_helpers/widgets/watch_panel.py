@@ -105,9 +105,9 @@ class WatchPanel(Panel):
         )
         for widget, name in ((self.state, "qlora-state"), (self.requests, "qlora-requests"), (self.log, "qlora-log")):
             widget.add_class(name)
-        small = ipywidgets.VBox([self.charts[key].box for key in list(self.charts)[1:]])
+        beside = {"flex": "1 1 260px", "min_width": "0", "overflow": "hidden"}
+        small = ipywidgets.VBox([self.charts[key].box for key in list(self.charts)[1:]], layout=beside)
         self.charts["loss"].box.layout.flex = "2 1 420px"
-        small.layout = ipywidgets.Layout(flex="1 1 260px", min_width="0", overflow="hidden")
         charts = ipywidgets.HBox([self.charts["loss"].box, small])
         charts.add_class("qlora-columns")
         asked = [self.stop_button, self.save_button, self.resume_button, self.requests] if self._buttons else []
@@ -160,7 +160,8 @@ class WatchPanel(Panel):
         saving = any(request.kind == "save" and request.stage != "answered" for request in view.requests)
         self.stop_button.disabled = not status.is_live or stopping
         self.save_button.disabled = not status.is_live or stopping or saving
-        self.resume_button.disabled = status.is_live or self._start is None or status.state == "finished"
+        done = status.state == "finished" and not view.settings_changed
+        self.resume_button.disabled = status.is_live or self._start is None or done
         self.resume_button.description = "Start" if status.state == "new" else "Resume"
 
     async def _keep_fresh(self) -> None:
@@ -198,7 +199,7 @@ class WatchPanel(Panel):
         self.closed = True
         if self._task is not None:
             self._task.cancel()
-        self.box.close()
+        _close_all(self.box)
 
     def still_text(self) -> str:
         """State, readings and curves as text."""
@@ -207,6 +208,19 @@ class WatchPanel(Panel):
     def still_html(self) -> str:
         """State, readings and a picture of the curves."""
         return monitor.watch_once(self.run)._repr_html_() + monitor.loss_curve(self.run)._repr_html_()
+
+
+def _close_all(widget: ipywidgets.Widget) -> None:
+    """Closes a widget and all that it holds; closing a box alone leaves the rest behind, in kernel and browser."""
+    if widget.comm is None:
+        return
+    held = [getattr(widget, name) for name in widget.keys]
+    widget.close()
+    for value in held:
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        for each in values:
+            if isinstance(each, ipywidgets.Widget):
+                _close_all(each)
 
 
 def _this_cell() -> str:
