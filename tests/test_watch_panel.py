@@ -81,6 +81,15 @@ def test_new_steps_are_drawn_and_superseded_ones_go(tmp_path):
     panel.close()
 
 
+def test_what_is_drawn_already_is_not_sent_again(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    drawn = [mark.x for chart in panel.charts.values() for mark in chart.lines]
+    panel.refresh()
+    assert all(mark.x is x for mark, x in zip([m for c in panel.charts.values() for m in c.lines], drawn, strict=True))
+    panel.close()
+
+
 def test_a_half_written_line_waits_for_its_end(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
