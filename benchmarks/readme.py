@@ -7,15 +7,18 @@ Between `<!-- figures:NAME -->` and `<!-- /figures -->` stands what this script 
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS
-from qlora_helpers.memory import StepSettings, predict
+from qlora_helpers.memory import GpuMemory, StepSettings, predict
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.run import read_json, write_text
@@ -34,6 +37,7 @@ def main() -> int:
         print("README.md agrees with benchmarks/" if new == old else "README.md differs: run benchmarks/readme.py")
         return int(new != old)
     write_text(README, new)
+    write_text(HERE.parent / "docs" / "step_speed.svg", plot())
     return 0
 
 
@@ -96,35 +100,116 @@ def gpu() -> str:
     )
 
 
-def speed() -> str:
-    """Measured steps beside the plan's arithmetic."""
-    found = read_json(HERE / "step_speed_one_gpu.json")
+TRAINERS = {
+    "recipe": "the 2023 recipe", "trl": "TRL", "trl_liger": "TRL with Liger kernels", "unsloth": "Unsloth",
+    "fast": "**this project**",
+}  # fmt: skip
+
+
+def measured_steps() -> list[dict[str, Any]]:
+    """The steps that were measured on one GPU."""
+    return [case for case in read_json(HERE / "step_speed_one_gpu.json")["cases"] if "step_s" in case]
+
+
+def trainers() -> str:
+    """Trainers side by side: of each call, model and memory limit, every trainer's step, and ours against the best other."""
     lines = [
-        "| model | step | data | tokens/s | peak GiB, measured | predicted | step s, measured | predicted |",
+        "| model | limit | trainer | blocks | recomputed | tokens/s | share of the roof | peak GiB | ours is faster by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in compared():
+        ours = max(case["tokens_per_s"] for case in group if case["variant"] == "fast")
+        for case in sorted(group, key=lambda case: case["tokens_per_s"]):
+            sizes = model_sizes(SHAPES[case["model"]])
+            flop = 4 * sizes.blocks * sizes.linear_parameters_per_block * case["tokens_per_s"]
+            again = case.get("layers_recomputed")
+            again = ("none" if case["recomputed"] == 0 else "all") if again is None else f"{again} of {sizes.blocks}"
+            blocks = (
+                f"{case['blocks']} x {case['seq_len_tokens']:,}" if case["variant"] != "recipe" else "8 padded rows"
+            )
+            faster = "" if case["variant"] == "fast" else f"{ours / case['tokens_per_s']:.1f} times"
+            lines.append(
+                f"| {case['model']} | {case['limit_gib']:g} GiB | {TRAINERS[case['variant']]} | {blocks} | {again} | "
+                f"{case['tokens_per_s']:,.0f} | {flop / case['matrix_tflops'] / 1e12:.0%} | "
+                f"{case['peak_reserved_gib']:.1f} | {faster} |"
+            )
+    return "\n".join([*lines, "", _source("step_speed"), ""])
+
+
+def compared() -> list[list[dict[str, Any]]]:
+    """Steps of one call, model and limit, the fastest of each trainer."""
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for case in measured_steps():
+        if case["limit_gib"] and case["variant"] in TRAINERS and "profile" not in case:
+            group = groups.setdefault((case["call"], case["model"], case["limit_gib"]), {})
+            if case["tokens_per_s"] > group.get(case["variant"], case | {"tokens_per_s": 0})["tokens_per_s"]:
+                group[case["variant"]] = case
+    return [list(group.values()) for group in groups.values()]
+
+
+def predicted() -> str:
+    """Measured steps beside the plan's arithmetic."""
+    lines = [
+        "| model | step | allocated GiB, measured | predicted | reserved, measured | predicted | step s, measured | predicted |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case in found["cases"]:
-        if "tokens_per_s" not in case:
+    seen = set()
+    for case in measured_steps():
+        if case.get("layers_recomputed") is None or case["variant"] == "recipe":
             continue
-        cells = [case["model"], _step_name(case), case["data"], f"{case['tokens_per_s']:,.0f}"]
-        memory, seconds = _predicted(case) if case["variant"] != "recipe" else (None, None)
-        cells += [f"{case['peak_allocated_gib']:.1f}", f"{memory:.1f}" if memory else ""]
-        cells += [f"{case['step_s']:.2f}", f"{seconds:.2f}" if seconds else ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        step = _step_name(case)
+        if (case["model"], step) in seen:
+            continue
+        seen.add((case["model"], step))
+        memory, seconds = _predicted(case)
+        held_out = "" if case["model"] in CALIBRATED else " *"
+        lines.append(
+            f"| {case['model']}{held_out} | {step} | {case['peak_allocated_gib']:.2f} | {gib(memory.allocated):.2f} | "
+            f"{case['peak_reserved_gib']:.2f} | {gib(memory.reserved):.2f} | {case['step_s']:.3f} | {seconds:.3f} |"
+        )
+    return "\n".join([*lines, "", _source("step_speed"), ""])
+
+
+CALIBRATED = ("falcon-40b", "llama-3.1-8b")
+"""The models that the constants of speed were fitted to; the others were held out."""
+
+
+def _source(script: str) -> str:
+    found = read_json(HERE / f"{script}_one_gpu.json")
     versions = ", ".join(
         f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
     )
-    source = f"{found['machine']}; {versions}; `benchmarks/step_speed.py`, `benchmarks/step_speed_one_gpu.json`."
-    return "\n".join([*lines, "", source, ""])
+    return f"{found['machine']}; {versions}; `benchmarks/{script}.py`, `benchmarks/{script}_one_gpu.json`."
 
 
 def _step_name(case: dict[str, Any]) -> str:
-    if case["variant"] == "recipe":
-        return "recipe"
-    again = "all" if case["recomputed"] is None else case["recomputed"]
-    return f"{case['blocks']} x {case['seq_len_tokens']:,}, {again} recomputed" + (
-        "" if case["variant"] == "fast" else ", not compiled"
-    )
+    name = f"{case['blocks']} x {case['seq_len_tokens']:,}, {case['layers_recomputed']} recomputed"
+    name += "" if case["compiled"] else ", not compiled"
+    return name + (", loss on all tokens" if case["trained_share"] > 0.9 else "")
+
+
+def plot() -> str:
+    """Tokens a second of each trainer within each limit, as SVG."""
+    from matplotlib.figure import Figure
+
+    groups = compared()
+    figure = Figure(figsize=(8, 0.62 * sum(map(len, groups))))
+    places = figure.subplots(len(groups), 1, gridspec_kw={"height_ratios": [len(group) for group in groups]})
+    for axes, group in zip(places, groups, strict=True):
+        group = sorted(group, key=lambda case: -case["tokens_per_s"])
+        names = [TRAINERS[case["variant"]].strip("*") for case in group]
+        colours = ["#2b7a78" if case["variant"] == "fast" else "#9aa5b1" for case in group]
+        bars = axes.barh(names, [case["tokens_per_s"] for case in group], color=colours)
+        axes.bar_label(bars, [f"{case['tokens_per_s']:,.0f}" for case in group], padding=4)
+        axes.set_title(f"{group[0]['model']} within {group[0]['limit_gib']:g} GiB, tokens/s", loc="left", fontsize=10)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.set_xticks([])
+    figure.tight_layout()
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "qlora", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    return text.getvalue()
 
 
 def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
@@ -132,17 +217,17 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     shape = SHAPES[case["model"]]
     sizes = model_sizes(shape)
     return sizes, StepSettings(
-        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["variant"] == "fast", r=case["r"],
-        recomputed=sizes.blocks if case["recomputed"] is None else case["recomputed"],
+        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=case["r"],
+        recomputed=case["layers_recomputed"],
         adapter_parameters=adapter_parameters(shape, case["r"], None, False), trained_share=case["trained_share"],
     )  # fmt: skip
 
 
-def _predicted(case: dict[str, Any]) -> tuple[float, float]:
-    """Peak GiB and seconds a step, by the plan's arithmetic."""
+def _predicted(case: dict[str, Any]) -> tuple[GpuMemory, float]:
+    """Memory and seconds of a step, by the plan's arithmetic."""
     sizes, step = step_of(case)
     _, (memory,) = predict(sizes, step)
-    return gib(memory.allocated), step_seconds(sizes, step, GPUS["H100"])
+    return memory, step_seconds(sizes, step, GPUS["H100"])
 
 
 def cpu_speed() -> str:
@@ -160,7 +245,13 @@ def cpu_speed() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "gpu": gpu, "speed": speed, "cpu speed": cpu_speed}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "gpu": gpu,
+    "trainers": trainers,
+    "predicted": predicted,
+    "cpu speed": cpu_speed,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,20 +1,24 @@
-"""How fast a training step is and what it holds, on one machine: the recipe as published, the plain path, the fast step.
+"""How fast a training step is and what it holds, on one machine: the recipe as published, other trainers, and ours.
 
-    python benchmarks/step_speed.py OUT.json MODEL:VARIANT[:BLOCKS[:RECOMPUTED[:LIMIT_GIB]]] ...
+    python benchmarks/step_speed.py OUT.json MODEL:VARIANT[:BLOCKS[:RECOMPUTED[:LIMIT_GIB]]] ... [--data F --seq-len N --profile]
 
-    python benchmarks/step_speed.py out.json falcon-40b:recipe falcon-40b:fast:2:10:79 llama-3.1-8b:fast:4:0
+    python benchmarks/step_speed.py out.json falcon-40b:recipe falcon-40b:fast:3/2:0:79 llama-3.1-8b:trl:6/4:0:79
 
 Models are catalogued shapes at true size with random weights, or any name that the package loads; rows are the embedded corpus (or
-`--data`); data loader, optimizer and steps are those of `transformers.Trainer`. The clock is CUDA's own, read at each step's end
-without waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on what is reserved.
-Everything runs in one process, so the ratios hold whatever the card's clock does that day. Without a GPU the same runs on the CPU.
+`--data`); data loader, optimizer and steps are those of `transformers.Trainer`. Each case runs in a process of its own, one after
+another; `3/2` tries three blocks and takes two where they do not fit. The clock is CUDA's own, read at each step's end without
+waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on what is reserved. All cases
+of a call see the same card on the same day, so their ratios hold. Without a GPU the same runs on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -34,7 +38,8 @@ from qlora_helpers.units import BYTES_IN_GIB, gib
 
 ON_GPU = torch.cuda.is_available()
 RANKS = {"falcon-7b": 8, "falcon-40b": 8, "falcon-tiny": 8}
-WARM, TIMED = 3, 6
+WARM, TIMED, PROFILED = 3, 5, 2
+PEERS = ("trl", "trl_liger", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,19 @@ class Case:
     limit_gib: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Case:
+    def parse(cls, text: str) -> list[Case]:
+        """The case, with several micro-batches from the largest on."""
         model, variant, *rest = text.split(":")
-        numbers = [None if part in ("", "all") else float(part) for part in rest] + [None] * 3
-        return cls(model, variant, int(numbers[0] or 1), None if numbers[1] is None else int(numbers[1]), numbers[2])
+        blocks, recomputed, limit = (*rest, "", "", "")[:3]
+        again = None if recomputed in ("", "all") else int(recomputed)
+        return [
+            cls(model, variant, int(each), again, float(limit) if limit else None)
+            for each in (blocks or "1").split("/")
+        ]
+
+    @property
+    def rank(self) -> int:
+        return RANKS.get(self.model, 16)
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -63,15 +77,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"train": {"fast_step": False}},
     "eager": {"train": {"compile": "off"}},
     "fast": {"train": {"compile": "on"}},
+    "fast_all": {"train": {"compile": "on"}, "data": {"loss_on": "all"}},
+    "auto": {},
 }
-"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step without and with compilation."""
+"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step uncompiled, compiled, with a
+loss on all tokens, and as planned."""
 
 
 class Clock(TrainerCallback):
     """CUDA events and token counts at the ends of steps; nothing here waits for the GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_seen: Any = None) -> None:
         self.trainer: Any = None
+        self.tokens_seen = tokens_seen or (lambda: self.trainer.tokens_seen)
         self.marks: list[Any] = []
         self.tokens: list[torch.Tensor] = []
         self.first_step_s: float | None = None
@@ -79,16 +97,17 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.marks.append(_mark())
-        self.tokens.append(torch.as_tensor(self.trainer.tokens_seen).clone())
+        self.tokens.append(torch.as_tensor(self.tokens_seen()).clone())
         if self.first_step_s is None:
             _synchronize()
             self.first_step_s = time.monotonic() - self.started
+        control.should_evaluate = control.should_save = False  # the last step would ask for both
 
     def result(self) -> dict[str, float]:
         _synchronize()
-        seconds = _seconds_between(self.marks[WARM - 1], self.marks[-1])
-        steps = len(self.marks) - WARM
-        tokens = int(self.tokens[-1]) - int(self.tokens[WARM - 1])
+        last = WARM + TIMED - 1
+        seconds = _seconds_between(self.marks[WARM - 1], self.marks[last])
+        tokens, steps = int(self.tokens[last]) - int(self.tokens[WARM - 1]), TIMED
         return {
             "tokens_per_s": round(tokens / seconds, 1), "step_s": round(seconds / steps, 4),
             "tokens_per_step": round(tokens / steps, 1), "first_step_s": round(self.first_step_s, 1),
@@ -113,12 +132,53 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]:
+class Profile(TrainerCallback):
+    """GPU kernels of the steps after the timed ones, by kind and by name."""
+
+    def __init__(self) -> None:
+        self.profiler: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM + TIMED:
+            _synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA] if ON_GPU else None
+            self.profiler = torch.profiler.profile(activities=activities)
+            self.profiler.start()
+        elif state.global_step == WARM + TIMED + PROFILED:
+            _synchronize()
+            self.profiler.stop()
+
+    def result(self) -> dict[str, Any]:
+        """Milliseconds a step."""
+        kinds: dict[str, float] = {}
+        kernels = []
+        for event in self.profiler.key_averages():
+            ms = (event.self_device_time_total if ON_GPU else event.self_cpu_time_total) / 1000 / PROFILED
+            kind = next(
+                (kind for kind, parts in KERNELS.items() if any(part in event.key.lower() for part in parts)), "other"
+            )
+            kinds[kind] = kinds.get(kind, 0) + ms
+            kernels.append((round(ms, 2), event.count // PROFILED, event.key[:120]))
+        return {
+            "ms_by_kind": {kind: round(ms, 1) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
+            "largest": sorted(kernels, reverse=True)[:25],
+        }
+
+
+KERNELS = {
+    "dequantisation": ("dequant",), "attention": ("flash", "fmha", "attention"), "compiled": ("triton_",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "aten::mm"), "copies": ("memcpy", "memset"),
+}  # fmt: skip
+
+
+def measure(case: Case, source: str, seq_len_tokens: int, profile: bool) -> dict[str, Any]:
     """Builds the model, trains a few steps, and returns what was measured."""
+    set_limit(case)
+    if case.variant in PEERS:
+        from step_speed_peers import measure_peer
+
+        return measure_peer(case, source, seq_len_tokens)
     variant = VARIANTS[case.variant]
-    if ON_GPU:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.limit_gib or 1e9) * BYTES_IN_GIB / total))
     name = f"random:{case.model}" if case.model in SHAPES else case.model
     loaded = models.load_model(ModelConfig(name=name), say=lambda text: None)
     model = loaded.model
@@ -126,44 +186,72 @@ def measure(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    rank = RANKS.get(case.model, 16)
     model = lora.add_adapters(
-        model, AdapterConfig(**{"r": rank, "lora_dropout": 0.0} | variant.get("adapter", {})), seed=0
+        model, AdapterConfig(**{"r": case.rank, "lora_dropout": 0.0} | variant.get("adapter", {})), seed=0
     )
-    settings = DataConfig(
-        **{"source": source, "train_rows": 3000, "eval_rows": 8, "seq_len_tokens": seq_len_tokens}
-        | variant.get("data", {})
-    )
+    settings = data_settings(source, seq_len_tokens, **variant.get("data", {}))
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
-    _synchronize()
-    if ON_GPU:
-        weights = gib(torch.cuda.memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-    steps = {"max_steps": WARM + TIMED, "logging_steps": 1000, "eval_steps": 1000, "save_steps": 1000}
+    weights = weights_held()
+    steps = {"max_steps": WARM + TIMED + (PROFILED if profile else 0)}
+    steps |= {"logging_steps": 1000, "eval_steps": 1000, "save_steps": 1000}
     recompute = {"activation_checkpointing": case.recomputed != 0, "recompute_layers": case.recomputed}
-    config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant["train"])
-    clock = Clock()
+    config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant.get("train", {}))
+    clock, profiled = Clock(), [Profile()] if profile else []
     with tempfile.TemporaryDirectory() as folder:
         training.train(
-            model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock,), show_progress=False
-        )
-    memory = {}
-    if ON_GPU:
-        memory = {
-            "weights_gib": round(weights, 3),
-            "peak_allocated_gib": round(gib(torch.cuda.max_memory_allocated()), 3),
-            "peak_reserved_gib": round(gib(torch.cuda.max_memory_reserved()), 3),
-        }
+            model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock, *profiled),
+            show_progress=False,
+        )  # fmt: skip
+    fast = clock.trainer.fast
     return (
         clock.result()
-        | memory
+        | memory_held(weights)
         | {
             "fill": round(data.report.tokens / max(1, len(data.train) * seq_len_tokens), 4) if data.packed else None,
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
-            "fast_step": repr(clock.trainer.fast).splitlines() if clock.trainer.fast else None,
+            "compiled": bool(fast and fast.compiled),
+            "layers_recomputed": fast.recomputed if fast else None,
+            "fast_step": repr(fast).splitlines() if fast else None,
         }
+        | ({"profile": profiled[0].result()} if profile else {})
     )
+
+
+def data_settings(source: str, seq_len_tokens: int, **more: Any) -> DataConfig:
+    """The rows that every trainer gets."""
+    return DataConfig(
+        **{"source": source, "train_rows": 3000, "eval_rows": 8, "test_rows": 8, "seq_len_tokens": seq_len_tokens}
+        | more
+    )
+
+
+def set_limit(case: Case) -> None:
+    """Lets PyTorch reserve no more than the case's share of the card."""
+    if ON_GPU:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.limit_gib or 1e9) * BYTES_IN_GIB / total))
+
+
+def weights_held() -> float:
+    """GiB held before training; the peak is counted from here."""
+    _synchronize()
+    if not ON_GPU:
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return gib(torch.cuda.memory_allocated())
+
+
+def memory_held(weights: float) -> dict[str, float]:
+    """The peaks of a training, GiB."""
+    if not ON_GPU:
+        return {}
+    return {
+        "weights_gib": round(weights, 3),
+        "peak_allocated_gib": round(gib(torch.cuda.max_memory_allocated()), 3),
+        "peak_reserved_gib": round(gib(torch.cuda.max_memory_reserved()), 3),
+    }
 
 
 def matrix_rate() -> float:
@@ -181,33 +269,78 @@ def matrix_rate() -> float:
     return often * 2 * size**3 / _seconds_between(start, end) / 1e12
 
 
+def in_a_process(case: Case | str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one case in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
+        command = [
+            sys.executable,
+            __file__,
+            answer.name,
+            "--one",
+            json.dumps(case if isinstance(case, str) else dataclasses.asdict(case)),
+        ]
+        command += ["--data", options.data, "--seq-len", str(options.seq_len)] + ["--profile"] * options.profile
+        try:
+            ended = f"the process ended with {subprocess.run(command, stdout=sys.stderr, timeout=options.timeout).returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"took longer than {options.timeout:.0f} s"
+        text = Path(answer.name).read_text(encoding="utf-8")
+    return json.loads(text) if text else {"error": ended}
+
+
+def one(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """What `in_a_process` runs."""
+    started = time.monotonic()
+    try:
+        found = measure(case, options.data, options.seq_len, options.profile)
+    except torch.cuda.OutOfMemoryError as error:
+        found = {"out_of_memory": str(error).split(". ")[0]}
+    except Exception as error:  # one case that fails is a result too
+        import traceback
+
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return found | {"seconds_in_all": round(time.monotonic() - started, 1)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
+        "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions(),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measures each case and writes after each, so that a case that fails loses none."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("out", type=Path)
-    options.add_argument("cases", nargs="+", type=Case.parse)
+    options.add_argument("cases", nargs="*", type=Case.parse)
     options.add_argument("--data", default="embedded", help="a data file; else the embedded corpus")
     options.add_argument("--seq-len", type=int, default=2048, help="tokens of a block")
+    options.add_argument("--profile", action="store_true", help="also list the kernels of two steps")
+    options.add_argument("--timeout", type=float, default=600, help="seconds for a case")
+    options.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     chosen = options.parse_args()
-    results: dict[str, Any] = {
-        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
-        "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
-        "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions(), "cases": [],
-    }  # fmt: skip
-    for case in chosen.cases:
-        try:
-            found = measure(case, chosen.data, chosen.seq_len)
-        except torch.cuda.OutOfMemoryError as error:
-            found = {"out_of_memory": str(error).split(". ")[0]}
-        except Exception as error:  # one case that fails is a result too
-            found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        gc.collect()
-        if ON_GPU:
-            torch.cuda.empty_cache()
-        torch._dynamo.reset()
-        results["cases"].append(vars(case) | found)
-        print(json.dumps(vars(case) | found), flush=True)
-        chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if chosen.one is not None:
+        found = machine() if chosen.one == "machine" else one(Case(**chosen.one), chosen)
+        chosen.out.write_text(json.dumps(found), encoding="utf-8")
+        return
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # as our own loader sets it, for every trainer alike
+    results = in_a_process("machine", chosen) | {"cases": []}
+    for sizes in chosen.cases:
+        for case in sizes:
+            found = in_a_process(case, chosen)
+            line = dataclasses.asdict(case) | {"r": case.rank, "seq_len_tokens": chosen.seq_len}
+            line |= {"data": Path(chosen.data).stem} | found
+            results["cases"].append(line)
+            print(json.dumps({key: value for key, value in line.items() if key != "fast_step"}), flush=True)
+            chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            if "step_s" in found:
+                break
 
 
 if __name__ == "__main__":

@@ -5,4 +5,9 @@ Importing the package imports no torch and prints nothing; import the module you
 `evaluation` (the steps), `workflow` (a whole run).
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# bitsandbytes notes at import, on some processors, that an optional kernel is not there; transformers and peft import it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -312,8 +313,11 @@ def _did_you_mean(name: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # it evaluates every annotation of a class anew
+
+
 def _checked(section: type, item: dataclasses.Field, value: Any, is_text: bool) -> Any:
-    hint = typing.get_type_hints(section)[item.name]
+    hint = _type_hints(section)[item.name]
     value = _converted(hint, value, is_text)
     limits = item.metadata
     if value is None:

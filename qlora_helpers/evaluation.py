@@ -16,6 +16,7 @@ import torch
 
 from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
+from qlora_helpers.generation import generation_settings
 from qlora_helpers.labels import label_row
 from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.sources import Dialogue
@@ -185,14 +186,7 @@ def generate(
     Returns:
         An answer for each prompt, in the order given.
     """
-    from transformers import GenerationConfig
-
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    # What is not set here, transformers takes from the checkpoint: some come with a repetition penalty.
-    settings = GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
-    )  # fmt: skip
+    settings = generation_settings(tokenizer, config)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()

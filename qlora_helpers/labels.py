@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+LONGEST_CHARACTER = 8  # tokens; UTF-8 has four bytes a character
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,10 @@ class TokenView:
         ids, labels = list(block["input_ids"]), list(block["labels"])
         segments = list(block.get("segment_ids") or [1] * len(ids))
         self.tokens = [
-            (tokenizer.decode([token]), _kind(token, label, segment, tokenizer.eos_token_id), segment)
-            for token, label, segment in zip(ids[:most], labels[:most], segments[:most], strict=True)
+            (text, token_kind(token, label, segment, tokenizer.eos_token_id), segment)
+            for text, token, label, segment in zip(
+                token_texts(ids[:most], tokenizer), ids[:most], labels[:most], segments[:most], strict=True
+            )
         ]
         self.hidden = max(0, len(ids) - most)
 
@@ -239,7 +242,22 @@ class TokenView:
         return f" ... and {self.hidden} more tokens" if self.hidden else ""
 
 
-def _kind(token: int, label: int, segment: int, eos: int) -> str:
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text that each token adds; a character made of several tokens (an emoji) stands at its last one, the others add none."""
+    texts, open_ids = [], []
+    for token in ids:
+        open_ids.append(token)
+        text = tokenizer.decode(open_ids)
+        unfinished = text.endswith("\ufffd") and len(open_ids) < LONGEST_CHARACTER
+        texts.append("" if unfinished else text)
+        open_ids = open_ids if unfinished else []
+    if open_ids:
+        texts[-1] = tokenizer.decode(open_ids)
+    return texts
+
+
+def token_kind(token: int, label: int, segment: int, eos: int) -> str:
+    """What happens to a token: `padding`, `masked`, `end` (the trained end of the text) or `trained`."""
     if segment == 0:
         return "padding"
     if label == IGNORED:

@@ -17,9 +17,10 @@ from qlora_helpers.units import BYTES_IN_GIB, gib
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
 QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a constant of theirs (arXiv:2305.14314)
-LOSS_CHUNK_BYTES = 256 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
+LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
+MATRIX_TILE = 128  # tokens that a matrix product works on together
 CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
-FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.05, 1 * BYTES_IN_GIB  # of what comes and goes: allocated against reserved
+FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16  # of what comes and goes, in segments that grow
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -129,7 +130,10 @@ class GpuMemory:
     @property
     def total(self) -> int:
         """What the card must have free."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        return (
+            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.working
+            + self.fragmentation + self.context
+        )  # fmt: skip
 
     def parts_gib(self) -> dict[str, float]:
         """Each part in GiB, by name."""
@@ -139,25 +143,25 @@ class GpuMemory:
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
     """16-bit values that one decoder layer keeps for its backward pass, a token.
 
-    The layer's input, what each norm gives, queries, keys, values and the attention's output, the residual between attention and
-    MLP, and the MLP's inner values: before and after its non-linearity, and their product where it is gated. An adapter's first
-    matrix needs the input of every layer it stands beside, which are among these. Uncompiled, a root-mean-square norm keeps its
-    input in 32 bits and a gated MLP its non-linearity's output too; compiled, both are made again.
+    Compiled: what no pointwise kernel can make again. The layer's input, the residual between attention and MLP, queries, keys,
+    values and the attention's output, the MLP's inner values before their non-linearity, and what each adapter's first matrix
+    gives. Uncompiled, also what each norm gives and a root-mean-square norm's input in 32 bits, the non-linearity's output, and
+    the product of a gated MLP.
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    norms = sizes.norms_per_block
     residuals = 1 if sizes.parallel_attention else 2
+    norms = sizes.norms_per_block
     extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
-    stream = sizes.hidden * (residuals + norms + extra_norms)
+    stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
     attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in 32 bits
     if sizes.qk_norm:
         attention += queries + keys
-    inner = sizes.intermediate * (3 if sizes.gated_mlp else 2)
+    inner = sizes.intermediate * (2 if sizes.gated_mlp else 1)
+    if not compiled:
+        stream = sizes.hidden * (residuals + extra_norms) * (2 if sizes.norm == "rms" else 1) + sizes.hidden * norms
+        inner += sizes.intermediate * (2 if sizes.gated_mlp else 1)
     if sizes.experts:
         inner *= sizes.experts_per_token
-    if not compiled and sizes.norm == "rms":
-        stream += sizes.hidden * (residuals + extra_norms)
-        inner += sizes.intermediate * (1 if sizes.gated_mlp else 0)
     low_rank = r * sum(layer.per_block for layer in sizes.linears)
     return stream + attention + inner + low_rank
 
@@ -194,7 +198,7 @@ def stage_memory(
     """
     head = first if sizes.tied else last
     one = layer_bytes(sizes, settings)
-    whole = GpuMemory(**{item.name: layers * getattr(one, item.name) for item in fields(one)})
+    whole = GpuMemory(**{name: layers * value for name, value in vars(one).items()})
     layer_input = HALF * settings.tokens * sizes.hidden
     activations = (layers - recomputed) * one.activations + recomputed * layer_input
     other = whole.weights_other
@@ -203,13 +207,18 @@ def stage_memory(
     if head:
         other += HALF * sizes.head_parameters
     in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
-    in_layer += HALF * settings.tokens * sizes.intermediate
+    in_layer += HALF * settings.tokens * _inner_in_backward(sizes)
     working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
     fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
     return replace(
         whole, weights_other=other, activations=activations, working=working, fragmentation=round(fragmentation),
         context=CONTEXT_BYTES,
     )  # fmt: skip
+
+
+def _inner_in_backward(sizes: ModelSizes) -> int:
+    """Values of an MLP's inner width that exist at once in its backward pass, a token: made again, and their gradients."""
+    return sizes.intermediate * (4 if sizes.gated_mlp else 2) * max(1, sizes.experts_per_token)
 
 
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
@@ -230,8 +239,9 @@ def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
 
 
 def loss_chunk(vocab: int) -> int:
-    """Tokens whose logits over a vocabulary exist at once."""
-    return max(16, LOSS_CHUNK_BYTES // (SINGLE * vocab))
+    """Tokens whose logits over a vocabulary exist at once; whole tiles of a matrix product where there are any."""
+    tokens = max(16, LOSS_CHUNK_BYTES // (SINGLE * vocab))
+    return tokens - tokens % MATRIX_TILE if tokens >= MATRIX_TILE else tokens
 
 
 def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
@@ -241,6 +251,8 @@ def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
 
 def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple[int, ...]:
     """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
+    if gpus == 1:
+        return (sizes.blocks,)
     one = layer_bytes(sizes, settings)
     share = settings.recomputed / sizes.blocks
     a_layer = one.total - share * (one.activations - HALF * settings.tokens * sizes.hidden)

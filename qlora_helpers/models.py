@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from qlora_helpers.nf4 import (
     is_nf4,
     keep_gradients_exact_on_cpu,
     quantization_settings,
-    quiet_bitsandbytes,
     stored_bytes,
     unpacked_numel,
 )
@@ -90,11 +90,11 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
     Raises:
         ModelError: the checkpoint can't be had, does not fit, or is not what was asked for after loading.
     """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the GPU's memory is first used
     checkpoint = find_checkpoint(config, say=say)
     tokenizer = _tokenizer(checkpoint)
     dtype = compute_dtype(config)
     attention = None if config.attention == "auto" else config.attention
-    quiet_bitsandbytes()
     if checkpoint.shape is not None:
         from qlora_helpers.random_weights import build_random_model
 

@@ -6,7 +6,6 @@ NF4 and double quantisation: Dettmers et al. 2023, arXiv:2305.14314. Knows nothi
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +58,6 @@ def keep_gradients_exact_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def quiet_bitsandbytes() -> None:
-    """Keeps bitsandbytes' note about a missing optional CPU kernel out of notebooks."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 
 def is_nf4(module: torch.nn.Module) -> bool:

@@ -19,6 +19,7 @@ from qlora_helpers.tables import Table
 from qlora_helpers.units import duration, gib
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+SPREAD = "the layers are spread over the GPUs, which work one after another"
 COPIES_EFFICIENCY = 0.95  # several processes wait for each other and average gradients; adapters are small
 
 
@@ -147,8 +148,9 @@ class Plan:
 
 
 def make_plan(
-    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2
-) -> Plan:
+    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2,
+    one_process: bool = False, mend: bool = True,
+) -> Plan:  # fmt: skip
     """Plans a training run.
 
     Args:
@@ -158,12 +160,14 @@ def make_plan(
         config: adapter, optimizer, block length and blocks an optimizer step are taken from here; what is left is chosen.
         tokens: that are trained on in one epoch.
         trained_share: of the tokens.
+        one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
+        mend: whether to look for changes that fit, where nothing does.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     total = round(tokens * config.train.epochs)
-    found = _candidates(shape, hardware, config, total, trained_share)
+    found = _candidates(shape, hardware, config, total, trained_share, (hardware.gpus,) if one_process else None)
     best: dict[int, Candidate] = {}  # the fastest of each micro-batch, fastest first
     for each in sorted(_fitting(found, hardware), key=lambda each: -each.tokens_per_s):
         best.setdefault(each.blocks, each)
@@ -173,18 +177,32 @@ def make_plan(
     return Plan(
         model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]),
         smallest=min(found, key=lambda each: each.peak_gib),
-        mends=() if choice else _mends(shape, hardware, config, total, trained_share),
+        mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share),
         notes=_notes(hardware, sizes, choice),
     )  # fmt: skip
 
 
-def _candidates(
+def fastest_in_several_processes(
     shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
-) -> list[Candidate]:
-    """Every micro-batch that makes up the asked blocks an optimizer step, in one copy over all GPUs or a copy on each."""
+) -> Candidate | None:
+    """The fastest that fits with a copy of the model on each GPU (torchrun); None where there is one GPU, or nothing fits."""
+    if hardware.gpus == 1:
+        return None
+    fitting = _fitting(_candidates(shape, hardware, config, tokens, trained_share, (1,)), hardware)
+    return max(fitting, key=lambda each: each.tokens_per_s, default=None)
+
+
+def _candidates(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    shares: tuple[int, ...] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
+
+    Where it says nothing: one copy over all GPUs, or a copy on each.
+    """
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
     found = []
-    for gpus in sorted({1, hardware.gpus}):
+    for gpus in shares or sorted({1, hardware.gpus}):
         copies = hardware.gpus // gpus
         for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
             step = step_settings(config, shape, blocks=blocks, trained_share=trained_share)
@@ -251,18 +269,49 @@ def _mends(
 ) -> tuple[str, ...]:
     """The smallest change of the settings that fits, and the cheapest instance that does."""
     found = []
+    if change := smallest_change(shape, hardware, config, tokens, trained_share):
+        settings, best = change
+        found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
+    if other := cheapest_instance(shape, config, trained_share):
+        found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
+    return tuple(found)
+
+
+def smallest_change(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    one_process: bool = False,
+) -> tuple[list[str], Candidate] | None:  # fmt: skip
+    """The mildest change of block length, optimizer and rank with which something fits, and the fastest that then does."""
     for change in _changes(config):
-        fitting = _fitting(_candidates(shape, hardware, config.with_settings(change), tokens, trained_share), hardware)
+        changed = config.with_settings(change)
+        shares = (hardware.gpus,) if one_process else None
+        fitting = _fitting(_candidates(shape, hardware, changed, tokens, trained_share, shares), hardware)
         if fitting:
-            best = max(fitting, key=lambda each: each.tokens_per_s)
-            found.append(" ".join(f"--set {item}" for item in change) + f" ({best!r})")
-            break
+            return change, max(fitting, key=lambda each: each.tokens_per_s)
+    return None
+
+
+def cheapest_instance(shape: dict[str, Any], config: RunConfig, trained_share: float) -> Hardware | None:
+    """The catalogue's cheapest instance by the hour on which something fits."""
     priced = [parse_gpus(name) for name, instance in INSTANCES.items() if instance.price_usd_per_hour is not None]
     for other in sorted(priced, key=lambda each: each.price_usd_per_hour):
-        if _fitting(_candidates(shape, other, config, tokens, trained_share), other):
-            found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
-            break
-    return tuple(found)
+        if _can_fit(shape, other, config, trained_share):
+            return other
+    return None
+
+
+def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, trained_share: float) -> bool:
+    """Whether something fits even uncompiled: the smallest micro-batch, with no layer recomputed or with all of them."""
+    per_step, sizes = config.train.micro_batch_size * config.train.gradient_accumulation_steps, model_sizes(shape)
+    for gpus in sorted({1, hardware.gpus}):
+        copies = hardware.gpus // gpus
+        blocks = next((count for count in BLOCKS if per_step % (count * copies) == 0), 1)
+        step = step_settings(config, shape, blocks=blocks, compiled=False, trained_share=trained_share)
+        for recomputed in (0, sizes.blocks):
+            _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
+            if max(gib(each.total) for each in memory) <= hardware.usable_gib:
+                return True
+    return False
 
 
 def _changes(config: RunConfig) -> list[list[str]]:
@@ -283,21 +332,27 @@ def _fitting(candidates: list[Candidate], hardware: Hardware) -> list[Candidate]
 
 def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
     notes = []
+    if choice and choice.copies > 1:
+        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
+    elif choice and len(choice.layers_per_gpu) > 1:
+        notes.append(SPREAD)
+    return (*hardware_notes(hardware, sizes), *notes)
+
+
+def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
+    """What a reader must know of any figures for this hardware and model."""
+    notes = []
     if hardware.gpu is None:
         notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
     elif not hardware.gpu.measured:
         notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
     if hardware.gpu is not None and not hardware.gpu.supports_bf16:
         notes.append(f"{hardware.gpu.name} has no bfloat16: products run in float16, attention without the fast kernel")
-    if choice and choice.copies > 1:
-        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
-    elif hardware.gpus > 1 and len((choice and choice.layers_per_gpu) or ()) > 1:
-        notes.append("the layers are spread over the GPUs, which work one after another")
     if sizes.experts:
         notes.append("experts are not quantised when they are loaded, so most weights stay in 16 bits")
     if sizes.assumed:
         notes.append("an unknown architecture, taken to be wired like Llama")
-    return tuple(notes)
+    return notes
 
 
 def _memory_table(shown: Candidate, hardware: Hardware) -> Table:

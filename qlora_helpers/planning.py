@@ -5,19 +5,25 @@ What notebooks, forms and the command line call. Downloads at most a config.json
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
 from qlora_helpers import telemetry
-from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, Hardware, find_gpu, parse_gpus
+from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
 from qlora_helpers.memory import predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.outlook import Outlook, look_ahead
 from qlora_helpers.plan import Plan, make_plan
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.speed import UNNAMED_GPU, step_seconds
 from qlora_helpers.units import gib
 
-UNKNOWN_TOKENS = 1_000_000
+UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known
 
 
 def plan_run(
@@ -37,8 +43,10 @@ def plan_run(
     hardware = parse_gpus(gpus, price) if gpus else this_machine(price)
     shape = find_shape(config.model)
     known = tokens if tokens is not None else estimated_tokens(config.data)
-    share = 1.0 if config.data.loss_on == "all" else 0.2
-    plan = make_plan(config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS, trained_share=share)
+    plan = make_plan(
+        config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS,
+        trained_share=trained_share(config.data),
+    )  # fmt: skip
     if known is None:
         plan = plan.with_note(
             f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"
@@ -99,10 +107,60 @@ def this_machine(price: float | None = None) -> Hardware:
 
 def estimated_tokens(config: DataConfig) -> int | None:
     """Tokens of the training rows with the recipe's prompt, or None where the source would have to be downloaded to know."""
+    size = data_size(config)
+    return None if size is None else round(min(size.rows, config.train_rows or size.rows) * size.tokens_per_row)
+
+
+def data_size(config: DataConfig) -> DataSize | None:
+    """Training rows of a source and tokens a row, whatever `train_rows` says; None where it would have to be downloaded to know.
+
+    A local file is read once, and again where it has changed.
+
+    Raises:
+        DataError: the file can't be read or used.
+    """
     if config.source in DATA_SIZES:
-        size = DATA_SIZES[config.source]
-        return round(min(size.rows, config.train_rows or size.rows) * size.tokens_per_row)
-    if not config.source.lower().endswith((".json", ".jsonl", ".csv", ".parquet", ".7z")):
+        return DATA_SIZES[config.source]
+    path = Path(config.source).expanduser()
+    if "://" in config.source or not path.name.lower().endswith((".json", ".jsonl", ".csv", ".parquet", ".7z")):
         return None
+    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    return _file_size(replace(config, train_rows=None), changed)
+
+
+@lru_cache(maxsize=8)
+def _file_size(config: DataConfig, changed: int) -> DataSize:
     rows = read_corpus(config).train
-    return round(sum(len(row.dialogue) + len(row.summary) for row in rows) / CHARACTERS_PER_TOKEN)
+    tokens = sum(len(row.dialogue) + len(row.summary) for row in rows) / CHARACTERS_PER_TOKEN
+    return DataSize(len(rows), tokens / max(1, len(rows)))
+
+
+def outlook(
+    config: RunConfig, *, hardware: Hardware, shape: dict[str, Any] | None = None, tokens: int | None = None
+) -> Outlook:
+    """What these very settings lead to on some hardware, and beside it the plan.
+
+    Args:
+        config: of the run.
+        hardware: as `this_machine` or `parse_gpus` gives it.
+        shape: the model's `config.json`, where it is at hand.
+        tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
+
+    Raises:
+        UserError: no such model, or the data can't be read.
+    """
+    shape = find_shape(config.model) if shape is None else shape
+    size = data_size(config.data) if tokens is None else DataSize(max(1, round(tokens / ROW_TOKENS)), ROW_TOKENS)
+    found = look_ahead(
+        config, shape, hardware, size or DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS),
+        trained_share=trained_share(config.data),
+    )  # fmt: skip
+    if size is None:
+        note = f"the size of {config.data.source} is not known: time is for a million tokens"
+        found = replace(found, notes=(*found.notes, note))
+    return found
+
+
+def trained_share(config: DataConfig) -> float:
+    """Of the tokens, before they are counted: a summary is about a fifth of its row."""
+    return 1.0 if config.loss_on == "all" else 0.2

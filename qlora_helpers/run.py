@@ -27,6 +27,7 @@ from qlora_helpers.progress import Progress
 from qlora_helpers.status import STATES, WENT_SILENT, Status, is_alive
 
 REQUEST_KINDS = ("stop", "save")
+FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
 # The trainer's heart beats in a thread of its own; what the two write into one file must not cross.
 _WRITING = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -185,6 +186,34 @@ class Run:
         """Writes `config.json`."""
         write_json(self.config_path, config.to_dict())
 
+    def change_config(self, config: RunConfig) -> None:
+        """Writes `config.json` unless it changes what a trained adapter stands on.
+
+        Raises:
+            RunError: the run has trained, and a setting of model, adapter or data differs; nothing is written.
+        """
+        if self.exists() and self.has_trained():
+            self._refuse_fixed_changes(self.config(), config)
+        self.save_config(config)
+
+    def has_trained(self) -> bool:
+        """Whether there is a checkpoint or an adapter, so that model, adapter and data can't change any more."""
+        return any(self.checkpoints_dir.glob("checkpoint-*")) or self.adapter_dir.exists()
+
+    def _refuse_fixed_changes(self, old: RunConfig, new: RunConfig) -> None:
+        before, after = old.to_dict(), new.to_dict()
+        changed = [
+            f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
+            for section in FIXED
+            for key in before[section]
+            if before[section][key] != after[section][key]
+        ]
+        if changed:
+            raise RunError(
+                f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
+                next_step="Give the new settings a run of their own (another name), or delete this one.",
+            )
+
     def need(self, path: Path, made_by: str) -> Path:
         """Returns `path` if it is there.
 
@@ -340,6 +369,11 @@ class Run:
 
     def _write_request(self, request: Request) -> None:
         write_json(self.requests_dir / f"{request.id}.json", request)
+
+
+def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
+    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:

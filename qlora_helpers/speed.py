@@ -23,7 +23,7 @@ class Speed:
         memory_share: of the datasheet's bandwidth that everything else reaches.
         forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
         eager_factor: how much longer all of that takes uncompiled.
-        layer_s: what each pass over a layer costs besides, on the host.
+        layer_s: what the host takes to start a pass over a layer; a step is never faster than all of these.
     """
 
     matrix_share: float
@@ -35,7 +35,12 @@ class Speed:
 
 
 FITTED = Speed(
-    matrix_share=0.762, memory_share=0.662, forward_passes=2.76, backward_passes=3.62, eager_factor=2.27, layer_s=0.0013
+    matrix_share=0.644,
+    memory_share=0.563,
+    forward_passes=5.05,
+    backward_passes=5.17,
+    eager_factor=1.98,
+    layer_s=0.00412,
 )
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B and a Llama of 8 B, measured on one H100 80GB."""
 UNNAMED_GPU = GPUS["L4"]
@@ -56,11 +61,12 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
     values = HALF * step.tokens * kept_values(sizes, compiled=True, r=step.r) / memory
     values *= 1.0 if step.compiled else speed.eager_factor
-    forward = products + dequantised + values * speed.forward_passes + speed.layer_s
-    backward = products + dequantised + values * speed.backward_passes + speed.layer_s
+    forward = products + dequantised + values * speed.forward_passes
+    backward = products + dequantised + values * speed.backward_passes
     head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
     optimizer = 28 * step.adapter_parameters / memory
-    return (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+    on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+    return max(on_gpu, (2 * sizes.blocks + step.recomputed) * speed.layer_s)
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:

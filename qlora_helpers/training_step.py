@@ -6,24 +6,22 @@ Works on a loaded model with adapters and prepared blocks; knows nothing of `Tra
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, takes_logits_to_keep
-from qlora_helpers.catalog import Gpu, find_gpu
+from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.fast_step import FastStep, fast_step
 from qlora_helpers.memory import CONTEXT_BYTES, StepSettings
 from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import fewest_recomputed
+from qlora_helpers.outlook import compiled_and_recomputed
 from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
-from qlora_helpers.speed import UNNAMED_GPU, compile_pays
+from qlora_helpers.speed import UNNAMED_GPU
 from qlora_helpers.units import gib
 
 if TYPE_CHECKING:
@@ -105,40 +103,15 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
-    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
-    usable = gib(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - MEMORY_MARGIN * total)
+    usable = gib(usable_bytes(device) + CONTEXT_BYTES)
     return compiled_and_recomputed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
 
 
-def compiled_and_recomputed(
-    config: TrainConfig,
-    sizes: ModelSizes,
-    step: StepSettings,
-    gpu: Gpu,
-    usable_gib: float,
-    *,
-    passes: int,
-    packed: bool,
-) -> tuple[bool, int]:
-    """Whether to compile, and how many decoder layers to recompute on one GPU: as the settings say, else as the plan does.
-
-    Args:
-        config: training settings.
-        sizes: of the model.
-        step: what memory and speed depend on; its `compiled` and `recomputed` don't count.
-        gpu: the card, or one like it.
-        usable_gib: that the training may take of it, the CUDA context included.
-        passes: forward passes of the whole training.
-        packed: padded rows differ in length, and are not compiled.
-    """
-    compiled = config.compile == "on"
-    if config.compile == "auto":
-        compiled = packed and compile_pays(sizes, step, gpu, passes)
-    if not config.activation_checkpointing:
-        return compiled, 0
-    if config.recompute_layers is not None:
-        return compiled, config.recompute_layers
-    return compiled, fewest_recomputed(sizes, dataclasses.replace(step, compiled=compiled), usable_gib)
+def usable_bytes(device: torch.device) -> float:
+    """What PyTorch may reserve on a GPU: what is free or ours already, less a margin, within the limit that was set."""
+    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+    ours = free + torch.cuda.memory_reserved(device) - MEMORY_MARGIN * total
+    return min(ours, torch.cuda.get_per_process_memory_fraction(device) * total)
 
 
 def _passes(data: PreparedData, config: TrainConfig) -> int:

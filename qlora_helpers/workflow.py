@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
 from qlora_helpers.heartbeat import beating
 from qlora_helpers.price import needed_price
-from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, write_json
+from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
 from qlora_helpers.status import BY_REQUEST, INTERRUPTED
 from qlora_helpers.training_budget import refuse_spent_budget
 
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
-FIXED = ("model", "adapter", "data")
 RELOAD_TOLERANCE = 1e-4
+_MODEL_IN_USE = (
+    threading.RLock()
+)  # adapters are switched and modes set on the model itself: a panel's thread must wait its turn
 
 
 def open_run(
@@ -68,10 +71,8 @@ def open_run(
     else:
         config = old
     config = config.with_settings(settings)
-    if old is not None and config != old:
-        _refuse_fixed_changes(run, old, config)
     if config != old:
-        run.save_config(config)
+        run.change_config(config)
     return run
 
 
@@ -79,11 +80,6 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
     # Path("").name and Path(".").name are empty: below the root they would be the root itself.
     is_path = os.sep in str(name) or not Path(name).name
     return Run(Path(name) if is_path else runs_root(root) / name)
-
-
-def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
-    return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
@@ -97,23 +93,6 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
     return run
-
-
-def _refuse_fixed_changes(run: Run, old: RunConfig, new: RunConfig) -> None:
-    if not any(run.checkpoints_dir.glob("checkpoint-*")) and not run.adapter_dir.exists():
-        return
-    before, after = old.to_dict(), new.to_dict()
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
-        for section in FIXED
-        for key in before[section]
-        if before[section][key] != after[section][key]
-    ]
-    if changed:
-        raise RunError(
-            f"the run {run.name!r} has trained already, and these can't change now: " + "; ".join(changed),
-            next_step="Give the new settings a run of their own (another name), or delete this one.",
-        )
 
 
 def load(run: Run, *, say: Say = print) -> LoadedModel:
@@ -212,7 +191,7 @@ def train(
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
         events = event_callback(run, config) if main else None
-        with contextlib.closing(events) if events else contextlib.nullcontext():
+        with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             callbacks = [events] if events else []
             callbacks += [CallEachTime(redraw)] if redraw else []
             result = training.train(
@@ -250,10 +229,11 @@ def evaluate(
         loaded = load(run, say=say)
         model = load_adapter(run, loaded)
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
-    result = evaluation.evaluate(
-        model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-        max_tokens=config.data.seq_len_tokens,
-    )  # fmt: skip
+    with _MODEL_IN_USE:
+        result = evaluation.evaluate(
+            model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
+            max_tokens=config.data.seq_len_tokens,
+        )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
 
@@ -280,15 +260,48 @@ def ask(
         seed: of the draw.
     """
     from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
 
     config = run.config()
     settings = dataclasses.replace(config.evaluation, do_sample=sampled)
-    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
-    room = config.data.seq_len_tokens - settings.max_new_tokens
-    prompt = tokens.trimmed(max(0, len(tokens) - room)).ids
-    with contextlib.nullcontext() if tuned else model.disable_adapter():
+    prompt = _prompt(config, loaded, dialogue)
+    with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
         return evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
+
+
+def _prompt(config: RunConfig, loaded: LoadedModel, dialogue: str) -> list[int]:
+    """A dialogue's prompt as tokens, its dialogue trimmed so that prompt and answer fit into a block."""
+    from qlora_helpers.prompts import prompt_tokens
+
+    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
+    room = config.data.seq_len_tokens - config.evaluation.max_new_tokens
+    return tokens.trimmed(max(0, len(tokens) - room)).ids
+
+
+def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callable[..., Iterator[str]]:
+    """A function that answers dialogues in pieces, as `widgets.answer_panel` takes it: one answer at a time, whoever asks.
+
+    Args:
+        run: the run; its template and block length hold.
+        model: the tuned model; its adapters are off while the base model answers.
+        loaded: the base model that `model` stands on.
+
+    Returns:
+        `answer(dialogue, *, tuned, temperature, top_p, max_new_tokens)`, an iterator of texts; temperature 0 takes the likeliest
+        token each time. It raises ConfigError where these settings can't be, such as an answer longer than the block.
+    """
+    from qlora_helpers import generation
+
+    def answer(dialogue: str, *, tuned: bool, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
+        settings = {f"evaluation.{key}": value for key, value in sampling.items()}
+        config = run.config().with_settings(settings | {"evaluation.max_new_tokens": max_new_tokens})
+        prompt = _prompt(config, loaded, dialogue)
+        with _MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
+            yield from generation.stream(model, loaded.tokenizer, prompt, config.evaluation)
+
+    return answer
 
 
 def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
@@ -373,8 +386,9 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     short = dataclasses.replace(
         config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
     )
-    answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
-    difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
+    with _MODEL_IN_USE:
+        answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
+        difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
     check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:

@@ -56,11 +56,14 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 
 
 def is_worth_storing(output: nbformat.NotebookNode) -> bool:
-    """False for stderr (bars, warnings) and widget views, which need a live kernel."""
+    """False for stderr (bars, warnings) and for widget views that say nothing without a live kernel.
+
+    A widget's still text and table stay; its view, which would show as an error, goes.
+    """
     if output.output_type == "stream":
         return output.name != "stderr"
     data = output.get("data", {})
-    return "application/vnd.jupyter.widget-view+json" not in data
+    return data.pop("application/vnd.jupyter.widget-view+json", None) is None or "text/html" in data
 
 
 def machine_names(notebook: nbformat.NotebookNode) -> list[str]:

@@ -23,17 +23,16 @@ def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
 
 def measured():
     cases = json.loads(MEASURED.read_text())["cases"]
-    return [case for case in cases if case["variant"] in ("fast", "eager") and "peak_allocated_gib" in case]
+    return [case for case in cases if case.get("layers_recomputed") is not None and "peak_allocated_gib" in case]
 
 
-@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['blocks']}-{case['recomputed']}")
+@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['variant']}-{case['blocks']}")
 def test_the_prediction_is_what_a_gpu_measured(case):
     name, r = case["model"], case["r"]
     sizes = model_sizes(SHAPES[name])
-    recomputed = sizes.blocks if case["recomputed"] is None else case["recomputed"]
     step = settings(
-        name, r=r, seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], recomputed=recomputed,
-        compiled=case["variant"] == "fast", trained_share=case["trained_share"],
+        name, r=r, seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], recomputed=case["layers_recomputed"],
+        compiled=case["compiled"], trained_share=case["trained_share"],
     )  # fmt: skip
     _, (found,) = predict(sizes, step)
     weights = gib(found.weights + found.adapters)
@@ -59,12 +58,12 @@ def test_falcon_40b_in_4_bits():
 
 
 def test_what_a_llama_layer_keeps():
-    """17 times its width for Llama 8B: input, two norms and the residual between (4), queries and output (2), keys and values
-    (1/2), three inner values (10.5)."""
+    """11.5 times its width for Llama 8B: input and the residual between (2), queries and output (2), keys and values (1/2), two
+    inner values (7). Uncompiled also two norms, two inputs of norms in 32 bits (2 + 2), and two more inner values (7)."""
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    expected = 4096 * (4 + 2 + 0.5 + 10.5) + 2 * 32 + 16 * 7
+    expected = 4096 * (2 + 2 + 0.5 + 7) + 2 * 32 + 16 * 7
     assert kept_values(sizes, compiled=True, r=16) == expected
-    assert kept_values(sizes, compiled=False, r=16) == expected + 4096 * (2 + 3.5)
+    assert kept_values(sizes, compiled=False, r=16) == expected + 4096 * (4 + 7)
 
 
 def test_parts_add_up():
@@ -108,7 +107,7 @@ def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     assert counts == spread_layers(sizes, step, gpus)
     totals = [each.total for each in memory]
     a_layer = predict(sizes, replace(step, recomputed=0))[1][0].total / 60
-    assert max(totals) - min(totals) < 1.5 * a_layer
+    assert max(totals) - min(totals) < 2 * a_layer
     one = predict(sizes, step)[1][0]
     for part in ("weights_quantized", "constants", "weights_other", "activations"):
         assert sum(getattr(each, part) for each in memory) == pytest.approx(getattr(one, part), rel=1e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from store_notebooks import is_worth_storing
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -45,3 +46,11 @@ def test_at_least_25_cells_are_compared_exactly():
         for tag in cell.metadata.get("tags", [])
     ]
     assert tags.count("nbval-check-output") >= 25
+
+
+def test_of_a_widget_its_still_version_is_stored_and_a_bare_view_is_not():
+    view = "application/vnd.jupyter.widget-view+json"
+    still = nbformat.v4.new_output("display_data", {view: {}, "text/plain": "a table", "text/html": "<table></table>"})
+    assert is_worth_storing(still) and set(still.data) == {"text/plain", "text/html"}
+    assert not is_worth_storing(nbformat.v4.new_output("display_data", {view: {}, "text/plain": "FloatProgress()"}))
+    assert not is_worth_storing(nbformat.v4.new_output("stream", name="stderr", text="a bar"))

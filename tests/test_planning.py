@@ -137,7 +137,7 @@ def test_the_prediction_for_a_runs_own_settings():
         for gpus in ("H100", "2xA100-80GB")
     )
     assert list(one["allocated_gib"]) == ["cuda:0"] and list(two["allocated_gib"]) == ["cuda:0", "cuda:1"]
-    assert sum(two["allocated_gib"].values()) == pytest.approx(one["allocated_gib"]["cuda:0"], rel=0.03)
-    assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 60
+    assert sum(two["allocated_gib"].values()) == pytest.approx(one["allocated_gib"]["cuda:0"], rel=0.05)
+    assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 40
     assert not one["extrapolated"] and two["extrapolated"]
     assert 1000 < one["tokens_per_s"] < 2500  # half of each block is padding

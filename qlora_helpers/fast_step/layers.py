@@ -1,8 +1,10 @@
 """Decoder layers, one at a time: each compiled, and any number of them recomputed in the backward pass.
 
 All layers have one shape, so the first is compiled and the others use its kernels (regional compilation, PyTorch's recipe of that
-name). A layer that is recomputed keeps its input alone (Chen et al. 2016, arXiv:1604.06174); with a number between none and all,
-memory is spent where there is some.
+name). A compiled layer keeps no value that a pointwise kernel can make again from others that are kept: norms, an MLP's
+non-linearity and products cost a pass over memory and no matrix product, and are a third of what a layer keeps. A layer that is
+recomputed keeps its input alone (Chen et al. 2016, arXiv:1604.06174); with a number between none and all, memory is spent where
+there is some.
 """
 
 from __future__ import annotations
@@ -13,10 +15,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 
 from qlora_helpers.fast_step.patching import replace_forward
 from qlora_helpers.memory import layers_to_recompute
+
+POINTWISE_VALUES_MADE_AGAIN = dict.fromkeys(
+    ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"), False
+)
+"""For `torch._functorch.config`. Its partitioner is wary of making values again where the backward pass is far away or needs them
+written out; without these bans it keeps as few bytes as it can. Products and reductions stay banned."""
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -44,6 +53,8 @@ def layers_changed(
     layers = decoder_layers(model)
     chosen = set(layers_to_recompute(len(layers), min(recomputed, len(layers))))
     with ExitStack() as undo:
+        if compiled:
+            undo.enter_context(torch._functorch.config.patch(POINTWISE_VALUES_MADE_AGAIN))
         for index, layer in enumerate(layers):
             forward = layer.forward
             if compiled:

@@ -68,7 +68,7 @@ def token_losses(
         weight: `(vocabulary, hidden)`; gets no gradient.
         labels: `(tokens,)`, the next token at each place, or -100.
         bias: `(vocabulary,)` or None.
-        chunk: tokens whose logits exist at once; None keeps them within 256 MiB.
+        chunk: tokens whose logits exist at once; None keeps them within 128 MiB.
 
     Returns:
         `(tokens,)`, float32.

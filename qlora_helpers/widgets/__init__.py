@@ -1,4 +1,4 @@
-"""Forms that edit a run's settings, and panels to look at its data and answers, inside a notebook.
+"""Forms that edit a run's settings, panels to look at its data and answers, and one that watches it, inside a notebook.
 
 They read and write run folders and know no model: a panel that needs answers is handed a function. No torch is imported here.
 """

@@ -6,6 +6,7 @@ Owns the choice between the two and the looks, which take JupyterLab's own colou
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -15,7 +16,6 @@ STYLE = """<style>
 .qlora-panel { color: var(--jp-ui-font-color1, inherit); font-size: 13px; max-width: 1180px; overflow: visible; }
 .qlora-panel .widget-inline-hbox .widget-label { color: var(--jp-ui-font-color1, inherit); }
 .qlora-panel .muted, .qlora-panel .qlora-help { color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-panel .qlora-help { font-size: 11px; line-height: 1.35; margin: 0 4px 6px 194px; }
 .qlora-panel .widget-html-content, .qlora-panel .jupyter-widget-html-content { line-height: 1.45; }
 .qlora-columns { flex-wrap: wrap; gap: 12px; overflow: visible; }
 .qlora-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 6px; padding: 8px 12px;
@@ -85,6 +85,20 @@ def copyable(label: str, text: str) -> str:
         f'<textarea class="qlora-copy" readonly rows="{rows}" spellcheck="false" aria-label="{html.escape(label)}" '
         f'onfocus="this.select()">{html.escape(text)}</textarea></div>'
     )
+
+
+def button(text: str, tooltip: str, clicked: Callable[[], Any], style: str = "") -> ipywidgets.Button:
+    """A button as wide as its text.
+
+    Args:
+        text, tooltip: what it says, and what it does.
+        clicked: called when it is pressed.
+        style: `primary` for what most people will press.
+    """
+    made = ipywidgets.Button(description=text, tooltip=tooltip, button_style=style)
+    made.layout.width, made.layout.align_self = "auto", "flex-start"
+    made.on_click(lambda _: clicked())
+    return made
 
 
 def styled(children: list[Any], *classes: str) -> ipywidgets.VBox:

@@ -1,0 +1,257 @@
+"""What a run's settings lead to as they stand: memory, speed, time and price, and the smallest change where they don't fit.
+
+`plan` looks for the best settings; here the settings are given. Owns what the trainer does with a setting that says `auto` or none.
+Imports no torch; knows nothing of forms, runs or files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.catalog import DataSize, Gpu, Hardware
+from qlora_helpers.config import RunConfig, TrainConfig
+from qlora_helpers.memory import StepSettings, predict, step_settings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.plan import (
+    SPREAD,
+    Candidate,
+    Plan,
+    cheapest_instance,
+    fastest_in_several_processes,
+    fewest_recomputed,
+    hardware_notes,
+    make_plan,
+    smallest_change,
+)  # fmt: skip
+from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, compile_pays, step_seconds
+from qlora_helpers.units import gib
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A change with which the settings fit.
+
+    Attributes:
+        settings: as `--set` takes them; empty where other hardware is the mend.
+        hardware: an instance that would do; empty where the settings are the mend.
+        text: what it gives, for a person.
+    """
+
+    settings: tuple[str, ...]
+    hardware: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What settings lead to on some hardware.
+
+    Attributes:
+        step: these very settings: memory, speed, time and price of the whole training.
+        steps: optimizer steps.
+        plan: what the plan would choose instead, in one process on the same hardware and data.
+        several: the same with a process for each GPU (torchrun), where that is faster.
+        mends: the smallest changes that fit, where the settings don't.
+        notes: what a reader must know of these figures.
+    """
+
+    step: Candidate
+    steps: int
+    plan: Plan
+    several: Candidate | None = None
+    mends: tuple[Mend, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.plan.hardware
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable weights."""
+        return self.plan.adapter_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights, the adapters' included."""
+        return self.plan.sizes.parameters + self.plan.adapter_parameters
+
+    @property
+    def fits(self) -> bool:
+        return self.step.peak_gib <= self.hardware.usable_gib
+
+    @property
+    def shortfall_gib(self) -> float:
+        """GiB missing on the fullest GPU; 0 where it fits."""
+        return max(0.0, self.step.peak_gib - self.hardware.usable_gib)
+
+    @property
+    def plan_is_faster(self) -> bool:
+        """Whether the plan's settings fit and are worth taking: these don't fit, or are slower by more than a hundredth."""
+        choice = self.plan.choice
+        return choice is not None and (not self.fits or choice.seconds < 0.99 * self.step.seconds)
+
+
+def look_ahead(
+    config: RunConfig, shape: dict[str, Any], hardware: Hardware, size: DataSize, *, trained_share: float = 0.2
+) -> Outlook:
+    """What these settings lead to.
+
+    Args:
+        config: of the run.
+        shape: the model's `config.json`.
+        hardware: the GPUs, with their price.
+        size: rows of the training data, and tokens a row.
+        trained_share: of the tokens.
+
+    Raises:
+        ModelError: the shape lacks a size, or a target layer is unknown.
+    """
+    steps, tokens = _work(config, size)
+    step = _as_set(config, shape, hardware, steps, tokens, trained_share)
+    plan = make_plan(
+        config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
+        trained_share=trained_share, one_process=True, mend=False,
+    )  # fmt: skip
+    several = fastest_in_several_processes(shape, hardware, config, plan.tokens, trained_share)
+    if several and plan.choice and several.seconds >= plan.choice.seconds:
+        several = None
+    mends = ()
+    if step.peak_gib > hardware.usable_gib:
+        mends = _mends(config, shape, plan, step, trained_share)
+    return Outlook(
+        step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, hardware))
+    )
+
+
+def _work(config: RunConfig, size: DataSize) -> tuple[int, int]:
+    """Optimizer steps, and the tokens that go through the model in them: padding counts where rows are padded."""
+    length, train = config.data.seq_len_tokens, config.train
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps
+    rows = min(size.rows, config.data.train_rows or size.rows)
+    an_epoch = rows * (size.tokens_per_row if config.data.packing else length)
+    steps = math.ceil(train.epochs * math.ceil(math.ceil(an_epoch / length) / per_step))
+    tokens = round(an_epoch * train.epochs)
+    if train.max_steps is not None:
+        steps, tokens = train.max_steps, train.max_steps * per_step * length
+    return steps, tokens
+
+
+def _as_set(
+    config: RunConfig, shape: dict[str, Any], hardware: Hardware, steps: int, tokens: int, trained_share: float
+) -> Candidate:
+    """One process, whose layers are spread over the GPUs, with what the trainer makes of the settings."""
+    train, sizes = config.train, model_sizes(shape)
+    gpu = hardware.gpu or UNNAMED_GPU
+    step = step_settings(config, shape, blocks=train.micro_batch_size, trained_share=trained_share)
+    if hardware.gpus == 1:
+        compiled, recomputed = compiled_and_recomputed(
+            train, sizes, step, gpu, hardware.usable_gib, passes=steps * train.gradient_accumulation_steps,
+            packed=config.data.packing,
+        )  # fmt: skip
+    else:  # the trainer plans for one card alone
+        asked = sizes.blocks if train.recompute_layers is None else train.recompute_layers
+        compiled, recomputed = train.compile == "on", asked if train.activation_checkpointing else 0
+    step = replace(step, compiled=compiled, recomputed=min(recomputed, sizes.blocks))
+    return _candidate(sizes, step, hardware, train.gradient_accumulation_steps, tokens)
+
+
+def _candidate(sizes: ModelSizes, step: StepSettings, hardware: Hardware, accumulation: int, tokens: int) -> Candidate:
+    layers, memory = predict(sizes, step, gpus=hardware.gpus)
+    rate = step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
+    seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
+    price = hardware.price_usd_per_hour
+    return Candidate(
+        blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
+        compiled=step.compiled, copies=1, layers_per_gpu=layers, memory=memory, seq_len_tokens=step.seq_len_tokens,
+        tokens_per_s=rate, seconds=seconds, dollars=None if price is None else price * seconds / 3600,
+    )  # fmt: skip
+
+
+def compiled_and_recomputed(
+    config: TrainConfig,
+    sizes: ModelSizes,
+    step: StepSettings,
+    gpu: Gpu,
+    usable_gib: float,
+    *,
+    passes: int,
+    packed: bool,
+) -> tuple[bool, int]:
+    """Whether to compile, and how many decoder layers to recompute on one GPU: as the settings say, else as the plan does.
+
+    Args:
+        config: training settings.
+        sizes: of the model.
+        step: what memory and speed depend on; its `compiled` and `recomputed` don't count.
+        gpu: the card, or one like it.
+        usable_gib: that the training may take of it, the CUDA context included.
+        passes: forward passes of the whole training.
+        packed: padded rows differ in length, and are not compiled.
+    """
+    compiled = config.compile == "on"
+    if config.compile == "auto":
+        compiled = packed and compile_pays(sizes, step, gpu, passes)
+    if not config.activation_checkpointing:
+        return compiled, 0
+    if config.recompute_layers is not None:
+        return compiled, config.recompute_layers
+    return compiled, fewest_recomputed(sizes, replace(step, compiled=compiled), usable_gib)
+
+
+def _mends(
+    config: RunConfig, shape: dict[str, Any], plan: Plan, step: Candidate, trained_share: float
+) -> tuple[Mend, ...]:
+    """What learns the same first: more recomputation, then fewer blocks at once; then the plan's mends, and other hardware."""
+    if same := _same_learning(config, shape, plan.hardware, step, trained_share):
+        return (same,)
+    found = []
+    if plan.choice:
+        found.append(Mend(tuple(plan.choice.settings), "", repr(plan.choice)))
+    elif change := smallest_change(shape, plan.hardware, config, plan.tokens, trained_share, True):
+        settings, best = change
+        changed = {item.partition("=")[0] for item in settings}
+        rest = [item for item in best.settings if item.partition("=")[0] not in changed]
+        found.append(Mend((*settings, *rest), "", repr(best)))
+    if other := cheapest_instance(shape, config, trained_share):
+        text = f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}"
+        found.append(Mend((), other.label, text))
+    return tuple(found)
+
+
+def _same_learning(
+    config: RunConfig, shape: dict[str, Any], hardware: Hardware, step: Candidate, trained_share: float
+) -> Mend | None:
+    """As many blocks at once as fit with the same number an optimizer step, and as few layers recomputed as that needs."""
+    sizes, per_step = model_sizes(shape), step.blocks * step.accumulation
+    for blocks in range(step.blocks, 0, -1):
+        if per_step % blocks:
+            continue
+        base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)
+        _, least = predict(sizes, replace(base, recomputed=sizes.blocks), gpus=hardware.gpus)
+        if blocks > 1 and max(gib(each.total) for each in least) > hardware.usable_gib:
+            continue
+        fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
+        again = max(fewest, step.recomputed)
+        found = _candidate(sizes, replace(base, recomputed=again), hardware, per_step // blocks, 0)
+        if found.peak_gib > hardware.usable_gib:
+            continue
+        settings = []
+        if again != step.recomputed:
+            settings += ["train.activation_checkpointing=true", f"train.recompute_layers={again}"]
+        if blocks != step.blocks:
+            settings += [f"train.micro_batch_size={blocks}", f"train.gradient_accumulation_steps={per_step // blocks}"]
+        return Mend(tuple(settings), "", f"{gib(max(each.total for each in found.memory)):.1f} GiB, learns the same")
+    return None
+
+
+def _notes(config: RunConfig, hardware: Hardware) -> list[str]:
+    notes = [f"one process: {SPREAD}"] if hardware.gpus > 1 else []
+    if not config.train.fast_step:
+        notes.append("train.fast_step is off: the plain step is slower and holds more than these figures say")
+    if not config.data.packing:
+        notes.append("rows are padded: each is counted as long as a block, so time and memory are upper limits")
+    return notes

@@ -1,0 +1,94 @@
+"""What a compiled decoder layer keeps for its backward pass is what `memory` says: counted in the tensors that autograd saves."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qlora_helpers.config import AdapterConfig, ModelConfig
+from qlora_helpers.fast_step import rows
+from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
+from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
+from qlora_helpers.lora import add_adapters
+from qlora_helpers.memory import kept_values
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.nf4 import keep_gradients_exact_on_cpu
+from qlora_helpers.random_weights import build_random_model
+
+TOKENS, R = 256, 4
+_COMMON = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
+_GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 448}
+FAMILIES = {
+    "falcon-40b": _COMMON
+    | {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 512},
+    "falcon-7b": _COMMON | {"model_type": "falcon", "new_decoder_architecture": False, "multi_query": True},
+    "llama": _GROUPED | {"model_type": "llama"},
+    "qwen2": _GROUPED | {"model_type": "qwen2"},
+    "qwen3": _GROUPED | {"model_type": "qwen3"},
+    "gemma3": _GROUPED | {"model_type": "gemma3_text"},
+}
+
+
+def attended_at_once(query, key, value, starts, scale):
+    """Stands in for the GPU's kernel, which keeps the same values: queries, keys, values, output and the softmax's sums."""
+    query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key.contiguous(), value.contiguous(), is_causal=True, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def kept_by_a_layer(shape, monkeypatch) -> int:
+    """16-bit values a token, of the tensors that a compiled layer saves, each storage once."""
+    monkeypatch.setattr(rows, "_row_by_row", attended_at_once)
+    torch._dynamo.reset()
+    config = AutoConfig.for_model(**shape)
+    model = build_random_model(config.to_dict(), ModelConfig(device_map="cpu"), dtype=torch.bfloat16, attention="sdpa")
+    keep_gradients_exact_on_cpu(model)
+    model = add_adapters(model, AdapterConfig(r=R, lora_dropout=0.0), seed=0).train()
+    model.enable_input_require_grads()  # as a layer before this one would
+    inner = model.get_base_model()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def look(tensor):
+        storage = tensor.untyped_storage().data_ptr()
+        if TOKENS in tensor.shape and storage not in own:
+            kept[storage] = tensor.numel() * tensor.element_size() // 2
+        return tensor
+
+    with ExitStack() as parts:
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=PARTITIONED, **options))
+        parts.enter_context(weights_cast_in_place_of_activations(model))
+        parts.enter_context(rows.rows_attended_apart(inner, longest=TOKENS))
+        parts.enter_context(layers_changed(inner, compiled=True, recomputed=0, keep_random_state=False))
+        (layer,) = decoder_layers(inner)
+        forward = layer.forward
+
+        def watched(*args, **kwargs):
+            with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+                return forward(*args, **kwargs)
+
+        layer.forward = watched
+        tokens = torch.arange(TOKENS).unsqueeze(0)
+        starts = torch.tensor([0, TOKENS], dtype=torch.int32)
+        model(input_ids=tokens, position_ids=tokens, row_starts=starts, use_cache=False)
+        layer.forward = forward
+    return sum(kept.values()) / TOKENS
+
+
+PARTITIONED = "aot_eager_decomp_partition"  # splits the graph as inductor does, and runs it without compiling kernels
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_compiled_layer_keeps_what_was_counted(name, monkeypatch):
+    shape = FAMILIES[name]
+    sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
+    counted = kept_values(sizes, compiled=True, r=R)
+    shared = 2 * sizes.head_dim  # the rotation's cosine and sine, one pair for all layers
+    statistics = 2 * (2 * sizes.norms_per_block + sizes.heads + sizes.kv_heads)  # of norms, in 32 bits
+    assert counted <= kept_by_a_layer(shape, monkeypatch) <= counted + shared + statistics

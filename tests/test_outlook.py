@@ -1,0 +1,85 @@
+"""What settings lead to as they stand, and how they are mended."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_helpers.catalog import parse_gpus
+from qlora_helpers.config import profile_config
+from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.model_shapes import known_shape
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.planning import outlook
+
+FALCON = profile_config("falcon-40b")
+
+
+def look(gpus: str, *settings: str, config=FALCON):
+    return outlook(config.with_settings(settings), hardware=parse_gpus(gpus))
+
+
+def test_the_settings_are_taken_as_they_stand():
+    found = look("H100", "train.recompute_layers=55", "train.compile=off")
+    shape = known_shape("tiiuae/falcon-40b")
+    step = step_settings(FALCON, shape, blocks=8, recomputed=55, compiled=False, trained_share=0.2)
+    _, memory = predict(model_sizes(shape), step)
+    assert found.step.memory == memory and found.fits and not found.mends
+    assert found.plan.choice.blocks != 8, "the plan beside it searches"
+    assert (found.adapter_parameters, found.parameters) == (55_541_760, 41_358_835_712)
+
+
+def test_more_of_everything_takes_more():
+    base = look("H100")
+    assert look("H100", "adapter.r=64").step.peak_gib != base.step.peak_gib
+    assert look("H100", "train.epochs=2").step.seconds > 1.9 * base.step.seconds
+    assert look("H100", "train.max_steps=3").steps == 3
+    assert look("H100", "data.train_rows=100").step.seconds < base.step.seconds / 10
+    assert look("ml.p5.4xlarge").step.dollars == pytest.approx(7.912 * base.step.seconds / 3600)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"),
+    [
+        ("H100", ["train.activation_checkpointing=false"]),
+        ("H100", ["adapter.r=512"]),
+        ("4x24GiB", ["train.activation_checkpointing=false", "train.micro_batch_size=32"]),
+        ("24GiB", []),
+    ],
+)
+def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings):
+    found = look(gpus, *settings)
+    assert not found.fits and found.shortfall_gib > 0
+    mend = found.mends[0]
+    mended = look(gpus, *settings, *mend.settings)
+    assert mended.fits
+    assert mended.step.blocks * mended.step.accumulation == found.step.blocks * found.step.accumulation
+    one_less = [f"train.recompute_layers={mended.step.recomputed - 1}"]
+    assert not look(gpus, *settings, *mend.settings, *one_less).fits
+
+
+def test_where_no_setting_helps_an_instance_is_named():
+    found = look("4GiB")
+    assert [bool(mend.settings) for mend in found.mends] == [False]
+    assert look(found.mends[0].hardware).plan.fits
+
+
+def test_padded_rows_count_as_long_as_a_block():
+    packed = look("H100", "train.activation_checkpointing=true")
+    padded = look("H100", "data.packing=false")
+    assert padded.steps == 1842 and packed.steps == 171  # 14,732 rows by 8, and 1,366 blocks by 8
+    assert any("padded" in note for note in padded.notes)
+
+
+def test_an_unknown_size_is_said_and_a_file_is_read_once(tmp_path, monkeypatch):
+    from qlora_helpers import planning
+
+    found = look("H100", "data.source=somebody/something")
+    assert any("not known" in note for note in found.notes)
+    assert planning.data_size(FALCON.with_settings(["data.source=https://example.org/corpus.7z"]).data) is None
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"dialogue": "A: {n} hello there", "summary": "A says {n}."}}\n' for n in range(40)))
+    config = FALCON.with_settings({"data.source": str(path), "data.eval_rows": 5, "data.test_rows": 5})
+    first = planning.data_size(config.data)
+    assert first.rows == 30 and 5 < first.tokens_per_row < 20
+    monkeypatch.setattr(planning, "read_corpus", None)
+    assert planning.data_size(config.with_settings(["data.train_rows=3"]).data) == first

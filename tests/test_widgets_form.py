@@ -1,0 +1,324 @@
+"""The form without a browser: controls are turned, and their consequences, the saved file and the messages looked at."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_helpers import planning, workflow
+from qlora_helpers.config import SECTIONS, describe, profile_config
+from qlora_helpers.errors import RunError, UserError
+from qlora_helpers.widgets import ConfigForm
+from qlora_helpers.widgets.settings_code import settings_code, settings_command
+
+EVERY = [f"{section}.{row['name']}" for section, kind in SECTIONS.items() for row in describe(kind)]
+
+
+@pytest.fixture
+def falcon_run(run, monkeypatch):
+    """A run of the recipe, on a machine without GPUs."""
+    monkeypatch.setattr(planning.telemetry, "read_gpus", lambda: [])
+    run.save_config(profile_config("falcon-40b"))
+    return run
+
+
+@pytest.fixture
+def form(falcon_run):
+    return ConfigForm(falcon_run, gpus="ml.g5.12xlarge")
+
+
+def text(widget) -> str:
+    """All that the HTML parts below a widget say."""
+    own = widget.value if type(widget).__name__ == "HTML" and widget.layout.display != "none" else ""
+    return own + "".join(text(child) for child in getattr(widget, "children", ()))
+
+
+def find(widget, name):
+    """The widget with a CSS class."""
+    if name in getattr(widget, "_dom_classes", ()):
+        return widget
+    return next((hit for child in getattr(widget, "children", ()) if (hit := find(child, name))), None)
+
+
+def test_every_setting_has_a_control_with_its_text(falcon_run):
+    form = ConfigForm(falcon_run, tuple(SECTIONS), gpus="H100")
+    assert list(form.fields) == EVERY
+    for name in EVERY:
+        section, key = name.split(".")
+        row = next(row for row in describe(SECTIONS[section]) if row["name"] == key)
+        control = find(form.box, "qlora-field-" + name.replace(".", "-"))
+        assert row["text"] == form.fields[name].control.tooltip
+        assert row["text"].split(";")[0].replace("'", "&#x27;") in text(control)
+        assert form.fields[name].value == getattr(getattr(form.config, section), key)
+    for name in ("qlora-consequences", "qlora-save-config", "qlora-code"):
+        assert find(form.box, name)
+
+
+def test_a_knob_shows_its_consequences(form):
+    base = form.outlook
+    assert "55,541,760" in text(find(form.box, "qlora-consequences"))
+    form.fields["adapter.r"].control.value = 64
+    assert form.outlook.adapter_parameters == 8 * base.adapter_parameters
+    assert f"{8 * 55_541_760:,}" in text(find(form.box, "qlora-consequences"))
+    assert form.saved.adapter.r == 8 and form.run.config().adapter.r == 8, "nothing is saved yet"
+    assert "adapter.r 8 → 64" in text(form.box)
+
+
+def test_the_slider_and_the_number_go_together(form):
+    slider = find(form.box, "qlora-field-adapter-r").children[0].children[1]
+    slider.value += 2
+    assert form.fields["adapter.r"].control.value == form.config.adapter.r == 32
+    form.fields["adapter.r"].control.value = 12
+    assert form.config.adapter.r == 12, "a number between the stops can be typed"
+
+
+def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
+    form.fields["train.activation_checkpointing"].control.value = False
+    assert not form.outlook.fits
+    shown = text(find(form.box, "qlora-consequences"))
+    assert "qlora-over" in shown and "Does not fit" in shown and "train.recompute_layers=" in shown
+    assert form.view.mend_button.layout.display == ""
+    form.view.mend_button.click()
+    assert form.outlook.fits and form.config.train.activation_checkpointing
+    assert "qlora-over" not in form.view.figures.value.split("</style>")[1]
+    assert form.view.mend_button.layout.display == "none"
+
+
+def test_the_plan_s_settings_are_taken_whole(form):
+    choice = form.outlook.plan.choice
+    assert form.outlook.step.blocks != choice.blocks and choice.seconds < form.outlook.step.seconds
+    form.view.plan_button.click()
+    assert form.config == form.saved.with_settings(choice.settings)
+    assert form.fields["train.micro_batch_size"].control.value == choice.blocks
+    assert form.outlook.step.seconds == pytest.approx(choice.seconds)
+    assert form.view.plan_button.layout.display == "none"
+
+
+def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
+    form = ConfigForm(falcon_run, ("adapter",), gpus="ml.g5.12xlarge")
+    choice = form.outlook.plan.choice
+    form.view.plan_button.click()
+    form.fields["adapter.lora_alpha"].control.value = 16
+    assert form.save()
+    assert form.run.config() == profile_config("falcon-40b").with_settings([*choice.settings, "adapter.lora_alpha=16"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train.micro_batch_size", 0, "train.micro_batch_size: expected at least 1, got 0"),
+        ("data.source", "", "data.source: expected a text"),
+        ("train.tensorboard", "s3://bucket", "a prefix is needed"),
+        ("data.seq_len_tokens", 64, "evaluation.max_new_tokens"),
+        ("adapter.r", 4096, "expected at most 1024"),
+        ("data.source", "/nowhere/rows.jsonl", "rows.jsonl"),
+    ],
+)
+def test_a_wrong_value_is_one_message_and_the_last_good_state_stays(form, name, value, message):
+    before, found = form.config, form.outlook
+    form.fields[name].control.value = value
+    assert message in form.wrong.value and form.wrong.value.count("role=") == 1
+    assert (form.config, form.outlook) == (before, found)
+    assert not form.save() and form.run.config() == before
+    form.reset()
+    assert not form.wrong.value and form.config == before
+
+
+def test_no_layer_chosen_is_refused_and_some_layers_are_counted(form):
+    field = form.fields["adapter.target_modules"]
+    assert field.value is None and field.control.disabled
+    field.automatic.value = False
+    assert form.config.adapter.target_modules == field.control.options, "taken over from automatic: the same layers"
+    field.control.value = ()
+    assert "adapter.target_modules" in form.wrong.value
+    field.control.value = ("query_key_value",)
+    assert form.outlook.adapter_parameters == 60 * 8 * (8192 + 9216)
+
+
+def test_automatic_gives_the_setting_back_to_the_trainer(form):
+    field = form.fields["train.max_steps"]
+    field.automatic.value = False
+    assert form.config.train.max_steps == 100 and form.outlook.steps == 100
+    field.automatic.value = True
+    assert form.config.train.max_steps is None and form.outlook.steps == 171
+
+
+def test_saving_writes_only_what_was_changed_here(form):
+    form.fields["adapter.r"].control.value = 16
+    workflow.open_run(form.run.folder, settings=["train.epochs=3"])  # another form, a command
+    assert form.save()
+    config = form.run.config()
+    assert (config.adapter.r, config.train.epochs) == (16, 3.0)
+    assert form.fields["train.epochs"].control.value == 3.0
+    assert "adapter.r 8 → 16" in form.message.value and "train" not in form.message.value
+
+
+def test_a_trained_run_keeps_its_adapter_and_the_form_its_values(form):
+    (form.run.checkpoints_dir / "checkpoint-2").mkdir(parents=True)
+    form.fields["adapter.r"].control.value = 16
+    form.fields["train.epochs"].control.value = 2
+    before = form.run.config_path.read_text()
+    find(form.box, "qlora-save-config").click()
+    assert "Not saved" in form.message.value and "adapter.r: 8 -&gt; 16" in form.message.value
+    assert form.run.config_path.read_text() == before
+    assert (form.fields["adapter.r"].value, form.fields["train.epochs"].value) == (16, 2)
+    form.fields["adapter.r"].control.value = 8
+    assert form.save() and form.run.config().train.epochs == 2
+
+
+def test_code_and_command_make_the_same_settings(form, tmp_path, monkeypatch):
+    form.fields["adapter.r"].control.value = 16
+    form.fields["data.source"].control.value = "knkarthick/dialogsum"
+    form.fields["adapter.target_modules"].automatic.value = False
+    form.fields["train.activation_checkpointing"].control.value = False
+    assert "qlora-copy" in find(form.box, "qlora-code").value
+    monkeypatch.setenv("QLORA_RUNS", str(tmp_path / "elsewhere"))
+    code = settings_code(form.run, form.config).replace(str(form.run.folder), "again")
+    made: dict = {"workflow": workflow}
+    exec(code, made)
+    assert made["run"].config() == form.config
+    words = json.loads(subprocess.check_output(
+        ["bash", "-c", 'python3 -c "import json,sys; print(json.dumps(sys.argv[1:]))" '
+         + settings_command(form.run, form.config).partition("train ")[2]], text=True))  # fmt: skip
+    settings = [word for before, word in zip(words, words[1:], strict=False) if before == "--set"]
+    assert profile_config("falcon-40b").with_settings(settings) == form.config
+
+
+def test_a_value_taken_back_to_the_profile_is_told_too(falcon_run):
+    falcon_run.save_config(profile_config("falcon-40b").with_settings(["adapter.r=64"]))
+    form = ConfigForm(falcon_run, ("adapter",), gpus="H100")
+    form.fields["adapter.r"].control.value = 8
+    assert "adapter.r=8" in find(form.box, "qlora-code").value
+
+
+def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
+    form.choice.name.value = "H100"
+    assert form.hardware.label == "H100" and len(form.outlook.step.memory) == 1
+    form.choice.price.value = "4.5"
+    assert form.outlook.step.dollars == pytest.approx(4.5 * form.outlook.step.seconds / 3600)
+    form.choice.name.value = "a potato"
+    assert "not known" in form.choice.message.value and form.hardware.label == "H100"
+    form.choice.name.value, form.choice.price.value = "4x24GiB", "cheap"
+    assert "no number" in form.choice.message.value
+
+
+def test_without_a_gpu_it_plans_for_what_can_do_it_and_says_so(falcon_run):
+    form = ConfigForm(falcon_run)
+    assert form.outlook.plan.fits
+    assert f"this machine has no GPU: planned for {form.hardware.label}" in text(form.box)
+    form.choice.name.value = "this machine"
+    assert "no GPU" in form.choice.message.value
+    with pytest.raises(UserError, match="no GPU"):
+        ConfigForm(falcon_run, gpus="this machine")
+
+
+def test_with_a_gpu_it_plans_for_this_machine(falcon_run, monkeypatch):
+    from qlora_helpers.telemetry import GpuReading
+
+    fields = dict.fromkeys(GpuReading.__dataclass_fields__)
+    card = GpuReading(**fields | {"name": "NVIDIA H100 80GB HBM3", "memory_total_gib": 79.6})
+    monkeypatch.setattr(planning.telemetry, "read_gpus", lambda: [card])
+    form = ConfigForm(falcon_run)
+    assert form.hardware.gpu.name == "H100" and "no GPU" not in text(form.box)
+    form.choice.name.value = "4x24GiB"
+    form.choice.name.value, form.choice.price.value = "this machine", "3"
+    assert (form.hardware.gpu.name, form.hardware.price_usd_per_hour) == ("H100", 3.0)
+
+
+def test_a_model_that_can_t_be_planned_can_still_be_edited(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings(["model.name=/nowhere/model.gguf"]))
+    form = ConfigForm(falcon_run, ("train",))
+    assert form.outlook is None and "gguf" in text(form.box)
+    form.fields["train.epochs"].control.value = 2
+    assert form.save() and form.run.config().train.epochs == 2
+    assert "epochs" in repr(form)
+
+
+def test_a_data_file_that_was_gone_before_does_not_lock_the_form(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings(["data.source=/gone/rows.jsonl"]))
+    form = ConfigForm(falcon_run, gpus="H100")
+    assert form.outlook is None and "rows.jsonl" in form.view.notes.value
+    form.fields["train.epochs"].control.value = 2
+    assert form.config.train.epochs == 2 and form.save()
+    form.fields["data.source"].control.value = "embedded"
+    assert form.outlook is not None and "No consequences" not in text(form.box)
+    form.fields["data.source"].control.value = "/also/gone.jsonl"
+    assert "gone.jsonl" in form.wrong.value and form.config.data.source == "embedded"
+
+
+def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
+    form.fields["train.micro_batch_size"].control.value = 0
+    form.choice.name.value = "H100"
+    assert "micro_batch_size" in form.wrong.value and len(form.outlook.step.memory) == 1
+    assert not form.save()
+
+
+def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings(["train.gradient_accumulation_steps=4"]))
+    form = ConfigForm(falcon_run, gpus="4xL4")
+    assert form.outlook.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
+    form.view.plan_button.click()
+    train = form.config.train
+    assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
+        "the optimizer step sees as many blocks as before"
+    )
+    assert form.view.plan_button.layout.display == "none" and form.outlook.plan.choice.copies == 1
+
+
+def test_a_run_that_is_not_there_and_a_section_that_is_none_are_refused(run, falcon_run):
+    with pytest.raises(UserError, match="no such section"):
+        ConfigForm(falcon_run, ("adaptor",))
+    with pytest.raises(RunError, match="does not exist yet"):
+        ConfigForm(type(run)(run.folder.with_name("other")))
+
+
+def test_thirty_random_changes_take_under_100_ms_in_the_median(form):
+    draw, seconds = random.Random(0), []
+    for _ in range(30):
+        name = draw.choice(
+            ["adapter.r", "data.seq_len_tokens", "train.micro_batch_size", "train.epochs", "train.compile"]
+        )
+        values = {"train.compile": ["auto", "on", "off"], "train.epochs": [1, 2, 3]}.get(
+            name, [96, 128, 256, 512, 1024]
+        )
+        control = form.fields[name].control
+        value = draw.choice([value for value in values if value != control.value])
+        start = time.perf_counter()
+        control.value = value
+        seconds.append(time.perf_counter() - start)
+        assert form.fields[name].value == value and not form.wrong.value
+    assert statistics.median(seconds) < 0.1
+
+
+def test_still_it_is_tables(form):
+    bundle = form._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    for shown in (bundle["text/plain"], bundle["text/html"], repr(form)):
+        assert "55,541,760" in shown and "learning_rate" in shown and "python -m qlora_helpers train" in shown
+    assert "<table" in bundle["text/html"] and "GPU 3" in bundle["text/plain"]
+
+
+def test_what_a_setting_says_is_never_run(falcon_run):
+    falcon_run.save_config(profile_config("demo").with_settings({"data.source": "<img src=x onerror=alert(1)>.csv"}))
+    form = ConfigForm(falcon_run, gpus="H100")
+    form.fields["data.dialogue_column"].control.value = "<script>alert(1)</script>"
+    assert "<img src=x" not in text(form.box) + form._repr_mimebundle_()["text/html"]
+    assert "<script>" not in text(form.box) + form._repr_mimebundle_()["text/html"]
+
+
+def test_making_and_turning_it_imports_no_torch(falcon_run):
+    code = (
+        "import sys; from qlora_helpers.run import Run; from qlora_helpers.widgets import ConfigForm\n"
+        f"form = ConfigForm(Run({str(falcon_run.folder)!r}), gpus='H100')\n"
+        "form.fields['adapter.r'].control.value = 32; form.save(); repr(form); form._repr_mimebundle_()\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert falcon_run.config().adapter.r == 32
