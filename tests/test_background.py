@@ -46,7 +46,7 @@ def make(tmp_path, cache):
     yield make
     for run in runs:
         status = run.status()
-        if status.is_live and status.pid:
+        if status.is_live and status.pid not in (None, os.getpid()):
             for process in [*psutil.Process(status.pid).children(recursive=True), psutil.Process(status.pid)]:
                 process.kill()
             until(lambda status=status: not psutil.pid_exists(status.pid) or ended(status.pid))
