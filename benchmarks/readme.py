@@ -114,8 +114,8 @@ def measured_steps() -> list[dict[str, Any]]:
 def trainers() -> str:
     """Trainers side by side: of each call, model and memory limit, every trainer's step, and ours against the best other."""
     lines = [
-        "| model | limit | trainer | blocks | recomputed | tokens/s | share of the roof | peak GiB | ours is faster by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | limit | trainer | blocks | recomputed | tokens/s | share of the roof | peak GiB | first step | ours is faster by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in compared():
         ours = max(case["tokens_per_s"] for case in group if case["variant"] == "fast")
@@ -131,7 +131,7 @@ def trainers() -> str:
             lines.append(
                 f"| {case['model']} | {case['limit_gib']:g} GiB | {TRAINERS[case['variant']]} | {blocks} | {again} | "
                 f"{case['tokens_per_s']:,.0f} | {flop / case['matrix_tflops'] / 1e12:.0%} | "
-                f"{case['peak_reserved_gib']:.1f} | {faster} |"
+                f"{case['peak_reserved_gib']:.1f} | {case['first_step_s']:.0f} s | {faster} |"
             )
     return "\n".join([*lines, "", _source("step_speed"), ""])
 

@@ -6,15 +6,16 @@
 
 Models are catalogued shapes at true size with random weights, or any name that the package loads; rows are the embedded corpus (or
 `--data`); data loader, optimizer and steps are those of `transformers.Trainer`. Each case runs in a process of its own, one after
-another; `3/2` tries three blocks and takes two where they do not fit. The clock is CUDA's own, read at each step's end without
-waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on what is reserved. All cases
-of a call see the same card on the same day, so their ratios hold. Without a GPU the same runs on the CPU.
+another (`--together`: in one process); `3/2` tries three blocks and takes two where they do not fit. The clock is CUDA's own, read
+at each step's end without waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on
+what is reserved. All cases of a call see the same card, so their ratios hold. Without a GPU the same runs on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -171,7 +172,7 @@ KERNELS = {
 }  # fmt: skip
 
 
-def measure(case: Case, source: str, seq_len_tokens: int, profile: bool) -> dict[str, Any]:
+def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows: int = 3000) -> dict[str, Any]:
     """Builds the model, trains a few steps, and returns what was measured."""
     set_limit(case)
     if case.variant in PEERS:
@@ -189,8 +190,10 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool) -> dict
     model = lora.add_adapters(
         model, AdapterConfig(**{"r": case.rank, "lora_dropout": 0.0} | variant.get("adapter", {})), seed=0
     )
-    settings = data_settings(source, seq_len_tokens, **variant.get("data", {}))
+    settings = data_settings(source, seq_len_tokens, train_rows=rows, **variant.get("data", {}))
+    started = time.monotonic()
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
+    prepared_s = time.monotonic() - started
     weights = weights_held()
     steps = {"max_steps": WARM + TIMED + (PROFILED if profile else 0)}
     steps |= {"logging_steps": 1000, "eval_steps": 1000, "save_steps": 1000}
@@ -207,6 +210,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool) -> dict
         clock.result()
         | memory_held(weights)
         | {
+            "prepared_s": round(prepared_s, 2),
             "fill": round(data.report.tokens / max(1, len(data.train) * seq_len_tokens), 4) if data.packed else None,
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
@@ -300,6 +304,10 @@ def one(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
     return found | {"seconds_in_all": round(time.monotonic() - started, 1)}
 
 
@@ -320,6 +328,7 @@ def main() -> None:
     options.add_argument("--data", default="embedded", help="a data file; else the embedded corpus")
     options.add_argument("--seq-len", type=int, default=2048, help="tokens of a block")
     options.add_argument("--profile", action="store_true", help="also list the kernels of two steps")
+    options.add_argument("--together", action="store_true", help="all cases in one process, which saves its start")
     options.add_argument("--timeout", type=float, default=600, help="seconds for a case")
     options.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -330,10 +339,10 @@ def main() -> None:
     os.environ.setdefault(
         "PYTORCH_ALLOC_CONF", "expandable_segments:True"
     )  # as our own loader sets it, for every trainer alike
-    results = in_a_process("machine", chosen) | {"cases": []}
+    results = (machine() if chosen.together else in_a_process("machine", chosen)) | {"cases": []}
     for sizes in chosen.cases:
         for case in sizes:
-            found = in_a_process(case, chosen)
+            found = (one if chosen.together else in_a_process)(case, chosen)
             line = dataclasses.asdict(case) | {"r": case.rank, "seq_len_tokens": chosen.seq_len}
             line |= {"data": Path(chosen.data).stem} | found
             results["cases"].append(line)

@@ -1,0 +1,153 @@
+"""The fast step on the path that a GPU takes: the variable-length kernel, 16 bits, compiled and recomputed layers.
+
+    python tests/gpu/fast_step_on_gpu.py OUT.json
+
+For each layout, packed and padded: loss and gradients against the plain path in float32, beside what the plain path itself loses in
+16 bits; and a packed row's logits against the row's alone. Ends with an error where the fast step is less exact than the plain one.
+On a CPU it does the same without a kernel or compilation. `tests/test_fast_step.py` has the equality in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_helpers import training, workflow
+from qlora_helpers.blocks import BlockCollator
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.fast_step import fast_step
+from qlora_helpers.lora import add_adapters
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTH, VOCABULARY = 128, 512
+_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+_FALCON = _COMMON | {"model_type": "falcon", "bias": False, "alibi": False, "parallel_attn": True}
+_GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "pad_token_id": 0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "falcon-40b": _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-7b": _FALCON | {"new_decoder_architecture": False, "multi_query": True},
+    "llama": _GROUPED | {"model_type": "llama"},
+    "qwen3": _GROUPED | {"model_type": "qwen3"},
+}
+ROWS = {"packed": [[50, 40, 1, 30], [70, 58]], "padded": [[90], [40], [128]]}
+
+
+def built(shape: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A small model with 32-bit adapters that add something."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa").to(
+        DEVICE, dtype
+    )
+    model.config.use_cache = False
+    adapted = add_adapters(model, AdapterConfig(r=8, lora_dropout=0.0), seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=draw) * 0.05).to(DEVICE)
+    return adapted.train()
+
+
+def block_of(lengths: list[int], seed: int) -> dict[str, list[int]]:
+    """Rows of random tokens; the second half of each is trained."""
+    draw = torch.Generator().manual_seed(seed)
+    block: dict[str, list[int]] = {"input_ids": [], "labels": [], "segment_ids": [], "row_ids": []}
+    for number, length in enumerate(lengths, 1):
+        row = torch.randint(1, VOCABULARY, (length,), generator=draw).tolist()
+        block["input_ids"] += row
+        block["labels"] += [-100] * (length // 2) + row[length // 2 :]
+        block["segment_ids"] += [number] * length
+        block["row_ids"].append(number)
+    return block
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Loss, and the gradients of all adapters in one vector."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**{name: value.to(DEVICE) for name, value in batch.items()}).loss
+    loss.backward()
+    parts = [p.grad.flatten().float() for name, p in sorted(model.named_parameters()) if p.grad is not None]
+    return loss.item(), torch.cat(parts)
+
+
+def compared(name: str, rows: str, compiled: bool, recomputed: int) -> dict[str, Any]:
+    """Relative errors of the fast step and of the plain path, both in 16 bits."""
+    packed = rows == "packed"
+    blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS[rows])]
+    plain = BlockCollator(0, packed, pad_to=LENGTH if packed else None, keep_trained_logits=False)(blocks)
+    exact_model, model = built(LAYOUTS[name], torch.float32), built(LAYOUTS[name], torch.bfloat16)
+    weights = {path: tensor.float() for path, tensor in model.state_dict().items()}
+    exact_model.load_state_dict(weights)
+    exact_loss, exact = gradients(exact_model, plain)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain_loss, usual = gradients(model, plain)
+    with fast_step(model, packed=packed, longest=LENGTH, compiled=compiled, recomputed=recomputed) as on:
+        collator = BlockCollator(
+            0, packed, pad_to=LENGTH if packed else None, most_rows=5 if on.rows_apart else None, list_trained=True
+        )
+        fast_loss, fast = gradients(model, collator(blocks))
+        apart = rows_apart(model, collator, blocks) if packed else None
+        found = {
+            "rows_apart": on.rows_apart,
+            "compiled": on.compiled,
+            "recomputed": on.recomputed,
+            "reasons": on.reasons,
+        }
+    errors = {
+        "fast_gradient_error": float((fast - exact).norm() / exact.norm()),
+        "plain_gradient_error": float((usual - exact).norm() / exact.norm()),
+        "fast_loss_error": abs(fast_loss - exact_loss) / exact_loss,
+        "plain_loss_error": abs(plain_loss - exact_loss) / exact_loss,
+        "packed_row_against_alone": apart,
+    }
+    return {"layout": name, "rows": rows} | found | errors
+
+
+def rows_apart(model: Any, collator: BlockCollator, blocks: list[dict[str, list[int]]]) -> float:
+    """The largest difference between a packed row's logits and the row's alone, relative to the largest logit."""
+    model.eval()
+    batch = {
+        name: value.to(DEVICE)
+        for name, value in collator(blocks).items()
+        if "label" not in name and "trained" not in name
+    }
+    with torch.no_grad():
+        packed = model(**batch).logits.float()
+        worst = 0.0
+        for index, (block, lengths) in enumerate(zip(blocks, ROWS["packed"], strict=True)):
+            start = 0
+            for length in lengths:
+                ids = torch.tensor(block["input_ids"][start : start + length], device=DEVICE)[None]
+                alone = model(input_ids=ids).logits[0].float()
+                difference = (packed[index, start : start + length] - alone).abs().max() / alone.abs().max()
+                worst, start = max(worst, float(difference)), start + length
+    model.train()
+    return worst
+
+
+def main() -> None:
+    """All layouts; fails after the last where one is off."""
+    results: dict[str, Any] = {"machine": training.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
+    results["cases"] = []
+    for name in LAYOUTS:
+        for rows, compiled, recomputed in (("packed", False, 2), ("packed", True, 1), ("padded", False, 0)):
+            case = compared(name, rows, compiled, recomputed)
+            case["passed"] = (
+                case["fast_gradient_error"] <= 1.2 * case["plain_gradient_error"] + 1e-3
+                and case["fast_loss_error"] <= 1.2 * case["plain_loss_error"] + 1e-3
+                and (case["packed_row_against_alone"] or 0) < 0.02
+            )
+            results["cases"].append(case)
+            print(json.dumps(case), flush=True)
+            Path(sys.argv[1]).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    failed = [case for case in results["cases"] if not case["passed"]]
+    print(f"{len(results['cases']) - len(failed)} of {len(results['cases'])} passed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
