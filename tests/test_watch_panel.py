@@ -60,6 +60,7 @@ def test_values_of_a_run_that_trains(tmp_path):
     shown = plain_text(panel.readings).split("\n")
     assert {"GPU 0 NVIDIA A10G memory", "18.2 of 24 GiB", "GPU 0 load", "97 %", "3.0 of 24 GiB"} <= set(shown)
     assert "GPU 1 load" not in shown
+    assert panel.readings.value.count("full") == 0  # a busy GPU is no warning
     assert not panel.stop_button.disabled
     assert not panel.save_button.disabled
     assert panel.resume_button.disabled

@@ -135,6 +135,6 @@ def _bar(name: str, share: float | None, text: str) -> str:
     label, value = f"<span>{html.escape(name)}</span>", f"<span>{html.escape(text)}</span>"
     if share is None:
         return f'<div class="plain">{label}{value}</div>'
-    full = " full" if share >= 0.95 else ""
+    full = " full" if share >= 0.95 and not name.endswith("load") else ""  # a busy GPU is as it should be
     width = 100 * min(1.0, max(0.0, share))
     return f'<div>{label}<div class="qlora-meter{full}"><div style="width:{width:.1f}%"></div></div>{value}</div>'
