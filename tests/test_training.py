@@ -23,7 +23,7 @@ from qlora_helpers.fast_step import loss as token_loss
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.lora import add_adapters
 from qlora_helpers.probes import check_rows_apart
-from qlora_helpers.run import Run
+from qlora_helpers.run import Run, write_json
 from qlora_helpers.training import (
     SummaryTrainer,
     half_of,
@@ -233,27 +233,38 @@ def test_a_stop_for_want_of_patience_can_be_gone_on_from(teach, run):
     assert result.steps >= 5  # two evaluations more, at the least
 
 
-def test_dollars_stop_and_save_and_count_over_sessions(teach, run):
-    """At 36,000 USD an hour a second costs 10 USD."""
-    slow = At(2, lambda: time.sleep(1.1))
-    _, result = teach(slow, max_steps=50, eval_steps=50, save_steps=50, stop_at_usd=10.0, usd_per_hour=36_000.0)
-    assert result.stopped and 1 < result.steps <= 3 and checkpoints(run) == [result.steps]
+@pytest.fixture
+def an_hour_later(monkeypatch):
+    """Puts the budget's clock an hour ahead."""
+    from qlora_helpers import training_budget
+
+    return lambda: monkeypatch.setattr(training_budget, "time", SimpleNamespace(time=lambda: time.time() + 3600))
+
+
+def test_dollars_stop_and_save(teach, run, an_hour_later):
+    changes = {"max_steps": 50, "eval_steps": 50, "save_steps": 50, "stop_at_usd": 10.0, "usd_per_hour": 10.0}
+    _, result = teach(At(3, an_hour_later), **changes)
+    assert result.stopped and result.steps == 3 and checkpoints(run) == [3]
     assert "USD of train.stop_at_usd=10 are used" in result.stop_reason
-    used = [line["usd"] for line in run.progress()]
-    assert used == sorted(used) and used[-1] >= 10
-    run.set_status(state="stopped", usd_per_hour=36_000.0)
-    first = run.status().used_usd
-    assert first >= 10
-    run.start_session(max_steps=50, resumed_from=result.steps)
-    assert run.status().used_usd >= first
+    first, *_, last = [line["usd"] for line in run.progress()]
+    assert first < 1 and last >= 10
 
 
-def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run):
-    changes = {"max_steps": 5, "eval_steps": 50, "save_steps": 50, "stop_at_minutes": 0.02}
-    _, result = teach(At(2, lambda: time.sleep(1.3)), **changes)
+def test_dollars_count_over_sessions(teach, run):
+    status = {"state": "stopped", "started_at": 1000.0, "usd_per_hour": 10.0, "session": 1, "heartbeat": 1000.0 + 3600}
+    write_json(run.status_path, status)
+    _, result = teach(max_steps=4, stop_at_usd=10.0, usd_per_hour=10.0)
+    assert result.stopped and result.steps == 1
+    assert run.progress()[0]["usd"] >= 10
+
+
+def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run, an_hour_later, monkeypatch):
+    changes = {"max_steps": 5, "eval_steps": 50, "save_steps": 50, "stop_at_minutes": 60.0}
+    _, result = teach(At(2, an_hour_later), **changes)
     assert result.stopped and result.steps == 2 and checkpoints(run) == [2]
-    assert "of train.stop_at_minutes=0.02 are over" in result.stop_reason
-    _, result = teach(**changes | {"stop_at_minutes": 5.0})
+    assert "of train.stop_at_minutes=60 are over" in result.stop_reason
+    monkeypatch.undo()
+    _, result = teach(**changes)
     assert not result.stopped and result.steps == 5
 
 
