@@ -114,7 +114,7 @@ def measured_steps() -> list[dict[str, Any]]:
 def trainers() -> str:
     """Trainers side by side: of each call, model and memory limit, every trainer's step, and ours against the best other."""
     lines = [
-        "| model | limit | trainer | blocks | recomputed | tokens/s | share of the roof | peak GiB | first step | ours is faster by |",
+        "| model | limit | trainer | blocks | recomputed | tokens/s | share of the roof | peak GiB | first step | ours is faster |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in compared():

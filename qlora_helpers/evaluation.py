@@ -6,9 +6,7 @@ ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with ste
 from __future__ import annotations
 
 import contextlib
-import html
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +14,29 @@ import torch
 
 from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
+from qlora_helpers.evaluation_result import MODELS, Evaluation, Scores, evaluation_from_dict
+from qlora_helpers.fast_answers import AnswerForm, NotFast, answer_fast, answering_form
 from qlora_helpers.generation import generation_settings
 from qlora_helpers.labels import label_row
 from qlora_helpers.prompts import prompt_tokens
+from qlora_helpers.scorecard import compare, dialogue_key, mean_loss, rouge_rows, score_answers
 from qlora_helpers.sources import Dialogue
-from qlora_helpers.tables import html_table, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "Scores",
+    "evaluate",
+    "evaluation_from_dict",
+    "generate",
+    "rouge",
+    "same_answers",
+    "summary_loss",
+]
 
 LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
 
@@ -44,125 +56,6 @@ class Answer:
     stopped: bool
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One model under one prompt, over all held-out rows.
-
-    Attributes:
-        rouge1, rouge2, rouge_l: mean F-measure, 0 to 100.
-        loss: nats a summary token; None where the model was only asked for answers.
-        stop_rate: share of the answers that ended by themselves, 0 to 1.
-        mean_tokens: length of an answer.
-    """
-
-    rouge1: float
-    rouge2: float
-    rouge_l: float
-    stop_rate: float
-    mean_tokens: float
-    loss: float | None = None
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp of the loss."""
-        return None if self.loss is None else math.exp(min(self.loss, 50.0))
-
-
-MODELS = {"base": "untuned", "base_chat": "untuned, chat template", "tuned": "tuned"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The comparison; what `evaluation.json` holds.
-
-    Attributes:
-        scores: `base`, `tuned` and, where it was asked, `base_chat` (the untuned model under its own chat template).
-        rows: one object a held-out row: `id`, `dialogue`, `summary` and each model's `answers`.
-        prompt_tokens_trimmed: rows whose dialogue was cut to fit the block.
-    """
-
-    scores: dict[str, Scores]
-    rows: tuple[dict[str, Any], ...]
-    prompt_tokens_trimmed: int = 0
-
-    @property
-    def rouge_l_gain(self) -> float:
-        """Points of ROUGE-L, tuned over untuned on the same prompt."""
-        return self.scores["tuned"].rouge_l - self.scores["base"].rouge_l
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines of the comparison."""
-        header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "stops", "tokens", "loss", "perplexity"]
-        lines = []
-        for name, score in self.scores.items():
-            loss = "" if score.loss is None else f"{score.loss:.3f}"
-            perplexity = "" if score.perplexity is None else f"{score.perplexity:,.1f}"
-            lines.append(
-                [MODELS[name], f"{score.rouge1:.1f}", f"{score.rouge2:.1f}", f"{score.rouge_l:.1f}",
-                 f"{score.stop_rate:.0%}", f"{score.mean_tokens:.0f}", loss, perplexity]
-            )  # fmt: skip
-        return header, lines
-
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return text_table(header, lines, numbers=range(1, len(header)))
-
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, len(header)), caption=f"{len(self.rows)} held-out rows")
-
-    def side_by_side(self, rows: int = 5) -> SideBySide:
-        """The first rows: dialogue, reference and each model's answer."""
-        return SideBySide(self.rows[:rows])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        scores = {name: asdict(score) | {"perplexity": score.perplexity} for name, score in self.scores.items()}
-        return {
-            "scores": scores, "rouge_l_gain": self.rouge_l_gain, "prompt_tokens_trimmed": self.prompt_tokens_trimmed,
-            "rows": list(self.rows),
-        }  # fmt: skip
-
-
-def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
-    """Reads back what `Evaluation.to_dict` wrote."""
-    known = Scores.__dataclass_fields__
-    scores = {
-        name: Scores(**{key: item for key, item in score.items() if key in known})
-        for name, score in values["scores"].items()
-    }
-    return Evaluation(scores, tuple(values["rows"]), values["prompt_tokens_trimmed"])
-
-
-class SideBySide:
-    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __repr__(self) -> str:
-        parts = []
-        for row in self.rows:
-            answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
-            parts.append("\n".join([row["dialogue"], f"{'reference:':<24} {row['summary']}", *answers]))
-        return "\n\n".join(parts)
-
-    def _repr_html_(self) -> str:
-        cell = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:22em;padding:6px 10px"
-        names = ["dialogue", "reference", *(MODELS[name] for name in (self.rows[0]["answers"] if self.rows else ()))]
-        head = "".join(f"<th style='{cell}'>{html.escape(name)}</th>" for name in names)
-        lines = []
-        for row in self.rows:
-            texts = [row["dialogue"], row["summary"], *(_one_line(a["text"]) for a in row["answers"].values())]
-            lines.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in texts) + "</tr>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _one_line(text: str, most: int = 400) -> str:
-    shown = " ".join(text.split())
-    return shown if len(shown) <= most else shown[:most] + " ..."
-
-
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,
@@ -172,6 +65,7 @@ def generate(
     *,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
+    form: AnswerForm | None = None,
 ) -> list[Answer]:
     """Answers prompts in batches of similar length, greedily or by sampling.
 
@@ -182,14 +76,35 @@ def generate(
         config: batch size, longest answer, sampling.
         seed: of the sampling.
         progress: told how many prompts were answered.
+        form: what `fast_answers.answering_form` opened: greedy answers then come the fast way, which `form` is told of; None takes
+            `model.generate`.
 
     Returns:
         An answer for each prompt, in the order given.
     """
-    settings = generation_settings(tokenizer, config)
-    device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
+    try:
+        if form is not None and not config.do_sample:
+            try:
+                lines = answer_fast(
+                    model, prompts, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id, most=config.max_new_tokens,
+                    slots=config.batch_size, form=form, progress=progress,
+                )  # fmt: skip
+                return [_answer(line, tokenizer) for line in lines]
+            except NotFast as reason:
+                form.note(f"answers by model.generate: {reason}")
+        return _generate_plainly(model, tokenizer, prompts, config, seed, progress)
+    finally:
+        model.train(was_training)
+
+
+def _generate_plainly(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: EvaluationConfig,
+    seed: int, progress: Callable[[int], Any] | None,
+) -> list[Answer]:  # fmt: skip
+    settings = generation_settings(tokenizer, config)
+    device = model.get_input_embeddings().weight.device
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -201,7 +116,6 @@ def generate(
             answers[index] = _answer(line, tokenizer)
         if progress is not None:
             progress(len(group))
-    model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -219,38 +133,40 @@ def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     return Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens), stopped)
 
 
-@torch.no_grad()
 def summary_loss(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> float:
-    """Mean loss over all trained tokens of labelled rows, in nats a token."""
+    """Mean loss over all trained tokens of labelled rows, in nats a token: weighted by tokens, whatever the batches."""
+    losses = summary_losses(model, tokenizer, rows, batch_size)
+    return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses]) or 0.0
+
+
+@torch.no_grad()
+def summary_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
+) -> list[tuple[float, int]]:
+    """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
     collate = BlockCollator(tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model))
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     at_once = min(batch_size, LOSS_ROWS)
-    for start in range(0, len(rows), at_once):
-        batch = {name: value.to(device) for name, value in collate(rows[start : start + at_once]).items()}
+    for start in range(0, len(order), at_once):
+        group = order[start : start + at_once]
+        batch = {name: value.to(device) for name, value in collate([rows[index] for index in group]).items()}
         losses, tokens = row_losses(model, batch)
-        total, count = total + float(losses.sum()), count + int(tokens.sum())
+        for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
+            found[index] = (pair[0], pair[1])
     model.train(was_training)
-    return total / max(1, count)
+    return found
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
     """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measure, 0 to 100."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=True)
-    results = [
-        scorer.score(reference, answer) for reference, answer in zip(references, answers, strict=True)
-    ]  # fmt: skip
-    one, two, longest = (
-        100 * sum(result[name].fmeasure for result in results) / max(1, len(results)) for name in names
-    )
+    rows = rouge_rows(answers, [[reference] for reference in references])
+    one, two, longest = (sum(row[name] for row in rows) / max(1, len(rows)) for name in ("rouge1", "rouge2", "rouge_l"))
     return one, two, longest
 
 
@@ -262,6 +178,8 @@ def evaluate(
     *,
     template: str,
     max_tokens: int,
+    train_keys: Collection[str] = (),
+    only: Collection[str] = tuple(MODELS),
     progress: bool = True,
 ) -> Evaluation:
     """Asks the model with its adapters off and on, on the same rows and prompts.
@@ -269,43 +187,91 @@ def evaluate(
     Args:
         model: a peft model.
         tokenizer: the model's.
-        dialogues: held-out rows.
+        dialogues: held-out rows; those with one dialogue become one row with several references.
         config: generation settings.
         template: the prompt that was trained.
         max_tokens: longest row; a longer dialogue is trimmed as in training.
+        train_keys: `scorecard.dialogue_key` of what was trained on: a held-out row that is among them is left out.
+        only: which of `MODELS` are asked.
         progress: whether to show a bar.
     """
     from tqdm.auto import tqdm
 
-    prompts, trimmed = _prompts(dialogues, tokenizer, template, max_tokens, config.max_new_tokens)
-    labelled = _labelled(dialogues, tokenizer, template, max_tokens)
+    items, rows, left_out = _held_out(dialogues, set(train_keys))
+    prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
     asked = {"base": prompts, "tuned": prompts}
     if config.chat_baseline and template != "chat" and tokenizer.chat_template:
-        chat, _ = _prompts(dialogues, tokenizer, "chat", max_tokens, config.max_new_tokens)
+        chat, _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
         asked = {"base": prompts, "base_chat": chat, "tuned": prompts}
-    scores, answers = {}, {}
-    with tqdm(total=len(asked) * len(dialogues), desc="answering", disable=not progress, leave=False) as bar:
+    asked = {name: questions for name, questions in asked.items() if name in only}
+    longest = max((len(prompt) for several in asked.values() for prompt in several), default=0) + config.max_new_tokens
+    losses: dict[str, float | None] = {}
+    with (
+        tqdm(total=len(asked) * len(items), desc="answering", disable=not progress, leave=False) as bar,
+        answering_form(model, rows=min(config.batch_size, len(items)), tokens=longest) as form,
+    ):
         for name, questions in asked.items():
             bar.set_postfix_str(MODELS[name])
             with contextlib.nullcontext() if name == "tuned" else model.disable_adapter():
-                given = generate(model, tokenizer, questions, config, progress=bar.update)
-                loss = None
-                if name != "base_chat" and labelled:
-                    loss = summary_loss(model, tokenizer, labelled, config.batch_size)
-            answers[name], scores[name] = given, _score(given, dialogues, loss)
-    rows = tuple(
-        {"id": item.id, "dialogue": item.dialogue, "summary": item.summary,
-         "answers": {name: asdict(given[index]) for name, given in answers.items()}}
-        for index, item in enumerate(dialogues)
-    )  # fmt: skip
-    return Evaluation(scores, rows, trimmed)
+                given = generate(model, tokenizer, questions, config, progress=bar.update, form=form)
+                for row, answer in zip(rows, given, strict=True):
+                    row["answers"][name] = asdict(answer)
+                losses[name] = None
+                if name != "base_chat":
+                    losses[name] = _add_losses(model, tokenizer, items, rows, name, config, template, max_tokens)
+    score_answers(rows)
+    scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
+    against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
+    return Evaluation(scores, tuple(rows), trimmed, against, left_out, tuple(str(form).splitlines()))
 
 
-def _score(answers: Sequence[Answer], dialogues: Sequence[Dialogue], loss: float | None) -> Scores:
-    one, two, longest = rouge([answer.text for answer in answers], [item.summary for item in dialogues])
-    count = max(1, len(answers))
-    stops = sum(answer.stopped for answer in answers) / count
-    return Scores(one, two, longest, stops, sum(answer.tokens for answer in answers) / count, loss)
+def _held_out(
+    dialogues: Sequence[Dialogue], trained: set[str]
+) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
+    """Rows with one dialogue as one row, and apart the ids of those that were trained on."""
+    kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
+    left_out = []
+    for item in dialogues:
+        key = dialogue_key(item.dialogue)
+        if key in trained:
+            left_out.append(item.id)
+        elif key in kept:
+            kept[key][1]["references"] += [item.summary, *item.references]
+        else:
+            row = {
+                "id": item.id,
+                "dialogue": item.dialogue,
+                "summary": item.summary,
+                "references": [item.summary, *item.references],
+                "answers": {},
+            }
+            kept[key] = (item, row)
+    return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(left_out)
+
+
+def _add_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[Dialogue], rows: Sequence[dict[str, Any]],
+    name: str, config: EvaluationConfig, template: str, max_tokens: int,
+) -> float | None:  # fmt: skip
+    """Each row's loss beside its answer, and the mean; a row whose summary does not fit the block has none."""
+    labelled = {}
+    for index, item in enumerate(items):
+        row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
+        if row is not None:
+            labelled[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
+    losses = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
+    for index, (nats, tokens) in zip(labelled, losses, strict=True):
+        rows[index]["answers"][name] |= {"nats": nats, "loss_tokens": tokens}
+    return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses])
+
+
+def _scores(answers: Sequence[dict[str, Any]], loss: float | None) -> Scores:
+    def mean(key: str) -> float:
+        return sum(answer[key] for answer in answers) / max(1, len(answers))
+
+    return Scores(
+        mean("rouge1"), mean("rouge2"), mean("rouge_l"), mean("stopped"), mean("tokens"), loss, mean("repetition")
+    )
 
 
 def _prompts(
@@ -320,31 +286,20 @@ def _prompts(
     return prompts, trimmed
 
 
-def _labelled(
-    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
-) -> list[dict[str, Any]]:
-    rows = [
-        label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
-        for item in dialogues
-    ]
-    return [
-        {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)} for row in rows if row
-    ]  # fmt: skip
-
-
 def same_answers(
     live: torch.nn.Module, reloaded: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> float:
     """Largest difference between two models' next-token logits on the same prompts; 0.0 when they are the same model."""
-    worst = 0.0
-    for prompt in prompts:
-        outputs = []
-        for model in (live, reloaded):
-            was_training = model.training
-            model.eval()
-            device = model.get_input_embeddings().weight.device
-            with torch.no_grad():
-                outputs.append(model(input_ids=torch.tensor([prompt], device=device)).logits[0, -1].float().cpu())
-            model.train(was_training)
-        worst = max(worst, float((outputs[0] - outputs[1]).abs().max()))
-    return worst
+    pairs = zip(next_token_logits(live, prompts), next_token_logits(reloaded, prompts), strict=True)
+    return max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
+
+
+@torch.no_grad()
+def next_token_logits(model: torch.nn.Module, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """`(vocabulary,)` after each prompt, in 32 bits on the CPU."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    found = [model(input_ids=torch.tensor([prompt], device=device)).logits[0, -1].float().cpu() for prompt in prompts]
+    model.train(was_training)
+    return found

@@ -266,6 +266,15 @@ def ask(
         ) from None
 
 
+def merged_properties(*, max_model_len: int) -> str:
+    """`serving.properties` of a folder with a merged model: the container serves the folder that the file is in.
+
+    Args:
+        max_model_len: longest prompt with its answer, tokens.
+    """
+    return _properties({**_VLLM_OPTIONS, "dtype": "bf16", "max_model_len": str(max_model_len)})
+
+
 def _adapter_files(adapter_dir: Path) -> list[Path]:
     missing = [name for name in _NEEDED if not (adapter_dir / name).exists()]
     if missing:
@@ -318,5 +327,8 @@ def _serving_properties(base_model: str, rank: int) -> str:
         "max_loras": "1",
         "max_lora_rank": str(min(allowed for allowed in _VLLM_RANKS if allowed >= rank)),
     }
-    options = {"model_id": base_model, **_VLLM_OPTIONS, **lora}
+    return _properties({"model_id": base_model, **_VLLM_OPTIONS, **lora})
+
+
+def _properties(options: Mapping[str, str]) -> str:
     return "engine=Python\n" + "".join(f"option.{key}={value}\n" for key, value in options.items())

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import termination
 from qlora_helpers.aws import checked_role, is_hub_id, new_client, registry, split_s3_uri, told_plainly, upload
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import UserError
@@ -46,12 +47,20 @@ cp "$ml/input/data/config/config.json" runs/{name}/config.json
 python3 -m pip install --quiet --disable-pip-version-check -r requirements.txt 2>&1 | tee train.out || fail
 while sleep 30; do copy_events; done > /dev/null 2>&1 &
 copier=$!
-{command} 2>&1 | tee train.out
+{command} > train.out 2>&1 &
+trainer=$!
+tail -n +1 -f --pid=$trainer train.out &
+shown=$!
+trap 'kill -TERM $trainer' TERM  # a spot interruption, or the job is stopped: the trainer saves and ends
+wait $trainer
 status=$?
+while kill -0 $trainer 2> /dev/null; do wait $trainer; status=$?; done
 kill $copier
 copy_events
-[ $status = 0 ] || fail
+wait $shown
+[ $status = 0 ] || [ $status = {told_to_end} ] || fail
 [ ! -d runs/{name}/adapter ] || cp -r runs/{name}/adapter/. "$ml/model/"
+exit $status
 """
 
 
@@ -216,7 +225,9 @@ def source_archive(out_path: Path, run_name: str, *, processes: int = 1) -> Path
     files = [path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
     contents: dict[str, bytes | Path] = {str(path.relative_to(package.parent)): path for path in files}
     contents["requirements.txt"] = requirements
-    contents["job.sh"] = _SCRIPT.format(name=run_name, command=_command(run_name, processes)).encode()
+    contents["job.sh"] = _SCRIPT.format(
+        name=run_name, command=_command(run_name, processes), told_to_end=termination.EXIT_CODE
+    ).encode()  # fmt: skip
     return write_tarball(out_path, contents)
 
 

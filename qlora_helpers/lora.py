@@ -165,6 +165,13 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
         return get_peft_model(model, settings)
 
 
+def remove_adapters(model: PeftModel) -> None:
+    """Takes the adapters off a base model again; it is as it was before `add_adapters`, but for what is frozen."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
 def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """Puts a saved adapter on a freshly loaded base model.
 

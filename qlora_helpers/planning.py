@@ -27,7 +27,12 @@ UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not kno
 
 
 def plan_run(
-    config: RunConfig, *, gpus: str | None = None, price: float | None = None, tokens: int | None = None
+    config: RunConfig,
+    *,
+    gpus: str | None = None,
+    price: float | None = None,
+    tokens: int | None = None,
+    hardware: Hardware | None = None,
 ) -> Plan:
     """What fits for these settings, how fast it is, and what it costs, before anything is downloaded.
 
@@ -36,11 +41,12 @@ def plan_run(
         gpus: `4x24GiB`, `H100`, `2xL4` or `ml.g5.12xlarge`; None takes this machine's GPUs.
         price: USD an hour for all of the hardware, in place of the catalogue's.
         tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
+        hardware: in place of `gpus` and `price`.
 
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
     """
-    hardware = parse_gpus(gpus, price) if gpus else this_machine(price)
+    hardware = hardware or (parse_gpus(gpus, price) if gpus else this_machine(price))
     shape = find_shape(config.model)
     known = tokens if tokens is not None else estimated_tokens(config.data)
     plan = make_plan(

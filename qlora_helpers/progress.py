@@ -52,9 +52,11 @@ class Progress:
             if record is None:
                 continue
             if record.get("event") == "start":
-                self._take_back(record.get("resumed_from", 0))
-                new = [old for old in new if old["step"] <= record.get("resumed_from", 0)]
-            elif isinstance(record.get("step"), int):
+                resumed_from = record.get("resumed_from", 0)
+                if type(resumed_from) is int:
+                    self._take_back(resumed_from)
+                    new = [old for old in new if old["step"] <= resumed_from]
+            elif type(record.get("step")) is int:
                 self.records.append(record)
                 new.append(record)
         return new
@@ -74,6 +76,6 @@ class Progress:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

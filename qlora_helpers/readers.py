@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_helpers.dialogues import Row, listed
+from qlora_helpers.dialogues import Row, listed, numbered_siblings
 from qlora_helpers.errors import DataError
 from qlora_helpers.splits import SPLIT_NAMES, named_splits
 from qlora_helpers.units import BYTES_IN_GIB
@@ -164,9 +164,9 @@ def _read_parquet(file: BinaryIO, name: str, columns: Collection[str]) -> Rows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        found = table.schema_arrow.names
+        found = pyarrow.parquet.ParquetFile(file).schema_arrow.names
         needed = needed_columns(found, columns)
+        table = pyarrow.parquet.ParquetFile(file, read_dictionary=needed)  # a text that is repeated stays one
         if not needed:
             return {"train": header_only(found, name)}, []
         groups = range(table.metadata.num_row_groups)
@@ -178,12 +178,48 @@ def _read_parquet(file: BinaryIO, name: str, columns: Collection[str]) -> Rows:
                 got=size_text(size),
                 next_step="Cut it into smaller files and name one of them.",
             )
-        values = [row for batch in table.iter_batches(1024, columns=needed) for row in batch.to_pylist()]
+        values = _within_limits(table.iter_batches(64, columns=needed), name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name} is no whole Parquet file ({brief(error)})", next_step="Write or download it again."
         ) from error
     return {"train": _some(_numbered(values, name), name)}, []
+
+
+def _within_limits(batches: Iterable[Any], name: str) -> list[Any]:
+    """The rows of a table, counted as they are unfolded: a text that stands in the file once may stand in a million rows."""
+    values: list[Any] = []
+    size = 0
+    for batch in batches:
+        values += _rows_of(batch, name, len(values))
+        size += sum(len(text) for row in values[-batch.num_rows :] for text in row.values() if isinstance(text, str))
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{name} unfolds to more than can be held in memory",
+                expected=f"{size_text(MAX_FILE_BYTES)} of values at most",
+                next_step="Cut it into smaller files and name one of them.",
+            )
+    return values
+
+
+def _rows_of(batch: Any, name: str, before: int) -> list[Any]:
+    """A batch's rows; one with a text that is far too long is refused before it is unfolded."""
+    import pyarrow
+    import pyarrow.compute
+
+    for column in batch.columns:
+        texts = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
+        kind = texts.type
+        if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+            longest = pyarrow.compute.max(pyarrow.compute.binary_length(texts)).as_py()
+            if longest is not None and longest > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{name} has a text that is too long, in row {before + 1} or soon after",
+                    expected=f"{size_text(MAX_LINE_BYTES)} at most",
+                    got=size_text(longest),
+                    next_step="Check that it is one dialogue, and leave it out if not.",
+                )
+    return batch.to_pylist()
 
 
 _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Rows]] = {
@@ -195,10 +231,11 @@ FILE_SUFFIXES = (*_TEXT_READERS, ".parquet")
 
 
 def needed_columns(found: Collection[str], columns: Collection[str]) -> list[str]:
-    """Which columns of a table to read: those asked for and `id`; none where one that was asked for is missing."""
+    """Which columns of a table to read: those asked for, their numbered siblings and `id`; none where one asked for is missing."""
     if not set(columns) <= set(found):
         return []
-    return [column for column in found if column in columns or column == "id"]
+    more = {sibling for column in columns for sibling in numbered_siblings(column, found)}
+    return [column for column in found if column in columns or column in more or column == "id"]
 
 
 def header_only(found: Collection[str], name: str) -> list[Row]:
@@ -276,6 +313,14 @@ def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
 
 
 def _numbered(values: list[Any], name: str) -> list[Row]:
+    for number, value in enumerate(values, start=1):
+        texts = value.values() if isinstance(value, dict) else ()
+        if any(isinstance(text, str) and len(text) > MAX_LINE_BYTES for text in texts):
+            raise DataError(
+                f"{name} row {number} is too long",
+                expected=f"{size_text(MAX_LINE_BYTES)} at most",
+                next_step="Check that it is one dialogue, and leave it out if not.",
+            )
     return [Row(f"{name} row {number}", value) for number, value in enumerate(values, start=1)]
 
 

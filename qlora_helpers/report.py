@@ -19,8 +19,18 @@ from qlora_helpers.catalog import LICENCES
 from qlora_helpers.config import SECTIONS, RunConfig, describe
 from qlora_helpers.labels import LabelReport
 from qlora_helpers.monitor import LossCurve, loss_curve
-from qlora_helpers.report_scores import has_scores, percent, score_rows, shown_dialogues, signed, verdicts
+from qlora_helpers.report_scores import (
+    has_scores,
+    intervals,
+    outcomes,
+    percent,
+    score_rows,
+    shown_dialogues,
+    signed,
+    verdicts,
+)
 from qlora_helpers.run import Run, Status, read_json, write_text
+from qlora_helpers.status import BY_BUDGET
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 
@@ -98,6 +108,9 @@ def _page(parts: _Parts) -> dict[str, Any]:
         "headlines": _headlines(parts),
         "scores": score_rows(parts.evaluation),
         "verdicts": [] if parts.has_random_weights else verdicts(parts.evaluation),
+        "intervals": [] if parts.has_random_weights else intervals(parts.evaluation),
+        "outcomes": [] if parts.has_random_weights else outcomes(parts.evaluation),
+        "form": parts.evaluation.get("form", [])[:1],
         "chart": Markup(parts.curve.svg("currentColor")),  # ours: matplotlib's, with the run's name escaped
         "loss_notes": _loss_notes(parts.curve),
         "dialogues": shown_dialogues(parts.evaluation),
@@ -137,7 +150,7 @@ def _banners(parts: _Parts) -> list[str]:
     if status.is_live:
         found.append(f"Training is still going on, at {step}: the figures below will change.")
     elif status.state == "stopped":
-        limit = (status.exit_reason or "").partition("stopped and saved: ")[2]
+        limit = (status.exit_reason or "").partition(BY_BUDGET)[2]
         why = f"by its budget ({limit})" if limit else "by request"
         found.append(f"Training was stopped {why} at {step}; the figures are those of the adapter as it was then.")
     elif status.state in ("failed", "dead"):

@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_helpers.scorecard import comparison_from_dict
 from qlora_helpers.tables import plain
 
 MODELS = {"base": "untuned", "base_chat": "untuned, its own chat template", "tuned": "tuned"}
-DIALOGUES_SHOWN = 5
+DIALOGUES_SHOWN, OUTCOMES_SHOWN = 5, 3
 FEW_ROWS = 100
 LONGEST_DIALOGUE, LONGEST_ANSWER = 4000, 400  # characters shown
 
@@ -62,8 +63,12 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
             f"{scores['base_chat']['rouge_l']:.1f}; the tuned one is {abs(ahead):.1f} points "
             f"{'above' if ahead >= 0 else 'below'} that."
         )
-    if rows < FEW_ROWS:
+    comparisons = evaluation.get("comparisons", {})
+    said += [f"Tuned against {MODELS[name]}: {found['verdict']}" for name, found in comparisons.items()]
+    if rows < FEW_ROWS and not comparisons:  # a file from before there were intervals
         said.append(f"{rows} dialogues are few: a difference of a point or two can be chance.")
+    if count := len(evaluation.get("left_out", ())):
+        said.append(f"{count} held-out dialogue{'s' * (count != 1)} stood in the training set too, and did not count.")
     if evaluation["prompt_tokens_trimmed"]:
         said.append(
             f"{evaluation['prompt_tokens_trimmed']} of {rows} dialogues were cut at their end to fit the model's block."
@@ -71,27 +76,53 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def intervals(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each model that the tuned one was compared with: every measure, its difference and interval, and what it says."""
+    found = []
+    for name, values in evaluation.get("comparisons", {}).items():
+        _, lines = comparison_from_dict(values).table()
+        if lines:
+            found.append({"against": MODELS[name], "lines": lines, "level": percent(values["level"])})
+    return found
+
+
+def outcomes(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Dialogues that the tuned model won, tied and lost against the untuned one: how many, and the clearest."""
+    values = evaluation.get("comparisons", {}).get("base")
+    if values is None:
+        return []
+    by_id = {row["id"]: row for row in evaluation["rows"]}
+    said = {"wins": "closer to the reference", "ties": "as close", "losses": "further from the reference"}
+    return [
+        {"what": f"{len(values[key])} answers {what} than the untuned model's".replace("as close than", "as close as"),
+         "dialogues": [_shown(by_id[name]) for name in values[key][:OUTCOMES_SHOWN]]}
+        for key, what in said.items()
+    ]  # fmt: skip
+
+
 def shown_dialogues(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The first rows: turns, reference, and each model's answer on one line, the tuned one's first."""
-    return [
-        {
-            "turns": turns(_shortened(row["dialogue"], LONGEST_DIALOGUE)),
-            "reference": row["summary"],
-            "answers": [
-                _answer(name, row["answers"][name]) for name in ("tuned", "base", "base_chat") if name in row["answers"]
-            ],
-        }
-        for row in evaluation.get("rows", ())[:DIALOGUES_SHOWN]
-    ]
+    return [_shown(row) for row in evaluation.get("rows", ())[:DIALOGUES_SHOWN]]
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "turns": turns(_shortened(row["dialogue"], LONGEST_DIALOGUE)),
+        "reference": row["summary"],
+        "answers": [
+            _answer(name, row["answers"][name]) for name in ("tuned", "base", "base_chat") if name in row["answers"]
+        ],
+    }
 
 
 def _answer(name: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     count = f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"
+    rouge = f"ROUGE-L {answer['rouge_l']:.0f}, " if "rouge_l" in answer else ""
     return {
         "model": MODELS[name],
         "tuned": name == "tuned",
         "text": _shortened(" ".join(answer["text"].split()), LONGEST_ANSWER),
-        "end": f"{count}, {'ended by itself' if answer['stopped'] else 'cut off at the limit'}",
+        "end": f"{rouge}{count}, {'ended by itself' if answer['stopped'] else 'cut off at the limit'}",
     }
 
 

@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path.name} is not in {path.parent}") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
 
 
@@ -201,13 +201,22 @@ class Run:
         return any(self.checkpoints_dir.glob("checkpoint-*")) or self.adapter_dir.exists()
 
     def _refuse_fixed_changes(self, old: RunConfig, new: RunConfig) -> None:
-        before, after = old.to_dict(), new.to_dict()
+        self.refuse_differences(old.to_dict(), new.to_dict())
+
+    def refuse_differences(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Compares what a trained run stands on; settings and marks (digests by what they are of) that only one has don't count.
+
+        Raises:
+            RunError: something differs.
+        """
         changed = [
-            f"{section}.{key}: {before[section][key]!r} -> {after[section][key]!r}"
+            f"{section}.{key}: {value!r} -> {after[section][key]!r}"
             for section in FIXED
-            for key in before[section]
-            if before[section][key] != after[section][key]
+            for key, value in before.get(section, {}).items()
+            if key in after[section] and value != after[section][key]
         ]
+        marks, now = before.get("marks", {}), after.get("marks", {})
+        changed += [f"{name} is not what it was" for name in marks if name in now and now[name] != marks[name]]
         if changed:
             raise RunError(
                 f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
@@ -237,6 +246,8 @@ class Run:
         if not isinstance(values, dict):
             raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
         status = Status(**{key: value for key, value in values.items() if key in known})
+        if not status.is_plausible:
+            raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
         if status.is_live and not is_alive(status):
             return dataclasses.replace(status, state="dead", exit_reason=WENT_SILENT)
         return status

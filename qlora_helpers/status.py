@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import socket
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ STATES = ("new", "starting", "running", "stopped", "finished", "failed")
 LIVE_STATES = ("starting", "running")
 HEARTBEAT_STALE_S = 60.0
 BY_REQUEST = "stopped and saved by request"
+BY_BUDGET = "stopped and saved by its budget: "
 INTERRUPTED = "interrupted"
 WENT_SILENT = "the trainer's process ended without a word"
 
@@ -48,6 +50,21 @@ class Status:
     spent_usd: float = 0.0
     usd_per_hour: float | None = None
     readings: dict[str, Any] | None = None
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether every field is of its kind: the file may come from anywhere."""
+        whole = (self.step, self.max_steps, self.session, 0 if self.pid is None else self.pid)
+        price = 0.0 if self.usd_per_hour is None else self.usd_per_hour
+        numbers = (self.heartbeat, self.started_at, self.spent_s, self.spent_usd, price)
+        texts = (self.host, self.exit_reason, self.last_error)
+        return (
+            self.state in STATES
+            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and all(text is None or isinstance(text, str) for text in texts)
+            and (self.readings is None or isinstance(self.readings, dict))
+        )  # fmt: skip
 
     @property
     def is_live(self) -> bool:

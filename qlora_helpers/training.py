@@ -12,18 +12,20 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 
+from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import PreparedData, row_losses
+from qlora_helpers.blocks import NumberedBlocks, PreparedData
 from qlora_helpers.config import TrainConfig
-from qlora_helpers.fast_step import FastStep
 from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
+from qlora_helpers.status import BY_BUDGET
+from qlora_helpers.summary_trainer import SummaryTrainer
 from qlora_helpers.training_callback import RunFolderCallback
 from qlora_helpers.training_step import make_collator, open_fast_step
 from qlora_helpers.units import gib
@@ -71,8 +73,8 @@ class TrainResult:
         if self.new_steps == 0:
             return f"nothing left to do: all {self.steps} steps were done before"
         peak = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.peak_gib.items())
-        limit = self.stop_reason.partition(": ")[2]
-        stopped = f"stopped by its budget ({limit})" if limit else "stopped by request"
+        limit = self.stop_reason.removeprefix(BY_BUDGET)
+        stopped = f"stopped by its budget ({limit})" if limit != self.stop_reason else "stopped by request"
         end = stopped if self.stopped else "finished"
         losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
         losses += f", evaluation loss {self.eval_loss:.3f}" if self.eval_loss is not None else ""
@@ -132,45 +134,6 @@ def training_arguments(
     )
 
 
-class SummaryTrainer(Trainer):
-    """`Trainer` with two things of ours: tokens are counted, and the evaluation loss is a mean over tokens.
-
-    Trainer's own `eval_loss` is a mean over batches, which depends on the batch size where rows differ in length.
-    """
-
-    tokens_seen: torch.Tensor | int = 0
-    fast: FastStep | None = None
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pad = self.data_collator.pad_token_id
-        self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
-        return batches, items
-
-    @torch.no_grad()
-    def evaluation_loop(
-        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Sum of the token losses over the number of trained tokens, over all processes."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        rows = 0
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
-            losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
-            sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
-            rows += len(tokens)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
-
-
 def train(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,6 +143,7 @@ def train(
     *,
     extra_callbacks: tuple[TrainerCallback, ...] = (),
     show_progress: bool = True,
+    trained_on: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Trains the adapters, from the newest good checkpoint in the run folder where there is one.
 
@@ -193,6 +157,7 @@ def train(
         run: where progress and checkpoints go.
         extra_callbacks: such as TensorBoard's.
         show_progress: whether Trainer draws its bar or table.
+        trained_on: what can't change in later sessions, in plain values; kept in every checkpoint.
 
     Raises:
         ModelError: packed rows would see each other.
@@ -217,24 +182,54 @@ def train(
         if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
             args._n_gpu = 1
         trainer = SummaryTrainer(
-            model=model, args=args, train_dataset=data.train, eval_dataset=data.eval, data_collator=collator
-        )
-        trainer.fast = fast
+            model=model, args=args, train_dataset=NumberedBlocks(data.train), eval_dataset=data.eval,
+            data_collator=collator,
+        )  # fmt: skip
+        trainer.fast, trainer.trained_on = fast, trained_on
+        opened.enter_context(_adapters_kept(model))
         if not show_progress:
             trainer.remove_callback(PrinterCallback)  # what it prints is in the progress file and the log
         return _run_session(trainer, model, config, run, extra_callbacks)
+
+
+@contextlib.contextmanager
+def _adapters_kept(model: torch.nn.Module) -> Iterator[None]:
+    """A session that fails leaves the adapters as it found them and no gradients: the run can go on, or begin, in this process."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    before = [weight.detach().cpu().clone() for weight in trained]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for weight, kept in zip(trained, before, strict=True):
+                weight.grad = None
+                weight.copy_(kept)
+        raise
+
+
+class _Resumed(TrainerCallback):
+    """Between Trainer's own start, which forgets the loss summed since the last log, and the first step."""
+
+    def __init__(self, trainer: SummaryTrainer, checkpoint: Path) -> None:
+        self.go_on = lambda: trainer.go_on_summing(checkpoint)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.go_on()
 
 
 def _run_session(
     trainer: SummaryTrainer, model: torch.nn.Module, config: TrainConfig, run: Run, extra: tuple[TrainerCallback, ...]
 ) -> TrainResult:
     resume = saved.newest_good(run.checkpoints_dir)
+    if resume:
+        saved.refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
     total = planned_steps(trainer)
     start = saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0
     callback = RunFolderCallback(run, config, session, is_writer)
-    for each in (callback, *extra):
+    callbacks = (_Resumed(trainer, resume), callback, *extra) if resume else (callback, *extra)
+    for each in callbacks:
         if hasattr(each, "trainer"):  # it reads the trainer's own counts
             each.trainer = trainer
         trainer.add_callback(each)
@@ -246,7 +241,8 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one step more
             trainer.state = saved.load_finished(model, resume)
         else:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            with termination.steps():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         # Trainer leaves its autocast around `forward`; the model should answer as the same adapter does when reloaded.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

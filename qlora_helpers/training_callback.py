@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import RunError
 from qlora_helpers.heartbeat import readings
 from qlora_helpers.run import Run
-from qlora_helpers.status import BY_REQUEST, Status
+from qlora_helpers.status import BY_BUDGET, BY_REQUEST, Status
 from qlora_helpers.training_budget import Budget
 
 HEARTBEAT_S = 2.0
@@ -74,9 +75,11 @@ class RunFolderCallback(TrainerCallback):
         asked = self.run.pending_requests(self.session) if self.is_writer else []
         kinds = {request.kind for request in asked}
         reason = BY_REQUEST if "stop" in kinds else ""
+        if self.is_writer and termination.asked():
+            reason = termination.REASON
         all_done = state.global_step >= state.max_steps
         if self.is_writer and not reason and not all_done and (limit := self.budget.exhausted()):
-            reason = f"stopped and saved: {limit}"
+            reason = BY_BUDGET + limit
         save, reason = _told_to_all((bool(kinds or reason), reason))
         if save:
             self.saving_for = asked
@@ -95,7 +98,7 @@ class RunFolderCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "train_runtime" in logs:
+        if not {"loss", "eval_loss"} & logs.keys():  # the summary at the end, or an evaluation that was cut short
             return
         # With float16 a gradient may overflow: the loss scaler then leaves out that step and scales less.
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
@@ -131,8 +134,8 @@ class RunFolderCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:
             return
-        saved.verify(self.run.checkpoints_dir / f"checkpoint-{state.global_step}")
-        saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
+        if not self.trainer.watch.suspects:  # what was saved before the loss rose may be needed yet
+            saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
         for request in self.saving_for:
             self.run.acknowledge(request, f"saved at step {state.global_step}")
         self.saving_for = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import locks
+from qlora_helpers import locks, rescue, termination
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
@@ -26,6 +26,7 @@ from qlora_helpers.heartbeat import beating
 from qlora_helpers.price import needed_price
 from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
 from qlora_helpers.status import BY_REQUEST, INTERRUPTED
+from qlora_helpers.trained_on import refuse_other_than_trained_on
 from qlora_helpers.training_budget import refuse_spent_budget
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.blocks import PreparedData
+    from qlora_helpers.certificate import Certificate
     from qlora_helpers.evaluation import Answer, Evaluation
     from qlora_helpers.models import LoadedModel
     from qlora_helpers.training import TrainResult
@@ -40,9 +42,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
 RELOAD_TOLERANCE = 1e-4
-_MODEL_IN_USE = (
-    threading.RLock()
-)  # adapters are switched and modes set on the model itself: a panel's thread must wait its turn
+# Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
+_MODEL_IN_USE = threading.RLock()
 
 
 def open_run(
@@ -95,6 +96,7 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     return run
 
 
+@rescue.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
     """Loads the run's base model and tokenizer, audited."""
     from qlora_helpers.models import load_model
@@ -133,9 +135,10 @@ def prepare_data(
         shape: the model's `config.json`; says whether packed rows can be kept apart.
         say: told what takes long.
     """
-    from qlora_helpers.data import prepared
+    from qlora_helpers.data import content_marks, prepared
     from qlora_helpers.sources import read_corpus
 
+    refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
     can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
     data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
@@ -147,6 +150,7 @@ def prepare_data(
     return data
 
 
+@rescue.rescued
 def train(
     run: Run,
     *,
@@ -171,25 +175,29 @@ def train(
             checkpoint is intact.
     """
     from qlora_helpers import training
+    from qlora_helpers.data import content_marks
     from qlora_helpers.events import event_callback
     from qlora_helpers.training_callback import CallEachTime
 
     config = run.config()
     main = is_main_process()
     show_progress = show_progress and not _prints_into(run.log_path)
-    with contextlib.ExitStack() as owned:
+    with contextlib.ExitStack() as owned, contextlib.ExitStack() as undone:
         redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
+        owned.enter_context(termination.heard())
         if main:
             owned.enter_context(_owned(run, shut_down_app=shut_down_app))
         if redraw:
             redraw()
+        refuse_other_than_trained_on(run)
         if loaded is None:
             if main:
                 check_source(run)
             loaded = load(run, say=say)
-        model = model or add_adapters(run, loaded)
+        model = model or undone.enter_context(_adapters_on(run, loaded))
         with _main_process_first(loaded):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+        marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config) if main else None
         with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
             callbacks = [events] if events else []
@@ -197,10 +205,12 @@ def train(
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
                 extra_callbacks=tuple(callbacks), show_progress=show_progress and not redraw,
+                trained_on=refuse_other_than_trained_on(run, marks),
             )  # fmt: skip
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
+            log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result, data)
             run.set_status(
@@ -211,6 +221,48 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
+    """Fresh adapters on a model; taken off again where the session fails, so that the next one can add its own."""
+    from qlora_helpers import lora
+
+    model = add_adapters(run, loaded)
+    try:
+        yield model
+    except BaseException:
+        lora.remove_adapters(model)
+        raise
+
+
+@rescue.rescued
+def retry(
+    run: Run,
+    *,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    settings: Iterable[str] | dict[str, Any] | None = None,
+    show_progress: bool = True,
+    say: Say = print,
+) -> TrainResult:
+    """Goes on with a run that failed, from its last good checkpoint and without a restart of the process.
+
+    Args:
+        run: the run.
+        model, loaded: as for `train`.
+        settings: changes to the settings. None takes, after the run was out of memory, the fastest that should fit.
+        show_progress, say: as for `train`.
+
+    Raises:
+        RunError: see `train`; a setting that can't change once training has begun.
+    """
+    settings = rescue.next_settings(run) if settings is None else settings
+    if settings:
+        run.change_config(run.config().with_settings(settings))
+        say("Going on with " + ", ".join(settings))
+    return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
+
+
+@rescue.rescued
 def evaluate(
     run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
 ) -> Evaluation:
@@ -232,12 +284,13 @@ def evaluate(
     with _MODEL_IN_USE:
         result = evaluation.evaluate(
             model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-            max_tokens=config.data.seq_len_tokens,
+            max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
         )  # fmt: skip
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     return result
 
 
+@rescue.rescued
 def ask(
     run: Run,
     model: PeftModel,
@@ -343,6 +396,64 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
+def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+
+    Args:
+        run: a run whose adapter was just saved.
+        model: the model in memory that it was saved from.
+        loaded: the base model that `model` stands on.
+        data: its held-out rows are asked.
+        prompts: how many.
+    """
+    from qlora_helpers import certificate
+
+    asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
+    expected = certificate.expected_tensors(model)
+    try:
+        with _MODEL_IN_USE:
+            live = answered(run, model, loaded, data, prompts)
+            with certificate.saved_weights_in_place(model, run.adapter_dir):
+                saved = answered(run, model, loaded, data, prompts)
+            asked = compared(live, saved)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
+    prepared = run.data_dir / "prepared.json"
+    checkpoint = loaded.checkpoint
+    return certificate.certify(
+        run.adapter_dir, expected, asked=asked, versions=versions(),
+        base={"name": checkpoint.name, "revision": checkpoint.revision,
+              "sha256": certificate.base_fingerprint(checkpoint.folder)},
+        data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
+    )  # fmt: skip
+
+
+def answered(
+    run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, prompts: int
+) -> tuple[list[Any], list[Answer]]:
+    """Next-token logits and short greedy answers to the first held-out prompts, in the prompt that was trained."""
+    from qlora_helpers import evaluation
+    from qlora_helpers.prompts import prompt_tokens
+
+    config = run.config()
+    questions = []
+    for item in data.test[:prompts]:
+        tokens = prompt_tokens(item.dialogue, config.data.template, loaded.tokenizer)
+        questions.append(tokens.trimmed(max(0, len(tokens) - config.data.seq_len_tokens)).ids)
+    most = min(20, config.evaluation.max_new_tokens)
+    short = dataclasses.replace(config.evaluation, do_sample=False, max_new_tokens=most)
+    logits = evaluation.next_token_logits(model, questions)
+    return logits, evaluation.generate(model, loaded.tokenizer, questions, short)
+
+
+def compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
+    """What two models' `answered` have in common."""
+    differences = [float((one - other).abs().max()) for one, other in zip(first[0], second[0], strict=True)]
+    same = sum(one == other for one, other in zip(first[1], second[1], strict=True))
+    worst = max(differences, key=lambda value: (value != value, value))  # not a number counts as the worst
+    return {"prompts": len(differences), "largest_difference": worst, "same_answers": same}
+
+
 @dataclass(frozen=True)
 class ReloadCheck:
     """Whether the saved adapter on a freshly loaded base model is the model that was trained.
@@ -365,31 +476,19 @@ class ReloadCheck:
         return f"{verdict}: {self.same_answers} of {self.prompts} answers equal, logits within {self.largest_difference:.1e}"
 
 
+@rescue.rescued
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
     """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
 
     Raises:
         RunError: they differ.
     """
-    from qlora_helpers import evaluation
-    from qlora_helpers.prompts import prompt_tokens
-
-    config = run.config()
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
-    room = config.data.seq_len_tokens
-    questions = []
-    for item in data.test[:prompts]:
-        tokens = prompt_tokens(item.dialogue, config.data.template, fresh.tokenizer)
-        questions.append(tokens.trimmed(max(0, len(tokens) - room)).ids)
-    short = dataclasses.replace(
-        config.evaluation, do_sample=False, max_new_tokens=min(20, config.evaluation.max_new_tokens)
-    )
     with _MODEL_IN_USE:
-        answers = [evaluation.generate(each, fresh.tokenizer, questions, short) for each in (model, reloaded)]
-        difference = evaluation.same_answers(model, reloaded, fresh.tokenizer, questions)
-    check = ReloadCheck(len(questions), difference, sum(a == b for a, b in zip(*answers, strict=True)))
+        both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+    check = ReloadCheck(**compared(*both))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
@@ -438,8 +537,9 @@ def _owned(run: Run, *, shut_down_app: bool = False) -> Iterator[None]:
         except BaseException as error:
             reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
             log.error("training ended: %s: %s", type(error).__name__, error)
-            run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
-            run.answer_all("the training failed first")
+            with contextlib.suppress(RunError):  # a full disk must not hide why
+                run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
+                run.answer_all("the training failed first")
             raise
         finally:
             if shut_down_app and began:
@@ -450,7 +550,7 @@ def _shut_app_down(run: Run) -> None:
     """Shuts the Studio app down, unless a person ended the training or another one goes on beside it."""
     from qlora_helpers.cleanup_sagemaker import stop_this_app
 
-    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST):
+    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, termination.REASON):
         return
     try:
         locks.refuse_taken_gpus(locks.visible_gpus())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -68,6 +69,67 @@ def hub(repositories: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) 
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def writable_hub(refuse: int | None = None) -> Iterator[tuple[str, dict]]:
+    """A hub that takes one commit; yields the endpoint and what it was sent: `created`, `files` and `authorizations`.
+
+    With `refuse`, an HTTP code, it takes nothing.
+    """
+    taken: dict = {"created": None, "files": {}, "authorizations": set()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            taken["authorizations"].add(self.headers.get("Authorization"))
+            path = urlsplit(self.path).path
+            if refuse:
+                return self.reply(refuse, {"error": "no"})
+            if path == "/api/repos/create":
+                taken["created"] = json.loads(body)
+                return self.reply(200, {"url": f"http://{self.headers['Host']}/someone/mine", "id": "someone/mine"})
+            if path == "/api/validate-yaml":
+                return self.reply(200, {"errors": [], "warnings": []})
+            if "/preupload/" in path:
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self.reply(200, {"files": files})
+            if "/commit/" in path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        taken["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                host = self.headers["Host"]
+                return self.reply(
+                    200, {"commitUrl": f"http://{host}/someone/mine/commit/{COMMIT}", "commitOid": COMMIT}
+                )
+            return self.reply(404, {})
+
+        def do_GET(self) -> None:
+            taken["authorizations"].add(self.headers.get("Authorization"))
+            info = {"id": "someone/mine", "sha": COMMIT, "siblings": [], "name": "someone", "type": "user"}
+            self.reply(200, [] if "/tree/" in self.path else info)
+
+        def reply(self, code: int, value: object) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(code)
+            for key, text in {"Content-Length": str(len(data)), "Content-Type": "application/json"}.items():
+                self.send_header(key, text)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", taken
     finally:
         server.shutdown()
         server.server_close()

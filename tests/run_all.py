@@ -52,7 +52,7 @@ def checks(profile: str) -> list[tuple[str, list[str], dict[str, str]]]:
         ("style", [str(BIN / "ruff"), "check", "."], {}),
         ("style", [str(BIN / "ruff"), "format", "--check", "."], {}),
         ("style", [str(BIN / "lint-imports"), "--no-cache"], {}),
-        ("unit", [*python, "pytest", "tests", "-n", "2"], offline | {"OMP_NUM_THREADS": "1"}),
+        ("unit", [*python, "pytest", "tests", "-n", "2", "--dist", "loadfile"], offline | {"OMP_NUM_THREADS": "1"}),
         ("notebooks", [*python, "pytest", "--nbval-lax", "--nbval-current-env", "notebooks"], notebook_environment),
     ]
 

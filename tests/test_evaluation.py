@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -191,9 +192,12 @@ def test_perplexity_is_that_of_the_loss():
 
 @pytest.fixture
 def compare(model, tokenizer, corpus):
-    def compare(dialogues=corpus.test, tokenizer=tokenizer, max_tokens=128, **settings):
+    def compare(dialogues=corpus.test, tokenizer=tokenizer, max_tokens=128, train_keys=(), **settings):
         config = EvaluationConfig(**{"batch_size": 4, "max_new_tokens": 6} | settings)
-        return evaluate(model, tokenizer, dialogues, config, template="recipe", max_tokens=max_tokens, progress=False)
+        return evaluate(
+            model, tokenizer, dialogues, config, template="recipe", max_tokens=max_tokens, train_keys=train_keys,
+            progress=False,
+        )  # fmt: skip
 
     return compare
 
@@ -250,7 +254,7 @@ def test_it_is_read_back_from_json(compare):
     assert again.to_dict() == result.to_dict()
     assert repr(again) == repr(result)
     assert set(result.to_dict()["scores"]["base"]) == {
-        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity",
+        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity", "repetition",
     }  # fmt: skip
 
 
@@ -278,3 +282,73 @@ def test_what_is_in_a_dialogue_or_an_answer_is_shown_and_not_run():
     assert "1 held-out rows" in result._repr_html_()
     assert "50%" in repr(result)
     assert "9.9" in repr(result)
+
+
+def test_rows_that_were_trained_on_do_not_count(compare, corpus):
+    """Found by what they say, whatever their case, punctuation and white space."""
+    from qlora_helpers.scorecard import dialogue_key
+
+    first, second = corpus.test
+    shouted = dialogue_key(first.dialogue.upper().replace(":", " : "))
+    result = compare(train_keys={shouted, "x"})
+    assert result.left_out == (first.id,)
+    assert [row["id"] for row in result.rows] == [second.id]
+    everything = compare(train_keys={dialogue_key(item.dialogue) for item in corpus.test})
+    assert len(everything.left_out) == 2 and everything.rows == ()
+    assert everything.comparisons["base"].differences == ()
+
+
+def test_one_dialogue_with_several_summaries_is_one_row(compare, corpus):
+    first, second = corpus.test
+    again = Dialogue("again", first.dialogue + " ", "Another summary.", "row 3")
+    result = compare([first, second, again])
+    assert [row["id"] for row in result.rows] == [first.id, second.id]
+    assert result.rows[0]["references"] == [first.summary, "Another summary."]
+    said = result.rows[0]["answers"]["tuned"]["text"]
+    result = compare([dataclasses.replace(first, references=(said, "Another summary."))])
+    assert result.rows[0]["references"] == [first.summary, said, "Another summary."]
+    assert said
+    assert result.scores["tuned"].rouge_l == 100
+
+
+def test_each_answer_has_its_scores_and_the_comparison_its_intervals(compare, tokenizer):
+    result = compare()
+    for row in result.rows:
+        for name, answer in row["answers"].items():
+            assert {"rouge1", "rouge2", "rouge_l", "repetition", "nats", "loss_tokens"} <= set(answer), name
+    total = sum(row["answers"]["tuned"]["nats"] for row in result.rows)
+    tokens = sum(row["answers"]["tuned"]["loss_tokens"] for row in result.rows)
+    assert result.scores["tuned"].loss == pytest.approx(total / tokens)
+    assert result.comparisons["base"]["loss"].second == pytest.approx(result.scores["tuned"].loss)
+    assert "too few" in result.comparisons["base"].verdict()
+    ids = [row["id"] for row in result.rows]
+    found = result.comparisons["base"]
+    assert sorted((*found.wins, *found.ties, *found.losses)) == sorted(ids)
+    (shown,) = result.side_by_side(1, outcome="ties" if found.ties else "wins" if found.wins else "losses").rows
+    assert shown["id"] in ids
+
+
+def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypatch):
+    from qlora_helpers import evaluation
+    from qlora_helpers.fast_answers import NotFast
+
+    fast = compare()
+    assert "answers at once" in fast.form[0]
+
+    def refuse(*args, **kwargs):
+        raise NotFast("for the test")
+
+    monkeypatch.setattr(evaluation, "answer_fast", refuse)
+    plain = compare()
+    assert "(answers by model.generate: for the test)" in plain.form
+    assert plain.rows == fast.rows
+    assert "for the test" not in " ".join(compare(do_sample=True).form)
+
+
+def test_only_some_models_are_asked(model, tokenizer, corpus):
+    config = EvaluationConfig(batch_size=4, max_new_tokens=4)
+    result = evaluate(
+        model, tokenizer, corpus.test, config, template="recipe", max_tokens=128, only=("tuned",), progress=False
+    )
+    assert list(result.scores) == ["tuned"]
+    assert result.comparisons == {}

@@ -129,6 +129,22 @@ def test_loss_and_gradients_are_the_plain_paths(name, packed):
     assert_same(expected, gradients(model, plain_collator(packed)(blocks)), tolerance=1e-12)
 
 
+@pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3"])
+def test_compiled_layers_learn_the_same(name, monkeypatch):
+    """Compiled as for a GPU, but for the kernels: traced, split into forward and backward, values made again."""
+    compiled = torch.compile
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
+    torch._dynamo.reset()
+    model = built(SHAPES[name])
+    expected = gradients(model, plain_collator()(BLOCKS))
+    with fast(model, compiled=True, recomputed=1) as on:
+        assert on.compiled
+        found = gradients(model, fast_collator(on)(BLOCKS))
+    assert_same(expected, found, tolerance=3e-6)
+
+
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
 def test_a_packed_row_is_answered_as_the_row_alone(name):
     model = built(SHAPES[name]).eval()

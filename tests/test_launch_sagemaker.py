@@ -206,6 +206,14 @@ if "qlora_helpers" in sys.argv:
     (run / "events").mkdir()
     (run / "events" / "events.1").write_text("curve")
     print("expected this; got that. Do so.")
+    if os.environ.get("SAVES_WHEN_TOLD"):
+        import signal, time
+        def save(*args):
+            (run / "saved").touch()
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, save)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
     sys.exit(int(os.environ.get("CODE", "0")))
 """
 
@@ -251,6 +259,15 @@ def test_a_failed_job_says_why_and_fails(tmp_path):
     assert code == 1
     assert (ml / "output" / "failure").read_text() == "expected this; got that. Do so.\n"
     assert not (ml / "model" / "adapter_config.json").exists()
+
+
+def test_a_job_that_is_told_to_end_lets_its_trainer_save(tmp_path):
+    """A spot interruption sends SIGTERM to the script; the trainer must hear it."""
+    code, ml, _ = run_job(tmp_path, SAVES_WHEN_TOLD="1")
+    assert code == 143
+    assert (ml / "checkpoints" / "saved").exists()
+    assert (ml / "model" / "adapter_config.json").exists()
+    assert not (ml / "output" / "failure").exists()
 
 
 def test_the_archive_holds_the_package_alone(tmp_path):

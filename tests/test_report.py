@@ -211,7 +211,10 @@ def test_random_weights_are_told(tmp_path):
         ({"state": "running", "pid": None, "heartbeat": 9e12}, "Training is still going on, at step 30 of 30"),
         ({"state": "stopped"}, "Training was stopped by request at step 30 of 30"),
         (
-            {"state": "stopped", "exit_reason": "stopped and saved: 2.00 USD of train.stop_at_usd=2 are used"},
+            {
+                "state": "stopped",
+                "exit_reason": "stopped and saved by its budget: 2.00 USD of train.stop_at_usd=2 are used",
+            },
             "Training was stopped by its budget (2.00 USD of train.stop_at_usd=2 are used) at step 30 of 30",
         ),
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
@@ -445,3 +448,27 @@ def test_a_very_long_dialogue_is_shortened(tmp_path):
     page = page_of(run)
     assert "long long ..." in page.text
     assert page.text.count("long") < 1000
+
+
+def test_differences_with_intervals_and_outcomes_to_browse(tmp_path):
+    """Real scores of the made-up answers; the first row's tuned answer is the better one, and everything is still escaped."""
+    from qlora_helpers.scorecard import compare, score_answers
+
+    run = finished_run(tmp_path)
+    rows = [
+        row | {"id": f"row {number}"} for number, row in enumerate(json.loads(json.dumps(evaluation_values()["rows"])))
+    ]
+    score_answers(rows)
+    found = {name: compare(rows, name, "tuned").to_dict() for name in ("base", "base_chat")}
+    add_evaluation(run, rows=rows, comparisons=found, left_out=["a", "b"], form=["30 answers at once"])
+    page = Page(write_report(run))
+    assert not page.open
+    assert page.text.count("95 % interval") >= 2
+    assert f"Tuned against untuned: {found['base']['verdict']}" in page.text
+    assert "2 held-out dialogues stood in the training set too" in page.text
+    assert "dialogues are few" not in page.text
+    assert f"{len(found['base']['wins'])} answers closer to the reference than the untuned model's" in page.text
+    assert "How the answers were made: 30 answers at once." in page.text
+    assert not page.all("script") and "<script>alert" not in page.source
+    for line in found["base"]["differences"]:
+        assert line["verdict"] in page.text

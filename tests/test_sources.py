@@ -335,3 +335,23 @@ def test_reading_a_file_imports_no_torch_and_no_hub(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_numbered_summaries_are_more_references(tmp_path, suffix):
+    """As in DialogSum's test split: three people summarised each dialogue; `summary_note` is no summary."""
+    import pandas
+
+    rows = [
+        {"dialogue": f"Ana: {n}\nBo: ok", "summary1": f"Ana says {n}.", "summary2": f"{n}, says Ana.", "summary3": " ",
+         "summary_note": "x"} for n in range(9)
+    ]  # fmt: skip
+    path, table = tmp_path / f"rows.{suffix}", pandas.DataFrame(rows)
+    if suffix == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        getattr(table, f"to_{suffix}")(path, index=False)
+    corpus = read_corpus(DataConfig(source=str(path), summary_column="summary1"))
+    for row in (*corpus.train, *corpus.eval, *corpus.test):
+        number = row.dialogue.split()[1]
+        assert (row.summary, row.references) == (f"Ana says {number}.", (f"{number}, says Ana.",))

@@ -98,7 +98,7 @@ def test_this_app_is_shut_down(in_studio, client):
     ("wanted", "state", "reason", "error", "shut"),
     [
         (True, "finished", "all steps are done", None, True),
-        (True, "stopped", "stopped and saved: 2.00 USD of train.stop_at_usd=2 are used", None, True),
+        (True, "stopped", "stopped and saved by its budget: 2.00 USD of train.stop_at_usd=2 are used", None, True),
         (True, "failed", None, ZeroDivisionError("oops"), True),
         (True, "stopped", "stopped and saved by request", None, False),
         (True, "failed", None, KeyboardInterrupt(), False),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 
 from qlora_helpers import workflow
-from qlora_helpers.run import read_json
+from qlora_helpers.certificate import require_certificate
+from qlora_helpers.run import Run, read_json
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
 SETTINGS = [
@@ -85,3 +87,26 @@ def test_ask_trims_a_dialogue_that_is_too_long(trained, monkeypatch):
     ((prompt,),) = asked
     assert len(prompt) == 256 - 6
     assert loaded.tokenizer.decode(prompt).endswith("\n---\nSummary:\n")
+
+
+def test_training_ends_with_a_certificate_that_passes(trained):
+    run, _, _ = trained
+    found = require_certificate(run.adapter_dir)
+    assert (found.prompts, found.same_answers, found.largest_difference) == (2, 2, 0.0)
+    assert found.data_fingerprint == read_json(run.data_dir / "prepared.json")["fingerprint"]
+    assert found.base_model == "random:falcon-tiny"
+    assert found.base_sha256
+
+
+def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run, loaded, model = trained
+    copy = Run(shutil.copytree(run.folder, tmp_path / "copy"))
+    weights = load_file(copy.adapter_dir / "adapter_model.safetensors")
+    weights[next(name for name in weights if "lora_B" in name)] *= -9
+    save_file(weights, copy.adapter_dir / "adapter_model.safetensors")
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
+    found = workflow.certify(copy, model, loaded, data)
+    assert not found.passed
+    assert "logits differ" in found.problems[0]

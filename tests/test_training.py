@@ -453,27 +453,82 @@ def test_tokens_are_counted_without_padding(run, tokenizer, padded_data):
 def test_a_loss_that_is_no_number_stops_the_training(teach, run):
     """Trainer's own default logs a NaN as 0.0 and goes on."""
     with pytest.raises(
-        RunError, match=r"is no longer a finite number at step \d\. Lower train.learning_rate"
+        RunError, match=r"is no longer a finite number \(\w+\) at step \d.* lower train.learning_rate"
     ) as caught:
         teach(max_steps=20, save_steps=20, eval_steps=20, learning_rate=1e30)
     assert "loss" in str(caught.value) or "grad_norm" in str(caught.value)
+    assert "the run goes on from its start" in str(caught.value)
     assert all(math.isfinite(line.get("loss", 0)) for line in run.progress())
     assert checkpoints(run) == []
 
 
-def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
-    """Also where the step was not logged."""
+@pytest.mark.parametrize("fast_step", [True, False])
+def test_the_batch_and_the_rows_of_such_a_loss_are_named(teach, run, padded_data, fast_step):
+    """One word that is not a number, in one row. Two forward passes a step; logs every tenth step only."""
+    counts = {}
+    for row in padded_data.train:
+        for token in set(row["input_ids"]):
+            counts.setdefault(token, []).append(row["row_ids"][0])
+    token, (row_id,) = next((token, ids) for token, ids in counts.items() if len(ids) == 1)
+    number = [row["row_ids"][0] for row in padded_data.train].index(row_id)
+    model = tuned()
 
     def spoil():
         with torch.no_grad():
-            next(weight for weight in model.parameters() if weight.requires_grad).fill_(float("nan"))
+            model.get_input_embeddings().weight[token] = float("nan")
+
+    teach(model=model, data=padded_data, max_steps=2, fast_step=fast_step)  # a good checkpoint
+    with pytest.raises(RunError) as caught:
+        teach(
+            At(3, spoil), model=model, data=padded_data, max_steps=20, gradient_accumulation_steps=2, logging_steps=10,
+            save_steps=20, eval_steps=20, fast_step=fast_step,
+        )  # fmt: skip
+    said = str(caught.value)
+    assert said.startswith("the loss is no longer a finite number (nan) at step ")
+    assert f"of 2; its data: block {number} (rows {row_id})" in said
+    assert "the run goes on from its last good checkpoint, of step 2." in said
+    assert all(bool(torch.isfinite(weight).all()) for weight in adapter(model).values())
+    assert checkpoints(run) == [2]
+
+
+def test_a_loss_that_explodes_stops_at_the_last_checkpoint_from_before(teach, run):
+    model = tuned()
+
+    def ruin():
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.copy_(torch.linspace(-9, 9, weight.numel()).view_as(weight))
+
+    with pytest.raises(
+        RunError, match=r"the loss exploded to \d+\.\d+, where \d\.\d+ was usual at step 31; its data: block"
+    ):
+        teach(At(31, ruin), model=model, max_steps=50, save_steps=1, eval_steps=50, micro_batch_size=2)
+    assert [line["step"] for line in run.progress()][-1] == 32  # one hard batch is no explosion
+    with pytest.warns(UserWarning, match=r"checkpoint-30 was set aside \(the loss exploded at step 31\)"):
+        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 29
+    with pytest.warns(UserWarning, match="was set aside"):
+        _, result = teach(max_steps=32, save_steps=1, eval_steps=50, learning_rate=1e-3, micro_batch_size=2)
+    assert (result.steps, result.new_steps) == (32, 3)
+    assert checkpoints(run) == [31, 32]
+    assert all(saved.is_good(path) for path in saved.all_checkpoints(run.checkpoints_dir))
+
+
+def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
+    """Where the step's own update ruined them: no loss has shown it yet."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(weight for weight in model.parameters() if weight.requires_grad).fill_(float("nan"))
 
     model = tuned()
     teach(max_steps=2, save_steps=2, eval_steps=100)
     with pytest.raises(RunError, match="not finite"):
-        teach(At(3, spoil), model=model, max_steps=10, logging_steps=10, save_steps=3, eval_steps=100)
-    with pytest.warns(UserWarning, match="checkpoint-3 is incomplete or damaged"):
-        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+        teach(Spoil(), model=model, max_steps=10, logging_steps=10, save_steps=3, eval_steps=100)
+    assert checkpoints(run) == [2]
+    assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
 
 
 def test_a_float16_gradient_may_overflow(run):
@@ -551,8 +606,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(teach
     monkeypatch.setattr(saved, "write_json", _full)
     with pytest.raises(RunError, match="could not be written"):
         teach(max_steps=4)
-    with pytest.warns(UserWarning, match="checkpoint-4"):
-        assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
+    assert checkpoints(run) == [2]
+    assert saved.step_of(saved.newest_good(run.checkpoints_dir)) == 2
 
 
 def _full(*args):

@@ -11,9 +11,11 @@ from qlora_helpers.errors import RunError
 from qlora_helpers.training_checkpoints import (
     NEEDED,
     SEAL,
+    UNFINISHED,
     all_checkpoints,
     is_good,
     newest_good,
+    put_in_place,
     rotate,
     step_of,
     verify,
@@ -174,3 +176,48 @@ def test_old_leftovers_go(folder):
     write(folder, 4)
     rotate(folder, 2)
     assert steps(folder) == [3, 4]
+
+
+# written aside, then put in place
+
+
+def test_what_is_written_aside_is_verified_before_it_counts(folder):
+    write(folder, 2)
+    put_in_place(write(folder / UNFINISHED, 4, sealed=False))
+    assert steps(folder) == [2, 4]
+    assert is_good(folder / "checkpoint-4")
+    with pytest.raises(RunError, match="not finite"):
+        put_in_place(write(folder / UNFINISHED, 6, value=float("nan"), sealed=False))
+    assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_that_is_written_anew_takes_the_place_of_the_old(folder):
+    write(folder, 2)
+    put_in_place(write(folder / UNFINISHED, 2, value=5.0, sealed=False))
+    from safetensors.torch import load_file
+
+    assert float(load_file(folder / "checkpoint-2" / "adapter_model.safetensors")["lora_A"][0, 0]) == 5.0
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(folder, monkeypatch):
+    """Where the only good checkpoint is written anew."""
+    import os
+
+    write(folder, 2)
+    rename, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    written = write(folder / UNFINISHED, 2, sealed=False)
+    monkeypatch.setattr("qlora_helpers.training_checkpoints.os.replace", killed)
+    monkeypatch.setattr("qlora_helpers.training_checkpoints.verify", lambda path: None)  # it renames its seal too
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(written)
+    monkeypatch.undo()
+    assert steps(folder) == []
+    assert newest_good(folder) == folder / "checkpoint-2"

@@ -2,7 +2,7 @@
 
 peft casts the input of every float32 adapter up, or autocast casts it back: copies of the activations either way. An adapter's
 weights are thousands of times smaller than what flows through it: cast those instead, and let the optimizer keep its 32 bits. The
-second adapter matrix adds to the layer's output inside its product, which saves two passes over that output.
+second adapter matrix adds to the layer's output inside its product and in its place: no copy of that output is made, nor read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,45 @@ import torch
 import torch.nn.functional as F
 
 from qlora_helpers.fast_step.patching import replace_forward
+
+NEVER_CHANGED_AFTER = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "query_key_value",
+    "dense", "dense_h_to_4h",
+)  # fmt: skip
+"""Layers whose output no model of transformers changes in place."""
+torch.library.define("qlora_helpers::add_product_", "(Tensor(a!) out, Tensor low, Tensor up, float scale) -> ()")
+
+
+@torch.library.impl("qlora_helpers::add_product_", "CompositeExplicitAutograd")
+def _add_product(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    out.flatten(0, -2).addmm_(low.flatten(0, -2), up.t(), alpha=scale)
+
+
+@torch.library.register_fake("qlora_helpers::add_product_")
+def _(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    return None
+
+
+class _AddedProduct(torch.autograd.Function):
+    """`out + scale * low @ up.T`, written over `out`, for compiled layers: left to itself a compiler copies `out` for `addmm`.
+
+    The result must not be changed in place after it, as Falcon does with its MLP's output (`dense_4h_to_h`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(low, up)
+        ctx.scale = scale
+        torch.ops.qlora_helpers.add_product_(out, low, up, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low, up = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        to_low = (flat @ up).view_as(low) * ctx.scale
+        to_up = flat.t() @ (low.flatten(0, -2) * ctx.scale)
+        return gradient, to_low, to_up, None
 
 
 @contextmanager
@@ -31,14 +70,16 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
 
     changed = 0
     with ExitStack() as undo:
-        for module in model.modules():
-            if isinstance(module, LoraLayer) and _is_plain(module):
-                replace_forward(module, types.MethodType(_lora_forward(module.forward), module), undo)
+        for path, module in model.named_modules():
+            if isinstance(module, LoraLayer) and is_plain(module):
+                in_place = path.rpartition(".")[2] in NEVER_CHANGED_AFTER
+                replace_forward(module, types.MethodType(_lora_forward(module.forward, in_place), module), undo)
                 changed += 1
         yield changed
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a LoRA layer has one adapter without DoRA, bias or merging: two matrices beside a linear layer."""
     names = list(layer.active_adapters)
     if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
         return False
@@ -47,7 +88,7 @@ def _is_plain(layer: Any) -> bool:
     return linear and name not in getattr(layer, "lora_variant", {}) and not layer.lora_bias.get(name, False)
 
 
-def _lora_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _lora_forward(original: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., in_features)` -> `(..., out_features)`."""
         if self.disable_adapters or args or kwargs:
@@ -57,7 +98,9 @@ def _lora_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         down = self.lora_A[name].weight.to(x.dtype)
         up = self.lora_B[name].weight.to(x.dtype)
         low = F.linear(self.lora_dropout[name](x), down)
-        both = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
-        return both.view_as(out)
+        scale = float(self.scaling[name])
+        if in_place and torch.compiler.is_compiling():
+            return _AddedProduct.apply(out, low, up, scale)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale).view_as(out)
 
     return forward

@@ -1,0 +1,224 @@
+"""Does it learn, on real data: the 2023 recipe against our defaults, on one GPU, on rows that neither was trained on.
+
+    python benchmarks/learning.py OUT.json --data TRAIN.jsonl --dev DEV.jsonl --seeds 0 1 2 --share 0.25
+
+    python benchmarks/learning.py tune.json --data TRAIN.jsonl --dev DEV.jsonl --seeds 0 --variants ours --half tuning \\
+        --ours train.learning_rate=2e-3
+
+Both learn from the same rows (a share of the training file, chosen once) for one epoch from the same checkpoint in 4 bits. The
+recipe: rows padded, batch 8, loss on the prompt too, padding token = end of text, whose label transformers' collator masks. Ours:
+rows packed, loss on the summary and its end, the fast step, and the settings in `OURS`, tuned on one half of the dev rows alone
+(`--half tuning`); the other half is for the report. Rows whose dialogue stands in the training file are left out. Answers come the
+fast way for both, so that scores are comparable; what the recipe's own way takes (plain 4-bit `model.generate`, batch 8) is timed
+on `--plain-rows` of them and scaled up, and marked so. Results are written after every case. No text of the data is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_helpers import evaluation, lora, models, training, workflow
+from qlora_helpers.config import EvaluationConfig, RunConfig
+from qlora_helpers.data import prepare
+from qlora_helpers.labels import IGNORED
+from qlora_helpers.prompts import prompt_tokens
+from qlora_helpers.run import Run
+from qlora_helpers.scorecard import compare, dialogue_key
+from qlora_helpers.sources import Corpus, Dialogue, read_corpus
+
+ON_GPU = torch.cuda.is_available()
+COMMON = {
+    "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct", "data.seq_len_tokens": 1024, "train.epochs": 1.0,
+    "train.logging_steps": 1000, "evaluation.batch_size": 128, "evaluation.max_new_tokens": 128,
+}  # fmt: skip
+RECIPE = {"data.packing": False, "data.loss_on": "all", "train.fast_step": False, "train.micro_batch_size": 8}
+OURS = {
+    "adapter.r": 16, "adapter.lora_alpha": 32, "adapter.lora_dropout": 0.0, "train.micro_batch_size": 4,
+    "train.learning_rate": 2e-3, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 10,
+}  # fmt: skip
+VARIANTS = {"recipe": RECIPE, "ours": OURS}
+TUNING_ROWS_WHILE_TRAINING = 8  # Trainer asks for an evaluation set; the scores don't come from it
+
+
+def all_rows(source: str) -> tuple[Dialogue, ...]:
+    """Every usable row of a file, in the file's order whatever its splits."""
+    config = RunConfig().data
+    corpus = read_corpus(replace(config, source=source, train_rows=None, eval_rows=1, test_rows=1))
+    rows = (*corpus.train, *corpus.eval, *corpus.test)
+    return tuple(sorted(rows, key=lambda row: (len(row.where), row.where)))
+
+
+def split_rows(chosen: argparse.Namespace) -> tuple[list[Dialogue], dict[str, list[Dialogue]], int]:
+    """Training rows, the two halves of the dev rows, and how many dev rows stand in the whole training file."""
+    train = list(all_rows(chosen.data))
+    known = {dialogue_key(row.dialogue) for row in train}
+    dev = [row for row in all_rows(chosen.dev) if dialogue_key(row.dialogue) not in known]
+    left_out = len(all_rows(chosen.dev)) - len(dev)
+    random.Random("halves").shuffle(dev)
+    halves = {"tuning": dev[: len(dev) // 2], "report": dev[len(dev) // 2 :]}
+    random.Random("share").shuffle(train)
+    return train[: max(8, round(chosen.share * len(train)))], halves, left_out
+
+
+def settings_of(variant: str, seed: int, chosen: argparse.Namespace) -> RunConfig:
+    """A variant's settings; those of the command line come last."""
+    config = RunConfig().with_settings(COMMON | VARIANTS[variant] | {"train.seed": seed})
+    own = chosen.ours if variant == "ours" else chosen.recipe
+    return config.with_settings(chosen.settings).with_settings(own)
+
+
+def train_one(config: RunConfig, variant: str, corpus: Corpus) -> tuple[Any, Any, dict[str, Any]]:
+    """Trains a variant; gives the model, its tokenizer and what was measured."""
+    loaded = models.load_model(config.model, say=lambda text: None)
+    model = loaded.model
+    if variant == "recipe":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = lora.add_adapters(model, config.adapter, seed=config.train.seed)
+    data = prepare(corpus, loaded.tokenizer, config.data)
+    if variant == "recipe":  # its padding token is its end of text, and the collator masks every label of it
+        data = replace(data, train=data.train.map(without_end, fn_kwargs={"end": loaded.tokenizer.eos_token_id}))
+    with tempfile.TemporaryDirectory() as folder:
+        result = training.train(model, loaded.tokenizer, data, config.train, Run(Path(folder)), show_progress=False)
+        if (
+            variant == "recipe"
+        ):  # its preparation put embeddings and norms into 32 bits; it is asked as it would be loaded
+            model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
+            del model, loaded
+            loaded = models.load_model(config.model, say=lambda text: None)
+            model = lora.load_adapter(loaded.model, Path(folder, "adapter"))
+    return model, loaded.tokenizer, {
+        "train_s": round(result.seconds, 1), "steps": result.steps, "tokens_per_s": round(result.tokens_per_s, 1),
+        "loss": result.loss, "peak_gib": result.peak_gib, "fast_step": result.fast_step.splitlines(),
+        "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
+    }  # fmt: skip
+
+
+def without_end(row: dict[str, Any], end: int) -> dict[str, Any]:
+    """A row's labels with every end of text masked."""
+    return {"labels": [IGNORED if label == end else label for label in row["labels"]]}
+
+
+def plain_answers(model: Any, tokenizer: Any, rows: list[Dialogue], config: RunConfig, count: int) -> dict[str, Any]:
+    """How long the recipe's own way of answering takes: timed on a few rows of all lengths, scaled to all."""
+    if not count:
+        return {}
+    prompts = sorted((prompt_tokens(row.dialogue, config.data.template, tokenizer).ids for row in rows), key=len)
+    few = prompts[:: max(1, len(prompts) // count)][:count]
+    small = EvaluationConfig(batch_size=8, max_new_tokens=config.evaluation.max_new_tokens)
+    started = time.monotonic()
+    evaluation.generate(model, tokenizer, few, small)
+    seconds = time.monotonic() - started
+    return {"plain_rows_timed": len(few), "plain_s_scaled_to_all": round(seconds * len(rows) / len(few), 1)}
+
+
+def measure(
+    variant: str, seed: int, train: list[Dialogue], halves: dict[str, list[Dialogue]], chosen: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """One training and its evaluation; the second value holds each row's scores by id."""
+    config, asked = settings_of(variant, seed, chosen), halves[chosen.half]
+    few = tuple(halves["tuning"][:TUNING_ROWS_WHILE_TRAINING])
+    corpus = Corpus(Path(chosen.data).name, "", tuple(train), few, tuple(asked), ())
+    model, tokenizer, found = train_one(config, variant, corpus)
+    only = ("tuned",) if chosen.base_done else tuple(evaluation.MODELS)
+    started = time.monotonic()
+    result = evaluation.evaluate(
+        model, tokenizer, asked, config.evaluation, template=config.data.template, only=only, progress=False,
+        max_tokens=config.data.seq_len_tokens,
+    )  # fmt: skip
+    found |= {
+        "evaluation_s": round(time.monotonic() - started, 1),
+        "models_asked": len(result.scores),
+        "rows": len(result.rows),
+    }
+    found |= {"scores": {name: asdict(score) for name, score in result.scores.items()}, "form": list(result.form)}
+    found |= {"against": {name: without_ids(item.to_dict()) for name, item in result.comparisons.items()}}
+    found |= {"settings": {"adapter": asdict(config.adapter), "train": asdict(config.train)}}
+    if variant == "recipe":
+        found |= plain_answers(model, tokenizer, asked, config, chosen.plain_rows)
+    chosen.base_done = True
+    return found, {row["id"]: row["answers"]["tuned"] for row in result.rows}
+
+
+def without_ids(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison with counts in place of row ids."""
+    return comparison | {name: len(comparison[name]) for name in ("wins", "ties", "losses")}
+
+
+def over_seeds(scores: dict[str, list[dict[str, dict[str, Any]]]]) -> dict[str, Any] | None:
+    """Ours against the recipe: each row's scores are means over seeds, and rows are what is drawn again."""
+    if not all(scores.get(name) for name in ("recipe", "ours")):
+        return None
+    rows = []
+    for row_id in scores["ours"][0]:
+        answers = {}
+        for name, seeds in scores.items():
+            keys = [key for key, value in seeds[0][row_id].items() if isinstance(value, int | float)]
+            answers[name] = {key: sum(seed[row_id][key] for seed in seeds) / len(seeds) for key in keys}
+        rows.append({"id": row_id, "answers": answers})
+    return without_ids(compare(rows, "recipe", "ours").to_dict())
+
+
+def parsed() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("out", type=Path)
+    options.add_argument("--data", required=True, help="training file")
+    options.add_argument("--dev", required=True, help="held-out file; one half is for tuning, one for the report")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options.add_argument("--share", type=float, default=1.0, help="of the training rows")
+    options.add_argument("--half", choices=("tuning", "report"), default="report")
+    options.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["ours", "recipe"])
+    options.add_argument("--plain-rows", type=int, default=16, help="rows by which the recipe's own answering is timed")
+    for name, text in (("settings", "of both"), ("ours", "of ours"), ("recipe", "of the recipe")):
+        flag = "--set" if name == "settings" else f"--{name}"
+        options.add_argument(
+            flag, dest=name, nargs="+", default=[], metavar="SECTION.NAME=VALUE", help=f"settings {text}"
+        )
+    options.set_defaults(base_done=False)
+    return options.parse_args()
+
+
+def main() -> None:
+    """Trains and evaluates each variant with each seed and writes after each."""
+    chosen = parsed()
+    train, halves, left_out = split_rows(chosen)
+    results: dict[str, Any] = {
+        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")), "versions": workflow.versions(),
+        "data": Path(chosen.data).name, "dev": Path(chosen.dev).name, "half": chosen.half, "share": chosen.share,
+        "train_rows": len(train), "dev_rows_also_in_training": left_out,
+        "rows": {name: len(rows) for name, rows in halves.items()}, "cases": [], "ours_against_recipe": None,
+    }  # fmt: skip
+    scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for seed in chosen.seeds:
+        for variant in chosen.variants:
+            case = {"variant": variant, "seed": seed}
+            try:
+                found, rows = measure(variant, seed, train, halves, chosen)
+                scores.setdefault(variant, []).append(rows)
+            except Exception as error:  # one case that fails is a result too
+                found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+            gc.collect()
+            if ON_GPU:
+                torch.cuda.empty_cache()
+            results["cases"].append(case | found)
+            results["ours_against_recipe"] = over_seeds(scores)
+            shown = ("train_s", "evaluation_s", "scores", "error")
+            print(json.dumps(case | {name: found[name] for name in shown if name in found}), flush=True)
+            chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    verdict = results["ours_against_recipe"]
+    print(verdict["verdict"] if verdict else "no pair of variants to compare")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Watches losses and gradient norms for what ends a training: a value that is not finite, a loss that explodes and stays up.
+
+Values are copied to the host while the device works on, and looked at when they have arrived: the host waits for none of them but
+before a log or a save. Knows blocks by their number alone; what is done about it is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+WINDOW = 32  # steps of the running median
+LEAST = 10  # steps before a loss can be called exploded
+IN_A_ROW = 3  # a single hard batch is no explosion
+RISE_NATS = 2.0  # per token, above the median
+SPREADS = 6.0  # of the usual spread, above the median
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong, and where.
+
+    Attributes:
+        step: the optimizer step (from 1) at which it began.
+        what: in words, with the value.
+        exploded: the loss was finite all along.
+        batch, batches: which forward pass of the step (from 1), of how many; None where all of them are meant.
+        blocks: numbers of its blocks in the training data.
+    """
+
+    step: int
+    what: str
+    exploded: bool
+    batch: int | None
+    batches: int
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class _Step:
+    number: int
+    blocks: list[Any]
+    values: torch.Tensor  # on the host: the loss of every forward pass, then the gradient norm
+    arrived: Any = None
+
+    def read(self, wait: bool) -> list[float] | None:
+        if self.arrived is not None:
+            if not (wait or self.arrived.query()):
+                return None
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+@dataclass
+class LossWatch:
+    """Takes the values of every step, and tells the first trouble in them.
+
+    Attributes:
+        may_overflow: gradients in float16 may overflow; the loss scaler leaves out that step.
+        recent: losses of the last healthy steps.
+        suspects: steps in a row whose loss is far too high, with what was seen.
+    """
+
+    may_overflow: bool = False
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    suspects: list[Trouble] = field(default_factory=list)
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _blocks: list[Any] = field(default_factory=list)
+    _waiting: deque[_Step] = field(default_factory=deque)
+
+    def add(self, loss: torch.Tensor, blocks: torch.Tensor | None) -> None:
+        """Takes one forward pass: its share of the step's loss, and the numbers of its blocks."""
+        self._losses.append(loss.detach())
+        self._blocks.append(blocks)
+
+    def end_step(self, number: int, grad_norm: torch.Tensor | float) -> None:
+        """Closes a step, and sends its values on their way to the host.
+
+        Args:
+            number: of the optimizer step that is about to be made, from 1.
+            grad_norm: before clipping.
+        """
+        if not self._losses:
+            return
+        device = self._losses[-1].device
+        if hasattr(grad_norm, "full_tensor"):  # sharded by FSDP
+            grad_norm = grad_norm.full_tensor()
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32).detach()
+        values = torch.stack(
+            [each.to(device, torch.float32, non_blocking=True).reshape(()) for each in (*self._losses, norm)]
+        )
+        step = _Step(number, self._blocks, values)
+        if device.type == "cuda":
+            step.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            step.values.copy_(values, non_blocking=True)
+            step.arrived = torch.cuda.Event()
+            step.arrived.record(torch.cuda.current_stream(device))
+        self._waiting.append(step)
+        self._losses, self._blocks = [], []
+
+    def look(self, *, wait: bool) -> Trouble | None:
+        """The first trouble in what has arrived.
+
+        Args:
+            wait: for all steps so far; before a log or a save.
+        """
+        while self._waiting:
+            values = self._waiting[0].read(wait)
+            if values is None:
+                return None
+            trouble = self._judge(self._waiting.popleft(), values)
+            if trouble is not None:
+                return trouble
+        return None
+
+    def _judge(self, step: _Step, values: list[float]) -> Trouble | None:
+        *losses, norm = values
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            return _trouble(step, losses, bad[0], f"the loss is no longer a finite number ({losses[bad[0]]})")
+        if not math.isfinite(norm) and not self.may_overflow:
+            return _trouble(step, losses, None, f"grad_norm is no longer a finite number ({norm})")
+        loss = sum(losses)
+        limit = bound(self.recent)
+        if loss <= limit:
+            self.recent.append(loss)
+            self.suspects = []
+            return None
+        worst = max(range(len(losses)), key=losses.__getitem__)
+        usual = f"where {statistics.median(self.recent):.2f} was usual"
+        self.suspects.append(_trouble(step, losses, worst, f"the loss exploded to {loss:.2f}, {usual}", exploded=True))
+        return self.suspects[0] if len(self.suspects) >= IN_A_ROW else None
+
+
+def _trouble(step: _Step, losses: list[float], batch: int | None, what: str, *, exploded: bool = False) -> Trouble:
+    chosen = step.blocks if batch is None else [step.blocks[batch]]
+    blocks = tuple(int(number) for each in chosen if each is not None for number in each.tolist())
+    return Trouble(step.number, what, exploded, None if batch is None else batch + 1, len(losses), blocks)
+
+
+def bound(recent: Iterable[float]) -> float:
+    """Above this, a loss is far too high: the running median and a robust spread above it; infinite while too little is known.
+
+    The spread is that of the differences from step to step, so that a loss which falls, as it should, does not widen it.
+    """
+    values = list(recent)
+    if len(values) < LEAST:
+        return math.inf
+    changes = statistics.median(abs(value - before) for before, value in itertools.pairwise(values))
+    spread = MAD_TO_SIGMA * changes / math.sqrt(2)
+    return statistics.median(values) + max(RISE_NATS, SPREADS * spread)
+
+
+def rows_in_words(blocks: Sequence[int], row_ids: Sequence[Sequence[str]], *, most: int = 12) -> str:
+    """Blocks and the rows in them, as a reader looks them up.
+
+    Args:
+        blocks: their numbers in the training data.
+        row_ids: the ids of the rows in each.
+        most: rows that are named.
+    """
+    parts, named = [], 0
+    for number, ids in zip(blocks, row_ids, strict=True):
+        if named >= most:
+            break
+        parts.append(
+            f"block {number} (rows {', '.join(ids[: most - named])}{', ...' if len(ids) > most - named else ''})"
+        )
+        named += len(ids)
+    left = len(blocks) - len(parts)
+    return "; ".join(parts) + (f"; and {left} more blocks" if left else "")

@@ -1,0 +1,89 @@
+"""The scripts that measure on a real GPU run small on a CPU, and write what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers.sources import read_corpus
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("cache", "torch")
+
+
+def run(name, monkeypatch, *arguments):
+    """Runs a script's `main` in this process."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A training file, and a held-out file with two rows of it, one in capitals."""
+    from qlora_helpers.config import DataConfig
+
+    rows = read_corpus(DataConfig(train_rows=40)).train
+    folder = tmp_path_factory.mktemp("files")
+    parts = {"train": [(row.dialogue, row.summary) for row in rows[:16]]}
+    parts["dev"] = [(row.dialogue, row.summary) for row in (*rows[16:28], rows[0])]
+    parts["dev"].append((rows[1].dialogue.upper(), rows[1].summary))
+    for name, texts in parts.items():
+        lines = [json.dumps({"dialogue": dialogue, "summary": summary}) for dialogue, summary in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, tmp_path, monkeypatch):
+    out = tmp_path / "learning.json"
+    run(
+        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 1,
+        "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256", "evaluation.max_new_tokens=4",
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert [(case["variant"], "error" in case) for case in found["cases"]] == [("ours", False), ("recipe", False)]
+    assert found["dev_rows_also_in_training"] == 2
+    assert found["rows"] == {"tuning": 6, "report": 6}
+    assert found["train_rows"] == 16
+    ours, recipe = found["cases"]
+    assert recipe["trained_share"] > 0.9 > 0.5 > ours["trained_share"]
+    assert recipe["plain_rows_timed"] == 1
+    measures = {item["measure"] for item in found["ours_against_recipe"]["differences"]}
+    assert {"rouge_l", "loss", "stop_rate"} <= measures
+    assert "too few" in found["ours_against_recipe"]["verdict"]
+    texts = (files / "dev.jsonl").read_text()
+    assert json.loads(texts.splitlines()[0])["summary"] not in out.read_text()
+
+
+def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
+    out = tmp_path / "speed.json"
+    options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 128, "--plain-batches", 1, "--rounds", 1]
+    run("evaluation_speed", monkeypatch, out, "falcon-tiny:4", "no-such-model:4", *options)
+    good, bad = json.loads(out.read_text())["cases"]
+    assert good["answers_equal_to_plain"] == [4, 4]
+    assert {name: one["rows"] for name, one in good["variants"].items()} == {
+        "plain, batch 8": 8, "plain, batch 4": 4, "ours": 10,
+    }  # fmt: skip
+    assert "float32 copies" in good["form"][0]
+    assert "error" in bad
+
+
+def test_export_memory_merges_and_checks(tmp_path, monkeypatch):
+    out = tmp_path / "memory.json"
+    run("export_memory", monkeypatch, out, "falcon-tiny", "--folder", tmp_path)
+    found = json.loads(out.read_text())
+    (case,) = found["cases"]
+    assert case["merged"] > 0
+    assert (
+        case["largest_error_in_last_places"] <= 0.75
+    )  # rounded once; half a place, and the rounding of the sums in 32 bits
+    assert case["merging_gib"] < case["bound_gib"]
+    assert 0.5 < found["arithmetic"]["falcon-40b"]["bound_gib"] < 0.6
+    assert list(tmp_path.iterdir()) == [out]

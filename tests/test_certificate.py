@@ -1,0 +1,137 @@
+"""A certificate passes for the adapter that was trained, and names what is wrong with any other."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from qlora_helpers.certificate import (
+    Certificate,
+    certify,
+    expected_tensors,
+    read_certificate,
+    require_certificate,
+    saved_weights_in_place,
+)
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.lora import add_adapters
+
+ASKED = {"prompts": 3, "largest_difference": 0.0, "same_answers": 3}
+BASE = {"name": "tiny-llama", "revision": "c" * 40, "sha256": "0" * 64}
+
+
+@pytest.fixture
+def model(llama, torch):
+    tuned = add_adapters(llama, AdapterConfig(r=4, lora_dropout=0.0), seed=0)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return tuned.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+def certified(folder, model, **changes) -> Certificate:
+    asked = ASKED | changes
+    return certify(
+        folder, expected_tensors(model), asked=asked, base=BASE, data_fingerprint="f" * 64, versions={"torch": "2"}
+    )
+
+
+def changed(folder, change):
+    """The adapter's weights rewritten."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def test_a_good_adapter_passes(folder, model):
+    found = certified(folder, model)
+    assert found.passed and found.problems == ()
+    assert found.parameters == sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
+    assert require_certificate(folder) == found == read_certificate(folder)
+    written = json.loads((folder / "certificate.json").read_text())
+    assert written["passed"] is True
+    assert written["base_revision"] == "c" * 40 and written["data_fingerprint"] == "f" * 64
+    assert "PASS" in repr(found)
+
+
+def test_a_tensor_that_is_missing_or_has_another_shape(folder, model):
+    names = list(expected_tensors(model))
+    changed(folder, lambda weights: weights.pop(names[0]))
+    changed(folder, lambda weights: weights.update({names[1]: weights[names[1]][:1].clone()}))
+    found = certified(folder, model)
+    assert set(found.missing) == set(names[:2])
+    assert "missing from the file" in found.problems[0]
+    with pytest.raises(ModelError, match="did not pass"):
+        require_certificate(folder)
+
+
+def test_b_at_zero_and_values_that_are_no_numbers(folder, model):
+    names = [name for name in expected_tensors(model) if "lora_B" in name]
+    changed(folder, lambda weights: weights[names[0]].zero_())
+    changed(folder, lambda weights: weights[names[1]].view(-1)[3:4].fill_(math.inf))
+    found = certified(folder, model)
+    assert (found.unmoved, found.not_finite) == ((names[0],), (names[1],))
+    assert len(found.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"prompts": 0, "largest_difference": None, "same_answers": 0}, "never asked"),
+        ({"largest_difference": 0.01}, "logits differ"),
+        ({"largest_difference": math.nan}, "logits differ"),
+        ({"same_answers": 2}, "1 of 3 answers"),
+    ],
+)
+def test_an_adapter_that_answers_otherwise(folder, model, asked, problem):
+    found = certify(folder, expected_tensors(model), asked=ASKED | asked, base=BASE, data_fingerprint=None, versions={})
+    assert len(found.problems) == 1 and problem in found.problems[0]
+
+
+def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
+    certified(folder, model)
+    changed(folder, lambda weights: next(iter(weights.values())).mul_(2))
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is not the file that the certificate speaks of"):
+        require_certificate(folder)
+    certified(folder, model)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    with pytest.raises(ModelError, match=r"adapter_config.json is not"):
+        require_certificate(folder)
+
+
+def test_none_or_an_unreadable_one(folder, model):
+    with pytest.raises(ModelError, match="no certificate"):
+        require_certificate(folder)
+    (folder / "certificate.json").write_text("{")
+    with pytest.raises(ModelError, match="no certificate"):
+        require_certificate(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ModelError, match="no readable adapter"):
+        certified(folder, model)
+
+
+def test_the_live_model_answers_with_the_saved_weights_and_gets_its_own_back(folder, model, torch):
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    with saved_weights_in_place(model, folder):
+        assert torch.equal(model(ids).logits, before)
+    changed(folder, lambda weights: weights[next(name for name in weights if "lora_B" in name)].add_(0.5))
+    with saved_weights_in_place(model, folder):
+        assert (model(ids).logits - before).abs().max() > 1e-3
+    changed(folder, lambda weights: weights.pop(next(name for name in weights if "lora_A" in name)))
+    with saved_weights_in_place(model, folder):
+        assert model(ids).logits.isnan().all()  # what is missing does not answer with the live weights
+    assert torch.equal(model(ids).logits, before)

@@ -1,0 +1,200 @@
+"""What leaves the machine: certified, whole, loadable by transformers, measured against what was trained, and without secrets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tarfile
+
+import pytest
+from fake_hub import writable_hub
+
+from qlora_helpers import export as exporting
+from qlora_helpers import workflow
+from qlora_helpers.__main__ import main
+from qlora_helpers.errors import ModelError, RunError
+from qlora_helpers.export import export, publish
+from qlora_helpers.run import Run, read_json
+
+SETTINGS = [
+    "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",
+    "data.seq_len_tokens=256", "evaluation.max_new_tokens=6",
+]  # fmt: skip
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def trained(cache, torch, tmp_path_factory, llama_folder):
+    """A run on a checkpoint folder that was trained and evaluated. Shared: look, don't touch."""
+    settings = [*SETTINGS, f"model.name={llama_folder}"]
+    run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path_factory.mktemp("runs"))
+    workflow.train(run, show_progress=False, say=quiet)
+    workflow.evaluate(run, say=quiet)
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    return export(trained, say=quiet)
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the run, to be spoilt."""
+    shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("export"))
+    return Run(tmp_path / "copy")
+
+
+def test_the_merged_folder_is_a_model_that_answers_as_the_tuned_one(trained, exported, torch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = exported.folder / "merged"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 0)
+    by_forms = {(drift.first, drift.second): drift for drift in exported.drift}
+    assert set(by_forms) == {
+        ("adapter on 4 bits", "merged"), ("adapter on 16 bits", "merged"), ("adapter on 4 bits", "adapter on 16 bits"),
+    }  # fmt: skip
+    rounding, quantising = by_forms["adapter on 16 bits", "merged"], by_forms["adapter on 4 bits", "merged"]
+    assert 0 < rounding.largest_difference < quantising.largest_difference
+    assert 0 <= rounding.kl_nats < quantising.kl_nats
+    assert rounding.prompts == 3
+
+
+def test_what_is_in_the_folder(trained, exported):
+    folder = exported.folder
+    assert {path.name for path in folder.iterdir()} >= {"adapter", "merged", "export.json", "serving.json"}
+    for part in ("adapter", "merged"):
+        card = (folder / part / "README.md").read_text()
+        assert "base_model: tiny-llama" in card and "ROUGE-L" in card and "Tuned against untuned" in card
+        assert str(trained.folder.parent) not in card
+        assert (folder / part / "certificate.json").exists()
+    assert "library_name: peft" in (folder / "adapter" / "README.md").read_text()
+    serving = read_json(folder / "serving.json")
+    assert "--max-model-len 256" in serving["vllm_merged"]
+    assert "option.dtype=bf16" in (folder / "merged" / "serving.properties").read_text()
+    assert "an endpoint can't reach that base model" in exported.notes[0]  # a folder of this machine
+    written = read_json(folder / "export.json")
+    assert written["drift"] == [vars(drift) for drift in exported.drift]
+    assert "equal answers" in repr(exported)
+
+
+def test_a_base_on_the_hub_gives_an_archive_for_the_container(copy):
+    config = copy.config().with_settings({"model.name": "someone/tiny-llama"})
+    copy.save_config(config)
+    (copy.folder / "export").mkdir()
+    shutil.copytree(copy.adapter_dir, copy.folder / "export" / "adapter")
+    notes = exporting._write_serving(copy, copy.folder / "export", merged=False)
+    assert notes == []
+    serving = read_json(copy.folder / "export" / "serving.json")
+    assert "--lora-modules tuned=./adapter --max-model-len 256" in serving["vllm_adapter"]
+    with tarfile.open(copy.folder / "export" / "model.tar.gz") as opened:
+        assert sorted(opened.getnames()) == serving["lmi_archive"]
+        assert "adapters/tuned/adapter_model.safetensors" in serving["lmi_archive"]
+
+
+def test_no_export_without_a_certificate_that_fits(copy, tmp_path):
+    certificate = copy.adapter_dir / "certificate.json"
+    kept = certificate.read_text()
+    certificate.unlink()
+    with pytest.raises(ModelError, match="no certificate"):
+        export(copy, say=quiet)
+    certificate.write_text(kept)
+    weights = copy.adapter_dir / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="not the file that the certificate speaks of"):
+        export(copy, say=quiet)
+    assert not (copy.folder / "export").exists()
+    shutil.rmtree(copy.adapter_dir)
+    with pytest.raises(RunError):
+        export(copy, say=quiet)
+
+
+def test_another_base_than_the_one_trained_on_is_refused(copy, llama_folder, tmp_path, torch):
+    from tiny import tiny_llama
+
+    other = shutil.copytree(llama_folder, tmp_path / "other")
+    tiny_llama(intermediate_size=192).save_pretrained(other)
+    copy.save_config(copy.config().with_settings({"model.name": str(other)}))
+    with pytest.raises(ModelError, match="are not those that the adapter was trained on"):
+        export(copy, say=quiet)
+
+
+def test_drift_that_does_not_fit_into_memory_is_said(copy, monkeypatch):
+    monkeypatch.setattr(exporting, "_free_bytes", lambda: 1000)
+    report = export(copy, say=quiet)
+    assert report.drift == ()
+    assert "drift not measured" in report.notes[-1]
+    assert (report.folder / "merged" / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_too_small_leaves_nothing(copy, monkeypatch):
+    usage = shutil.disk_usage(copy.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ModelError, match="not enough disk space"):
+        export(copy, say=quiet)
+    assert not (copy.folder / "export").exists()
+
+
+def test_the_command(copy, monkeypatch, capsys):
+    monkeypatch.setenv("QLORA_RUNS", str(copy.folder.parent))
+    assert main(["export", "copy", "--no-merge"]) == 0
+    assert {path.name for path in (copy.folder / "export").iterdir()} == {"adapter", "export.json", "serving.json"}
+    (copy.adapter_dir / "certificate.json").unlink()
+    assert main(["export", "copy"]) == 2
+    assert "no certificate" in capsys.readouterr().err
+
+
+# the hub
+
+TOKEN = "hf_" + "s3cr3t" * 6
+
+
+def test_a_folder_is_published_in_one_commit(exported, from_hub, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    caplog.set_level(logging.DEBUG)
+    said = []
+    with writable_hub() as (endpoint, taken):
+        from_hub(endpoint)
+        address = publish(exported.folder / "merged", "someone/mine", say=said.append)
+    assert address == f"{endpoint}/someone/mine"
+    created = taken["created"]
+    assert (created["organization"], created["name"]) == ("someone", "mine")
+    assert created.get("visibility") == "private" or created.get("private") is True  # before huggingface_hub 2
+    names = {path.name for path in (exported.folder / "merged").iterdir()}
+    assert set(taken["files"]) == names
+    for name, data in taken["files"].items():
+        assert data == (exported.folder / "merged" / name).read_bytes()
+    assert taken["authorizations"] == {f"Bearer {TOKEN}"}
+    everything = caplog.text + "".join(said) + json.dumps(read_json(exported.folder / "export.json"))
+    assert TOKEN not in everything
+
+
+def test_what_the_hub_refuses_is_one_message_without_the_token(exported, from_hub, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with writable_hub(refuse=403) as (endpoint, _):
+        from_hub(endpoint)
+        with pytest.raises(ModelError, match="refuses to write") as error:
+            publish(exported.folder / "merged", "someone/mine", say=quiet)
+    assert TOKEN not in str(error.value) + caplog.text
+    from_hub(None)
+    with pytest.raises(ModelError):
+        publish(exported.folder / "merged", "someone/mine", say=quiet)
+
+
+def test_only_an_exported_folder_is_published(tmp_path, exported):
+    with pytest.raises(ModelError, match=r"no README.md and no certificate.json"):
+        publish(tmp_path, "someone/mine", say=quiet)
+    folder = shutil.copytree(exported.folder / "adapter", tmp_path / "adapter")
+    (folder / "link.json").symlink_to("/etc/hostname")
+    with pytest.raises(ModelError, match="is a link"):
+        publish(folder, "someone/mine", say=quiet)

@@ -1,0 +1,246 @@
+"""Answers in slots are those of `model.generate`, whatever stands beside them, however many slots there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
+
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.fast_answers import NotFast, answer_fast, answering_form
+from qlora_helpers.lora import add_adapters
+
+pytestmark = pytest.mark.usefixtures("cache", "torch")
+PAD, END = 1, 0
+
+
+def own_answers(model, prompt, most):
+    """What `model.generate` says to a prompt alone."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=PAD, eos_token_id=END)
+    ids = torch.tensor([prompt])
+    produced = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return produced[0, len(prompt) :].tolist()
+
+
+def tuned(base):
+    model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def random_prompts(lengths, vocabulary=2048):
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(2, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 64])
+def test_answers_are_those_of_generate_in_any_number_of_slots(slots):
+    model = tiny_llama()
+    prompts = random_prompts((3, 31, 12, 7, 20, 1, 12, 40, 5, 5, 18))
+    model.lm_head.weight.data[END] *= 4  # answers end at unlike lengths
+    own = [own_answers(model, prompt, 12) for prompt in prompts]
+    assert len({len(answer) for answer in own}) > 3
+    assert any(answer[-1] != END for answer in own)
+    told = []
+    assert answer_fast(model, prompts, pad=PAD, end=END, most=12, slots=slots, progress=told.append) == own
+    assert sum(told) == len(prompts)
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_tuned_and_untuned_in_dense_form(kind):
+    """Falcon is in 4 bits: its weights are unpacked; the adapters act, and are off where peft switches them off."""
+    model = tuned(tiny_falcon().model if kind == "falcon" else tiny_llama())
+    prompts = random_prompts((3, 31, 12, 7, 20))
+    own = [own_answers(model, prompt, 8) for prompt in prompts]
+    with model.disable_adapter():
+        base = [own_answers(model, prompt, 8) for prompt in prompts]
+    assert own != base
+    with answering_form(model, rows=3, tokens=40) as form:
+        assert form.dense is (kind == "falcon")
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=3, form=form) == own
+        with model.disable_adapter():
+            assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=3, form=form) == base
+    assert form.slots == 3
+    assert [own_answers(model, prompt, 8) for prompt in prompts] == own
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_answered_fast_or_says_why_not(family):
+    """Grouped, shared and own keys, Falcon's three layouts, rotary and learned positions; windows and alibi are refused."""
+    model = tiny_model(family)
+    prompts = random_prompts((3, 17, 9, 6), vocabulary=256)
+    own = [own_answers(model, prompt, 6) for prompt in prompts]
+    form = None
+    try:
+        with answering_form(model, rows=3, tokens=24) as form:
+            found = answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=3, form=form)
+    except NotFast as reason:
+        assert family in ("bloom", "opt"), str(reason)
+    else:
+        assert found == own
+    assert [own_answers(model, prompt, 6) for prompt in prompts] == own
+
+
+@pytest.mark.parametrize("layout", [{"multi_query": True}, {"multi_query": False, "num_kv_heads": 2}])
+def test_falcon_s_older_layouts(layout):
+    model = tiny_model("falcon", **layout, new_decoder_architecture=False)
+    prompts = random_prompts((3, 17, 9, 6), vocabulary=256)
+    own = [own_answers(model, prompt, 6) for prompt in prompts]
+    with answering_form(model, rows=3, tokens=24):
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=3) == own
+
+
+def test_a_window_shorter_than_the_longest_row_is_refused():
+    model = tiny_model("mistral", sliding_window=16)
+    with pytest.raises(NotFast, match="window"):
+        answer_fast(model, random_prompts((14,), 256), pad=PAD, end=END, most=6, slots=1)
+    prompts = random_prompts((8, 4), 256)
+    assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2) == [own_answers(model, p, 6) for p in prompts]
+
+
+def test_a_model_that_answers_otherwise_in_slots_is_refused(monkeypatch):
+    """The proof on the loaded model: here every token is told to stand one place further on."""
+    from qlora_helpers.fast_answers.cache import SlotCache
+
+    take = SlotCache.take_step
+    monkeypatch.setattr(SlotCache, "take_step", lambda self, places, length: take(self, places - 1, length))
+    with pytest.raises(NotFast, match="differ by"):
+        answer_fast(tiny_llama(), random_prompts((9, 4)), pad=PAD, end=END, most=4, slots=2)
+
+
+@pytest.mark.parametrize("slots", [8, 16, 40])
+def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch):
+    """As on a GPU: fixed numbers of rows, a look every few steps, slots refilled by the quarter; a graph is played by its step."""
+    from qlora_helpers.fast_answers import decoder, graphs
+
+    sizes = []
+
+    class Played:
+        def __init__(self, step, *size):
+            self.replay = lambda: step(*size)
+
+    def record(self, rows, length):
+        sizes.append((rows, length))
+        return Played(self._step, rows, length)
+
+    monkeypatch.setattr(graphs.GraphedStep, "_recorded", record)
+    monkeypatch.setattr(decoder, "LENGTH_STEP", 32)
+    monkeypatch.setattr(decoder.SlotDecoder, "_between_looks", lambda self: 4)
+    monkeypatch.setattr("qlora_helpers.fast_answers._graph_refusal", lambda model: None)
+    model = tiny_llama()
+    model.lm_head.weight.data[END] *= 4
+    draw = torch.Generator().manual_seed(2)
+    prompts = random_prompts(torch.randint(1, 70, (37,), generator=draw).tolist())
+    own = [own_answers(model, prompt, 11) for prompt in prompts]
+    assert answer_fast(model, prompts, pad=PAD, end=END, most=11, slots=slots) == own
+    assert {rows for rows, _ in sizes} <= {slots, 37, slots // 2, slots // 4, 18, 9} and len(sizes) == len(set(sizes))
+    assert all(length % 32 == 0 for _, length in sizes)
+
+
+def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
+    from qlora_helpers.fast_answers import graphs
+
+    def fail(self, rows, length):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs.GraphedStep, "_recorded", fail)
+    monkeypatch.setattr("qlora_helpers.fast_answers._graph_refusal", lambda model: None)
+    model, prompts = tiny_llama(), random_prompts((9, 4, 20))
+    with answering_form(model, rows=2, tokens=40) as form:
+        found = answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2, form=form)
+    assert found == [own_answers(model, prompt, 6) for prompt in prompts]
+    assert form.graphs == 0
+    assert "no CUDA graph: RuntimeError: operation not permitted when stream is capturing" in repr(form)
+
+
+def test_memory_decides_the_form(monkeypatch):
+    """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
+    from qlora_helpers import fast_answers
+    from qlora_helpers.fast_answers.weights import dense_bytes
+
+    model = tuned(tiny_falcon().model)
+    prompts = random_prompts((3, 31, 12, 7, 20))
+    own = [own_answers(model, prompt, 8) for prompt in prompts]
+    one = fast_answers.cache_bytes(model, 1, 64)
+    for free, dense, slots in ((dense_bytes(model) * 2 + 40 * one, True, 5), (40 * one, False, 5), (3 * one, False, 2)):
+        monkeypatch.setattr(fast_answers, "free_bytes", lambda model, free=free: free)
+        with answering_form(model, rows=5, tokens=64) as form:
+            assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form) == own
+        assert (form.dense, form.slots) == (dense, slots)
+        assert ("GiB are free" in repr(form)) is not dense
+
+
+def test_the_cache_takes_what_arithmetic_says():
+    from qlora_helpers.fast_answers import cache_bytes
+    from qlora_helpers.fast_answers.decoder import SlotDecoder
+
+    for model in (
+        tiny_llama(),
+        tiny_falcon().model,
+        tiny_model("falcon", multi_query=True, new_decoder_architecture=False),
+    ):
+        with answering_form(model, rows=2, tokens=64, dense=False):
+            decoder = SlotDecoder(model, slots=2, capacity=64, graph_refusal="on a CPU")
+            decoder.read([0, 1], [[5, 6], [7, 8, 9]], PAD)
+        held = sum(buffer.numel() * buffer.element_size() for buffer in (*decoder.cache.keys, *decoder.cache.values))
+        logits = 2 * model.config.vocab_size * (4 + 4)
+        assert held + logits == cache_bytes(model, 2, 64)
+
+
+def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
+    """Without the garbage collector's help: on a GPU they are gigabytes, and the next model's answers need the room."""
+    import gc
+    import weakref
+
+    from qlora_helpers.fast_answers import weights
+    from qlora_helpers.fast_answers.cache import SlotCache
+
+    held = []
+    unpack, update = weights.unpacked, SlotCache.update
+
+    def unpacked(layer):
+        held.append(weakref.ref(weight := unpack(layer)))
+        return weight
+
+    def updated(self, key_states, value_states, layer_idx, *args, **kwargs):
+        found = update(self, key_states, value_states, layer_idx, *args, **kwargs)
+        held.append(weakref.ref(self.keys[layer_idx]))
+        return found
+
+    monkeypatch.setattr(weights, "unpacked", unpacked)
+    monkeypatch.setattr(SlotCache, "update", updated)
+    model = tiny_falcon().model
+    gc.collect()
+    gc.disable()
+    try:
+        with answering_form(model, rows=2, tokens=40) as form:
+            answer_fast(model, random_prompts((9, 4, 20)), pad=PAD, end=END, most=6, slots=2, form=form)
+        assert len(held) > 20
+        assert not [1 for reference in held if reference() is not None]
+    finally:
+        gc.enable()
+
+
+def test_16_bits_lose_no_more_than_the_plain_way_does():
+    """As on a GPU: cache, mask and adapters in bfloat16, held against the same model in 32 bits."""
+    exact, model = tuned(tiny_llama()), tuned(tiny_llama().to(torch.bfloat16))
+    assert next(weight for name, weight in model.named_parameters() if "lora_A" in name).dtype == torch.float32
+    prompts = random_prompts((3, 31, 12, 7, 20, 9, 15, 26))
+
+    def logits(asked):
+        return torch.stack([asked(input_ids=torch.tensor([row])).logits[0, -1].float() for row in prompts])
+
+    with torch.no_grad():
+        right, plain = logits(exact), logits(model)
+        with answering_form(model, rows=3, tokens=40) as form:
+            fast = logits(model)
+            found = answer_fast(model, prompts, pad=PAD, end=END, most=3, slots=3, form=form)
+    assert form.dtype == "bfloat16"
+    assert (fast - right).square().mean() < 1.5**2 * (plain - right).square().mean()
+    assert all(len(answer) == 3 or answer[-1] == END for answer in found)

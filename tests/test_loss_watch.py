@@ -1,0 +1,144 @@
+"""The watch over the loss: what it calls trouble, what it lets pass, and that it waits for nothing until it must."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from qlora_helpers.loss_watch import IN_A_ROW, LEAST, RISE_NATS, LossWatch, _Step, bound, rows_in_words
+
+NAN = float("nan")
+
+
+def feed(watch, steps, *, norm=1.0, first=1):
+    """Steps of one forward pass each, of block 7; returns the first trouble."""
+    for number, loss in enumerate(steps, start=first):
+        watch.add(torch.tensor(loss), torch.tensor([7]))
+        watch.end_step(number, torch.tensor(norm))
+        trouble = watch.look(wait=False)
+        if trouble is not None:
+            return trouble
+    return None
+
+
+def test_a_healthy_training_passes():
+    draw = random.Random(0)
+    losses = [2.0 + 9.0 * math.exp(-step / 20) + draw.gauss(0, 0.4) for step in range(300)]
+    assert feed(LossWatch(), losses) is None
+
+
+def test_a_single_hard_batch_passes():
+    watch = LossWatch()
+    assert feed(watch, [2.0] * 20 + [9.0] * (IN_A_ROW - 1) + [2.0] * 20) is None
+    assert watch.suspects == []
+
+
+def test_a_loss_that_stays_up_is_told_with_its_first_step():
+    trouble = feed(LossWatch(), [2.0] * 20 + [6.5, 9.0, 9.0])
+    assert (trouble.step, trouble.exploded, trouble.batch, trouble.blocks) == (21, True, 1, (7,))
+    assert trouble.what == "the loss exploded to 6.50, where 2.00 was usual"
+
+
+def test_while_it_is_suspect_the_usual_is_not_moved():
+    watch = LossWatch()
+    feed(watch, [2.0] * 20 + [9.0] * (IN_A_ROW - 1))
+    assert len(watch.suspects) == IN_A_ROW - 1
+    assert max(watch.recent) == 2.0
+
+
+def test_too_little_is_known_at_the_start():
+    assert feed(LossWatch(), [2.0] * (LEAST - 1) + [900.0]) is None
+    assert bound([2.0] * (LEAST - 1)) == math.inf
+    assert bound([2.0] * LEAST) == 2.0 + RISE_NATS
+
+
+def test_the_bound_is_robust():
+    draw = random.Random(1)
+    noisy = [draw.gauss(3.0, 0.8) for _ in range(50)]
+    assert bound([*noisy, 1000.0]) == pytest.approx(bound(noisy), abs=0.5)
+    assert bound(noisy) > 3.0 + RISE_NATS
+
+
+def test_a_loss_that_falls_does_not_widen_the_bound():
+    falling = [8.0 - 0.15 * step for step in range(32)]
+    assert bound(falling) == pytest.approx(8.0 - 0.15 * 15.5 + RISE_NATS)
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_a_value_that_is_no_number_is_told_at_once(value):
+    watch = LossWatch()
+    for loss, block in ((2.0, 3), (value, 5)):  # two forward passes
+        watch.add(torch.tensor(loss), torch.tensor([block, block + 1]))
+    watch.end_step(4, torch.tensor(1.0))
+    trouble = watch.look(wait=False)
+    assert (trouble.step, trouble.batch, trouble.batches, trouble.blocks) == (4, 2, 2, (5, 6))
+    assert "the loss is no longer a finite number" in trouble.what
+
+
+def test_a_gradient_that_is_no_number_means_all_blocks_of_the_step():
+    watch = LossWatch()
+    for block in (3, 5):
+        watch.add(torch.tensor(2.0), torch.tensor([block]))
+    watch.end_step(4, torch.tensor(math.inf))
+    trouble = watch.look(wait=True)
+    assert (trouble.batch, trouble.blocks) == (None, (3, 5))
+    assert trouble.what == "grad_norm is no longer a finite number (inf)"
+
+
+def test_in_float16_a_gradient_may_overflow_but_no_loss():
+    assert feed(LossWatch(may_overflow=True), [2.0], norm=math.inf) is None
+    assert feed(LossWatch(may_overflow=True), [NAN], norm=math.inf) is not None
+
+
+def test_it_waits_for_nothing_until_it_must():
+    """As on a GPU, where a value arrives a step later."""
+
+    class Event:
+        waited, there = 0, False
+
+        def query(self):
+            return self.there
+
+        def synchronize(self):
+            self.waited += 1
+
+    watch, event = LossWatch(), Event()
+    watch._waiting.append(_Step(1, [None], torch.tensor([NAN, 1.0]), event))
+    assert watch.look(wait=False) is None
+    assert event.waited == 0
+    assert watch.look(wait=True).step == 1
+    assert event.waited == 1
+
+
+def test_steps_are_looked_at_in_order():
+    class Late:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            pass
+
+    watch = LossWatch()
+    watch._waiting.extend(
+        [_Step(1, [None], torch.tensor([NAN, 1.0]), Late()), _Step(2, [None], torch.tensor([NAN, 1.0]))]
+    )
+    assert watch.look(wait=False) is None
+    assert watch.look(wait=True).step == 1
+
+
+def test_without_block_numbers_none_are_told():
+    watch = LossWatch()
+    watch.add(torch.tensor(NAN), None)
+    watch.end_step(1, 1.0)
+    assert watch.look(wait=True).blocks == ()
+
+
+def test_rows_are_named_up_to_a_number():
+    assert rows_in_words([3], [["a", "b"]]) == "block 3 (rows a, b)"
+    assert rows_in_words([3, 4, 5], [["a", "b"], ["c", "d"], ["e"]], most=3) == (
+        "block 3 (rows a, b); block 4 (rows c, ...); and 1 more blocks"
+    )
+    assert rows_in_words([], []) == ""

@@ -1,0 +1,295 @@
+"""Out of memory: it is said where and what next, nothing keeps the memory, and the run goes on. The allocator itself refuses."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+import weakref
+from types import SimpleNamespace
+
+import pytest
+from out_of_memory import PLACES, exhausted_at, held_bytes
+
+from qlora_helpers import planning, rescue, workflow
+from qlora_helpers.catalog import Hardware, find_gpu
+from qlora_helpers.errors import RunError
+from qlora_helpers.rescue import OutOfMemory, ran_out, rescued
+from qlora_helpers.run import read_json
+from qlora_helpers.workflow import open_run
+
+SETTINGS = {
+    "train.max_steps": 4, "train.save_steps": 2, "train.eval_steps": 2, "train.logging_steps": 1,
+    "train.micro_batch_size": 4, "train.tensorboard": "off", "data.train_rows": 8, "data.eval_rows": 2,
+    "data.test_rows": 1, "data.seq_len_tokens": 192,
+}  # fmt: skip
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def loaded(cache, torch, tmp_path_factory):
+    return workflow.load(open_run("base", profile="tiny", root=tmp_path_factory.mktemp("base")), say=quiet)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return open_run("mine", profile="tiny", settings=SETTINGS, root=tmp_path)
+
+
+@pytest.fixture
+def model(run, loaded):
+    from qlora_helpers import lora
+
+    model = workflow.add_adapters(run, loaded)
+    yield model
+    lora.remove_adapters(model)
+
+
+def train(run, model, loaded):
+    return workflow.train(run, model=model, loaded=loaded, show_progress=False, say=quiet)
+
+
+# where, and what is held
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_place_is_named_and_nothing_of_the_step_is_held(run, model, loaded, place, monkeypatch):
+    """As in a notebook, where the last error is kept."""
+    gc.collect()
+    before = held_bytes()
+    with exhausted_at(place, model, after=1) as exhaust, pytest.raises(OutOfMemory) as caught:
+        train(run, model, loaded)
+    monkeypatch.setattr(sys, "last_value", caught.value, raising=False)
+    assert caught.value.where.startswith(PLACES[place])
+    assert f"({caught.value.where})" in str(caught.value)
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+    assert exhaust.freed
+    assert held_bytes() <= 1.01 * before
+    assert all(weight.grad is None for weight in model.parameters())
+    status = run.status()
+    assert (status.state, status.exit_reason) == ("failed", "out of memory")
+    assert status.last_error.startswith("OutOfMemory: out of memory after ")
+    with pytest.raises(RunError, match="is failed"):
+        run.request("stop")
+
+
+def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
+    """The measure is not blind."""
+    with exhausted_at("forward", model) as exhaust, pytest.raises(RuntimeError) as caught:
+        workflow.train.__wrapped__(run, model=model, loaded=loaded, show_progress=False, say=quiet)
+    assert ran_out(caught.value)
+    assert not exhaust.freed
+
+
+def test_in_a_notebook_s_shell(run, model, loaded):
+    """IPython keeps the error in `sys` and in its own formatter, and shows a short traceback."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        shell.push({"run": run, "model": model, "loaded": loaded, "train": train})
+        with exhausted_at("backward", model, after=1) as exhaust:
+            outcome = shell.run_cell("result = train(run, model, loaded)")
+            assert isinstance(outcome.error_in_exec, OutOfMemory)
+            assert isinstance(sys.last_value, OutOfMemory)
+            assert exhaust.freed
+            shown = traceback.extract_tb(outcome.error_in_exec.__traceback__)
+            assert "wrapper" in [frame.name for frame in shown]
+            assert len(shown) < 8
+    finally:
+        shell.reset()
+        InteractiveShell.clear_instance()
+
+
+def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkeypatch):
+    """Such as of an answer that was asked for by hand."""
+
+    def by_hand():
+        large = torch.ones(1000, 1000)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    held = []
+    try:
+        by_hand()
+    except RuntimeError as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+    assert held[0]() is not None
+    rescue.free_memory()
+    assert held[0]() is None
+
+
+def test_an_error_that_came_from_one_for_want_of_memory_counts(torch):
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert ran_out(MemoryError())
+    assert not ran_out(RuntimeError("shapes differ"))
+    assert not ran_out(ValueError("out of memory lane"))
+    wrapped = ValueError("the compiler failed")
+    wrapped.__cause__ = RuntimeError("CUDA error: out of memory")
+    assert ran_out(wrapped)
+
+
+def test_other_errors_pass_as_they_are(run):
+    @rescued
+    def step(run):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        step(run)
+    assert caught.traceback[-1].name == "step"
+
+
+# what next
+
+
+def card(usable_gib: float) -> Hardware:
+    return Hardware("H100", 1, usable_gib, find_gpu("NVIDIA H100 80GB HBM3"), None, "")
+
+
+@pytest.fixture
+def falcon_7b(tmp_path, monkeypatch):
+    """A run of Falcon-7B on a card of 24 GiB, whose batches were too large."""
+    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(24.0))
+    settings = {
+        "model.name": "tiiuae/falcon-7b", "train.micro_batch_size": 16, "train.gradient_accumulation_steps": 1,
+        "train.activation_checkpointing": False, "data.seq_len_tokens": 1024,
+    }  # fmt: skip
+    run = open_run("large", profile="falcon-40b", settings=settings, root=tmp_path)
+
+    @rescued
+    def step(run):
+        trainer = SimpleNamespace(fast=None, state=SimpleNamespace(global_step=3))
+        raise MemoryError(trainer)
+
+    return run, step
+
+
+def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
+    run, step = falcon_7b
+    with pytest.raises(OutOfMemory) as caught:
+        step(run)
+    found = caught.value.candidates
+    assert len(found) == 3
+    assert [each.tokens_per_s for each in found] == sorted((each.tokens_per_s for each in found), reverse=True)
+    assert all(each.peak_gib <= 24.0 for each in found)
+    assert all(each.blocks * each.accumulation == 16 for each in found)  # the same optimizer step
+    for number, each in enumerate(found, start=1):
+        assert f"\n  {number}. {each!r}" in str(caught.value)
+        assert f"{each.peak_gib:.1f} GiB" in str(caught.value)
+    assert "workflow.retry(run) goes on from the last checkpoint with the first of them" in str(caught.value)
+
+
+def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monkeypatch):
+    """The prediction was wrong then; the next must hold clearly less."""
+    run, step = falcon_7b
+    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(400.0))
+    with pytest.raises(OutOfMemory) as first:
+        step(run)
+    held = planning.predicted_step(
+        run.config(), hardware=card(400.0), compiled=False, recomputed=0, trained_share=0.2
+    )["reserved_gib"]  # fmt: skip
+    assert first.value.candidates
+    assert all(each.peak_gib < 0.91 * held["cuda:0"] for each in first.value.candidates)
+
+
+def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
+    run, step = falcon_7b
+    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(4.5))
+    with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
+        step(run)
+    assert caught.value.candidates == ()
+
+
+def test_answers_that_run_out_of_memory_get_their_own_advice(run, model, loaded):
+    open_run(run.folder, settings={"train.max_steps": 1})
+    train(run, model, loaded)
+    with exhausted_in_the_first_step(loaded), pytest.raises(OutOfMemory) as caught:
+        workflow.evaluate(run, model=model, loaded=loaded, say=quiet)
+    assert caught.value.where == "generation, forward of layer 2 of 4"
+    assert "Lower evaluation.batch_size or evaluation.max_new_tokens" in str(caught.value)
+    assert run.status().state == "finished"  # the training was
+
+
+# retry
+
+
+def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch, tmp_path):
+    offered = ["data.seq_len_tokens=64", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]
+    with exhausted_at("optimizer", model, after=2), pytest.raises(OutOfMemory, match="after 2 steps"):
+        train(run, model, loaded)
+    from qlora_helpers.run import write_json
+
+    plan = read_json(run.plan_path)
+    assert plan["out_of_memory"] == {"where": "optimizer", "step": 2, "next": []}  # a CPU has no plan
+    plan["out_of_memory"]["next"] = [offered]
+    write_json(run.plan_path, plan)
+    said = []
+    result = workflow.retry(run, model=model, loaded=loaded, show_progress=False, say=said.append)
+    assert said[0] == "Going on with train.micro_batch_size=2, train.gradient_accumulation_steps=2"
+    assert (result.steps, result.new_steps) == (4, 2)
+    assert [(line["session"], line["step"]) for line in run.progress() if "loss" in line] == [
+        (1, 1), (1, 2), (2, 3), (2, 4),
+    ]  # fmt: skip
+    assert run.config().train.micro_batch_size == 2
+    assert run.config().data.seq_len_tokens == SETTINGS["data.seq_len_tokens"]
+    assert run.status().state == "finished"
+
+
+def test_retry_takes_settings_of_the_caller(run, model, loaded):
+    with exhausted_at("forward", model), pytest.raises(OutOfMemory):
+        train(run, model, loaded)
+    result = workflow.retry(
+        run, model=model, loaded=loaded, settings=["train.max_steps=1"], show_progress=False, say=quiet
+    )
+    assert result.steps == 1
+
+
+def test_a_session_that_fails_before_its_first_checkpoint_leaves_the_adapters_as_they_were(
+    run, model, loaded, tmp_path
+):
+    """So that the next one, in the same process, is the run that never failed."""
+    import torch
+
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    with exhausted_at("optimizer", model, after=1), pytest.raises(OutOfMemory):
+        train(run, model, loaded)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+    train(run, model, loaded)
+    fresh = open_run("fresh", profile="tiny", settings=SETTINGS, root=tmp_path)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in before:
+                weight.copy_(before[name])
+    train(fresh, model, loaded)
+    name = "adapter_model.safetensors"
+    assert (run.adapter_dir / name).read_bytes() == (fresh.adapter_dir / name).read_bytes()
+
+
+def test_adapters_that_were_added_for_a_session_are_taken_off_where_it_fails(run, loaded):
+    names = {name for name, _ in loaded.model.named_modules()}
+    for _ in range(2):
+        with pytest.raises(OutOfMemory), exhausted_in_the_first_step(loaded):
+            workflow.train(run, loaded=loaded, show_progress=False, say=quiet)
+        assert {name for name, _ in loaded.model.named_modules()} == names
+
+
+def exhausted_in_the_first_step(loaded):
+    import contextlib
+
+    from qlora_helpers.fast_step.layers import decoder_layers
+
+    @contextlib.contextmanager
+    def hooked():
+        def fail(module, inputs):
+            raise MemoryError
+
+        hook = decoder_layers(loaded.model)[1].register_forward_pre_hook(fail)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    return hooked()

@@ -1,0 +1,165 @@
+"""Scores row by row, and what can be said of a difference: by hand where it can be, else against the exact distribution."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from qlora_helpers.scorecard import (
+    FEWEST_ROWS,
+    compare,
+    comparison_from_dict,
+    dialogue_key,
+    mean_loss,
+    repetition,
+    resamples,
+    rouge_rows,
+    score_answers,
+)
+
+
+def answer(rouge_l, *, stopped=True, tokens=5, nats=None, loss_tokens=0, repeated=0.0):
+    scores = {"rouge1": rouge_l, "rouge2": rouge_l / 2, "rouge_l": rouge_l, "repetition": repeated}
+    losses = {} if nats is None else {"nats": nats, "loss_tokens": loss_tokens}
+    return scores | losses | {"stopped": stopped, "tokens": tokens, "text": ""}
+
+
+def rows_of(base, tuned, **more):
+    return [
+        {"id": f"r{index}", "answers": {"base": answer(one, **more), "tuned": answer(other, **more)}}
+        for index, (one, other) in enumerate(zip(base, tuned, strict=True))
+    ]
+
+
+def test_the_best_of_several_references_counts_measure_by_measure():
+    (best,) = rouge_rows(["the cat sat"], [["a dog ran", "the cat sat down", "sat the cat"]])
+    (first,) = rouge_rows(["the cat sat"], [["the cat sat down"]])
+    assert best["rouge1"] == 100  # the same words in another order
+    assert best["rouge_l"] == first["rouge_l"] == pytest.approx(100 * 6 / 7)
+    assert best["rouge2"] == first["rouge2"]
+    with pytest.raises(ValueError, match="argument 2"):
+        rouge_rows(["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("", 0), ("a b c", 0), ("a b c d e", 0), ("a b c d A b c D", 1 / 5), ("no no no no no no no", 3 / 4)],
+)
+def test_repetition_by_hand(text, share):
+    assert repetition(text) == pytest.approx(share)
+
+
+def test_two_copies_of_a_dialogue_have_one_key():
+    first = dialogue_key("Ana: Hi, how are you?\nBo: fine")
+    assert first == dialogue_key("ana:  hi how are YOU\r\n\tBo: fine!!")
+    assert first == dialogue_key("Ana: Ｈi, how are you?\nBo: fine")  # a wide H
+    assert first != dialogue_key("Ana: Hi, how are you?\nBo: fine too")
+    assert dialogue_key("🎂") != dialogue_key("🎁") != dialogue_key("...")
+
+
+def test_the_interval_is_that_of_all_samples():
+    """Four rows: all 4^4 samples with replacement can be listed."""
+    gains = [1.0, 2.0, 4.0, 11.0]
+    exact = [np.mean(sample) for sample in itertools.product(gains, repeat=4)]
+    found = compare(rows_of([0] * 4, gains), "base", "tuned")["rouge_l"]
+    low, high = np.quantile(exact, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.26)
+    assert found.difference == pytest.approx(4.5)
+
+
+def test_rows_are_drawn_together_for_both_models():
+    """Rows that differ widely in difficulty, and always by one point: the interval is that point."""
+    base = list(np.random.default_rng(0).uniform(0, 80, 40))
+    found = compare(rows_of(base, [value + 1 for value in base]), "base", "tuned")["rouge_l"]
+    assert (found.low, found.high) == pytest.approx((1, 1))
+    assert found.verdict == "better"
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    draw, held = np.random.default_rng(1), 0
+    for trial in range(200):
+        gains = draw.normal(0.5, 3, 60)
+        found = compare(rows_of([50] * 60, list(50 + gains)), "base", "tuned", seed=trial)["rouge_l"]
+        held += found.low <= 0.5 <= found.high
+    assert 0.90 <= held / 200 <= 0.99
+
+
+def test_the_same_rows_and_seed_give_the_same_interval():
+    rows = rows_of(range(30), range(1, 60, 2))
+    assert compare(rows, "base", "tuned") == compare(rows, "base", "tuned")
+    assert compare(rows, "base", "tuned") != compare(rows, "base", "tuned", seed=1)
+
+
+def test_loss_and_perplexity_are_weighted_by_tokens():
+    rows = rows_of([1, 1], [1, 1])
+    for row, (one, other, tokens) in zip(rows, [(10.0, 5.0, 10), (4.0, 2.0, 1)], strict=True):
+        row["answers"]["base"] |= {"nats": one, "loss_tokens": tokens}
+        row["answers"]["tuned"] |= {"nats": other, "loss_tokens": tokens}
+    found = compare(rows, "base", "tuned")
+    assert (found["loss"].first, found["loss"].second) == pytest.approx((14 / 11, 7 / 11))
+    assert found["perplexity"].first == pytest.approx(math.exp(14 / 11))
+    assert mean_loss([10.0, 4.0], [10, 1]) == pytest.approx(14 / 11)
+    assert mean_loss([], []) is None
+    del rows[1]["answers"]["base"]["nats"], rows[1]["answers"]["base"]["loss_tokens"]  # its summary did not fit
+    assert compare(rows, "base", "tuned")["loss"].first == pytest.approx(1.0)
+
+
+def test_a_measure_that_one_model_lacks_is_left_out():
+    rows = rows_of([1, 2], [2, 3])
+    for row in rows:
+        row["answers"]["tuned"] |= {"nats": 1.0, "loss_tokens": 1}
+    assert "loss" not in {item.measure for item in compare(rows, "base", "tuned").differences}
+
+
+def test_what_can_be_said():
+    count = FEWEST_ROWS
+    noise = [(-1) ** index * 3.0 for index in range(count)]
+    unsure = compare(rows_of([20.0] * count, [20 + value for value in noise]), "base", "tuned")
+    assert unsure["rouge_l"].verdict == "can't tell"
+    assert "too few to tell the two apart in ROUGE-L" in unsure.verdict()
+    few = compare(rows_of([20.0] * (count - 1), [40.0] * (count - 1)), "base", "tuned")
+    assert few["rouge_l"].verdict.startswith("too few rows")
+    assert "at least" in few.verdict() and not few["rouge_l"].can_tell
+    worse = compare(rows_of([40.0] * count, [20.0] * count), "base", "tuned")
+    assert worse["rouge_l"].verdict == "worse"
+    assert "20.0 points of ROUGE-L less" in worse.verdict()
+    rows = rows_of([20.0] * count, [20.0] * count)
+    for row in rows:
+        row["answers"]["tuned"] |= {"repetition": 0.5, "tokens": 9}
+        row["answers"]["base"] |= {"stopped": False}
+    said = {item.measure: item.verdict for item in compare(rows, "base", "tuned").differences}
+    assert (said["repetition"], said["tokens"], said["stop_rate"]) == ("worse", "higher", "better")
+
+
+def test_wins_ties_and_losses_the_clearest_first():
+    found = compare(rows_of([10, 10, 10, 10, 10], [11, 30, 10, 9, 0]), "base", "tuned")
+    assert (found.wins, found.ties, found.losses) == (("r1", "r0"), ("r2",), ("r4", "r3"))
+    empty = compare([], "base", "tuned")
+    assert empty.differences == empty.wins == ()
+
+
+def test_it_is_read_back_and_shown():
+    found = compare(rows_of(range(30), range(1, 60, 2), nats=3.0, loss_tokens=2), "base", "tuned")
+    again = comparison_from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    assert again == found
+    assert "ROUGE-L" in repr(found) and "95% interval" in repr(found)
+    assert "<table" in found._repr_html_()
+
+
+def test_many_rows_are_drawn_less_often():
+    assert resamples(100).shape == (10_001, 100)
+    assert resamples(20_000).shape == (1_001, 20_000)
+    drawn = resamples(7)
+    assert (drawn.sum(axis=1) == 7).all() and (drawn[0] == 1).all()
+
+
+def test_answers_are_scored_where_they_stand():
+    rows = [{"summary": "Bo is late", "answers": {"base": {"text": "Bo runs"}, "tuned": {"text": "Bo is late"}}}]
+    score_answers(rows)
+    assert rows[0]["answers"]["tuned"]["rouge_l"] == 100
+    assert rows[0]["answers"]["base"]["rouge1"] == pytest.approx(40)
+    score_answers([])
