@@ -153,17 +153,24 @@ class Follower:
 
 def points_of(records: Sequence[dict[str, Any]], key: str) -> Points:
     """`(step, value)` of the records that have a finite number under a key."""
-    values = [(record["step"], record.get(key)) for record in records]
-    return tuple(
-        (step, float(value))
-        for step, value in values
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    values = [(record["step"], as_number(record.get(key))) for record in records]
+    return tuple((step, value) for step, value in values if value is not None)
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number out of a file that may hold anything, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
     """Of the training, by the pace between the first and the last of this session's records; None where it can't be told."""
-    paced = [record for record in records if record.get("session") == status.session and "time" in record]
+    paced = [
+        record
+        for record in records
+        if record.get("session") == status.session and as_number(record.get("time")) is not None
+    ]
     steps = paced[-1]["step"] - paced[0]["step"] if paced else 0
     if status.state != "running" or steps <= 0:
         return None
@@ -199,7 +206,8 @@ def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) ->
         most = 60 * config.stop_at_minutes
         found.append(Limit("time", status.session_s / most, f"{duration(status.session_s)} of {duration(most)}"))
     if config.patience is not None:
-        without = last.get("evaluations_without_better", 0) if last.get("session") == status.session else 0
+        counted = last.get("evaluations_without_better") if last.get("session") == status.session else 0
+        without = int(as_number(counted) or 0)
         text = f"{without} of {config.patience} evaluations without a better loss"
         found.append(Limit("patience", without / config.patience, text))
     return tuple(found)

@@ -125,6 +125,21 @@ def test_html_in_what_is_read_is_shown_and_not_run(tmp_path):
     panel.close()
 
 
+@pytest.mark.parametrize(
+    "readings",
+    [{"gpus": 3}, {"gpus": [None, "x", {"load": "hot", "memory_used_gib": True}]}, {"process": {"rss_gib": "2"}}],
+)
+def test_readings_of_another_kind_are_passed_over(tmp_path, readings):
+    run = live_run(tmp_path, readings=readings)
+    run.append_progress({"session": 1, "step": 32, "time": "noon", "loss": 10**400, "evaluations_without_better": []})
+    run.save_config(run.config().with_settings({"train.patience": 4}))
+    panel = watch(run)
+    assert panel.readings.value == ""
+    assert panel.charts["loss"].lines[0].x[-1] == 30
+    assert "0 of 4" in plain_text(panel.limits)
+    panel.close()
+
+
 def test_a_bar_in_the_log_is_shown_as_it_was_last(tmp_path):
     run = live_run(tmp_path)
     run.log_path.write_bytes(b"begin\nLoading:   0%\rLoading:  50%\rLoading: 100%\r\nafter \xff\n")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from qlora_helpers.follow import View
+from qlora_helpers.follow import View, as_number
 from qlora_helpers.run import Request
 from qlora_helpers.units import duration
 from qlora_helpers.widgets.panel import wrong
@@ -77,20 +76,21 @@ def limits(view: View) -> str:
 def readings(view: View) -> str:
     """Memory and load of each GPU; of process and CPU where there is no GPU."""
     rows: list[tuple[str, float | None, str]] = []
-    gpus = view.readings.get("gpus", [])
+    gpus = view.readings.get("gpus")
+    gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     for index, gpu in enumerate(gpus):
-        used, total, load = gpu.get("memory_used_gib"), gpu.get("memory_total_gib"), gpu.get("load")
+        used, total, load = (as_number(gpu.get(key)) for key in ("memory_used_gib", "memory_total_gib", "load"))
         name = f"GPU {index}" + (f" {gpu['name']}" if gpu.get("name") and len(gpus) <= 2 else "")
         if used is not None:
             of = f" of {total:.0f}" if total else ""
             rows.append((f"{name} memory", used / total if total else None, f"{used:.1f}{of} GiB"))
         if load is not None:
             rows.append((f"GPU {index} load", load / 100, f"{load:.0f} %"))
-    process: dict[str, Any] = view.readings.get("process") or {}
-    if "rss_gib" in process:
-        rows.append(("process memory", None, f"{process['rss_gib']:.2f} GiB"))
-    if "cpu_percent" in process:
-        rows.append(("CPU", None, f"{process['cpu_percent']:.0f} % of a core"))
+    process = view.readings.get("process")
+    process = process if isinstance(process, dict) else {}
+    rss, cpu = as_number(process.get("rss_gib")), as_number(process.get("cpu_percent"))
+    rows += [("process memory", None, f"{rss:.2f} GiB")] if rss is not None else []
+    rows += [("CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
     return _bars(rows)
 
 
