@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("run", help="the run's name below runs/, or a path")
     train.add_argument("--profile", choices=sorted(PROFILES), help="what a new run starts from")
+    train.add_argument(
+        "--shut-down-app", action="store_true", help="in SageMaker Studio: shut this app down afterwards"
+    )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
 
     evaluate = commands.add_parser("evaluate", help="compare base and tuned model on the run's held-out rows")
@@ -97,7 +100,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import termination, workflow
 
-    print(workflow.train(workflow.open_run(options.run, profile=options.profile, settings=options.settings)))
+    run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
+    print(workflow.train(run, shut_down_app=options.shut_down_app))
     return termination.EXIT_CODE if termination.asked() else 0
 
 

@@ -244,7 +244,7 @@ def _size(path: Path) -> int:
 
 
 def _check_may_free(item: SpaceItem) -> None:
-    if item.run is not None and item.run.status().state == "running":
+    if item.run is not None and item.run.status().is_live:
         raise RunError(
             f"the run {item.run.name!r} is running; nothing was freed", next_step="Stop it first, or leave it out."
         )

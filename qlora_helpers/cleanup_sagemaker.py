@@ -7,16 +7,13 @@ it wrote to S3. Knows nothing of runs or models.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from qlora_helpers.aws import delete_endpoint, new_client, told_plainly
-
-STUDIO_METADATA = Path("/opt/ml/metadata/resource-metadata.json")
-"""Written by SageMaker Studio into every app: which app this is."""
+from qlora_helpers.errors import UserError
+from qlora_helpers.studio import this_app
 
 _APP_KEYS = ("DomainId", "UserProfileName", "SpaceName", "AppType", "AppName")
 
@@ -99,8 +96,26 @@ def stop_sagemaker(resources: Iterable[Resource], *, confirm: bool = False, clie
     return chosen
 
 
+def stop_this_app(*, client: Any = None) -> dict[str, str]:
+    """Shuts down the Studio app that this code runs in; its space keeps its volume. Returns the app.
+
+    Args:
+        client: a SageMaker client; none makes one.
+
+    Raises:
+        UserError: this is no app of Studio, or AWS refuses.
+    """
+    app = this_app()
+    if not {"DomainId", "AppType", "AppName"} <= app.keys():
+        raise UserError("this is no app of SageMaker Studio", next_step="Shut the machine down another way.")
+    client = client or new_client("sagemaker")
+    with told_plainly(f"shut down the app {app['AppName']}"):
+        client.delete_app(**app)
+    return app
+
+
 def _apps(client: Any) -> Iterator[Resource]:
-    here = _this_app()
+    here = this_app()
     for page in client.get_paginator("list_apps").paginate():
         for app in page["Apps"]:
             if app["Status"] not in ("InService", "Pending"):
@@ -111,16 +126,6 @@ def _apps(client: Any) -> Iterator[Resource]:
             note = ", ".join(part for part in (app["AppType"], owner, instance) if part)
             is_this = bool(here) and here.items() <= request.items()
             yield Resource("app", app["AppName"], app["Status"], note, request, is_this)
-
-
-def _this_app() -> dict[str, str]:
-    """The app that this code runs in, as far as Studio tells; empty elsewhere."""
-    try:
-        told = json.loads(STUDIO_METADATA.read_text())
-    except (OSError, ValueError):
-        return {}
-    names = {"DomainId": "DomainId", "SpaceName": "SpaceName", "AppType": "AppType", "ResourceName": "AppName"}
-    return {ours: told[theirs] for theirs, ours in names.items() if theirs in told}
 
 
 def _endpoints(client: Any) -> Iterator[Resource]:

@@ -167,6 +167,20 @@ class TrainConfig:
         None, "Save a checkpoint every so many steps; none does it after each epoch.", low=1
     )
     checkpoints_kept: int = option(2, "How many verified checkpoints are kept.", low=1, high=100)
+    stop_at_usd: float | None = option(
+        None, "Stop and save when the run has cost so many USD, all its sessions together.", low=0.0001
+    )
+    stop_at_minutes: float | None = option(
+        None, "Stop and save so many minutes after this session began, loading included.", low=0.001
+    )
+    patience: int | None = option(
+        None, "Stop and save after so many evaluations in a row without a better evaluation loss.", low=1
+    )
+    usd_per_hour: float | None = option(
+        None,
+        "What this machine costs, USD an hour; none takes the catalogue's price in SageMaker, else knows none.",
+        low=0,
+    )
     tensorboard: str = option("local", "TensorBoard events: local (in the run folder), an s3://bucket/prefix, or off.")
     seed: int = option(42, "Seed of the adapters, the order of the rows and the dropout.", low=0, high=2**32 - 1)
 

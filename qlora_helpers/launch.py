@@ -1,4 +1,4 @@
-"""The same run elsewhere, by command line: in several processes here (torchrun), on several GPUs (accelerate).
+"""The same run elsewhere, by command line: in a process of its own, in several (torchrun), on several GPUs (accelerate).
 
 Everything here makes or starts the command `python -m qlora_helpers train RUN`; what that does is not its business.
 Knows nothing of models or of AWS (a SageMaker training job is in `launch_sagemaker`).
@@ -11,11 +11,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_helpers.errors import UserError
+from qlora_helpers import locks
+from qlora_helpers.errors import RunError, UserError
+from qlora_helpers.price import needed_price
 from qlora_helpers.run import Run
 from qlora_helpers.telemetry import cpu_cores
+from qlora_helpers.training_budget import refuse_spent_budget
 
 
 def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
@@ -48,6 +52,79 @@ def torchrun_command(
     # The loopback address: otherwise torchrun looks this machine up by its name, which fails where that has no address.
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     return [sys.executable, "-m", *launcher, "-m", *_train(run, profile, settings)]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that trains in a process of its own."""
+
+    run: Run
+    pid: int
+
+    def __repr__(self) -> str:
+        return f"{self.run.name} trains in process {self.pid}; its log: {self.run.name}/{self.run.log_path.name}"
+
+
+def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_down_app: bool = False) -> Started:
+    """Trains a run in a process of its own and returns at once.
+
+    The process belongs to no notebook: a restarted kernel, an interrupted cell or a closed browser doesn't touch it. It starts or
+    resumes as `workflow.train` does, prints into the run's `log.txt`, and hears requests. Without a GPU several processes share
+    the cores out.
+
+    What this kernel holds on a GPU stays there: restart it first where the model would not fit twice.
+
+    Args:
+        run: an existing run.
+        processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one for each.
+        settings: as for `train_command`.
+        shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
+
+    Raises:
+        RunError: the run does not exist, is being trained already, its dollars are used up, or another run has the GPU.
+        UserError: a limit in dollars and no price, or fewer than one process.
+    """
+    config = run.config().with_settings(settings)
+    status = run.status()
+    if status.is_live or locks.is_locked(run):
+        where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"
+        raise RunError(f"{run.name!r} is being trained already, {where}", next_step="Watch it: watch(run).")
+    refuse_spent_budget(config.train, status)
+    needed_price(config.train)
+    if config.model.device_map != "cpu":
+        locks.refuse_taken_gpus(locks.visible_gpus())
+    # Its whole path: the process may look for runs elsewhere.
+    here = Run(run.folder.resolve())
+    more = [] if processes == 1 else [processes]
+    command = (torchrun_command if more else train_command)(here, *more, settings=settings)
+    command += ["--shut-down-app"] if shut_down_app else []
+    return Started(run, _start_detached(run, command, processes))
+
+
+def _start_detached(run: Run, command: list[str], processes: int) -> int:
+    on_cpu = processes > 1 and not locks.visible_gpus()
+    environment = (_cpu_environment(processes) if on_cpu else dict(os.environ)) | {"PYTHONUNBUFFERED": "1"}
+    environment.pop("MPLBACKEND", None)  # the kernel's
+    run.open_session()
+    try:
+        with open(run.log_path, "ab") as log:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error))
+        raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
+    if run.status().state == "starting":
+        run.set_status(pid=process.pid)
+    _children.append(process)  # kept, so that Python collects it when it has ended
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)
+    return process.pid
+
+
+_children: list[subprocess.Popen[bytes]] = []
 
 
 def start_torchrun(

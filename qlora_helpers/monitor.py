@@ -7,7 +7,6 @@ Reads the run folder alone, so that it works beside a trainer in another process
 from __future__ import annotations
 
 import html
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from qlora_helpers.charts import Chart, Panel, Points, number_text
 from qlora_helpers.errors import UserError
+from qlora_helpers.follow import points_of, seconds_left
 from qlora_helpers.run import Run, Status, find_runs, read_json
 from qlora_helpers.s3_copy import CopyState, copy_state
 from qlora_helpers.tables import Table, html_table, plain, text_table
@@ -37,23 +37,14 @@ class LossCurve(Chart):
 def loss_curve(run: Run) -> LossCurve:
     """The run's loss curve as far as it is logged; a progress file that is missing or half written is no error."""
     records = run.progress()
-    return LossCurve(run.name, _points(records, "loss"), _points(records, "eval_loss"))
+    return LossCurve(run.name, points_of(records, "loss"), points_of(records, "eval_loss"))
 
 
 def curves(run: Run) -> Chart:
     """Learning rate, gradient norm and speed of a run, as small charts side by side."""
     records = run.progress()
     names = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
-    return Chart(run.name, [Panel(title, {title: _points(records, key)}) for title, key in names.items()], columns=3)
-
-
-def _points(records: Sequence[dict[str, Any]], key: str) -> Points:
-    values = [(record["step"], record.get(key)) for record in records]
-    return tuple((step, float(value)) for step, value in values if isinstance(value, int | float) and _finite(value))
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value) and not isinstance(value, bool)
+    return Chart(run.name, [Panel(title, {title: points_of(records, key)}) for title, key in names.items()], columns=3)
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +85,7 @@ def _rouge(evaluation: dict[str, Any]) -> str:
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> str:
-    points = _points(records, key)
+    points = points_of(records, key)
     return number_text(points[-1][1]) if points else ""
 
 
@@ -123,11 +114,11 @@ class Watch:
         status = self.status
         head = f"{self.name}: {status.state}"
         head += f", step {status.step} of {status.max_steps}" if status.max_steps else ""
-        if status.state == "running":
+        if status.is_live:
             head += f", about {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
             head += f", last sign of life {duration(self.seconds_silent)} ago"
         lines = [head]
-        lines += [f"why it ended: {status.exit_reason}"] if status.exit_reason and status.state != "running" else []
+        lines += [f"why it ended: {status.exit_reason}"] if status.exit_reason and not status.is_live else []
         lines += [f"last error: {status.last_error}"] if status.last_error else []
         if self.readings:
             lines.append(", ".join(f"{name} {text}" for name, text in self.readings.items()))
@@ -147,7 +138,7 @@ def watch_once(run: Run) -> Watch:
     status, records = run.status(), run.progress()
     silent = max(0.0, time.time() - status.heartbeat)
     return Watch(
-        run.name, status, _readings(records), _seconds_left(status, records), silent, copy_state(run.events_dir)
+        run.name, status, _readings(records), seconds_left(status, records), silent, copy_state(run.events_dir)
     )
 
 
@@ -162,14 +153,6 @@ def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     if "process" in last:
         found["process"] = f"{last['process']['rss_gib']:.2f} GiB"
     return {name: text for name, text in found.items() if text}
-
-
-def _seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
-    paced = [record for record in records if record.get("session") == status.session and "time" in record]
-    steps = paced[-1]["step"] - paced[0]["step"] if paced else 0
-    if status.state != "running" or steps <= 0:
-        return None
-    return (paced[-1]["time"] - paced[0]["time"]) / steps * max(0, status.max_steps - status.step)
 
 
 def plan_table(run: Run) -> Table:

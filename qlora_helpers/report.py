@@ -30,6 +30,7 @@ from qlora_helpers.report_scores import (
     verdicts,
 )
 from qlora_helpers.run import Run, Status, read_json, write_text
+from qlora_helpers.status import BY_BUDGET
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 
@@ -146,10 +147,12 @@ def _banners(parts: _Parts) -> list[str]:
             "This model has random weights: its answers and their scores mean nothing. The run shows that the steps work."
         )
     step = f"step {status.step:,} of {status.max_steps:,}"
-    if status.state == "running":
+    if status.is_live:
         found.append(f"Training is still going on, at {step}: the figures below will change.")
     elif status.state == "stopped":
-        found.append(f"Training was stopped by request at {step}; the figures are those of the adapter as it was then.")
+        limit = (status.exit_reason or "").partition(BY_BUDGET)[2]
+        why = f"by its budget ({limit})" if limit else "by request"
+        found.append(f"Training was stopped {why} at {step}; the figures are those of the adapter as it was then.")
     elif status.state in ("failed", "dead"):
         why = "; ".join(filter(None, (status.exit_reason, status.last_error)))
         found.append(f"Training ended early, at {step}: {why.rstrip('.')}.")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +23,13 @@ from typing import Any
 
 from qlora_helpers.config import RunConfig, config_from_dict
 from qlora_helpers.errors import RunError
+from qlora_helpers.progress import Progress
+from qlora_helpers.status import STATES, WENT_SILENT, Status, is_alive
 
-STATES = ("new", "running", "stopped", "finished", "failed")
 REQUEST_KINDS = ("stop", "save")
 FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
-HEARTBEAT_STALE_S = 60.0
+# The trainer's heart beats in a thread of its own; what the two write into one file must not cross.
+_WRITING = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -104,44 +106,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Status:
-    """What a run is doing; `status.json`.
-
-    Attributes:
-        state: one of `new`, `running`, `stopped`, `finished`, `failed`; a reader may also be told `dead`.
-        step, max_steps: optimizer steps done, and to do.
-        pid, host: the trainer's process.
-        session: counts the starts of this run, from 1.
-        heartbeat: seconds since the epoch at the last sign of life.
-        exit_reason, last_error: why it ended, in a sentence.
-    """
-
-    state: str = "new"
-    step: int = 0
-    max_steps: int = 0
-    pid: int | None = None
-    host: str | None = None
-    session: int = 0
-    heartbeat: float = 0.0
-    exit_reason: str | None = None
-    last_error: str | None = None
-
-    @property
-    def is_plausible(self) -> bool:
-        """Whether every field is of its kind: the file may come from anywhere."""
-        whole = (self.step, self.max_steps, self.session, 0 if self.pid is None else self.pid)
-        texts = (self.host, self.exit_reason, self.last_error)
-        return (
-            self.state in STATES
-            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
-            and type(self.heartbeat) in (int, float) and math.isfinite(self.heartbeat)
-            and all(text is None or isinstance(text, str) for text in texts)
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Request:
-    """What a person asked of a running trainer, and whether the trainer has heard it."""
+    """What a person asked of a trainer: asked, then heard (it will be done after this step or evaluation), then answered."""
 
     id: str
     kind: str
@@ -149,6 +115,12 @@ class Request:
     asked_at: float
     acknowledged_at: float | None = None
     answer: str | None = None
+    heard_at: float | None = None
+
+    @property
+    def stage(self) -> str:
+        """`asked`, `heard` or `answered`."""
+        return "answered" if self.acknowledged_at else "heard" if self.heard_at else "asked"
 
 
 class Run:
@@ -276,23 +248,41 @@ class Run:
         status = Status(**{key: value for key, value in values.items() if key in known})
         if not status.is_plausible:
             raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
-        if status.state == "running" and not _alive(status):
-            return dataclasses.replace(status, state="dead", exit_reason="the trainer's process ended without a word")
+        if status.is_live and not is_alive(status):
+            return dataclasses.replace(status, state="dead", exit_reason=WENT_SILENT)
         return status
 
     def set_status(self, **changes: Any) -> Status:
         """Changes some fields of `status.json` and beats the heart."""
-        status = self.status()
-        if status.state == "dead":
-            status = dataclasses.replace(status, state="running")
-        status = dataclasses.replace(status, heartbeat=time.time(), **changes)
+        with _WRITING:
+            status = self.status()
+            if status.state == "dead":
+                status = dataclasses.replace(status, state="running", exit_reason=None)
+            return self._write_status(dataclasses.replace(status, **changes))
+
+    def _write_status(self, status: Status) -> Status:
         if status.state not in STATES:
             raise ValueError(f"state {status.state!r} is none of {STATES}")
+        status = dataclasses.replace(status, heartbeat=time.time())
         write_json(self.status_path, status)
         return status
 
+    def open_session(self, *, usd_per_hour: float | None = None) -> Status:
+        """Begins a session: status `starting`, in this process. One that was opened for this trainer already is taken over.
+
+        Args:
+            usd_per_hour: what the machine costs, where that is known.
+        """
+        with _WRITING:
+            status = self.status()
+            opened = status if status.state == "starting" else status.next_session()
+            price = opened.usd_per_hour if usd_per_hour is None else usd_per_hour
+            return self._write_status(
+                dataclasses.replace(opened, pid=os.getpid(), host=socket.gethostname(), usd_per_hour=price)
+            )
+
     def start_session(self, max_steps: int, resumed_from: int) -> int:
-        """Begins a session of the trainer: status `running`, and a line in `progress.jsonl` that supersedes later steps.
+        """The trainer takes its first step: status `running`, and a line in `progress.jsonl` that supersedes later steps.
 
         Args:
             max_steps: optimizer steps of the whole run.
@@ -301,12 +291,9 @@ class Run:
         Returns:
             The session's number, from 1.
         """
-        session = self.status().session + 1
+        session = self.open_session().session
         self.append_progress({"event": "start", "session": session, "resumed_from": resumed_from})
-        self.set_status(
-            state="running", step=resumed_from, max_steps=max_steps, session=session, pid=os.getpid(),
-            host=socket.gethostname(), exit_reason=None, last_error=None,
-        )  # fmt: skip
+        self.set_status(state="running", step=resumed_from, max_steps=max_steps)
         return session
 
     # progress
@@ -331,23 +318,9 @@ class Run:
 
     def progress(self) -> list[dict[str, Any]]:
         """The logged steps as one gapless curve: what a resumed session did again is dropped, half-written lines too."""
-        if not self.progress_path.exists():
-            return []
-        kept: list[dict[str, Any]] = []
-        for line in self.progress_path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if not isinstance(record, dict):
-                continue
-            if record.get("event") == "start":
-                resumed_from = record.get("resumed_from", 0)
-                if type(resumed_from) is int:
-                    kept = [old for old in kept if old["step"] <= resumed_from]
-            elif type(record.get("step")) is int:
-                kept.append(record)
-        return kept
+        progress = Progress(self.progress_path)
+        progress.read(to_end=True)
+        return progress.records
 
     # requests
 
@@ -360,10 +333,10 @@ class Run:
         if kind not in REQUEST_KINDS:
             raise RunError("unknown request", expected=" or ".join(REQUEST_KINDS), got=repr(kind))
         status = self.status()
-        if status.state != "running":
+        if not status.is_live:
             raise RunError(f"the run {self.name!r} is {status.state}", next_step="Only a running trainer can be asked.")
         request = Request(f"{time.time_ns()}-{kind}", kind, status.session, time.time())
-        write_json(self.requests_dir / f"{request.id}.json", request)
+        self._write_request(request)
         return request
 
     def requests(self) -> list[Request]:
@@ -375,7 +348,7 @@ class Run:
         return found
 
     def pending_requests(self, session: int) -> list[Request]:
-        """What this session has not yet acknowledged; a request that was meant for an earlier session is answered as stale."""
+        """What this session has not yet answered; a request that was meant for an earlier session is answered as stale."""
         pending = []
         for request in self.requests():
             if request.acknowledged_at is None and request.session == session:
@@ -384,10 +357,29 @@ class Run:
                 self.acknowledge(request, "stale: the session it was meant for has ended")
         return pending
 
+    def hear(self, session: int) -> None:
+        """Marks this session's new requests as heard, so that a person knows before the step or evaluation has ended."""
+        with _WRITING:
+            for request in self.requests():
+                if request.stage == "asked" and request.session == session:
+                    self._write_request(dataclasses.replace(request, heard_at=time.time()))
+
     def acknowledge(self, request: Request, answer: str) -> None:
-        """Marks a request as heard."""
-        done = dataclasses.replace(request, acknowledged_at=time.time(), answer=answer)
-        write_json(self.requests_dir / f"{request.id}.json", done)
+        """Marks a request as done, or says why not."""
+        with _WRITING:
+            now = time.time()
+            heard = request.heard_at or now
+            self._write_request(dataclasses.replace(request, heard_at=heard, acknowledged_at=now, answer=answer))
+
+    def answer_all(self, answer: str) -> None:
+        """Answers every request that is still open: the trainer ends."""
+        with _WRITING:
+            for request in self.requests():
+                if request.stage != "answered":
+                    self.acknowledge(request, answer)
+
+    def _write_request(self, request: Request) -> None:
+        write_json(self.requests_dir / f"{request.id}.json", request)
 
 
 def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -398,19 +390,3 @@ def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
 def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:
     """All runs below a folder, by name."""
     return [Run(path.parent) for path in sorted(Path(root).glob("*/config.json")) if _NAME.fullmatch(path.parent.name)]
-
-
-def _alive(status: Status) -> bool:
-    if status.host != socket.gethostname() or not status.pid:
-        return time.time() - status.heartbeat < HEARTBEAT_STALE_S
-    import psutil
-
-    try:
-        process = psutil.Process(status.pid)
-        # A killed child stays in the process table until its parent asks; after a restart another process has the number.
-        ended = process.status() == psutil.STATUS_ZOMBIE
-        return not ended and process.create_time() < status.heartbeat + HEARTBEAT_STALE_S
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

@@ -91,6 +91,22 @@ def read_gpus(nvml: Any = None) -> list[GpuReading]:
     return [_read_gpu(nvml, index) for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0)]
 
 
+def gpu_ids(nvml: Any = None) -> list[str]:
+    """The unique ids of all NVIDIA GPUs, in NVML's order; the same on every start of the machine.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+    """
+    nvml = _started(nvml)
+    if nvml is None:
+        return []
+    ids = []
+    for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0):
+        handle = _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+        ids.append(handle is not None and _ask(nvml, nvml.nvmlDeviceGetUUID, handle) or f"GPU-{index}-of-this-machine")
+    return ids
+
+
 def read_driver(nvml: Any = None) -> DriverReading | None:
     """The NVIDIA driver; None where there is none, or no nvidia-ml-py.
 

@@ -1,37 +1,51 @@
-"""What a trainer tells the run folder (progress, heartbeats, verified checkpoints), and what it hears from people there."""
+"""What a trainer tells the run folder (progress, verified checkpoints), and what makes it stop: people, and its budget."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_helpers import telemetry, termination
+from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import RunError
+from qlora_helpers.heartbeat import readings
 from qlora_helpers.run import Run
+from qlora_helpers.status import BY_BUDGET, BY_REQUEST, Status
+from qlora_helpers.training_budget import Budget
 
 HEARTBEAT_S = 2.0
 log = logging.getLogger("qlora_helpers.training")
 
 
 class RunFolderCallback(TrainerCallback):
-    """Writes what the trainer does into the run folder, and hears what people ask of it.
+    """Writes what the trainer does into the run folder, hears what people ask of it, and keeps to its budget.
 
-    Under torchrun only the first process writes; what it hears is told to all, so that they stop at the same step.
+    Under torchrun only the first process writes; what it decides is told to all, so that they stop at the same step.
+
+    Attributes:
+        stopped: whether this session ended before all steps were done, and `stop_reason` why.
     """
 
     def __init__(self, run: Run, config: TrainConfig, session: int, is_writer: bool) -> None:
         self.run, self.config, self.session, self.is_writer = run, config, session, is_writer
         self.trainer: Any = None  # the SummaryTrainer, for its token count
-        self.stopped = False
+        self.stop_reason = ""
+        status = run.status() if is_writer else Status()
+        losses = (record["eval_loss"] for record in run.progress() if "eval_loss" in record) if is_writer else ()
+        self.budget = Budget(config, status, losses)
         self.saving_for: list[Any] = []
         self._beat = 0.0
         self._mark = (time.monotonic(), 0)
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.stop_reason)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
@@ -46,22 +60,33 @@ class RunFolderCallback(TrainerCallback):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._listen(control)
+        self._listen(state, control)
         self._beat_heart(state)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Trainer saves after this, so what was asked during the evaluation is done at once, not a step later."""
-        self._listen(control)
+        if metrics and "eval_loss" in metrics:
+            self.budget.evaluated(float(metrics["eval_loss"]))
+        self._listen(state, control)
 
-    def _listen(self, control: Any) -> None:
+    def _listen(self, state: Any, control: Any) -> None:
         asked = self.run.pending_requests(self.session) if self.is_writer else []
-        told_to_end = {"stop"} if self.is_writer and termination.asked() else set()
-        kinds = _told_to_all({request.kind for request in asked} | told_to_end)
-        if kinds:
+        kinds = {request.kind for request in asked}
+        reason = BY_REQUEST if "stop" in kinds else ""
+        if self.is_writer and termination.asked():
+            reason = termination.REASON
+        all_done = state.global_step >= state.max_steps
+        if self.is_writer and not reason and not all_done and (limit := self.budget.exhausted()):
+            reason = BY_BUDGET + limit
+        save, reason = _told_to_all((bool(kinds or reason), reason))
+        if save:
             self.saving_for = asked
             control.should_save = True
-        if "stop" in kinds:
-            self.stopped = control.should_training_stop = True
+        if reason:
+            self.stop_reason = reason
+            control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._beat_heart(state)
@@ -85,7 +110,9 @@ class RunFolderCallback(TrainerCallback):
         if self.is_writer:
             record = self._record(logs, state)
             self.run.append_progress(record)
-            log.info("%s", {name: value for name, value in record.items() if name not in ("process", "gpus")})
+            passed = ("step", "session", "process", "gpus")
+            told = ", ".join(f"{name} {value:.5g}" for name, value in record.items() if name not in passed)
+            log.info("step %d: %s", state.global_step, told)
             self.run.set_status(step=state.global_step)
 
     def _record(self, logs: dict[str, float], state: Any) -> dict[str, Any]:
@@ -102,7 +129,7 @@ class RunFolderCallback(TrainerCallback):
             processes = self.trainer.accelerator.num_processes
             record["tokens_per_s"] = round((tokens - self._mark[1]) * processes / max(1e-9, now - self._mark[0]), 1)
             self._mark = (now, tokens)
-        return record | readings()
+        return record | self.budget.used() | readings()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:
@@ -114,21 +141,37 @@ class RunFolderCallback(TrainerCallback):
         self.saving_for = []
 
 
-def readings() -> dict[str, Any]:
-    """GPU readings, or the process's own where there is no GPU, for a line of progress."""
-    gpus = telemetry.read_gpus()
-    if gpus:
-        return {"gpus": [{"memory_used_gib": gpu.memory_used_gib, "load": gpu.utilisation_percent} for gpu in gpus]}
-    process = telemetry.read_process()
-    return {"process": {"rss_gib": round(process.rss_gib, 3)}} if process else {}
-
-
-def _told_to_all(kinds: set[str]) -> set[str]:
-    """What the first process heard, in every process of a torchrun job."""
+def _told_to_all(decision: tuple[bool, str]) -> tuple[bool, str]:
+    """What the first process decided, in every process of a torchrun job."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        return kinds
-    told = [sorted(kinds)]
+        return decision
+    told = [decision]
     dist.broadcast_object_list(told, src=0)
-    return set(told[0])
+    return told[0]
+
+
+class CallEachTime(TrainerCallback):
+    """Calls a function as training goes on, at most so often: what shows progress in the cell that trains.
+
+    Args:
+        call: takes nothing; is called in the training thread.
+        every_s: least seconds between two calls.
+    """
+
+    def __init__(self, call: Callable[[], None], every_s: float = 0.5) -> None:
+        self.call, self.every_s = call, every_s
+        self._last = float("-inf")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._last >= self.every_s:
+            self.call()
+            self._last = time.monotonic()
+
+    on_prediction_step = on_step_end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.call()
+
+    on_train_end = on_train_begin

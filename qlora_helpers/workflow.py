@@ -11,18 +11,23 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import rescue, termination
+from qlora_helpers import locks, rescue, termination
 from qlora_helpers.architectures import keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig, profile_config
 from qlora_helpers.errors import RunError, UserError
+from qlora_helpers.heartbeat import beating
+from qlora_helpers.price import needed_price
 from qlora_helpers.run import Run, find_runs, read_json, replaced_folder, runs_root, write_json
+from qlora_helpers.status import BY_REQUEST, INTERRUPTED
 from qlora_helpers.trained_on import refuse_other_than_trained_on
+from qlora_helpers.training_budget import refuse_spent_budget
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,6 +158,7 @@ def train(
     model: PeftModel | None = None,
     loaded: LoadedModel | None = None,
     show_progress: bool = True,
+    shut_down_app: bool = False,
     say: Say = print,
 ) -> TrainResult:
     """Trains the run's adapters, or goes on from its newest good checkpoint, and saves the adapter.
@@ -161,19 +167,29 @@ def train(
         run: the run.
         model: the model with adapters, where it is in memory already.
         loaded: the base model that `model` stands on, or that gets adapters here.
-        show_progress: whether Trainer draws its bar or table.
+        show_progress: whether progress is drawn: a live panel in a notebook, Trainer's bar elsewhere.
+        shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
         say: told what takes long.
 
     Raises:
-        RunError: another process trains this run, or training ended badly; the last good checkpoint is intact.
+        RunError: another process trains this run or uses its GPUs, its dollars are used up, or training ended badly; the last good
+            checkpoint is intact.
     """
     from qlora_helpers import training
     from qlora_helpers.data import content_marks
     from qlora_helpers.events import event_callback
+    from qlora_helpers.training_callback import CallEachTime
 
     config = run.config()
     main = is_main_process()
-    with termination.heard(), _owned(run) if main else contextlib.nullcontext(), contextlib.ExitStack() as undone:
+    show_progress = show_progress and not _prints_into(run.log_path)
+    with contextlib.ExitStack() as owned, contextlib.ExitStack() as undone:
+        redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
+        owned.enter_context(termination.heard())
+        if main:
+            owned.enter_context(_owned(run, shut_down_app=shut_down_app))
+        if redraw:
+            redraw()
         refuse_other_than_trained_on(run)
         if loaded is None:
             if main:
@@ -185,9 +201,11 @@ def train(
         marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config, samples=_samples(data)) if main else None
         with _MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
+            callbacks = [events] if events else []
+            callbacks += [CallEachTime(redraw)] if redraw else []
             result = training.train(
                 model, loaded.tokenizer, data, config.train, run,
-                extra_callbacks=(events,) if events else (), show_progress=show_progress,
+                extra_callbacks=tuple(callbacks), show_progress=show_progress and not redraw,
                 trained_on=refuse_other_than_trained_on(run, marks),
             )  # fmt: skip
         if main:
@@ -199,15 +217,9 @@ def train(
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
-                exit_reason=_why_it_ended(result),
+                exit_reason=result.stop_reason or "all steps are done",
             )
     return result
-
-
-def _why_it_ended(result: TrainResult) -> str:
-    if not result.stopped:
-        return "all steps are done"
-    return termination.REASON if termination.asked() else "stopped and saved by request"
 
 
 @contextlib.contextmanager
@@ -510,41 +522,79 @@ def _main_process_first(loaded: LoadedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _owned(run: Run) -> Iterator[None]:
-    """Keeps a second trainer off this run, writes the log, and leaves a true status whatever happens."""
-    from filelock import FileLock, Timeout
+def _owned(run: Run, *, shut_down_app: bool = False) -> Iterator[None]:
+    """Keeps a second trainer off this run and its GPUs, writes the log, and leaves a true status whatever happens."""
+    with locks.run_lock(run), _logged_to(run.log_path):
+        began = False
+        try:
+            config = run.config()
+            refuse_spent_budget(config.train, run.status())
+            price = needed_price(config.train)
+            gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
+            with locks.gpu_locks(run, gpus):
+                session = run.open_session(usd_per_hour=price.usd_per_hour if price else None).session
+                began = True
+                with beating(run, session):
+                    yield
+            run.answer_all("the training had ended already")
+        except BaseException as error:
+            reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
+            log.error("training ended: %s: %s", type(error).__name__, error)
+            with contextlib.suppress(RunError):  # a full disk must not hide why
+                run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
+                run.answer_all("the training failed first")
+            raise
+        finally:
+            if shut_down_app and began:
+                _shut_app_down(run)
 
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder / ".lock")
+
+def _shut_app_down(run: Run) -> None:
+    """Shuts the Studio app down, unless a person ended the training or another one goes on beside it."""
+    from qlora_helpers.cleanup_sagemaker import stop_this_app
+
+    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, termination.REASON):
+        return
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"another process is training {run.name!r}", next_step="Wait for it, or stop it; then try again."
-        ) from None
-    handler = _log_to(run.log_path)
+        locks.refuse_taken_gpus(locks.visible_gpus())
+        log.warning("shutting down this app: %s", stop_this_app())
+    except UserError as error:
+        log.warning("the app was not shut down: %s", error)
+
+
+def _shown_in_cell(run: Run) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
+    """A live panel below the notebook cell that trains, as a function that redraws it; None outside a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if getattr(shell, "kernel", None) is None:
+        return contextlib.nullcontext()
+    from qlora_helpers.widgets import shown_in_cell
+
+    return shown_in_cell(run)
+
+
+def _prints_into(path: Path) -> bool:
+    """Whether what this process prints goes into a file already, as that of a background process does."""
     try:
-        yield
-    except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
-        log.error("training ended: %s: %s", type(error).__name__, error)
-        with contextlib.suppress(RunError):  # a full disk must not hide why
-            run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
-        raise
-    finally:
-        handler.close()
-        for name in ("qlora_helpers", "transformers"):
-            logging.getLogger(name).removeHandler(handler)
-        lock.release()
+        return os.path.samestat(os.fstat(2), path.stat())
+    except OSError:
+        return False
 
 
-def _log_to(path: Path) -> logging.Handler:
+@contextlib.contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    # transformers prints its warnings besides: where that goes into the same file, once is enough.
+    names = ("qlora_helpers",) if _prints_into(path) else ("qlora_helpers", "transformers")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name in ("qlora_helpers", "transformers"):
+    for name in names:
         logging.getLogger(name).addHandler(handler)
     logging.getLogger("qlora_helpers").setLevel(logging.INFO)
-    return handler
+    try:
+        yield
+    finally:
+        handler.close()
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
 
 
 def _write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult, data: PreparedData) -> None:

@@ -8,7 +8,7 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
-from qlora_helpers import cleanup_sagemaker
+from qlora_helpers import studio
 from qlora_helpers.cleanup_sagemaker import Resource, list_sagemaker, stop_sagemaker
 from qlora_helpers.errors import UserError
 
@@ -87,7 +87,7 @@ def test_the_app_that_this_runs_in_is_marked_and_comes_last(stubbed, tmp_path, m
             {"AppType": "JupyterLab", "DomainId": DOMAIN, "SpaceName": "lab", "ResourceName": "default", "x": "y"}
         )
     )
-    monkeypatch.setattr(cleanup_sagemaker, "STUDIO_METADATA", here)
+    monkeypatch.setattr(studio, "STUDIO_METADATA", here)
     add_lists(
         stub,
         [app("default", "JupyterLab", SpaceName="lab"), app("default", "JupyterLab", SpaceName="other")],

@@ -210,6 +210,13 @@ def test_random_weights_are_told(tmp_path):
     [
         ({"state": "running", "pid": None, "heartbeat": 9e12}, "Training is still going on, at step 30 of 30"),
         ({"state": "stopped"}, "Training was stopped by request at step 30 of 30"),
+        (
+            {
+                "state": "stopped",
+                "exit_reason": "stopped and saved by its budget: 2.00 USD of train.stop_at_usd=2 are used",
+            },
+            "Training was stopped by its budget (2.00 USD of train.stop_at_usd=2 are used) at step 30 of 30",
+        ),
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
         (
             {"state": "running", "heartbeat": 0.0},

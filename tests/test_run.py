@@ -431,7 +431,7 @@ def test_viewers_read_while_the_trainer_writes(run):
     with contextlib.ExitStack() as stack:
         stack.callback(writer.kill)
         while writer.poll() is None:
-            assert run.status().state in ("new", "running", "finished", "dead")
+            assert run.status().state in ("new", "starting", "running", "finished", "dead")
             reached = steps(run)
             assert reached == [*range(1, len(reached) + 1)]
             seen += 0 < len(reached) < 200

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from qlora_helpers.fast_step import loss as token_loss
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.lora import add_adapters
 from qlora_helpers.probes import check_rows_apart
-from qlora_helpers.run import Run
+from qlora_helpers.run import Run, write_json
 from qlora_helpers.training import (
     SummaryTrainer,
     half_of,
@@ -190,6 +191,86 @@ def test_a_request_of_an_earlier_session_is_not_heard(teach, run):
     _, result = teach()
     assert not result.stopped
     assert [request.answer for request in run.requests()] == ["stale: the session it was meant for has ended"]
+
+
+class WhileEvaluating(TrainerCallback):
+    """Does something in the evaluation after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.action and state.global_step == self.step:
+            self.action = self.action() and None
+
+
+@pytest.mark.parametrize("kind", ["stop", "save"])
+def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
+    callback = WhileEvaluating(2, lambda: run.request(kind))
+    _, result = teach(callback, max_steps=6, eval_steps=2, save_steps=6)
+    assert result.steps == (2 if kind == "stop" else 6)
+    assert checkpoints(run)[0] == 2
+    assert [request.answer for request in run.requests()] == ["saved at step 2"]
+
+
+# the budget
+
+
+def test_patience_stops_and_saves_after_evaluations_without_a_better_loss(teach, run):
+    """A learning rate that ruins the model: the first evaluation is the best."""
+    _, result = teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
+    assert result.stopped and result.steps == 3
+    assert "in 2 evaluations (train.patience)" in result.stop_reason
+    assert "stopped by its budget (no better evaluation loss" in repr(result)
+    assert checkpoints(run) == [3]
+    counted = [line["evaluations_without_better"] for line in run.progress() if "eval_loss" in line]
+    assert counted[:2] == [0, 0] and len(counted) == 3
+
+
+def test_a_stop_for_want_of_patience_can_be_gone_on_from(teach, run):
+    teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
+    _, result = teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
+    assert result.steps >= 5  # two evaluations more, at the least
+
+
+@pytest.fixture
+def an_hour_later(monkeypatch):
+    """Puts the budget's clock an hour ahead."""
+    from qlora_helpers import training_budget
+
+    return lambda: monkeypatch.setattr(training_budget, "time", SimpleNamespace(time=lambda: time.time() + 3600))
+
+
+def test_dollars_stop_and_save(teach, run, an_hour_later):
+    changes = {"max_steps": 50, "eval_steps": 50, "save_steps": 50, "stop_at_usd": 10.0, "usd_per_hour": 10.0}
+    _, result = teach(At(3, an_hour_later), **changes)
+    assert result.stopped and result.steps == 3 and checkpoints(run) == [3]
+    assert "USD of train.stop_at_usd=10 are used" in result.stop_reason
+    first, *_, last = [line["usd"] for line in run.progress()]
+    assert first < 1 and last >= 10
+
+
+def test_dollars_count_over_sessions(teach, run):
+    status = {"state": "stopped", "started_at": 1000.0, "usd_per_hour": 10.0, "session": 1, "heartbeat": 1000.0 + 3600}
+    write_json(run.status_path, status)
+    _, result = teach(max_steps=4, stop_at_usd=10.0, usd_per_hour=10.0)
+    assert result.stopped and result.steps == 1
+    assert run.progress()[0]["usd"] >= 10
+
+
+def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run, an_hour_later, monkeypatch):
+    changes = {"max_steps": 5, "eval_steps": 50, "save_steps": 50, "stop_at_minutes": 60.0}
+    _, result = teach(At(2, an_hour_later), **changes)
+    assert result.stopped and result.steps == 2 and checkpoints(run) == [2]
+    assert "of train.stop_at_minutes=60 are over" in result.stop_reason
+    monkeypatch.undo()
+    _, result = teach(**changes)
+    assert not result.stopped and result.steps == 5
+
+
+def test_a_limit_that_is_reached_with_the_last_step_stops_nothing(teach, run):
+    _, result = teach(max_steps=3, eval_steps=1, learning_rate=0.9, patience=2)
+    assert not result.stopped and result.steps == 3
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Forms that edit a run's settings, and panels to look at its data and answers, inside a notebook.
+"""Forms that edit a run's settings, panels to look at its data and answers, and one that watches it, inside a notebook.
 
 They read and write run folders and know no model: a panel that needs answers is handed a function. No torch is imported here.
 """
@@ -8,7 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"ConfigForm": "form", "row_browser": "rows", "answer_panel": "answers"}
+_HOMES = {
+    "ConfigForm": "form",
+    "row_browser": "rows",
+    "answer_panel": "answers",
+    "watch": "watch_panel",
+    "shown_in_cell": "watch_panel",
+}
 __all__ = list(_HOMES)
 
 

@@ -1,0 +1,105 @@
+"""One trainer a run and a GPU: the locks, and which GPUs a process may use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from fake_nvml import FakeNvml, NoDriver
+
+from qlora_helpers import launch, locks, workflow
+from qlora_helpers.errors import RunError
+from qlora_helpers.run import Run
+
+
+class TwoCards(FakeNvml):
+    def nvmlDeviceGetUUID(self, handle):
+        return ["GPU-aaaa-1", "GPU-bbbb-2"][handle]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus"),
+    [
+        (None, ("GPU-aaaa-1", "GPU-bbbb-2")),
+        ("", ()),
+        ("-1", ()),
+        ("1", ("GPU-bbbb-2",)),
+        ("1,0", ("GPU-bbbb-2", "GPU-aaaa-1")),
+        ("1,7,0", ("GPU-bbbb-2",)),  # CUDA stops at the first that is not there
+        ("GPU-aaaa", ("GPU-aaaa-1",)),
+        ("MIG-cccc", ("MIG-cccc",)),
+    ],
+)
+def test_which_gpus_a_process_may_use(monkeypatch, chosen, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert locks.visible_gpus(TwoCards()) == gpus
+    assert locks.visible_gpus(NoDriver()) == ()
+
+
+HOLDER = """
+import sys, time
+from qlora_helpers import locks
+from qlora_helpers.run import Run
+with locks.gpu_locks(Run(sys.argv[1]), ["GPU-held"]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that trains `runs/other` on a GPU."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "runs" / "other")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
+    said = rf"the run 'other' \(process {holder.pid}\) trains on GPU-held already.*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
+        pass
+    with locks.gpu_locks(run, ["GPU-free"]):  # it was given back
+        pass
+    holder.kill()
+    holder.wait()
+    locks.refuse_taken_gpus(["GPU-held"])
+    with locks.gpu_locks(run, ["GPU-held"]):
+        pass
+
+
+def test_a_start_is_refused_while_another_run_has_the_gpu(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "visible_gpus", lambda: ("GPU-held",))
+    run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
+    with pytest.raises(RunError, match="the run 'other' .* trains on GPU-held already"):
+        launch.start(run)
+    assert run.status().state == "new"
+    with pytest.raises(RunError, match="trains on GPU-held already"):
+        workflow.train(run, say=lambda text: None)
+    assert run.status().state == "failed"
+    assert "GPU-held" in run.status().last_error
+    run = workflow.open_run("mine", settings=["model.device_map=cpu"], root=tmp_path / "runs")
+    with workflow._owned(run):  # takes no GPU
+        pass
+
+
+def test_a_run_is_locked_while_it_trains(run):
+    assert not locks.is_locked(run)
+    with locks.run_lock(run):
+        assert locks.is_locked(run)
+        with pytest.raises(RunError, match="another process is training 'mine'"), locks.run_lock(Run(run.folder)):
+            pass
+    assert not locks.is_locked(run)
+
+
+def test_a_refused_start_says_where_the_run_trains(tmp_path):
+    run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
+    with locks.run_lock(run), pytest.raises(RunError, match="'mine' is being trained already, in another process"):
+        launch.start(run)
+    run.start_session(max_steps=4, resumed_from=0)
+    with pytest.raises(RunError, match=r"'mine' is being trained already, in process \d+ on "):
+        launch.start(run)

@@ -1,0 +1,138 @@
+"""SageMaker Studio: it is told that somebody is at work, and an app may be shut down when the work is done."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+
+import pytest
+
+from qlora_helpers import cleanup_sagemaker, heartbeat, studio, workflow
+from qlora_helpers.errors import UserError
+
+APP = {"DomainId": "d-1", "SpaceName": "lab", "AppType": "JupyterLab", "AppName": "default"}
+
+
+@pytest.fixture
+def in_studio(tmp_path, monkeypatch):
+    """An app of Studio; yields the file that it reads."""
+    metadata = tmp_path / "resource-metadata.json"
+    metadata.write_text(json.dumps({"ResourceName": "default"} | {key: APP[key] for key in list(APP)[:3]}))
+    monkeypatch.setattr(studio, "STUDIO_METADATA", metadata)
+    monkeypatch.setattr(studio, "IDLE_FILE", tmp_path / "last-active")
+    return tmp_path / "last-active"
+
+
+def as_studio_reads_it(path) -> datetime.datetime:
+    return datetime.datetime.strptime(path.read_text().strip(), "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.UTC)
+
+
+def test_studio_is_told_in_the_words_that_it_reads(in_studio):
+    assert studio.say_busy()
+    age = datetime.datetime.now(datetime.UTC) - as_studio_reads_it(in_studio)
+    assert 0 <= age.total_seconds() < 5
+
+
+def test_elsewhere_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(studio, "STUDIO_METADATA", tmp_path / "nothing")
+    monkeypatch.setattr(studio, "IDLE_FILE", tmp_path / "last-active")
+    assert not studio.say_busy()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("QLORA_STUDIO_IDLE_FILE", str(tmp_path / "mine"))
+    assert studio.say_busy()
+    assert as_studio_reads_it(tmp_path / "mine")
+
+
+def test_a_link_that_somebody_laid_is_not_followed(in_studio, tmp_path):
+    (tmp_path / "precious").write_text("keep")
+    os.symlink(tmp_path / "precious", in_studio)
+    assert not studio.say_busy()
+    assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_a_run_at_work_tells_studio_and_one_that_ended_does_not(in_studio, run, monkeypatch):
+    import time
+
+    monkeypatch.setattr(heartbeat, "LISTEN_S", 0.01)
+    monkeypatch.setattr(heartbeat, "STUDIO_S", 0.02)
+    run.start_session(max_steps=4, resumed_from=0)
+    with heartbeat.beating(run, 1):
+        for _ in range(500):
+            if in_studio.exists():
+                break
+            time.sleep(0.01)
+        assert in_studio.exists()
+    told = in_studio.read_text()
+    time.sleep(0.1)
+    assert in_studio.read_text() == told
+
+
+# shutting down
+
+
+class Client:
+    def __init__(self):
+        self.deleted = []
+
+    def delete_app(self, **app):
+        self.deleted.append(app)
+
+
+@pytest.fixture
+def client(monkeypatch):
+    client = Client()
+    monkeypatch.setattr(cleanup_sagemaker, "new_client", lambda name: client)
+    return client
+
+
+def test_this_app_is_shut_down(in_studio, client):
+    assert cleanup_sagemaker.stop_this_app() == APP
+    assert client.deleted == [APP]
+    studio.STUDIO_METADATA.unlink()
+    with pytest.raises(UserError, match="this is no app of SageMaker Studio"):
+        cleanup_sagemaker.stop_this_app()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "state", "reason", "error", "shut"),
+    [
+        (True, "finished", "all steps are done", None, True),
+        (True, "stopped", "stopped and saved by its budget: 2.00 USD of train.stop_at_usd=2 are used", None, True),
+        (True, "failed", None, ZeroDivisionError("oops"), True),
+        (True, "stopped", "stopped and saved by request", None, False),
+        (True, "failed", None, KeyboardInterrupt(), False),
+        (False, "finished", "all steps are done", None, False),
+    ],
+)
+def test_the_app_is_shut_down_after_a_run_unless_a_person_ended_it(
+    in_studio, client, tmp_path, wanted, state, reason, error, shut
+):
+    import contextlib
+
+    run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
+    with contextlib.suppress(ZeroDivisionError, KeyboardInterrupt), workflow._owned(run, shut_down_app=wanted):
+        if error:
+            raise error
+        run.set_status(state=state, exit_reason=reason)
+    assert client.deleted == ([APP] if shut else [])
+
+
+def test_a_run_that_could_not_begin_shuts_nothing_down(in_studio, client, tmp_path):
+    from qlora_helpers import locks
+    from qlora_helpers.errors import RunError
+
+    run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
+    with locks.run_lock(run), pytest.raises(RunError), workflow._owned(run, shut_down_app=True):
+        pass
+    assert client.deleted == []
+
+
+def test_the_command_line_passes_it_on(monkeypatch, tmp_path):
+    from qlora_helpers.__main__ import main
+
+    calls = []
+    monkeypatch.setattr(workflow, "train", lambda run, **options: calls.append(options))
+    main(["train", str(tmp_path / "runs" / "mine"), "--profile", "tiny", "--shut-down-app"])
+    main(["train", str(tmp_path / "runs" / "mine")])
+    assert calls == [{"shut_down_app": True}, {"shut_down_app": False}]

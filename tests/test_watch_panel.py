@@ -1,0 +1,443 @@
+"""The panel that watches a run: what its widgets hold, without a browser; how it looks there is the browser tests' business."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_run import STEPS, add_progress, fake_run
+
+from qlora_helpers.errors import RunError
+from qlora_helpers.run import Run, write_json
+from qlora_helpers.widgets import watch
+from qlora_helpers.widgets.live_charts import axis_end, round_ticks, thinned
+
+GPUS = {
+    "gpus": [
+        {"name": "NVIDIA A10G", "memory_used_gib": 18.25, "memory_total_gib": 24.0, "load": 97.0},
+        {"name": "NVIDIA A10G", "memory_used_gib": 3.0, "memory_total_gib": 24.0, "load": None},
+    ]
+}
+
+
+def live_run(tmp_path, **changes) -> Run:
+    """A run that this process trains, as its folder tells it."""
+    run = fake_run(tmp_path)
+    run.start_session(max_steps=2 * STEPS, resumed_from=0)
+    add_progress(run)
+    now = time.time()
+    status = {"step": STEPS, "started_at": now - 90, "heartbeat": now, "usd_per_hour": 7.2} | changes
+    write_json(run.status_path, dataclasses.replace(run.status(), **status))
+    return run
+
+
+def plain_text(widget) -> str:
+    import re
+
+    return html.unescape(re.sub("<[^>]*>", "\n", widget.value))
+
+
+def test_values_of_a_run_that_trains(tmp_path):
+    run = live_run(tmp_path, readings=GPUS)
+    panel = watch(run)
+    assert panel.bar.value == 0.5
+    assert {"demo", "running", "30 of 60", "about 4 min 00 s", "1 min 30 s", "0.18 USD"} <= {
+        line.strip() for line in plain_text(panel.state).splitlines()
+    }
+    loss, evaluation = panel.charts["loss"].lines
+    assert list(loss.x) == [*range(2, STEPS + 1, 2)]
+    assert list(evaluation.x) == [10, 20, 30]
+    for key in ("learning_rate", "grad_norm", "tokens_per_s"):
+        assert len(panel.charts[key].lines[0].x) == STEPS / 2
+    assert "850" in panel.charts["tokens_per_s"].key.value
+    shown = plain_text(panel.readings).split("\n")
+    assert {"GPU 0 NVIDIA A10G memory", "18.2 of 24 GiB", "GPU 0 load", "97 %", "3.0 of 24 GiB"} <= set(shown)
+    assert "GPU 1 load" not in shown
+    assert panel.readings.value.count("full") == 0  # a busy GPU is no warning
+    assert not panel.stop_button.disabled
+    assert not panel.save_button.disabled
+    assert panel.resume_button.disabled
+    panel.close()
+
+
+def test_new_steps_are_drawn_and_superseded_ones_go(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    run.append_progress({"session": 1, "step": 32, "loss": 2.0})
+    panel.refresh()
+    assert list(panel.charts["loss"].lines[0].x)[-2:] == [30, 32]
+    run.append_progress({"event": "start", "session": 2, "resumed_from": 20})
+    run.append_progress({"session": 2, "step": 22, "loss": 1.0})
+    panel.refresh()
+    x, y = panel.charts["loss"].lines[0].x, panel.charts["loss"].lines[0].y
+    assert list(x)[-2:] == [20, 22] and y[-1] == 1.0
+    assert list(panel.charts["loss"].lines[1].x) == [10, 20]
+    panel.close()
+
+
+def test_what_is_drawn_already_is_not_sent_again(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    drawn = [mark.x for chart in panel.charts.values() for mark in chart.lines]
+    panel.refresh()
+    assert all(mark.x is x for mark, x in zip([m for c in panel.charts.values() for m in c.lines], drawn, strict=True))
+    panel.close()
+
+
+def test_a_half_written_line_waits_for_its_end(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    line = json.dumps({"session": 1, "step": 32, "loss": 2.0})
+    with open(run.progress_path, "a") as file:
+        file.write(line[:15])
+        file.flush()
+        panel.refresh()
+        assert panel.charts["loss"].lines[0].x[-1] == 30
+        file.write(line[15:] + "\n")
+    panel.refresh()
+    assert panel.charts["loss"].lines[0].x[-1] == 32
+    panel.close()
+
+
+EVIL = "<img src=x onerror=alert(1)> & <script>alert(2)</script>"
+
+
+def test_html_in_what_is_read_is_shown_and_not_run(tmp_path):
+    run = live_run(tmp_path, readings={"gpus": [{"name": EVIL, "memory_used_gib": 1.0}]})
+    run.log_path.write_text(f"first\n{EVIL}\n\x1b[31mred\x1b[0m\n")
+    request = run.request("save")
+    run.acknowledge(request, EVIL)
+    panel = watch(run)
+    run.set_status(state="failed", last_error=EVIL)
+    panel.refresh()
+    for widget in (panel.state, panel.log, panel.requests, panel.readings):
+        assert "<img" not in widget.value and "<script" not in widget.value
+        assert EVIL in plain_text(widget)
+    assert "red" in panel.log.value and "\x1b" not in panel.log.value
+    assert "<img src=x" not in panel.still_html() and "<script" not in panel.still_html()
+    panel.close()
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [{"gpus": 3}, {"gpus": [None, "x", {"load": "hot", "memory_used_gib": True}]}, {"process": {"rss_gib": "2"}}],
+)
+def test_readings_of_another_kind_are_passed_over(tmp_path, readings):
+    run = live_run(tmp_path, readings=readings)
+    run.append_progress({"session": 1, "step": 32, "time": "noon", "loss": 10**400, "evaluations_without_better": []})
+    run.save_config(run.config().with_settings({"train.patience": 4}))
+    panel = watch(run)
+    assert panel.readings.value == ""
+    assert panel.charts["loss"].lines[0].x[-1] == 30
+    assert "0 of 4" in plain_text(panel.limits)
+    panel.close()
+
+
+def test_a_bar_in_the_log_is_shown_as_it_was_last(tmp_path):
+    run = live_run(tmp_path)
+    run.log_path.write_bytes(b"begin\nLoading:   0%\rLoading:  50%\rLoading: 100%\r\nafter \xff\n")
+    panel = watch(run)
+    assert plain_text(panel.log).strip() == "begin\nLoading: 100%\nafter \ufffd"
+    run.log_path.write_text("".join(f"line {number}\n" for number in range(10_000)))
+    panel.refresh()
+    assert plain_text(panel.log).strip().splitlines() == [f"line {number}" for number in range(9986, 10_000)]
+    panel.close()
+
+
+def test_what_is_asked_is_shown_as_asked_heard_and_done(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    panel.stop_button.click()
+    (request,) = run.requests()
+    assert (request.kind, request.session, request.stage) == ("stop", 1, "asked")
+    assert "Stop and save" in plain_text(panel.requests) and "ago" in plain_text(panel.requests)
+    assert panel.stop_button.disabled and panel.save_button.disabled
+    run.hear(1)
+    panel.refresh()
+    assert "heard, will be done after this step or evaluation" in plain_text(panel.requests)
+    (request,) = run.pending_requests(1)
+    run.acknowledge(request, "saved at step 31")
+    run.set_status(state="stopped", step=31, exit_reason="stopped and saved by request")
+    panel.refresh()
+    assert plain_text(panel.requests).split("\n")[-4:-2] == [
+        "saved at step 31",
+        "",
+    ] or "saved at step 31" in plain_text(panel.requests)
+    assert "stopped and saved by request" in plain_text(panel.state)
+    panel.close()
+
+
+def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    panel.save_button.click()
+    run.set_status(state="finished")
+    panel.refresh()
+    assert "not heard: the trainer is finished" in plain_text(panel.requests)
+    run.answer_all("the training had ended already")
+    panel.refresh()
+    assert "the training had ended already" in plain_text(panel.requests)
+    panel.save_button.disabled = False  # a click that was on its way
+    panel.save_button.click()
+    assert "the run 'demo' is finished. Only a running trainer can be asked." in plain_text(panel.requests)
+    panel.close()
+
+
+def test_resume_calls_what_it_was_handed(tmp_path):
+    run = live_run(tmp_path)
+    run.set_status(state="stopped")
+    assert watch(run).resume_button.disabled
+    calls = []
+    panel = watch(run, start=lambda run: calls.append(run) or "demo trains in process 7")
+    assert not panel.resume_button.disabled
+    panel.resume_button.click()
+    assert calls == [run]
+    assert "demo trains in process 7" in plain_text(panel.requests)
+    panel.close()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_dead_trainer_is_shown_as_dead_with_its_last_words(tmp_path, elsewhere):
+    run = live_run(tmp_path)
+    run.log_path.write_text("one\ntorch.OutOfMemoryError: CUDA out of memory\n")
+    panel = watch(run, start=print)
+    assert panel.view.status.state == "running"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    changes = {"host": "elsewhere", "heartbeat": time.time() - 61} if elsewhere else {"pid": gone.pid}
+    write_json(run.status_path, dataclasses.replace(run.status(), **changes))
+    panel.refresh()
+    text = plain_text(panel.state)
+    assert "dead" in text.split("\n")
+    assert "may have been killed for want of memory" in text
+    assert "Its last words: torch.OutOfMemoryError: CUDA out of memory" in text
+    assert panel.stop_button.disabled and not panel.resume_button.disabled
+    panel.close()
+
+
+def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
+    run = live_run(tmp_path, host="elsewhere", pid=1, heartbeat=time.time() - 20)
+    panel = watch(run)
+    assert panel.view.status.state == "running"
+    assert "20 s ago" in plain_text(panel.state)
+    panel.close()
+
+
+def test_the_budget_is_shown_as_far_as_it_is_used(tmp_path):
+    run = live_run(tmp_path, spent_usd=0.32)
+    run.save_config(
+        run.config().with_settings({"train.stop_at_usd": 1, "train.stop_at_minutes": 3, "train.patience": 4})
+    )
+    run.append_progress({"session": 1, "step": 32, "eval_loss": 2.0, "evaluations_without_better": 2})
+    panel = watch(run)
+    assert [(limit.name, round(limit.share, 2)) for limit in panel.view.limits] == [
+        ("dollars", 0.5), ("time", 0.5), ("patience", 0.5),
+    ]  # fmt: skip
+    text = plain_text(panel.limits)
+    assert "0.50 of 1 USD" in text and "1 min 30 s of 3 min 00 s" in text
+    assert "2 of 4 evaluations without a better loss" in text
+    panel.close()
+
+
+def test_a_run_that_has_not_begun(tmp_path):
+    panel = watch(fake_run(tmp_path), start=print)
+    assert "new" in plain_text(panel.state).split("\n")
+    assert panel.resume_button.description == "Start" and not panel.resume_button.disabled
+    assert panel.log.value == "" and panel.bar.value == 0
+    panel.close()
+
+
+def test_a_damaged_status_is_told_and_passes(tmp_path):
+    run = live_run(tmp_path)
+    good = run.status_path.read_text()
+    panel = watch(run)
+    run.status_path.write_text("{")
+    panel.refresh()
+    assert "is damaged" in plain_text(panel.state)
+    run.status_path.write_text(good)
+    panel.refresh()
+    assert "running" in plain_text(panel.state)
+    panel.close()
+
+
+def test_where_there_are_no_widgets_it_is_a_table_and_a_picture(tmp_path):
+    panel = watch(live_run(tmp_path, readings=GPUS))
+    shown = panel._repr_mimebundle_()
+    assert shown["text/plain"].startswith("demo: running, step 30 of 60")
+    assert "evaluation loss" in shown["text/plain"]
+    assert "<img alt=" in shown["text/html"] and "demo: running" in shown["text/html"]
+    assert shown["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.box.model_id
+    assert repr(panel).splitlines()[1:] == shown["text/plain"].splitlines()[1:]
+    panel.close()
+
+
+def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeypatch):
+    from qlora_helpers.widgets import watch_panel
+
+    monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
+    run = live_run(tmp_path)
+
+    async def follow():
+        one, other = watch(run), watch(run)
+        for step in (32, 34):
+            run.append_progress({"session": 1, "step": step, "loss": 2.0})
+            for panel in (one, other):
+                for _ in range(500):
+                    if panel.closed or panel.charts["loss"].lines[0].x[-1] == step:
+                        break
+                    await asyncio.sleep(0.01)
+            assert other.charts["loss"].lines[0].x[-1] == step
+            if step == 32:
+                assert one.charts["loss"].lines[0].x[-1] == step
+                one.close()
+        assert one.charts["loss"].lines[0].x[-1] == 32
+        other.close()
+        await asyncio.sleep(0.05)
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(follow())
+
+
+def test_a_look_costs_little_however_long_the_run(tmp_path):
+    """A panel of a run with 20,000 logged steps: one look without news, and one with a new step."""
+    run = live_run(tmp_path)
+    with open(run.progress_path, "a") as file:
+        for step in range(STEPS + 1, 20_000):
+            file.write(json.dumps({"session": 1, "step": step, "loss": 2.0, "grad_norm": 1.0, "time": step}) + "\n")
+    panel = watch(run)
+    assert len(panel.charts["loss"].lines[0].x) <= 500
+    started = time.process_time()
+    for _ in range(20):
+        panel.refresh()
+    idle = (time.process_time() - started) / 20
+    run.append_progress({"session": 1, "step": 20_000, "loss": 1.0})
+    started = time.process_time()
+    panel.refresh()
+    news = time.process_time() - started
+    assert panel.charts["loss"].lines[0].x[-1] == 20_000
+    print(f"{1000 * idle:.1f} ms without news, {1000 * news:.1f} ms with")
+    assert idle < 0.05 and news < 0.25
+    panel.close()
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "end"),
+    [(0, 0, 10), (0, 60, 10), (7, 60, 10), (30, 60, 40), (50, 60, 60), (70, 60, 70), (900, 0, 1500)],
+)
+def test_the_axis_grows_in_round_steps_to_the_end_of_the_run(step, last, end):
+    assert axis_end(step, last) == end
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks", "form"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100], "d"),
+        (1.93, 3.1, [2.0, 2.2, 2.4, 2.6, 2.8, 3.0], ".1f"),
+        (2.105, 2.195, [2.12, 2.14, 2.16, 2.18], ".2f"),
+        (0, 1.06e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3], ".0e"),
+        (0, 31_000, [0, 10_000, 20_000, 30_000], "~s"),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, ticks, form):
+    found, written = round_ticks(low, high, 6)
+    assert found == pytest.approx(ticks)
+    assert written == form
+
+
+def test_thinned_curves_keep_their_ends_and_extremes():
+    points = tuple((step, float(step % 7)) for step in range(10_000))
+    points = (*points[:5000], (5000, 99.0), *points[5001:])
+    shown = thinned(points)
+    assert len(shown) <= 500
+    assert shown[0] == points[0] and shown[-1] == points[-1] and (5000, 99.0) in shown
+    assert [step for step, _ in shown] == sorted(step for step, _ in shown)
+    assert thinned(points[:500]) == points[:500]
+
+
+def test_watching_imports_no_torch():
+    code = "import sys; from qlora_helpers.widgets import watch; watch; from qlora_helpers.launch import start; "
+    code += "print(callable(watch), sorted({'torch', 'transformers', 'accelerate', 'boto3'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+
+
+def test_a_finished_run_can_go_on_once_its_settings_changed(tmp_path):
+    run = live_run(tmp_path)
+    run.set_status(state="finished")
+    panel = watch(run, start=print)
+    assert panel.resume_button.disabled
+    changed = run.config().with_settings({"train.epochs": 2})
+    run.save_config(changed)
+    later = time.time() + 5
+    os.utime(run.config_path, (later, later))
+    panel.refresh()
+    assert not panel.resume_button.disabled
+    panel.close()
+
+
+def test_a_cell_that_is_run_again_replaces_its_panel_and_closing_leaves_nothing(tmp_path, monkeypatch):
+    from ipywidgets.widgets.widget import _instances as alive
+
+    from qlora_helpers.widgets import watch_panel
+
+    before = set(alive)
+    run = live_run(tmp_path)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-1")
+    first = watch(run)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-2")
+    other = watch(run)
+    monkeypatch.setattr(watch_panel, "_this_cell", lambda: "cell-1")
+    second = watch(run)
+    assert first.closed and not other.closed and not second.closed
+    assert len(set(alive) - before) > 60
+    second.close()
+    other.close()
+    assert not set(alive) - before
+
+
+def test_waiting_for_a_step_and_for_the_end(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+
+    async def wait():
+        with pytest.raises(RunError, match="the run 'demo' is still running after 0.2 s"):
+            await panel.wait(timeout_s=0.2)
+        assert (await panel.wait(step=STEPS)).step == STEPS
+
+        async def end():
+            await asyncio.sleep(0.2)
+            run.set_status(state="stopped")
+
+        ending = asyncio.create_task(end())
+        assert (await panel.wait(step=10_000)).state == "stopped"
+        await ending
+
+    asyncio.run(wait())
+    assert panel.view.status.state == "stopped"
+    panel.close()
+
+
+def test_training_in_a_cell_is_shown_live_and_ends_as_a_picture(tmp_path):
+    """A real kernel: the output that the notebook's file would hold after the cell."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    settings = ["data.train_rows=4", "data.eval_rows=1", "data.seq_len_tokens=128", "train.max_steps=3"]
+    code = "from qlora_helpers import workflow\n"
+    code += f"run = workflow.open_run('a', profile='tiny', settings={settings}, root={str(tmp_path)!r})"
+    cells = [nbformat.v4.new_code_cell(code + "\nworkflow.train(run)")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = next(output for output in notebook.cells[0].outputs if "text/html" in output.get("data", {}))
+    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    assert shown.data["text/plain"].startswith("a: finished, step 3 of 3")
+    assert "<img alt=" in shown.data["text/html"]
+    text = "".join(output.get("text", "") for output in notebook.cells[0].outputs if output.output_type == "stream")
+    assert "'loss'" not in text
