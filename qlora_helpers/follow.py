@@ -20,6 +20,7 @@ from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import UserError
 from qlora_helpers.progress import Progress
 from qlora_helpers.run import Request, Run
+from qlora_helpers.s3_copy import CopyState, copy_state
 from qlora_helpers.status import Status
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
@@ -55,6 +56,7 @@ class View:
         requests: the newest of each kind in this session, oldest first.
         log: the last lines that the trainer printed, without control characters.
         trouble: why it failed or died, with what it said last; empty where all is well.
+        events_copy: how far the copy of its TensorBoard events on S3 is; None where there is none.
         settings_changed: whether they were saved anew since the last sign of life, so that a finished run may have more to do.
     """
 
@@ -69,6 +71,7 @@ class View:
     requests: tuple[Request, ...] = ()
     log: tuple[str, ...] = ()
     trouble: str = ""
+    events_copy: CopyState | None = None
     settings_changed: bool = False
 
     def last(self, curve: str) -> float | None:
@@ -111,6 +114,7 @@ class Follower:
                 status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
                 _limits(self._unless_changed(self.run.config_path, self._train_config), status, last),
                 _newest_requests(self.run.requests(), status.session), log, _trouble(status, log),
+                events_copy=copy_state(self.run.events_dir),
                 settings_changed=self._settings_changed(status),
             )  # fmt: skip
 

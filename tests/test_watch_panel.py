@@ -246,6 +246,18 @@ def test_the_budget_is_shown_as_far_as_it_is_used(tmp_path):
     panel.close()
 
 
+def test_a_bucket_that_does_not_take_the_events_is_said(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    assert "TensorBoard" not in panel.readings.value
+    told = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
+    write_json(run.events_dir / "upload.json", told)
+    panel.refresh()
+    assert "s3://b/p/demo has not taken the events" in plain_text(panel.readings)
+    assert "NoSuchBucket: &lt;b&gt;" in panel.readings.value and "2.0 KiB wait" in panel.readings.value
+    panel.close()
+
+
 def test_a_run_that_has_not_begun(tmp_path):
     panel = watch(fake_run(tmp_path), start=print)
     assert "new" in plain_text(panel.state).split("\n")
@@ -341,7 +353,8 @@ def test_the_axis_grows_in_round_steps_to_the_end_of_the_run(step, last, end):
         (0, 100, [0, 20, 40, 60, 80, 100], "d"),
         (1.93, 3.1, [2.0, 2.2, 2.4, 2.6, 2.8, 3.0], ".1f"),
         (2.105, 2.195, [2.12, 2.14, 2.16, 2.18], ".2f"),
-        (0, 1.06e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3], ".0e"),
+        (0, 1.06e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3], ".1~e"),
+        (9.93e-4, 1e-3, [9.94e-4, 9.96e-4, 9.98e-4, 1e-3], ".3~e"),
         (0, 31_000, [0, 10_000, 20_000, 30_000], "~s"),
     ],
 )

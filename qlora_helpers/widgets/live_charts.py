@@ -129,7 +129,10 @@ def round_ticks(low: float, high: float, most: int) -> tuple[list[float], str]:
     ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     if step >= 1:
         return ticks, "~s" if max(map(abs, ticks), default=0) >= 10_000 else "d"
-    return ticks, ".0e" if step < 1e-3 else f".{math.ceil(-math.log10(step) - 1e-9)}f"
+    if step >= 1e-3:
+        return ticks, f".{math.ceil(-math.log10(step) - 1e-9)}f"
+    digits = math.floor(math.log10(max(map(abs, ticks), default=step)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
+    return ticks, f".{max(0, digits)}~e"  # as many as tell two ticks apart
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:

@@ -153,7 +153,7 @@ class WatchPanel(Panel):
         for key, chart in self.charts.items():
             lines = [view.curves["loss"], view.curves["eval_loss"]] if key == "loss" else [view.curves[key]]
             chart.show(lines, last_step=status.max_steps, generation=view.generation)
-        self.readings.value = watch_texts.readings(view)
+        self.readings.value = watch_texts.readings(view) + watch_texts.events_copy(view)
         self.requests.value = self._note or watch_texts.requests(view)
         self.log.value = watch_texts.log(view)
         stopping = any(request.kind == "stop" and request.stage != "answered" for request in view.requests)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from qlora_helpers.follow import View, as_number
 from qlora_helpers.run import Request
+from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 from qlora_helpers.widgets.panel import wrong
 
@@ -32,6 +33,8 @@ STYLE = """<style>
 .qlora-meter { height: 8px; border-radius: 4px; overflow: hidden; background: var(--jp-layout-color3, #ddd); }
 .qlora-meter > div { height: 100%; background: #3a7bd5; }
 .qlora-meter.full > div { background: #d2691e; }
+.qlora-copied { font-size: 12px; color: var(--jp-ui-font-color2, #666); }
+.qlora-copied.away { color: inherit; border-left: 4px solid var(--jp-warn-color1, #d29922); padding: 1px 8px; }
 .qlora-asked { align-items: center; flex-wrap: wrap; overflow: visible; }
 .qlora-requests { flex: 1 1 300px; }
 .qlora-steps { font-size: 12px; margin-left: 12px; }
@@ -92,6 +95,14 @@ def readings(view: View) -> str:
     rows += [("process memory", None, f"{rss:.2f} GiB")] if rss is not None else []
     rows += [("CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
     return _bars(rows)
+
+
+def events_copy(view: View) -> str:
+    """How far the copy of the TensorBoard events on S3 is; a bucket that does not take them is a warning, never red."""
+    if view.events_copy is None:
+        return ""
+    line = html.escape(plain(f"TensorBoard: {view.events_copy.line()}"))
+    return f'<div class="qlora-copied{" away" if view.events_copy.last_error else ""}" role="status">{line}</div>'
 
 
 def requests(view: View) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qlora_helpers.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 LAPTOP = {"width": 1280, "height": 800}
@@ -31,6 +34,13 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def end(run: Run) -> None:
+    """Kills the trainer of a run that a test started, where it still lives."""
+    status = run.status()
+    if status.is_live and status.pid:
+        os.kill(status.pid, signal.SIGKILL)
 
 
 class Lab:

@@ -6,15 +6,25 @@ The answers are those of the run that `make demo` leaves.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
-from lab import ROOT
+from lab import ROOT, end
 from playwright.sync_api import expect
+
+from qlora_helpers.run import Run
 
 # Read before the tests' own settings take their place.
 DEMO_RUNS = Path(os.environ.get("QLORA_RUNS") or ROOT / "runs").resolve()
 CACHE = os.environ.get("QLORA_CACHE")
+WATCHED = [
+    "train.max_steps=300",
+    "train.logging_steps=1",
+    "train.eval_steps=20",
+    "train.patience=5",
+    "train.stop_at_minutes=30",
+]
 
 pytestmark = pytest.mark.skipif(
     "QLORA_SCREENSHOTS" not in os.environ, reason="no pictures are asked for (QLORA_SCREENSHOTS)"
@@ -43,3 +53,21 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
     rows.locator(".qlora-whole-block input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_attached()
     picture(notebook, rows, "rows")
+
+
+def test_a_run_half_way(lab, opened, picture):
+    cells = [
+        "from qlora_helpers import workflow\nfrom qlora_helpers.launch import start\nfrom qlora_helpers.widgets import watch",
+        f"run = workflow.open_run('falcon-tiny', profile='tiny', settings={WATCHED})\nstart(run)",
+        "watch(run, start)",
+    ]
+    notebook = opened(lab.add_notebook("half-way.ipynb", cells))
+    notebook.run_all()
+    run, panel = Run(lab.runs / "falcon-tiny"), notebook.page.locator(".qlora-watch")
+    try:
+        expect(panel.locator(".qlora-state")).to_contain_text(re.compile(r"step [12]\d\d of"), timeout=400_000)
+        picture(notebook, panel, "watch")
+        panel.locator("button.qlora-stop").click()
+        expect(panel.locator(".qlora-state")).to_contain_text("stopped")
+    finally:
+        end(run)

@@ -1,0 +1,65 @@
+"""A run of its own, watched: started in the background, seen to learn, left, found again, stopped, and on disk."""
+
+from __future__ import annotations
+
+import pytest
+from lab import end
+from playwright.sync_api import expect
+
+from qlora_helpers.run import Run
+from qlora_helpers.training_checkpoints import newest_good
+
+SETTINGS = ["train.max_steps=5000", "train.logging_steps=1", "train.eval_steps=25", "train.save_steps=2000"]
+
+
+@pytest.fixture
+def run(lab):
+    """A run that would take many minutes; its trainer ends with the test, whatever happens."""
+    run = Run(lab.runs / "watched-live")
+    yield run
+    end(run)
+
+
+@pytest.fixture
+def notebook(lab, opened, run):
+    """A notebook that starts and watches it."""
+    cells = [
+        "from qlora_helpers import workflow\nfrom qlora_helpers.launch import start\nfrom qlora_helpers.widgets import watch",
+        f"run = workflow.open_run('{run.name}', profile='tiny', settings={SETTINGS})\nstart(run)",
+        "watch(run, start)",
+    ]
+    return opened(lab.add_notebook("watch.ipynb", cells))
+
+
+def drawn_points(panel) -> int:
+    """Points of the training loss as they are drawn."""
+    return panel.locator("path.line").first.evaluate("line => (line.getAttribute('d') || '').split('L').length - 1")
+
+
+def until_more_points(page, panel, than: int) -> None:
+    """Waits until the line of the training loss has more points than that."""
+    page.wait_for_function(
+        "than => (document.querySelector('.qlora-watch path.line')?.getAttribute('d') || '').split('L').length - 1 > than",
+        arg=than,
+    )  # fmt: skip
+
+
+def test_start_watch_reload_stop_and_find_the_checkpoint(notebook, run):
+    page = notebook.page
+    notebook.run_all()
+    panel = page.locator(".qlora-watch")
+    expect(panel.locator(".qlora-state")).to_contain_text("running")
+    until_more_points(page, panel, 3)
+    until_more_points(page, panel, drawn_points(panel) + 10)
+
+    notebook.reload()
+    expect(panel.locator(".qlora-state")).to_contain_text("running")
+    until_more_points(page, panel, drawn_points(panel) + 10)
+    panel.locator("button.qlora-save").click()
+    expect(panel).to_contain_text("saved at step")
+
+    panel.locator("button.qlora-stop").click()
+    expect(panel.locator(".qlora-state")).to_contain_text("stopped")
+    status = run.status()
+    assert status.state == "stopped" and 0 < status.step < status.max_steps
+    assert newest_good(run.checkpoints_dir).name == f"checkpoint-{status.step}"
