@@ -63,12 +63,8 @@ class RunFolderCallback(TrainerCallback):
         self._listen(state, control)
         self._beat_heart(state)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer saves after this, so what was asked during the evaluation is done at once, not a step later."""
-        if metrics and "eval_loss" in metrics:
-            self.budget.evaluated(float(metrics["eval_loss"]))
         self._listen(state, control)
 
     def _listen(self, state: Any, control: Any) -> None:
@@ -107,6 +103,8 @@ class RunFolderCallback(TrainerCallback):
                     f"{name} is no longer a finite number at step {state.global_step}",
                     next_step="Lower train.learning_rate; the run goes on from its last good checkpoint.",
                 )
+        if "eval_loss" in logs:  # before its line is written, which says how many were no better
+            self.budget.evaluated(float(logs["eval_loss"]))
         if self.is_writer:
             record = self._record(logs, state)
             self.run.append_progress(record)
