@@ -63,8 +63,10 @@ def copy_state(folder: Path) -> CopyState | None:
     known = {item.name for item in dataclasses.fields(CopyState)}
     try:
         values = read_json(folder / STATE_FILE)
-        return CopyState(**{key: value for key, value in values.items() if key in known})
-    except (UserError, TypeError, AttributeError, OSError):
+        state = CopyState(**{key: value for key, value in values.items() if key in known})
+        state.line()  # the file may come from anywhere: what can't be told is no state
+        return state
+    except (UserError, TypeError, ValueError, AttributeError, OSError, OverflowError):
         return None
 
 

@@ -237,7 +237,11 @@ def test_events_that_stay_here_have_nothing_to_catch_up_with(run):
         copy_events(run)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"pending_bytes": 3}'])
+DAMAGES = ["", "[]", "{", '{"pending_bytes": 3}', '{"target": "s3://b/p", "last_success": "noon"}',
+           '{"target": "s3://b/p", "last_error": "x", "pending_bytes": "many"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_no_state(run, damage):
     run.events_dir.mkdir(parents=True)
     assert copy_state(run.events_dir) is None
