@@ -36,8 +36,7 @@ def test_the_handler_that_was_there_comes_back():
     before = signal.signal(signal.SIGTERM, lambda *args: heard.append(args))
     try:
         with pytest.raises(ZeroDivisionError), termination.heard(), termination.steps():
-            terminate()
-            raise ZeroDivisionError
+            terminate() or 1 / 0
         assert heard == []
         terminate()
         assert len(heard) == 1
