@@ -137,14 +137,15 @@ def trainers() -> str:
 
 
 def compared() -> list[list[dict[str, Any]]]:
-    """Steps of one call, model and limit, the fastest of each trainer."""
+    """Steps by model and limit, of the last call that measured them; the fastest of each trainer."""
     groups: dict[tuple, dict[str, dict[str, Any]]] = {}
     for case in measured_steps():
         if case["limit_gib"] and case["variant"] in TRAINERS and "profile" not in case:
             group = groups.setdefault((case["call"], case["model"], case["limit_gib"]), {})
             if case["tokens_per_s"] > group.get(case["variant"], case | {"tokens_per_s": 0})["tokens_per_s"]:
                 group[case["variant"]] = case
-    return [list(group.values()) for group in groups.values()]
+    last = {(model, limit): list(group.values()) for (_, model, limit), group in sorted(groups.items())}
+    return list(last.values())
 
 
 def predicted() -> str:
@@ -192,7 +193,7 @@ def plot() -> str:
     """Tokens a second of each trainer within each limit, as SVG."""
     from matplotlib.figure import Figure
 
-    groups = compared()
+    groups = [group for group in compared() if len(group) > 1]
     figure = Figure(figsize=(8, 0.62 * sum(map(len, groups))))
     places = figure.subplots(len(groups), 1, gridspec_kw={"height_ratios": [len(group) for group in groups]})
     for axes, group in zip(places, groups, strict=True):

@@ -85,12 +85,14 @@ def compared(name: str, rows: str, compiled: bool, recomputed: int) -> dict[str,
     exact_loss, exact = gradients(exact_model, plain)
     with torch.autocast(DEVICE, torch.bfloat16):
         plain_loss, usual = gradients(model, plain)
+    with fast_step(model, packed=packed, longest=LENGTH, compiled=False, recomputed=0):
+        alone = [logits_alone(model, block, lengths) for block, lengths in zip(blocks, ROWS[rows], strict=True)]
     with fast_step(model, packed=packed, longest=LENGTH, compiled=compiled, recomputed=recomputed) as on:
         collator = BlockCollator(
             0, packed, pad_to=LENGTH if packed else None, most_rows=5 if on.rows_apart else None, list_trained=True
         )
         fast_loss, fast = gradients(model, collator(blocks))
-        apart = rows_apart(model, collator, blocks) if packed else None
+        apart = rows_apart(model, collator, blocks, alone) if packed else None
         found = {
             "rows_apart": on.rows_apart,
             "compiled": on.compiled,
@@ -107,26 +109,29 @@ def compared(name: str, rows: str, compiled: bool, recomputed: int) -> dict[str,
     return {"layout": name, "rows": rows} | found | errors
 
 
-def rows_apart(model: Any, collator: BlockCollator, blocks: list[dict[str, list[int]]]) -> float:
+def logits_alone(model: Any, block: dict[str, list[int]], lengths: list[int]) -> torch.Tensor:
+    """Each row of a block asked by itself, without starts of rows: `(tokens, vocabulary)`."""
+    found, start = [], 0
+    for length in lengths:
+        ids = torch.tensor(block["input_ids"][start : start + length], device=DEVICE)[None]
+        with torch.no_grad():
+            found.append(model(input_ids=ids).logits[0].float())
+        start += length
+    return torch.cat(found)
+
+
+def rows_apart(
+    model: Any, collator: BlockCollator, blocks: list[dict[str, list[int]]], alone: list[torch.Tensor]
+) -> float:
     """The largest difference between a packed row's logits and the row's alone, relative to the largest logit."""
-    model.eval()
-    batch = {
-        name: value.to(DEVICE)
-        for name, value in collator(blocks).items()
-        if "label" not in name and "trained" not in name
-    }
+    batch = collator(blocks)
+    asked = {name: value.to(DEVICE) for name, value in batch.items() if "label" not in name and "trained" not in name}
     with torch.no_grad():
-        packed = model(**batch).logits.float()
-        worst = 0.0
-        for index, (block, lengths) in enumerate(zip(blocks, ROWS["packed"], strict=True)):
-            start = 0
-            for length in lengths:
-                ids = torch.tensor(block["input_ids"][start : start + length], device=DEVICE)[None]
-                alone = model(input_ids=ids).logits[0].float()
-                difference = (packed[index, start : start + length] - alone).abs().max() / alone.abs().max()
-                worst, start = max(worst, float(difference)), start + length
-    model.train()
-    return worst
+        packed = model(**asked).logits.float()
+    differences = [
+        (found[: len(one)] - one).abs().max() / one.abs().max() for found, one in zip(packed, alone, strict=True)
+    ]
+    return float(max(differences))
 
 
 def main() -> None:
