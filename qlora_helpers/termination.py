@@ -51,6 +51,8 @@ def steps() -> Iterator[None]:
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
+    if _State.asked:  # it is saving already
+        return
     _State.asked = True
     if not _State.can_save:
         raise SystemExit(EXIT_CODE)

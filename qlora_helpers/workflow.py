@@ -211,7 +211,8 @@ def train(
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
-            log.info("certificate:\n%s", certify(run, model, loaded, data))
+            if not termination.asked():  # seconds are left; the session that goes on certifies
+                log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 _write_measured(run, model, loaded, result, data)
             run.set_status(
