@@ -246,6 +246,18 @@ def cpu_speed() -> str:
     )
 
 
+def export() -> str:
+    """What merging into 16-bit files takes."""
+    found = read_json(HERE / "export_memory_two_cores.json")
+    (case,) = found["cases"]
+    bound = found["arithmetic"]["falcon-40b"]["bound_gib"]
+    return (
+        f"{case['model'].title()} ({case['size_gib']:.1f} GiB) was merged into 16-bit files in {case['seconds']:.0f} s with "
+        f"{case['merging_gib']:.2f} GiB at work on two CPU cores (`benchmarks/export_memory_two_cores.json`); "
+        f"Falcon-40B needs {bound:.2f} GiB by arithmetic.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "gpu": gpu,
