@@ -113,18 +113,20 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from qlora_helpers import report, workflow
+    from qlora_helpers import report
+    from qlora_helpers.opening import existing_run
 
-    print(report.write_report(workflow.existing_run(options.run)))
+    print(report.write_report(existing_run(options.run)))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from qlora_helpers import export, workflow
+    from qlora_helpers import export
+    from qlora_helpers.opening import existing_run
 
-    run = workflow.existing_run(options.run)
+    run = existing_run(options.run)
     out = Path(options.out) if options.out else None
     report = export.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)
@@ -135,9 +137,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from qlora_helpers import cleanup, workflow
+    from qlora_helpers import cleanup
+    from qlora_helpers.run import runs_root
 
-    space = cleanup.find_space(workflow.runs_root())
+    space = cleanup.find_space(runs_root())
     if options.run is None:
         if options.yes:
             raise UserError("nothing is deleted without a name", next_step="Name the run: clean RUN --yes.")

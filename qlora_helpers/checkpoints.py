@@ -25,7 +25,7 @@ from qlora_helpers.config import ModelConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.hub_errors import clear_hub_errors, no_space
 from qlora_helpers.model_shapes import SHAPES, unknown_shape
-from qlora_helpers.run import replaced_folder
+from qlora_helpers.whole_files import replaced_folder
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab*", "merges.txt")
 HUB_ANSWER_S = 5.0

@@ -17,9 +17,9 @@ from qlora_helpers.blocks import PreparedData, pack
 from qlora_helpers.config import DataConfig
 from qlora_helpers.errors import DataError
 from qlora_helpers.labels import LabelledRow, LabelReport, label_report, label_row
-from qlora_helpers.run import read_json, replaced_folder, write_json
 from qlora_helpers.scorecard import dialogue_key
 from qlora_helpers.sources import Corpus, Dialogue
+from qlora_helpers.whole_files import read_json, replaced_folder, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

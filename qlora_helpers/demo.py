@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from qlora_helpers import report, workflow
+from qlora_helpers.measured import add_to_plan
 
 
 def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: workflow.Say = print) -> Path:
@@ -39,7 +40,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     say(str(check))
     result = workflow.evaluate(run, model=model, loaded=loaded, say=say)
     say(str(result))
-    workflow.add_to_plan(run, demo_seconds=round(time.monotonic() - started))
+    add_to_plan(run, demo_seconds=round(time.monotonic() - started))
     path = report.write_report(run)
     say(f"The report is {path}.")
     return path

@@ -6,16 +6,22 @@ models; TensorBoard's format is tensorboardX's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError
 from qlora_helpers.run import Run
 from qlora_helpers.s3_copy import CopyState, S3Copy, s3_target
 
+if TYPE_CHECKING:
+    from qlora_helpers.dialogues import Dialogue
+    from qlora_helpers.evaluation import Evaluation
+
 METRICS = ("train/loss", "eval/loss")
 """What the page of hyperparameters compares runs by."""
+SAMPLES = 3
+"""Held-out rows whose texts are shown."""
 
 
 def event_callback(
@@ -68,6 +74,21 @@ def event_callback(
                 self.copy.close()
 
     return EventCallback()
+
+
+def unanswered_samples(rows: Sequence[Dialogue]) -> dict[str, dict[str, str]]:
+    """What TensorBoard shows of the first held-out rows before they are answered."""
+    return {row.id: {"dialogue": row.dialogue, "its summary": row.summary} for row in rows[:SAMPLES]}
+
+
+def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """The same rows with their answers, and the scores that TensorBoard lays over those of other runs."""
+    samples = {
+        row["id"]: {"dialogue": row["dialogue"], "its summary": row["summary"]}
+        | {f"answer of {model}": answer["text"] for model, answer in row["answers"].items()}
+        for row in result.to_dict()["rows"][:SAMPLES]
+    }
+    return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}
 
 
 def write_answers(

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import hosting, workflow
+from qlora_helpers.adapter_files import load_adapter
 from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, base_fingerprint, require_certificate
 from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.comparison import answered, compared
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.merging import SHARD_GIB, MergeReport, merge, tokenizer_files
-from qlora_helpers.run import Run, read_json, replaced_folder, write_json
+from qlora_helpers.run import Run
 from qlora_helpers.tables import text_table
 from qlora_helpers.tensor_files import stored_tensors
 from qlora_helpers.units import gib
+from qlora_helpers.whole_files import read_json, replaced_folder, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -239,7 +242,7 @@ def _measured_drift(run: Run, merged: Path, say: workflow.Say) -> tuple[tuple[Dr
         say(f"Asking the {name} ...")
         loaded, model = load()
         data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
-        found[name] = workflow.answered(run, model, loaded, data, DRIFT_PROMPTS)
+        found[name] = answered(run, model, loaded, data, DRIFT_PROMPTS)
         del loaded, model
         gc.collect()
     names = list(found)
@@ -251,7 +254,7 @@ def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:
     from qlora_helpers.models import load_model
 
     loaded = load_model(config, say=lambda text: None)
-    return loaded, workflow.load_adapter(run, loaded)
+    return loaded, load_adapter(run, loaded)
 
 
 def _alone(config: Any) -> tuple[LoadedModel, Any]:
@@ -268,9 +271,9 @@ def _drift(first: str, second: str, one: tuple[list, list], other: tuple[list, l
     for a, b in zip(one[0], other[0], strict=True):
         log_a, log_b = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
         kl.append(float((log_a.exp() * (log_a - log_b)).sum()))
-    compared = workflow.compared(one, other)
+    shared = compared(one, other)
     return Drift(
-        first, second, compared["prompts"], compared["largest_difference"], sum(kl) / len(kl), compared["same_answers"]
+        first, second, shared["prompts"], shared["largest_difference"], sum(kl) / len(kl), shared["same_answers"]
     )
 
 

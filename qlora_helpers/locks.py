@@ -1,4 +1,4 @@
-"""Locks that keep two trainers off one run, and off one GPU.
+"""Locks that keep two trainers off one run, and off one GPU, and two threads off one model.
 
 A run's lock lies in its folder, a GPU's in the cache of the machine. The system lets go of both when their process ends, however
 it ends.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from typing import Any
 from qlora_helpers import telemetry
 from qlora_helpers.cache import cache_root
 from qlora_helpers.errors import RunError
-from qlora_helpers.run import Run, read_json, write_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json, write_json
+
+# Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
+MODEL_IN_USE = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.errors import ModelError
 from qlora_helpers.memory import merging_bytes, merging_rows
-from qlora_helpers.run import read_json, write_json
 from qlora_helpers.tensor_files import BYTES, INDEX, StoredTensor, TensorToWrite, shards, stored_tensors, write_tensors
 from qlora_helpers.units import BYTES_IN_GIB, gib
+from qlora_helpers.whole_files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,11 @@ from typing import Any
 from qlora_helpers.charts import Chart, Panel, Points, number_text
 from qlora_helpers.errors import UserError
 from qlora_helpers.follow import points_of, seconds_left
-from qlora_helpers.run import Run, Status, find_runs, read_json
+from qlora_helpers.run import Run, Status, find_runs
 from qlora_helpers.s3_copy import CopyState, copy_state
 from qlora_helpers.tables import Table, html_table, plain, text_table
 from qlora_helpers.units import duration
+from qlora_helpers.whole_files import read_json
 
 
 class LossCurve(Chart):

@@ -29,10 +29,11 @@ from qlora_helpers.report_scores import (
     signed,
     verdicts,
 )
-from qlora_helpers.run import Run, Status, read_json, write_text
+from qlora_helpers.run import Run, Status
 from qlora_helpers.status import BY_BUDGET
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
+from qlora_helpers.whole_files import read_json, write_text
 
 NOTES_SHOWN = 20
 

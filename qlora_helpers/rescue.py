@@ -22,11 +22,13 @@ from qlora_helpers import planning
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError, UserError
+from qlora_helpers.measured import add_to_plan
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.plan import Candidate
-from qlora_helpers.run import Run, read_json, write_json
+from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.units import gib
+from qlora_helpers.whole_files import read_json
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -223,9 +225,8 @@ def _told(run: Run, failure: Failure) -> OutOfMemory:
     candidates, mends = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
     told = OutOfMemory(failure.where, failure.step, candidates, mends)
     with contextlib.suppress(RunError):  # a full disk must not hide this
-        plan = read_json(run.plan_path) if run.plan_path.exists() else {}
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
-        write_json(run.plan_path, plan | {"out_of_memory": record})
+        add_to_plan(run, out_of_memory=record)
         if run.status().state == "failed":
             run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {told}"[:2000])
     return told

@@ -1,7 +1,7 @@
-"""One run, one folder: its paths, atomic writes, status, requests and progress.
+"""One run, one folder: its paths, settings, status, requests and progress.
 
 What notebooks, panels, background processes and cluster jobs share about a run passes through this folder and nothing else.
-JSON files are written whole or not at all. This module knows no model and imports no torch.
+This module knows no model and imports no torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,84 +22,13 @@ from qlora_helpers.config import RunConfig, config_from_dict
 from qlora_helpers.errors import RunError
 from qlora_helpers.progress import Progress
 from qlora_helpers.status import STATES, WENT_SILENT, Status, is_alive
+from qlora_helpers.whole_files import not_written, read_json, write_json
 
 REQUEST_KINDS = ("stop", "save")
 FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
 # The trainer's heart beats in a thread of its own; what the two write into one file must not cross.
 _WRITING = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary name, fsync, rename.
-
-    Raises:
-        RunError: the disk is full or the folder can't be written; the old file is still there.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-def _not_written(path: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
-    )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all; dataclasses become objects."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        RunError: it is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path.name} is not in {path.parent}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
-
-
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A folder written whole or not at all: yields a temporary folder that takes `path`'s place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.chmod(temporary, 0o755)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -314,7 +240,7 @@ class Run:
                         line = "\n" + line
                 file.write(line.encode())
         except OSError as error:
-            raise _not_written(self.progress_path, error) from error
+            raise not_written(self.progress_path, error) from error
 
     def progress(self) -> list[dict[str, Any]]:
         """The logged steps as one gapless curve: what a resumed session did again is dropped, half-written lines too."""

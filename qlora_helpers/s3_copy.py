@@ -18,8 +18,9 @@ from typing import Any
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import UserError
-from qlora_helpers.run import Run, read_json, write_json
+from qlora_helpers.run import Run
 from qlora_helpers.units import duration
+from qlora_helpers.whole_files import read_json, write_json
 
 COPY_EVERY_S = 30.0
 LAST_COPY_S = 20.0

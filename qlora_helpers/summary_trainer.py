@@ -21,7 +21,7 @@ from qlora_helpers.blocks import row_losses
 from qlora_helpers.errors import RunError
 from qlora_helpers.fast_step import FastStep
 from qlora_helpers.loss_watch import LossWatch, rows_in_words
-from qlora_helpers.run import read_json, write_json
+from qlora_helpers.whole_files import read_json, write_json
 
 
 class SummaryTrainer(Trainer):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.run import FIXED, Run, read_json
+from qlora_helpers.run import FIXED, Run
+from qlora_helpers.whole_files import read_json
 
 
 def refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.errors import RunError
-from qlora_helpers.run import read_json, write_json
 from qlora_helpers.units import gib
+from qlora_helpers.whole_files import read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,7 +9,8 @@ from typing import Any
 
 from qlora_helpers.config import profile_config
 from qlora_helpers.labels import LabelReport
-from qlora_helpers.run import Run, write_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import write_json
 
 STEPS = 30
 ROWS = [

@@ -13,6 +13,7 @@ import pytest
 from qlora_helpers import events, s3_copy, workflow
 from qlora_helpers.s3_copy import copy_state
 from qlora_helpers.tensorboard_page import start_tensorboard
+from qlora_helpers.whole_files import read_json
 
 SMALL = {
     "data.train_rows": 8, "data.eval_rows": 1, "data.test_rows": 2, "data.seq_len_tokens": 256, "train.max_steps": 6,
@@ -131,7 +132,7 @@ def test_a_bucket_that_goes_away_in_the_middle_of_training(s3, tmp_path, monkeyp
         rouge = api.get("plugin/scalars/scalars", tag=last, run="mine")
         assert [step for _, step, _ in rouge] == [6]
 
-        row = workflow.read_json(run.evaluation_path)["rows"][0]
+        row = read_json(run.evaluation_path)["rows"][0]
         texts = api.get("plugin/text/text", tag=f"samples/{row['id']}/text_summary", run="mine")
         assert [text["step"] for text in texts] == [0, 6]
         assert "answer of tuned" in texts[1]["text"] and "answer of tuned" not in texts[0]["text"]

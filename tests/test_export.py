@@ -15,7 +15,8 @@ from qlora_helpers import workflow
 from qlora_helpers.__main__ import main
 from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.export import export, publish
-from qlora_helpers.run import Run, read_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",

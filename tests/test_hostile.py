@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from qlora_helpers import readers, workflow
 from qlora_helpers.config import DataConfig, RunConfig, config_from_dict
 from qlora_helpers.errors import ConfigError, DataError, RunError, UserError
-from qlora_helpers.run import Run, Status, read_json
+from qlora_helpers.run import Run, Status
 from qlora_helpers.sources import read_corpus
+from qlora_helpers.whole_files import read_json
 from qlora_helpers.workflow import open_run
 
 DEEP = "[" * 200_000 + "]" * 200_000

@@ -17,9 +17,10 @@ from fake_run import add_progress, fake_run, finished_run
 from qlora_helpers import charts
 from qlora_helpers.charts import Chart, Panel, number_text
 from qlora_helpers.monitor import curves, loss_curve, plan_table, run_table, watch_once
-from qlora_helpers.run import Run, write_json
+from qlora_helpers.run import Run
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
+from qlora_helpers.whole_files import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,8 @@ from qlora_helpers.config import SECTIONS
 from qlora_helpers.errors import RunError
 from qlora_helpers.report import write_report
 from qlora_helpers.report_scores import percent, turns
-from qlora_helpers.run import Run, read_json, write_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "rect"}

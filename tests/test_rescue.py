@@ -15,7 +15,7 @@ from qlora_helpers import planning, rescue, workflow
 from qlora_helpers.catalog import Hardware, find_gpu
 from qlora_helpers.errors import RunError
 from qlora_helpers.rescue import OutOfMemory, ran_out, rescued
-from qlora_helpers.run import read_json
+from qlora_helpers.whole_files import read_json
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
@@ -220,7 +220,7 @@ def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch,
     offered = ["data.seq_len_tokens=64", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]
     with exhausted_at("optimizer", model, after=2), pytest.raises(OutOfMemory, match="after 2 steps"):
         train(run, model, loaded)
-    from qlora_helpers.run import write_json
+    from qlora_helpers.whole_files import write_json
 
     plan = read_json(run.plan_path)
     assert plan["out_of_memory"] == {"where": "optimizer", "step": 2, "next": []}  # a CPU has no plan

@@ -96,6 +96,7 @@ def _train(words: list[str], root: Path, loaded: object) -> int:
     import resource
 
     from qlora_helpers import __main__, workflow
+    from qlora_helpers.errors import UserError
 
     name, *how = words
     if how == ["command"]:
@@ -104,7 +105,7 @@ def _train(words: list[str], root: Path, loaded: object) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(how[0]), int(how[0])))
     try:
         workflow.train(workflow.open_run(name, root=root), loaded=loaded, show_progress=False)
-    except workflow.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

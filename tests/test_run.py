@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run, Status, find_runs, read_json, replaced_folder, write_json, write_text
+from qlora_helpers.run import Run, Status, find_runs
+from qlora_helpers.whole_files import read_json, replaced_folder, write_json, write_text
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"n": 0})
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom qlora_helpers.run import write_json\n"
+        "import os, sys\nfrom pathlib import Path\nfrom qlora_helpers.whole_files import write_json\n"
         "os.fsync = lambda handle: os._exit(9)\nwrite_json(Path(sys.argv[1]), {'n': 1})"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9

@@ -8,8 +8,10 @@ import shutil
 import pytest
 
 from qlora_helpers import workflow
+from qlora_helpers.adapter_files import certify
 from qlora_helpers.certificate import require_certificate
-from qlora_helpers.run import Run, read_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
 SETTINGS = [
@@ -107,6 +109,6 @@ def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained,
     weights[next(name for name in weights if "lora_B" in name)] *= -9
     save_file(weights, copy.adapter_dir / "adapter_model.safetensors")
     data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
-    found = workflow.certify(copy, model, loaded, data)
+    found = certify(copy, model, loaded, data)
     assert not found.passed
     assert "logits differ" in found.problems[0]

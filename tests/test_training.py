@@ -23,7 +23,7 @@ from qlora_helpers.fast_step import loss as token_loss
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.lora import add_adapters
 from qlora_helpers.probes import check_rows_apart
-from qlora_helpers.run import Run, write_json
+from qlora_helpers.run import Run
 from qlora_helpers.training import (
     SummaryTrainer,
     half_of,
@@ -32,6 +32,7 @@ from qlora_helpers.training import (
 )
 from qlora_helpers.training_callback import RunFolderCallback
 from qlora_helpers.training_step import make_collator
+from qlora_helpers.whole_files import write_json
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 

@@ -15,7 +15,8 @@ import pytest
 from fake_run import STEPS, add_progress, fake_run
 
 from qlora_helpers.errors import RunError
-from qlora_helpers.run import Run, write_json
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import write_json
 from qlora_helpers.widgets import watch
 from qlora_helpers.widgets.live_charts import axis_end, round_ticks, thinned
 

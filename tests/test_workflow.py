@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers import workflow
+from qlora_helpers.comparison import ReloadCheck
 from qlora_helpers.config import profile_config
 from qlora_helpers.errors import ConfigError, ModelError, RunError
-from qlora_helpers.run import Run, read_json
-from qlora_helpers.workflow import ReloadCheck, check_reload, existing_run, open_run
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json
+from qlora_helpers.workflow import check_reload, existing_run, open_run
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.05", "train.eval_steps=2", "train.save_steps=1", "data.train_rows=4",

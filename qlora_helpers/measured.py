@@ -1,0 +1,63 @@
+"""What a run measured, kept in its `plan.json` beside what was predicted, and the versions that it was measured with."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.errors import UserError
+from qlora_helpers.run import Run
+from qlora_helpers.whole_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_helpers.blocks import PreparedData
+    from qlora_helpers.models import LoadedModel
+    from qlora_helpers.training import TrainResult
+
+log = logging.getLogger(__name__)
+
+
+def write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult, data: PreparedData) -> None:
+    """What was measured into `plan.json`, and on GPUs beside it what should have been."""
+    from qlora_helpers.lora import count_parameters
+
+    count = count_parameters(model)
+    measured = {
+        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "reserved_gib": result.reserved_gib,
+        "seconds": round(result.seconds, 1), "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps,
+        "trainable_parameters": count.trainable, "parameters": count.total, "published_parameters": count.published_total,
+        "machine": result.machine, "fast_step": result.fast_step.splitlines(), "versions": versions(),
+    }  # fmt: skip
+    add_to_plan(run, measured=measured)
+    if not result.fast_step or result.machine == "CPU":
+        return
+    from qlora_helpers.planning import predicted_step, this_machine
+
+    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # one a process under torchrun
+    try:
+        predicted = predicted_step(
+            run.config(), hardware=dataclasses.replace(this_machine(), gpus=holding), compiled=result.compiled,
+            recomputed=result.recomputed,
+            trained_share=data.report.trained_tokens / data.report.tokens,
+            fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
+        )  # fmt: skip
+    except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
+        log.warning("no prediction beside the measured memory: %s", error)
+    else:
+        add_to_plan(run, predicted=predicted)
+
+
+def add_to_plan(run: Run, **found: Any) -> None:
+    """Writes what was found into the run's `plan.json`, beside what is there."""
+    old = read_json(run.plan_path) if run.plan_path.exists() else {}
+    write_json(run.plan_path, old | found)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {name: importlib.metadata.version(name) for name in names}
