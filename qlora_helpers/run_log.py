@@ -11,6 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
+    """Writes what is logged in the block to the end of a file, besides where it goes already."""
     # transformers prints its warnings besides: where that goes into the same file, once is enough.
     names = ("qlora_helpers",) if prints_into(path) else ("qlora_helpers", "transformers")
     handler = logging.FileHandler(path, encoding="utf-8")
