@@ -32,6 +32,7 @@ DRIFT_PROMPTS = 8
 SPACE_MARGIN = 1.02  # of the merged model's size, for its index and tokenizer
 MEMORY_MARGIN = 1.2  # of a 16-bit model's size, where drift loads it
 FOLDER = "export"
+PARTS = {"adapter", "merged", "model.tar.gz", "serving.json", "export.json"}
 _CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, template `{template}`."
 
 
@@ -84,7 +85,7 @@ def export(
 
     Args:
         run: a trained run.
-        out: the folder; none takes `export` in the run's.
+        out: the folder, new, empty or an earlier export; none takes `export` in the run's.
         merged: whether to write the merged model.
         drift: whether to measure how far it is from the adapter on 4 and on 16 bits, where memory allows.
         shard_gib: size of a file of the merged model.
@@ -92,13 +93,15 @@ def export(
 
     Raises:
         RunError: the run has no adapter yet.
-        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space.
+        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space; `out` holds
+            something else.
     """
+    out = (out or run.folder / FOLDER).resolve()
+    _refuse_other_content(out)
     run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     _check_base(checkpoint, certificate)
-    out = out or run.folder / FOLDER
     report, notes = None, []
     with replaced_folder(out) as folder:
         _write_adapter(run, folder / "adapter", certificate)
@@ -112,6 +115,20 @@ def export(
         values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
         write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
     return ExportReport(out, certificate.weights_sha256, report, found, tuple(notes))
+
+
+def _refuse_other_content(out: Path) -> None:
+    """The export takes the folder's place, with all that is in it: that may be an earlier export, and nothing else."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    other = sorted(names - PARTS) or sorted(names if "export.json" not in names else ())
+    if other:
+        raise ModelError(
+            f"{out} is not written over", expected="a new or empty folder, or an earlier export",
+            got=f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''} in it",
+            next_step=f"Name a folder of its own, such as {out / 'export'}.",
+        )  # fmt: skip
 
 
 def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 from fake_hub import writable_hub
@@ -143,6 +144,25 @@ def test_a_disk_that_is_too_small_leaves_nothing(copy, monkeypatch):
     with pytest.raises(ModelError, match="not enough disk space"):
         export(copy, say=quiet)
     assert not (copy.folder / "export").exists()
+
+
+def test_a_folder_that_holds_something_else_is_not_written_over(copy, tmp_path, monkeypatch):
+    mine = tmp_path / "models" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ModelError, match=r"is not written over; expected a new or empty folder.*got mine.txt in it"):
+        export(copy, out=mine.parent, merged=False, say=quiet)
+    monkeypatch.chdir(mine.parent)
+    with pytest.raises(ModelError, match="got mine.txt in it"):
+        export(copy, out=Path("."), merged=False, say=quiet)
+    with pytest.raises(ModelError, match="got mine.txt in it"):
+        export(copy, out=mine, merged=False, say=quiet)
+    assert mine.read_text() == "mine"
+    first, second = (export(copy, out=mine.parent / "export", merged=False, say=quiet) for _ in range(2))
+    assert first.folder == second.folder and (second.folder / "export.json").exists()
+    (second.folder / "notes.txt").write_text("mine too")
+    with pytest.raises(ModelError, match="got notes.txt in it"):
+        export(copy, out=second.folder, merged=False, say=quiet)
 
 
 def test_the_command(copy, monkeypatch, capsys):
