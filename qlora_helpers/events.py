@@ -76,7 +76,7 @@ def event_callback(
 def _outlive_disk_errors(writer: Any) -> None:
     """Has a writer pass over what the disk does not take, and say so once.
 
-    tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, would wait for it for ever.
+    tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, waits for it for ever.
     """
     file, told = writer.file_writer.event_writer._ev_writer, []
 

@@ -176,6 +176,49 @@ def test_memory_decides_the_form(monkeypatch):
         assert ("GiB are free" in repr(form)) is not dense
 
 
+def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
+    """On a GPU reading prompts takes more than the cache: whatever does not fit, the answers stay."""
+    from qlora_helpers.fast_answers.decoder import SlotDecoder
+
+    model, prompts = tiny_llama(), random_prompts((3, 31, 12, 7, 20, 1, 12, 40, 5, 5, 18))
+    model.lm_head.weight.data[END] *= 4  # some end before memory does
+    own = [own_answers(model, prompt, 8) for prompt in prompts]
+    grow, tried, told = SlotDecoder.grow, [], []
+
+    def grown(self, rows, length):
+        tried.append(self.slots)
+        if self.slots > 2 and tried.count(self.slots) > 4:  # in the middle, after some were answered
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return grow(self, rows, length)
+
+    monkeypatch.setattr(SlotDecoder, "grow", grown)
+    with answering_form(model, rows=5, tokens=64) as form:
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form, progress=told.append) == own
+    assert set(tried) == {5, 3, 2}
+    assert form.slots == 2 and "2 answers at once: more ran out of memory" in repr(form)
+    assert sum(told) == len(prompts) and min(told) > 0
+
+
+def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
+    from qlora_helpers.fast_answers import weights
+
+    model, prompts = tuned(tiny_falcon().model), random_prompts((3, 12))
+    own = [own_answers(model, prompt, 6) for prompt in prompts]
+    unpack, count = weights.unpacked, [0]
+
+    def unpacked(layer):
+        count[0] += 1
+        if count[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return unpack(layer)
+
+    monkeypatch.setattr(weights, "unpacked", unpacked)
+    with answering_form(model, rows=2, tokens=40) as form:
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2, form=form) == own
+    assert not form.dense and "did not fit after all" in repr(form)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
 def test_the_cache_takes_what_arithmetic_says():
     from qlora_helpers.fast_answers import cache_bytes
     from qlora_helpers.fast_answers.decoder import SlotDecoder
