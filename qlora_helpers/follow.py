@@ -226,6 +226,8 @@ def _trouble(status: Status, log: Sequence[str]) -> str:
     if status.state not in ("failed", "dead"):
         return ""
     parts = [status.last_error or status.exit_reason or "it ended"]
+    if status.state == "dead" and log and log[-1].startswith("error: "):  # refused by the command line before it began
+        return plain(log[-1].removeprefix("error: "))
     if status.state == "dead":
         parts = ["The trainer's process ended without a word; it may have been killed for want of memory"]
         parts += [f"Its last words: {log[-1]}"] if log else []

@@ -222,6 +222,14 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_words(tmp_path, elsewhere
     panel.close()
 
 
+def test_what_the_command_line_refused_is_told_as_that(tmp_path):
+    run = live_run(tmp_path)
+    run.log_path.write_text("error: train.seed: expected a whole number, got 'x'.\n")
+    write_json(run.status_path, dataclasses.replace(run.status(), host="elsewhere", heartbeat=time.time() - 61))
+    text = plain_text(watch(run).state)
+    assert "train.seed: expected a whole number" in text and "memory" not in text
+
+
 def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
     run = live_run(tmp_path, host="elsewhere", pid=1, heartbeat=time.time() - 20)
     panel = watch(run)
