@@ -5,7 +5,6 @@ Composes `workflow` and the steps below it. Refuses without a certificate that p
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import hosting, workflow
+from qlora_helpers import hosting, rescue, workflow
 from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, base_fingerprint, require_certificate
 from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
 from qlora_helpers.errors import ModelError, UserError
@@ -169,7 +168,13 @@ def _write_merged(
         )  # fmt: skip
     say(f"Merging into {gib(needed):.2f} GiB of 16-bit weights ...")
     folder.mkdir()
-    report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+    try:
+        report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+    except OSError as error:  # what was free is so no more
+        raise ModelError(
+            f"the merged model could not be written ({error.strerror or error})",
+            next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
+        ) from error
     (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
     shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
     return report
@@ -254,14 +259,25 @@ def _measured_drift(run: Run, merged: Path, say: workflow.Say) -> tuple[tuple[Dr
     found = {}
     for name, load in forms.items():
         say(f"Asking the {name} ...")
-        loaded, model = load()
-        data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
-        found[name] = workflow.answered(run, model, loaded, data, DRIFT_PROMPTS)
-        del loaded, model
-        gc.collect()
+        try:
+            found[name] = _answers_of(run, load, say)
+        except Exception as error:
+            if not rescue.ran_out(error):
+                raise
+            rescue.let_go(error)
+        rescue.free_memory()
+        if name not in found:  # hours of merging are not thrown away for it
+            return (), f"drift not measured: asking the {name} ran out of memory"
     names = list(found)
     pairs = [(first, names[-1]) for first in names[:-1]] + ([(names[0], names[1])] if len(names) > 2 else [])
     return tuple(_drift(first, second, found[first], found[second]) for first, second in pairs), ""
+
+
+def _answers_of(run: Run, load: Callable[[], tuple[LoadedModel, PeftModel]], say: workflow.Say) -> tuple[list, list]:
+    """What a form answers to the run's held-out prompts; the model is gone afterwards."""
+    loaded, model = load()
+    data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+    return workflow.answered(run, model, loaded, data, DRIFT_PROMPTS)
 
 
 def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:

@@ -138,6 +138,34 @@ def test_drift_that_does_not_fit_into_memory_is_said(copy, monkeypatch):
     assert (report.folder / "merged" / "model.safetensors").exists()
 
 
+def test_drift_that_runs_out_of_memory_leaves_the_merged_model(copy, monkeypatch, torch):
+    asked, answered = [], workflow.answered
+
+    def exhausted(*args):
+        asked.append(1)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return answered(*args)
+
+    monkeypatch.setattr(workflow, "answered", exhausted)
+    report = export(copy, say=quiet)
+    assert report.drift == ()
+    assert report.notes[-1] == "drift not measured: asking the adapter on 16 bits ran out of memory"
+    assert (report.folder / "merged" / "model.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_while_merging_is_one_message_and_the_last_export_stays(copy, monkeypatch):
+    export(copy, drift=False, say=quiet)
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_helpers.merging.write_tensors", full)
+    with pytest.raises(ModelError, match=r"could not be written \(No space left on device\).*free some space"):
+        export(copy, drift=False, say=quiet)
+    assert (copy.folder / "export" / "merged" / "model.safetensors").exists()
+
+
 def test_a_disk_that_is_too_small_leaves_nothing(copy, monkeypatch):
     usage = shutil.disk_usage(copy.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
