@@ -168,6 +168,13 @@ def as_number(value: Any) -> float | None:
     return float(value)
 
 
+def as_readings(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Readings of the GPUs and of the process, as far as a file that may hold anything has them."""
+    gpus, process = values.get("gpus"), values.get("process")
+    gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    return gpus, process if isinstance(process, dict) else {}
+
+
 def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
     """Of the training, by the pace between the first and the last of this session's records; None where it can't be told."""
     paced = [

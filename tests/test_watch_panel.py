@@ -325,6 +325,45 @@ def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeyp
     asyncio.run(follow())
 
 
+def test_a_panel_that_was_opened_on_a_damaged_run_finds_back(tmp_path, monkeypatch):
+    from qlora_helpers.widgets import watch_panel
+
+    monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
+    monkeypatch.setattr(watch_panel, "QUIET_S", 0.01)
+    run = live_run(tmp_path)
+    whole = run.status_path.read_text()
+    run.status_path.write_text("{")
+
+    async def follow():
+        panel = watch(run)
+        await asyncio.sleep(0.1)
+        assert "is damaged" in plain_text(panel.state)
+        monkeypatch.setattr(panel._follower, "look", lambda: 1 / 0)
+        await asyncio.sleep(0.1)
+        assert "ZeroDivisionError" in plain_text(panel.state)
+        monkeypatch.undo()
+        run.status_path.write_text(whole)
+        for _ in range(500):
+            if panel.view.status.step == STEPS:
+                break
+            await asyncio.sleep(0.01)
+        assert panel.view.status.step == STEPS
+        panel.close()
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize("step", [2**70, -(10**400), 10**400])
+def test_steps_that_no_chart_can_hold_are_passed_over(tmp_path, step):
+    run = live_run(tmp_path)
+    run.append_progress({"session": 1, "step": step, "loss": 2.0, "gpus": [1, {"name": 3}]})
+    run.append_progress({"session": 1, "step": 31, "loss": 2.0, "gpus": [1, {"name": 3}]})
+    panel = watch(run)
+    assert panel.charts["loss"].lines[0].x[-1] == 31
+    assert "31" in panel.still_text() and "<img" in panel.still_html()
+    panel.close()
+
+
 def test_a_look_costs_little_however_long_the_run(tmp_path):
     """A panel of a run with 20,000 logged steps: one look without news, and one with a new step."""
     run = live_run(tmp_path)
