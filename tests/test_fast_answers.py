@@ -159,6 +159,57 @@ def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
     assert "no CUDA graph: RuntimeError: operation not permitted when stream is capturing" in repr(form)
 
 
+def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monkeypatch):
+    """With stand-ins for CUDA, which behave as PyTorch's parts do: the end of a spoilt recording raises and undoes nothing."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from qlora_helpers.fast_answers.graphs import GraphedStep
+
+    class Generator:
+        recorded = False
+
+        def clone_state(self):
+            return Generator()
+
+        def graphsafe_set_state(self, state):
+            self.recorded = state.recorded
+
+    class Graph:
+        def capture_begin(self, **_):
+            generator.recorded = True
+            pools.append("pool")
+
+        def capture_end(self):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        def reset(self):
+            raise RuntimeError("nothing was recorded")
+
+    generator, pools, stream = Generator(), [], SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda each: nullcontext(),
+        "synchronize": lambda: None, "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: 0, "default_generators": (generator,),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools.remove(pool), raising=False)
+    state = torch.zeros(1)
+
+    def step(rows, length):
+        state.add_(1)
+        if generator.recorded:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedStep(step, [state])
+    graphed(1, 1)
+    assert "operation failed due to a previous error during capture" in graphed.refusal
+    assert not generator.recorded and pools == []
+    before = float(state)
+    graphed(1, 1)
+    assert float(state) == before + 1
+
+
 def test_memory_decides_the_form(monkeypatch):
     """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
     from qlora_helpers import fast_answers
