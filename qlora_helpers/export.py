@@ -324,6 +324,21 @@ def _free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def check_repository(repository: str) -> None:
+    """Looks at a repository's name before anything long is done for it; asks no hub.
+
+    Raises:
+        ModelError: it can't be one.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ModelError("that is no name of a repository", expected="owner/name", got=repr(repository)) from error
+
+
 def publish(folder: Path, repository: str, *, private: bool = True, say: workflow.Say = print) -> str:
     """Uploads an exported folder (`adapter/` or `merged/`) to the hub, in one commit.
 
@@ -343,6 +358,7 @@ def publish(folder: Path, repository: str, *, private: bool = True, say: workflo
     """
     from huggingface_hub import HfApi, errors
 
+    check_repository(repository)
     missing = [name for name in ("README.md", FILE) if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -356,8 +372,6 @@ def publish(folder: Path, repository: str, *, private: bool = True, say: workflo
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Upload {folder.name}")
-    except errors.HFValidationError as error:
-        raise ModelError("that is no name of a repository", expected="owner/name", got=repr(repository)) from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no code"
         raise ModelError(

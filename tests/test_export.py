@@ -207,6 +207,16 @@ def test_the_command(copy, monkeypatch, capsys):
 TOKEN = "hf_" + "s3cr3t" * 6
 
 
+def test_a_wrong_repository_is_told_before_anything_is_merged(copy, capsys):
+    for arguments, said in (
+        (["--publish", "a/b/c"], "error: that is no name of a repository; expected owner/name; got 'a/b/c'."),
+        (["--public"], "error: --public is of a repository. Name it: --publish OWNER/NAME."),
+    ):
+        assert main(["export", str(copy.folder), *arguments]) == 2
+        assert capsys.readouterr().err.strip() == said
+    assert not (copy.folder / "export").exists()
+
+
 def test_a_folder_is_published_in_one_commit(exported, from_hub, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     caplog.set_level(logging.DEBUG)
