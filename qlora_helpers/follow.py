@@ -21,7 +21,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.progress import Progress
 from qlora_helpers.run import Request, Run
 from qlora_helpers.s3_copy import CopyState, copy_state
-from qlora_helpers.status import Status
+from qlora_helpers.status import INTERRUPTED, Status
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 
@@ -232,6 +232,8 @@ def _newest_requests(requests: Sequence[Request], session: int) -> tuple[Request
 def _trouble(status: Status, log: Sequence[str]) -> str:
     if status.state not in ("failed", "dead"):
         return ""
+    if status.exit_reason == INTERRUPTED:
+        return "It was interrupted; training again goes on from its last good checkpoint"
     parts = [status.last_error or status.exit_reason or "it ended"]
     if status.state == "dead" and log and log[-1].startswith("error: "):  # refused by the command line before it began
         return plain(log[-1].removeprefix("error: "))

@@ -230,6 +230,13 @@ def test_what_the_command_line_refused_is_told_as_that(tmp_path):
     assert "train.seed: expected a whole number" in text and "memory" not in text
 
 
+def test_an_interrupted_run_is_told_as_that(tmp_path):
+    run = live_run(tmp_path)
+    run.set_status(state="failed", exit_reason="interrupted", last_error="KeyboardInterrupt: ")
+    text = plain_text(watch(run).state)
+    assert "It was interrupted; training again goes on" in text and "KeyboardInterrupt" not in text
+
+
 def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
     run = live_run(tmp_path, host="elsewhere", pid=1, heartbeat=time.time() - 20)
     panel = watch(run)
