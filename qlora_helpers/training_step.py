@@ -111,7 +111,8 @@ def usable_bytes(device: torch.device) -> float:
     """What PyTorch may reserve on a GPU: what is free or ours already, less a margin, within the limit that was set."""
     free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
     ours = free + torch.cuda.memory_reserved(device) - MEMORY_MARGIN * total
-    return min(ours, torch.cuda.get_per_process_memory_fraction(device) * total)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(ours, (1 - MEMORY_MARGIN) * limit)
 
 
 def _passes(data: PreparedData, config: TrainConfig) -> int:

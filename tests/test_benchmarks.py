@@ -87,3 +87,31 @@ def test_export_memory_merges_and_checks(tmp_path, monkeypatch):
     assert case["merging_gib"] < case["bound_gib"]
     assert 0.5 < found["arithmetic"]["falcon-40b"]["bound_gib"] < 0.6
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_quality_compares_both_paths_seed_by_seed(files, tmp_path, monkeypatch):
+    """In this process: the script gives each training one of its own."""
+    out = tmp_path / "one.json"
+    for path in ("plain", "fast"):
+        run(
+            "quality", monkeypatch, out.with_name(f"{path}.json"), "--model", "random:falcon-tiny", "--data",
+            files / "train.jsonl", "--steps", 2, "--blocks", 1, "--eval-rows", 2, "--one", path, 0,
+        )  # fmt: skip
+    plain, fast = (json.loads((tmp_path / f"{path}.json").read_text()) for path in ("plain", "fast"))
+    assert plain["steps"] == fast["steps"] == 2
+    summary = sys.modules["benchmark_quality"].summary([plain, fast, {"exit_code": 1}])
+    assert summary == {"0": pytest.approx(0, abs=1e-4)}
+    assert sys.modules["benchmark_quality"].summary([plain, fast | {"eval_loss": 2 * plain["eval_loss"]}])["0"] == 1
+
+
+def test_steps_of_several_sizes_are_measured_one_setting_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("step_speed.WARM", 1)
+    monkeypatch.setattr("step_speed.TIMED", 1)
+    out = tmp_path / "growth.json"
+    run(
+        "growth", monkeypatch, out, "--models", "falcon-tiny", "--seq-len", 128, 256, "--blocks", 1, "--rows", 20, 40,
+    )  # fmt: skip
+    points = json.loads(out.read_text())["points"]
+    assert [(point["seq_len_tokens"], point["rows"]) for point in points] == [(128, 20), (256, 20), (128, 40)]
+    assert all(point["step_s"] > 0 and point["tokens_per_s"] > 0 for point in points)

@@ -260,7 +260,8 @@ def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
 
 
 def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
-    falcon_run.save_config(profile_config("demo").with_settings(["train.gradient_accumulation_steps=4"]))
+    settings = ["model.name=tiiuae/falcon-7b", "train.gradient_accumulation_steps=4"]
+    falcon_run.save_config(profile_config("demo").with_settings(settings))
     form = ConfigForm(falcon_run, gpus="4xL4")
     assert form.outlook.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
     form.view.plan_button.click()

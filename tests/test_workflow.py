@@ -239,7 +239,7 @@ def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
         def close(self):
             closed.append(True)
 
-    monkeypatch.setattr(events, "event_callback", lambda *args: Events())
+    monkeypatch.setattr(events, "event_callback", lambda *args, **kwargs: Events())
     monkeypatch.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
     _, model, loaded, _ = whole
     with pytest.raises(ZeroDivisionError):
