@@ -87,10 +87,10 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: object) -> None:
     (github.com/pytorch/pytorch/pull/171265). What a newer PyTorch has done itself is refused here, which is as well.
     """
     device = torch.cuda.current_device()
-    with contextlib.suppress(RuntimeError, AttributeError):
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
         torch._C._cuda_endAllocateToPool(device, pool)
     with contextlib.suppress(RuntimeError):
         graph.reset()
-    with contextlib.suppress(RuntimeError, AttributeError):
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in a state that nothing records
