@@ -232,18 +232,31 @@ def _predicted(case: dict[str, Any]) -> tuple[GpuMemory, float]:
 
 
 def cpu_speed() -> str:
-    """The demo's step on two cores, plain and fast in turns."""
-    found = read_json(HERE / "step_speed_two_cores.json")
-    steps = {
-        variant: [case["step_s"] for case in found["cases"] if case["variant"] == variant]
-        for variant in ("plain", "fast")
-    }
+    """The demo's step on two cores, plain and fast in turns, and what the fast one spends its time on."""
+    cases = read_json(HERE / "step_speed_two_cores.json")["cases"]
+    steps = {variant: [case["step_s"] for case in cases if case["variant"] == variant] for variant in ("plain", "fast")}
     ratios = [plain / fast for plain, fast in zip(steps["plain"], steps["fast"], strict=True)]
     plain, fast = (", ".join(f"{seconds:.1f}" for seconds in steps[name]) for name in ("plain", "fast"))
+    kinds = next(case for case in cases if case["variant"] == "fast")["profile"]["ms_by_kind"]
+    shares = ", ".join(f"{kind} {ms / sum(kinds.values()):.0%}" for kind, ms in kinds.items())
     return (
         f"On two CPU cores the demo's step took {plain} s on the plain path and {fast} s on the fast one, measured in turns: "
-        f"{min(ratios):.2f} to {max(ratios):.2f} times as fast (`benchmarks/step_speed_two_cores.json`).\n"
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as fast. What the fast one costs there: {shares} "
+        "(`benchmarks/step_speed_two_cores.json`).\n"
     )
+
+
+def growth() -> str:
+    """How a step grows, one setting at a time."""
+    points = read_json(HERE / "growth_two_cores.json")["points"]
+    lines = ["| model | block | micro-batch | rows | step s | tokens/s |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {point['model']} | {point['seq_len_tokens']} | {point['blocks']} | {point['rows']} | {point['step_s']:.2f} | "
+        f"{point['tokens_per_s']:.0f} |"
+        for point in points
+    ]
+    source = "Two CPU cores; `benchmarks/growth.py`, `benchmarks/growth_two_cores.json`."
+    return "\n".join([*lines, "", source, ""])
 
 
 def export() -> str:
@@ -264,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainers": trainers,
     "predicted": predicted,
     "cpu speed": cpu_speed,
+    "growth": growth,
 }
 
 if __name__ == "__main__":
