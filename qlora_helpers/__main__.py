@@ -127,6 +127,10 @@ def _export(options: argparse.Namespace) -> int:
     from qlora_helpers.opening import existing_run
 
     run = existing_run(options.run)
+    if options.publish:
+        export.check_repository(options.publish)
+    elif options.public:
+        raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
     report = export.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)

@@ -26,6 +26,7 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
 NAMED = 5
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file: every tensor of some size is met, and gigabytes are not read
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Certificate:
         not_finite: tensors with a value that is no finite number.
         prompts, largest_difference, same_answers: prompts asked with the file's weights and with the live ones, the largest
             difference of their next-token logits (None where that is no number), and answers equal to the letter.
-        base_model, base_revision, base_sha256: what the adapter belongs to; the hash is of the files' names, sizes and heads.
+        base_model, base_revision, base_sha256: what the adapter belongs to; the hash is of the files' names, sizes and samples.
         data_fingerprint: of the prepared data that it was trained on.
         made: when, UTC.
         versions: of the packages.
@@ -116,12 +117,19 @@ def sha256(path: Path) -> str:
 
 
 def base_fingerprint(folder: Path) -> str | None:
-    """A hash over a checkpoint's safetensors files: their names, sizes and first 64 KiB, where the tensors are named."""
+    """A hash over a checkpoint's safetensors files: their names, sizes, heads and samples from end to end.
+
+    A model that was tuned from another has the same names and shapes, and often the same first tensor (the embedding).
+    """
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 16))
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            for sample in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest() if files else None
 
 

@@ -144,7 +144,7 @@ class TrainConfig:
         choices=("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     )
     activation_checkpointing: bool = option(
-        True, "Recompute activations in the backward pass: about a third slower, far less memory."
+        True, "Recompute activations in the backward pass: a step takes up to half as long again, and far less memory."
     )
     recompute_layers: int | None = option(
         None,

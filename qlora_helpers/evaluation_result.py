@@ -84,7 +84,18 @@ class Evaluation:
 
     def __repr__(self) -> str:
         header, lines = self.table()
-        return text_table(header, lines, numbers=range(1, len(header)))
+        return "\n".join([text_table(header, lines, numbers=range(1, len(header))), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What the rows can tell, and which of them do not count."""
+        found = [
+            f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
+        ]
+        if self.left_out:
+            found.append(f"left out: {len(self.left_out)} held-out rows whose dialogue was trained on")
+        if self.prompt_tokens_trimmed:
+            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit the block")
+        return found
 
     def _repr_html_(self) -> str:
         header, lines = self.table()

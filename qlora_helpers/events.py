@@ -6,7 +6,8 @@ models; TensorBoard's format is tensorboardX's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.config import RunConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_helpers.dialogues import Dialogue
     from qlora_helpers.evaluation import Evaluation
 
+log = logging.getLogger(__name__)
 METRICS = ("train/loss", "eval/loss")
 """What the page of hyperparameters compares runs by."""
 SAMPLES = 3
@@ -48,6 +50,7 @@ def event_callback(
             from tensorboardX.summary import hparams
 
             self.writer = SummaryWriter(str(run.events_dir), flush_secs=10, purge_step=state.global_step + 1)
+            _outlive_disk_errors(self.writer)
             self.writer.add_text("config", _as_markdown(config), state.global_step)
             # Not add_hparams, which makes a folder of its own: then the page would show each run twice.
             for summary in hparams(_settings(config), dict.fromkeys(METRICS))[:2]:  # the third says that it ended
@@ -91,6 +94,28 @@ def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dic
     return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}
 
 
+def _outlive_disk_errors(writer: Any) -> None:
+    """Has a writer pass over what the disk does not take, and say so once.
+
+    tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, waits for it for ever.
+    """
+    file, told = writer.file_writer.event_writer._ev_writer, []
+
+    def outliving(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any) -> Any:
+            try:
+                return act(*args)
+            except OSError as error:
+                if not told:
+                    log.warning("events could not be written: %s; training goes on without them", error)
+                told.append(error)
+
+        return tried
+
+    for name in ("write_event", "flush", "close"):
+        setattr(file, name, outliving(getattr(file, name)))
+
+
 def write_answers(
     run: Run,
     config: RunConfig,
@@ -115,6 +140,7 @@ def write_answers(
     step = run.status().step
     # The name of an event file holds the second: the ending keeps it apart from the trainer's.
     with SummaryWriter(str(run.events_dir), filename_suffix=".evaluation") as writer:
+        _outlive_disk_errors(writer)
         for name, texts in samples.items():
             writer.add_text(f"samples/{name}", _as_code(texts), step)
         for name, value in scores.items():

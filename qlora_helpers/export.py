@@ -5,7 +5,6 @@ Composes `workflow` and the steps below it. Refuses without a certificate that p
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import hosting, workflow
+from qlora_helpers import hosting, rescue, workflow
 from qlora_helpers.adapter_files import load_adapter
 from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, base_fingerprint, require_certificate
 from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
@@ -35,6 +34,7 @@ DRIFT_PROMPTS = 8
 SPACE_MARGIN = 1.02  # of the merged model's size, for its index and tokenizer
 MEMORY_MARGIN = 1.2  # of a 16-bit model's size, where drift loads it
 FOLDER = "export"
+PARTS = {"adapter", "merged", "model.tar.gz", "serving.json", "export.json"}
 _CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, template `{template}`."
 
 
@@ -87,7 +87,7 @@ def export(
 
     Args:
         run: a trained run.
-        out: the folder; none takes `export` in the run's.
+        out: the folder, new, empty or an earlier export; none takes `export` in the run's.
         merged: whether to write the merged model.
         drift: whether to measure how far it is from the adapter on 4 and on 16 bits, where memory allows.
         shard_gib: size of a file of the merged model.
@@ -95,13 +95,15 @@ def export(
 
     Raises:
         RunError: the run has no adapter yet.
-        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space.
+        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space; `out` holds
+            something else.
     """
+    out = (out or run.folder / FOLDER).resolve()
+    _refuse_other_content(out)
     run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     _check_base(checkpoint, certificate)
-    out = out or run.folder / FOLDER
     report, notes = None, []
     with replaced_folder(out) as folder:
         _write_adapter(run, folder / "adapter", certificate)
@@ -115,6 +117,20 @@ def export(
         values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
         write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
     return ExportReport(out, certificate.weights_sha256, report, found, tuple(notes))
+
+
+def _refuse_other_content(out: Path) -> None:
+    """The export takes the folder's place, with all that is in it: that may be an earlier export, and nothing else."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    other = sorted(names - PARTS) or sorted(names if "export.json" not in names else ())
+    if other:
+        raise ModelError(
+            f"{out} is not written over", expected="a new or empty folder, or an earlier export",
+            got=f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''} in it",
+            next_step=f"Name a folder of its own, such as {out / 'export'}.",
+        )  # fmt: skip
 
 
 def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
@@ -155,7 +171,13 @@ def _write_merged(
         )  # fmt: skip
     say(f"Merging into {gib(needed):.2f} GiB of 16-bit weights ...")
     folder.mkdir()
-    report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+    try:
+        report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+    except OSError as error:  # what was free is so no more
+        raise ModelError(
+            f"the merged model could not be written ({error.strerror or error})",
+            next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
+        ) from error
     (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
     shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
     return report
@@ -240,14 +262,25 @@ def _measured_drift(run: Run, merged: Path, say: workflow.Say) -> tuple[tuple[Dr
     found = {}
     for name, load in forms.items():
         say(f"Asking the {name} ...")
-        loaded, model = load()
-        data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
-        found[name] = answered(run, model, loaded, data, DRIFT_PROMPTS)
-        del loaded, model
-        gc.collect()
+        try:
+            found[name] = _answers_of(run, load, say)
+        except Exception as error:
+            if not rescue.ran_out(error):
+                raise
+            rescue.let_go(error)
+        rescue.free_memory()
+        if name not in found:  # hours of merging are not thrown away for it
+            return (), f"drift not measured: asking the {name} ran out of memory"
     names = list(found)
     pairs = [(first, names[-1]) for first in names[:-1]] + ([(names[0], names[1])] if len(names) > 2 else [])
     return tuple(_drift(first, second, found[first], found[second]) for first, second in pairs), ""
+
+
+def _answers_of(run: Run, load: Callable[[], tuple[LoadedModel, PeftModel]], say: workflow.Say) -> tuple[list, list]:
+    """What a form answers to the run's held-out prompts; the model is gone afterwards."""
+    loaded, model = load()
+    data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+    return answered(run, model, loaded, data, DRIFT_PROMPTS)
 
 
 def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:
@@ -294,6 +327,21 @@ def _free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def check_repository(repository: str) -> None:
+    """Looks at a repository's name before anything long is done for it; asks no hub.
+
+    Raises:
+        ModelError: it can't be one.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ModelError("that is no name of a repository", expected="owner/name", got=repr(repository)) from error
+
+
 def publish(folder: Path, repository: str, *, private: bool = True, say: workflow.Say = print) -> str:
     """Uploads an exported folder (`adapter/` or `merged/`) to the hub, in one commit.
 
@@ -313,6 +361,7 @@ def publish(folder: Path, repository: str, *, private: bool = True, say: workflo
     """
     from huggingface_hub import HfApi, errors
 
+    check_repository(repository)
     missing = [name for name in ("README.md", FILE) if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -326,8 +375,6 @@ def publish(folder: Path, repository: str, *, private: bool = True, say: workflo
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Upload {folder.name}")
-    except errors.HFValidationError as error:
-        raise ModelError("that is no name of a repository", expected="owner/name", got=repr(repository)) from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no code"
         raise ModelError(

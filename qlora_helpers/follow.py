@@ -21,7 +21,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.progress import Progress
 from qlora_helpers.run import Request, Run
 from qlora_helpers.s3_copy import CopyState, copy_state
-from qlora_helpers.status import Status
+from qlora_helpers.status import INTERRUPTED, Status
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 
@@ -168,6 +168,13 @@ def as_number(value: Any) -> float | None:
     return float(value)
 
 
+def as_readings(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Readings of the GPUs and of the process, as far as a file that may hold anything has them."""
+    gpus, process = values.get("gpus"), values.get("process")
+    gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    return gpus, process if isinstance(process, dict) else {}
+
+
 def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
     """Of the training, by the pace between the first and the last of this session's records; None where it can't be told."""
     paced = [
@@ -225,7 +232,11 @@ def _newest_requests(requests: Sequence[Request], session: int) -> tuple[Request
 def _trouble(status: Status, log: Sequence[str]) -> str:
     if status.state not in ("failed", "dead"):
         return ""
+    if status.exit_reason == INTERRUPTED:
+        return "It was interrupted; training again goes on from its last good checkpoint"
     parts = [status.last_error or status.exit_reason or "it ended"]
+    if status.state == "dead" and log and log[-1].startswith("error: "):  # refused by the command line before it began
+        return plain(log[-1].removeprefix("error: "))
     if status.state == "dead":
         parts = ["The trainer's process ended without a word; it may have been killed for want of memory"]
         parts += [f"Its last words: {log[-1]}"] if log else []

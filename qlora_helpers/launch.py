@@ -81,10 +81,13 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
 
     Raises:
-        RunError: the run does not exist, is being trained already, its dollars are used up, or another run has the GPU.
+        RunError: the run does not exist, is being trained already, its dollars are used up, another run has the GPU, or a setting
+            that can't change once a run has trained.
         UserError: a limit in dollars and no price, or fewer than one process.
     """
     config = run.config().with_settings(settings)
+    if run.has_trained():
+        run.refuse_differences(run.config().to_dict(), config.to_dict())
     status = run.status()
     if status.is_live or locks.is_locked(run):
         where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"

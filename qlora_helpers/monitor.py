@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_helpers.charts import Chart, Panel, Points, number_text
 from qlora_helpers.errors import UserError
-from qlora_helpers.follow import points_of, seconds_left
+from qlora_helpers.follow import as_number, as_readings, points_of, seconds_left
 from qlora_helpers.run import Run, Status, find_runs
 from qlora_helpers.s3_copy import CopyState, copy_state
 from qlora_helpers.tables import Table, html_table, plain, text_table
@@ -147,12 +147,12 @@ def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     names = {"loss": "loss", "evaluation loss": "eval_loss", "learning rate": "learning_rate"}
     names |= {"gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
     found = {name: _last(records, key) for name, key in names.items()}
-    last = records[-1] if records else {}
-    for index, gpu in enumerate(last.get("gpus", [])):
-        parts = ((gpu.get("memory_used_gib"), ".1f", "GiB"), (gpu.get("load"), ".0f", "%"))
+    gpus, process = as_readings(records[-1] if records else {})
+    for index, gpu in enumerate(gpus):
+        parts = ((as_number(gpu.get("memory_used_gib")), ".1f", "GiB"), (as_number(gpu.get("load")), ".0f", "%"))
         found[f"GPU {index}"] = " ".join(f"{value:{form}} {unit}" for value, form, unit in parts if value is not None)
-    if "process" in last:
-        found["process"] = f"{last['process']['rss_gib']:.2f} GiB"
+    if (rss := as_number(process.get("rss_gib"))) is not None:
+        found["process"] = f"{rss:.2f} GiB"
     return {name: text for name, text in found.items() if text}
 
 

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+MOST_STEPS = 2**53  # what a chart can hold: the file may come from anywhere
+
 
 class Progress:
     """A reader of a progress file; several may read the same one.
@@ -56,7 +58,7 @@ class Progress:
                 if type(resumed_from) is int:
                     self._take_back(resumed_from)
                     new = [old for old in new if old["step"] <= resumed_from]
-            elif type(record.get("step")) is int:
+            elif type(record.get("step")) is int and abs(record["step"]) <= MOST_STEPS:
                 self.records.append(record)
                 new.append(record)
         return new

@@ -30,7 +30,7 @@ from qlora_helpers.report_scores import (
     verdicts,
 )
 from qlora_helpers.run import Run, Status
-from qlora_helpers.status import BY_BUDGET
+from qlora_helpers.status import stopped_by
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
 from qlora_helpers.whole_files import read_json, write_text
@@ -151,9 +151,9 @@ def _banners(parts: _Parts) -> list[str]:
     if status.is_live:
         found.append(f"Training is still going on, at {step}: the figures below will change.")
     elif status.state == "stopped":
-        limit = (status.exit_reason or "").partition(BY_BUDGET)[2]
-        why = f"by its budget ({limit})" if limit else "by request"
-        found.append(f"Training was stopped {why} at {step}; the figures are those of the adapter as it was then.")
+        found.append(
+            f"Training was stopped {stopped_by(status.exit_reason)} at {step}; the figures are those of the adapter as it was then."
+        )
     elif status.state in ("failed", "dead"):
         why = "; ".join(filter(None, (status.exit_reason, status.last_error)))
         found.append(f"Training ended early, at {step}: {why.rstrip('.')}.")

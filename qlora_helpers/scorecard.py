@@ -140,6 +140,8 @@ class Comparison:
 
     def verdict(self) -> str:
         """What the rows say about ROUGE-L, in a sentence that says so where they say nothing."""
+        if not self.differences:
+            return "no held-out row is left to compare."
         gain, rows = self["rouge_l"], self["rouge_l"].rows
         between = f"{_signed(gain.low)} to {_signed(gain.high)}"
         if rows < FEWEST_ROWS:

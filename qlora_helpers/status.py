@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_helpers import termination
+
 STATES = ("new", "starting", "running", "stopped", "finished", "failed")
 LIVE_STATES = ("starting", "running")
 HEARTBEAT_STALE_S = 60.0
@@ -95,6 +97,13 @@ class Status:
             spent_usd=self.used_usd or 0.0, usd_per_hour=None, exit_reason=None, last_error=None, readings=None,
             host=socket.gethostname(), **values,
         )  # fmt: skip
+
+
+def stopped_by(reason: str | None) -> str:
+    """What stopped a run that was saved before its end, by its `exit_reason`: `by request`, by its budget, or by SIGTERM."""
+    if limit := (reason or "").partition(BY_BUDGET)[2]:
+        return f"by its budget ({limit})"
+    return "by SIGTERM" if reason == termination.REASON else "by request"
 
 
 def is_alive(status: Status) -> bool:

@@ -69,8 +69,10 @@ class SummaryTrainer(Trainer):
         trouble = self.watch.look(wait=wait)
         if trouble is None:
             return
+        if trouble.exploded and not self.is_world_process_zero():
+            return  # each process sees its own share: one that ended alone would leave the others waiting, without a word
         folder = Path(self.args.output_dir)
-        if trouble.exploded and self.is_world_process_zero():  # the weights before that step gave this loss already
+        if trouble.exploded:  # the weights before that step gave this loss already
             saved.set_aside(folder, trouble.step - 1, f"the loss exploded at step {trouble.step}")
         last = saved.last_good_step(folder)
         passes = (

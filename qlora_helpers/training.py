@@ -24,7 +24,7 @@ from qlora_helpers.blocks import NumberedBlocks, PreparedData
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
-from qlora_helpers.status import BY_BUDGET
+from qlora_helpers.status import stopped_by
 from qlora_helpers.summary_trainer import SummaryTrainer
 from qlora_helpers.training_callback import RunFolderCallback
 from qlora_helpers.training_step import make_collator, open_fast_step
@@ -48,7 +48,7 @@ class TrainResult:
         tokens_per_s: tokens that are not padding, of this session.
         peak_gib: most memory held by tensors on each GPU while training; on a CPU the process's peak.
         reserved_gib: the most that PyTorch took from each GPU for that; empty on a CPU.
-        stopped: whether a person or the budget stopped it before the end, and `stop_reason` why.
+        stopped: whether a person, the budget or SIGTERM stopped it before the end, and `stop_reason` why.
         machine: what it ran on: the GPUs' names, or `CPU`.
         compiled, recomputed: whether decoder layers were compiled, and how many recomputed their activations.
         fast_step: what of the fast step was on, a line each; empty on the plain path.
@@ -73,9 +73,7 @@ class TrainResult:
         if self.new_steps == 0:
             return f"nothing left to do: all {self.steps} steps were done before"
         peak = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.peak_gib.items())
-        limit = self.stop_reason.removeprefix(BY_BUDGET)
-        stopped = f"stopped by its budget ({limit})" if limit != self.stop_reason else "stopped by request"
-        end = stopped if self.stopped else "finished"
+        end = f"stopped {stopped_by(self.stop_reason)}" if self.stopped else "finished"
         losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
         losses += f", evaluation loss {self.eval_loss:.3f}" if self.eval_loss is not None else ""
         return f"{end} after {self.steps} steps: {losses}\n{self.tokens_per_s:,.0f} tokens/s, peak {peak}"

@@ -152,7 +152,7 @@ def is_good(checkpoint: Path) -> bool:
             and "set_aside" not in seal
             and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
         )
-    except (RunError, OSError, KeyError, TypeError):
+    except (RunError, OSError, KeyError, TypeError, AttributeError, ValueError):  # whatever else the file holds
         return False
 
 

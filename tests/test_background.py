@@ -159,6 +159,15 @@ def test_what_can_not_begin_is_told_by_its_status_and_its_log(make):
     assert "error: " in run.log_path.read_text()
 
 
+def test_settings_that_can_not_change_any_more_are_refused_before_a_process_begins(make):
+    run = make()
+    (run.checkpoints_dir / "checkpoint-3").mkdir(parents=True)
+    before = run.status()
+    with pytest.raises(RunError, match=r"has trained already, and these can't change now: adapter.r: 8 -> 16"):
+        launch.start(run, settings=["adapter.r=16"])
+    assert run.status() == before and not run.log_path.exists()
+
+
 def test_a_run_that_was_never_made_is_not_started(tmp_path):
     with pytest.raises(RunError, match="the run 'new' does not exist yet"):
         launch.start(Run(tmp_path / "new"))

@@ -24,6 +24,7 @@ from qlora_helpers.evaluation import (
 )
 from qlora_helpers.labels import IGNORED
 from qlora_helpers.lora import add_adapters
+from qlora_helpers.scorecard import dialogue_key
 from qlora_helpers.sources import Dialogue
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
@@ -258,6 +259,16 @@ def test_it_is_read_back_from_json(compare):
     }  # fmt: skip
 
 
+def test_a_terminal_is_told_what_the_rows_can_tell_and_which_do_not_count(compare, corpus):
+    said = repr(compare())
+    assert f"tuned against untuned: {len(corpus.test)} rows are too few to tell the two apart" in said
+    assert "left out" not in said and "trimmed" not in said
+    long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
+    said = repr(compare([*corpus.test, long], train_keys=[dialogue_key(corpus.test[0].dialogue)]))
+    assert "left out: 1 held-out rows whose dialogue was trained on" in said
+    assert f"1 of {len(corpus.test)} dialogues were trimmed" in said
+
+
 NASTY = "<script>alert(1)</script> <img src=x onerror=alert(1)>"
 
 
@@ -286,8 +297,6 @@ def test_what_is_in_a_dialogue_or_an_answer_is_shown_and_not_run():
 
 def test_rows_that_were_trained_on_do_not_count(compare, corpus):
     """Found by what they say, whatever their case, punctuation and white space."""
-    from qlora_helpers.scorecard import dialogue_key
-
     first, second = corpus.test
     shouted = dialogue_key(first.dialogue.upper().replace(":", " : "))
     result = compare(train_keys={shouted, "x"})
@@ -296,6 +305,9 @@ def test_rows_that_were_trained_on_do_not_count(compare, corpus):
     everything = compare(train_keys={dialogue_key(item.dialogue) for item in corpus.test})
     assert len(everything.left_out) == 2 and everything.rows == ()
     assert everything.comparisons["base"].differences == ()
+    said = "no held-out row is left to compare"
+    assert said in repr(everything) and said in repr(everything.comparisons["base"])
+    assert evaluation_from_dict(json.loads(json.dumps(everything.to_dict(), allow_nan=False))) == everything
 
 
 def test_one_dialogue_with_several_summaries_is_one_row(compare, corpus):

@@ -113,6 +113,38 @@ def test_what_was_written_before_a_crash_is_there(run):
     assert points(run.events_dir, "train/loss") == [(1, 10.0), (2, 5.0)]
 
 
+def test_a_full_disk_is_told_once_and_nobody_waits_for_it(run, monkeypatch, caplog):
+    """More events than tensorboardX's queue holds, with a disk that takes none for a while: neither a log nor the end waits."""
+    from tensorboardX.record_writer import RecordWriter
+
+    caplog.set_level(logging.WARNING, "qlora_helpers.events")
+    callback = event_callback(run, config())
+    callback.on_train_begin(ARGS, state(0), CONTROL)
+    whole, full = RecordWriter.flush, threading.Event()
+
+    def flush(self):
+        if full.is_set():
+            raise OSError(28, "No space left on device")
+        whole(self)
+
+    monkeypatch.setattr(RecordWriter, "flush", flush)
+    full.set()
+
+    def session():
+        for step in range(1, 41):
+            callback.on_log(ARGS, state(step), CONTROL, {"loss": 10.0 / step})
+            callback.writer.flush()
+        full.clear()
+        callback.close()
+
+    training = threading.Thread(target=session, daemon=True)
+    training.start()
+    training.join(30)
+    assert not training.is_alive()
+    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
+    assert len(points(run.events_dir, "train/loss")) == 40  # what had to wait arrived
+
+
 def test_nothing_to_close(run):
     """A run that was finished already begins no training."""
     event_callback(run, config()).close()

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 from fake_hub import writable_hub
@@ -13,6 +14,7 @@ from fake_hub import writable_hub
 from qlora_helpers import export as exporting
 from qlora_helpers import workflow
 from qlora_helpers.__main__ import main
+from qlora_helpers.comparison import answered
 from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.export import export, publish
 from qlora_helpers.run import Run
@@ -138,12 +140,59 @@ def test_drift_that_does_not_fit_into_memory_is_said(copy, monkeypatch):
     assert (report.folder / "merged" / "model.safetensors").exists()
 
 
+def test_drift_that_runs_out_of_memory_leaves_the_merged_model(copy, monkeypatch, torch):
+    asked = []
+
+    def exhausted(*args):
+        asked.append(1)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return answered(*args)
+
+    monkeypatch.setattr("qlora_helpers.export.answered", exhausted)
+    report = export(copy, say=quiet)
+    assert report.drift == ()
+    assert report.notes[-1] == "drift not measured: asking the adapter on 16 bits ran out of memory"
+    assert (report.folder / "merged" / "model.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_while_merging_is_one_message_and_the_last_export_stays(copy, monkeypatch):
+    export(copy, drift=False, say=quiet)
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_helpers.merging.write_tensors", full)
+    with pytest.raises(ModelError, match=r"could not be written \(No space left on device\).*free some space"):
+        export(copy, drift=False, say=quiet)
+    assert (copy.folder / "export" / "merged" / "model.safetensors").exists()
+
+
 def test_a_disk_that_is_too_small_leaves_nothing(copy, monkeypatch):
     usage = shutil.disk_usage(copy.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ModelError, match="not enough disk space"):
         export(copy, say=quiet)
     assert not (copy.folder / "export").exists()
+
+
+def test_a_folder_that_holds_something_else_is_not_written_over(copy, tmp_path, monkeypatch):
+    mine = tmp_path / "models" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ModelError, match=r"is not written over; expected a new or empty folder.*got mine.txt in it"):
+        export(copy, out=mine.parent, merged=False, say=quiet)
+    monkeypatch.chdir(mine.parent)
+    with pytest.raises(ModelError, match="got mine.txt in it"):
+        export(copy, out=Path("."), merged=False, say=quiet)
+    with pytest.raises(ModelError, match="got mine.txt in it"):
+        export(copy, out=mine, merged=False, say=quiet)
+    assert mine.read_text() == "mine"
+    first, second = (export(copy, out=mine.parent / "export", merged=False, say=quiet) for _ in range(2))
+    assert first.folder == second.folder and (second.folder / "export.json").exists()
+    (second.folder / "notes.txt").write_text("mine too")
+    with pytest.raises(ModelError, match="got notes.txt in it"):
+        export(copy, out=second.folder, merged=False, say=quiet)
 
 
 def test_the_command(copy, monkeypatch, capsys):
@@ -158,6 +207,16 @@ def test_the_command(copy, monkeypatch, capsys):
 # the hub
 
 TOKEN = "hf_" + "s3cr3t" * 6
+
+
+def test_a_wrong_repository_is_told_before_anything_is_merged(copy, capsys):
+    for arguments, said in (
+        (["--publish", "a/b/c"], "error: that is no name of a repository; expected owner/name; got 'a/b/c'."),
+        (["--public"], "error: --public is of a repository. Name it: --publish OWNER/NAME."),
+    ):
+        assert main(["export", str(copy.folder), *arguments]) == 2
+        assert capsys.readouterr().err.strip() == said
+    assert not (copy.folder / "export").exists()
 
 
 def test_a_folder_is_published_in_one_commit(exported, from_hub, monkeypatch, caplog):

@@ -159,6 +159,57 @@ def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
     assert "no CUDA graph: RuntimeError: operation not permitted when stream is capturing" in repr(form)
 
 
+def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monkeypatch):
+    """With stand-ins for CUDA, which behave as PyTorch's parts do: the end of a spoilt recording raises and undoes nothing."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from qlora_helpers.fast_answers.graphs import GraphedStep
+
+    class Generator:
+        recorded = False
+
+        def clone_state(self):
+            return Generator()
+
+        def graphsafe_set_state(self, state):
+            self.recorded = state.recorded
+
+    class Graph:
+        def capture_begin(self, **_):
+            generator.recorded = True
+            pools.append("pool")
+
+        def capture_end(self):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        def reset(self):
+            raise RuntimeError("nothing was recorded")
+
+    generator, pools, stream = Generator(), [], SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda each: nullcontext(),
+        "synchronize": lambda: None, "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: 0, "default_generators": (generator,),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools.remove(pool), raising=False)
+    state = torch.zeros(1)
+
+    def step(rows, length):
+        state.add_(1)
+        if generator.recorded:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedStep(step, [state])
+    graphed(1, 1)
+    assert "operation failed due to a previous error during capture" in graphed.refusal
+    assert not generator.recorded and pools == []
+    before = float(state)
+    graphed(1, 1)
+    assert float(state) == before + 1
+
+
 def test_memory_decides_the_form(monkeypatch):
     """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
     from qlora_helpers import fast_answers
@@ -174,6 +225,49 @@ def test_memory_decides_the_form(monkeypatch):
             assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form) == own
         assert (form.dense, form.slots) == (dense, slots)
         assert ("GiB are free" in repr(form)) is not dense
+
+
+def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
+    """On a GPU reading prompts takes more than the cache: whatever does not fit, the answers stay."""
+    from qlora_helpers.fast_answers.decoder import SlotDecoder
+
+    model, prompts = tiny_llama(), random_prompts((3, 31, 12, 7, 20, 1, 12, 40, 5, 5, 18))
+    model.lm_head.weight.data[END] *= 4  # some end before memory does
+    own = [own_answers(model, prompt, 8) for prompt in prompts]
+    grow, tried, told = SlotDecoder.grow, [], []
+
+    def grown(self, rows, length):
+        tried.append(self.slots)
+        if self.slots > 2 and tried.count(self.slots) > 4:  # in the middle, after some were answered
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return grow(self, rows, length)
+
+    monkeypatch.setattr(SlotDecoder, "grow", grown)
+    with answering_form(model, rows=5, tokens=64) as form:
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form, progress=told.append) == own
+    assert set(tried) == {5, 3, 2}
+    assert form.slots == 2 and "2 answers at once: more ran out of memory" in repr(form)
+    assert sum(told) == len(prompts) and min(told) > 0
+
+
+def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
+    from qlora_helpers.fast_answers import weights
+
+    model, prompts = tuned(tiny_falcon().model), random_prompts((3, 12))
+    own = [own_answers(model, prompt, 6) for prompt in prompts]
+    unpack, count = weights.unpacked, [0]
+
+    def unpacked(layer):
+        count[0] += 1
+        if count[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return unpack(layer)
+
+    monkeypatch.setattr(weights, "unpacked", unpacked)
+    with answering_form(model, rows=2, tokens=40) as form:
+        assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2, form=form) == own
+    assert not form.dense and "did not fit after all" in repr(form)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
 def test_the_cache_takes_what_arithmetic_says():

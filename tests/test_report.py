@@ -16,7 +16,7 @@ import pytest
 from fake_run import ROWS, SCORES, add_evaluation, add_progress, evaluation_values, fake_run, finished_run
 from test_monitor import contrast
 
-from qlora_helpers import report_scores
+from qlora_helpers import report_scores, termination
 from qlora_helpers.config import SECTIONS
 from qlora_helpers.errors import RunError
 from qlora_helpers.report import write_report
@@ -217,6 +217,10 @@ def test_random_weights_are_told(tmp_path):
                 "exit_reason": "stopped and saved by its budget: 2.00 USD of train.stop_at_usd=2 are used",
             },
             "Training was stopped by its budget (2.00 USD of train.stop_at_usd=2 are used) at step 30 of 30",
+        ),
+        (
+            {"state": "stopped", "exit_reason": termination.REASON},
+            "Training was stopped by SIGTERM at step 30 of 30; the figures are those of the adapter as it was then.",
         ),
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
         (

@@ -515,6 +515,28 @@ def test_a_loss_that_explodes_stops_at_the_last_checkpoint_from_before(teach, ru
     assert all(saved.is_good(path) for path in saved.all_checkpoints(run.checkpoints_dir))
 
 
+def test_under_torchrun_the_first_process_alone_calls_a_loss_exploded(teach, monkeypatch):
+    """Another one sees its own rows alone: if it ended, the first would wait for it until it is killed, and say nothing."""
+    model, tried = tuned(), []
+
+    def ruin():
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.copy_(torch.linspace(-9, 9, weight.numel()).view_as(weight))
+
+    stop = SummaryTrainer._stop_in_trouble
+
+    def as_second_process(self, *, wait):
+        with monkeypatch.context() as second:
+            second.setattr(self, "is_world_process_zero", lambda: False)
+            tried.append(stop(self, wait=wait))
+
+    monkeypatch.setattr(SummaryTrainer, "_stop_in_trouble", as_second_process)
+    _, result = teach(At(31, ruin), model=model, max_steps=36, save_steps=50, eval_steps=50, micro_batch_size=2)
+    assert result.steps == 36 and len(tried) > 36
+
+
 def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
     """Where the step's own update ruined them: no loss has shown it yet."""
 

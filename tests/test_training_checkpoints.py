@@ -57,6 +57,17 @@ def test_a_sealed_checkpoint_is_good(folder):
     assert set(json.loads((path / SEAL).read_text())["files"]) == {*NEEDED, "rng_state.pth"}
 
 
+@pytest.mark.parametrize(
+    "seal",
+    ['{"files": "abc"}', '{"files": [1]}', '{"files": {"a\\u0000b": [1, "x"]}}', "[]", "3", '{"files": {"..": 1}}'],
+)
+def test_a_seal_that_holds_anything_else_is_no_seal(folder, seal):
+    good = write(folder, 10)
+    (write(folder, 20) / SEAL).write_text(seal)
+    with pytest.warns(UserWarning, match="checkpoint-20 is incomplete or damaged; going on from an older one"):
+        assert newest_good(folder) == good
+
+
 def test_they_are_counted_by_step(folder):
     assert all_checkpoints(folder) == []
     assert newest_good(folder) is None

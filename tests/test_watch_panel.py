@@ -223,6 +223,21 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_words(tmp_path, elsewhere
     panel.close()
 
 
+def test_what_the_command_line_refused_is_told_as_that(tmp_path):
+    run = live_run(tmp_path)
+    run.log_path.write_text("error: train.seed: expected a whole number, got 'x'.\n")
+    write_json(run.status_path, dataclasses.replace(run.status(), host="elsewhere", heartbeat=time.time() - 61))
+    text = plain_text(watch(run).state)
+    assert "train.seed: expected a whole number" in text and "memory" not in text
+
+
+def test_an_interrupted_run_is_told_as_that(tmp_path):
+    run = live_run(tmp_path)
+    run.set_status(state="failed", exit_reason="interrupted", last_error="KeyboardInterrupt: ")
+    text = plain_text(watch(run).state)
+    assert "It was interrupted; training again goes on" in text and "KeyboardInterrupt" not in text
+
+
 def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
     run = live_run(tmp_path, host="elsewhere", pid=1, heartbeat=time.time() - 20)
     panel = watch(run)
@@ -316,6 +331,45 @@ def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeyp
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(follow())
+
+
+def test_a_panel_that_was_opened_on_a_damaged_run_finds_back(tmp_path, monkeypatch):
+    from qlora_helpers.widgets import watch_panel
+
+    monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
+    monkeypatch.setattr(watch_panel, "QUIET_S", 0.01)
+    run = live_run(tmp_path)
+    whole = run.status_path.read_text()
+    run.status_path.write_text("{")
+
+    async def follow():
+        panel = watch(run)
+        await asyncio.sleep(0.1)
+        assert "is damaged" in plain_text(panel.state)
+        monkeypatch.setattr(panel._follower, "look", lambda: 1 / 0)
+        await asyncio.sleep(0.1)
+        assert "ZeroDivisionError" in plain_text(panel.state)
+        monkeypatch.undo()
+        run.status_path.write_text(whole)
+        for _ in range(500):
+            if panel.view.status.step == STEPS:
+                break
+            await asyncio.sleep(0.01)
+        assert panel.view.status.step == STEPS
+        panel.close()
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize("step", [2**70, -(10**400), 10**400])
+def test_steps_that_no_chart_can_hold_are_passed_over(tmp_path, step):
+    run = live_run(tmp_path)
+    run.append_progress({"session": 1, "step": step, "loss": 2.0, "gpus": [1, {"name": 3}]})
+    run.append_progress({"session": 1, "step": 31, "loss": 2.0, "gpus": [1, {"name": 3}]})
+    panel = watch(run)
+    assert panel.charts["loss"].lines[0].x[-1] == 31
+    assert "31" in panel.still_text() and "<img" in panel.still_html()
+    panel.close()
 
 
 def test_a_look_costs_little_however_long_the_run(tmp_path):

@@ -91,8 +91,13 @@ def answering_form(
             form.note(f"unpacked weights take {gib(needed):.1f} GiB beside the cache, and {gib(free):.1f} GiB are free")
     with ExitStack() as parts:
         if needed and dense:
-            parts.enter_context(dense_weights(model))
-            form.dense, form.dense_gib = True, gib(needed)
+            try:
+                parts.enter_context(dense_weights(model))
+                form.dense, form.dense_gib = True, gib(needed)
+            except torch.OutOfMemoryError:  # in pieces too small for one of them, or taken by another process meanwhile
+                form.note(f"unpacked weights of {gib(needed):.1f} GiB did not fit after all")
+            if not form.dense:
+                _empty_cache()
         parts.enter_context(adapters_in_model_type(model))
         parts.enter_context(keys_shared(model))
         yield form
@@ -143,7 +148,7 @@ def answer_fast(
         prompts: token ids of each.
         pad, end: the padding and the end-of-text token.
         most: longest answer, tokens.
-        slots: answers at once; fewer where memory does not allow them.
+        slots: answers at once; fewer where memory does not allow them, by arithmetic or as it turns out.
         form: is told how the answers were made.
         progress: told how many prompts were answered.
 
@@ -163,15 +168,59 @@ def answer_fast(
     while slots > 1 and cache_bytes(model, slots, capacity) > free:
         slots = -(-slots // 2)
         form.note(f"{slots} answers at once: a cache for more does not fit")
+    progress = _once(progress)
+    while (answers := _answered(model, prompts, pad, end, most, slots, capacity, form, progress)) is None:
+        # What reading prompts takes beside the cache is not counted above. The answers are greedy: they begin anew as they were.
+        slots = -(-slots // 2)
+        form.note(f"{slots} answers at once: more ran out of memory")
+        _empty_cache()
+    return answers
+
+
+def _answered(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], pad: int, end: int, most: int, slots: int, capacity: int,
+    form: AnswerForm, progress: Callable[[int], None],
+) -> list[list[int]] | None:  # fmt: skip
+    """The answers, or None where memory ran out and fewer at once may fit; nothing is held then."""
     decoder = SlotDecoder(model, slots=slots, capacity=capacity, graph_refusal=_graph_refusal(model))
+    done = 0
+
+    def count(answered: int) -> None:
+        nonlocal done
+        done += answered
+        progress(done)
+
     try:
-        answers = decoder.answer(prompts, pad=pad, end=end, most=most, progress=progress)
+        answers = decoder.answer(prompts, pad=pad, end=end, most=most, progress=count)
         form.slots, form.graphs, form.steps = slots, form.graphs + decoder.step.recorded, form.steps + decoder.steps
         if decoder.step.refusal:
             form.note(decoder.step.refusal)
         return answers
+    except torch.OutOfMemoryError:
+        if slots == 1:
+            raise
+        return None
     finally:
         decoder.release()
+
+
+def _once(progress: Callable[[int], Any] | None) -> Callable[[int], None]:
+    """Tells of each answer once, also where they begin anew: takes how many there are by now."""
+    told = 0
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if progress is not None and done > told:
+            progress(done - told)
+        told = max(told, done)
+
+    return tell
+
+
+def _empty_cache() -> None:
+    """Gives memory that PyTorch keeps for later back to the GPU, so that it can be cut anew."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _shape_refusal(model: torch.nn.Module, capacity: int) -> str | None:

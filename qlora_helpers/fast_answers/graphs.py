@@ -6,6 +6,7 @@ the reason kept.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,8 +68,29 @@ class GraphedStep:
             # torch.cuda.graph() would also collect garbage and empty the cache, at each of several sizes.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._step(rows, length)
-            finally:
-                graph.capture_end()
+                try:
+                    self._step(rows, length)
+                finally:
+                    graph.capture_end()
+            except BaseException:
+                _abandon(graph, self._pool)
+                raise
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: object) -> None:
+    """Leaves PyTorch as it was before a recording that failed.
+
+    `capture_end` raises before it tells the random generator and the allocator that the recording is over: the next dropout or
+    sampled token on this GPU would fail, and memory be put aside for a graph that is gone
+    (github.com/pytorch/pytorch/pull/171265). What a newer PyTorch has done itself is refused here, which is as well.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+    with contextlib.suppress(RuntimeError):
+        graph.reset()
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in a state that nothing records

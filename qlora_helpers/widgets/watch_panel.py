@@ -16,7 +16,7 @@ import ipywidgets
 
 from qlora_helpers import monitor
 from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.follow import Follower, View
+from qlora_helpers.follow import CURVES, Follower, View
 from qlora_helpers.run import Run
 from qlora_helpers.status import Status
 from qlora_helpers.widgets import live_charts, watch_texts
@@ -79,6 +79,7 @@ class WatchPanel(Panel):
     def __init__(self, run: Run, start: Callable[[Run], Any] | None = None, *, buttons: bool = True) -> None:
         self.run, self._start, self._buttons = run, start, buttons
         self._follower = Follower(run)
+        self.view = View(run.name, Status(), dict.fromkeys(CURVES, ()))
         self._note = ""  # what came of the last click, where the trainer has no word in it
         self._task: asyncio.Task[None] | None = None
         self.closed = False
@@ -174,6 +175,8 @@ class WatchPanel(Panel):
                     self._show(view)
             except (UserError, OSError) as error:
                 self.state.value = wrong(str(error))
+            except Exception as error:  # the task's end: the panel would stand still, and nobody hear of it
+                self.state.value = wrong(f"{type(error).__name__}: {error}")
             await asyncio.sleep(LIVE_S if self.view.status.is_live else QUIET_S)
 
     async def wait(self, *, step: int | None = None, timeout_s: float = 600.0) -> Status:

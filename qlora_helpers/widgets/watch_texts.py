@@ -6,7 +6,7 @@ import html
 import time
 from collections.abc import Sequence
 
-from qlora_helpers.follow import View, as_number
+from qlora_helpers.follow import View, as_number, as_readings
 from qlora_helpers.run import Request
 from qlora_helpers.tables import plain
 from qlora_helpers.units import duration
@@ -79,8 +79,7 @@ def limits(view: View) -> str:
 def readings(view: View) -> str:
     """Memory and load of each GPU; of process and CPU where there is no GPU."""
     rows: list[tuple[str, float | None, str]] = []
-    gpus = view.readings.get("gpus")
-    gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    gpus, process = as_readings(view.readings)
     for index, gpu in enumerate(gpus):
         used, total, load = (as_number(gpu.get(key)) for key in ("memory_used_gib", "memory_total_gib", "load"))
         name = f"GPU {index}" + (f" {gpu['name']}" if gpu.get("name") and len(gpus) <= 2 else "")
@@ -89,8 +88,6 @@ def readings(view: View) -> str:
             rows.append((f"{name} memory", used / total if total else None, f"{used:.1f}{of} GiB"))
         if load is not None:
             rows.append((f"GPU {index} load", load / 100, f"{load:.0f} %"))
-    process = view.readings.get("process")
-    process = process if isinstance(process, dict) else {}
     rss, cpu = as_number(process.get("rss_gib")), as_number(process.get("cpu_percent"))
     rows += [("process memory", None, f"{rss:.2f} GiB")] if rss is not None else []
     rows += [("CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
