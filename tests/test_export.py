@@ -149,7 +149,7 @@ def test_drift_that_runs_out_of_memory_leaves_the_merged_model(copy, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return answered(*args)
 
-    monkeypatch.setattr("qlora_helpers.export.answered", exhausted)
+    monkeypatch.setattr(exporting, "answered", exhausted)
     report = export(copy, say=quiet)
     assert report.drift == ()
     assert report.notes[-1] == "drift not measured: asking the adapter on 16 bits ran out of memory"
