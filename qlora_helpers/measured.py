@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.errors import UserError
@@ -44,6 +45,7 @@ def write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: Trai
             recomputed=result.recomputed,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
+            copies=int(os.environ.get("WORLD_SIZE", 1)),
         )  # fmt: skip
     except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
         log.warning("no prediction beside the measured memory: %s", error)

@@ -20,7 +20,7 @@ from qlora_helpers.units import duration, gib
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 SPREAD = "the layers are spread over the GPUs, which work one after another"
-COPIES_EFFICIENCY = 0.95  # several processes wait for each other and average gradients; adapters are small
+COPIES_EFFICIENCY = 0.95  # assumed: several processes wait for each other and average gradients; adapters are small
 
 
 @dataclass(frozen=True)
@@ -241,13 +241,17 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
     return fewest
 
 
+def together(copies: int) -> float:
+    """How many times as fast several processes are as one."""
+    return 1.0 if copies == 1 else copies * COPIES_EFFICIENCY
+
+
 def _candidate(
     sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int
 ) -> Candidate:
     copies = hardware.gpus // gpus
-    together = 1 if copies == 1 else copies * COPIES_EFFICIENCY
     rates = {
-        compiled: together
+        compiled: together(copies)
         * step.tokens
         / step_seconds(sizes, replace(step, compiled=compiled), hardware.gpu or UNNAMED_GPU)
         for compiled in (True, False)

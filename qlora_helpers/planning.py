@@ -17,7 +17,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.memory import predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import Outlook, look_ahead
-from qlora_helpers.plan import Plan, make_plan
+from qlora_helpers.plan import Plan, make_plan, together
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.speed import UNNAMED_GPU, step_seconds
@@ -61,8 +61,9 @@ def plan_run(
 
 
 def predicted_step(
-    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, fill: float = 1.0
-) -> dict[str, object]:
+    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, fill: float = 1.0,
+    copies: int = 1,
+) -> dict[str, object]:  # fmt: skip
     """What a step with these very settings should hold and how fast it should be: to stand beside what was measured.
 
     Args:
@@ -71,9 +72,11 @@ def predicted_step(
         compiled, recomputed: of the decoder layers.
         trained_share: of the tokens.
         fill: share of a block that is not padding.
+        copies: processes that each train a copy (torchrun).
 
     Returns:
-        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` without padding, and whether that is `extrapolated`.
+        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` of all copies without padding, and
+        whether that is `extrapolated`.
     """
     shape = find_shape(config.model)
     step = step_settings(
@@ -85,7 +88,7 @@ def predicted_step(
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
-        "tokens_per_s": round(step.tokens * fill / seconds, 1),
+        "tokens_per_s": round(step.tokens * fill / seconds * together(copies), 1),
         "extrapolated": not (hardware.gpu and hardware.gpu.measured),
     }
 

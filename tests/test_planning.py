@@ -141,3 +141,15 @@ def test_the_prediction_for_a_runs_own_settings():
     assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 40
     assert not one["extrapolated"] and two["extrapolated"]
     assert 1000 < one["tokens_per_s"] < 2500  # half of each block is padding
+
+
+def test_several_processes_are_predicted_together():
+    one, two = (
+        planning.predicted_step(
+            profile_config("falcon-40b"), hardware=parse_gpus("H100"), compiled=True, recomputed=60, trained_share=0.2,
+            copies=copies,
+        )
+        for copies in (1, 2)
+    )  # fmt: skip
+    assert one["tokens_per_s"] < two["tokens_per_s"] <= 2 * one["tokens_per_s"]
+    assert one["allocated_gib"] == two["allocated_gib"]
