@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def script():
 def test_every_figure_comes_from_its_record(script):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert script.filled(text) == text
-    tampered = text.replace("| **tuned** | 41.6 |", "| **tuned** | 99.9 |")
+    tampered = re.sub(r"\| \*\*tuned\*\* \| [\d.]+ \|", "| **tuned** | 99.9 |", text, count=1)
     assert tampered != text
     assert script.filled(tampered) == text
 
