@@ -123,12 +123,12 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from qlora_helpers import export
+    from qlora_helpers import export, publishing
     from qlora_helpers.opening import existing_run
 
     run = existing_run(options.run)
     if options.publish:
-        export.check_repository(options.publish)
+        publishing.check_repository(options.publish)
     elif options.public:
         raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
@@ -136,7 +136,7 @@ def _export(options: argparse.Namespace) -> int:
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"
-        export.publish(report.folder / part, options.publish, private=not options.public)
+        publishing.publish(report.folder / part, options.publish, private=not options.public)
     return 0
 
 

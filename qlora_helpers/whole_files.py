@@ -82,6 +82,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def not_written(path: Path, error: OSError) -> RunError:
+    """The error to raise where a file could not be written: which one, why, and what to do."""
     return RunError(
         f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
     )

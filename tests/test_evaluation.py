@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from tiny import prepared_data, tiny_falcon, tiny_llama
+from tiny import prepared_data, tiny_falcon, tiny_llama, tuned
 
 from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.config import AdapterConfig, EvaluationConfig, TrainConfig
+from qlora_helpers.config import EvaluationConfig, TrainConfig
 from qlora_helpers.evaluation import (
     Evaluation,
     Scores,
@@ -23,7 +23,6 @@ from qlora_helpers.evaluation import (
     summary_loss,
 )
 from qlora_helpers.labels import IGNORED
-from qlora_helpers.lora import add_adapters
 from qlora_helpers.scorecard import dialogue_key
 from qlora_helpers.sources import Dialogue
 
@@ -41,15 +40,6 @@ def counting_model():
         tokens = torch.nn.functional.normalize(model.model.embed_tokens.weight.normal_(), dim=-1)
         model.model.embed_tokens.weight.copy_(tokens)
         model.lm_head.weight.copy_(tokens.roll(1, dims=0))
-    return model
-
-
-def tuned(base):
-    model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return model
 
 

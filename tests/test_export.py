@@ -16,7 +16,8 @@ from qlora_helpers import workflow
 from qlora_helpers.__main__ import main
 from qlora_helpers.comparison import answered
 from qlora_helpers.errors import ModelError, RunError
-from qlora_helpers.export import export, publish
+from qlora_helpers.export import export
+from qlora_helpers.publishing import publish
 from qlora_helpers.run import Run
 from qlora_helpers.whole_files import read_json
 

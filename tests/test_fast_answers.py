@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
+from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model, tuned
 
-from qlora_helpers.config import AdapterConfig
 from qlora_helpers.fast_answers import NotFast, answer_fast, answering_form
-from qlora_helpers.lora import add_adapters
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 PAD, END = 1, 0
@@ -22,15 +20,6 @@ def own_answers(model, prompt, most):
     ids = torch.tensor([prompt])
     produced = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return produced[0, len(prompt) :].tolist()
-
-
-def tuned(base):
-    model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    return model.eval()
 
 
 def random_prompts(lengths, vocabulary=2048):

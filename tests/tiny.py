@@ -63,6 +63,21 @@ def tiny_falcon() -> Any:
     return load_model(ModelConfig(name="random:falcon-tiny"), say=lambda text: None)
 
 
+def tuned(base: Any) -> Any:
+    """A model with adapters that add something, for answers."""
+    import torch
+
+    from qlora_helpers.config import AdapterConfig
+    from qlora_helpers.lora import add_adapters
+
+    model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
 DIALOGUES = (
     ("Ana: are you coming tonight?\nBo: can't, I'm on shift until ten\nAna: pity!", "Bo works until ten and can't come."),
     ("Kim: the printer is out of toner again\nLee: I'll order some", "Lee will order toner for the printer."),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.fast_step.patching import attention_replaced, replace_forward
 from qlora_helpers.fast_step.rows import split_falcon_heads
 
 NAME = "shared_keys"
@@ -72,15 +72,13 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
                 if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
                     replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
         else:
-            undo.enter_context(_attention_by_name(inner))
+            undo.enter_context(attention_replaced(inner, NAME, _attention()))
         yield True
 
 
-@contextmanager
-def _attention_by_name(model: torch.nn.Module) -> Iterator[None]:
-    from transformers import AttentionInterface
+def _attention() -> Callable[..., Any]:
+    """For transformers' registry of attention functions."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
@@ -90,17 +88,7 @@ def _attention_by_name(model: torch.nn.Module) -> Iterator[None]:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    changed = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
-    for config in changed:
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"
+    return attention
 
 
 def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:

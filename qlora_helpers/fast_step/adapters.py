@@ -21,7 +21,7 @@ NEVER_CHANGED_AFTER = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "query_key_value",
     "dense", "dense_h_to_4h",
 )  # fmt: skip
-"""Layers whose output no model of transformers changes in place."""
+"""Layers whose output the tested models do not change in place."""
 torch.library.define("qlora_helpers::add_product_", "(Tensor(a!) out, Tensor low, Tensor up, float scale) -> ()")
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.fast_step.patching import attention_replaced, replace_forward
 
 NAME = "rows_apart"
 
@@ -136,7 +136,8 @@ def rows_attended_apart(model: torch.nn.Module, *, longest: int) -> Iterator[Non
             undo.callback(delattr, module, "row_starts")
             if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
                 replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
-        undo.enter_context(_attention_by_name(model))
+        if model.config.model_type != "falcon":  # whose layers know no names but sdpa and eager
+            undo.enter_context(attention_replaced(model, NAME, _attention()))
         hook = model.register_forward_pre_hook(_take_row_starts(list(by_device.values())), with_kwargs=True)
         undo.callback(hook.remove)
         yield
@@ -155,12 +156,9 @@ def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
     return hook
 
 
-@contextmanager
-def _attention_by_name(model: torch.nn.Module) -> Iterator[None]:
-    """transformers' registry of attention functions: every model but Falcon asks it by the name in its configuration."""
-    from transformers import AttentionInterface
+def _attention() -> Callable[..., Any]:
+    """For transformers' registry of attention functions."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
@@ -172,18 +170,7 @@ def _attention_by_name(model: torch.nn.Module) -> Iterator[None]:
         by_token = [rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)]
         return attend_in_rows(*by_token, module.row_starts, scale=scaling), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    if model.config.model_type != "falcon":  # Falcon's own layers know no names but sdpa and eager
-        for config, _ in before:
-            config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
+    return attention
 
 
 def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
