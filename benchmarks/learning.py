@@ -11,6 +11,8 @@ rows packed, loss on the summary and its end, the fast step, and the settings in
 (`--half tuning`); the other half is for the report. Rows whose dialogue stands in the training file are left out. Answers come the
 fast way for both, so that scores are comparable; what the recipe's own way takes (plain 4-bit `model.generate`, batch 8) is timed
 on `--plain-rows` of them and scaled up, and marked so. Results are written after every case. No text of the data is stored.
+`--together` trains all seeds but the first at once, each in a process of its own (a small model leaves most of a GPU idle); the
+seconds that are compared are those of the first seed, which has the GPU to itself.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import argparse
 import gc
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +52,9 @@ OURS = {
     "train.learning_rate": 2e-3, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 10,
 }  # fmt: skip
 VARIANTS = {"recipe": RECIPE, "ours": OURS}
+Case = tuple[str, int]  # variant and seed
+Rows = tuple[list[Dialogue], dict[str, list[Dialogue]]]  # of training, and the two halves of the dev rows
+Found = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # what was measured, and each row's scores by id
 TUNING_ROWS_WHILE_TRAINING = 8  # Trainer asks for an evaluation set; the scores don't come from it
 
 
@@ -185,8 +193,50 @@ def parsed() -> argparse.Namespace:
         options.add_argument(
             flag, dest=name, nargs="+", default=[], metavar="SECTION.NAME=VALUE", help=f"settings {text}"
         )
+    options.add_argument("--together", action="store_true", help="all seeds but the first at once")
+    options.add_argument("--rows-of-one", type=Path, help=argparse.SUPPRESS)
     options.set_defaults(base_done=False)
     return options.parse_args()
+
+
+def attempted(case: Case, rows: Rows, chosen: argparse.Namespace) -> Found:
+    """`measure`, where a case that fails is a result too."""
+    try:
+        found, scores = measure(*case, *rows, chosen)
+    except Exception as error:
+        found, scores = {"error": f"{type(error).__name__}: {str(error)[:500]}"}, {}
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    return found, scores
+
+
+def all_at_once(cases: list[Case], folder: Path) -> Iterator[tuple[Case, Found]]:
+    """Each case in a process of its own, all started before the first is awaited."""
+    started = []
+    for variant, seed in cases:
+        answer = folder / f"{variant}-{seed}.json"
+        command = [sys.executable, __file__, str(answer), *sys.argv[2:], "--rows-of-one", f"{answer}.rows"]
+        command += ["--variants", variant, "--seeds", str(seed)]
+        started.append((answer, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
+    for case, (answer, process) in zip(cases, started, strict=True):
+        code, rows = process.wait(), Path(f"{answer}.rows")
+        if not rows.exists():
+            yield case, ({"error": f"the process ended with {code}"}, {})
+            continue
+        found = json.loads(answer.read_text(encoding="utf-8"))["cases"][0]
+        yield case, (found | {"others_on_the_gpu": len(cases) - 1}, json.loads(rows.read_text(encoding="utf-8")))
+
+
+def measured(chosen: argparse.Namespace, rows: Rows) -> Iterator[tuple[Case, Found]]:
+    """All cases, seed by seed."""
+    cases = [(variant, seed) for seed in chosen.seeds for variant in chosen.variants]
+    alone = [case for case in cases if not chosen.together or case[1] == chosen.seeds[0]]
+    for case in alone:
+        yield case, attempted(case, rows, chosen)
+    if chosen.together and chosen.rows_of_one is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield from all_at_once([case for case in cases if case not in alone], Path(folder))
 
 
 def main() -> None:
@@ -200,22 +250,17 @@ def main() -> None:
         "rows": {name: len(rows) for name, rows in halves.items()}, "cases": [], "ours_against_recipe": None,
     }  # fmt: skip
     scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    for seed in chosen.seeds:
-        for variant in chosen.variants:
-            case = {"variant": variant, "seed": seed}
-            try:
-                found, rows = measure(variant, seed, train, halves, chosen)
-                scores.setdefault(variant, []).append(rows)
-            except Exception as error:  # one case that fails is a result too
-                found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-            gc.collect()
-            if ON_GPU:
-                torch.cuda.empty_cache()
-            results["cases"].append(case | found)
-            results["ours_against_recipe"] = over_seeds(scores)
-            shown = ("train_s", "evaluation_s", "scores", "error")
-            print(json.dumps(case | {name: found[name] for name in shown if name in found}), flush=True)
-            chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for (variant, seed), (found, rows) in measured(chosen, (train, halves)):
+        if rows:
+            scores.setdefault(variant, []).append(rows)
+        case = {"variant": variant, "seed": seed}
+        results["cases"].append(case | found)
+        results["ours_against_recipe"] = over_seeds(scores)
+        shown = ("train_s", "evaluation_s", "scores", "error")
+        print(json.dumps(case | {name: found[name] for name in shown if name in found}), flush=True)
+        chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if chosen.rows_of_one is not None:
+            chosen.rows_of_one.write_text(json.dumps(rows), encoding="utf-8")
     verdict = results["ours_against_recipe"]
     print(verdict["verdict"] if verdict else "no pair of variants to compare")
 
