@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/fit_speed.py [--write]
 
-Reads `step_speed_one_gpu.json`; with `--write` puts what it found into `fit_speed.json`. A hill climb with a fixed seed over six
+Reads `step_speed_one_gpu.json`; with `--write` puts what it found into `fit_speed.json`. A hill climb with a fixed seed over eight
 constants, kept within what a GPU can be. It sees the steps of two models alone; what the others were measured at says how far the
 constants carry.
 """
@@ -25,9 +25,10 @@ HERE = Path(__file__).parent
 ROUNDS = 20_000
 BOUNDS = {
     "matrix_share": (0.55, 0.78), "memory_share": (0.4, 0.9), "forward_passes": (0.5, 12), "backward_passes": (0.5, 20),
-    "eager_factor": (1, 3), "layer_s": (0, 0.008),
+    "eager_factor": (1, 3), "forward_host_s": (0, 0.008), "backward_host_s": (0, 0.016),
+    "eager_host_factor": (1, 2),
 }  # fmt: skip
-START = Speed(0.72, 0.65, 2.5, 4.0, 1.9, 0.003)
+START = Speed(0.72, 0.65, 2.5, 4.0, 1.9, 0.003, 0.006, 1.2)
 LIKELY_MEMORY_SHARE = 0.65  # what large copies reach; holds the constants apart that these few steps can't
 
 

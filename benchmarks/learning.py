@@ -8,11 +8,11 @@
 Both learn from the same rows (a share of the training file, chosen once) for one epoch from the same checkpoint in 4 bits. The
 recipe: rows padded, batch 8, loss on the prompt too, padding token = end of text, whose label transformers' collator masks. Ours:
 rows packed, loss on the summary and its end, the fast step, and the settings in `OURS`, tuned on one half of the dev rows alone
-(`--half tuning`); the other half is for the report. Rows whose dialogue stands in the training file are left out. Answers come the
-fast way for both, so that scores are comparable; what the recipe's own way takes (plain 4-bit `model.generate`, batch 8) is timed
-on `--plain-rows` of them and scaled up, and marked so. Results are written after every case. No text of the data is stored.
-`--together` trains all seeds but the first at once, each in a process of its own (a small model leaves most of a GPU idle); the
-seconds that are compared are those of the first seed, which has the GPU to itself.
+(`--half tuning`, `learning_tuning_one_gpu.json`); the other half is for the report. Rows whose dialogue stands in the training file
+are left out. Answers come the fast way for both, so that scores are comparable; what the recipe's own way takes (plain 4-bit
+`model.generate`, batch 8) is timed on `--plain-rows` of them and scaled up, and marked so. Results are written after every case. No
+text of the data is stored. `--together` trains all seeds but the first at once, each in a process of its own (a small model leaves
+most of a GPU idle); the seconds that are compared are those of the first seed, which has the GPU to itself.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ COMMON = {
 }  # fmt: skip
 RECIPE = {"data.packing": False, "data.loss_on": "all", "train.fast_step": False, "train.micro_batch_size": 8}
 OURS = {
-    "adapter.r": 16, "adapter.lora_alpha": 32, "adapter.lora_dropout": 0.0, "train.micro_batch_size": 4,
-    "train.learning_rate": 2e-3, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 10,
+    "adapter.r": 32, "adapter.lora_alpha": 64, "adapter.lora_dropout": 0.0, "train.micro_batch_size": 8,
+    "train.learning_rate": 4e-3, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 10,
 }  # fmt: skip
 VARIANTS = {"recipe": RECIPE, "ours": OURS}
 Case = tuple[str, int]  # variant and seed
@@ -195,8 +195,9 @@ def parsed() -> argparse.Namespace:
         )
     options.add_argument("--together", action="store_true", help="all seeds but the first at once")
     options.add_argument("--rows-of-one", type=Path, help=argparse.SUPPRESS)
-    options.set_defaults(base_done=False)
-    return options.parse_args()
+    chosen = options.parse_args()
+    chosen.base_done = chosen.rows_of_one is not None  # the first seed asks the untrained model
+    return chosen
 
 
 def attempted(case: Case, rows: Rows, chosen: argparse.Namespace) -> Found:

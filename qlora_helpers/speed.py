@@ -23,7 +23,9 @@ class Speed:
         memory_share: of the datasheet's bandwidth that everything else reaches.
         forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
         eager_factor: how much longer all of that takes uncompiled.
-        layer_s: what the host takes to start a pass over a layer; a step is never faster than all of these.
+        forward_host_s, backward_host_s: what the host takes to start a layer's pass in each direction; a step is never faster
+            than all of these.
+        eager_host_factor: how much longer the host takes where layers are not compiled.
     """
 
     matrix_share: float
@@ -31,7 +33,9 @@ class Speed:
     forward_passes: float
     backward_passes: float
     eager_factor: float
-    layer_s: float
+    forward_host_s: float
+    backward_host_s: float
+    eager_host_factor: float
 
 
 FITTED = Speed(
@@ -40,7 +44,9 @@ FITTED = Speed(
     forward_passes=5.05,
     backward_passes=5.17,
     eager_factor=1.98,
-    layer_s=0.00412,
+    forward_host_s=0.0025,
+    backward_host_s=0.0073,
+    eager_host_factor=1.12,
 )
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B and a Llama of 8 B, measured on one H100 80GB."""
 UNNAMED_GPU = GPUS["L4"]
@@ -66,7 +72,8 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
     optimizer = 28 * step.adapter_parameters / memory
     on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
-    return max(on_gpu, (2 * sizes.blocks + step.recomputed) * speed.layer_s)
+    on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
+    return max(on_gpu, on_host * (1.0 if step.compiled else speed.eager_host_factor))
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:

@@ -36,8 +36,10 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     )  # fmt: skip
     _, (found,) = predict(sizes, step)
     weights = gib(found.weights + found.adapters)
-    assert weights == pytest.approx(case["weights_gib"], rel=0.015)
+    # where several models were measured in one process, handles of its libraries stay from the model before
+    assert weights == pytest.approx(case["weights_gib"], rel=0.015, abs=0.1)
     assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
+    assert gib(found.reserved) == pytest.approx(case["peak_reserved_gib"], rel=0.05)
     assert gib(found.allocated) - weights == pytest.approx(case["peak_allocated_gib"] - case["weights_gib"], rel=0.15)
 
 
