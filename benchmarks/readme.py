@@ -102,8 +102,9 @@ def gpu() -> str:
 
 TRAINERS = {
     "recipe": "the 2023 recipe", "trl": "TRL", "trl_liger": "TRL with Liger kernels", "unsloth": "Unsloth",
-    "fast": "**this project**",
+    "fast": "**this project**", "fast_host": "**this project**, embedding on the host",
 }  # fmt: skip
+OURS = ("fast", "fast_host")
 
 
 def measured_steps() -> list[dict[str, Any]]:
@@ -127,7 +128,7 @@ def trainers() -> str:
                 f"{case['blocks']} x {case['seq_len_tokens']:,}" if case["variant"] != "recipe" else "8 padded rows"
             )
             ours = ours_in(case["call"], case["model"], case["limit_gib"])
-            faster = "" if case["variant"] == "fast" else f"{ours['tokens_per_s'] / case['tokens_per_s']:.2f} times"
+            faster = "" if case["variant"] in OURS else f"{ours['tokens_per_s'] / case['tokens_per_s']:.2f} times"
             lines.append(
                 f"| {case['model']} | {case['limit_gib']:g} GiB | {TRAINERS[case['variant']]} | {blocks} | {again} | "
                 f"{case['tokens_per_s']:,.0f} | {flop / case['matrix_tflops'] / 1e12:.0%} | "
@@ -145,7 +146,7 @@ def trainers() -> str:
 def ours_in(call: int, model: str, limit_gib: float) -> dict[str, Any]:
     """This project's fastest step of a call, which the others of that call are compared with."""
     cases = [case for case in measured_steps() if (case["call"], case["model"]) == (call, model)]
-    cases = [case for case in cases if case["variant"] == "fast" and case["limit_gib"] == limit_gib]
+    cases = [case for case in cases if case["variant"] in OURS and case["limit_gib"] == limit_gib]
     return max(cases, key=lambda case: case["tokens_per_s"])
 
 
@@ -157,7 +158,7 @@ def compared() -> list[list[dict[str, Any]]]:
             continue
         key = (case["model"], case["limit_gib"])
         if not any(
-            (other["call"], other["variant"], other["model"], other["limit_gib"]) == (case["call"], "fast", *key)
+            other["variant"] in OURS and (other["call"], other["model"], other["limit_gib"]) == (case["call"], *key)
             for other in measured_steps()
         ):
             continue
@@ -222,6 +223,7 @@ def _source(script: str) -> str:
 def _step_name(case: dict[str, Any]) -> str:
     name = f"{case['blocks']} x {case['seq_len_tokens']:,}, {case['layers_recomputed']} recomputed"
     name += "" if case["compiled"] else ", not compiled"
+    name += ", embedding on the host" if case.get("offloaded") else ""
     return name + (", loss on all tokens" if case["trained_share"] > 0.9 else "")
 
 
@@ -234,8 +236,8 @@ def plot() -> str:
     places = figure.subplots(len(groups), 1, gridspec_kw={"height_ratios": [len(group) for group in groups]})
     for axes, group in zip(places, groups, strict=True):
         group = sorted(group, key=lambda case: -case["tokens_per_s"])
-        names = [TRAINERS[case["variant"]].strip("*") for case in group]
-        colours = ["#2b7a78" if case["variant"] == "fast" else "#9aa5b1" for case in group]
+        names = [TRAINERS[case["variant"]].replace("*", "") for case in group]
+        colours = ["#2b7a78" if case["variant"] in OURS else "#9aa5b1" for case in group]
         bars = axes.barh(names, [case["tokens_per_s"] for case in group], color=colours)
         axes.bar_label(bars, [f"{case['tokens_per_s']:,.0f}" for case in group], padding=4)
         axes.set_title(f"{group[0]['model']} within {group[0]['limit_gib']:g} GiB, tokens/s", loc="left", fontsize=10)
@@ -255,7 +257,7 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     sizes = model_sizes(shape)
     return sizes, StepSettings(
         seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=case["r"],
-        recomputed=case["layers_recomputed"],
+        recomputed=case["layers_recomputed"], offloaded=case.get("offloaded", False),
         adapter_parameters=adapter_parameters(shape, case["r"], None, False), trained_share=case["trained_share"],
     )  # fmt: skip
 
@@ -345,8 +347,8 @@ def out_of_memory() -> str:
     return (
         f"{found['model']} ran out of memory in a notebook's shell on a real card ({large['where']}): "
         f"{gib(large['before_bytes']):.2f} GiB were held before and {gib(large['after_bytes']):.2f} after, and `retry` went on "
-        f"with {retry['micro_batch_size']} blocks; at {len(places)} other places of a step memory came back to within {apart:.1%} too "
-        "(`tests/gpu/oom_on_gpu.py`, `benchmarks/out_of_memory_one_gpu.json`).\n"
+        f"with {retry['micro_batch_size']} blocks; at {len(places)} other places of a step memory came back to within {apart:.1%} "
+        "too (`tests/gpu/oom_on_gpu.py`, `benchmarks/out_of_memory_one_gpu.json`).\n"
     )
 
 

@@ -78,11 +78,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"train": {"fast_step": False}},
     "eager": {"train": {"compile": "off"}},
     "fast": {"train": {"compile": "on"}},
+    "fast_host": {"train": {"compile": "on", "offload_embeddings": True}},
     "fast_all": {"train": {"compile": "on"}, "data": {"loss_on": "all"}},
     "auto": {},
 }
-"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step uncompiled, compiled, with a
-loss on all tokens, and as planned."""
+"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step uncompiled, compiled, with the
+input embedding in the host's memory, with a loss on all tokens, and as planned."""
 
 
 class Clock(TrainerCallback):
@@ -215,6 +216,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
+            "offloaded": bool(fast and fast.offloaded),
             "layers_recomputed": fast.recomputed if fast else None,
             "fast_step": repr(fast).splitlines() if fast else None,
         }

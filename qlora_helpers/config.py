@@ -159,6 +159,10 @@ class TrainConfig:
         "Compile each decoder layer (CUDA alone): auto does where the run is long enough to win back the time.",
         choices=("auto", "on", "off"),
     )
+    offload_embeddings: bool = option(
+        False,
+        "Keep the input embedding in the host's memory: frees its bytes on the GPU, and each forward pass waits once.",
+    )
     logging_steps: int = option(2, "Write a line of progress every so many steps.", low=1)
     eval_steps: int | None = option(
         None, "Evaluate the loss every so many steps; none does it after each epoch.", low=1

@@ -44,6 +44,7 @@ class StepSettings:
         optim: optimizer, as in `TrainConfig.optim`.
         trained_share: share of the tokens that are trained.
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
+        offloaded: whether the input embedding lies in the host's memory; one that is the output layer too stays.
     """
 
     seq_len_tokens: int
@@ -56,6 +57,7 @@ class StepSettings:
     trained_share: float = 0.2
     quantized: bool = True
     double_quantization: bool = True
+    offloaded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,7 +85,7 @@ def step_settings(
         seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=recomputed, compiled=compiled, r=adapter.r,
         adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
         optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
-        double_quantization=config.model.double_quantization,
+        double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings,
     )  # fmt: skip
 
 
@@ -204,6 +206,8 @@ def stage_memory(
     other = whole.weights_other
     if first:
         other += HALF * sizes.other_parameters
+        if settings.offloaded and not sizes.tied:
+            other -= HALF * sizes.vocab * sizes.hidden
     if head:
         other += HALF * sizes.head_parameters
     in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)

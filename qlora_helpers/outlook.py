@@ -27,7 +27,6 @@ from qlora_helpers.plan import (
     smallest_change,
 )  # fmt: skip
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, compile_pays, step_seconds
-from qlora_helpers.units import gib
 
 
 @dataclass(frozen=True)
@@ -166,8 +165,9 @@ def _candidate(sizes: ModelSizes, step: StepSettings, hardware: Hardware, accumu
     price = hardware.price_usd_per_hour
     return Candidate(
         blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
-        compiled=step.compiled, copies=1, layers_per_gpu=layers, memory=memory, seq_len_tokens=step.seq_len_tokens,
-        tokens_per_s=rate, seconds=seconds, dollars=None if price is None else price * seconds / 3600,
+        compiled=step.compiled, offloaded=step.offloaded and not sizes.tied, copies=1, layers_per_gpu=layers, memory=memory,
+        seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
+        dollars=None if price is None else price * seconds / 3600,
     )  # fmt: skip
 
 
@@ -225,27 +225,38 @@ def _mends(
 def _same_learning(
     config: RunConfig, shape: dict[str, Any], hardware: Hardware, step: Candidate, trained_share: float
 ) -> Mend | None:
-    """As many blocks at once as fit with the same number an optimizer step, and as few layers recomputed as that needs."""
+    """As many blocks at once as fit with the same number an optimizer step, and as few layers recomputed as that needs.
+
+    Where they fit only with the embedding in the host's memory, that is a part of it.
+    """
     sizes, per_step = model_sizes(shape), step.blocks * step.accumulation
-    for blocks in range(step.blocks, 0, -1):
-        if per_step % blocks:
-            continue
-        base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)
-        _, least = predict(sizes, replace(base, recomputed=sizes.blocks), gpus=hardware.gpus)
-        if blocks > 1 and max(gib(each.total) for each in least) > hardware.usable_gib:
-            continue
-        fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
-        again = max(fewest, step.recomputed)
-        found = _candidate(sizes, replace(base, recomputed=again), hardware, per_step // blocks, 0)
-        if found.peak_gib > hardware.usable_gib:
-            continue
-        settings = []
-        if again != step.recomputed:
-            settings += ["train.activation_checkpointing=true", f"train.recompute_layers={again}"]
-        if blocks != step.blocks:
-            settings += [f"train.micro_batch_size={blocks}", f"train.gradient_accumulation_steps={per_step // blocks}"]
-        return Mend(tuple(settings), "", f"{gib(max(each.total for each in found.memory)):.1f} GiB, learns the same")
+    places = (True,) if step.offloaded or sizes.tied else (False, True)  # what the settings say first
+    for blocks in [count for count in range(step.blocks, 0, -1) if per_step % count == 0]:
+        for offloaded in places:
+            base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)
+            base = replace(base, offloaded=offloaded)
+            fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
+            again = max(fewest, step.recomputed)
+            found = _candidate(sizes, replace(base, recomputed=again), hardware, per_step // blocks, 0)
+            if found.peak_gib <= hardware.usable_gib:
+                settings = _changed(step, found)
+                return Mend(tuple(settings), "", f"{found.peak_gib:.1f} GiB, learns the same")
     return None
+
+
+def _changed(old: Candidate, new: Candidate) -> list[str]:
+    """The settings that turn one way to run the training into another that learns the same."""
+    settings = []
+    if new.recomputed != old.recomputed:
+        settings += ["train.activation_checkpointing=true", f"train.recompute_layers={new.recomputed}"]
+    if new.blocks != old.blocks:
+        settings += [
+            f"train.micro_batch_size={new.blocks}",
+            f"train.gradient_accumulation_steps={new.accumulation}",
+        ]
+    if new.offloaded != old.offloaded:
+        settings += [f"train.offload_embeddings={'true' if new.offloaded else 'false'}"]
+    return settings
 
 
 def _notes(config: RunConfig, hardware: Hardware) -> list[str]:

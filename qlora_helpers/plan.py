@@ -31,6 +31,7 @@ class Candidate:
         blocks, accumulation: micro-batch on each GPU, and forward passes per optimizer step.
         recomputed: decoder layers that recompute their activations, of `layers`.
         compiled: whether layers are compiled.
+        offloaded: whether the input embedding lies in the host's memory.
         copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
         layers_per_gpu, memory: of each GPU that holds a part of one copy.
         seq_len_tokens: length of a block.
@@ -44,6 +45,7 @@ class Candidate:
     recomputed: int
     layers: int
     compiled: bool
+    offloaded: bool
     copies: int
     layers_per_gpu: tuple[int, ...]
     memory: tuple[GpuMemory, ...]
@@ -67,15 +69,17 @@ class Candidate:
             f"train.activation_checkpointing={'true' if self.recomputed else 'false'}",
             f"train.recompute_layers={self.recomputed}",
             f"train.compile={'on' if self.compiled else 'off'}",
+            f"train.offload_embeddings={'true' if self.offloaded else 'false'}",
         ]
 
     def __repr__(self) -> str:
-        again = f"{self.recomputed} of {self.layers} layers recomputed"
+        how = [f"{self.recomputed} of {self.layers} layers recomputed"]
+        how += ["compiled"] if self.compiled else []
+        how += ["embedding on the host"] if self.offloaded else []
         dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
         return (
-            f"{self.blocks} x {self.seq_len_tokens} tokens, {self.accumulation} a step, {again}"
-            f"{', compiled' if self.compiled else ''}: {self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, "
-            f"{duration(self.seconds)}{dollars}"
+            f"{self.blocks} x {self.seq_len_tokens} tokens, {self.accumulation} a step, {', '.join(how)}: "
+            f"{self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, {duration(self.seconds)}{dollars}"
         )
 
 
@@ -214,11 +218,16 @@ def _candidates(
 def _with_least_recomputation(
     sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int
 ) -> list[Candidate]:
-    """The fewest recomputed layers that fit, and all of them."""
-    counts = {fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus), sizes.blocks}
-    return [
-        _candidate(sizes, replace(step, recomputed=count), hardware, tokens, gpus, accumulation) for count in counts
-    ]
+    """The fewest recomputed layers that fit, and all of them; with the embedding on the GPU, and where it can go on the host."""
+    found = []
+    for offloaded in (False,) if sizes.tied else (False, True):
+        placed = replace(step, offloaded=offloaded)
+        counts = {fewest_recomputed(sizes, placed, hardware.usable_gib, gpus=gpus), sizes.blocks}
+        found += [
+            _candidate(sizes, replace(placed, recomputed=count), hardware, tokens, gpus, accumulation)
+            for count in counts
+        ]
+    return found
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
@@ -262,7 +271,7 @@ def _candidate(
     price = hardware.price_usd_per_hour
     return Candidate(
         blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks, compiled=compiled,
-        copies=copies, layers_per_gpu=layers, memory=memory, seq_len_tokens=step.seq_len_tokens,
+        offloaded=step.offloaded, copies=copies, layers_per_gpu=layers, memory=memory, seq_len_tokens=step.seq_len_tokens,
         tokens_per_s=rates[compiled], seconds=seconds[compiled],
         dollars=None if price is None else price * seconds[compiled] / 3600,
     )  # fmt: skip
@@ -312,7 +321,7 @@ def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, train
         blocks = next((count for count in BLOCKS if per_step % (count * copies) == 0), 1)
         step = step_settings(config, shape, blocks=blocks, compiled=False, trained_share=trained_share)
         for recomputed in (0, sizes.blocks):
-            _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
+            _, memory = predict(sizes, replace(step, recomputed=recomputed, offloaded=recomputed > 0), gpus=gpus)
             if max(gib(each.total) for each in memory) <= hardware.usable_gib:
                 return True
     return False
@@ -373,8 +382,9 @@ def _as_dict(each: Candidate | None) -> dict[str, Any] | None:
         return None
     return {
         "blocks": each.blocks, "seq_len_tokens": each.seq_len_tokens, "accumulation": each.accumulation,
-        "recomputed": each.recomputed, "layers": each.layers, "compiled": each.compiled, "copies": each.copies,
-        "layers_per_gpu": list(each.layers_per_gpu), "memory_gib": [memory.parts_gib() for memory in each.memory],
+        "recomputed": each.recomputed, "layers": each.layers, "compiled": each.compiled, "offloaded": each.offloaded,
+        "copies": each.copies, "layers_per_gpu": list(each.layers_per_gpu),
+        "memory_gib": [memory.parts_gib() for memory in each.memory],
         "allocated_gib": [gib(memory.allocated) for memory in each.memory],
         "reserved_gib": [gib(memory.reserved) for memory in each.memory], "peak_gib": each.peak_gib,
         "tokens_per_s": each.tokens_per_s, "seconds": each.seconds, "dollars": each.dollars, "settings": each.settings,

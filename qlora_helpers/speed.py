@@ -11,6 +11,7 @@ from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS, Gpu
 from qlora_helpers.memory import HALF, StepSettings, kept_values
 
+LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
 COMPILE_S = 30.0  # what the first step takes longer
 
 
@@ -72,6 +73,8 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
     optimizer = 28 * step.adapter_parameters / memory
     on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+    if step.offloaded and not sizes.tied:
+        on_gpu += HALF * step.tokens * sizes.hidden / LOOKUP_BYTES_S + LOOKUP_S
     on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
     return max(on_gpu, on_host * (1.0 if step.compiled else speed.eager_host_factor))
 

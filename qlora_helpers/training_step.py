@@ -76,7 +76,10 @@ def open_fast_step(
         check_same_losses(probe_losses(model, collator, on.loss), plain)
 
     compiled, recomputed = _choose(model, data, config, longest)
-    return fast_step(model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, check=check)
+    return fast_step(
+        model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed,
+        offload_embeddings=config.offload_embeddings, check=check,
+    )  # fmt: skip
 
 
 def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int) -> tuple[bool, int | None]:
@@ -100,6 +103,7 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
+        offloaded=config.offload_embeddings,
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU

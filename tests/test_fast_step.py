@@ -87,8 +87,15 @@ def gradients(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fast(model, *, packed=True, compiled=False, recomputed=0):
-    return fast_step(model, packed=packed, longest=24, compiled=compiled, recomputed=recomputed)
+def fast(model, *, packed=True, compiled=False, recomputed=0, offload_embeddings=False):
+    return fast_step(
+        model,
+        packed=packed,
+        longest=24,
+        compiled=compiled,
+        recomputed=recomputed,
+        offload_embeddings=offload_embeddings,
+    )
 
 
 def plain_collator(packed=True):
@@ -127,6 +134,61 @@ def test_loss_and_gradients_are_the_plain_paths(name, packed):
     # The loss is summed in float32 by design; the rest of the path is in float64 here.
     assert_same(expected, found, tolerance=3e-6)
     assert_same(expected, gradients(model, plain_collator(packed)(blocks)), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_an_embedding_on_the_host_changes_nothing(packed):
+    model = built(SHAPES["llama"])
+    embedding = model.get_base_model().get_input_embeddings()
+    weight, kept = embedding.weight, embedding.weight.detach().clone()
+    blocks = BLOCKS if packed else PADDED
+    with fast(model, packed=packed, recomputed=2) as on:
+        expected = gradients(model, fast_collator(on, packed)(blocks))
+    with fast(model, packed=packed, recomputed=2, offload_embeddings=True) as on:
+        assert on.offloaded and "host's memory" in repr(on)
+        assert embedding.weight.shape == kept.shape and embedding.weight.untyped_storage().nbytes() == kept.itemsize
+        # A shorter batch between two longer ones is looked up into the same memory.
+        found, _, again = (gradients(model, fast_collator(on, packed)(rows)) for rows in (blocks, blocks[:1], blocks))
+    assert_same(expected, found, tolerance=1e-12)
+    assert_same(expected, again, tolerance=1e-12)
+    assert embedding.weight is weight and torch.equal(weight, kept) and "forward" not in vars(embedding)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("falcon-7b layout", "same weights"), ("gemma", "more than look up")])
+def test_an_embedding_that_is_needed_on_the_gpu_stays(name, reason):
+    model = built(SHAPES[name] | {"tie_word_embeddings": True})
+    with fast(model, offload_embeddings=True) as on:
+        assert not on.offloaded and any("stays on the GPU" in each for each in on.reasons)
+        assert model.get_base_model().get_input_embeddings().weight.is_contiguous()
+
+
+def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
+    """As after an out-of-memory error, whose frames hold the GPU's memory until they are cleared."""
+    model = built(SHAPES["llama"])
+    embedding = model.get_base_model().get_input_embeddings()
+    kept, expected = embedding.weight.detach().clone(), gradients(model, plain_collator()(BLOCKS))
+    to = torch.Tensor.to
+
+    def full(tensor, *args, **options):
+        if tensor.shape == kept.shape and args and isinstance(args[0], torch.device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *args, **options)
+
+    def fails():
+        with fast(model, offload_embeddings=True):
+            monkeypatch.setattr(torch.Tensor, "to", full)
+            raise torch.OutOfMemoryError("the step")
+
+    with pytest.raises(torch.OutOfMemoryError, match="the step"):
+        fails()
+    assert embedding.weight.untyped_storage().nbytes() == kept.itemsize
+    assert_same(expected, gradients(model, plain_collator()(BLOCKS)), tolerance=1e-12)
+    monkeypatch.undo()
+    with fast(model) as on:
+        assert torch.equal(embedding.weight, kept) and not on.offloaded
+        found = gradients(model, fast_collator(on)(BLOCKS))
+    assert_same(expected, found, tolerance=3e-6)
+    assert "forward" not in vars(embedding)
 
 
 @pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3"])

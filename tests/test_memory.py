@@ -32,7 +32,7 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     sizes = model_sizes(SHAPES[name])
     step = settings(
         name, r=r, seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], recomputed=case["layers_recomputed"],
-        compiled=case["compiled"], trained_share=case["trained_share"],
+        compiled=case["compiled"], trained_share=case["trained_share"], offloaded=case.get("offloaded", False),
     )  # fmt: skip
     _, (found,) = predict(sizes, step)
     weights = gib(found.weights + found.adapters)
@@ -41,6 +41,13 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
     assert gib(found.reserved) == pytest.approx(case["peak_reserved_gib"], rel=0.05)
     assert gib(found.allocated) - weights == pytest.approx(case["peak_allocated_gib"] - case["weights_gib"], rel=0.15)
+
+
+def test_an_embedding_on_the_host_frees_its_bytes_where_the_output_layer_has_its_own():
+    for name, freed in (("llama-3.1-8b", 2 * 128_256 * 4096), ("smollm2-135m", 0)):
+        sizes = model_sizes(SHAPES[name])
+        (_, (here,)), (_, (there,)) = (predict(sizes, settings(name, offloaded=each)) for each in (False, True))
+        assert here.weights_other - there.weights_other == freed == here.total - there.total
 
 
 def test_falcon_40b_in_4_bits():

@@ -57,6 +57,15 @@ def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings
     assert not look(gpus, *settings, *mend.settings, *one_less).fits
 
 
+def test_an_embedding_on_the_host_is_the_mend_where_it_is_all_that_is_missing():
+    llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "data.seq_len_tokens=2048", "adapter.r=16"])
+    asked = ["train.micro_batch_size=2", "train.recompute_layers=32"]
+    found = look("8GiB", *asked, config=llama)
+    assert found.mends[0].settings == ("train.offload_embeddings=true",)
+    mended = look("8GiB", *asked, *found.mends[0].settings, config=llama)
+    assert mended.fits and not mended.mends
+
+
 def test_where_no_setting_helps_an_instance_is_named():
     found = look("4GiB")
     assert [bool(mend.settings) for mend in found.mends] == [False]

@@ -39,7 +39,7 @@ def test_the_speed_is_what_the_gpu_measured(case):
     sizes = model_sizes(shape)
     step = StepSettings(
         seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=r,
-        recomputed=case["layers_recomputed"],
+        recomputed=case["layers_recomputed"], offloaded=case.get("offloaded", False),
         adapter_parameters=adapter_parameters(shape, r, None, False), trained_share=case["trained_share"],
     )  # fmt: skip
     assert step_seconds(sizes, step, GPUS["H100"]) == pytest.approx(case["step_s"], rel=0.2)
@@ -70,6 +70,14 @@ def test_the_choice_is_the_fastest_that_fits():
                 r=8, adapter_parameters=plan.adapter_parameters,
             )  # fmt: skip
             assert gib(predict(model_sizes(shape), step)[1][0].total) > 21.99
+
+
+def test_in_a_small_card_the_embedding_goes_to_the_host():
+    small, large = (planned("meta-llama/Llama-3.1-8B", gpus, "adapter.r=16").choice for gpus in ("8GiB", "H100"))
+    assert small.offloaded and "embedding on the host" in repr(small)
+    assert not large.offloaded
+    assert "train.offload_embeddings=true" in small.settings and "train.offload_embeddings=false" in large.settings
+    assert not planned("HuggingFaceTB/SmolLM2-135M", "8GiB").choice.offloaded  # it is the output layer too
 
 
 def test_where_nothing_fits_it_says_by_how_much_and_what_would():

@@ -418,6 +418,19 @@ def test_recomputed_activations_change_nothing(teach, tmp_path):
     assert largest_difference(plain, recomputed) < 1e-6
 
 
+def test_an_embedding_on_the_host_trains_the_same_and_is_saved_as_any(teach, tmp_path):
+    """Evaluations, checkpoints and accumulation included."""
+    settings = {"fast_step": True, "micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    plain, _ = teach(on=Run(tmp_path / "plain"), **settings)
+    offloaded, result = teach(on=Run(tmp_path / "offloaded"), offload_embeddings=True, **settings)
+    assert "host's memory" in result.fast_step
+    assert largest_difference(plain, offloaded) == 0
+    names = [
+        sorted(path.name for path in Run(tmp_path / name).checkpoints_dir.rglob("*")) for name in ("plain", "offloaded")
+    ]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "rows"),
     [

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
+from qlora_helpers.fast_step.embeddings import brought_back, embeddings_on_host, offload_refusal
 from qlora_helpers.fast_step.layers import compile_refusal, decoder_layers, layers_changed
 from qlora_helpers.fast_step.loss import ChunkedLoss, loss_in_chunks
 from qlora_helpers.fast_step.rows import kernel_refusal, rows_attended_apart
@@ -29,6 +30,7 @@ class FastStep:
         loss: the loss in chunks, or None where the model's own is used.
         adapters: how many adapted layers cast weights in place of activations.
         compiled: whether the decoder layers are compiled.
+        offloaded: whether the input embedding lies in the host's memory.
         recomputed, layers: how many decoder layers recompute their activations, of how many.
         reasons: why a part is off.
     """
@@ -37,6 +39,7 @@ class FastStep:
     loss: ChunkedLoss | None = None
     adapters: int = 0
     compiled: bool = False
+    offloaded: bool = False
     recomputed: int = 0
     layers: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -48,6 +51,7 @@ class FastStep:
             (f"{self.adapters} adapters in 32 bits computing in the model's type", self.adapters > 0),
             ("layers compiled", self.compiled),
         ]
+        parts += [("input embedding in the host's memory", True)] if self.offloaded else []
         lines = [f"{'on ' if on else 'off'}  {name}" for name, on in parts]
         lines.append(f"     {self.recomputed} of {self.layers} layers recomputed")
         return "\n".join(lines + [f"     ({reason})" for reason in self.reasons])
@@ -61,6 +65,7 @@ def fast_step(
     longest: int,
     compiled: bool,
     recomputed: int | None,
+    offload_embeddings: bool = False,
     check: Callable[[FastStep], None] = lambda on: None,
 ) -> Iterator[FastStep]:
     """Opens all parts that can run, around one session of training.
@@ -71,13 +76,22 @@ def fast_step(
         longest: an upper bound on a row's tokens.
         compiled: whether the run is long enough for compilation to pay.
         recomputed: how many decoder layers recompute their activations; None for all.
+        offload_embeddings: whether the input embedding goes into the host's memory.
         check: called before anything is compiled; may raise.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     device, dtype = inner.get_input_embeddings().weight.device, inner.dtype
+    brought_back(inner.get_input_embeddings())
     on = FastStep(layers=len(decoder_layers(inner)))
     on.recomputed = on.layers if recomputed is None else min(recomputed, on.layers)
     with ExitStack() as parts:
+        if offload_embeddings:
+            refusal = offload_refusal(inner)
+            if refusal is None:
+                parts.enter_context(embeddings_on_host(inner))
+                on.offloaded = True
+            else:
+                on.reasons.append(refusal)
         on.adapters = parts.enter_context(weights_cast_in_place_of_activations(model))
         if packed:
             refusal = kernel_refusal(device, dtype, _head_dim(inner)) or _attention_refusal(inner)
