@@ -62,6 +62,31 @@ def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, tmp_path, m
     assert json.loads(texts.splitlines()[0])["summary"] not in out.read_text()
 
 
+def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(files, tmp_path, monkeypatch):
+    out = tmp_path / "learning.json"
+    run(
+        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 0,
+        "--seeds", 0, 1, "--together", "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256",
+        "evaluation.max_new_tokens=4",
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    cases = [(case["variant"], case["seed"], case.get("others_on_the_gpu"), "error" in case) for case in found["cases"]]
+    assert cases == [
+        ("ours", 0, None, False),
+        ("recipe", 0, None, False),
+        ("ours", 1, 1, False),
+        ("recipe", 1, 1, False),
+    ]
+    losses = {
+        name: [case["scores"]["tuned"]["loss"] for case in found["cases"] if case["variant"] == name]
+        for name in ("recipe", "ours")
+    }
+    assert losses["ours"][0] != losses["ours"][1]
+    (loss,) = [item for item in found["ours_against_recipe"]["differences"] if item["measure"] == "loss"]
+    for place, name in (("first", "recipe"), ("second", "ours")):  # a mean over rows of the seeds' means
+        assert min(losses[name]) <= loss[place] <= max(losses[name])
+
+
 def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     out = tmp_path / "speed.json"
     options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 128, "--plain-batches", 1, "--rounds", 1]
