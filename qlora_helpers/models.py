@@ -27,6 +27,8 @@ from qlora_helpers.nf4 import (
 from qlora_helpers.units import BYTES_IN_GIB, gib
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,11 +82,19 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] = print) -
     return _tokenizer(find_checkpoint(config, say=say))
 
 
-def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> LoadedModel:
+ALIKE = 1.05  # the largest card's memory by the smallest one's, up to which the plan takes them for the same
+Spread = Callable[[int], tuple[int, ...] | None]
+"""Told a number of GPUs, gives the decoder layers of each; None leaves it to accelerate, which counts weights alone."""
+
+
+def load_model(
+    config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Callable[[str], None] = print
+) -> LoadedModel:
     """Loads a model as asked, places it over the devices and audits what is in memory.
 
     Args:
         config: name, quantisation, dtype, attention and placement.
+        spread: how many decoder layers each of several GPUs gets.
         say: told what takes long.
 
     Raises:
@@ -100,7 +110,7 @@ def load_model(config: ModelConfig, *, say: Callable[[str], None] = print) -> Lo
 
         model = build_random_model(checkpoint.shape, config, dtype=dtype, attention=attention)
     else:
-        model = _from_pretrained(checkpoint, config, dtype, attention)
+        model = _from_pretrained(checkpoint, config, dtype, attention, spread)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -123,7 +133,7 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None, spread: Spread
 ) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
@@ -135,7 +145,7 @@ def _from_pretrained(
             quantization_config=quantization_settings(config, dtype),
             dtype=dtype,
             attn_implementation=attention,
-            device_map=device_map_argument() if on_gpu else {"": "cpu"},
+            device_map=device_map_argument(checkpoint.folder, config, spread) if on_gpu else {"": "cpu"},
             max_memory=_limits(config) if on_gpu else None,
             local_files_only=True,
             trust_remote_code=False,
@@ -197,12 +207,24 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             )
 
 
-def device_map_argument() -> Any:
-    """One process: spread over all GPUs. Under torchrun: each process holds the whole model on its own GPU."""
-    import os
+def device_map_argument(folder: Path, config: ModelConfig, spread: Spread) -> Any:
+    """One process: spread over all GPUs, by the plan where it can. Under torchrun: each process has the whole model on its GPU.
+
+    The plan takes all cards alike. Where they are not, or a limit on the weights is set, accelerate shares the model out.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from qlora_helpers.device_maps import layer_map
 
     rank = os.environ.get("LOCAL_RANK")
-    return "auto" if rank is None else {"": int(rank)}
+    if rank is not None:
+        return {"": int(rank)}
+    sizes = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count())]
+    if len(sizes) < 2 or max(sizes) > ALIKE * min(sizes) or config.max_memory_per_gpu_gib is not None:
+        return "auto"
+    counts = spread(len(sizes))
+    return (counts and layer_map(AutoConfig.from_pretrained(folder, trust_remote_code=False), counts)) or "auto"
 
 
 def _limits(config: ModelConfig) -> dict[int, int] | None:

@@ -93,6 +93,28 @@ def predicted_step(
     }
 
 
+def layers_per_gpu(config: RunConfig, gpus: int) -> tuple[int, ...] | None:
+    """How many decoder layers each GPU gets, so that the fullest holds the least while it trains with these settings.
+
+    Returns:
+        None where the model can't be planned.
+    """
+    try:
+        shape = find_shape(config.model)
+        sizes = model_sizes(shape)
+        again = (
+            sizes.blocks if config.train.recompute_layers is None else min(config.train.recompute_layers, sizes.blocks)
+        )
+        step = step_settings(
+            config, shape, blocks=config.train.micro_batch_size, compiled=config.train.compile == "on",
+            recomputed=again if config.train.activation_checkpointing else 0, trained_share=trained_share(config.data),
+        )  # fmt: skip
+    except UserError:
+        return None
+    counts, _ = predict(sizes, step, gpus=gpus)
+    return counts
+
+
 def this_machine(price: float | None = None) -> Hardware:
     """The GPUs of this machine; the smallest counts where they differ.
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import locks, rescue, termination
+from qlora_helpers import locks, planning, rescue, termination
 from qlora_helpers.adapter_files import certify, load_adapter, save_adapter
 from qlora_helpers.answering import ask, streaming_answers
 from qlora_helpers.architectures import keeps_packed_rows_apart
@@ -53,10 +53,11 @@ log = logging.getLogger(__name__)
 
 @rescue.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
-    """Loads the run's base model and tokenizer, audited."""
+    """Loads the run's base model and tokenizer, audited; over several GPUs as the plan shares its layers out."""
     from qlora_helpers.models import load_model
 
-    return load_model(run.config().model, say=say)
+    config = run.config()
+    return load_model(config.model, spread=lambda gpus: planning.layers_per_gpu(config, gpus), say=say)
 
 
 def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 
 import pytest
 from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
 
 from qlora_helpers import models, nf4
+from qlora_helpers.catalog import DataSize, parse_gpus
 from qlora_helpers.checkpoints import corpus_tokenizer, find_checkpoint
-from qlora_helpers.config import ModelConfig
+from qlora_helpers.config import ModelConfig, RunConfig, profile_config
+from qlora_helpers.device_maps import layer_map
 from qlora_helpers.errors import ModelError
 from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.models import audit, load_model, load_tokenizer, placement, set_pad_token
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.models import audit, device_map_argument, load_model, load_tokenizer, placement, set_pad_token
 from qlora_helpers.nf4 import falcon_linears_as_plain, is_nf4, keep_gradients_exact_on_cpu, stored_bytes, unpacked_numel
+from qlora_helpers.outlook import look_ahead
+from qlora_helpers.planning import layers_per_gpu
 
 FALCON = ModelConfig(name="random:falcon-tiny")
 
@@ -446,6 +452,93 @@ def test_what_does_not_fit_is_told(torch):
     with pytest.raises(ModelError, match=r"the weights don't fit on 2 GPUs of 8 GiB\. Use more or larger GPUs"):
         placement(SHAPES["falcon-40b"], gpus=2, limit_gib=8)
     assert list(placement(SHAPES["falcon-7b"], gpus=1, limit_gib=8)) == ["cuda:0"]
+
+
+SPREAD_SHAPES = [
+    "falcon-7b",
+    "falcon-40b",
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "qwen3-8b",
+    "gemma-3-1b",
+    "phi-4",
+    "mixtral-8x7b",
+]
+
+
+@pytest.mark.parametrize("name", SPREAD_SHAPES)
+def test_layers_are_shared_out_by_number(torch, name):
+    """Every weight on one GPU, layers in their order, the output layer where the plan counts it."""
+    from accelerate import init_empty_weights
+    from accelerate.utils import check_device_map
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**SHAPES[name])
+    layers = model_sizes(SHAPES[name]).blocks
+    counts = (layers // 2 - 1, 1, layers - layers // 2)
+    found = layer_map(config, counts)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    check_device_map(model, found)
+    on = {}
+    for path, _ in model.named_parameters(remove_duplicate=False):
+        on[path], *more = (gpu for part, gpu in found.items() if path == part or path.startswith(f"{part}."))
+        assert not more
+    in_layers = [on[path] for path in on if re.search(r"\.(layers|h)\.\d+\.", path)]
+    assert in_layers == sorted(in_layers) and set(in_layers) == {0, 1, 2}
+    gpu_of = {
+        number: {gpu for path, gpu in on.items() if re.search(rf"\.(layers|h)\.{number}\.", path)}
+        for number in range(layers)
+    }
+    assert [len([one for one in gpu_of.values() if one == {gpu}]) for gpu in range(3)] == list(counts)
+    embedding, head = (next(path for path in on if path.startswith(part)) for part in _embedding_and_head(model))
+    assert (on[embedding], on[head]) == (0, 0 if model_sizes(SHAPES[name]).tied else 2)
+    assert layer_map(config, (1, 1)) is None
+
+
+def _embedding_and_head(model):
+    names = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+
+
+class Card:
+    def __init__(self, total_memory):
+        self.total_memory = total_memory
+
+
+@pytest.mark.parametrize(
+    ("cards", "settings", "rank", "expected"),
+    [
+        ([24, 24], {}, None, {"lm_head": 0, "transformer.h.2": 0, "transformer.h.3": 1}),
+        ([24, 48], {}, None, "auto"),
+        ([24], {}, None, "auto"),
+        ([24, 24], {"max_memory_per_gpu_gib": 10.0}, None, "auto"),
+        ([24, 24], {}, "1", {"": 1}),
+    ],
+)
+def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypatch, cards, settings, rank, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card(cards[index] * 2**30))
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    config = ModelConfig(name=str(tmp_path), **settings)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["falcon-tiny"]))
+    found = device_map_argument(tmp_path, config, {2: (3, 1)}.get)
+    assert found == expected if isinstance(expected, str) or "" in expected else expected.items() <= found.items()
+
+
+def test_the_plan_s_layers_are_those_of_its_memory(torch):
+    """The numbers that the plan shows are the ones a model is loaded by."""
+    config = profile_config("falcon-40b").with_settings(["train.recompute_layers=12", "train.micro_batch_size=2"])
+    plan = look_ahead(config, SHAPES["falcon-40b"], parse_gpus("4x24GiB"), DataSize(1000, 200))
+    assert layers_per_gpu(config, 4) == plan.step.layers_per_gpu
+
+
+def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card(2**34))
+    config = RunConfig().with_settings({"model.name": "no-such-folder/at-all"})
+    assert device_map_argument(tmp_path, config.model, lambda gpus: layers_per_gpu(config, gpus)) == "auto"
 
 
 # random weights at true size
