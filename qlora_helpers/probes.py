@@ -38,7 +38,7 @@ def check_rows_apart(
     Raises:
         ModelError: the rows see each other.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(2, vocabulary, (n,), generator=draw).tolist() for n in (9, 9, 7))
     probe = dataclasses.replace(collator, pad_to=None, blocks=None, keep_trained_logits=False, list_trained=False)
@@ -90,7 +90,7 @@ def check_same_losses(found: torch.Tensor, plain: torch.Tensor) -> float:
 @torch.no_grad()
 def probe_losses(model: torch.nn.Module, collator: BlockCollator, chunked: ChunkedLoss | None) -> torch.Tensor:
     """Losses of the tokens of a block of two rows of random words, `(tokens,)`: the same on any path through the model."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randint(2, vocabulary, (n,), generator=draw).tolist() for n in (9, 7))
     rows = [(first + second, [1] * 9 + [2] * 7)] if collator.packed else [(first, [1] * 9), (second, [1] * 7)]

@@ -146,7 +146,7 @@ def test_an_embedding_on_the_host_changes_nothing(packed):
         expected = gradients(model, fast_collator(on, packed)(blocks))
     with fast(model, packed=packed, recomputed=2, offload_embeddings=True) as on:
         assert on.offloaded and "host's memory" in repr(on)
-        assert embedding.weight.shape == kept.shape and embedding.weight.untyped_storage().nbytes() == kept.itemsize
+        assert embedding.weight.numel() == 0
         # A shorter batch between two longer ones is looked up into the same memory.
         found, _, again = (gradients(model, fast_collator(on, packed)(rows)) for rows in (blocks, blocks[:1], blocks))
     assert_same(expected, found, tolerance=1e-12)
@@ -159,7 +159,7 @@ def test_an_embedding_that_is_needed_on_the_gpu_stays(name, reason):
     model = built(SHAPES[name] | {"tie_word_embeddings": True})
     with fast(model, offload_embeddings=True) as on:
         assert not on.offloaded and any("stays on the GPU" in each for each in on.reasons)
-        assert model.get_base_model().get_input_embeddings().weight.is_contiguous()
+        assert model.get_base_model().get_input_embeddings().weight.numel()
 
 
 def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
@@ -181,7 +181,7 @@ def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
 
     with pytest.raises(torch.OutOfMemoryError, match="the step"):
         fails()
-    assert embedding.weight.untyped_storage().nbytes() == kept.itemsize
+    assert embedding.weight.numel() == 0
     assert_same(expected, gradients(model, plain_collator()(BLOCKS)), tolerance=1e-12)
     monkeypatch.undo()
     with fast(model) as on:

@@ -244,7 +244,7 @@ def _graph_refusal(model: torch.nn.Module) -> str | None:
 
 def _prove(model: torch.nn.Module, pad: int) -> None:
     """Two prompts of unlike length grow by two tokens in slots, and must give the logits that the model gives them alone."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, vocabulary, (length,), generator=draw).tolist() for length in (9, 5)]
     decoder = SlotDecoder(model, slots=2, capacity=12, graph_refusal="a proof")

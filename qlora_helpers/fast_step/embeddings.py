@@ -57,7 +57,7 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
         return found.reshape(*input_ids.shape, host.shape[1])
 
     replace_forward(embedding, forward, undo)
-    weight.data = torch.empty(1, 1, dtype=host.dtype, device=device).expand(host.shape)  # its shape is still asked for
+    weight.data = torch.empty(0, host.shape[1], dtype=host.dtype, device=device)
     vars(embedding)[_ON_HOST] = (host, device, undo)
     try:
         yield
