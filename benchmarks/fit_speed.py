@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/fit_speed.py [--write]
 
 Reads `step_speed_one_gpu.json`; with `--write` puts what it found into `fit_speed.json`. A hill climb with a fixed seed over eight
-constants, kept within what a GPU can be. It sees the steps of two models alone; what the others were measured at says how far the
+constants, kept within what a GPU can be. It sees the steps of three models alone; what the others were measured at says how far the
 constants carry.
 """
 

@@ -220,13 +220,25 @@ def all_at_once(cases: list[Case], folder: Path) -> Iterator[tuple[Case, Found]]
         command = [sys.executable, __file__, str(answer), *sys.argv[2:], "--rows-of-one", f"{answer}.rows"]
         command += ["--variants", variant, "--seeds", str(seed)]
         started.append((answer, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
-    for case, (answer, process) in zip(cases, started, strict=True):
-        code, rows = process.wait(), Path(f"{answer}.rows")
-        if not rows.exists():
-            yield case, ({"error": f"the process ended with {code}"}, {})
-            continue
-        found = json.loads(answer.read_text(encoding="utf-8"))["cases"][0]
-        yield case, (found | {"others_on_the_gpu": len(cases) - 1}, json.loads(rows.read_text(encoding="utf-8")))
+    waiting = dict(zip(cases, started, strict=True))
+    try:
+        while waiting:
+            time.sleep(0.2)
+            for case in [case for case, (_, process) in waiting.items() if process.poll() is not None]:
+                answer, process = waiting.pop(case)
+                yield case, _answered(answer, process.returncode, len(cases) - 1)
+    finally:
+        for _, process in waiting.values():
+            process.terminate()
+
+
+def _answered(answer: Path, code: int, others: int) -> Found:
+    """What a case in a process of its own wrote."""
+    rows = Path(f"{answer}.rows")
+    if not rows.exists():
+        return {"error": f"the process ended with {code}"}, {}
+    found = json.loads(answer.read_text(encoding="utf-8"))["cases"][0]
+    return found | {"others_on_the_gpu": others}, json.loads(rows.read_text(encoding="utf-8"))
 
 
 def measured(chosen: argparse.Namespace, rows: Rows) -> Iterator[tuple[Case, Found]]:

@@ -376,6 +376,10 @@ def learning() -> str:
         next(case for case in found["cases"] if case["variant"] == name and "others_on_the_gpu" not in case)
         for name in ("recipe", "ours")
     )
+    seeds = {
+        name: "mean of seeds " + ", ".join(str(case["seed"]) for case in found["cases"] if case["variant"] == name)
+        for name in ("recipe", "ours")
+    }
     own_way = recipe["train_s"] + recipe["plain_s_scaled_to_all"]
     taken = ours["train_s"] + ours["evaluation_s"]
     text = (
@@ -383,7 +387,8 @@ def learning() -> str:
         f"set), asked on {rouge['rows']} dev rows that neither saw and that nothing was tuned on "
         f"({found['dev_rows_also_in_training']} dev rows stand in the training set too and were left out). "
         f"Untuned it has ROUGE-L {base['rouge_l']:.1f} and ends "
-        f"{base['stop_rate']:.0%} of its answers. Ours above the recipe in ROUGE-L: {rouge['difference']:.1f}, 95 % interval "
+        f"{base['stop_rate']:.0%} of its answers. Ours ({seeds['ours']}) above the recipe ({seeds['recipe']}) in "
+        f"ROUGE-L: {rouge['difference']:.1f}, 95 % interval over rows "
         f"{rouge['low']:.1f} to {rouge['high']:.1f}. Training and answering took ours {taken:.0f} s, three models asked, and the "
         f"recipe {own_way:.0f} s with plain generation (timed on {recipe['plain_rows_timed']} rows and scaled)."
     )

@@ -85,7 +85,7 @@ def step_settings(
         seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=recomputed, compiled=compiled, r=adapter.r,
         adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
         optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
-        double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings,
+        double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
     )  # fmt: skip
 
 
@@ -206,16 +206,16 @@ def stage_memory(
     other = whole.weights_other
     if first:
         other += HALF * sizes.other_parameters
-        if settings.offloaded and not sizes.tied:
-            other -= HALF * sizes.vocab * sizes.hidden
+    offloaded = HALF * sizes.vocab * sizes.hidden if first and settings.offloaded and not sizes.tied else 0
     if head:
         other += HALF * sizes.head_parameters
     in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
     in_layer += HALF * settings.tokens * _inner_in_backward(sizes)
     working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
+    working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
     fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
     return replace(
-        whole, weights_other=other, activations=activations, working=working, fragmentation=round(fragmentation),
+        whole, weights_other=other - offloaded, activations=activations, working=working, fragmentation=round(fragmentation),
         context=CONTEXT_BYTES,
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] = print) -
     return _tokenizer(find_checkpoint(config, say=say))
 
 
-ALIKE = 1.05  # the largest card's memory by the smallest one's, up to which the plan takes them for the same
+ALIKE = 1.05  # most free memory of a card by the least, up to which the plan takes them for the same
 Spread = Callable[[int], tuple[int, ...] | None]
 """Told a number of GPUs, gives the decoder layers of each; None leaves it to accelerate, which counts weights alone."""
 
@@ -210,7 +210,8 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def device_map_argument(folder: Path, config: ModelConfig, spread: Spread) -> Any:
     """One process: spread over all GPUs, by the plan where it can. Under torchrun: each process has the whole model on its GPU.
 
-    The plan takes all cards alike. Where they are not, or a limit on the weights is set, accelerate shares the model out.
+    The plan takes all cards alike and empty. Where they are not alike, one holds something, or a limit on the weights is set,
+    accelerate shares the model out.
     """
     import torch
     from transformers import AutoConfig
@@ -220,10 +221,10 @@ def device_map_argument(folder: Path, config: ModelConfig, spread: Spread) -> An
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None:
         return {"": int(rank)}
-    sizes = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count())]
-    if len(sizes) < 2 or max(sizes) > ALIKE * min(sizes) or config.max_memory_per_gpu_gib is not None:
+    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if len(free) < 2 or max(free) > ALIKE * min(free) or config.max_memory_per_gpu_gib is not None:
         return "auto"
-    counts = spread(len(sizes))
+    counts = spread(len(free))
     return (counts and layer_map(AutoConfig.from_pretrained(folder, trust_remote_code=False), counts)) or "auto"
 
 

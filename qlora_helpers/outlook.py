@@ -20,6 +20,7 @@ from qlora_helpers.plan import (
     Candidate,
     Plan,
     cheapest_instance,
+    embedding_places,
     fastest_in_several_processes,
     fewest_recomputed,
     hardware_notes,
@@ -230,7 +231,7 @@ def _same_learning(
     Where they fit only with the embedding in the host's memory, that is a part of it.
     """
     sizes, per_step = model_sizes(shape), step.blocks * step.accumulation
-    places = (True,) if step.offloaded or sizes.tied else (False, True)  # what the settings say first
+    places = (True,) if step.offloaded else embedding_places(sizes, config)
     for blocks in [count for count in range(step.blocks, 0, -1) if per_step % count == 0]:
         for offloaded in places:
             base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)

@@ -205,22 +205,29 @@ def _candidates(
     Where it says nothing: one copy over all GPUs, or a copy on each.
     """
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
-    found = []
+    found, sizes = [], model_sizes(shape)
+    places = embedding_places(sizes, config)
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = hardware.gpus // gpus
         for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
             step = step_settings(config, shape, blocks=blocks, trained_share=trained_share)
             accumulation = max(1, per_step // (blocks * copies))
-            found += _with_least_recomputation(model_sizes(shape), step, hardware, tokens, gpus, accumulation)
+            found += _with_least_recomputation(sizes, step, hardware, tokens, gpus, accumulation, places)
     return found
 
 
+def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
+    """Whether the input embedding may be in the host's memory: not where it is the output layer, nor without the fast step."""
+    return (False,) if sizes.tied or not config.train.fast_step else (False, True)
+
+
 def _with_least_recomputation(
-    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int
-) -> list[Candidate]:
-    """The fewest recomputed layers that fit, and all of them; with the embedding on the GPU, and where it can go on the host."""
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, gpus: int, accumulation: int,
+    places: tuple[bool, ...],
+) -> list[Candidate]:  # fmt: skip
+    """The fewest recomputed layers that fit, and all of them, with the embedding in each place."""
     found = []
-    for offloaded in (False,) if sizes.tied else (False, True):
+    for offloaded in places:
         placed = replace(step, offloaded=offloaded)
         counts = {fewest_recomputed(sizes, placed, hardware.usable_gib, gpus=gpus), sizes.blocks}
         found += [
@@ -321,7 +328,11 @@ def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, train
         blocks = next((count for count in BLOCKS if per_step % (count * copies) == 0), 1)
         step = step_settings(config, shape, blocks=blocks, compiled=False, trained_share=trained_share)
         for recomputed in (0, sizes.blocks):
-            _, memory = predict(sizes, replace(step, recomputed=recomputed, offloaded=recomputed > 0), gpus=gpus)
+            _, memory = predict(
+                sizes,
+                replace(step, recomputed=recomputed, offloaded=recomputed > 0 and config.train.fast_step),
+                gpus=gpus,
+            )
             if max(gib(each.total) for each in memory) <= hardware.usable_gib:
                 return True
     return False

@@ -22,6 +22,7 @@ from qlora_helpers import termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import NumberedBlocks, PreparedData
 from qlora_helpers.config import TrainConfig
+from qlora_helpers.fast_step.embeddings import brought_back
 from qlora_helpers.probes import check_rows_apart
 from qlora_helpers.run import Run
 from qlora_helpers.status import stopped_by
@@ -161,6 +162,7 @@ def train(
         ModelError: packed rows would see each other.
         RunError: a loss or gradient is no longer finite, or a checkpoint can't be written.
     """
+    brought_back(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
     device = model.get_input_embeddings().weight.device
     on_cpu = device.type == "cpu"
     with contextlib.ExitStack() as opened:

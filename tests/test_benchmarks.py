@@ -71,12 +71,12 @@ def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(fi
     )  # fmt: skip
     found = json.loads(out.read_text())
     cases = [(case["variant"], case["seed"], case.get("others_on_the_gpu"), "error" in case) for case in found["cases"]]
-    assert cases == [
+    assert [*cases[:2], *sorted(cases[2:])] == [
         ("ours", 0, None, False),
         ("recipe", 0, None, False),
         ("ours", 1, 1, False),
         ("recipe", 1, 1, False),
-    ]
+    ]  # the last two in the order in which they end
     losses = {
         name: [case["scores"]["tuned"]["loss"] for case in found["cases"] if case["variant"] == name]
         for name in ("recipe", "ours")

@@ -501,11 +501,6 @@ def _embedding_and_head(model):
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
 
 
-class Card:
-    def __init__(self, total_memory):
-        self.total_memory = total_memory
-
-
 @pytest.mark.parametrize(
     ("cards", "settings", "rank", "expected"),
     [
@@ -518,7 +513,7 @@ class Card:
 )
 def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypatch, cards, settings, rank, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card(cards[index] * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (cards[index] * 2**30, 80 * 2**30))
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     config = ModelConfig(name=str(tmp_path), **settings)
@@ -536,7 +531,7 @@ def test_the_plan_s_layers_are_those_of_its_memory(torch):
 
 def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card(2**34))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**34, 2**34))
     config = RunConfig().with_settings({"model.name": "no-such-folder/at-all"})
     assert device_map_argument(tmp_path, config.model, lambda gpus: layers_per_gpu(config, gpus)) == "auto"
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_in_a_small_card_the_embedding_goes_to_the_host():
     assert not large.offloaded
     assert "train.offload_embeddings=true" in small.settings and "train.offload_embeddings=false" in large.settings
     assert not planned("HuggingFaceTB/SmolLM2-135M", "8GiB").choice.offloaded  # it is the output layer too
+    plain = planned("meta-llama/Llama-3.1-8B", "8GiB", "adapter.r=16", "train.fast_step=false")
+    assert not any(each and each.offloaded for each in (plain.choice, *plan_parts(plain)))
+
+
+def plan_parts(plan):
+    return (*plan.alternatives, plan.smallest)
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "mistralai/Mistral-Nemo-Base-2407"])
+def test_what_is_planned_can_also_be_loaded(model):
+    """The embedding is on the GPU while the model is loaded and when it comes back, whatever the steps hold."""
+    sizes, shape = model_sizes(known_shape(model)), known_shape(model)
+    step = StepSettings(
+        seq_len_tokens=256, blocks=1, recomputed=sizes.blocks, compiled=True, r=8, offloaded=True,
+        adapter_parameters=adapter_parameters(shape, 8, None, False),
+    )  # fmt: skip
+    _, (there,) = predict(sizes, step)
+    _, (here,) = predict(sizes, replace(step, offloaded=False))
+    assert there.total >= here.weights + here.adapters + here.optimizer + here.context
 
 
 def test_where_nothing_fits_it_says_by_how_much_and_what_would():

@@ -9,7 +9,7 @@ Before the first answer the loaded model is asked a few random tokens both ways;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from qlora_helpers.fast_answers.attention import keys_shared
 from qlora_helpers.fast_answers.decoder import SlotDecoder
 from qlora_helpers.fast_answers.weights import adapters_in_model_type, dense_bytes, dense_weights
+from qlora_helpers.fast_step.embeddings import brought_back
 from qlora_helpers.memory import answering_bytes
 from qlora_helpers.units import gib
 
@@ -83,6 +84,8 @@ def answering_form(
         tokens: of the longest prompt with its answer.
         dense: whether to unpack 4-bit layers; None where memory allows.
     """
+    with suppress(torch.OutOfMemoryError):  # an embedding that a failed training left on the host
+        brought_back(model.get_input_embeddings())
     form = AnswerForm(dtype=str(model.dtype).removeprefix("torch."))
     needed, free = dense_bytes(model), free_bytes(model)
     if needed and dense is None:
