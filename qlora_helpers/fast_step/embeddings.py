@@ -40,10 +40,9 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
     and works on from there, until `brought_back`.
 
     Args:
-        model: `offload_refusal` gives None for it.
+        model: `offload_refusal` gives None for it, and its embedding is on its GPU.
     """
     embedding = model.get_input_embeddings()
-    brought_back(embedding)
     undo, weight = ExitStack(), embedding.weight
     host = weight.data.to("cpu", copy=True)
     device = weight.device
