@@ -12,7 +12,8 @@ rows packed, loss on the summary and its end, the fast step, and the settings in
 are left out. Answers come the fast way for both, so that scores are comparable; what the recipe's own way takes (plain 4-bit
 `model.generate`, batch 8) is timed on `--plain-rows` of them and scaled up, and marked so. Results are written after every case. No
 text of the data is stored. `--together` trains all seeds but the first at once, each in a process of its own (a small model leaves
-most of a GPU idle); the seconds that are compared are those of the first seed, which has the GPU to itself.
+most of a GPU idle); the seconds that are compared are those of the first seed, which has the GPU to itself. `--together all` leaves
+none alone: for scores over seeds in little time, beside seconds that a call without it measured (`learning_alone_one_gpu.json`).
 """
 
 from __future__ import annotations
@@ -193,10 +194,12 @@ def parsed() -> argparse.Namespace:
         options.add_argument(
             flag, dest=name, nargs="+", default=[], metavar="SECTION.NAME=VALUE", help=f"settings {text}"
         )
-    options.add_argument("--together", action="store_true", help="all seeds but the first at once")
+    options.add_argument(
+        "--together", nargs="?", const="rest", choices=("rest", "all"), help="all seeds but the first at once, or all"
+    )
     options.add_argument("--rows-of-one", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--base-done", action="store_true", help=argparse.SUPPRESS)
     chosen = options.parse_args()
-    chosen.base_done = chosen.rows_of_one is not None  # the first seed asks the untrained model
     return chosen
 
 
@@ -212,13 +215,14 @@ def attempted(case: Case, rows: Rows, chosen: argparse.Namespace) -> Found:
     return found, scores
 
 
-def all_at_once(cases: list[Case], folder: Path) -> Iterator[tuple[Case, Found]]:
+def all_at_once(cases: list[Case], folder: Path, *, base_done: bool) -> Iterator[tuple[Case, Found]]:
     """Each case in a process of its own, all started before the first is awaited."""
     started = []
     for variant, seed in cases:
         answer = folder / f"{variant}-{seed}.json"
         command = [sys.executable, __file__, str(answer), *sys.argv[2:], "--rows-of-one", f"{answer}.rows"]
         command += ["--variants", variant, "--seeds", str(seed)]
+        command += ["--base-done"] if base_done or started else []  # the first asks the untrained model
         started.append((answer, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
     waiting = dict(zip(cases, started, strict=True))
     try:
@@ -244,12 +248,15 @@ def _answered(answer: Path, code: int, others: int) -> Found:
 def measured(chosen: argparse.Namespace, rows: Rows) -> Iterator[tuple[Case, Found]]:
     """All cases, seed by seed."""
     cases = [(variant, seed) for seed in chosen.seeds for variant in chosen.variants]
-    alone = [case for case in cases if not chosen.together or case[1] == chosen.seeds[0]]
+    first = [case for case in cases if case[1] == chosen.seeds[0]]
+    alone = first if chosen.together == "rest" else [] if chosen.together else cases
+    if chosen.rows_of_one is not None:  # a process of one case
+        alone = cases
     for case in alone:
         yield case, attempted(case, rows, chosen)
-    if chosen.together and chosen.rows_of_one is None:
+    if waiting := [case for case in cases if case not in alone]:
         with tempfile.TemporaryDirectory() as folder:
-            yield from all_at_once([case for case in cases if case not in alone], Path(folder))
+            yield from all_at_once(waiting, Path(folder), base_done=bool(alone))
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 from transformers import TrainerCallback
 
 from qlora_helpers import lora, models, training, workflow
+from qlora_helpers.allocator import segments_expand, use_expandable_segments
 from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from qlora_helpers.data import prepare
 from qlora_helpers.model_shapes import SHAPES
@@ -249,7 +249,7 @@ def weights_held() -> float:
     return gib(torch.cuda.memory_allocated())
 
 
-def memory_held(weights: float) -> dict[str, float]:
+def memory_held(weights: float) -> dict[str, float | bool]:
     """The peaks of a training, GiB."""
     if not ON_GPU:
         return {}
@@ -257,6 +257,7 @@ def memory_held(weights: float) -> dict[str, float]:
         "weights_gib": round(weights, 3),
         "peak_allocated_gib": round(gib(torch.cuda.max_memory_allocated()), 3),
         "peak_reserved_gib": round(gib(torch.cuda.max_memory_reserved()), 3),
+        "segments_expand": segments_expand(),
     }
 
 
@@ -300,7 +301,7 @@ def one(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     try:
         found = measure(case, options.data, options.seq_len, options.profile)
     except torch.cuda.OutOfMemoryError as error:
-        found = {"out_of_memory": str(error).split(". ")[0]}
+        found = {"out_of_memory": str(error).split(" If reserved")[0][:500]}
     except Exception as error:  # one case that fails is a result too
         import traceback
 
@@ -338,9 +339,7 @@ def main() -> None:
         found = machine() if chosen.one == "machine" else one(Case(**chosen.one), chosen)
         chosen.out.write_text(json.dumps(found), encoding="utf-8")
         return
-    os.environ.setdefault(
-        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-    )  # as our own loader sets it, for every trainer alike
+    use_expandable_segments()  # as our own loader does, for every trainer alike
     results = (machine() if chosen.together else in_a_process("machine", chosen)) | {"cases": []}
     for sizes in chosen.cases:
         for case in sizes:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.allocator import use_expandable_segments
 from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
 from qlora_helpers.config import ModelConfig
 from qlora_helpers.errors import ModelError
@@ -100,7 +101,10 @@ def load_model(
     Raises:
         ModelError: the checkpoint can't be had, does not fit, or is not what was asked for after loading.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when the GPU's memory is first used
+    import torch
+
+    if torch.cuda.is_available():
+        use_expandable_segments()
     checkpoint = find_checkpoint(config, say=say)
     tokenizer = _tokenizer(checkpoint)
     dtype = compute_dtype(config)

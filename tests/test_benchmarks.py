@@ -87,6 +87,19 @@ def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(fi
         assert min(losses[name]) <= loss[place] <= max(losses[name])
 
 
+def test_learning_can_leave_no_seed_alone(files, tmp_path, monkeypatch):
+    out = tmp_path / "learning.json"
+    run(
+        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 0,
+        "--together", "all", "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256",
+        "evaluation.max_new_tokens=4",
+    )  # fmt: skip
+    cases = {case["variant"]: case for case in json.loads(out.read_text())["cases"]}
+    assert {name: case["others_on_the_gpu"] for name, case in cases.items()} == {"ours": 1, "recipe": 1}
+    assert "base" in cases["ours"]["scores"]
+    assert "base" not in cases["recipe"]["scores"]
+
+
 def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     out = tmp_path / "speed.json"
     options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 128, "--plain-batches", 1, "--rounds", 1]

@@ -39,6 +39,7 @@ def run_one(name: str) -> dict[str, Any]:
     import torch
 
     from qlora_helpers import workflow
+    from qlora_helpers.allocator import segments_expand
 
     torch.cuda.reset_peak_memory_stats()
     settings = {
@@ -52,6 +53,7 @@ def run_one(name: str) -> dict[str, Any]:
         loaded = workflow.load(run)
         load_s = time.monotonic() - started
         print(loaded)
+        assert segments_expand(), "the loader did not turn expandable segments on"
         model = workflow.add_adapters(run, loaded)
         trained = workflow.train(run, model=model, loaded=loaded, show_progress=False)
         print(trained)
