@@ -45,6 +45,7 @@ class StepSettings:
         trained_share: share of the tokens that are trained.
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
         offloaded: whether the input embedding lies in the host's memory; one that is the output layer too stays.
+        chunked_loss: whether logits exist a chunk at a time; else all trained tokens' at once.
     """
 
     seq_len_tokens: int
@@ -58,6 +59,7 @@ class StepSettings:
     quantized: bool = True
     double_quantization: bool = True
     offloaded: bool = False
+    chunked_loss: bool = True
 
     @property
     def tokens(self) -> int:
@@ -86,6 +88,7 @@ def step_settings(
         adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
         optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
         double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
+        chunked_loss=config.train.fast_step,
     )  # fmt: skip
 
 
@@ -238,7 +241,8 @@ def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     Logits that the model changes itself (soft-capping) are needed whole.
     """
     trained = max(1, round(settings.trained_share * settings.tokens))
-    chunk = trained if sizes.logit_softcap else min(trained, loss_chunk(sizes.vocab))
+    whole = sizes.logit_softcap or not settings.chunked_loss
+    chunk = trained if whole else min(trained, loss_chunk(sizes.vocab))
     return chunk * sizes.vocab * (2 * HALF + 2 * SINGLE) + 2 * trained * sizes.hidden * HALF
 
 

@@ -11,23 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.architectures import ModelSizes
-from qlora_helpers.catalog import DataSize, Gpu, Hardware
-from qlora_helpers.config import RunConfig, TrainConfig
-from qlora_helpers.memory import StepSettings, predict, step_settings
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import (
-    SPREAD,
+from qlora_helpers.candidates import (
     Candidate,
-    Plan,
-    cheapest_instance,
+    candidate,
+    compile_choices,
     embedding_places,
     fastest_in_several_processes,
     fewest_recomputed,
-    hardware_notes,
-    make_plan,
-    smallest_change,
-)  # fmt: skip
-from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, compile_pays, step_seconds
+)
+from qlora_helpers.catalog import DataSize, Gpu, Hardware
+from qlora_helpers.config import RunConfig, TrainConfig
+from qlora_helpers.memory import StepSettings, step_settings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.plan import PLAIN_STEP, SPREAD, Plan, cheapest_instance, hardware_notes, make_plan, smallest_change
+from qlora_helpers.speed import UNNAMED_GPU, compile_pays
 
 
 @dataclass(frozen=True)
@@ -150,26 +147,14 @@ def _as_set(
     if hardware.gpus == 1:
         compiled, recomputed = compiled_and_recomputed(
             train, sizes, step, gpu, hardware.usable_gib, passes=steps * train.gradient_accumulation_steps,
-            packed=config.data.packing,
+            packed=True in compile_choices(config),
         )  # fmt: skip
     else:  # the trainer plans for one card alone
         asked = sizes.blocks if train.recompute_layers is None else train.recompute_layers
-        compiled, recomputed = train.compile == "on", asked if train.activation_checkpointing else 0
+        compiled = train.compile == "on" and True in compile_choices(config)
+        recomputed = asked if train.activation_checkpointing else 0
     step = replace(step, compiled=compiled, recomputed=min(recomputed, sizes.blocks))
-    return _candidate(sizes, step, hardware, train.gradient_accumulation_steps, tokens)
-
-
-def _candidate(sizes: ModelSizes, step: StepSettings, hardware: Hardware, accumulation: int, tokens: int) -> Candidate:
-    layers, memory = predict(sizes, step, gpus=hardware.gpus)
-    rate = step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
-    seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
-    price = hardware.price_usd_per_hour
-    return Candidate(
-        blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
-        compiled=step.compiled, offloaded=step.offloaded and not sizes.tied, copies=1, layers_per_gpu=layers, memory=memory,
-        seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
-        dollars=None if price is None else price * seconds / 3600,
-    )  # fmt: skip
+    return candidate(sizes, step, hardware, tokens, gpus=hardware.gpus, accumulation=train.gradient_accumulation_steps)
 
 
 def compiled_and_recomputed(
@@ -193,7 +178,7 @@ def compiled_and_recomputed(
         passes: forward passes of the whole training.
         packed: padded rows differ in length, and are not compiled.
     """
-    compiled = config.compile == "on"
+    compiled = packed and config.compile == "on"
     if config.compile == "auto":
         compiled = packed and compile_pays(sizes, step, gpu, passes)
     if not config.activation_checkpointing:
@@ -238,7 +223,9 @@ def _same_learning(
             base = replace(base, offloaded=offloaded)
             fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
             again = max(fewest, step.recomputed)
-            found = _candidate(sizes, replace(base, recomputed=again), hardware, per_step // blocks, 0)
+            found = candidate(
+                sizes, replace(base, recomputed=again), hardware, 0, gpus=hardware.gpus, accumulation=per_step // blocks
+            )
             if found.peak_gib <= hardware.usable_gib:
                 settings = _changed(step, found)
                 return Mend(tuple(settings), "", f"{found.peak_gib:.1f} GiB, learns the same")
@@ -263,7 +250,7 @@ def _changed(old: Candidate, new: Candidate) -> list[str]:
 def _notes(config: RunConfig, hardware: Hardware) -> list[str]:
     notes = [f"one process: {SPREAD}"] if hardware.gpus > 1 else []
     if not config.train.fast_step:
-        notes.append("train.fast_step is off: the plain step is slower and holds more than these figures say")
+        notes.append(PLAIN_STEP)
     if not config.data.packing:
         notes.append("rows are padded: each is counted as long as a block, so time and memory are upper limits")
     return notes

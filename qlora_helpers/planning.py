@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import telemetry
+from qlora_helpers.candidates import together
 from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
 from qlora_helpers.memory import predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import Outlook, look_ahead
-from qlora_helpers.plan import Plan, make_plan, together
+from qlora_helpers.plan import Plan, make_plan
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.speed import UNNAMED_GPU, step_seconds

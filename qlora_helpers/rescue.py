@@ -19,12 +19,12 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from qlora_helpers import planning
+from qlora_helpers.candidates import Candidate
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError, UserError
 from qlora_helpers.measured import add_to_plan
 from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import Candidate
 from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.units import gib

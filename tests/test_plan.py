@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from qlora_helpers.catalog import GPUS, parse_gpus
 from qlora_helpers.config import profile_config
-from qlora_helpers.memory import StepSettings, predict
+from qlora_helpers.memory import StepSettings, predict, step_settings
 from qlora_helpers.model_shapes import SHAPES, known_shape
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.plan import make_plan
@@ -153,6 +154,42 @@ def test_the_settings_of_a_choice_are_settings():
     assert changed.train.micro_batch_size == choice.blocks
     assert changed.train.recompute_layers == choice.recomputed
     assert changed.train.activation_checkpointing == (choice.recomputed > 0)
+
+
+def test_short_runs_are_not_compiled_and_fit_all_the_same():
+    """What an uncompiled layer keeps is more: as few layers are recomputed as that leaves room for."""
+    short = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=512", tokens=20_000)
+    long = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=512", tokens=20_000_000)
+    assert (short.choice.compiled, long.choice.compiled) == (False, True)
+    assert 0 < short.choice.recomputed < 60
+    assert all(each.peak_gib <= 24 for plan in (short, long) for each in (plan.choice, *plan.alternatives))
+    assert [each.seconds for each in (short.choice, *short.alternatives)] == sorted(
+        each.seconds for each in (short.choice, *short.alternatives)
+    )
+
+
+def test_without_the_fast_step_logits_are_whole_and_nothing_is_compiled():
+    fast = planned("meta-llama/Llama-3.1-8B", "H100")
+    plain = planned("meta-llama/Llama-3.1-8B", "H100", "train.fast_step=false")
+    assert fast.choice.compiled
+    assert not any(each.compiled or each.offloaded for each in (plain.choice, *plain.alternatives, plain.smallest))
+    assert any("fast_step is off" in note for note in plain.notes)
+    (said,) = [note for note in fast.notes if "in chunks" in note]
+    (more,) = re.findall(r"([\d.]+) GiB more", said)
+    step = step_of(fast, chunked_loss=False)
+    _, (whole,) = predict(fast.sizes, step)
+    assert float(more) == pytest.approx(gib(whole.total) - fast.choice.peak_gib, abs=0.051)
+
+
+def step_of(plan, **changes):
+    """The choice of a plan for Llama 3.1 8B as memory sees it."""
+    chosen = plan.choice
+    config = RECIPE.with_settings([f"data.seq_len_tokens={chosen.seq_len_tokens}"])
+    step = step_settings(
+        config, SHAPES["llama-3.1-8b"], blocks=chosen.blocks, recomputed=chosen.recomputed, compiled=chosen.compiled,
+        trained_share=0.2,
+    )  # fmt: skip
+    return replace(step, offloaded=chosen.offloaded, **changes)
 
 
 def test_epochs_take_their_time():

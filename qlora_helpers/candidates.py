@@ -1,0 +1,194 @@
+"""Ways to run a training: every micro-batch with as few recomputed layers as fit, each with its bytes, speed, time and price.
+
+Bytes are `memory`'s, seconds `speed`'s; `plan` chooses among them. Imports no torch; knows nothing of runs on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.catalog import Hardware
+from qlora_helpers.config import RunConfig
+from qlora_helpers.memory import GpuMemory, StepSettings, predict, step_settings
+from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
+from qlora_helpers.units import duration, gib
+
+BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+COPIES_EFFICIENCY = 0.95  # assumed: several processes wait for each other and average gradients; adapters are small
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the training.
+
+    Attributes:
+        blocks, accumulation: micro-batch on each GPU, and forward passes per optimizer step.
+        recomputed: decoder layers that recompute their activations, of `layers`.
+        compiled: whether layers are compiled.
+        offloaded: whether the input embedding lies in the host's memory.
+        copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
+        layers_per_gpu, memory: of each GPU that holds a part of one copy.
+        seq_len_tokens: length of a block.
+        tokens_per_s: over all GPUs, of blocks filled to their end.
+        seconds: for the whole data.
+        dollars: at the hardware's price; None where it is not known.
+    """
+
+    blocks: int
+    accumulation: int
+    recomputed: int
+    layers: int
+    compiled: bool
+    offloaded: bool
+    copies: int
+    layers_per_gpu: tuple[int, ...]
+    memory: tuple[GpuMemory, ...]
+    seq_len_tokens: int
+    tokens_per_s: float
+    seconds: float
+    dollars: float | None
+
+    @property
+    def peak_gib(self) -> float:
+        """What the fullest GPU must have free, GiB."""
+        return max(gib(each.total) for each in self.memory)
+
+    @property
+    def settings(self) -> list[str]:
+        """As `--set` takes them."""
+        return [
+            f"data.seq_len_tokens={self.seq_len_tokens}",
+            f"train.micro_batch_size={self.blocks}",
+            f"train.gradient_accumulation_steps={self.accumulation}",
+            f"train.activation_checkpointing={'true' if self.recomputed else 'false'}",
+            f"train.recompute_layers={self.recomputed}",
+            f"train.compile={'on' if self.compiled else 'off'}",
+            f"train.offload_embeddings={'true' if self.offloaded else 'false'}",
+        ]
+
+    def __repr__(self) -> str:
+        how = [f"{self.recomputed} of {self.layers} layers recomputed"]
+        how += ["compiled"] if self.compiled else []
+        how += ["embedding on the host"] if self.offloaded else []
+        dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
+        return (
+            f"{self.blocks} x {self.seq_len_tokens} tokens, {self.accumulation} a step, {', '.join(how)}: "
+            f"{self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, {duration(self.seconds)}{dollars}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "blocks": self.blocks, "seq_len_tokens": self.seq_len_tokens, "accumulation": self.accumulation,
+            "recomputed": self.recomputed, "layers": self.layers, "compiled": self.compiled, "offloaded": self.offloaded,
+            "copies": self.copies, "layers_per_gpu": list(self.layers_per_gpu),
+            "memory_gib": [memory.parts_gib() for memory in self.memory],
+            "allocated_gib": [gib(memory.allocated) for memory in self.memory],
+            "reserved_gib": [gib(memory.reserved) for memory in self.memory], "peak_gib": self.peak_gib,
+            "tokens_per_s": self.tokens_per_s, "seconds": self.seconds, "dollars": self.dollars, "settings": self.settings,
+        }  # fmt: skip
+
+
+def fastest_in_several_processes(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+) -> Candidate | None:
+    """The fastest that fits with a copy of the model on each GPU (torchrun); None where there is one GPU, or nothing fits."""
+    if hardware.gpus == 1:
+        return None
+    fitting = fitting_in(hardware, all_candidates(shape, hardware, config, tokens, trained_share, (1,)))
+    return fitting[0] if fitting else None
+
+
+def all_candidates(
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    shares: tuple[int, ...] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
+
+    Where it says nothing: one copy over all GPUs, or a copy on each.
+    """
+    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    sizes = model_sizes(shape)
+    ways = [(placed, compiled) for placed in embedding_places(sizes, config) for compiled in compile_choices(config)]
+    found = []
+    for gpus in shares or sorted({1, hardware.gpus}):
+        copies = hardware.gpus // gpus
+        for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
+            accumulation = max(1, per_step // (blocks * copies))
+            for placed, compiled in ways:
+                step = step_settings(config, shape, blocks=blocks, compiled=compiled, trained_share=trained_share)
+                step = replace(step, offloaded=placed)
+                for count in sorted({fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus), sizes.blocks}):
+                    again = replace(step, recomputed=count)
+                    found.append(candidate(sizes, again, hardware, tokens, gpus=gpus, accumulation=accumulation))
+    return found
+
+
+def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
+    """Whether the input embedding may be in the host's memory: not where it is the output layer, nor without the fast step."""
+    return (False,) if sizes.tied or not config.train.fast_step else (False, True)
+
+
+def compile_choices(config: RunConfig) -> tuple[bool, ...]:
+    """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
+    return (True, False) if config.train.fast_step and config.data.packing else (False,)
+
+
+def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
+    """How many decoder layers must recompute their activations to fit; all of them where even that does not.
+
+    Args:
+        sizes: of the model.
+        step: its `recomputed` does not count.
+        usable_gib: of each GPU, the CUDA context included.
+        gpus: how many hold one copy of the model together.
+    """
+    fewest, most = 0, sizes.blocks
+    while fewest < most:  # memory falls with every layer that recomputes
+        middle = (fewest + most) // 2
+        _, memory = predict(sizes, replace(step, recomputed=middle), gpus=gpus)
+        if max(gib(each.total) for each in memory) <= usable_gib:
+            most = middle
+        else:
+            fewest = middle + 1
+    return fewest
+
+
+def together(copies: int) -> float:
+    """How many times as fast several processes are as one."""
+    return 1.0 if copies == 1 else copies * COPIES_EFFICIENCY
+
+
+def candidate(
+    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, *, gpus: int, accumulation: int
+) -> Candidate:
+    """A step's memory, speed, time and price.
+
+    Args:
+        sizes: of the model.
+        step: the settings.
+        hardware: the GPUs.
+        tokens: of the whole training.
+        gpus: how many hold one copy of the model together.
+        accumulation: forward passes per optimizer step.
+    """
+    copies = hardware.gpus // gpus
+    rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
+    seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
+    layers, memory = predict(sizes, step, gpus=gpus)
+    price = hardware.price_usd_per_hour
+    return Candidate(
+        blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
+        compiled=step.compiled, offloaded=step.offloaded and not sizes.tied, copies=copies, layers_per_gpu=layers,
+        memory=memory, seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
+        dollars=None if price is None else price * seconds / 3600,
+    )  # fmt: skip
+
+
+def fitting_in(hardware: Hardware, candidates: list[Candidate]) -> list[Candidate]:
+    """Those that fit, the one that ends first before the others."""
+    fitting = [each for each in candidates if each.peak_gib <= hardware.usable_gib]
+    return sorted(fitting, key=lambda each: each.seconds)
