@@ -16,16 +16,18 @@ def use_expandable_segments() -> bool:
     are. (PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF".)
 
     Returns:
-        False where the variable says something about it already; nothing is changed then.
+        False where a variable says that they shall not be used; nothing is changed then.
     """
     import torch
 
     chosen = [os.environ[name] for name in VARIABLES if os.environ.get(name)]
-    if any(NAME in each for each in chosen):
+    if any(f"{NAME}:false" in each.lower() for each in chosen):
         return False
-    os.environ[VARIABLES[0]] = ",".join([*chosen[:1], f"{NAME}:True"])
+    if not any(NAME in each for each in chosen):
+        chosen = [",".join([*chosen[:1], f"{NAME}:True"])]
+        os.environ[VARIABLES[0]] = chosen[0]
     tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-    tell(os.environ[VARIABLES[0]])
+    tell(chosen[0])
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.architectures import ModelSizes, keeps_packed_rows_apart
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import GpuMemory, StepSettings, predict, step_settings
@@ -16,7 +16,7 @@ from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
 from qlora_helpers.units import duration, gib
 
-BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+MOST_BLOCKS = 256  # in a micro-batch: larger ones are no faster
 COPIES_EFFICIENCY = 0.95  # assumed: several processes wait for each other and average gradients; adapters are small
 
 
@@ -73,6 +73,8 @@ class Candidate:
         how = [f"{self.recomputed} of {self.layers} layers recomputed"]
         how += ["compiled"] if self.compiled else []
         how += ["embedding on the host"] if self.offloaded else []
+        how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
+        how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
         dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
         return (
             f"{self.blocks} x {self.seq_len_tokens} tokens, {self.accumulation} a step, {', '.join(how)}: "
@@ -108,23 +110,35 @@ def all_candidates(
 ) -> list[Candidate]:  # fmt: skip
     """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
 
-    Where it says nothing: one copy over all GPUs, or a copy on each.
+    Where it says nothing: one copy over all GPUs, or a copy on each, where the blocks can be shared among them. Without the fast
+    step all layers recompute or none, as Trainer does it.
     """
-    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
-    sizes = model_sizes(shape)
-    ways = [(placed, compiled) for placed in embedding_places(sizes, config) for compiled in compile_choices(config)]
+    sizes, per_step = model_sizes(shape), blocks_per_step(config)
+    places = embedding_places(sizes, config)
+    ways = [(placed, compiled) for placed in places for compiled in compile_choices(config, shape)]
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = hardware.gpus // gpus
-        for blocks in [count for count in BLOCKS if per_step % (count * copies) == 0] or [1]:
-            accumulation = max(1, per_step // (blocks * copies))
+        for blocks in divisors(per_step // copies) if per_step % copies == 0 else []:
+            accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
                 step = step_settings(config, shape, blocks=blocks, compiled=compiled, trained_share=trained_share)
                 step = replace(step, offloaded=placed)
-                for count in sorted({fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus), sizes.blocks}):
+                fewest = fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus)
+                for count in sorted({fewest, sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
                     again = replace(step, recomputed=count)
                     found.append(candidate(sizes, again, hardware, tokens, gpus=gpus, accumulation=accumulation))
     return found
+
+
+def blocks_per_step(config: RunConfig) -> int:
+    """Blocks that an optimizer step learns from: they are what the settings ask for, however they are shared out."""
+    return config.train.micro_batch_size * config.train.gradient_accumulation_steps
+
+
+def divisors(number: int) -> list[int]:
+    """Micro-batches that make up so many blocks."""
+    return [count for count in range(1, min(number, MOST_BLOCKS) + 1) if number % count == 0]
 
 
 def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
@@ -132,9 +146,14 @@ def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
     return (False,) if sizes.tied or not config.train.fast_step else (False, True)
 
 
-def compile_choices(config: RunConfig) -> tuple[bool, ...]:
+def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
+    """Whether rows will be packed: asked for, and the model can keep them apart."""
+    return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
+
+
+def compile_choices(config: RunConfig, shape: dict[str, Any]) -> tuple[bool, ...]:
     """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
-    return (True, False) if config.train.fast_step and config.data.packing else (False,)
+    return (True, False) if config.train.fast_step and is_packed(config, shape) else (False,)
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
@@ -146,14 +165,17 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
         usable_gib: of each GPU, the CUDA context included.
         gpus: how many hold one copy of the model together.
     """
-    fewest, most = 0, sizes.blocks
-    while fewest < most:  # memory falls with every layer that recomputes
+
+    def fits(recomputed: int) -> bool:
+        _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
+        return max(gib(each.total) for each in memory) <= usable_gib
+
+    if fits(0):  # the first that recomputes costs what one layer holds while it does
+        return 0
+    fewest, most = 1, sizes.blocks
+    while fewest < most:  # from there on memory falls
         middle = (fewest + most) // 2
-        _, memory = predict(sizes, replace(step, recomputed=middle), gpus=gpus)
-        if max(gib(each.total) for each in memory) <= usable_gib:
-            most = middle
-        else:
-            fewest = middle + 1
+        fewest, most = (fewest, middle) if fits(middle) else (middle + 1, most)
     return fewest
 
 

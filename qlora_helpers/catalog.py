@@ -5,6 +5,7 @@ Owns the words in which hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xl
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -193,7 +194,15 @@ class Hardware:
     price_usd_per_hour: float | None
     price_note: str
 
+    @property
+    def priced(self) -> str:
+        """Name and price, for a reader."""
+        if self.price_usd_per_hour is None:
+            return f"{self.label}, price not known"
+        return f"{self.label}, ${self.price_usd_per_hour:.2f} an hour; {self.price_note}"
 
+
+MOST_GPUS = 64  # of one machine
 _COUNTED = re.compile(r"(?:(\d+)\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", re.IGNORECASE)
 
@@ -207,10 +216,10 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
         price: USD per hour for all of it, instead of the catalogue's.
 
     Raises:
-        UserError: it is none of these, or the price is negative.
+        UserError: it is none of these, or the price is negative or no number.
     """
-    if price is not None and price < 0:
-        raise UserError("the price is negative", expected="USD per hour, 0 or more", got=str(price))
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError("that is no price", expected="USD per hour, 0 or more", got=str(price))
     wanted = text.strip().lower()
     if instance := INSTANCES.get(wanted):
         label, count, gpu, known = instance.name, instance.gpus, GPUS[instance.gpu], instance.price_usd_per_hour
@@ -226,8 +235,8 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
 def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     """How many, what one is called, its facts and its usable GiB."""
     match = _COUNTED.fullmatch(wanted)
-    count = int(match[1] or 1) if match else 0
-    if not match or count < 1:
+    count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MOST_GPUS)) else 0
+    if not 1 <= count <= MOST_GPUS:
         return None
     gpu = next((gpu for name, gpu in GPUS.items() if name.lower() == match[2].replace(" ", "-")), None)
     if gpu is not None:
@@ -244,7 +253,7 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
 def _refuse(text: str) -> tuple[int, str, Gpu | None, float]:
     raise UserError(
         "these GPUs are not known",
-        expected=f"NxMGiB such as 4x24GiB, a number of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
+        expected=f"NxMGiB such as 4x24GiB, a number (1 to {MOST_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
         got=text.strip() or "nothing",
         next_step="Give the memory of one GPU as an amount if yours is not listed.",
     )

@@ -17,6 +17,7 @@ from qlora_helpers.units import BYTES_IN_GIB, gib
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
 QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a constant of theirs (arXiv:2305.14314)
+MEMORY_MARGIN = 0.03  # of the card, left free where the trainer chooses how many layers recompute
 LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
 MATRIX_TILE = 128  # tokens that a matrix product works on together
 CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count

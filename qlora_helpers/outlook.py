@@ -18,12 +18,21 @@ from qlora_helpers.candidates import (
     embedding_places,
     fastest_in_several_processes,
     fewest_recomputed,
+    is_packed,
 )
 from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
-from qlora_helpers.memory import StepSettings, step_settings
+from qlora_helpers.memory import MEMORY_MARGIN, StepSettings, step_settings
 from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.plan import PLAIN_STEP, SPREAD, Plan, cheapest_instance, hardware_notes, make_plan, smallest_change
+from qlora_helpers.plan import (
+    SPREAD,
+    Plan,
+    cheapest_instance,
+    hardware_notes,
+    make_plan,
+    settings_notes,
+    smallest_change,
+)
 from qlora_helpers.speed import UNNAMED_GPU, compile_pays
 
 
@@ -107,7 +116,7 @@ def look_ahead(
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    steps, tokens = _work(config, size)
+    steps, tokens = _work(config, shape, size)
     step = _as_set(config, shape, hardware, steps, tokens, trained_share)
     plan = make_plan(
         config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
@@ -120,16 +129,16 @@ def look_ahead(
     if step.peak_gib > hardware.usable_gib:
         mends = _mends(config, shape, plan, step, trained_share)
     return Outlook(
-        step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, hardware))
+        step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, shape, hardware))
     )
 
 
-def _work(config: RunConfig, size: DataSize) -> tuple[int, int]:
+def _work(config: RunConfig, shape: dict[str, Any], size: DataSize) -> tuple[int, int]:
     """Optimizer steps, and the tokens that go through the model in them: padding counts where rows are padded."""
     length, train = config.data.seq_len_tokens, config.train
     per_step = train.micro_batch_size * train.gradient_accumulation_steps
     rows = min(size.rows, config.data.train_rows or size.rows)
-    an_epoch = rows * (size.tokens_per_row if config.data.packing else length)
+    an_epoch = rows * (size.tokens_per_row if is_packed(config, shape) else length)
     steps = math.ceil(train.epochs * math.ceil(math.ceil(an_epoch / length) / per_step))
     tokens = round(an_epoch * train.epochs)
     if train.max_steps is not None:
@@ -146,12 +155,12 @@ def _as_set(
     step = step_settings(config, shape, blocks=train.micro_batch_size, trained_share=trained_share)
     if hardware.gpus == 1:
         compiled, recomputed = compiled_and_recomputed(
-            train, sizes, step, gpu, hardware.usable_gib, passes=steps * train.gradient_accumulation_steps,
-            packed=True in compile_choices(config),
+            train, sizes, step, gpu, (1 - MEMORY_MARGIN) * hardware.usable_gib,
+            passes=steps * train.gradient_accumulation_steps, packed=is_packed(config, shape),
         )  # fmt: skip
     else:  # the trainer plans for one card alone
         asked = sizes.blocks if train.recompute_layers is None else train.recompute_layers
-        compiled = train.compile == "on" and True in compile_choices(config)
+        compiled = train.compile == "on" and True in compile_choices(config, shape)
         recomputed = asked if train.activation_checkpointing else 0
     step = replace(step, compiled=compiled, recomputed=min(recomputed, sizes.blocks))
     return candidate(sizes, step, hardware, tokens, gpus=hardware.gpus, accumulation=train.gradient_accumulation_steps)
@@ -178,6 +187,8 @@ def compiled_and_recomputed(
         passes: forward passes of the whole training.
         packed: padded rows differ in length, and are not compiled.
     """
+    if not config.fast_step:  # Trainer's own way
+        return False, sizes.blocks if config.activation_checkpointing else 0
     compiled = packed and config.compile == "on"
     if config.compile == "auto":
         compiled = packed and compile_pays(sizes, step, gpu, passes)
@@ -203,8 +214,7 @@ def _mends(
         rest = [item for item in best.settings if item.partition("=")[0] not in changed]
         found.append(Mend((*settings, *rest), "", repr(best)))
     if other := cheapest_instance(shape, config, trained_share):
-        text = f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}"
-        found.append(Mend((), other.label, text))
+        found.append(Mend((), other.label, other.priced))
     return tuple(found)
 
 
@@ -223,6 +233,8 @@ def _same_learning(
             base = replace(base, offloaded=offloaded)
             fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
             again = max(fewest, step.recomputed)
+            if again and not config.train.fast_step:
+                again = sizes.blocks
             found = candidate(
                 sizes, replace(base, recomputed=again), hardware, 0, gpus=hardware.gpus, accumulation=per_step // blocks
             )
@@ -247,10 +259,9 @@ def _changed(old: Candidate, new: Candidate) -> list[str]:
     return settings
 
 
-def _notes(config: RunConfig, hardware: Hardware) -> list[str]:
-    notes = [f"one process: {SPREAD}"] if hardware.gpus > 1 else []
-    if not config.train.fast_step:
-        notes.append(PLAIN_STEP)
-    if not config.data.packing:
-        notes.append("rows are padded: each is counted as long as a block, so time and memory are upper limits")
+def _notes(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> list[str]:
+    notes = settings_notes(config, shape)
+    notes += [f"one process: {SPREAD}"] if hardware.gpus > 1 else []
+    if not is_packed(config, shape):
+        notes.append("each padded row is counted as long as a block: time and memory are upper limits")
     return notes

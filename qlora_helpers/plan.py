@@ -6,11 +6,12 @@ would. Imports no torch; knows nothing of runs on disk.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.architectures import ModelSizes
-from qlora_helpers.candidates import BLOCKS, Candidate, all_candidates, fitting_in
+from qlora_helpers.candidates import Candidate, all_candidates, blocks_per_step, fitting_in, is_packed
 from qlora_helpers.catalog import INSTANCES, Hardware, parse_gpus
 from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import predict, step_settings
@@ -19,7 +20,10 @@ from qlora_helpers.speed import UNNAMED_GPU
 from qlora_helpers.tables import Table
 from qlora_helpers.units import gib
 
+SHORTEST = 256  # tokens of a block that still holds a dialogue
+TIGHT = 0.97  # of a card: above this a plan may be wrong by what is left
 PLAIN_STEP = "train.fast_step is off: the plain step is slower and holds more than these figures say"
+PADDED = "rows are padded, not packed: nothing is compiled, and what pads them comes on top of the data's tokens"
 SPREAD = "the layers are spread over the GPUs, which work one after another"
 
 
@@ -122,14 +126,17 @@ def make_plan(
     return Plan(
         model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]), smallest=smallest,
         mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share),
-        notes=(*_notes(hardware, sizes, choice), *_not_chosen(shape, config, choice or smallest, trained_share)),
+        notes=(
+            *_notes(hardware, sizes, choice), *settings_notes(config, shape), *_sharing_note(hardware, config, one_process),
+            *_not_chosen(shape, config, choice or smallest, trained_share),
+        ),
     )  # fmt: skip
 
 
 def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trained_share: float) -> tuple[str, ...]:
     """What never changes, and the bytes of the other way: nothing is faster with whole logits, or trains as well in 16 bits."""
     if not config.train.fast_step:
-        return (PLAIN_STEP,)
+        return ()
     step = step_settings(
         config,
         shape,
@@ -158,7 +165,7 @@ def _mends(
         settings, best = change
         found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
     if other := cheapest_instance(shape, config, trained_share):
-        found.append(f"{other.label}, ${other.price_usd_per_hour:.2f} an hour; {other.price_note}")
+        found.append(other.priced)
     return tuple(found)
 
 
@@ -177,21 +184,22 @@ def smallest_change(
 
 
 def cheapest_instance(shape: dict[str, Any], config: RunConfig, trained_share: float) -> Hardware | None:
-    """The catalogue's cheapest instance by the hour on which something fits."""
-    priced = [parse_gpus(name) for name, instance in INSTANCES.items() if instance.price_usd_per_hour is not None]
-    for other in sorted(priced, key=lambda each: each.price_usd_per_hour):
+    """The catalogue's cheapest instance by the hour on which something fits; where none does, the smallest without a price."""
+
+    def price_then_size(other: Hardware) -> tuple[float, float]:
+        return math.inf if other.price_usd_per_hour is None else other.price_usd_per_hour, other.gpus * other.usable_gib
+
+    for other in sorted(map(parse_gpus, INSTANCES), key=price_then_size):
         if _can_fit(shape, other, config, trained_share):
             return other
     return None
 
 
 def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, trained_share: float) -> bool:
-    """Whether something fits even uncompiled: the smallest micro-batch, with no layer recomputed or with all of them."""
-    per_step, sizes = config.train.micro_batch_size * config.train.gradient_accumulation_steps, model_sizes(shape)
+    """Whether something fits even uncompiled: one block at once, with no layer recomputed or with all of them."""
+    sizes = model_sizes(shape)
     for gpus in sorted({1, hardware.gpus}):
-        copies = hardware.gpus // gpus
-        blocks = next((count for count in BLOCKS if per_step % (count * copies) == 0), 1)
-        step = step_settings(config, shape, blocks=blocks, compiled=False, trained_share=trained_share)
+        step = step_settings(config, shape, blocks=1, compiled=False, trained_share=trained_share)
         for recomputed in (0, sizes.blocks):
             _, memory = predict(
                 sizes,
@@ -204,15 +212,21 @@ def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, train
 
 
 def _changes(config: RunConfig) -> list[list[str]]:
-    """Changes from the mildest on: shorter blocks, an optimizer of 8 bits, a lower rank, and these together."""
-    lengths = [
-        f"data.seq_len_tokens={length}" for length in (1024, 512, 256)
-        if config.evaluation.max_new_tokens < length < config.data.seq_len_tokens
-    ]  # fmt: skip
+    """Changes from the mildest on: 4 bits, shorter blocks, an optimizer of 8 bits, a lower rank, and these together."""
+    lengths = []
+    length = config.data.seq_len_tokens // 2
+    while length >= max(SHORTEST, config.evaluation.max_new_tokens + 1):
+        lengths.append(f"data.seq_len_tokens={length}")
+        length //= 2
     rank = [f"adapter.r={r}" for r in (8,) if r < config.adapter.r]
-    eight_bit = ["train.optim=adamw_8bit"]
-    singles = [[length] for length in lengths] + [eight_bit] + [[each] for each in rank]
-    return singles + [[lengths[-1], *eight_bit, *rank]] if lengths else singles
+    eight_bit = ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
+    four_bit = ["model.quantization=nf4"] if config.model.quantization != "nf4" else []
+    singles = [[each] for each in (*four_bit, *lengths, *eight_bit, *rank)]
+    return [
+        *singles,
+        *([*four_bit, length] for length in lengths if four_bit),
+        [*four_bit, *lengths[-1:], *eight_bit, *rank],
+    ]
 
 
 def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
@@ -221,7 +235,37 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
         notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
     elif choice and len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
+    if choice and choice.peak_gib > TIGHT * hardware.usable_gib:
+        notes.append(
+            "tight: a twentieth more than planned would not fit; what runs out of memory is told the next settings"
+        )
     return (*hardware_notes(hardware, sizes), *notes)
+
+
+def _sharing_note(hardware: Hardware, config: RunConfig, one_process: bool) -> list[str]:
+    blocks = blocks_per_step(config)
+    if one_process or blocks % hardware.gpus == 0:
+        return []
+    return [
+        f"a copy on each of {hardware.gpus} GPUs would need blocks an optimizer step that they can share; asked are {blocks}"
+    ]
+
+
+def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
+    """What a reader must know of figures for these settings."""
+    notes = [] if config.train.fast_step else [PLAIN_STEP]
+    if not is_packed(config, shape):
+        why = (
+            ""
+            if not config.data.packing
+            else f": this model can't keep packed rows apart in {config.data.seq_len_tokens} tokens"
+        )
+        notes.append(PADDED + why)
+    if config.model.compute_dtype == "float32":
+        notes.append(
+            "figures are for 16 bits: in float32 weights and activations take twice as much, and no fast kernel runs"
+        )
+    return notes
 
 
 def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:

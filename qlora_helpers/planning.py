@@ -5,13 +5,14 @@ What notebooks, forms and the command line call. Downloads at most a config.json
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers import telemetry
-from qlora_helpers.candidates import together
+from qlora_helpers.candidates import blocks_per_step, together
 from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
@@ -49,7 +50,12 @@ def plan_run(
     """
     hardware = hardware or (parse_gpus(gpus, price) if gpus else this_machine(price))
     shape = find_shape(config.model)
+    if tokens is not None and tokens < 1:
+        raise UserError("that is no amount of data", expected="tokens, 1 or more", got=str(tokens))
     known = tokens if tokens is not None else estimated_tokens(config.data)
+    if config.train.max_steps is not None:  # whatever there is
+        length = config.data.seq_len_tokens
+        known = math.ceil(config.train.max_steps * blocks_per_step(config) * length / config.train.epochs)
     plan = make_plan(
         config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS,
         trained_share=trained_share(config.data),

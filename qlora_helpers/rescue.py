@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError, UserError
 from qlora_helpers.measured import add_to_plan
+from qlora_helpers.memory import CONTEXT_BYTES
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
@@ -236,6 +238,8 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
     """Settings that should fit where these did not, fastest first; where none do, what would."""
     try:
         hardware = planning.this_machine()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
+            hardware = dataclasses.replace(hardware, gpus=1)
         recomputed = failure.recomputed
         if recomputed is None:
             layers = model_sizes(find_shape(config.model)).blocks
@@ -244,7 +248,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
             config, hardware=hardware, compiled=failure.compiled, recomputed=recomputed,
             trained_share=1.0 if config.data.loss_on == "all" else 0.2,
         )["reserved_gib"]  # fmt: skip
-        smaller = min(_usable_gib(hardware), LESS * max(held.values()))
+        smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
         plan = planning.plan_run(config, hardware=dataclasses.replace(hardware, usable_gib=smaller))
     except UserError:  # no GPU, or a shape that can't be planned
         return (), ()
@@ -253,7 +257,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
 
 
 def _usable_gib(hardware: Hardware) -> float:
-    """What is really there now: other processes may hold a part of the card."""
+    """What is really there now, our context included: other processes may hold a part of the card."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return hardware.usable_gib
@@ -261,7 +265,7 @@ def _usable_gib(hardware: Hardware) -> float:
         torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index)
         for index in range(torch.cuda.device_count())
     )
-    return min(hardware.usable_gib, gib(free))
+    return min(hardware.usable_gib, gib(free + CONTEXT_BYTES))
 
 
 def next_settings(run: Run) -> list[str]:

@@ -66,8 +66,16 @@ def test_a_price_is_dated_and_can_be_overridden():
     own = parse_gpus("ml.g5.12xlarge", price=5.5)
     assert (own.price_usd_per_hour, own.price_note) == (5.5, "as given")
     assert parse_gpus("4x24GiB", price=0).price_usd_per_hour == 0
-    with pytest.raises(UserError, match="negative"):
-        parse_gpus("H100", price=-1)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="that is no price"):
+            parse_gpus("H100", price=wrong)
+
+
+def test_a_machine_has_a_few_gpus_at_most():
+    assert parse_gpus("64xH100").gpus == 64
+    for text in ("65xH100", "0xH100", "100000xH100", "9" * 5000 + "xH100"):
+        with pytest.raises(UserError, match="these GPUs are not known"):
+            parse_gpus(text)
 
 
 def test_what_has_no_price_says_nothing_of_one():

@@ -53,8 +53,13 @@ def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings
     mended = look(gpus, *settings, *mend.settings)
     assert mended.fits
     assert mended.step.blocks * mended.step.accumulation == found.step.blocks * found.step.accumulation
-    one_less = [f"train.recompute_layers={mended.step.recomputed - 1}"]
-    assert not look(gpus, *settings, *mend.settings, *one_less).fits
+    if any("recompute_layers" in each for each in mend.settings):
+        less = [f"train.recompute_layers={mended.step.recomputed - 1}"]
+    else:  # the trainer chooses them, and leaves a margin: then the next larger micro-batch is what must not fit
+        per_step = found.step.blocks * found.step.accumulation
+        more = min(count for count in range(mended.step.blocks + 1, per_step + 1) if per_step % count == 0)
+        less = [f"train.micro_batch_size={more}", f"train.gradient_accumulation_steps={per_step // more}"]
+    assert not look(gpus, *settings, *mend.settings, *less).fits
 
 
 def test_an_embedding_on_the_host_is_the_mend_where_it_is_all_that_is_missing():
@@ -70,6 +75,42 @@ def test_where_no_setting_helps_an_instance_is_named():
     found = look("4GiB")
     assert [bool(mend.settings) for mend in found.mends] == [False]
     assert look(found.mends[0].hardware).plan.fits
+
+
+def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
+    """Both leave the trainer's margin."""
+    from qlora_helpers.candidates import fewest_recomputed
+    from qlora_helpers.memory import MEMORY_MARGIN, step_settings
+    from qlora_helpers.model_sizes import model_sizes
+
+    config = FALCON.with_settings(["train.micro_batch_size=4", "train.compile=on", "data.seq_len_tokens=2048"])
+    found = look("H100", config=config)
+    shape = known_shape("tiiuae/falcon-40b")
+    step = step_settings(config, shape, blocks=4, trained_share=0.2)
+    usable = parse_gpus("H100").usable_gib
+    chosen, without = (fewest_recomputed(model_sizes(shape), step, share * usable) for share in (1 - MEMORY_MARGIN, 1))
+    assert found.step.recomputed == chosen > without
+
+
+def test_without_the_fast_step_a_mend_recomputes_all_or_changes_the_blocks():
+    llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "train.fast_step=false"])
+    asked = ["train.activation_checkpointing=false", "train.micro_batch_size=2", "train.gradient_accumulation_steps=1"]
+    found = look("16GiB", *asked, config=llama)
+    assert (found.fits, found.step.compiled) == (False, False)
+    assert "train.recompute_layers=32" in found.mends[0].settings
+    assert look("16GiB", *asked, *found.mends[0].settings, config=llama).fits
+
+
+def test_a_model_that_can_not_keep_rows_apart_is_planned_on_padded_rows():
+    phi = ["model.name=microsoft/Phi-3-mini-4k-instruct", "data.seq_len_tokens=2048"]
+    found = look("H100", *phi)
+    assert not found.step.compiled and not found.plan.choice.compiled
+    assert found.steps == 1842
+    for notes in (found.notes, found.plan.notes):
+        assert any("can't keep packed rows apart" in note for note in notes)
+    shorter = look("H100", *phi, "data.seq_len_tokens=1024")
+    assert shorter.steps < 1842
+    assert not any("packed" in note for note in (*shorter.notes, *shorter.plan.notes))
 
 
 def test_padded_rows_count_as_long_as_a_block():

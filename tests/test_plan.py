@@ -192,6 +192,70 @@ def step_of(plan, **changes):
     return replace(step, offloaded=chosen.offloaded, **changes)
 
 
+@pytest.mark.parametrize("model", ["falcon-7b", "llama-3.1-8b", "falcon-40b"])
+@pytest.mark.parametrize("tokens", [50_000, 200_000, 5_000_000])
+def test_nothing_that_fits_ends_earlier_than_the_choice(model, tokens):
+    """Also for short runs, where compiling does not pay and uncompiled layers hold more; more memory is never slower."""
+    seconds = [
+        found.choice.seconds
+        for gib_there in (22, 24, 26, 32, 48, 80)
+        if (found := planned(f"random:{model}", f"1x{gib_there}GiB", "data.seq_len_tokens=1024", tokens=tokens)).fits
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(seconds) >= 5
+    fewer = planned(f"random:{model}", "1x26GiB", "data.seq_len_tokens=1024", tokens=tokens // 5).choice
+    assert (
+        fewer.seconds <= planned(f"random:{model}", "1x26GiB", "data.seq_len_tokens=1024", tokens=tokens).choice.seconds
+    )
+
+
+def test_blocks_an_optimizer_step_stay_as_asked():
+    """A copy on each GPU takes blocks that the copies can share; any micro-batch that divides them may be chosen."""
+    one = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=1"]
+    spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *one)
+    assert spread.choice.copies == 1
+    assert any("asked are 1" in note for note in spread.notes)
+    for count in (7, 8, 12, 96):
+        asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
+        plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)
+        assert {each.blocks * each.accumulation * each.copies for each in (plan.choice, *plan.alternatives)} == {count}
+    seven = planned(
+        "meta-llama/Llama-3.1-8B", "H100", "train.micro_batch_size=7", "train.gradient_accumulation_steps=1"
+    )
+    assert seven.choice.blocks == 7
+
+
+def test_a_line_says_whether_gpus_hold_copies_or_layers():
+    plan = planned("tiiuae/falcon-7b", "4x24GiB")
+    said = {each.copies: repr(each) for each in (plan.choice, *plan.alternatives)}
+    assert "a copy on each of 4 GPUs" in said[4]
+    assert "over 4 GPUs" in repr(planned("tiiuae/falcon-40b", "4x24GiB").choice)
+
+
+def test_the_mildest_change_is_4_bits_then_blocks_as_long_as_fit():
+    whole = planned("meta-llama/Llama-3.1-70B", "H100", "model.quantization=none")
+    assert "--set model.quantization=nf4" in whole.mends[0]
+    long = planned("meta-llama/Llama-3.1-8B", "1x24GiB", "data.seq_len_tokens=262144")
+    (length,) = re.findall(r"--set data.seq_len_tokens=(\d+)", long.mends[0])
+    assert planned("meta-llama/Llama-3.1-8B", "1x24GiB", f"data.seq_len_tokens={length}").fits
+    assert not planned("meta-llama/Llama-3.1-8B", "1x24GiB", f"data.seq_len_tokens={2 * int(length)}").fits
+
+
+def test_where_no_instance_with_a_price_fits_one_without_is_named():
+    settings = ["data.seq_len_tokens=1024", "model.quantization=none"]
+    (named,) = planned("meta-llama/Llama-3.1-405B", "H100", *settings).mends
+    other, _, rest = named.partition(",")
+    assert rest == " price not known"
+    assert planned("meta-llama/Llama-3.1-405B", other, *settings).fits
+
+
+def test_a_plan_with_little_to_spare_says_so():
+    tight = planned("meta-llama/Llama-3.1-8B", "1x7.5GiB", "adapter.r=16")
+    assert tight.choice.peak_gib > 0.97 * 7.5
+    assert any("tight" in note for note in tight.notes)
+    assert not any("tight" in note for note in planned("meta-llama/Llama-3.1-8B", "H100").notes)
+
+
 def test_epochs_take_their_time():
     once, twice = planned("tiiuae/falcon-7b", "H100"), planned("tiiuae/falcon-7b", "H100", "train.epochs=2")
     assert twice.tokens == 2 * once.tokens
@@ -240,7 +304,7 @@ def test_the_command_answers_within_a_second():
         (["--gpus", "H100", "--model", "random:nothing"], "no shape is catalogued"),
         (["--gpus", "H100", "--model", "./nowhere.gguf"], "a .gguf file can't be planned"),
         (["--gpus", "H100", "--set", "adapter.target_modules=foo"], "target_modules names layers"),
-        (["--gpus", "H100", "--price", "-1"], "the price is negative"),
+        (["--gpus", "H100", "--price", "-1"], "that is no price"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message):

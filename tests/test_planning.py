@@ -9,7 +9,7 @@ from fake_hub import hub
 
 from qlora_helpers import planning
 from qlora_helpers.catalog import parse_gpus
-from qlora_helpers.config import DataConfig, ModelConfig, profile_config
+from qlora_helpers.config import DataConfig, ModelConfig, RunConfig, profile_config
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
@@ -153,3 +153,16 @@ def test_several_processes_are_predicted_together():
     )  # fmt: skip
     assert one["tokens_per_s"] < two["tokens_per_s"] <= 2 * one["tokens_per_s"]
     assert one["allocated_gib"] == two["allocated_gib"]
+
+
+def test_a_limit_on_steps_is_what_a_plan_counts():
+    config = RunConfig().with_settings(["model.name=tiiuae/falcon-7b", "train.max_steps=5", "train.epochs=3"])
+    plan = plan_run(config, gpus="H100", tokens=1_000_000)
+    per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    assert plan.tokens == pytest.approx(5 * per_step * config.data.seq_len_tokens, abs=3)
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_an_amount_of_data_is_at_least_a_token(tokens):
+    with pytest.raises(UserError, match="no amount of data"):
+        plan_run(RunConfig().with_settings(["model.name=tiiuae/falcon-7b"]), gpus="H100", tokens=tokens)

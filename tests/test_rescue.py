@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import traceback
@@ -192,7 +193,19 @@ def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monke
         run.config(), hardware=card(400.0), compiled=False, recomputed=0, trained_share=0.2
     )["reserved_gib"]  # fmt: skip
     assert first.value.candidates
-    assert all(each.peak_gib < 0.91 * held["cuda:0"] for each in first.value.candidates)
+    context = 0.5  # what PyTorch reserves is held beside it
+    assert all(each.peak_gib - context < 0.91 * held["cuda:0"] for each in first.value.candidates)
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [("1", 4), ("4", 1)])
+def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatch, processes, gpus):
+    run, step = falcon_7b
+    monkeypatch.setattr(planning, "this_machine", lambda price=None: dataclasses.replace(card(12.0), gpus=4))
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(OutOfMemory) as caught:
+        step(run)
+    assert caught.value.candidates
+    assert {len(each.layers_per_gpu) for each in caught.value.candidates} == {gpus}
 
 
 def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):

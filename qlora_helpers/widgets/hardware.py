@@ -6,6 +6,7 @@ Owns the words on GPUs that are there or missing. Knows nothing of settings.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import ipywidgets
@@ -88,6 +89,9 @@ def _price(text: str) -> float | None:
     if not text.strip():
         return None
     try:
-        return float(text.strip().lstrip("$"))
+        price = float(text.strip().lstrip("$"))
     except ValueError:
-        raise UserError("the price is no number", expected="USD an hour, such as 7.09", got=text) from None
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise UserError("that is no price", expected="USD an hour, such as 7.09", got=text)
+    return price
