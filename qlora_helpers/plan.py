@@ -236,9 +236,7 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
     elif choice and len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
     if choice and choice.peak_gib > TIGHT * hardware.usable_gib:
-        notes.append(
-            "tight: a twentieth more than planned would not fit; what runs out of memory is told the next settings"
-        )
+        notes.append("tight: less than 3 % of the card is left; take the next best where it runs out of memory")
     return (*hardware_notes(hardware, sizes), *notes)
 
 
