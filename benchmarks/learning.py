@@ -1,4 +1,4 @@
-"""Does it learn, on real data: the 2023 recipe against our defaults, on one GPU, on rows that neither was trained on.
+"""Does it learn, on real data: the 2023 recipe against our settings, on one GPU, on rows that neither was trained on.
 
     python benchmarks/learning.py OUT.json --data TRAIN.jsonl --dev DEV.jsonl --seeds 0 1 2 --share 0.25
 
