@@ -26,7 +26,6 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
 NAMED = 5
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file: every tensor of some size is met, and gigabytes are not read
 
 
 @dataclass(frozen=True)
@@ -114,23 +113,6 @@ def sha256(path: Path) -> str:
     """Of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def base_fingerprint(folder: Path) -> str | None:
-    """A hash over a checkpoint's safetensors files: their names, sizes, heads and samples from end to end.
-
-    A model that was tuned from another has the same names and shapes, and often the same first tensor (the embedding).
-    """
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest() if files else None
 
 
 def expected_tensors(model: PeftModel) -> dict[str, tuple[int, ...]]:

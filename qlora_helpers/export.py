@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import hosting, rescue, workflow
 from qlora_helpers.adapter_files import load_adapter
-from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, base_fingerprint, require_certificate
-from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate
+from qlora_helpers.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.comparison import answered, compared
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.merging import SHARD_GIB, MergeReport, merge, tokenizer_files

@@ -158,6 +158,24 @@ def test_a_data_file_whose_content_changed_is_refused(tmp_path, cache, torch):
     assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
 
 
+def test_base_weights_that_were_overwritten_are_refused(tmp_path, llama_folder, cache, torch):
+    """By others of the same shape, so that neither a name nor a size tells."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    run = open_run("mine", profile="tiny", settings=SETTINGS | {"model.name": str(base)}, root=tmp_path)
+    workflow.train(run, show_progress=False, say=lambda text: None)
+    path = base / "model.safetensors"
+    before, weights = path.read_bytes(), load_file(path)
+    save_file({name: value + 0.01 for name, value in weights.items()}, path, {"format": "pt"})
+    assert len(before) == path.stat().st_size
+    open_run(run.folder, settings={"train.max_steps": 3})
+    with pytest.raises(RunError, match="these can't change now: the content of the model's files is not what it was"):
+        workflow.train(run, show_progress=False, say=lambda text: None)
+    path.write_bytes(before)
+    assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
+
+
 # data
 
 
