@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,9 @@ FILE = "certificate.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
-NAMED = 5
+BOOKKEEPING = {  # keys of the adapter's settings that change nothing of what it answers
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Certificate:
         missing, unexpected: tensors that the model has and the file has not (in this shape), and the other way round.
         unmoved: B matrices that are all zero.
         not_finite: tensors with a value that is no finite number.
+        settings_changed: settings of the file that are not the live model's, as `lora_alpha: 32 -> 320`; all keys count but
+            `BOOKKEEPING`.
         prompts, largest_difference, same_answers: prompts asked with the file's weights and with the live ones, the largest
             difference of their next-token logits (None where that is no number), and answers equal to the letter.
         base_model, base_revision, base_sha256: what the adapter belongs to; the hash is of the files' names, sizes and samples.
@@ -54,6 +59,7 @@ class Certificate:
     unexpected: tuple[str, ...]
     unmoved: tuple[str, ...]
     not_finite: tuple[str, ...]
+    settings_changed: tuple[str, ...]
     prompts: int
     largest_difference: float | None
     same_answers: int
@@ -73,6 +79,7 @@ class Certificate:
             (self.unexpected, "in the file, but not of this model"),
             (self.unmoved, "still zero, so never trained"),
             (self.not_finite, "not finite"),
+            (self.settings_changed, f"in {SETTINGS} other than in the model"),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -122,15 +129,21 @@ def expected_tensors(model: PeftModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _state(get_peft_model_state_dict, model).items()}
 
 
+def expected_settings(model: PeftModel) -> dict[str, Any]:
+    """The settings of the model's adapter, as JSON holds them."""
+    return json.loads(json.dumps(model.active_peft_config.to_dict(), default=sorted))  # peft keeps names in sets
+
+
 def certify(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], *, asked: Mapping[str, Any], base: Mapping[str, Any],
-    data_fingerprint: str | None, versions: dict[str, str],
+    folder: Path, expected: Mapping[str, tuple[int, ...]], *, settings: Mapping[str, Any], asked: Mapping[str, Any],
+    base: Mapping[str, Any], data_fingerprint: str | None, versions: dict[str, str],
 ) -> Certificate:  # fmt: skip
     """Looks at a saved adapter and writes its certificate into its folder, whether it passed or not.
 
     Args:
         folder: of the adapter.
         expected: names and shapes of its tensors (`expected_tensors`).
+        settings: of the live model's adapter (`expected_settings`).
         asked: `prompts`, `largest_difference` and `same_answers` of the file's weights against the live ones.
         base: `name`, `revision` and `sha256` of the base model.
         data_fingerprint: of the prepared data.
@@ -153,19 +166,38 @@ def certify(
                     not_finite.append(name)
                 if "lora_B" in name and not value.any():
                     unmoved.append(name)
-    except (SafetensorError, OSError) as error:
+        settings_changed = _differences(settings, read_json(folder / SETTINGS))
+    except (SafetensorError, OSError, UserError) as error:
         raise ModelError(f"{folder.name}/ holds no readable adapter ({error})", next_step=REMAKE) from error
     difference = asked["largest_difference"]
     finite = difference is not None and math.isfinite(difference)
     found = Certificate(
         sha256(folder / WEIGHTS), sha256(folder / SETTINGS), len(shapes), sum(math.prod(shape) for shape in shapes.values()),
         tuple(sorted(name for name, shape in expected.items() if shapes.get(name) != shape)),
-        tuple(sorted(set(shapes) - set(expected))), tuple(unmoved), tuple(not_finite),
+        tuple(sorted(set(shapes) - set(expected))), tuple(unmoved), tuple(not_finite), settings_changed,
         asked["prompts"], difference if finite else None, asked["same_answers"], base["name"], base["revision"], base["sha256"],
         data_fingerprint, datetime.now(UTC).isoformat(timespec="seconds"), versions,
     )  # fmt: skip
     write_json(folder / FILE, asdict(found) | {"passed": found.passed, "problems": list(found.problems)})
     return found
+
+
+def _differences(live: Mapping[str, Any], saved: Any) -> tuple[str, ...]:
+    """Settings that decide what an adapter computes and are not the same in both; lists of names in any order."""
+    if not isinstance(saved, dict):
+        raise ModelError(f"{SETTINGS} holds no settings", expected="an object", got=type(saved).__name__)
+
+    names = sorted((set(live) | set(saved)) - BOOKKEEPING)
+    both = [(name, _as_text(live, name), _as_text(saved, name)) for name in names]
+    return tuple(f"{name}: {before} -> {after}" for name, before, after in both if before != after)
+
+
+def _as_text(settings: Mapping[str, Any], name: str) -> str:
+    if name not in settings:
+        return "missing"
+    value = settings[name]
+    is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return json.dumps(sorted(value) if is_names else value)
 
 
 def read_certificate(folder: Path) -> Certificate | None:
