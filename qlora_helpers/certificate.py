@@ -22,7 +22,7 @@ from qlora_helpers.whole_files import read_json, write_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FILE = "certificate.json"
+FILE, HASHES = "certificate.json", "sha256.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
@@ -201,34 +201,74 @@ def _as_text(settings: Mapping[str, Any], name: str) -> str:
 
 
 def read_certificate(folder: Path) -> Certificate | None:
-    """What `certify` wrote, or None where there is none that can be read."""
+    """What `certify` wrote, or None where there is none that can be read, or one whose verdict is not that of its values."""
     try:
         values = read_json(folder / FILE)
         read = {item.name: values[item.name] for item in fields(Certificate)}
-        return Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        found = Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        return found if found.passed == values["passed"] else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
-def require_certificate(folder: Path) -> Certificate:
+def require_certificate(folder: Path, *, next_step: str = REMAKE) -> Certificate:
     """The certificate of an adapter that is fit to leave the machine.
+
+    Args:
+        folder: of the adapter, the run's own or an exported one.
+        next_step: what to do where it is not; the end of the message.
 
     Raises:
         ModelError: there is none, it did not pass, or the adapter's files are no longer those that it speaks of.
     """
+    found = _passed(folder, next_step)
+    hashes = {WEIGHTS: found.weights_sha256, SETTINGS: found.settings_sha256}
+    _refuse_other_files(folder, hashes, "the certificate", next_step)
+    return found
+
+
+def require_merged(folder: Path, *, next_step: str) -> Certificate:
+    """The certificate of the adapter in a merged model whose files are those that were exported.
+
+    Args:
+        folder: of the merged model.
+        next_step: as for `require_certificate`.
+
+    Raises:
+        ModelError: there is none, it did not pass, or the files are no longer those that `write_hashes` saw.
+    """
+    found = _passed(folder, next_step)
+    unlisted = {path.name: "none" for path in sorted(folder.glob("*.safetensors"))}
+    try:
+        hashes = unlisted | dict(read_json(folder / HASHES))
+    except (OSError, ValueError, TypeError, UserError) as error:
+        raise ModelError(f"{folder.name}/ has no readable {HASHES}", next_step=next_step) from error
+    _refuse_other_files(folder, hashes, HASHES, next_step)
+    return found
+
+
+def write_hashes(folder: Path) -> None:
+    """Writes `sha256.json` into a merged model's folder: the hash of every file that is in it."""
+    write_json(folder / HASHES, {path.name: sha256(path) for path in sorted(folder.iterdir())})
+
+
+def _passed(folder: Path, next_step: str) -> Certificate:
     found = read_certificate(folder) if (folder / FILE).exists() else None
     if found is None:
-        raise ModelError(f"{folder.name}/ has no certificate", expected=f"a readable {FILE}", next_step=REMAKE)
+        raise ModelError(f"{folder.name}/ has no certificate", expected=f"a readable {FILE}", next_step=next_step)
     if not found.passed:
-        raise ModelError("the adapter did not pass its certificate", got="; ".join(found.problems), next_step=REMAKE)
-    for name, expected in ((WEIGHTS, found.weights_sha256), (SETTINGS, found.settings_sha256)):
-        got = sha256(folder / name) if (folder / name).exists() else "no file"
+        raise ModelError("the adapter did not pass its certificate", got="; ".join(found.problems), next_step=next_step)
+    return found
+
+
+def _refuse_other_files(folder: Path, hashes: Mapping[str, str], listed_in: str, next_step: str) -> None:
+    for name, expected in hashes.items():
+        got = sha256(folder / name) if (folder / name).is_file() else "no file"
         if got != expected:
             raise ModelError(
-                f"{name} is not the file that the certificate speaks of",
-                expected=f"sha256 {expected[:12]}", got=got[:12], next_step=REMAKE,
+                f"{name} is not the file that {listed_in} speaks of",
+                expected=f"sha256 {str(expected)[:12]}", got=got[:12], next_step=next_step,
             )  # fmt: skip
-    return found
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import hosting, rescue, workflow
 from qlora_helpers.adapter_files import load_adapter
-from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate
+from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.comparison import answered, compared
 from qlora_helpers.errors import ModelError, UserError
@@ -178,6 +178,7 @@ def _write_merged(
             f"the merged model could not be written ({error.strerror or error})",
             next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
         ) from error
+    write_hashes(folder)
     (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
     shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
     return report

@@ -161,9 +161,12 @@ def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
 def test_none_or_an_unreadable_one(folder, model):
     with pytest.raises(ModelError, match="no certificate"):
         require_certificate(folder)
-    (folder / "certificate.json").write_text("{")
-    with pytest.raises(ModelError, match="no certificate"):
-        require_certificate(folder)
+    certified(folder, model)
+    contradicting = (folder / "certificate.json").read_text().replace('"passed": true', '"passed": false')
+    for unreadable in ("{", contradicting):
+        (folder / "certificate.json").write_text(unreadable)
+        with pytest.raises(ModelError, match="no certificate"):
+            require_certificate(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ModelError, match="no readable adapter"):
         certified(folder, model)
