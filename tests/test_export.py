@@ -90,6 +90,30 @@ def test_what_is_in_the_folder(trained, exported):
     assert "equal answers" in repr(exported)
 
 
+def test_no_folder_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch):
+    """Only the exported copy names model and data by their last part: the run itself goes on."""
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"_name_or_path": str(base)})
+    rows = [{"dialogue": f"Ann: hello {number}\nBo: yes", "summary": f"Hello {number}."} for number in range(12)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*SETTINGS, f"model.name={base}", f"data.source={data}", "train.max_steps=1"]
+    run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path / "runs")
+    workflow.train(run, show_progress=False, say=quiet)
+    folder = export(run, drift=False, say=quiet).folder
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.json", "export.json", "serving.json", "certificate.json"} <= {path.name for path in written}
+    assert [path for path in written if str(tmp_path).encode() in path.read_bytes()] == []
+    exported, own = (read_json(place / "config.json") for place in (folder / "adapter", run.adapter_dir))
+    assert (exported["model"]["name"], exported["data"]["source"]) == ("base", "mine.jsonl")
+    assert (own["model"]["name"], own["data"]["source"]) == (str(base), str(data))
+    exported["model"]["name"], exported["data"]["source"] = str(base), str(data)
+    assert exported == own
+    workflow.open_run(run.folder, settings=["train.max_steps=2"])
+    assert workflow.train(run, show_progress=False, say=quiet).steps == 2
+    export(run, merged=False, say=quiet)
+
+
 def test_a_base_on_the_hub_gives_an_archive_for_the_container(copy):
     config = copy.config().with_settings({"model.name": "someone/tiny-llama"})
     copy.save_config(config)
