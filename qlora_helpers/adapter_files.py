@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from qlora_helpers.checkpoints import base_fingerprint
 from qlora_helpers.comparison import answered, compared
 from qlora_helpers.config import RunConfig
 from qlora_helpers.locks import MODEL_IN_USE
@@ -86,8 +87,7 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
     prepared = run.data_dir / "prepared.json"
     checkpoint = loaded.checkpoint
     return certificate.certify(
-        run.adapter_dir, expected, asked=asked, versions=versions(),
-        base={"name": checkpoint.name, "revision": checkpoint.revision,
-              "sha256": certificate.base_fingerprint(checkpoint.folder)},
+        run.adapter_dir, expected, settings=certificate.expected_settings(model), asked=asked, versions=versions(),
+        base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},
         data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
     )  # fmt: skip

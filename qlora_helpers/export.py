@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import hosting, rescue, workflow
 from qlora_helpers.adapter_files import load_adapter
-from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, base_fingerprint, require_certificate
-from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
+from qlora_helpers.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.comparison import answered, compared
+from qlora_helpers.config import RunConfig, config_from_dict
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.merging import SHARD_GIB, MergeReport, merge, tokenizer_files
+from qlora_helpers.report import short_name
 from qlora_helpers.run import Run
 from qlora_helpers.tables import text_table
 from qlora_helpers.tensor_files import stored_tensors
@@ -146,12 +148,20 @@ def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
 
 def _write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
     folder.mkdir()
-    for path in (run.adapter_dir / name for name in (WEIGHTS, SETTINGS, FILE, "config.json")):
-        if path.exists():
-            shutil.copyfile(path, folder / path.name)
+    for name in (WEIGHTS, SETTINGS, FILE):
+        shutil.copyfile(run.adapter_dir / name, folder / name)
+    if (run.adapter_dir / "config.json").exists():
+        trained = config_from_dict(read_json(run.adapter_dir / "config.json"))
+        write_json(folder / "config.json", _without_folders(trained).to_dict())
     for path in tokenizer_files(run.adapter_dir):
         shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(_card(run, certificate, merged=False), encoding="utf-8")
+
+
+def _without_folders(config: RunConfig) -> RunConfig:
+    """Settings that name a local model or data file by its last part: where it lies on this machine leaves with nothing."""
+    names = {"model.name": config.model.name, "data.source": config.data.source}
+    return config.with_settings({key: short_name(name, keep_owner=True) for key, name in names.items()})
 
 
 def _write_merged(
@@ -178,6 +188,7 @@ def _write_merged(
             f"the merged model could not be written ({error.strerror or error})",
             next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
         ) from error
+    write_hashes(folder)
     (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
     shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
     return report
@@ -220,7 +231,7 @@ def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
 
 def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
     """How vLLM and AWS's LMI container are told of adapter and merged model; what can't be served so is said."""
-    config, notes = run.config(), []
+    config, notes = _without_folders(run.config()), []
     longest = config.data.seq_len_tokens
     commands = {"seq_len_tokens": longest}
     if merged:

@@ -173,6 +173,7 @@ def _write_settings(base: Path, adapter: Path, out: Path) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
+    config.pop("_name_or_path", None)  # where the base model lay on some machine
     write_json(out / "config.json", config | {"dtype": "bfloat16"})
     for name in KEPT_FILES:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""An exported folder on the model hub: one commit, private unless asked, refused where the folder has no certificate.
+"""An exported folder on the model hub: one commit, private unless asked, refused where its certificate or a file is not right.
 
 Knows nothing of runs or models; the token stays huggingface_hub's own.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_helpers.certificate import FILE
+from qlora_helpers.certificate import FILE, WEIGHTS, require_certificate, require_merged
 from qlora_helpers.errors import ModelError
+
+AGAIN = "Export the run again: export RUN."
 
 
 def check_repository(repository: str) -> None:
@@ -42,20 +44,20 @@ def publish(folder: Path, repository: str, *, private: bool = True, say: Callabl
         The repository's address.
 
     Raises:
-        ModelError: the folder was not exported, or the hub refuses.
+        ModelError: the folder was not exported, its adapter did not pass, a file of it is not the one that was exported, or the
+            hub refuses.
     """
     from huggingface_hub import HfApi, errors
 
     check_repository(repository)
     missing = [name for name in ("README.md", FILE) if not (folder / name).is_file()]
     if missing:
-        raise ModelError(
-            f"{folder.name}/ was not exported: no {' and no '.join(missing)}",
-            next_step="Export the run first: export RUN.",
-        )
+        raise ModelError(f"{folder.name}/ was not exported: no {' and no '.join(missing)}", next_step=AGAIN)
     links = [path.name for path in folder.rglob("*") if path.is_symlink()]
     if links:
-        raise ModelError(f"{links[0]} is a link", expected="plain files", next_step="Export the run again.")
+        raise ModelError(f"{links[0]} is a link", expected="plain files", next_step=AGAIN)
+    require = require_certificate if (folder / WEIGHTS).exists() else require_merged
+    require(folder, next_step=AGAIN)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

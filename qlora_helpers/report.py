@@ -138,7 +138,7 @@ def _lead(parts: _Parts) -> str:
     verb = "learned" if parts.measured else "is to learn"
     examples = f" from {rows:,} examples" if rows else ""
     steps = f", in {parts.measured['steps']:,} steps on {_machine(parts)}" if parts.measured else ""
-    return f"{_short(parts.config.model.name)} {verb} to summarise chat dialogues{examples}{steps}."
+    return f"{short_name(parts.config.model.name)} {verb} to summarise chat dialogues{examples}{steps}."
 
 
 def _banners(parts: _Parts) -> list[str]:
@@ -215,7 +215,7 @@ def _asked_facts(parts: _Parts) -> list[tuple[str, str]]:
     revision = f" at {model.revision}" if model.revision else ""
     double = ", double quantisation" if model.double_quantization else ""
     facts = [
-        ("Model", f"{_short(model.name, keep_owner=True)}{revision} ({licence})"),
+        ("Model", f"{short_name(model.name, keep_owner=True)}{revision} ({licence})"),
         ("Weights", f"4-bit NF4{double}" if model.quantization == "nf4" else "not quantised"),
     ]
     if parts.prepared:
@@ -224,7 +224,7 @@ def _asked_facts(parts: _Parts) -> list[tuple[str, str]]:
         facts.append(("Data", parts.prepared["source"]))
         facts.append(("Rows", "{:,} for training, {:,} for the loss in between, {:,} held out".format(*rows)))
     else:
-        facts.append(("Data", f"{_short(data.source)} ({LICENCES.get(data.source, 'licence not known yet')})"))
+        facts.append(("Data", f"{short_name(data.source)} ({LICENCES.get(data.source, 'licence not known yet')})"))
     targets = parts.adapter.get("target_modules") or adapter.target_modules or ["the architecture's linear layers"]
     variant = ", rank-stabilised" * adapter.use_rslora + ", DoRA" * adapter.use_dora
     unit = f"blocks of {data.seq_len_tokens:,} tokens" if parts.prepared.get("packed", data.packing) else "rows"
@@ -256,7 +256,7 @@ def _measured_facts(parts: _Parts) -> list[tuple[str, str]]:
     return facts
 
 
-def _short(name: str, *, keep_owner: bool = False) -> str:
+def short_name(name: str, *, keep_owner: bool = False) -> str:
     """A model or data set without the folders of this machine; a hub id keeps its owner where that is asked for."""
     path = Path(name).expanduser()
     return name if keep_owner and not (path.is_absolute() or path.exists()) else path.name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from qlora_helpers.certificate import (
     Certificate,
-    base_fingerprint,
     certify,
+    expected_settings,
     expected_tensors,
     read_certificate,
     require_certificate,
@@ -41,9 +42,18 @@ def folder(model, tmp_path):
 
 
 def certified(folder, model, **changes) -> Certificate:
-    asked = ASKED | changes
     return certify(
-        folder, expected_tensors(model), asked=asked, base=BASE, data_fingerprint="f" * 64, versions={"torch": "2"}
+        folder, expected_tensors(model), settings=expected_settings(model), asked=ASKED | changes, base=BASE,
+        data_fingerprint="f" * 64, versions={"torch": "2"},
+    )  # fmt: skip
+
+
+def settings_with(folder, **changes):
+    """The adapter's settings rewritten; None takes a key away."""
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(
+        json.dumps({name: value for name, value in settings.items() if name not in changes or value is not None})
     )
 
 
@@ -54,21 +64,6 @@ def changed(folder, change):
     weights = load_file(folder / "adapter_model.safetensors")
     change(weights)
     save_file(weights, folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("touched", ["embedding", "layers.3", "layers.7"])
-def test_a_base_of_the_same_shapes_is_another_base(tmp_path, torch, touched):
-    """Such as a model that was tuned from it: its first tensor, the embedding, is often the same to the bit."""
-    from safetensors.torch import save_file
-
-    weights = {"embedding": torch.zeros(3000, 64)} | {f"layers.{number}": torch.zeros(64, 1024) for number in range(8)}
-    assert base_fingerprint(tmp_path) is None
-    save_file(weights, tmp_path / "model.safetensors")
-    found = base_fingerprint(tmp_path)
-    assert found == base_fingerprint(tmp_path)
-    weights[touched] = weights[touched] + 1
-    save_file(weights, tmp_path / "model.safetensors")
-    assert base_fingerprint(tmp_path) != found
 
 
 def test_a_good_adapter_passes(folder, model):
@@ -103,6 +98,42 @@ def test_b_at_zero_and_values_that_are_no_numbers(folder, model):
 
 
 @pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        ({"lora_alpha": 320}, "lora_alpha: 32 -> 320"),
+        ({"target_modules": ["q_proj"]}, r'target_modules: \["down_proj", .*"v_proj"\] -> \["q_proj"\]'),
+        ({"use_rslora": True}, "use_rslora: false -> true"),
+        ({"rank_pattern": {"q_proj": 2}}, r'rank_pattern: {} -> {"q_proj": 2}'),
+        ({"peft_type": "IA3"}, 'peft_type: "LORA" -> "IA3"'),
+        ({"r": None}, "r: 4 -> missing"),
+        ({"use_newer": True}, "use_newer: missing -> true"),
+    ],
+)
+def test_settings_of_the_file_that_are_not_the_model_s(folder, model, spoilt, problem):
+    """The tensors are right, and whoever loads the folder gets another adapter."""
+    settings_with(folder, **spoilt)
+    found = certified(folder, model)
+    assert not found.passed and len(found.settings_changed) == 1
+    assert re.fullmatch(f"in adapter_config.json other than in the model: {problem}", found.problems[0])
+    assert "FAIL: in adapter_config.json" in repr(found)
+    with pytest.raises(ModelError, match=r"did not pass.*in adapter_config.json other than in the model"):
+        require_certificate(folder)
+
+
+def test_bookkeeping_and_the_order_of_names_in_the_settings_say_nothing(folder, model):
+    names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7
+    settings_with(
+        folder, target_modules=sorted(names, reverse=True), base_model_name_or_path="tiny", peft_version="0.1"
+    )
+    assert certified(folder, model).passed
+    for unreadable in ("{", "[]"):
+        (folder / "adapter_config.json").write_text(unreadable)
+        with pytest.raises(ModelError, match=r"no readable adapter \(.*adapter_config.json"):
+            certified(folder, model)
+
+
+@pytest.mark.parametrize(
     ("asked", "problem"),
     [
         ({"prompts": 0, "largest_difference": None, "same_answers": 0}, "never asked"),
@@ -112,7 +143,7 @@ def test_b_at_zero_and_values_that_are_no_numbers(folder, model):
     ],
 )
 def test_an_adapter_that_answers_otherwise(folder, model, asked, problem):
-    found = certify(folder, expected_tensors(model), asked=ASKED | asked, base=BASE, data_fingerprint=None, versions={})
+    found = certified(folder, model, **asked)
     assert len(found.problems) == 1 and problem in found.problems[0]
 
 
@@ -122,8 +153,7 @@ def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is not the file that the certificate speaks of"):
         require_certificate(folder)
     certified(folder, model)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    settings_with(folder, lora_alpha=1)
     with pytest.raises(ModelError, match=r"adapter_config.json is not"):
         require_certificate(folder)
 
@@ -131,9 +161,12 @@ def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
 def test_none_or_an_unreadable_one(folder, model):
     with pytest.raises(ModelError, match="no certificate"):
         require_certificate(folder)
-    (folder / "certificate.json").write_text("{")
-    with pytest.raises(ModelError, match="no certificate"):
-        require_certificate(folder)
+    certified(folder, model)
+    contradicting = (folder / "certificate.json").read_text().replace('"passed": true', '"passed": false')
+    for unreadable in ("{", contradicting):
+        (folder / "certificate.json").write_text(unreadable)
+        with pytest.raises(ModelError, match="no certificate"):
+            require_certificate(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ModelError, match="no readable adapter"):
         certified(folder, model)

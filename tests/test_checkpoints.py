@@ -13,7 +13,7 @@ import pytest
 from fake_hub import COMMIT, hub
 
 from qlora_helpers import checkpoints
-from qlora_helpers.checkpoints import Checkpoint, corpus_tokenizer, dequantised, find_checkpoint
+from qlora_helpers.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, dequantised, find_checkpoint
 from qlora_helpers.config import ModelConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.model_shapes import SHAPES
@@ -54,6 +54,21 @@ def test_pickled_weights_are_refused(tmp_path, llama_folder):
     shutil.copytree(llama_folder, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "holds no weights as safetensors. Pickled .bin weights can run code" in refusal(folder)
+
+
+@pytest.mark.parametrize("touched", ["embedding", "layers.3", "layers.7"])
+def test_a_base_of_the_same_shapes_is_another_base(tmp_path, torch, touched):
+    """Such as a model that was tuned from it: its first tensor, the embedding, is often the same to the bit."""
+    from safetensors.torch import save_file
+
+    weights = {"embedding": torch.zeros(3000, 64)} | {f"layers.{number}": torch.zeros(64, 1024) for number in range(8)}
+    assert base_fingerprint(tmp_path) is None
+    save_file(weights, tmp_path / "model.safetensors")
+    found = base_fingerprint(tmp_path)
+    assert found == base_fingerprint(tmp_path)
+    weights[touched] = weights[touched] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert base_fingerprint(tmp_path) != found
 
 
 # random weights

@@ -19,7 +19,7 @@ from qlora_helpers.errors import ModelError, RunError
 from qlora_helpers.export import export
 from qlora_helpers.publishing import publish
 from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json
+from qlora_helpers.whole_files import read_json, write_json
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",
@@ -88,6 +88,30 @@ def test_what_is_in_the_folder(trained, exported):
     written = read_json(folder / "export.json")
     assert written["drift"] == [vars(drift) for drift in exported.drift]
     assert "equal answers" in repr(exported)
+
+
+def test_no_folder_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch):
+    """Only the exported copy names model and data by their last part: the run itself goes on."""
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"_name_or_path": str(base)})
+    rows = [{"dialogue": f"Ann: hello {number}\nBo: yes", "summary": f"Hello {number}."} for number in range(12)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*SETTINGS, f"model.name={base}", f"data.source={data}", "train.max_steps=1"]
+    run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path / "runs")
+    workflow.train(run, show_progress=False, say=quiet)
+    folder = export(run, drift=False, say=quiet).folder
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.json", "export.json", "serving.json", "certificate.json"} <= {path.name for path in written}
+    assert [path for path in written if str(tmp_path).encode() in path.read_bytes()] == []
+    exported, own = (read_json(place / "config.json") for place in (folder / "adapter", run.adapter_dir))
+    assert (exported["model"]["name"], exported["data"]["source"]) == ("base", "mine.jsonl")
+    assert (own["model"]["name"], own["data"]["source"]) == (str(base), str(data))
+    exported["model"]["name"], exported["data"]["source"] = str(base), str(data)
+    assert exported == own
+    workflow.open_run(run.folder, settings=["train.max_steps=2"])
+    assert workflow.train(run, show_progress=False, say=quiet).steps == 2
+    export(run, merged=False, say=quiet)
 
 
 def test_a_base_on_the_hub_gives_an_archive_for_the_container(copy):
@@ -259,3 +283,45 @@ def test_only_an_exported_folder_is_published(tmp_path, exported):
     (folder / "link.json").symlink_to("/etc/hostname")
     with pytest.raises(ModelError, match="is a link"):
         publish(folder, "someone/mine", say=quiet)
+
+
+def flipped_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def certificate_with(folder: Path, **changes) -> None:
+    write_json(folder / "certificate.json", read_json(folder / "certificate.json") | changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "said"),
+    [
+        ("adapter", lambda folder: flipped_byte(folder / "adapter_model.safetensors"), "the certificate speaks of"),
+        ("adapter", lambda folder: flipped_byte(folder / "adapter_config.json"), "the certificate speaks of"),
+        ("adapter", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
+        ("merged", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
+        ("merged", lambda folder: certificate_with(folder, passed=False), "no certificate; expected a readable"),
+        ("merged", lambda folder: flipped_byte(folder / "model.safetensors"), "model.safetensors is not the file that sha256"),
+        ("merged", lambda folder: (folder / "model.safetensors").unlink(), "got no file"),
+        ("merged", lambda folder: flipped_byte(folder / "config.json"), "config.json is not the file that sha256"),
+        ("merged", lambda folder: write_json(folder / "sha256.json", {}), "expected sha256 none; got "),
+        ("merged", lambda folder: (folder / "sha256.json").unlink(), "merged/ has no readable sha256.json"),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_it_was_exported_is_not_published(exported, from_hub, tmp_path, part, spoil, said):
+    folder = shutil.copytree(exported.folder / part, tmp_path / part)
+    with writable_hub() as (endpoint, taken):
+        from_hub(endpoint)
+        spoil(folder)
+        with pytest.raises(ModelError, match=f"{said}.* Export the run again"):
+            publish(folder, "someone/mine", say=quiet)
+    assert (taken["created"], taken["files"], taken["authorizations"]) == (None, {}, set())
+
+
+def test_an_exported_adapter_is_published(exported, from_hub):
+    with writable_hub() as (endpoint, taken):
+        from_hub(endpoint)
+        publish(exported.folder / "adapter", "someone/mine", say=quiet)
+    assert "adapter_model.safetensors" in taken["files"]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_helpers import readers, workflow
+from qlora_helpers.__main__ import main
 from qlora_helpers.config import DataConfig, RunConfig, config_from_dict
 from qlora_helpers.errors import ConfigError, DataError, RunError, UserError
 from qlora_helpers.run import Run, Status
@@ -155,6 +156,24 @@ def test_a_data_file_whose_content_changed_is_refused(tmp_path, cache, torch):
         workflow.train(run, show_progress=False, say=lambda text: None)
     assert (run.data_dir / "prepared.json").read_bytes() == before
     write("hello")
+    assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
+
+
+def test_base_weights_that_were_overwritten_are_refused(tmp_path, llama_folder, cache, torch):
+    """By others of the same shape, so that neither a name nor a size tells."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    run = open_run("mine", profile="tiny", settings=SETTINGS | {"model.name": str(base)}, root=tmp_path)
+    workflow.train(run, show_progress=False, say=lambda text: None)
+    path = base / "model.safetensors"
+    before, weights = path.read_bytes(), load_file(path)
+    save_file({name: value + 0.01 for name, value in weights.items()}, path, {"format": "pt"})
+    assert len(before) == path.stat().st_size
+    open_run(run.folder, settings={"train.max_steps": 3})
+    with pytest.raises(RunError, match="these can't change now: the content of the model's files is not what it was"):
+        workflow.train(run, show_progress=False, say=lambda text: None)
+    path.write_bytes(before)
     assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
 
 
@@ -363,3 +382,38 @@ def test_no_secret_of_the_environment_is_written_anywhere(tmp_path):
         assert secret not in done.stdout + done.stderr
         for path in written:
             assert secret.encode() not in path.read_bytes(), path
+
+
+WITH_CREDENTIALS = {
+    "presigned": "https://b.s3.amazonaws.com/c.7z?X-Amz-Credential=AKIACanary06&X-Amz-Security-Token=CanaryCanary07",
+    "user": "https://someone:CanaryCanary08@127.0.0.1:9/c.7z",
+    "control character": "https://someone:CanaryCanary09@127.0.0.1:9/c.7z\n",
+}
+
+
+@pytest.mark.parametrize("name", ["data.source", "model.name", "model.revision", "train.tensorboard", "profile"])
+@pytest.mark.parametrize("address", WITH_CREDENTIALS.values(), ids=WITH_CREDENTIALS)
+def test_an_address_with_credentials_is_refused_before_anything_is_written(tmp_path, name, address):
+    with pytest.raises(
+        ConfigError, match=rf"{name}: expected an address without credentials.*download what it leads"
+    ) as caught:
+        open_run("mine", profile="tiny", settings={name: address}, root=tmp_path)
+    assert "anary0" not in str(caught.value) + repr(caught.value.__cause__)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_with_credentials_in_a_command_or_an_old_run_is_told_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QLORA_RUNS", str(tmp_path))
+    address = WITH_CREDENTIALS["presigned"]
+    assert main(["train", "mine", "--profile", "tiny", "--set", f"data.source={address}"]) == 2
+    assert main(["demo", "--data", address]) == 2
+    assert list(tmp_path.iterdir()) == []
+    run = open_run("mine", profile="tiny", root=tmp_path)
+    values = read_json(run.config_path)
+    values["data"]["source"] = address
+    run.config_path.write_text(json.dumps(values))
+    assert main(["train", "mine"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("data.source: expected an address without credentials") == 3
+    assert "anary0" not in printed.out + printed.err
+    assert [path.name for path in run.folder.iterdir()] == ["config.json"]

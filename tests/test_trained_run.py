@@ -11,7 +11,7 @@ from qlora_helpers import workflow
 from qlora_helpers.adapter_files import certify
 from qlora_helpers.certificate import require_certificate
 from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json
+from qlora_helpers.whole_files import read_json, write_json
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
 SETTINGS = [
@@ -112,3 +112,13 @@ def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained,
     found = certify(copy, model, loaded, data)
     assert not found.passed
     assert "logits differ" in found.problems[0]
+
+
+def test_settings_that_are_not_the_live_adapter_s_fail_its_certificate(trained, tmp_path):
+    run, loaded, model = trained
+    copy = Run(shutil.copytree(run.folder, tmp_path / "copy"))
+    path = copy.adapter_dir / "adapter_config.json"
+    settings = read_json(path)
+    write_json(path, settings | {"lora_alpha": 10 * settings["lora_alpha"]})
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
+    assert certify(copy, model, loaded, data).settings_changed == ("lora_alpha: 32 -> 320",)
