@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import prepared_data, tiny_llama
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from qlora_helpers import blocks
 from qlora_helpers import training_checkpoints as saved
@@ -581,6 +581,34 @@ def test_a_float16_gradient_may_overflow(run):
         callback.on_log(SimpleNamespace(fp16=False), state, None, logs)
     with pytest.raises(RunError, match="loss is no longer a finite number"):
         callback.on_log(SimpleNamespace(fp16=True), state, None, logs | {"loss": float("nan")})
+
+
+def test_float16_gradients_that_overflow_at_every_step_end_it_also_over_two_sessions(teach, run, monkeypatch):
+    """A CPU has no float16: the loss scaler's part is played by norms that are no numbers from step 6 on."""
+    init, norm = SummaryTrainer.__init__, Trainer._get_grad_norm
+
+    def with_float16(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.watch.may_overflow = True
+        self.args.fp16 = True  # what is read of it while steps are made: whether a norm may be infinite
+
+    def overflow(self, *args, **kwargs):
+        found = norm(self, *args, **kwargs)
+        return found if self.state.global_step < 5 else found * float("nan")
+
+    monkeypatch.setattr(SummaryTrainer, "__init__", with_float16)
+    monkeypatch.setattr(Trainer, "_get_grad_norm", overflow)
+    often = {"learning_rate": 1e-4, "eval_steps": 100, "save_steps": 20}
+    _, result = teach(max_steps=20, **often)
+    assert result.steps == 20
+    with pytest.raises(RunError) as caught:
+        teach(max_steps=60, **often)
+    assert str(caught.value) == (
+        "nothing was learned since step 5: float16 gradients overflowed in 31 steps in a row, first at step 6. Lower "
+        "train.learning_rate, or give a new run model.compute_dtype=float32; the run goes on from its last good checkpoint, of "
+        "step 20."
+    )
+    assert [line["step"] for line in run.progress()][-1] == 35
 
 
 @pytest.mark.parametrize("fast_step", [True, False])
