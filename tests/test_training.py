@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from tiny import prepared_data, tiny_llama
 from transformers import Trainer, TrainerCallback
 
-from qlora_helpers import blocks
+from qlora_helpers import blocks, termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import BlockCollator, row_losses
 from qlora_helpers.config import AdapterConfig, TrainConfig
@@ -212,6 +215,33 @@ def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
     assert result.steps == (2 if kind == "stop" else 6)
     assert checkpoints(run)[0] == 2
     assert [request.answer for request in run.requests()] == ["saved at step 2"]
+
+
+def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, run, data):
+    """Many batches are left; the signal comes in the second one."""
+
+    class Counted(TrainerCallback):
+        batches = 0
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.batches += 1
+            if self.batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    many = dataclasses.replace(data, eval=concatenate_datasets([data.eval] * 20))
+    counted = Counted()
+    with termination.heard():
+        _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
+    assert len(many.eval) >= 20 and counted.batches == 2
+    assert [line["step"] for line in run.progress() if "eval_loss" in line] == []
+    assert (result.steps, result.eval_loss, result.stop_reason) == (3, None, termination.REASON)
+    assert checkpoints(run) == [3]
+    assert saved.is_good(run.checkpoints_dir / "checkpoint-3")
+    counted.batches = 2
+    with termination.heard():
+        _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
+    assert result.steps == 6 and counted.batches == 2 + len(many.eval)
+    assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]
 
 
 # the budget
