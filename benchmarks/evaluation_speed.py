@@ -7,9 +7,15 @@
 
 Models are catalogued shapes at true size with random weights, or any name that the package loads; adapters on all of their linear
 layers, B moved off zero. Prompts are the rows of the data; all variants of a case run in one process in turns, `--rounds` times, so
-the ratios hold whatever the card's clock does that day. Plain answers are timed on a few batches of rows spread over all lengths,
-since the whole set would take many minutes. Ours includes everything that it does once: unpacking, proof, recording. `:4bit` keeps
-the weights packed. A token counts where `model.generate` would have counted it: up to and with the end of an answer.
+the ratios hold whatever the card's clock does that day. Plain answers are timed on `--plain-batches` batches, since the whole set
+would take many minutes: neighbours among the rows sorted by length, which need the least padding, and evenly chosen, so that both
+sides answer rows of like length; one batch takes the median lengths. Ours includes everything that it does once: unpacking, proof,
+recording. `:4bit` keeps the weights packed. A token counts where `model.generate` would have counted it: up to and with the end of
+an answer.
+
+Of each variant, `padded_share` is the share of padding in the prompts as the model read them. Where a plain answer and ours part,
+`margins_at_first_difference` says how far apart the plain model's two best logits lie at the first token that differs: rounding
+alone can part answers only where that is little.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +32,7 @@ from typing import Any
 import torch
 
 from qlora_helpers import evaluation, lora, models, training, workflow
+from qlora_helpers.blocks import takes_logits_to_keep
 from qlora_helpers.config import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig
 from qlora_helpers.fast_answers import answering_form
 from qlora_helpers.model_shapes import SHAPES
@@ -65,10 +73,61 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def spread(prompts: list[list[int]], rows: int) -> list[int]:
-    """Rows of all lengths, a batch's rows alike: every so many of the sorted prompts."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    return [order[round(index * (len(order) - 1) / max(1, rows - 1))] for index in range(min(rows, len(order)))]
+def plain_rows(count: int, size: int, batches: int) -> list[int]:
+    """Places in so many rows sorted by length: batches of neighbours, evenly chosen, so that one batch takes the median lengths."""
+    if size * batches >= count:
+        return list(range(count))
+    starts = [int((number + 0.5) * count / batches - size / 2) for number in range(batches)]
+    return [start + place for start in starts for place in range(size)]
+
+
+class Padding:
+    """Counts, as a model reads prompts, their tokens and those of the padding beside them; waits for no GPU while it does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.begin()
+        model.get_base_model().register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def begin(self) -> None:
+        """Counts from nothing."""
+        self.tokens: list[torch.Tensor] = []
+        self.places = 0
+
+    def _count(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if ids.shape[1] > 1:  # one token a row is a step of the answer
+            self.tokens.append(torch.ones_like(ids).sum() if mask is None else mask.sum())
+            self.places += ids.numel()
+
+    def share(self) -> float:
+        """Of padding, 0 to 1."""
+        return round(1 - int(sum(self.tokens)) / max(1, self.places), 4)
+
+
+class KeepsTokens:
+    """A tokenizer that keeps the tokens of the answers it turns into text, in their order."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.answers: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        self.answers.append(tokens)
+        return self.tokenizer.decode(tokens, **options)
+
+
+@torch.no_grad()
+def margin(model: torch.nn.Module, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """Between the model's two best logits after a prompt and what two answers to it have in common."""
+    common = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    ids = torch.tensor([[*prompt, *one[:common]]], device=model.get_input_embeddings().weight.device)
+    keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **keep).logits[0, -1]
+    first, second = logits.float().topk(2).values.tolist()
+    return first - second
 
 
 def loaded_model(name: str) -> tuple[Any, Any]:
@@ -91,22 +150,24 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         tokens = prompt_tokens(row.dialogue, "recipe", tokenizer)
         prompts.append(tokens.trimmed(max(0, len(tokens) + chosen.new_tokens - chosen.seq_len)).ids)
+    prompts.sort(key=len, reverse=True)  # as they are answered, so that answers come in the order of the prompts
     settings = EvaluationConfig(batch_size=case.batch, max_new_tokens=chosen.new_tokens)
     small = replace(settings, batch_size=PLAIN_BATCH)
+    padding, kept = Padding(model), KeepsTokens(tokenizer)
     longest = max(map(len, prompts)) + chosen.new_tokens
     forms = []
 
     def plain(config: EvaluationConfig, rows: list[int]) -> list[evaluation.Answer]:
-        return evaluation.generate(model, tokenizer, [prompts[index] for index in rows], config)
+        return evaluation.generate(model, kept, [prompts[index] for index in rows], config)
 
     def ours() -> list[evaluation.Answer]:
         dense = False if case.form == "4bit" else None
         with answering_form(model, rows=case.batch, tokens=longest, dense=dense) as form:
             forms.append(form)
-            return evaluation.generate(model, tokenizer, prompts, settings, form=form)
+            return evaluation.generate(model, kept, prompts, settings, form=form)
 
     everything = list(range(len(prompts)))
-    few, same = (spread(prompts, chosen.plain_batches * size) for size in (PLAIN_BATCH, case.batch))
+    few, same = (plain_rows(len(prompts), size, chosen.plain_batches) for size in (PLAIN_BATCH, case.batch))
     plain(
         replace(small, max_new_tokens=2), few[:PLAIN_BATCH]
     )  # kernels are chosen and libraries loaded outside the clock
@@ -119,19 +180,36 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {"prompts": len(prompts), "longest_prompt": longest - chosen.new_tokens, "variants": {}}
     answers: dict[str, dict[int, evaluation.Answer]] = {}
+    tokens_of: dict[str, dict[int, list[int]]] = {}
     for _ in range(chosen.rounds):
         for name, (rows, run) in variants.items():
+            padding.begin()
+            kept.answers = []
             given, seconds = timed(run)
             answers[name] = dict(zip(rows, given, strict=True))
+            tokens_of[name] = dict(zip(rows, kept.answers, strict=True))
             one = found["variants"].setdefault(name, {"rows": len(rows), "tokens_per_s": [], "seconds": []})
             one["tokens_per_s"].append(round(sum(answer.tokens for answer in given) / seconds, 1))
             one["seconds"].append(round(seconds, 2))
+            one["mean_prompt_tokens"] = round(sum(len(prompts[index]) for index in rows) / len(rows), 1)
+            one["padded_share"] = padding.share()
             one["stop_rate"] = round(sum(answer.stopped for answer in given) / len(given), 4)
             if ON_GPU:
                 one["peak_gib"] = round(gib(torch.cuda.max_memory_allocated()), 2)
                 torch.cuda.reset_peak_memory_stats()
             print(json.dumps({"variant": name} | one), flush=True)
-    return found | summary(found["variants"], answers, str(forms[-1]).splitlines())
+    same_batch = f"plain, batch {case.batch}"
+    apart = [
+        margin(model, prompts[index], tokens_of[same_batch][index], tokens_of["ours"][index])
+        for index, answer in answers[same_batch].items()
+        if answer.text != answers["ours"][index].text
+    ]
+    margins = {"median": round(statistics.median(apart), 4), "largest": round(max(apart), 4)} if apart else None
+    return (
+        found
+        | summary(found["variants"], answers, str(forms[-1]).splitlines())
+        | {"margins_at_first_difference": margins}
+    )
 
 
 def summary(variants: dict[str, Any], answers: dict[str, Any], form: list[str]) -> dict[str, Any]:
@@ -160,7 +238,9 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=256, help="prompts")
     options.add_argument("--new-tokens", type=int, default=80, help="longest answer")
     options.add_argument("--seq-len", type=int, default=1024, help="longest prompt with its answer, tokens")
-    options.add_argument("--plain-batches", type=int, default=2, help="batches by which plain answers are timed")
+    options.add_argument(
+        "--plain-batches", type=int, default=2, help="batches of neighbours in length, by which plain answers are timed"
+    )
     options.add_argument("--rounds", type=int, default=2, help="turns of all variants")
     chosen = options.parse_args()
     results: dict[str, Any] = {

@@ -14,6 +14,7 @@ from qlora_helpers import rescue
 from qlora_helpers.config import RunConfig
 from qlora_helpers.locks import MODEL_IN_USE
 from qlora_helpers.run import Run
+from qlora_helpers.tables import plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +44,9 @@ def ask(
         tuned: False switches the adapters off, so the base model answers.
         sampled: draw the tokens by their likelihood instead of taking the likeliest each time.
         seed: of the draw.
+
+    Returns:
+        The answer; its text may be printed as it is: control characters that the model wrote are left out.
     """
     from qlora_helpers import evaluation
 
@@ -50,7 +54,8 @@ def ask(
     settings = dataclasses.replace(config.evaluation, do_sample=sampled)
     prompt = _prompt(config, loaded, dialogue)
     with MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
-        return evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
+        answer = evaluation.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
+    return dataclasses.replace(answer, text=plain(answer.text))
 
 
 def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callable[..., Iterator[str]]:

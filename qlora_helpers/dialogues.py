@@ -7,7 +7,6 @@ divided in `splits`. Knows nothing of files, tokens or models.
 from __future__ import annotations
 
 import difflib
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,12 +15,11 @@ from typing import Any
 
 from qlora_helpers.config import DataConfig
 from qlora_helpers.errors import DataError
+from qlora_helpers.tables import CONTROLS, SURROGATES
 
 SPLITS = ("train", "eval", "test")
 MIN_ROWS = 3
 MAX_NAMED = 20
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")  # C0 without \t and \n
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,8 @@ def _likely(column: str, found: Iterable[str]) -> str:
 def cleaned(source: Source, config: DataConfig, notes: list[str], left_out: LeftOut) -> dict[str, list[Dialogue]]:
     """Turns the source's rows into dialogues, split by split.
 
-    Line ends become \\n, and control characters other than \\n and \\t are removed, which a line in `notes` counts.
+    Line ends become \\n, and control characters other than \\n and \\t are removed, overrides of the writing direction with them,
+    which a line in `notes` counts.
     Rows without a text in both columns go to `left_out`. An id that is missing or was seen before becomes the row's
     place.
     """
@@ -175,16 +174,21 @@ def _texts(row: Row, config: DataConfig, left_out: LeftOut) -> tuple[tuple[str, 
         if value is not None and not isinstance(value, str):
             left_out.add(row.where, f"its {role} is no text", f" but {type(value).__name__}")
             return None
-        text, count = _CONTROL.subn("", (value or "").replace("\r\n", "\n").replace("\r", "\n"))
+        text, count = _without_controls(value or "")
         if not text.strip():
             left_out.add(row.where, f"its {role} is {'missing' if value is None else 'empty'}")
             return None
-        if _SURROGATE.search(text):  # half an emoji: no tokenizer takes it
+        if SURROGATES.search(text):  # half an emoji: no tokenizer takes it
             left_out.add(row.where, f"its {role} holds half a character (an unpaired surrogate)")
             return None
         texts.append(text)
         removed += count
     return (texts[0], texts[1]), removed
+
+
+def _without_controls(text: str) -> tuple[str, int]:
+    """A text with plain line ends and without control characters, and how many of these there were."""
+    return CONTROLS.subn("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def numbered_siblings(column: str, found: Iterable[str]) -> list[str]:
@@ -198,8 +202,8 @@ def _references(row: Row, config: DataConfig) -> tuple[str, ...]:
     found = []
     for column in numbered_siblings(config.summary_column, [name for name in row.values if isinstance(name, str)]):
         value = row.values[column]
-        text = _CONTROL.sub("", value.replace("\r\n", "\n").replace("\r", "\n")) if isinstance(value, str) else ""
-        if text.strip() and not _SURROGATE.search(text):
+        text = _without_controls(value)[0] if isinstance(value, str) else ""
+        if text.strip() and not SURROGATES.search(text):
             found.append(text)
     return tuple(found)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora_helpers.scorecard import Comparison, comparison_from_dict
-from qlora_helpers.tables import html_table, text_table
+from qlora_helpers.tables import html_table, plain, text_table
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
 
 
 class SideBySide:
-    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run."""
+    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run.
+
+    Terminal codes, control characters and overrides of the writing direction are left out, also where text is printed.
+    """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
@@ -148,7 +151,7 @@ class SideBySide:
         parts = []
         for row in self.rows:
             answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
-            parts.append("\n".join([row["dialogue"], f"{'reference:':<24} {row['summary']}", *answers]))
+            parts.append("\n".join([plain(row["dialogue"]), f"{'reference:':<24} {plain(row['summary'])}", *answers]))
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
@@ -157,11 +160,15 @@ class SideBySide:
         head = "".join(f"<th style='{cell}'>{html.escape(name)}</th>" for name in names)
         lines = []
         for row in self.rows:
-            texts = [row["dialogue"], row["summary"], *(_one_line(a["text"]) for a in row["answers"].values())]
+            texts = [
+                plain(row["dialogue"]),
+                plain(row["summary"]),
+                *(_one_line(a["text"]) for a in row["answers"].values()),
+            ]
             lines.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in texts) + "</tr>")
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _one_line(text: str, most: int = 400) -> str:
-    shown = " ".join(text.split())
+    shown = " ".join(plain(text).split())
     return shown if len(shown) <= most else shown[:most] + " ..."

@@ -14,6 +14,7 @@ from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import RunError
 from qlora_helpers.run import Run
 from qlora_helpers.s3_copy import CopyState, S3Copy, s3_target
+from qlora_helpers.tables import plain
 
 if TYPE_CHECKING:
     from qlora_helpers.dialogues import Dialogue
@@ -190,6 +191,6 @@ def _as_code(texts: Mapping[str, str]) -> str:
     """Headings and texts as Markdown; a text is indented, so that marks and tags in a dialogue are shown as they are."""
     parts = []
     for heading, text in texts.items():
-        lines = "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
+        lines = "\n".join(f"    {line}" for line in plain(text).splitlines()) or "    (empty)"
         parts.append(f"**{heading}**\n\n{lines}")
     return "\n\n".join(parts)

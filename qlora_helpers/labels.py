@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.prompts import answer_tokens, prompt_tokens
+from qlora_helpers.tables import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,7 +244,10 @@ class TokenView:
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds; a character made of several tokens (an emoji) stands at its last one, the others add none."""
+    """The text that each token adds, as it may be shown: without control characters.
+
+    A character made of several tokens (an emoji) stands at its last one; the others add none.
+    """
     texts, open_ids = [], []
     for token in ids:
         open_ids.append(token)
@@ -253,7 +257,7 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
         open_ids = open_ids if unfinished else []
     if open_ids:
         texts[-1] = tokenizer.decode(open_ids)
-    return texts
+    return [plain(text) for text in texts]
 
 
 def token_kind(token: int, label: int, segment: int, eos: int) -> str:

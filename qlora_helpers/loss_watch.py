@@ -1,4 +1,5 @@
-"""Watches losses and gradient norms for what ends a training: a value that is not finite, a loss that explodes and stays up.
+"""Watches losses and gradient norms for what ends a training: a value that is not finite, a loss that explodes and stays up,
+float16 gradients that overflow at every step.
 
 Values are copied to the host while the device works on, and looked at when they have arrived: the host waits for none of them but
 before a log or a save. Knows blocks by their number alone; what is done about it is the trainer's business.
@@ -21,6 +22,9 @@ LEAST = 10  # steps before a loss can be called exploded
 IN_A_ROW = 3  # a single hard batch is no explosion
 RISE_NATS = 2.0  # per token, above the median
 SPREADS = 6.0  # of the usual spread, above the median
+MOST_OVERFLOWS = (
+    30  # in a row: the loss scaler halves its scale at each, from 2**16, so that a few are usual at the start
+)
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
@@ -34,6 +38,7 @@ class Trouble:
         exploded: the loss was finite all along.
         batch, batches: which forward pass of the step (from 1), of how many; None where all of them are meant.
         blocks: numbers of its blocks in the training data.
+        mend: what a person can do.
     """
 
     step: int
@@ -42,6 +47,7 @@ class Trouble:
     batch: int | None
     batches: int
     blocks: tuple[int, ...]
+    mend: str = "Look at these rows, or lower train.learning_rate"
 
 
 @dataclass
@@ -65,11 +71,13 @@ class LossWatch:
 
     Attributes:
         may_overflow: gradients in float16 may overflow; the loss scaler leaves out that step.
+        overflows: steps in a row that were left out for it.
         recent: losses of the last healthy steps.
         suspects: steps in a row whose loss is far too high, with what was seen.
     """
 
     may_overflow: bool = False
+    overflows: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     suspects: list[Trouble] = field(default_factory=list)
     _losses: list[torch.Tensor] = field(default_factory=list)
@@ -128,6 +136,13 @@ class LossWatch:
             return _trouble(step, losses, bad[0], f"the loss is no longer a finite number ({losses[bad[0]]})")
         if not math.isfinite(norm) and not self.may_overflow:
             return _trouble(step, losses, None, f"grad_norm is no longer a finite number ({norm})")
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows > MOST_OVERFLOWS:
+            learned = step.number - self.overflows
+            found = f"float16 gradients overflowed in {self.overflows} steps in a row, first"
+            what = f"nothing was learned since step {learned}: {found}"
+            mend = "Lower train.learning_rate, or give a new run model.compute_dtype=float32"
+            return Trouble(learned + 1, what, exploded=False, batch=None, batches=len(losses), blocks=(), mend=mend)
         loss = sum(losses)
         limit = bound(self.recent)
         if loss <= limit:

@@ -32,7 +32,8 @@ def open_run(
 
     Raises:
         ConfigError: unknown or wrong settings; all of them at once.
-        RunError: a setting that can't change once training has begun, with the difference.
+        RunError: a setting that can't change once training has begun, with the difference; no name for a run, or a relative
+            path with a '..' part.
     """
     run = _run_at(name, root)
     old = run.config() if run.exists() else None
@@ -50,7 +51,7 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     """Opens a run that must be there.
 
     Raises:
-        RunError: it is not; the message names the runs that are.
+        RunError: it is not, and the message names the runs that are; or the name or path is none that `open_run` takes.
     """
     run = _run_at(name, root)
     if not run.exists():
@@ -60,6 +61,14 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
 
 
 def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:
+    path = Path(name)
+    if ".." in path.parts and not path.is_absolute():
+        raise RunError(
+            "that is no name for a run",
+            expected="a name below the runs folder, or a path without '..'",
+            got=repr(str(name)),
+            next_step="Give an absolute path where the run should lie elsewhere.",
+        )
     # Path("").name and Path(".").name are empty: below the root they would be the root itself.
-    is_path = os.sep in str(name) or not Path(name).name
-    return Run(Path(name) if is_path else runs_root(root) / name)
+    is_path = os.sep in str(name) or not path.name
+    return Run(path if is_path else runs_root(root) / name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_helpers.errors import ModelError
+from qlora_helpers.readers import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,9 @@ def prompt_text(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase
         dialogue: turns, one a line.
         template: `recipe` (the 2023 recipe's plain text) or `chat` (the model's own template; needs the tokenizer).
         tokenizer: the model's.
+
+    Raises:
+        ModelError: `chat` was asked of a tokenizer without a chat template, or with one that does not work.
     """
     before, after = _frame(template, tokenizer)
     return before + dialogue + after
@@ -61,7 +65,7 @@ def prompt_tokens(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBa
         tokenizer: the model's.
 
     Raises:
-        ModelError: `chat` was asked of a tokenizer without a chat template.
+        ModelError: `chat` was asked of a tokenizer without a chat template, or with one that does not work.
     """
     before, after = _frame(template, tokenizer)
     # A chat template writes its own begin-of-text token; plain text gets the tokenizer's, where it has one.
@@ -91,6 +95,21 @@ def _frame(template: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[st
     if tokenizer is None or not tokenizer.chat_template:
         raise ModelError("this model has no chat template", next_step="Set data.template=recipe.")
     message = [{"role": "user", "content": INSTRUCTION + _SLOT}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, _, after = text.partition(_SLOT)
-    return before, after
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a program that came with the model: it may raise anything
+        raise _broken_template(got=brief(error)) from error
+    pieces = text.split(_SLOT)
+    if len(pieces) != 2:
+        raise _broken_template(
+            expected="a text with the message in it once", got=f"one with it {len(pieces) - 1} times"
+        )
+    return pieces[0], pieces[1]
+
+
+def _broken_template(**found: str) -> ModelError:
+    return ModelError(
+        "this model's chat template does not work",
+        **found,
+        next_step="Set data.template=recipe and evaluation.chat_baseline=false.",
+    )

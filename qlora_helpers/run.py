@@ -53,7 +53,8 @@ class Run:
     """A run folder, `runs/<name>/`. Cheap to make; holds nothing but the path.
 
     Args:
-        folder: the run's folder; need not exist yet.
+        folder: the run's folder; need not exist yet. One with a '..' part is kept as an absolute path, which opens the same run
+            wherever it is handed on to.
 
     Raises:
         RunError: the last part of the path is not a plain name.
@@ -68,6 +69,8 @@ class Run:
                 got=repr(self.folder.name),
                 next_step="Choose another name.",
             )
+        if ".." in self.folder.parts:  # a run's folder itself may be a link, and stays one
+            self.folder = self.folder.parent.resolve() / self.folder.name
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self.status().state})"

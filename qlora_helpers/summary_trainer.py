@@ -82,7 +82,7 @@ class SummaryTrainer(Trainer):
         where = f"; its data: {rows_in_words(trouble.blocks, rows)}" if rows else ""
         raise RunError(
             f"{trouble.what} at step {trouble.step}{passes}{where}",
-            next_step="Look at these rows, or lower train.learning_rate; the run goes on from "
+            next_step=f"{trouble.mend}; the run goes on from "
             + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
         )
 
@@ -147,6 +147,7 @@ class SummaryTrainer(Trainer):
             "loss": float(self._tr_loss),
             "since_step": self._globalstep_last_logged,
             "recent": list(self.watch.recent),
+            "overflows": self.watch.overflows,
         }
         write_json(checkpoint / self._sum_name(), kept)
 
@@ -158,3 +159,4 @@ class SummaryTrainer(Trainer):
             self._tr_loss += kept["loss"]
             self._globalstep_last_logged = kept["since_step"]
             self.watch.recent.extend(kept["recent"])
+            self.watch.overflows = kept.get("overflows", 0)  # checkpoints of earlier versions have none

@@ -55,8 +55,9 @@ _ESCAPES = re.compile(
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # window titles and links
     r"|\x1b[ -/]*[0-~]"
 )
-# C0 but \t and \n, DEL, C1, overrides of the writing direction, and what UTF-8 can't hold
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What is in no text of a person's: C0 but \t and \n, DEL, C1, overrides of the writing direction
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # half a character, which UTF-8 can't hold
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[int] = ()) -> str:
@@ -120,4 +121,4 @@ def _cell(text: str) -> str:
 
 def plain(text: str) -> str:
     """A text from elsewhere without terminal escape codes and control characters; line ends and tabs stay."""
-    return _CONTROLS.sub("", _ESCAPES.sub("", text))
+    return SURROGATES.sub("", CONTROLS.sub("", _ESCAPES.sub("", text)))

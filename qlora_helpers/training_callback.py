@@ -96,7 +96,8 @@ class RunFolderCallback(TrainerCallback):
         logs = logs or {}
         if not {"loss", "eval_loss"} & logs.keys():  # the summary at the end, or an evaluation that was cut short
             return
-        # With float16 a gradient may overflow: the loss scaler then leaves out that step and scales less.
+        # With float16 a gradient may overflow: the loss scaler then leaves out that step and scales less; the trainer's watch
+        # tells where that happens at every step.
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             if name in logs and not math.isfinite(float(logs[name])):
                 raise RunError(

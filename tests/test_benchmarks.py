@@ -9,18 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from qlora_helpers.checkpoints import corpus_tokenizer
+from qlora_helpers.config import DataConfig
+from qlora_helpers.prompts import prompt_tokens
 from qlora_helpers.sources import read_corpus
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
 
-def run(name, monkeypatch, *arguments):
-    """Runs a script's `main` in this process."""
+def script(name, monkeypatch):
+    """A script as a module."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    return module
+
+
+def run(name, monkeypatch, *arguments):
+    """Runs a script's `main` in this process."""
+    module = script(name, monkeypatch)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     module.main()
 
@@ -28,8 +37,6 @@ def run(name, monkeypatch, *arguments):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A training file, and a held-out file with two rows of it, one in capitals."""
-    from qlora_helpers.config import DataConfig
-
     rows = read_corpus(DataConfig(train_rows=40)).train
     folder = tmp_path_factory.mktemp("files")
     parts = {"train": [(row.dialogue, row.summary) for row in rows[:16]]}
@@ -102,15 +109,59 @@ def test_learning_can_leave_no_seed_alone(files, tmp_path, monkeypatch):
 
 def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     out = tmp_path / "speed.json"
-    options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 128, "--plain-batches", 1, "--rounds", 1]
+    options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 512, "--plain-batches", 1, "--rounds", 1]
     run("evaluation_speed", monkeypatch, out, "falcon-tiny:4", "no-such-model:4", *options)
     good, bad = json.loads(out.read_text())["cases"]
     assert good["answers_equal_to_plain"] == [4, 4]
+    assert good["margins_at_first_difference"] is None
     assert {name: one["rows"] for name, one in good["variants"].items()} == {
         "plain, batch 8": 8, "plain, batch 4": 4, "ours": 10,
     }  # fmt: skip
     assert "float32 copies" in good["form"][0]
     assert "error" in bad
+    rows = read_corpus(DataConfig(train_rows=10, eval_rows=1, test_rows=1)).train
+    lengths = sorted((len(prompt_tokens(row.dialogue, "recipe", corpus_tokenizer()).ids) for row in rows), reverse=True)
+    for name, taken in (("plain, batch 8", lengths[1:9]), ("plain, batch 4", lengths[3:7])):
+        assert good["variants"][name]["mean_prompt_tokens"] == round(sum(taken) / len(taken), 1)
+        assert good["variants"][name]["padded_share"] == round(1 - sum(taken) / (len(taken) * max(taken)), 4)
+    assert 0 < good["variants"]["ours"]["padded_share"] < 0.5
+
+
+def test_evaluation_speed_takes_batches_of_like_length_for_the_plain_side(monkeypatch):
+    speed = script("evaluation_speed", monkeypatch)
+    assert speed.plain_rows(51, 5, 1) == [23, 24, 25, 26, 27]  # 25 is the median
+    assert speed.plain_rows(51, 4, 3) == [6, 7, 8, 9, 23, 24, 25, 26, 40, 41, 42, 43]
+    assert speed.plain_rows(51, 17, 3) == speed.plain_rows(51, 64, 2) == list(range(51))
+    for size in range(1, 20):
+        for batches in range(1, 6):
+            rows = speed.plain_rows(51, size, batches)
+            assert rows == sorted(set(rows)) and len(rows) == min(size * batches, 51)
+            assert rows[0] >= 0 and rows[-1] < 51
+
+
+def test_evaluation_speed_says_how_near_the_choice_was_where_answers_part(tmp_path, monkeypatch):
+    from qlora_helpers import evaluation
+
+    answered, word = evaluation.answer_fast, corpus_tokenizer()(" cake")["input_ids"][0]
+
+    def otherwise(*args, **kwargs):
+        return [[line[0], word, *line[2:]] for line in answered(*args, **kwargs)]
+
+    monkeypatch.setattr(evaluation, "answer_fast", otherwise)
+    out = tmp_path / "speed.json"
+    options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 512, "--plain-batches", 1, "--rounds", 1]
+    run("evaluation_speed", monkeypatch, out, "falcon-tiny:4", *options)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["answers_equal_to_plain"] == [0, 4]
+    margins = case["margins_at_first_difference"]
+    assert 0 < margins["median"] < margins["largest"] < 100
+
+
+def test_the_margin_is_that_after_what_two_answers_share(monkeypatch, llama, torch):
+    speed = script("evaluation_speed", monkeypatch)
+    with torch.no_grad():
+        first, second = llama(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].topk(2).values.tolist()
+    assert speed.margin(llama, [5, 6], [7, 8, 9, 3], [7, 8, 10]) == pytest.approx(first - second, rel=1e-3)
 
 
 def test_export_memory_merges_and_checks(tmp_path, monkeypatch):

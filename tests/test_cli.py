@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ ROW = {"dialogue": "Ana: lunch?\nBo: yes, at noon", "summary": "Ana and Bo have 
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, llama_folder):
     """An empty folder to stand in, with bad files of several kinds."""
     monkeypatch.chdir(tmp_path)
     rows = "".join(
@@ -44,6 +45,8 @@ def here(tmp_path, monkeypatch):
     Path("pickles/config.json").write_text('{"model_type": "llama"}')
     Path("pickles/pytorch_model.bin").write_bytes(b"")
     Path("broken.gguf").write_bytes(b"GGUFnot")
+    shutil.copytree(llama_folder, "broken-template")
+    Path("broken-template/chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     return tmp_path
 
 
@@ -91,6 +94,10 @@ BAD_INPUT = {
     "broken GGUF file": (train("model.name=./broken.gguf"), ["broken.gguf"]),
     "unreachable hub": (train("model.name=owner/model"), ["owner/model", "can't be reached"]),
     "unknown adapter target": (train("adapter.target_modules=q_prj"), ["q_prj", "query_key_value"]),
+    "chat template that does not work": (
+        train("data.template=chat", "model.name=./broken-template"),
+        ["chat template does not work", "is unsafe", "=recipe"],
+    ),  # fmt: skip
     "chat template of a model without": (train("data.template=chat"), ["no chat template", "data.template=recipe"]),
 }
 

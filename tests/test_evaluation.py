@@ -285,6 +285,23 @@ def test_what_is_in_a_dialogue_or_an_answer_is_shown_and_not_run():
     assert "9.9" in repr(result)
 
 
+CODES = "a\x1b[31m\x9b1m\x1b]0;title\x07b\u202e\u2066\x07\x85\x7f\ud83dc"
+
+
+def test_terminal_codes_and_turned_directions_are_not_shown():
+    """In what strangers wrote and in what the model wrote, each by itself: an open code in one text hides no other."""
+    answers = {
+        "base": {"text": CODES, "tokens": 3, "stopped": False},
+        "tuned": {"text": "x", "tokens": 1, "stopped": True},
+    }
+    row = {"id": "r1", "dialogue": f"Ana: {CODES}\n\tBo: hi\x1b]0;open", "summary": CODES, "answers": answers}
+    shown = Evaluation({}, (row, row)).side_by_side()
+    assert repr(shown).count("Ana: abc\n\tBo: hi\nreference:") == 2
+    for text in (repr(shown), shown._repr_html_()):
+        assert text.count("abc") == 6 and text.count("x\n" if text == repr(shown) else ">x<") >= 1
+        assert all(char.isprintable() or char in "\n\t" for char in text)
+
+
 def test_rows_that_were_trained_on_do_not_count(compare, corpus):
     """Found by what they say, whatever their case, punctuation and white space."""
     first, second = corpus.test

@@ -346,13 +346,13 @@ def test_samples_and_later_their_answers(run):
     callback.on_log(ARGS, state(3), CONTROL, {"loss": 1.0})
     callback.on_train_end(ARGS, state(3), CONTROL)
     run.set_status(step=3)
-    answered = {"test-001": shown["test-001"] | {"answer of tuned": ""}}
+    answered = {"test-001": shown["test-001"] | {"answer of tuned": "", "answer of base": "a\x1b[31mb\u202e"}}
     bucket = Bucket()
     write_answers(run, config("s3://bucket/prefix"), answered, {"rouge_l_tuned": 12.5}, s3_client=bucket)
     (before, first), (after, second) = text(run.events_dir, "samples/test-001")
     assert (before, after) == (0, 3)
     assert first == "**dialogue**\n\n    Ana: <b>hi</b>\n    Bo: *hi*\n\n**its summary**\n\n    They say hi."
-    assert second == f"{first}\n\n**answer of tuned**\n\n    (empty)"
+    assert second == f"{first}\n\n**answer of tuned**\n\n    (empty)\n\n**answer of base**\n\n    ab"
     assert points(run.events_dir, "scores/rouge_l_tuned") == [(3, 12.5)]
     assert len(bucket.objects) == 2
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from qlora_helpers import readers, workflow
 from qlora_helpers.__main__ import main
 from qlora_helpers.config import DataConfig, RunConfig, config_from_dict
-from qlora_helpers.errors import ConfigError, DataError, RunError, UserError
+from qlora_helpers.errors import ConfigError, DataError, RunError
 from qlora_helpers.run import Run, Status
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.whole_files import read_json
-from qlora_helpers.workflow import open_run
+from qlora_helpers.workflow import existing_run, open_run
 
 DEEP = "[" * 200_000 + "]" * 200_000
 SETTINGS = {
@@ -278,16 +278,36 @@ def test_any_value_of_any_setting_is_taken_or_refused(section, value, data):
     json.dumps(config.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    "name", ["../out", "..", "a/../../out", "/tmp/..", "x\0y", "x\n", "~", "-rf", "$(touch x)", "a;b"]
-)
-def test_no_run_s_name_leaves_its_folder(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "runs" / "inner"
-    root.mkdir(parents=True)
-    with pytest.raises(UserError):
-        open_run(name, profile="tiny", settings={"model.name": "\0"}, root=root)
-    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "inner"]
+UPWARDS = ["../out", "../../out", "a/../../out", "a/../../../out", "./../out", "runs/../../out", "a/..", ".."]
+
+
+@pytest.mark.parametrize("name", [*UPWARDS, "{here}/..", "x\0y", "x\n", "~", "-rf", "$(touch x)", "a;b"])
+@pytest.mark.parametrize("by", ["open_run", "existing_run", "the command line"])
+def test_no_run_s_name_leaves_its_folder(tmp_path, monkeypatch, capsys, name, by):
+    """Settings and profile are right; only the name is wrong."""
+    root = tmp_path / "here" / "runs"
+    for folder in (
+        root / "mine",
+        tmp_path / "here" / "out",
+        tmp_path / "out",
+    ):  # the last two are not to be found either
+        open_run(folder, profile="tiny")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("QLORA_RUNS", str(root))
+    name = name.replace("{here}", str(root))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if by == "the command line":
+        assert main(["train", "--profile", "tiny", "--", name]) == 2
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(RunError) as caught:
+            open_run(name, profile="tiny", root=root) if by == "open_run" else existing_run(name, root=root)
+        said = str(caught.value)
+    assert said.removeprefix("error: ").startswith("that is no name for a run; expected ")
+    if name in UPWARDS:
+        assert "expected a name below the runs folder, or a path without '..'; got " in said
+        assert "Give an absolute path where the run should lie elsewhere." in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # a run's own files

@@ -204,6 +204,13 @@ def test_what_somebody_typed_is_shown_and_not_run():
     assert "title='masked'" in page
 
 
+def test_terminal_codes_and_turned_directions_are_not_shown():
+    view = TokenView(block(row(dialogue="Ana: \x1b[31m\u202eyap\x9b1m", summary="So\u2066 be\x07 it\x85.")), TOKENIZER)
+    assert "Ana: [31myap1m\n---" in repr(view) and "So be it." in repr(view)
+    for text in (repr(view), view._repr_html_()):
+        assert all(char.isprintable() or char == "\n" for char in text)
+
+
 def test_padding_is_shown_as_such():
     padded = {
         "input_ids": [*row().input_ids, 1],

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from qlora_helpers.loss_watch import IN_A_ROW, LEAST, RISE_NATS, LossWatch, _Step, bound, rows_in_words
+from qlora_helpers.loss_watch import IN_A_ROW, LEAST, MOST_OVERFLOWS, RISE_NATS, LossWatch, _Step, bound, rows_in_words
 
 NAN = float("nan")
 
@@ -91,6 +91,19 @@ def test_a_gradient_that_is_no_number_means_all_blocks_of_the_step():
 def test_in_float16_a_gradient_may_overflow_but_no_loss():
     assert feed(LossWatch(may_overflow=True), [2.0], norm=math.inf) is None
     assert feed(LossWatch(may_overflow=True), [NAN], norm=math.inf) is not None
+
+
+@pytest.mark.parametrize("norm", [NAN, math.inf])
+def test_in_float16_gradients_that_overflow_at_every_step_are_told(norm):
+    watch = LossWatch(may_overflow=True)
+    assert feed(watch, [2.0] * 4) is None
+    assert feed(watch, [2.0] * MOST_OVERFLOWS, norm=norm, first=5) is None
+    assert watch.overflows == MOST_OVERFLOWS == 30
+    assert feed(watch, [2.0], first=35) is None  # a finite one: the scale has come down far enough
+    assert feed(watch, [2.0] * MOST_OVERFLOWS, norm=norm, first=36) is None
+    trouble = feed(watch, [2.0], norm=norm, first=66)
+    assert (trouble.step, trouble.exploded, trouble.batch, trouble.blocks) == (36, False, None, ())
+    assert trouble.what == "nothing was learned since step 35: float16 gradients overflowed in 31 steps in a row, first"
 
 
 def test_it_waits_for_nothing_until_it_must():

@@ -44,6 +44,36 @@ def test_a_model_without_a_template_is_told(tokenizer):
         prompt_text("Ana: hi", "chat")
 
 
+BROKEN = {
+    "it raises": ("{{ raise_exception('no \x1b[31muser role\\nhere') }}", "got no  [31muser role"),
+    "a syntax error": ("{% for message in messages %}", "got Unexpected end of template"),
+    "a way out of the sandbox": (
+        "{{ ''.__class__.__mro__ }}",
+        "got access to attribute '__class__' of 'str' object is unsafe",
+    ),
+    "an error of Python": ("{{ 1 / 0 }}", "got division by zero"),
+    "a message that is far too long": ("{{ raise_exception('x' * 5000) }}", f"got {'x' * 200}."),
+    "the message is dropped": ("Hello!", "expected a text with the message in it once; got one with it 0 times"),
+    "the message is cut": ("{{ messages[0]['content'][:30] }}", "got one with it 0 times"),
+    "the message comes twice": ("{{ messages[0]['content'] * 2 }}", "got one with it 2 times"),
+}
+
+
+@pytest.mark.parametrize(("template", "found"), BROKEN.values(), ids=BROKEN)
+def test_a_template_that_does_not_work_is_told_in_one_message(template, found):
+    tokenizer = corpus_tokenizer()
+    tokenizer.chat_template = template
+    for call in (prompt_text, prompt_tokens):
+        with pytest.raises(ModelError) as caught:
+            call("Ana: hi", "chat", tokenizer)
+        said = str(caught.value)
+        assert said.startswith("this model's chat template does not work; ")
+        assert found in said
+        assert said.endswith(". Set data.template=recipe and evaluation.chat_baseline=false.")
+        assert said.isprintable() and len(said) < 400
+    assert prompt_text("Ana: hi", "recipe", tokenizer)
+
+
 @pytest.mark.parametrize("template", ["recipe", "chat"])
 @pytest.mark.parametrize(
     "dialogue", ["Ana: hi\nBo: hello", NASTY, "", "  \n", "Jo: 🎂🎂 ça", "[[the dialogue goes here]]"]

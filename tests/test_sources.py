@@ -101,7 +101,8 @@ def test_where_is_the_line_on_which_a_row_begins(tmp_path):
 def test_a_line_separator_within_a_text_does_not_end_the_line(tmp_path):
     values = [row | {"dialogue": row["dialogue"] + "\u2028\x85end"} for row in rows(5)]
     data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
-    assert {row.dialogue for row in all_rows(corpus_of(tmp_path / "a.jsonl", data))} == {v["dialogue"] for v in values}
+    wanted = {value["dialogue"].replace("\x85", "") for value in values}  # which is a control character
+    assert {row.dialogue for row in all_rows(corpus_of(tmp_path / "a.jsonl", data))} == wanted
 
 
 def test_json_with_its_own_splits_keeps_them(tmp_path):

@@ -82,12 +82,16 @@ def test_too_few_rows_say_why_the_others_were_left_out(read):
 
 
 def test_control_characters_are_removed_and_counted_and_line_ends_made_plain(read):
-    changed = row(0, dialogue="Ana:\t\x1b[31mred\x1b[0m\r\nBo: \x07ok\rAna: 👍\x7f", summary="Ana \x00paints.")
+    dialogue = "Ana:\t\x1b[31mred\x1b[0m\r\nBo: \x07ok\rAna: 👍\x7f \x9b31m\u202eyap\u202c \u2066me\u2069 שלום\u200f"
+    changed = row(0, dialogue=dialogue, summary="Ana \x00paints\x85.", summary2="Ana \x9d\u202dpaints.")
     corpus = read([changed, *(row(number) for number in range(1, 12))])
     mended = next(item for item in everything(corpus) if item.id == "r0")
-    assert mended.dialogue == "Ana:\t[31mred[0m\nBo: ok\nAna: 👍\x7f"
+    assert (
+        mended.dialogue == "Ana:\t[31mred[0m\nBo: ok\nAna: 👍 31myap me שלום\u200f"
+    )  # marks that Hebrew is written with stay
     assert mended.summary == "Ana paints."
-    assert "s.jsonl: removed 4 control characters (rows touched: 1)" in corpus.notes
+    assert mended.references == ("Ana paints.",)
+    assert "s.jsonl: removed 11 control characters (rows touched: 1)" in corpus.notes
 
 
 def test_ids_are_unique_and_fit_for_a_screen(read):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_helpers.tables import html_table, text_table
+from qlora_helpers.tables import html_table, plain, text_table
 
 
 def test_text_columns_line_up_with_numbers_on_the_right():
@@ -16,6 +16,12 @@ def test_html_is_escaped_everywhere():
     assert "&lt;b&gt;&amp;" in html
     assert "&lt;i&gt;" in html
     assert not any(tag in html for tag in ("<h>", "<b>", "<i>"))
+
+
+def test_a_text_from_elsewhere_is_shown_plain():
+    """Colours, titles, one-byte codes (C1), bells, overrides of the writing direction, halves of characters."""
+    text = "a\x1b[1;31mb\x9b0mc\x1b]0;title\x07d\x07e\x85\x7ff\u202e\u202dg\u2066\u2069h\ud83di\n\tj👍\u200f"
+    assert plain(text) == "abcdefghi\n\tj👍\u200f"
 
 
 def test_levels_are_told_by_word_and_colour():

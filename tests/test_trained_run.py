@@ -69,6 +69,15 @@ def test_ask_answers_as_the_base_model_or_as_the_tuned_one(trained):
     assert tuned == workflow.ask(run, model, loaded, DIALOGUE)
 
 
+def test_ask_s_answer_may_be_printed_as_it_is(trained, monkeypatch):
+    from qlora_helpers import evaluation
+
+    run, loaded, model = trained
+    given = evaluation.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **kwargs: [given])
+    assert workflow.ask(run, model, loaded, DIALOGUE) == evaluation.Answer("abc\nd", 4, True)
+
+
 def test_ask_samples_with_its_seed(trained):
     run, loaded, model = trained
     first, again, other = (
@@ -83,7 +92,9 @@ def test_ask_trims_a_dialogue_that_is_too_long(trained, monkeypatch):
     run, loaded, model = trained
     asked = []
     monkeypatch.setattr(
-        evaluation, "generate", lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [0]
+        evaluation,
+        "generate",
+        lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [evaluation.Answer("", 1, True)],
     )
     workflow.ask(run, model, loaded, DIALOGUE * 200)
     ((prompt,),) = asked

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from tiny import prepared_data, tiny_llama
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from qlora_helpers import blocks
+from qlora_helpers import blocks, termination
 from qlora_helpers import training_checkpoints as saved
 from qlora_helpers.blocks import BlockCollator, row_losses
 from qlora_helpers.config import AdapterConfig, TrainConfig
@@ -212,6 +215,33 @@ def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
     assert result.steps == (2 if kind == "stop" else 6)
     assert checkpoints(run)[0] == 2
     assert [request.answer for request in run.requests()] == ["saved at step 2"]
+
+
+def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, run, data):
+    """Many batches are left; the signal comes in the second one."""
+
+    class Counted(TrainerCallback):
+        batches = 0
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.batches += 1
+            if self.batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    many = dataclasses.replace(data, eval=concatenate_datasets([data.eval] * 20))
+    counted = Counted()
+    with termination.heard():
+        _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
+    assert len(many.eval) >= 20 and counted.batches == 2
+    assert [line["step"] for line in run.progress() if "eval_loss" in line] == []
+    assert (result.steps, result.eval_loss, result.stop_reason) == (3, None, termination.REASON)
+    assert checkpoints(run) == [3]
+    assert saved.is_good(run.checkpoints_dir / "checkpoint-3")
+    counted.batches = 2
+    with termination.heard():
+        _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
+    assert result.steps == 6 and counted.batches == 2 + len(many.eval)
+    assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]
 
 
 # the budget
@@ -581,6 +611,34 @@ def test_a_float16_gradient_may_overflow(run):
         callback.on_log(SimpleNamespace(fp16=False), state, None, logs)
     with pytest.raises(RunError, match="loss is no longer a finite number"):
         callback.on_log(SimpleNamespace(fp16=True), state, None, logs | {"loss": float("nan")})
+
+
+def test_float16_gradients_that_overflow_at_every_step_end_it_also_over_two_sessions(teach, run, monkeypatch):
+    """A CPU has no float16: the loss scaler's part is played by norms that are no numbers from step 6 on."""
+    init, norm = SummaryTrainer.__init__, Trainer._get_grad_norm
+
+    def with_float16(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.watch.may_overflow = True
+        self.args.fp16 = True  # what is read of it while steps are made: whether a norm may be infinite
+
+    def overflow(self, *args, **kwargs):
+        found = norm(self, *args, **kwargs)
+        return found if self.state.global_step < 5 else found * float("nan")
+
+    monkeypatch.setattr(SummaryTrainer, "__init__", with_float16)
+    monkeypatch.setattr(Trainer, "_get_grad_norm", overflow)
+    often = {"learning_rate": 1e-4, "eval_steps": 100, "save_steps": 20}
+    _, result = teach(max_steps=20, **often)
+    assert result.steps == 20
+    with pytest.raises(RunError) as caught:
+        teach(max_steps=60, **often)
+    assert str(caught.value) == (
+        "nothing was learned since step 5: float16 gradients overflowed in 31 steps in a row, first at step 6. Lower "
+        "train.learning_rate, or give a new run model.compute_dtype=float32; the run goes on from its last good checkpoint, of "
+        "step 20."
+    )
+    assert [line["step"] for line in run.progress()][-1] == 35
 
 
 @pytest.mark.parametrize("fast_step", [True, False])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import workflow
+from qlora_helpers import launch, workflow
 from qlora_helpers.comparison import ReloadCheck
 from qlora_helpers.config import profile_config
 from qlora_helpers.errors import ConfigError, ModelError, RunError
@@ -94,6 +94,18 @@ def test_where_runs_live(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_RUNS", str(tmp_path / "mine"))
     assert open_run("a", profile="tiny").folder == tmp_path / "mine" / "a"
     assert open_run("a", profile="tiny", root="given").folder == Path("given/a")
+
+
+def test_a_folder_of_runs_that_lies_upwards_is_a_person_s_choice(tmp_path, monkeypatch):
+    """And its runs open again by their own folder, here and in the process that trains them."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = open_run("a", profile="tiny", root="../mine")
+    assert run.folder == tmp_path / "mine" / "a"
+    assert existing_run(run.folder).folder == run.folder
+    assert existing_run(launch.train_command(run)[-1]).folder == run.folder
+    assert open_run(f"{tmp_path}/here/../mine/a").folder == run.folder
+    assert Run("../mine/a").folder == run.folder
 
 
 def test_a_run_that_is_not_there_is_told_with_those_that_are(tmp_path):
