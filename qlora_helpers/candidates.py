@@ -114,8 +114,8 @@ def all_candidates(
     step all layers recompute or none, as Trainer does it.
     """
     sizes, per_step = model_sizes(shape), blocks_per_step(config)
-    places = embedding_places(sizes, config)
-    ways = [(placed, compiled) for placed in places for compiled in compile_choices(config, shape)]
+    compiled_or_not = (True, False) if may_compile(config, shape) else (False,)
+    ways = [(placed, compiled) for placed in embedding_places(sizes, config) for compiled in compiled_or_not]
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = hardware.gpus // gpus
@@ -151,9 +151,9 @@ def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
 
 
-def compile_choices(config: RunConfig, shape: dict[str, Any]) -> tuple[bool, ...]:
+def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
     """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
-    return (True, False) if config.train.fast_step and is_packed(config, shape) else (False,)
+    return config.train.fast_step and is_packed(config, shape)
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:

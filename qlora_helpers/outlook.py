@@ -14,11 +14,11 @@ from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.candidates import (
     Candidate,
     candidate,
-    compile_choices,
     embedding_places,
     fastest_in_several_processes,
     fewest_recomputed,
     is_packed,
+    may_compile,
 )
 from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
@@ -160,7 +160,7 @@ def _as_set(
         )  # fmt: skip
     else:  # the trainer plans for one card alone
         asked = sizes.blocks if train.recompute_layers is None else train.recompute_layers
-        compiled = train.compile == "on" and True in compile_choices(config, shape)
+        compiled = train.compile == "on" and may_compile(config, shape)
         recomputed = asked if train.activation_checkpointing else 0
     step = replace(step, compiled=compiled, recomputed=min(recomputed, sizes.blocks))
     return candidate(sizes, step, hardware, tokens, gpus=hardware.gpus, accumulation=train.gradient_accumulation_steps)

@@ -14,16 +14,15 @@ from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.candidates import Candidate, all_candidates, blocks_per_step, fitting_in, is_packed
 from qlora_helpers.catalog import INSTANCES, Hardware, parse_gpus
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.memory import MEMORY_MARGIN, predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import UNNAMED_GPU
 from qlora_helpers.tables import Table
 from qlora_helpers.units import gib
 
 SHORTEST = 256  # tokens of a block that still holds a dialogue
-TIGHT = 0.97  # of a card: above this a plan may be wrong by what is left
 PLAIN_STEP = "train.fast_step is off: the plain step is slower and holds more than these figures say"
-PADDED = "rows are padded, not packed: nothing is compiled, and what pads them comes on top of the data's tokens"
+PADDED = "rows are padded, not packed, and nothing is compiled"
 SPREAD = "the layers are spread over the GPUs, which work one after another"
 
 
@@ -134,7 +133,7 @@ def make_plan(
 
 
 def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trained_share: float) -> tuple[str, ...]:
-    """What never changes, and the bytes of the other way: nothing is faster with whole logits, or trains as well in 16 bits."""
+    """What is the same in every plan, with the bytes of the other way."""
     if not config.train.fast_step:
         return ()
     step = step_settings(
@@ -235,8 +234,8 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
         notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
     elif choice and len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
-    if choice and choice.peak_gib > TIGHT * hardware.usable_gib:
-        notes.append("tight: less than 3 % of the card is left; take the next best where it runs out of memory")
+    if choice and choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
+        notes.append("tight: little of the card is left; take the next best where it runs out of memory")
     return (*hardware_notes(hardware, sizes), *notes)
 
 

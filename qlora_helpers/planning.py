@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import telemetry
-from qlora_helpers.candidates import blocks_per_step, together
+from qlora_helpers.candidates import blocks_per_step, is_packed, together
 from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
@@ -60,6 +60,8 @@ def plan_run(
         config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS,
         trained_share=trained_share(config.data),
     )  # fmt: skip
+    if not is_packed(config, shape) and config.train.max_steps is None:
+        plan = plan.with_note("what pads the rows comes on top of the data's tokens: it takes longer than this")
     if known is None:
         plan = plan.with_note(
             f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"

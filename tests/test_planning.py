@@ -162,6 +162,15 @@ def test_a_limit_on_steps_is_what_a_plan_counts():
     assert plan.tokens == pytest.approx(5 * per_step * config.data.seq_len_tokens, abs=3)
 
 
+def test_padding_is_said_to_come_on_top():
+    config = profile_config("falcon-40b").with_settings(["data.packing=false"])
+    said = plan_run(config, gpus="H100", tokens=1_000_000).notes
+    assert any("comes on top" in note for note in said)
+    counted = planning.outlook(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
+    assert not any("comes on top" in note for note in counted), "the form counts each row as long as a block"
+    assert any("upper limits" in note for note in counted)
+
+
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_an_amount_of_data_is_at_least_a_token(tokens):
     with pytest.raises(UserError, match="no amount of data"):
