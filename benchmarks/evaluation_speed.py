@@ -258,8 +258,9 @@ def main() -> None:
         gc.collect()
         if ON_GPU:
             torch.cuda.empty_cache()
-        results["cases"].append(vars(case) | found)
-        print(json.dumps(vars(case) | found), flush=True)
+        line = vars(case) | {"model": Path(case.model).name.removesuffix(".gguf")} | found
+        results["cases"].append(line)
+        print(json.dumps(line), flush=True)
         chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

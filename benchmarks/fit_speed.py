@@ -16,7 +16,7 @@ import random
 import sys
 from pathlib import Path
 
-from readme import CALIBRATED, step_of
+from readme import CALIBRATED, measured_steps, step_of
 
 from qlora_helpers.catalog import GPUS
 from qlora_helpers.speed import FITTED, Speed, step_seconds
@@ -34,8 +34,7 @@ LIKELY_MEMORY_SHARE = 0.65  # what large copies reach; holds the constants apart
 
 def main() -> None:
     """Fits, prints and, where asked, writes."""
-    cases = json.loads((HERE / "step_speed_one_gpu.json").read_text(encoding="utf-8"))["cases"]
-    cases = [case for case in cases if case.get("layers_recomputed") is not None and "step_s" in case]
+    cases = [case for case in measured_steps() if case.get("layers_recomputed") is not None]
     steps = [(*step_of(case), case["step_s"]) for case in cases]
     seen = [step for case, step in zip(cases, steps, strict=True) if case["model"] in CALIBRATED]
 

@@ -6,9 +6,10 @@
 
 Models are catalogued shapes at true size with random weights, or any name that the package loads; rows are the embedded corpus (or
 `--data`); data loader, optimizer and steps are those of `transformers.Trainer`. Each case runs in a process of its own, one after
-another (`--together`: in one process); `3/2` tries three blocks and takes two where they do not fit. The clock is CUDA's own, read
-at each step's end without waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on
-what is reserved. All cases of a call see the same card, so their ratios hold. Without a GPU the same runs on the CPU.
+another (`--together`: in one process; put ours first, since other trainers change transformers for good). `3/2` tries three blocks
+and takes two where they do not fit. The clock is CUDA's own, read at each step's end without waiting; the first steps are left out.
+Tokens are those that are not padding. The limit is enforced on what is reserved. All cases of a call see the same card, so their
+ratios hold. Without a GPU the same runs on the CPU.
 """
 
 from __future__ import annotations
@@ -341,11 +342,14 @@ def main() -> None:
         return
     use_expandable_segments()  # as our own loader does, for every trainer alike
     results = (machine() if chosen.together else in_a_process("machine", chosen)) | {"cases": []}
+    peers: list[str] = []  # that ran in this process before: their changes to transformers stay
     for sizes in chosen.cases:
         for case in sizes:
             found = (one if chosen.together else in_a_process)(case, chosen)
             line = dataclasses.asdict(case) | {"r": case.rank, "seq_len_tokens": chosen.seq_len}
-            line |= {"data": Path(chosen.data).stem} | found
+            line |= {"data": Path(chosen.data).stem} | found | ({"after": list(peers)} if peers else {})
+            if chosen.together and case.variant in PEERS and case.variant not in peers:
+                peers.append(case.variant)
             results["cases"].append(line)
             print(json.dumps({key: value for key, value in line.items() if key != "fast_step"}), flush=True)
             chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -11,9 +11,9 @@ NAME = "expandable_segments"
 def use_expandable_segments() -> bool:
     """Turns expandable segments on, in this process and those that it starts.
 
-    Set after torch was imported, PyTorch's variable seems to change nothing on CUDA (torch 2.11: a step of the 2023 recipe on
-    Falcon-40B reserved 51 GiB where processes that began with it reserved 42). So the running allocator is told too. Segments
-    that are there stay as they are. (PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF".)
+    Set after torch was imported, PyTorch's variable changes nothing on CUDA (torch 2.11: a step of the 2023 recipe on Falcon-40B
+    reserved 51 GiB, and 41 once the running allocator was told too, as here). Segments that are there stay as they are.
+    (PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF".)
 
     Returns:
         False where a variable says that they shall not be used; nothing is changed then.

@@ -22,6 +22,7 @@ LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to
 MATRIX_TILE = 128  # tokens that a matrix product works on together
 CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16  # of what comes and goes, in segments that grow
+RECOMPUTED_FRAGMENTATION_SHARE = 0.2  # of a recomputed layer's work: holes among what is kept; fitted to a Llama
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -218,6 +219,7 @@ def stage_memory(
     working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
     working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
     fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
+    fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
     return replace(
         whole, weights_other=other - offloaded, activations=activations, working=working, fragmentation=round(fragmentation),
         context=CONTEXT_BYTES,

@@ -12,6 +12,9 @@ from qlora_helpers.catalog import GPUS, Gpu
 from qlora_helpers.memory import HALF, StepSettings, kept_values
 
 LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
+LOOKUP_HOST_S = (
+    0.09  # where the host sets the pace, by its waiting for the tokens; from one step, measured in two calls
+)
 COMPILE_S = 30.0  # what the first step takes longer
 
 
@@ -51,7 +54,7 @@ FITTED = Speed(
 )
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB.
 
-The first five come from fewer steps; a fit to all of them moves no prediction by more than 5 %.
+The first five come from fewer steps; a fit to all of them moves no prediction by more than 8 %.
 """
 UNNAMED_GPU = GPUS["L4"]
 """Stands in for the speed of a card of which only the memory is known."""
@@ -76,10 +79,12 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
     optimizer = 28 * step.adapter_parameters / memory
     on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+    on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
+    on_host *= 1.0 if step.compiled else speed.eager_host_factor
     if step.offloaded and not sizes.tied:
         on_gpu += HALF * step.tokens * sizes.hidden / LOOKUP_BYTES_S + LOOKUP_S
-    on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
-    return max(on_gpu, on_host * (1.0 if step.compiled else speed.eager_host_factor))
+        on_host += LOOKUP_HOST_S
+    return max(on_gpu, on_host)
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:

@@ -13,8 +13,6 @@ from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.units import gib
 
-HOLES = (9, 10)
-"""Calls of `step_speed.py` in which the allocator's segments did not grow (the JSON's note): it held more than tensors needed."""
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"
 
 
@@ -24,7 +22,8 @@ def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
 
 
 def measured():
-    cases = json.loads(MEASURED.read_text())["cases"]
+    """Our steps, but for those in a process where another trainer had run before, which keeps memory of its own."""
+    cases = [case for case in json.loads(MEASURED.read_text())["cases"] if not case.get("after")]
     return [case for case in cases if case.get("layers_recomputed") is not None and "peak_allocated_gib" in case]
 
 
@@ -44,7 +43,8 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     # where several models were measured in one process, handles of its libraries stay from the model before
     assert weights == pytest.approx(measured, rel=0.015, abs=0.1)
     assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
-    assert gib(found.reserved) == pytest.approx(case["peak_reserved_gib"], rel=0.09 if case["call"] in HOLES else 0.05)
+    within = 0.05 if case.get("segments_expand", True) else 0.06  # segments that did not grow: the JSON's note
+    assert gib(found.reserved) == pytest.approx(case["peak_reserved_gib"], rel=within)
     assert gib(found.allocated) - weights == pytest.approx(case["peak_allocated_gib"] - measured, rel=0.15)
 
 

@@ -158,8 +158,8 @@ def test_the_settings_of_a_choice_are_settings():
 
 def test_short_runs_are_not_compiled_and_fit_all_the_same():
     """What an uncompiled layer keeps is more: as few layers are recomputed as that leaves room for."""
-    short = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=512", tokens=20_000)
-    long = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=512", tokens=20_000_000)
+    short = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=384", tokens=20_000)
+    long = planned("tiiuae/falcon-40b", "1x24GiB", "data.seq_len_tokens=384", tokens=20_000_000)
     assert (short.choice.compiled, long.choice.compiled) == (False, True)
     assert 0 < short.choice.recomputed < 60
     assert all(each.peak_gib <= 24 for plan in (short, long) for each in (plan.choice, *plan.alternatives))
