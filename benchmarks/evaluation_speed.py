@@ -213,7 +213,7 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(variants: dict[str, Any], answers: dict[str, Any], form: list[str]) -> dict[str, Any]:
-    """Ratios of the median speeds, and in how many rows the plain answers are ours to the letter."""
+    """Ratios of the middle speeds (of two rounds, the faster), and in how many rows the plain answers are ours to the letter."""
     speeds = {name: sorted(one["tokens_per_s"])[len(one["tokens_per_s"]) // 2] for name, one in variants.items()}
     eight, same, ours = speeds
     shared = sorted(set(answers[same]) & set(answers[ours]))

@@ -62,6 +62,7 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
             learning_rate=2e-4, bf16=ON_GPU, use_cpu=not ON_GPU, packing=True, max_length=seq_len_tokens, report_to="none",
             save_strategy="no", gradient_checkpointing=checkpointing, use_liger_kernel=case.variant == "trl_liger",
             optim="adamw_torch_fused", dataset_num_proc=1, disable_tqdm=True,
+            gradient_accumulation_steps=1,  # Unsloth's own default is 2
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         )  # fmt: skip
         trainer = SFTTrainer(
