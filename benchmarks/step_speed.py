@@ -183,7 +183,10 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
         return measure_peer(case, source, seq_len_tokens)
     variant = VARIANTS[case.variant]
     name = f"random:{case.model}" if case.model in SHAPES else case.model
+    started = time.monotonic()
     loaded = models.load_model(ModelConfig(name=name), say=lambda text: None)
+    _synchronize()
+    load_s = time.monotonic() - started
     model = loaded.model
     if case.variant == "recipe":
         from peft import prepare_model_for_kbit_training
@@ -212,6 +215,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
         clock.result()
         | memory_held(weights)
         | {
+            "load_s": round(load_s, 1),
             "prepared_s": round(prepared_s, 2),
             "fill": round(data.report.tokens / max(1, len(data.train) * seq_len_tokens), 4) if data.packed else None,
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),

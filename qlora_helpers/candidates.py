@@ -11,7 +11,7 @@ from typing import Any
 from qlora_helpers.architectures import ModelSizes, keeps_packed_rows_apart
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import GpuMemory, StepSettings, predict, step_settings
+from qlora_helpers.memory import Beside, GpuMemory, StepSettings, beside, predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
 from qlora_helpers.units import duration, gib
@@ -30,7 +30,7 @@ class Candidate:
         compiled: whether layers are compiled.
         offloaded: whether the input embedding lies in the host's memory.
         copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
-        layers_per_gpu, memory: of each GPU that holds a part of one copy.
+        layers_per_gpu, memory, beside: of each GPU that holds a part of one copy.
         seq_len_tokens: length of a block.
         tokens_per_s: over all GPUs, of blocks filled to their end.
         seconds: for the whole data.
@@ -46,6 +46,7 @@ class Candidate:
     copies: int
     layers_per_gpu: tuple[int, ...]
     memory: tuple[GpuMemory, ...]
+    beside: tuple[Beside, ...]
     seq_len_tokens: int
     tokens_per_s: float
     seconds: float
@@ -55,6 +56,11 @@ class Candidate:
     def peak_gib(self) -> float:
         """What the fullest GPU must have free, GiB."""
         return max(gib(each.total) for each in self.memory)
+
+    @property
+    def optimizer_step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self.blocks * self.accumulation * self.copies * self.seq_len_tokens / self.tokens_per_s
 
     @property
     def settings(self) -> list[str]:
@@ -88,6 +94,7 @@ class Candidate:
             "recomputed": self.recomputed, "layers": self.layers, "compiled": self.compiled, "offloaded": self.offloaded,
             "copies": self.copies, "layers_per_gpu": list(self.layers_per_gpu),
             "memory_gib": [memory.parts_gib() for memory in self.memory],
+            "beside_gib": [{name: gib(value) for name, value in vars(each).items()} for each in self.beside],
             "allocated_gib": [gib(memory.allocated) for memory in self.memory],
             "reserved_gib": [gib(memory.reserved) for memory in self.memory], "peak_gib": self.peak_gib,
             "tokens_per_s": self.tokens_per_s, "seconds": self.seconds, "dollars": self.dollars, "settings": self.settings,
@@ -110,16 +117,16 @@ def all_candidates(
 ) -> list[Candidate]:  # fmt: skip
     """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
 
-    Where it says nothing: one copy over all GPUs, or a copy on each, where the blocks can be shared among them. Without the fast
-    step all layers recompute or none, as Trainer does it.
+    Where it says nothing: one copy over all GPUs, or a copy on each of as many as can share the blocks. Without the fast step all
+    layers recompute or none, as Trainer does it.
     """
     sizes, per_step = model_sizes(shape), blocks_per_step(config)
     compiled_or_not = (True, False) if may_compile(config, shape) else (False,)
     ways = [(placed, compiled) for placed in embedding_places(sizes, config) for compiled in compiled_or_not]
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
-        copies = hardware.gpus // gpus
-        for blocks in divisors(per_step // copies) if per_step % copies == 0 else []:
+        copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
+        for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
                 step = step_settings(config, shape, blocks=blocks, compiled=compiled, trained_share=trained_share)
@@ -127,8 +134,15 @@ def all_candidates(
                 fewest = fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus)
                 for count in sorted({fewest, sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
                     again = replace(step, recomputed=count)
-                    found.append(candidate(sizes, again, hardware, tokens, gpus=gpus, accumulation=accumulation))
+                    found.append(
+                        candidate(sizes, again, hardware, tokens, gpus=gpus, copies=copies, accumulation=accumulation)
+                    )
     return found
+
+
+def copies_that_share(blocks: int, gpus: int) -> int:
+    """The most GPUs, with a copy of the model on each, that can share so many blocks of an optimizer step evenly."""
+    return max(count for count in range(1, gpus + 1) if blocks % count == 0)
 
 
 def blocks_per_step(config: RunConfig) -> int:
@@ -185,7 +199,14 @@ def together(copies: int) -> float:
 
 
 def candidate(
-    sizes: ModelSizes, step: StepSettings, hardware: Hardware, tokens: int, *, gpus: int, accumulation: int
+    sizes: ModelSizes,
+    step: StepSettings,
+    hardware: Hardware,
+    tokens: int,
+    *,
+    gpus: int,
+    accumulation: int,
+    copies: int = 1,
 ) -> Candidate:
     """A step's memory, speed, time and price.
 
@@ -196,8 +217,8 @@ def candidate(
         tokens: of the whole training.
         gpus: how many hold one copy of the model together.
         accumulation: forward passes per optimizer step.
+        copies: of the model, each on `gpus` GPUs.
     """
-    copies = hardware.gpus // gpus
     rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
     seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
     layers, memory = predict(sizes, step, gpus=gpus)
@@ -205,7 +226,7 @@ def candidate(
     return Candidate(
         blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
         compiled=step.compiled, offloaded=step.offloaded and not sizes.tied, copies=copies, layers_per_gpu=layers,
-        memory=memory, seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
+        memory=memory, beside=beside(sizes, step, layers), seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
         dollars=None if price is None else price * seconds / 3600,
     )  # fmt: skip
 

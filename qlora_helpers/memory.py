@@ -48,6 +48,10 @@ class StepSettings:
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
         offloaded: whether the input embedding lies in the host's memory; one that is the output layer too stays.
         chunked_loss: whether logits exist a chunk at a time; else all trained tokens' at once.
+        dropout: whether the adapters' inputs are dropped in part: a mask for each, and what it leaves, are kept.
+        dora: whether the adapters have a magnitude of their own: peft computes them, in 32 bits.
+        fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
+        value_bytes: of a value that the model computes with.
     """
 
     seq_len_tokens: int
@@ -62,10 +66,22 @@ class StepSettings:
     double_quantization: bool = True
     offloaded: bool = False
     chunked_loss: bool = True
+    dropout: bool = False
+    dora: bool = False
+    fast_adapters: bool = True
+    value_bytes: int = HALF
 
     @property
     def tokens(self) -> int:
         return self.blocks * self.seq_len_tokens
+
+    def kept_values(self, sizes: ModelSizes, *, compiled: bool | None = None) -> int:
+        """Values that one decoder layer keeps for its backward pass, a token; as these settings are compiled or as asked."""
+        compiled = self.compiled if compiled is None else compiled
+        fast = self.fast_adapters and not self.dora
+        return kept_values(sizes, compiled=compiled and fast, r=self.r) + _kept_by_adapters(
+            sizes, self, compiled=compiled
+        )
 
 
 def step_settings(
@@ -90,7 +106,8 @@ def step_settings(
         adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
         optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
         double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
-        chunked_loss=config.train.fast_step,
+        chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
+        fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
     )  # fmt: skip
 
 
@@ -173,6 +190,21 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
     return stream + attention + inner + low_rank
 
 
+def _kept_by_adapters(sizes: ModelSizes, settings: StepSettings, *, compiled: bool) -> int:
+    """Values a token that one layer's adapters keep beyond what plain fast ones do, counted on a CPU (`test_kept_values`).
+
+    DoRA: inputs in 32 bits, outputs in 32 and in part in 16. The plain step: most inputs once more, cast. Dropout: masks
+    of a byte a value and, where layers are not compiled, what they leave; where peft drops, in 32 bits.
+    """
+    inputs = sum(layer.in_features * layer.per_block for layer in sizes.linears)
+    outputs = sum(layer.out_features * layer.per_block for layer in sizes.linears)
+    if settings.dora:
+        return 2 * inputs + 5 * outputs // 2 + (2 * inputs + outputs if settings.dropout else 0)
+    if not settings.fast_adapters:
+        return 3 * inputs // 4 + (2 * inputs if settings.dropout else 0)
+    return (5 * inputs // 8 if compiled else 3 * inputs // 2) if settings.dropout else 0
+
+
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     """What one decoder layer holds for the whole step; activations as if it were not recomputed."""
     linear, other = sizes.linear_parameters_per_block, sizes.other_parameters_per_block
@@ -182,11 +214,11 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     return GpuMemory(
         weights_quantized=linear // 2 if settings.quantized else 0,
         constants=round(constants) if settings.quantized else 0,
-        weights_other=HALF * (other if settings.quantized else other + linear),
+        weights_other=settings.value_bytes * (other if settings.quantized else other + linear),
         adapters=SINGLE * adapters,
         gradients=SINGLE * adapters,
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
-        activations=HALF * settings.tokens * kept_values(sizes, compiled=settings.compiled, r=settings.r),
+        activations=settings.value_bytes * settings.tokens * settings.kept_values(sizes),
     )
 
 
@@ -206,17 +238,19 @@ def stage_memory(
     head = first if sizes.tied else last
     one = layer_bytes(sizes, settings)
     whole = GpuMemory(**{name: layers * value for name, value in vars(one).items()})
-    layer_input = HALF * settings.tokens * sizes.hidden
+    layer_input = settings.value_bytes * settings.tokens * sizes.hidden
     activations = (layers - recomputed) * one.activations + recomputed * layer_input
     other = whole.weights_other
     if first:
-        other += HALF * sizes.other_parameters
-    offloaded = HALF * sizes.vocab * sizes.hidden if first and settings.offloaded and not sizes.tied else 0
+        other += settings.value_bytes * sizes.other_parameters
+    offloaded = (
+        settings.value_bytes * sizes.vocab * sizes.hidden if first and settings.offloaded and not sizes.tied else 0
+    )
     if head:
-        other += HALF * sizes.head_parameters
+        other += settings.value_bytes * sizes.head_parameters
     in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
-    in_layer += HALF * settings.tokens * _inner_in_backward(sizes)
-    working = max(in_layer if layers else 0, _loss_bytes(sizes, settings) if head else 0)
+    in_layer += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
+    working = max(in_layer if layers else 0, loss_bytes(sizes, settings) if head else 0)
     working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
     fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
     fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
@@ -232,21 +266,24 @@ def _inner_in_backward(sizes: ModelSizes) -> int:
 
 
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
-    """One layer's weight, in 16 bits for the moment of its product."""
+    """One layer's weight for the moment of its product; DoRA's norms take it and B A in 32 bits, and a unit matrix (peft)."""
+    if settings.dora:
+        return max(SINGLE * layer.in_features * (layer.in_features + 4 * layer.out_features) for layer in sizes.linears)
     if not settings.quantized:
         return 0
-    return HALF * max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
+    return settings.value_bytes * max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
 
 
-def _loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
-    """A chunk of logits in 16 and 32 bits with its slopes, and inputs and gradients of the trained tokens.
+def loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
+    """A chunk of logits as computed and in 32 bits with its slopes, and inputs and gradients of the trained tokens.
 
     Logits that the model changes itself (soft-capping) are needed whole.
     """
     trained = max(1, round(settings.trained_share * settings.tokens))
     whole = sizes.logit_softcap or not settings.chunked_loss
     chunk = trained if whole else min(trained, loss_chunk(sizes.vocab))
-    return chunk * sizes.vocab * (2 * HALF + 2 * SINGLE) + 2 * trained * sizes.hidden * HALF
+    value = settings.value_bytes
+    return chunk * sizes.vocab * (2 * value + 2 * SINGLE) + 2 * trained * sizes.hidden * value
 
 
 def answering_bytes(*, layers: int, cached_values: int, rows: int, tokens: int, vocab: int, value_bytes: int) -> int:
@@ -298,7 +335,7 @@ def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple
         return (sizes.blocks,)
     one = layer_bytes(sizes, settings)
     share = settings.recomputed / sizes.blocks
-    a_layer = one.total - share * (one.activations - HALF * settings.tokens * sizes.hidden)
+    a_layer = one.total - share * (one.activations - settings.value_bytes * settings.tokens * sizes.hidden)
     held = [
         float(stage_memory(sizes, settings, layers=0, recomputed=0, first=index == 0, last=index == gpus - 1).total)
         for index in range(gpus)
@@ -328,6 +365,36 @@ def predict(
         for index, (layers, again) in enumerate(zip(counts, recomputed, strict=True))
     )
     return counts, stages
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What one GPU would hold otherwise, bytes; to read beside its `GpuMemory`, in no sum.
+
+    Attributes:
+        activations_kept, activations_recomputed: were none of its layers recomputed, or all of them.
+        logits: of the trained tokens at once in the loss, with their slopes; 0 where the output layer is elsewhere.
+    """
+
+    activations_kept: int
+    activations_recomputed: int
+    logits: int
+
+
+def beside(sizes: ModelSizes, settings: StepSettings, counts: tuple[int, ...]) -> tuple[Beside, ...]:
+    """What each GPU would hold with no layer recomputed, with all of them, and what the loss takes.
+
+    Args:
+        sizes: of the model.
+        settings: of the step.
+        counts: decoder layers of each GPU, as `predict` gives them.
+    """
+    one, given = layer_bytes(sizes, settings).activations, settings.value_bytes * settings.tokens * sizes.hidden
+    head = 0 if sizes.tied else len(counts) - 1
+    logits = loss_bytes(sizes, settings)
+    return tuple(
+        Beside(layers * one, layers * given, logits if index == head else 0) for index, layers in enumerate(counts)
+    )
 
 
 def _apportioned(recomputed: int, counts: tuple[int, ...]) -> list[int]:

@@ -7,12 +7,20 @@ would. Imports no torch; knows nothing of runs on disk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.architectures import ModelSizes
-from qlora_helpers.candidates import Candidate, all_candidates, blocks_per_step, fitting_in, is_packed
-from qlora_helpers.catalog import INSTANCES, Hardware, parse_gpus
+from qlora_helpers.candidates import (
+    Candidate,
+    all_candidates,
+    blocks_per_step,
+    copies_that_share,
+    fitting_in,
+    is_packed,
+)
+from qlora_helpers.catalog import GPUS, INSTANCES, Hardware, parse_gpus
 from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import MEMORY_MARGIN, predict, step_settings
 from qlora_helpers.model_sizes import model_sizes
@@ -21,8 +29,18 @@ from qlora_helpers.tables import Table
 from qlora_helpers.units import gib
 
 SHORTEST = 256  # tokens of a block that still holds a dialogue
-PLAIN_STEP = "train.fast_step is off: the plain step is slower and holds more than these figures say"
+LENGTH_STEP = 64  # tokens; a shorter block is looked for in these steps
+GRACE_S = 10  # what `docker stop` gives a process to save
+PLAIN_STEP = (
+    "train.fast_step is off: what the plain step keeps was counted on a CPU, and it is slower than these figures say"
+)
 PADDED = "rows are padded, not packed, and nothing is compiled"
+BESIDE = {
+    "activations_kept": "(activations, none recomputed)",
+    "activations_recomputed": "(activations, all recomputed)",
+    "logits": "(logits in the loss)",
+}
+"""Rows below the sum, which are no part of it."""
 SPREAD = "the layers are spread over the GPUs, which work one after another"
 
 
@@ -144,12 +162,22 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
         compiled=shown.compiled,
         trained_share=trained_share,
     )
-    step = replace(step, offloaded=shown.offloaded, chunked_loss=False)
-    _, whole = predict(model_sizes(shape), step, gpus=len(shown.layers_per_gpu))
-    more = max(gib(each.total) for each in whole) - shown.peak_gib
+
+    def peak_with(**changes: Any) -> float:
+        other = replace(step, offloaded=shown.offloaded, **changes)
+        _, memory = predict(model_sizes(shape), other, gpus=len(shown.layers_per_gpu))
+        return max(gib(each.total) for each in memory)
+
+    more = peak_with(chunked_loss=False) - shown.peak_gib
     less = max(gib(each.adapters + each.gradients + each.optimizer) for each in shown.memory) / 2
     logits = f"take {more:.1f} GiB more" if more >= 0.05 else "take no more here"
+    masks = shown.peak_gib - peak_with(dropout=False)
     return (
+        *(
+            [f"dropout keeps a mask for each adapter: adapter.lora_dropout=0 would take {masks:.1f} GiB less"]
+            if masks
+            else []
+        ),
         f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in 32 bits "
         f"(16 would take {less:.1f} GiB less)",
     )
@@ -172,14 +200,49 @@ def smallest_change(
     shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
     one_process: bool = False,
 ) -> tuple[list[str], Candidate] | None:  # fmt: skip
-    """The mildest change of block length, optimizer and rank with which something fits, and the fastest that then does."""
-    for change in _changes(config):
+    """The mildest change with which something fits, and the fastest that then does.
+
+    From the mildest on: an optimizer of 8 bits, 4-bit weights, a lower rank, blocks as long as then fit, and these together.
+    """
+    shares = (hardware.gpus,) if one_process else None
+
+    def fastest(change: list[str]) -> Candidate | None:
         changed = config.with_settings(change)
-        shares = (hardware.gpus,) if one_process else None
         fitting = fitting_in(hardware, all_candidates(shape, hardware, changed, tokens, trained_share, shares))
-        if fitting:
-            return change, fitting[0]
-    return None
+        return fitting[0] if fitting else None
+
+    def fastest_shorter(change: list[str]) -> tuple[list[str], Candidate] | None:
+        length = _longest(config, lambda item: fastest([*change, item]))
+        return ([*change, length], fastest([*change, length])) if length else None
+
+    singles = _changes(config)
+    for change in [[each] for each in singles]:
+        if best := fastest(change):
+            return change, best
+    if found := fastest_shorter([]):
+        return found
+    best = fastest(singles) if len(singles) > 1 else None
+    return (singles, best) if best else fastest_shorter(singles) if singles else None
+
+
+def _changes(config: RunConfig) -> list[str]:
+    """What can be changed beside the length of a block, the mildest first."""
+    changes = ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
+    changes += ["model.quantization=nf4"] if config.model.quantization != "nf4" else []
+    return changes + (["adapter.r=8"] if config.adapter.r > 8 else [])
+
+
+def _longest(config: RunConfig, fits: Callable[[str], Any]) -> str | None:
+    """The setting of the longest block, in steps of `LENGTH_STEP` tokens, that is shorter than the asked one and fits."""
+    least = math.ceil(max(SHORTEST, config.evaluation.max_new_tokens + 1) / LENGTH_STEP)
+    most = (config.data.seq_len_tokens - 1) // LENGTH_STEP
+    named = "data.seq_len_tokens={}".format
+    if most < least or not fits(named(least * LENGTH_STEP)):
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(named(middle * LENGTH_STEP)) else (least, middle - 1)
+    return named(least * LENGTH_STEP)
 
 
 def cheapest_instance(shape: dict[str, Any], config: RunConfig, trained_share: float) -> Hardware | None:
@@ -210,47 +273,46 @@ def _can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, train
     return False
 
 
-def _changes(config: RunConfig) -> list[list[str]]:
-    """Changes from the mildest on: 4 bits, shorter blocks, an optimizer of 8 bits, a lower rank, and these together."""
-    lengths = []
-    length = config.data.seq_len_tokens // 2
-    while length >= max(SHORTEST, config.evaluation.max_new_tokens + 1):
-        lengths.append(f"data.seq_len_tokens={length}")
-        length //= 2
-    rank = [f"adapter.r={r}" for r in (8,) if r < config.adapter.r]
-    eight_bit = ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
-    four_bit = ["model.quantization=nf4"] if config.model.quantization != "nf4" else []
-    singles = [[each] for each in (*four_bit, *lengths, *eight_bit, *rank)]
-    return [
-        *singles,
-        *([*four_bit, length] for length in lengths if four_bit),
-        [*four_bit, *lengths[-1:], *eight_bit, *rank],
-    ]
-
-
 def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
-    notes = []
-    if choice and choice.copies > 1:
+    notes = list(hardware_notes(hardware, sizes))
+    if choice is None:
+        return tuple(notes)
+    if choice.copies > 1:
         notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
-    elif choice and len(choice.layers_per_gpu) > 1:
+    elif len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
-    if choice and choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
+    if choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
         notes.append("tight: little of the card is left; take the next best where it runs out of memory")
-    return (*hardware_notes(hardware, sizes), *notes)
+    sold = [gpu for gpu in GPUS.values() if hardware.gpu is None and gpu.memory_gib == hardware.usable_gib]
+    if smaller := [gpu for gpu in sold if gpu.usable_gib < choice.peak_gib]:
+        names = " or ".join(gpu.name for gpu in smaller)
+        least = min(gpu.usable_gib for gpu in smaller)
+        notes.append(
+            f"{hardware.usable_gib:g} GiB are taken as usable; {names}, sold as that, offers {least:.1f}, too little: name the card"
+        )
+    if choice.optimizer_step_s > GRACE_S:
+        notes.append(
+            f"a stop is heard at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, more than docker stop waits unasked"
+        )
+    return tuple(notes)
 
 
 def _sharing_note(hardware: Hardware, config: RunConfig, one_process: bool) -> list[str]:
-    blocks = blocks_per_step(config)
-    if one_process or blocks % hardware.gpus == 0:
+    blocks, gpus = blocks_per_step(config), hardware.gpus
+    if one_process or blocks % gpus == 0:
         return []
-    return [
-        f"a copy on each of {hardware.gpus} GPUs would need blocks an optimizer step that they can share; asked are {blocks}"
-    ]
+    sharing = copies_that_share(blocks, gpus)
+    who = f"{sharing} of {gpus} GPUs, with a copy of the model on each," if sharing > 1 else f"no two of {gpus} GPUs"
+    return [f"{who} can share {blocks} blocks an optimizer step; all could with {max(1, round(blocks / gpus)) * gpus}"]
 
 
 def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
     """What a reader must know of figures for these settings."""
     notes = [] if config.train.fast_step else [PLAIN_STEP]
+    if config.adapter.use_dora:
+        notes.append(
+            "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
+        )
     if not is_packed(config, shape):
         why = (
             ""
@@ -259,9 +321,7 @@ def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
         )
         notes.append(PADDED + why)
     if config.model.compute_dtype == "float32":
-        notes.append(
-            "figures are for 16 bits: in float32 weights and activations take twice as much, and no fast kernel runs"
-        )
+        notes.append("float32: bytes are arithmetic, speed is that of 16 bits, which float32 does not reach")
     return notes
 
 
@@ -287,4 +347,9 @@ def _memory_table(shown: Candidate, hardware: Hardware) -> Table:
     rows.append(["in all", *(f"{gib(each.total):.2f}" for each in shown.memory)])
     rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in parts)])
     labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
+    rows += [
+        [text, *(f"{gib(getattr(each, name)):.2f}" for each in shown.beside)]
+        for name, text in BESIDE.items()
+        if any(getattr(each, name) for each in shown.beside)
+    ]
     return Table(["GiB", *labels], rows, numbers=range(1, len(labels) + 1))

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS, Gpu
-from qlora_helpers.memory import HALF, StepSettings, kept_values
+from qlora_helpers.memory import HALF, StepSettings
 
 LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
 LOOKUP_HOST_S = (
     0.09  # where the host sets the pace, by its waiting for the tokens; from one step, measured in two calls
+)
+DORA_BYTES = (
+    30  # that cross the memory bus for the norm of a weight and its adapter, a parameter; counted, never measured
 )
 COMPILE_S = 30.0  # what the first step takes longer
 
@@ -72,9 +75,10 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     )
     products = 2 * step.tokens * weights / matrix
     dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
-    values = HALF * step.tokens * kept_values(sizes, compiled=True, r=step.r) / memory
+    values = HALF * step.tokens * step.kept_values(sizes, compiled=True) / memory
     values *= 1.0 if step.compiled else speed.eager_factor
-    forward = products + dequantised + values * speed.forward_passes
+    norms = DORA_BYTES * sizes.linear_parameters_per_block / memory if step.dora else 0.0
+    forward = products + dequantised + norms + values * speed.forward_passes
     backward = products + dequantised + values * speed.backward_passes
     head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
     optimizer = 28 * step.adapter_parameters / memory

@@ -102,7 +102,8 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
-        offloaded=config.offload_embeddings,
+        offloaded=config.offload_embeddings, dropout=model.active_peft_config.lora_dropout > 0,
+        dora=model.active_peft_config.use_dora, value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU

@@ -13,7 +13,7 @@ from qlora_helpers.fast_step import rows
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
 from qlora_helpers.lora import add_adapters
-from qlora_helpers.memory import kept_values
+from qlora_helpers.memory import StepSettings, kept_values
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.nf4 import keep_gradients_exact_on_cpu
 from qlora_helpers.random_weights import build_random_model
@@ -41,14 +41,14 @@ def attended_at_once(query, key, value, starts, scale):
     return out[0].transpose(0, 1)
 
 
-def kept_by_a_layer(shape, monkeypatch) -> int:
-    """16-bit values a token, of the tensors that a compiled layer saves, each storage once."""
+def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, **adapter) -> int:
+    """16-bit values a token, of the tensors that a layer saves, each storage once."""
     monkeypatch.setattr(rows, "_row_by_row", attended_at_once)
     torch._dynamo.reset()
     config = AutoConfig.for_model(**shape)
     model = build_random_model(config.to_dict(), ModelConfig(device_map="cpu"), dtype=torch.bfloat16, attention="sdpa")
     keep_gradients_exact_on_cpu(model)
-    model = add_adapters(model, AdapterConfig(r=R, lora_dropout=0.0), seed=0).train()
+    model = add_adapters(model, AdapterConfig(**{"r": R, "lora_dropout": 0.0} | adapter), seed=0).train()
     model.enable_input_require_grads()  # as a layer before this one would
     inner = model.get_base_model()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -61,11 +61,14 @@ def kept_by_a_layer(shape, monkeypatch) -> int:
         return tensor
 
     with ExitStack() as parts:
-        compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=PARTITIONED, **options))
-        parts.enter_context(weights_cast_in_place_of_activations(model))
-        parts.enter_context(rows.rows_attended_apart(inner, longest=TOKENS))
-        parts.enter_context(layers_changed(inner, compiled=True, recomputed=0, keep_random_state=False))
+        real, patched = torch.compile, parts.enter_context(monkeypatch.context())
+        patched.setattr(torch, "compile", lambda f, **options: real(f, backend=PARTITIONED, **options))
+        if fast:
+            parts.enter_context(weights_cast_in_place_of_activations(model))
+            parts.enter_context(rows.rows_attended_apart(inner, longest=TOKENS))
+            parts.enter_context(layers_changed(inner, compiled=compiled, recomputed=0, keep_random_state=False))
+        else:  # as Trainer does it
+            parts.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         (layer,) = decoder_layers(inner)
         forward = layer.forward
 
@@ -76,7 +79,8 @@ def kept_by_a_layer(shape, monkeypatch) -> int:
         layer.forward = watched
         tokens = torch.arange(TOKENS).unsqueeze(0)
         starts = torch.tensor([0, TOKENS], dtype=torch.int32)
-        model(input_ids=tokens, position_ids=tokens, row_starts=starts, use_cache=False)
+        alone = {"row_starts": starts} if fast else {}
+        model(input_ids=tokens, position_ids=tokens, use_cache=False, **alone)
         layer.forward = forward
     return sum(kept.values()) / TOKENS
 
@@ -92,3 +96,26 @@ def test_a_compiled_layer_keeps_what_was_counted(name, monkeypatch):
     shared = 2 * sizes.head_dim  # the rotation's cosine and sine, one pair for all layers
     statistics = 2 * (2 * sizes.norms_per_block + sizes.heads + sizes.kv_heads)  # of norms, in 32 bits
     assert counted <= kept_by_a_layer(shape, monkeypatch) <= counted + shared + statistics
+
+
+WAYS = {
+    "dropout, compiled": {"lora_dropout": 0.05},
+    "dropout": {"lora_dropout": 0.05, "compiled": False},
+    "DoRA": {"use_dora": True, "compiled": False},
+    "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.05, "compiled": False},
+    "plain": {"fast": False, "compiled": False},
+    "plain with dropout": {"fast": False, "lora_dropout": 0.05, "compiled": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["falcon-40b", "llama"])
+def test_other_adapters_and_dropout_keep_what_was_counted(name, way, monkeypatch):
+    asked = WAYS[way]
+    sizes = model_sizes(AutoConfig.for_model(**FAMILIES[name]).to_dict())
+    step = StepSettings(
+        seq_len_tokens=TOKENS, blocks=1, recomputed=0, compiled=asked.get("compiled", True), r=R, adapter_parameters=0,
+        dropout="lora_dropout" in asked, dora="use_dora" in asked, fast_adapters=asked.get("fast", True),
+    )  # fmt: skip
+    kept = kept_by_a_layer(FAMILIES[name], monkeypatch, **asked)
+    assert 0.9 * kept <= step.kept_values(sizes) <= 1.25 * kept

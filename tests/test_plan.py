@@ -69,7 +69,7 @@ def test_the_choice_is_the_fastest_that_fits():
             shape = known_shape("meta-llama/Llama-3.1-8B")
             step = StepSettings(
                 seq_len_tokens=each.seq_len_tokens, blocks=each.blocks, recomputed=each.recomputed - 1, compiled=each.compiled,
-                r=8, adapter_parameters=plan.adapter_parameters,
+                r=8, adapter_parameters=plan.adapter_parameters, offloaded=each.offloaded,
             )  # fmt: skip
             assert gib(predict(model_sizes(shape), step)[1][0].total) > 21.99
 
@@ -113,13 +113,71 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would():
 
 
 def test_the_smallest_change_that_fits_is_named_and_fits():
-    plan = planned("tiiuae/falcon-40b", "24GiB")
-    assert not plan.fits
+    """The longest block that fits, in steps of 64 tokens; where an optimizer of 8 bits is enough, that alone."""
+    for asked in (2048, 1536):
+        plan = planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}")
+        assert not plan.fits
+        change = plan.mends[0].split(" (")[0].replace("--set ", "").split()
+        name, length = change[0].split("=")
+        assert name == "data.seq_len_tokens" and len(change) == 1
+        assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
+        assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={int(length) + 64}").fits
+        assert not planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}", "train.optim=adamw_8bit").fits
+    assert planned("tiiuae/falcon-40b", "25GiB").mends[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
+
+
+def test_changes_are_put_together_where_none_is_enough():
+    plan = planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64")
     change = plan.mends[0].split(" (")[0].replace("--set ", "").split()
-    name, length = change[0].split("=")
-    assert name == "data.seq_len_tokens" and len(change) == 1
-    assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
-    assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={2 * int(length)}").fits
+    assert {item.split("=")[0] for item in change} == {"train.optim", "adapter.r", "data.seq_len_tokens"}
+    assert planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *change).fits
+    for left_out in change:
+        rest = [item for item in change if item != left_out]
+        assert not planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *rest).fits
+
+
+def test_as_many_gpus_work_side_by_side_as_can_share_the_blocks():
+    speeds = [planned("tiiuae/falcon-40b", f"{count}xH100").choice for count in (1, 2, 3, 4, 5, 7, 8)]
+    assert [each.copies for each in speeds] == [1, 2, 2, 4, 4, 4, 8]
+    assert [each.tokens_per_s for each in speeds] == sorted(each.tokens_per_s for each in speeds)
+    assert any("2 of 3 GPUs" in note and "with 9" in note for note in planned("tiiuae/falcon-40b", "3xH100").notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "times"),
+    [("adapter.use_dora=true", 2.5), ("adapter.lora_dropout=0.05", 1.4), ("model.compute_dtype=float32", 2)],
+)
+def test_what_keeps_more_is_planned_with_more(setting, times):
+    plain, other = (planned("meta-llama/Llama-3.1-8B", "H100", *more) for more in ([], [setting]))
+    kept = [plan.choice.beside[0].activations_kept / plan.choice.blocks for plan in (plain, other)]
+    assert kept[1] >= times * kept[0]
+    assert other.choice.blocks * kept[1] < plain.choice.blocks * kept[0] * times
+    assert other.fits and other.choice.peak_gib <= 79.11
+    assert any("adapter.lora_dropout=0 would take" in note for note in other.notes) == ("dropout" in setting)
+
+
+def test_the_table_shows_activations_either_way_and_logits():
+    plan = planned("tiiuae/falcon-40b", "4x24GiB")
+    for each, memory, layers in zip(plan.choice.beside, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
+        assert each.activations_kept == memory.activations  # nothing is recomputed here
+        assert each.activations_recomputed == layers * 2 * plan.choice.blocks * 2048 * 8192
+    assert [each.logits > 0 for each in plan.choice.beside] == [True, False, False, False]  # tied: with the embedding
+    shown = repr(plan)
+    assert "(activations, none recomputed)" in shown and "(logits in the loss)" in shown
+    kept = plan.to_dict()["choice"]["beside_gib"][1]["activations_kept"]
+    assert f"{kept:.2f}" in next(line for line in shown.splitlines() if "none recomputed" in line)
+
+
+def test_an_amount_that_cards_are_sold_as_is_told_from_what_they_offer():
+    assert any("A10G or L4" in note and "22.0" in note for note in planned("tiiuae/falcon-40b", "4x24GiB").notes)
+    assert not any("sold as" in note for note in planned("tiiuae/falcon-40b", "4xL4").notes)
+    assert not any("sold as" in note for note in planned("tiiuae/falcon-7b", "24GiB", "data.seq_len_tokens=512").notes)
+
+
+def test_a_step_longer_than_docker_waits_is_told():
+    slow, fast = (planned("tiiuae/falcon-40b", gpus) for gpus in ("4xA10G", "H100"))
+    assert slow.choice.optimizer_step_s > 10 > fast.choice.optimizer_step_s
+    assert [any("docker stop" in note for note in plan.notes) for plan in (slow, fast)] == [True, False]
 
 
 def test_a_price_makes_dollars():
@@ -214,7 +272,7 @@ def test_blocks_an_optimizer_step_stay_as_asked():
     one = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=1"]
     spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *one)
     assert spread.choice.copies == 1
-    assert any("asked are 1" in note for note in spread.notes)
+    assert any("no two of 8 GPUs can share 1 blocks" in note and "all could with 8" in note for note in spread.notes)
     for count in (7, 8, 12, 96):
         asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
         plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)
