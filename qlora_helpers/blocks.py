@@ -103,6 +103,7 @@ class BlockCollator:
         list_trained: whether to add `trained_index` and `trained_labels`, flat lists of what is trained, in place of
             `logits_to_keep` and `shift_labels` (`fast_step.loss`).
         blocks: fills up a batch with blocks of padding to this number, so that all batches have one shape; None doesn't.
+        host_tokens: whether to add `host_tokens`, the tokens that stay on the host (`fast_step.embeddings`).
     """
 
     pad_token_id: int
@@ -113,6 +114,7 @@ class BlockCollator:
     most_rows: int | None = None
     list_trained: bool = False
     blocks: int | None = None
+    host_tokens: bool = False
 
     def __call__(self, blocks: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `labels`, `attention_mask` and, for packed blocks, `position_ids`: `(batch, tokens)` each, the
@@ -126,6 +128,10 @@ class BlockCollator:
         labels = _padded([block["labels"] for block in blocks], length, IGNORED)
         segments = _padded([block["segment_ids"] for block in blocks], length, 0)
         batch = {"input_ids": ids, "labels": labels}
+        if self.host_tokens:
+            from qlora_helpers.fast_step.embeddings import HostTokens
+
+            batch["host_tokens"] = HostTokens(ids)
         if self.packed:
             batch["position_ids"] = positions_in_row(segments)
             if self.most_rows is None:

@@ -12,9 +12,7 @@ from qlora_helpers.catalog import GPUS, Gpu
 from qlora_helpers.memory import HALF, StepSettings
 
 LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
-LOOKUP_HOST_S = (
-    0.09  # where the host sets the pace, by its waiting for the tokens; from one step, measured in two calls
-)
+LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step, measured in two calls while the host still waited for the tokens
 DORA_BYTES = (
     30  # that cross the memory bus for the norm of a weight and its adapter, a parameter; counted, never measured
 )

@@ -58,6 +58,7 @@ def make_collator(
         most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
         list_trained=fast is not None and fast.loss is not None,
         blocks=blocks if data.packed else None,
+        host_tokens=fast is not None and fast.offloaded,
     )
 
 

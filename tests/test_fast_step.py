@@ -109,6 +109,7 @@ def fast_collator(on, packed=True):
         pad_to=24 if packed else None,
         most_rows=5 if on.rows_apart else None,
         list_trained=on.loss is not None,
+        host_tokens=on.offloaded,
     )
 
 
@@ -147,11 +148,24 @@ def test_an_embedding_on_the_host_changes_nothing(packed):
     with fast(model, packed=packed, recomputed=2, offload_embeddings=True) as on:
         assert on.offloaded and "host's memory" in repr(on)
         assert embedding.weight.numel() == 0
-        # A shorter batch between two longer ones is looked up into the same memory.
         found, _, again = (gradients(model, fast_collator(on, packed)(rows)) for rows in (blocks, blocks[:1], blocks))
     assert_same(expected, found, tolerance=1e-12)
     assert_same(expected, again, tolerance=1e-12)
     assert embedding.weight is weight and torch.equal(weight, kept) and "forward" not in vars(embedding)
+
+
+def test_rows_of_an_embedding_on_the_host_are_looked_up_by_the_tokens_that_stayed_there():
+    """Asking the GPU's copy of them would wait for the GPU."""
+    model = built(SHAPES["llama"])
+    with fast(model, offload_embeddings=True) as on:
+        batch, other = (fast_collator(on)(rows) for rows in (BLOCKS, BLOCKS[::-1]))
+        assert batch["host_tokens"].to("meta").ids is batch["input_ids"]
+        expected = model(**other).loss
+        nonsense = torch.zeros_like(other["input_ids"])
+        assert torch.equal(model(**other | {"input_ids": nonsense}).loss, expected)
+        del other["host_tokens"]  # an answer, or a batch of somebody else's
+        assert torch.equal(model(**other).loss, expected)
+        assert not torch.equal(model(**other | {"input_ids": nonsense}).loss, expected)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("falcon-7b layout", "same weights"), ("gemma", "more than look up")])

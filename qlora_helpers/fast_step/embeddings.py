@@ -1,19 +1,37 @@
 """The input embedding kept in the host's memory while training: it is only looked up, and no GPU needs a vocabulary for that.
 
-A Llama of 8 B keeps 1 GiB of it, which is a block more in a small card. The rows are looked up on the host and sent to the GPU; the
-host must see the tokens for that, so each forward pass waits once for the GPU. Values are the same to the bit.
+A Llama of 8 B keeps 1 GiB of it, which is a block more in a small card. The rows are looked up on the host and sent to the GPU, of
+the tokens as the batch was made (`HostTokens`), so nothing waits for the GPU; a batch without them is fetched from it first. Values
+are the same to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from qlora_helpers.fast_step.patching import replace_forward
 
 _ON_HOST = "_qlora_weight_on_host"
+
+
+@dataclass(frozen=True)
+class HostTokens:
+    """A batch's tokens, which stay on the host wherever the rest of the batch goes.
+
+    Attributes:
+        ids: `(batch, tokens)`, int64, equal to the batch's `input_ids`.
+    """
+
+    ids: torch.Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> HostTokens:
+        """Itself: what moves batches asks each part of them."""
+        return self
 
 
 def offload_refusal(model: torch.nn.Module) -> str | None:
@@ -46,15 +64,24 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
     undo, weight = ExitStack(), embedding.weight
     host = weight.data.to("cpu", copy=True)
     device = weight.device
-    sent = _Buffer(device)
+    given: list[HostTokens] = []
+
+    def take(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        tokens = kwargs.pop("host_tokens", None)
+        given[:] = [] if tokens is None else [tokens]
+        return args, kwargs
 
     def forward(input_ids: torch.Tensor) -> torch.Tensor:
-        tokens = input_ids.to("cpu")  # waits for the GPU, so what was sent before has arrived
-        rows = sent.of(tokens.numel(), host)
+        tokens = given.pop().ids if given and given[0].ids.shape == input_ids.shape else input_ids.to("cpu")
+        # Pinned memory is given out again when what was sent from it has arrived: PyTorch's own cache sees to that.
+        pinned = input_ids.device.type == "cuda"
+        rows = torch.empty(tokens.numel(), host.shape[1], dtype=host.dtype, pin_memory=pinned)
         torch.index_select(host, 0, tokens.reshape(-1), out=rows)
-        found = rows.to(input_ids.device, non_blocking=True, copy=True)
+        found = rows.to(input_ids.device, non_blocking=True)
         return found.reshape(*input_ids.shape, host.shape[1])
 
+    hook = model.register_forward_pre_hook(take, with_kwargs=True)
+    undo.callback(hook.remove)
     replace_forward(embedding, forward, undo)
     weight.data = torch.empty(0, host.shape[1], dtype=host.dtype, device=device)
     vars(embedding)[_ON_HOST] = (host, device, undo)
@@ -77,16 +104,3 @@ def brought_back(embedding: torch.nn.Module) -> None:
     embedding.weight.data = host.to(device)
     del vars(embedding)[_ON_HOST]
     undo.close()
-
-
-class _Buffer:
-    """Memory of the host that rows are gathered in; pinned where they go to a GPU, so that the copy waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self._memory: torch.Tensor | None = None
-
-    def of(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        if self._memory is None or len(self._memory) < rows:
-            self._memory = torch.empty(rows, like.shape[1], dtype=like.dtype, pin_memory=self._pinned)
-        return self._memory[:rows]
