@@ -52,11 +52,13 @@ def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool
         config: a model's `config.json`.
         seq_len_tokens: length of a block.
     """
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if family not in ADAPTER_TARGETS or family in ("bloom", "opt") or config.get("alibi"):
         return False
     window = config.get("sliding_window")
-    return window is None or config.get("use_sliding_window") is False or window >= seq_len_tokens
+    if window is None or config.get("use_sliding_window") is False:
+        return True
+    return isinstance(window, int | float) and window >= seq_len_tokens
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ nothing else. Knows nothing of bytes, devices or training; the memory planner bu
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
 from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets
 from qlora_helpers.errors import ModelError
+from qlora_helpers.tables import plain
 
 Config = dict[str, Any]
 
@@ -23,16 +25,20 @@ def model_sizes(config: Config) -> ModelSizes:
             the vision tower (417 M weights) that transformers loads with it is not counted.
 
     Raises:
-        ModelError: a size is missing, or the family is unknown and has experts.
+        ModelError: a size is missing or larger than any model's, or the family is unknown and has experts.
     """
-    family = str(config.get("model_type"))
+    family = _family(config)
     if family == "gemma3":
         family, config = "gemma3_text", config.get("text_config") or {}
+        if not isinstance(config, dict):
+            raise ModelError(
+                "the text_config of a config.json is no object", next_step="Give the model's own config.json."
+            )
     if family not in _FAMILIES and (surprises := [key for key in config if "expert" in key]):
         raise ModelError(
             f"a mixture of experts of the family {family} is not known here",
             expected="mixtral, or a model without experts",
-            got=", ".join(sorted(surprises)),
+            got=", ".join(plain(key)[:60] for key in sorted(surprises)[:5]),
             next_step="Choose another model, or measure this one by loading it.",
         )
     return _FAMILIES.get(family, _like_llama)(family, _DEFAULTS.get(family, {}) | config | {"model_type": family})
@@ -84,22 +90,68 @@ _DEFAULTS: dict[str, Config] = {
 }
 _TIED = frozenset({"falcon", "bloom", "opt", "gemma", "gemma2", "gemma3_text"})
 
+# Several times what any published model has; a plan for more would take for ever, and say nothing
+_MOST = {
+    "num_hidden_layers": 2_000,
+    "num_local_experts": 100_000,
+    "num_experts_per_tok": 100_000,
+    "max_position_embeddings": 10**9,
+}
+_MOST_OF_OTHERS = 10**7
+
+
+def _family(config: Config) -> str:
+    """The `model_type`, fit for a message."""
+    family = config.get("model_type")
+    if family is not None and not isinstance(family, str):
+        raise ModelError(
+            "the model_type of a config.json is no text", expected="a family's name such as llama", got=reprlib.repr(family),
+            next_step="Give the model's own config.json.",
+        )  # fmt: skip
+    return plain(str(family))[:60]
+
 
 def _size(config: Config, *names: str) -> int:
-    """The first of some keys that holds a positive whole number; older files use older names."""
-    values = [config[name] for name in names if config.get(name) is not None]
-    if not values or not isinstance(values[0], int) or values[0] < 1:
-        raise ModelError(
-            f"a config.json of the family {config.get('model_type')} lacks a size",
-            expected=f"{' or '.join(names)}, a whole number",
-            got=repr(values[0]) if values else "nothing",
-            next_step="Give the model's own config.json; other kinds of models than causal language models can't be planned.",
-        )
-    return values[0]
+    """The first of some keys that holds a value, a whole number from 1 on; older files use older names."""
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    most = _MOST.get(names[0], _MOST_OF_OTHERS)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and 1 <= value <= most:
+        return value
+    large = whole and value > most
+    raise ModelError(
+        f"a config.json of the family {_family(config)} "
+        + ("has a size that no model has" if large else "lacks a size"),
+        expected=f"{' or '.join(names)}, a whole number" + (f" of at most {most:,}" if large else ""),
+        got="nothing" if value is None else reprlib.repr(value),
+        next_step="Give the model's own config.json; other kinds of models than causal language models can't be planned.",
+    )
 
 
 def _optional(config: Config, name: str, otherwise: int) -> int:
     return otherwise if config.get(name) is None else _size(config, name)
+
+
+def _head_dim(config: Config, hidden: int, heads: int) -> int:
+    """The width shared out among the heads."""
+    if heads > hidden:
+        raise ModelError(
+            f"a config.json of the family {_family(config)} has more attention heads than its width",
+            expected=f"{hidden:,} at most",
+            got=f"{heads:,}",
+            next_step="Give the model's own config.json.",
+        )
+    return hidden // heads
+
+
+def _softcap(config: Config) -> float | None:
+    cap = config.get("final_logit_softcapping")
+    if cap is not None and not isinstance(cap, int | float):
+        raise ModelError(
+            "the final_logit_softcapping of a config.json is no number", expected="a number, or null",
+            got=reprlib.repr(cap), next_step="Give the model's own config.json.",
+        )  # fmt: skip
+    return cap
 
 
 def _flag(config: Config, name: str, otherwise: bool) -> bool:
@@ -134,7 +186,7 @@ def _attention(
     """Key-value heads, head size, and the four separate projections."""
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     kv_heads = _optional(config, "num_key_value_heads", heads)
-    head_dim = _optional(config, "head_dim", hidden // heads)
+    head_dim = _size(config, "head_dim") if config.get("head_dim") is not None else _head_dim(config, hidden, heads)
     return kv_heads, head_dim, (
         LinearLayer("q_proj", hidden, heads * head_dim, bias=bias),
         LinearLayer("k_proj", hidden, kv_heads * head_dim, bias=bias),
@@ -161,7 +213,7 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
         norms=4 if family in ("gemma2", "gemma3_text") else 2, block_extra=2 * head_dim * qk_norm, gated_mlp=True,
-        qk_norm=qk_norm, logit_softcap=config.get("final_logit_softcapping"), assumed=assumed,
+        qk_norm=qk_norm, logit_softcap=_softcap(config), assumed=assumed,
     )  # fmt: skip
 
 
@@ -199,7 +251,7 @@ def _phi(family: str, config: Config) -> ModelSizes:
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
         norm="layer", norms=1,
-        block_extra=4 * (hidden // _size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
+        block_extra=4 * _head_dim(config, hidden, _size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
         parallel_attention=True,
     )  # fmt: skip
 
@@ -208,7 +260,10 @@ def _opt(family: str, config: Config) -> ModelSizes:
     hidden, inner, heads = _size(config, "hidden_size"), _size(config, "ffn_dim"), _size(config, "num_attention_heads")
     bias, affine = _flag(config, "enable_bias", True), _flag(config, "layer_norm_elementwise_affine", True)
     kv_heads, head_dim, attention = _attention(
-        {"hidden_size": hidden, "num_attention_heads": heads}, bias=bias, out="out_proj", out_bias=bias
+        {"model_type": family, "hidden_size": hidden, "num_attention_heads": heads},
+        bias=bias,
+        out="out_proj",
+        out_bias=bias,
     )
     mlp = (LinearLayer("fc1", hidden, inner, bias=bias), LinearLayer("fc2", inner, hidden, bias=bias))
     width = _optional(config, "word_embed_proj_dim", hidden)
@@ -234,7 +289,7 @@ def _fused_qkv(
         LinearLayer("dense_h_to_4h", hidden, inner, bias=mlp_bias),
         LinearLayer("dense_4h_to_h", inner, hidden, bias=mlp_bias),
     )
-    head_dim = hidden // _size(config, "num_attention_heads", "n_head")
+    head_dim = _head_dim(config, hidden, _size(config, "num_attention_heads", "n_head"))
     return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, norm="layer",
                   gated_mlp=False, **more)  # fmt: skip
 
@@ -248,7 +303,7 @@ def _falcon(family: str, config: Config) -> ModelSizes:
     parallel = _flag(config, "parallel_attn", True)
     parallel_norms = _optional(config, "num_ln_in_parallel_attn", 2 if new else 1)
     return _fused_qkv(
-        family, config, qkv=(heads + 2 * kv_heads) * (hidden // heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
+        family, config, qkv=(heads + 2 * kv_heads) * _head_dim(config, hidden, heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
         inner=_optional(config, "ffn_hidden_size", 4 * hidden),
         norms=parallel_norms if parallel else 2, parallel_attention=new or parallel,
     )  # fmt: skip
