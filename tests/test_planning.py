@@ -8,10 +8,11 @@ import pytest
 from fake_hub import hub
 
 from qlora_helpers import planning
-from qlora_helpers.catalog import parse_gpus
+from qlora_helpers.catalog import INSTANCES, parse_gpus
 from qlora_helpers.config import DataConfig, ModelConfig, RunConfig, profile_config
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.plan import cheapest_instance, make_plan
 from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.telemetry import GpuReading
@@ -95,6 +96,21 @@ def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
     monkeypatch.setattr(planning.telemetry, "read_gpus", list)
     with pytest.raises(UserError, match="this machine has no GPU.* --gpus"):
         plan_run(profile_config("falcon-40b"))
+
+
+@pytest.mark.parametrize("model", ["falcon-7b", "falcon-40b", "llama-3.1-70b", "mixtral-8x7b"])
+def test_an_instance_with_a_price_is_preferred(model):
+    """However small one without a price is; mixtral-8x7b takes 85 GiB."""
+    found = cheapest_instance(SHAPES[model], profile_config("falcon-40b"), 0.2)
+    assert found.price_usd_per_hour is not None
+    cheaper = [one for one in INSTANCES.values() if (one.price_usd_per_hour or 1e9) < found.price_usd_per_hour]
+    without = [one for one in INSTANCES.values() if one.price_usd_per_hour is None]
+    assert len(without) >= 10 and not any(
+        make_plan(
+            model, SHAPES[model], parse_gpus(one.name), profile_config("falcon-40b"), tokens=1000, mend=False
+        ).fits
+        for one in cheaper
+    )
 
 
 def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
