@@ -113,7 +113,7 @@ class ModelSizes:
 
     Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
     bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in 16 bits whatever `load_in_4bit` says (Mixtral 8x7B
-    takes about 85 GiB), and peft's `target_modules` reaches the attention only.
+    takes about 85 GiB), and peft's `target_modules` reaches the attention only. Of Qwen3's mixtures the same holds.
     """
 
     family: str
