@@ -52,11 +52,13 @@ def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool
         config: a model's `config.json`.
         seq_len_tokens: length of a block.
     """
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if family not in ADAPTER_TARGETS or family in ("bloom", "opt") or config.get("alibi"):
         return False
     window = config.get("sliding_window")
-    return window is None or config.get("use_sliding_window") is False or window >= seq_len_tokens
+    if window is None or config.get("use_sliding_window") is False:
+        return True
+    return isinstance(window, int | float) and window >= seq_len_tokens
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class ModelSizes:
 
     Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
     bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in 16 bits whatever `load_in_4bit` says (Mixtral 8x7B
-    takes about 85 GiB), and peft's `target_modules` reaches the attention only.
+    takes about 85 GiB), and peft's `target_modules` reaches the attention only. Of Qwen3's mixtures the same holds.
     """
 
     family: str

@@ -148,20 +148,33 @@ INSTANCES: dict[str, Instance] = {
     for instance in (
         Instance("ml.g4dn.xlarge", "T4", 1, 0.7364, *_SEPTEMBER),
         Instance("ml.g4dn.2xlarge", "T4", 1, 0.94, *_SEPTEMBER),
+        Instance("ml.g4dn.4xlarge", "T4", 1),
+        Instance("ml.g4dn.8xlarge", "T4", 1),
         Instance("ml.g4dn.12xlarge", "T4", 4, 4.89, *_SEPTEMBER),
+        Instance("ml.g4dn.16xlarge", "T4", 1),
         Instance("ml.g5.xlarge", "A10G", 1, 1.408, *_AUGUST),
         Instance("ml.g5.2xlarge", "A10G", 1, 1.515, *_AUGUST),
         Instance("ml.g5.4xlarge", "A10G", 1, 2.03, *_SEPTEMBER),
+        Instance("ml.g5.8xlarge", "A10G", 1),
         Instance("ml.g5.12xlarge", "A10G", 4, 7.09, *_MID_2026_EAST),
+        Instance("ml.g5.16xlarge", "A10G", 1),
         Instance("ml.g5.24xlarge", "A10G", 4, 10.18, *_SEPTEMBER),
         Instance("ml.g5.48xlarge", "A10G", 8, 20.36, *_SEPTEMBER),
         Instance("ml.g6.xlarge", "L4", 1, 1.127, *_SEPTEMBER),
         Instance("ml.g6.2xlarge", "L4", 1, 1.222, *_SEPTEMBER),
+        Instance("ml.g6.4xlarge", "L4", 1),
+        Instance("ml.g6.8xlarge", "L4", 1),
         Instance("ml.g6.12xlarge", "L4", 4, 5.75, *_MID_2026_EAST),
+        Instance("ml.g6.16xlarge", "L4", 1),
+        Instance("ml.g6.24xlarge", "L4", 4),
         Instance("ml.g6.48xlarge", "L4", 8, 16.688, *_SEPTEMBER),
         Instance("ml.g6e.xlarge", "L40S", 1, 2.61, *_AUGUST),
         Instance("ml.g6e.2xlarge", "L40S", 1, 2.80, *_AUGUST),
+        Instance("ml.g6e.4xlarge", "L40S", 1),
+        Instance("ml.g6e.8xlarge", "L40S", 1),
         Instance("ml.g6e.12xlarge", "L40S", 4, 13.12, *_MID_2026_EAST),
+        Instance("ml.g6e.16xlarge", "L40S", 1),
+        Instance("ml.g6e.24xlarge", "L40S", 4),
         Instance("ml.g6e.48xlarge", "L40S", 8, 37.66, *_SEPTEMBER),
         Instance("ml.p4d.24xlarge", "A100-40GB", 8, 25.25, *_MID_2026_WEST),
         Instance("ml.p4de.24xlarge", "A100-80GB", 8, 31.5641, *_SEPTEMBER),
@@ -171,7 +184,7 @@ INSTANCES: dict[str, Instance] = {
         Instance("ml.p5en.48xlarge", "H200", 8),
     )
 }
-"""SageMaker instances with GPUs. Prices change: a plan shows their date, and a user may give another."""
+"""SageMaker's instances of these families, smallest first. Prices change: a plan shows their date, and a user may give another."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +264,14 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
 
 
 def _refuse(text: str) -> tuple[int, str, Gpu | None, float]:
+    family = text.strip().lower().removeprefix("ml.").split(".")[0]
+    if sizes := [name for name in INSTANCES if name.startswith(f"ml.{family}.")]:
+        raise UserError(
+            f"no instance ml.{family} of that size is known",
+            expected=", ".join(sizes),
+            got=text.strip(),
+            next_step="Choose one of these, or give its GPUs, such as 4xA10G.",
+        )
     raise UserError(
         "these GPUs are not known",
         expected=f"NxMGiB such as 4x24GiB, a number (1 to {MOST_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",

@@ -51,8 +51,10 @@ def _llama(*sizes: int, **more: Any) -> Shape:
     return _decoder("llama", "Llama", sizes, **more)
 
 
-def _llama3(*sizes: int, factor: float = 8.0, **more: Any) -> Shape:
-    return _llama(*sizes, 128256, positions=131072, rope=_rope_llama3(factor), bos=128000, eos=128001, **more)
+def _llama3(*sizes: int, factor: float | None = 8.0, **more: Any) -> Shape:
+    """Llama 3 has no `factor`: its positions are as they were trained, 8,192 of them."""
+    rope = _rope_llama3(factor) if factor else _rope(500000.0)
+    return _llama(*sizes, 128256, positions=131072 if factor else 8192, rope=rope, bos=128000, eos=128001, **more)
 
 
 def _falcon3(*sizes: int, positions: int = 32768) -> Shape:
@@ -63,8 +65,8 @@ def _smollm2(*sizes: int, theta: float = 100000.0) -> Shape:
     return _llama(*sizes, 49152, positions=8192, rope=_rope(theta), bos=1, eos=2, tied=True)
 
 
-def _mistral(*sizes: int, **more: Any) -> Shape:
-    return _decoder("mistral", "Mistral", sizes, rope=_rope(1000000.0), bos=1, eos=2, sliding_window=None, **more)
+def _mistral(*sizes: int, theta: float = 1000000.0, window: int | None = None, **more: Any) -> Shape:
+    return _decoder("mistral", "Mistral", sizes, rope=_rope(theta), bos=1, eos=2, sliding_window=window, **more)
 
 
 def _mixtral(*sizes: int, positions: int) -> Shape:
@@ -80,6 +82,12 @@ def _qwen25(*sizes: int, tied: bool = False) -> Shape:
 def _qwen3(*sizes: int, tied: bool = False) -> Shape:
     return _decoder("qwen3", "Qwen3", (*sizes, 151936), positions=40960, rope=_rope(1000000.0), bos=151643, eos=151645,
                     tied=tied, head_dim=128, use_sliding_window=False)  # fmt: skip
+
+
+def _qwen3_moe(*sizes: int, expert: int) -> Shape:
+    return _decoder("qwen3_moe", "Qwen3Moe", (*sizes, 151936), positions=40960, rope=_rope(1000000.0), bos=151643, eos=151645,
+                    head_dim=128, use_sliding_window=False, num_local_experts=128, num_experts_per_tok=8,
+                    moe_intermediate_size=expert, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])  # fmt: skip
 
 
 def _gemma2(*sizes: int, head_dim: int = 256, scalar: int = 256) -> Shape:
@@ -100,10 +108,11 @@ def _gemma3(
 
 
 def _phi3(
-    *sizes: int, window: int | None, positions: int, theta: float = 10000.0, bos: int = 1, eos: int = 32000
-) -> Shape:
-    return _decoder("phi3", "Phi3", sizes, positions=positions, rope=_rope(theta, partial_rotary_factor=1.0),
-                    bos=bos, eos=eos, pad_token_id=eos, sliding_window=window,
+    *sizes: int, window: int | None, positions: int, theta: float = 10000.0, bos: int = 1, eos: int = 32000,
+    rotated: float = 1.0, tied: bool = False,
+) -> Shape:  # fmt: skip
+    return _decoder("phi3", "Phi3", sizes, positions=positions, rope=_rope(theta, partial_rotary_factor=rotated),
+                    bos=bos, eos=eos, pad_token_id=eos, tied=tied, sliding_window=window,
                     original_max_position_embeddings=positions if positions < 131072 else 4096)  # fmt: skip
 
 
@@ -117,11 +126,14 @@ SHAPES: dict[str, Shape] = {
     "falcon3-3b": _falcon3(3072, 22, 12, 4, 9216),
     "falcon3-7b": _falcon3(3072, 28, 12, 4, 23040),
     "falcon3-10b": _falcon3(3072, 40, 12, 4, 23040),
+    "llama-3-8b": _llama3(4096, 32, 32, 8, 14336, factor=None),
+    "llama-3-70b": _llama3(8192, 80, 64, 8, 28672, factor=None),
     "llama-3.1-8b": _llama3(4096, 32, 32, 8, 14336),
     "llama-3.1-70b": _llama3(8192, 80, 64, 8, 28672),
     "llama-3.1-405b": _llama3(16384, 126, 128, 8, 53248),
     "llama-3.2-1b": _llama3(2048, 16, 32, 8, 8192, factor=32.0, tied=True, head_dim=64),
     "llama-3.2-3b": _llama3(3072, 28, 24, 8, 8192, factor=32.0, tied=True, head_dim=128),
+    "mistral-7b-v0.1": _mistral(4096, 32, 32, 8, 14336, 32000, positions=32768, theta=10000.0, window=4096),
     "mistral-7b-v0.3": _mistral(4096, 32, 32, 8, 14336, 32768, positions=32768),
     "mistral-nemo-12b": _mistral(5120, 40, 32, 8, 14336, 131072, positions=131072, head_dim=128),
     "mixtral-8x7b": _mixtral(4096, 32, 32, 8, 14336, 32000, positions=32768),
@@ -140,6 +152,7 @@ SHAPES: dict[str, Shape] = {
     "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288),
     "qwen3-14b": _qwen3(5120, 40, 40, 8, 17408),
     "qwen3-32b": _qwen3(5120, 64, 64, 8, 25600),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 4, 6144, expert=768),
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336),
     "gemma-2-27b": _gemma2(4608, 46, 32, 16, 36864, head_dim=128, scalar=144),
@@ -153,6 +166,9 @@ SHAPES: dict[str, Shape] = {
     "phi-4": _phi3(
         5120, 40, 40, 10, 17920, 100352, window=None, positions=16384, theta=250000.0, bos=100257, eos=100257
     ),
+    "phi-4-mini": _phi3(
+        3072, 32, 24, 8, 8192, 200064, window=262144, positions=131072, bos=199999, eos=199999, rotated=0.75, tied=True
+    ),
     "smollm2-135m": _smollm2(576, 30, 9, 3, 1536),
     "smollm2-360m": _smollm2(960, 32, 15, 5, 2560),
     "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, theta=130000.0),
@@ -160,7 +176,7 @@ SHAPES: dict[str, Shape] = {
 }
 """`config.json` of models that can be planned, and built with random weights (`random:NAME`). falcon-tiny has the wiring of
 Falcon-40B. gemma-3-4b, -12b and -27b are the text decoders: the published checkpoints hold a vision tower besides. phi-3.5-mini
-has plain rotary positions where the published model has LongRoPE, which changes no size."""
+and phi-4-mini have plain rotary positions where the published models have LongRoPE, which changes no size."""
 
 
 def _hub_names(owner: str, shapes: dict[str, str], *patterns: str) -> dict[str, str]:
@@ -172,11 +188,15 @@ HUB_NAMES: dict[str, str] = {
     **_hub_names("tiiuae", {"180B": "falcon-180b"}, "falcon-{}", "falcon-{}-chat"),
     **_hub_names("tiiuae", {f"{n}B": f"falcon3-{n}b" for n in (1, 3, 7, 10)}, "Falcon3-{}-Base", "Falcon3-{}-Instruct"),
     **_hub_names(
+        "meta-llama", {f"{n}B": f"llama-3-{n}b" for n in (8, 70)}, "Meta-Llama-3-{}", "Meta-Llama-3-{}-Instruct"
+    ),
+    **_hub_names(
         "meta-llama", {f"{n}B": f"llama-3.1-{n}b" for n in (8, 70, 405)},
         "Llama-3.1-{}", "Llama-3.1-{}-Instruct", "Meta-Llama-3.1-{}", "Meta-Llama-3.1-{}-Instruct",
     ),
     **_hub_names("meta-llama", {f"{n}B": f"llama-3.2-{n}b" for n in (1, 3)}, "Llama-3.2-{}", "Llama-3.2-{}-Instruct"),
     "meta-llama/Llama-3.3-70B-Instruct": "llama-3.1-70b",
+    **_hub_names("mistralai", {"7B": "mistral-7b-v0.1"}, "Mistral-{}-v0.1", "Mistral-{}-Instruct-v0.1"),
     **_hub_names("mistralai", {"7B": "mistral-7b-v0.3"}, "Mistral-{}-v0.3", "Mistral-{}-Instruct-v0.3"),
     **_hub_names("mistralai", {"Nemo": "mistral-nemo-12b"}, "Mistral-{}-Base-2407", "Mistral-{}-Instruct-2407"),
     **_hub_names("mistralai", {"8x7B": "mixtral-8x7b"}, "Mixtral-{}-v0.1", "Mixtral-{}-Instruct-v0.1"),
@@ -188,6 +208,7 @@ HUB_NAMES: dict[str, str] = {
     ),
     **_hub_names("Qwen", {f"{n}B": f"qwen3-{n}b" for n in ("0.6", "1.7", "4", "8", "14")}, "Qwen3-{}", "Qwen3-{}-Base"),
     "Qwen/Qwen3-32B": "qwen3-32b",
+    **_hub_names("Qwen", {"30B": "qwen3-30b-a3b"}, "Qwen3-{}-A3B", "Qwen3-{}-A3B-Base"),
     **_hub_names("google", {f"{n}b": f"gemma-2-{n}b" for n in (2, 9, 27)}, "gemma-2-{}", "gemma-2-{}-it"),
     **_hub_names("google", {f"{n}b": f"gemma-3-{n}b" for n in (1, 4, 12, 27)}, "gemma-3-{}-pt", "gemma-3-{}-it"),
     "microsoft/Phi-3-mini-4k-instruct": "phi-3-mini",
@@ -195,10 +216,12 @@ HUB_NAMES: dict[str, str] = {
     "microsoft/Phi-3-medium-4k-instruct": "phi-3-medium",
     "microsoft/Phi-3.5-mini-instruct": "phi-3.5-mini",
     "microsoft/phi-4": "phi-4",
+    "microsoft/Phi-4-mini-instruct": "phi-4-mini",
     **_hub_names(
         "HuggingFaceTB", {n: f"smollm2-{n.lower()}" for n in ("135M", "360M", "1.7B")}, "SmolLM2-{}", "SmolLM2-{}-Instruct"
     ),
     **_hub_names("TinyLlama", {"1.1B": "tinyllama-1.1b"}, "TinyLlama-{}-Chat-v1.0", "TinyLlama-{}-intermediate-step-1431k-3T"),
+    "TinyLlama/TinyLlama_v1.1": "tinyllama-1.1b",
 }  # fmt: skip
 """Hub id -> key in `SHAPES`."""
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets
 from qlora_helpers.errors import ModelError
+from qlora_helpers.model_keys import family_of, flag, optional_size, shared_out, size, softcap
+from qlora_helpers.tables import plain
 
 Config = dict[str, Any]
 
@@ -23,16 +25,20 @@ def model_sizes(config: Config) -> ModelSizes:
             the vision tower (417 M weights) that transformers loads with it is not counted.
 
     Raises:
-        ModelError: a size is missing, or the family is unknown and has experts.
+        ModelError: a size is missing or larger than any model's, or the family is unknown and has experts.
     """
-    family = str(config.get("model_type"))
+    family = family_of(config)
     if family == "gemma3":
         family, config = "gemma3_text", config.get("text_config") or {}
+        if not isinstance(config, dict):
+            raise ModelError(
+                "the text_config of a config.json is no object", next_step="Give the model's own config.json."
+            )
     if family not in _FAMILIES and (surprises := [key for key in config if "expert" in key]):
         raise ModelError(
             f"a mixture of experts of the family {family} is not known here",
-            expected="mixtral, or a model without experts",
-            got=", ".join(sorted(surprises)),
+            expected="mixtral, qwen3_moe, or a model without experts",
+            got=", ".join(plain(key)[:60] for key in sorted(surprises)[:5]),
             next_step="Choose another model, or measure this one by loading it.",
         )
     return _FAMILIES.get(family, _like_llama)(family, _DEFAULTS.get(family, {}) | config | {"model_type": family})
@@ -69,14 +75,19 @@ def adapter_parameters(config: Config, r: int, target_modules: tuple[str, ...] |
     )
 
 
-# reading a config
-
 # What transformers' classes assume where a published config.json leaves a size out
 _DEFAULTS: dict[str, Config] = {
     "mistral": {"num_key_value_heads": 8},
     "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+    },
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
     "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": 30.0},
     "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208},
@@ -85,41 +96,20 @@ _DEFAULTS: dict[str, Config] = {
 _TIED = frozenset({"falcon", "bloom", "opt", "gemma", "gemma2", "gemma3_text"})
 
 
-def _size(config: Config, *names: str) -> int:
-    """The first of some keys that holds a positive whole number; older files use older names."""
-    values = [config[name] for name in names if config.get(name) is not None]
-    if not values or not isinstance(values[0], int) or values[0] < 1:
-        raise ModelError(
-            f"a config.json of the family {config.get('model_type')} lacks a size",
-            expected=f"{' or '.join(names)}, a whole number",
-            got=repr(values[0]) if values else "nothing",
-            next_step="Give the model's own config.json; other kinds of models than causal language models can't be planned.",
-        )
-    return values[0]
-
-
-def _optional(config: Config, name: str, otherwise: int) -> int:
-    return otherwise if config.get(name) is None else _size(config, name)
-
-
-def _flag(config: Config, name: str, otherwise: bool) -> bool:
-    return otherwise if config.get(name) is None else bool(config[name])
-
-
 def _sizes(
     family: str, config: Config, linears: tuple[LinearLayer, ...], *, intermediate: int, kv_heads: int, head_dim: int,
     norm: str = "rms", norms: int = 2, block_extra: int = 0, embeddings: int | None = None,
     final_norm: bool = True, head_bias: bool = False, **flags: Any,
 ) -> ModelSizes:  # fmt: skip
     """Adds up a model: `block_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
-    hidden, vocab = _size(config, "hidden_size", "n_embed"), _size(config, "vocab_size")
-    tied = _flag(config, "tie_word_embeddings", family in _TIED)
-    embedding = vocab * _optional(config, "word_embed_proj_dim", hidden)
+    hidden, vocab = size(config, "hidden_size", "n_embed"), size(config, "vocab_size")
+    tied = flag(config, "tie_word_embeddings", family in _TIED)
+    embedding = vocab * optional_size(config, "word_embed_proj_dim", hidden)
     norm_size = hidden * (2 if norm == "layer" else 1)
     biases = sum(layer.per_block * layer.out_features for layer in linears if layer.bias)
     return ModelSizes(
-        family=family, hidden=hidden, blocks=_size(config, "num_hidden_layers", "n_layer"),
-        heads=_size(config, "num_attention_heads", "n_head"), kv_heads=kv_heads, head_dim=head_dim,
+        family=family, hidden=hidden, blocks=size(config, "num_hidden_layers", "n_layer"),
+        heads=size(config, "num_attention_heads", "n_head"), kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, vocab=vocab, tied=tied, linears=linears,
         other_parameters_per_block=norms * norm_size + biases + block_extra,
         other_parameters=(embedding if embeddings is None else embeddings) + final_norm * norm_size,
@@ -132,9 +122,9 @@ def _attention(
     config: Config, *, bias: bool, out: str = "o_proj", out_bias: bool
 ) -> tuple[int, int, tuple[LinearLayer, ...]]:
     """Key-value heads, head size, and the four separate projections."""
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    kv_heads = _optional(config, "num_key_value_heads", heads)
-    head_dim = _optional(config, "head_dim", hidden // heads)
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    kv_heads = optional_size(config, "num_key_value_heads", heads)
+    head_dim = size(config, "head_dim") if config.get("head_dim") is not None else shared_out(config, hidden, heads)
     return kv_heads, head_dim, (
         LinearLayer("q_proj", hidden, heads * head_dim, bias=bias),
         LinearLayer("k_proj", hidden, kv_heads * head_dim, bias=bias),
@@ -147,11 +137,11 @@ def _attention(
 
 
 def _like_llama(family: str, config: Config) -> ModelSizes:
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
+    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     assumed = family not in _FAMILIES
-    out_bias = family not in ("mistral", "qwen2") and _flag(config, "attention_bias", False)
+    out_bias = family not in ("mistral", "qwen2") and flag(config, "attention_bias", False)
     kv_heads, head_dim, attention = _attention(config, bias=out_bias or family == "qwen2", out_bias=out_bias)
-    mlp_bias = (family == "llama" or assumed) and _flag(config, "mlp_bias", False)
+    mlp_bias = (family == "llama" or assumed) and flag(config, "mlp_bias", False)
     mlp = (
         LinearLayer("gate_proj", hidden, inner, bias=mlp_bias),
         LinearLayer("up_proj", hidden, inner, bias=mlp_bias),
@@ -161,25 +151,49 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
         norms=4 if family in ("gemma2", "gemma3_text") else 2, block_extra=2 * head_dim * qk_norm, gated_mlp=True,
-        qk_norm=qk_norm, logit_softcap=config.get("final_logit_softcapping"), assumed=assumed,
+        qk_norm=qk_norm, logit_softcap=softcap(config), assumed=assumed,
     )  # fmt: skip
 
 
-def _mixtral(family: str, config: Config) -> ModelSizes:
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
-    kv_heads, head_dim, attention = _attention(config, bias=False, out_bias=False)
-    experts = _size(config, "num_local_experts")
+def _of_experts(
+    family: str, config: Config, attended: tuple[int, int, tuple[LinearLayer, ...]], *, inner: int, experts: int,
+    qk_norm: bool = False,
+) -> ModelSizes:  # fmt: skip
+    """A mixture of gated experts and their router in every block; its attention is in linear layers."""
+    hidden, (kv_heads, head_dim, attention) = size(config, "hidden_size"), attended
     expert_parameters = experts * 3 * hidden * inner
     return _sizes(
         family, config, attention, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-        block_extra=experts * hidden + expert_parameters,
-        gated_mlp=True, experts=experts, experts_per_token=_size(config, "num_experts_per_tok"),
+        block_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm, qk_norm=qk_norm,
+        gated_mlp=True, experts=experts, experts_per_token=size(config, "num_experts_per_tok"),
         expert_parameters_per_block=expert_parameters,
     )  # fmt: skip
 
 
+def _mixtral(family: str, config: Config) -> ModelSizes:
+    return _of_experts(
+        family, config, _attention(config, bias=False, out_bias=False),
+        inner=size(config, "intermediate_size"), experts=size(config, "num_local_experts"),
+    )  # fmt: skip
+
+
+def _qwen3_moe(family: str, config: Config) -> ModelSizes:
+    """Like Mixtral, with smaller experts, and queries and keys normalised; every block must have experts."""
+    if size(config, "decoder_sparse_step") != 1 or config.get("mlp_only_layers"):
+        raise ModelError(
+            "blocks without experts among those with them are not known here",
+            expected="decoder_sparse_step 1 and no mlp_only_layers",
+            next_step="Choose another model, or measure this one by loading it.",
+        )
+    bias = flag(config, "attention_bias", False)
+    return _of_experts(
+        family, config, _attention(config, bias=bias, out_bias=bias), qk_norm=True,
+        inner=size(config, "moe_intermediate_size"), experts=size(config, "num_experts", "num_local_experts"),
+    )  # fmt: skip
+
+
 def _phi3(family: str, config: Config) -> ModelSizes:
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
+    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     kv_heads, head_dim, (query, key, value, out) = _attention(config, bias=False, out_bias=False)
     linears = (
         LinearLayer("qkv_proj", hidden, query.out_features + key.out_features + value.out_features),
@@ -192,34 +206,37 @@ def _phi3(family: str, config: Config) -> ModelSizes:
 
 
 def _phi(family: str, config: Config) -> ModelSizes:
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
+    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
     kv_heads, head_dim, attention = _attention(config, bias=True, out="dense", out_bias=True)
     mlp = (LinearLayer("fc1", hidden, inner, bias=True), LinearLayer("fc2", inner, hidden, bias=True))
-    qk_norm = _flag(config, "qk_layernorm", False)
+    qk_norm = flag(config, "qk_layernorm", False)
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
         norm="layer", norms=1,
-        block_extra=4 * (hidden // _size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
+        block_extra=4 * shared_out(config, hidden, size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
         parallel_attention=True,
     )  # fmt: skip
 
 
 def _opt(family: str, config: Config) -> ModelSizes:
-    hidden, inner, heads = _size(config, "hidden_size"), _size(config, "ffn_dim"), _size(config, "num_attention_heads")
-    bias, affine = _flag(config, "enable_bias", True), _flag(config, "layer_norm_elementwise_affine", True)
+    hidden, inner, heads = size(config, "hidden_size"), size(config, "ffn_dim"), size(config, "num_attention_heads")
+    bias, affine = flag(config, "enable_bias", True), flag(config, "layer_norm_elementwise_affine", True)
     kv_heads, head_dim, attention = _attention(
-        {"hidden_size": hidden, "num_attention_heads": heads}, bias=bias, out="out_proj", out_bias=bias
+        {"model_type": family, "hidden_size": hidden, "num_attention_heads": heads},
+        bias=bias,
+        out="out_proj",
+        out_bias=bias,
     )
     mlp = (LinearLayer("fc1", hidden, inner, bias=bias), LinearLayer("fc2", inner, hidden, bias=bias))
-    width = _optional(config, "word_embed_proj_dim", hidden)
-    positions = (_size(config, "max_position_embeddings") + 2) * hidden  # the table has two rows more than positions
+    width = optional_size(config, "word_embed_proj_dim", hidden)
+    positions = (size(config, "max_position_embeddings") + 2) * hidden  # the table has two rows more than positions
     projections = 2 * width * hidden if width != hidden else 0
-    final = _flag(config, "do_layer_norm_before", True) and not _flag(config, "_remove_final_layer_norm", False)
+    final = flag(config, "do_layer_norm_before", True) and not flag(config, "_remove_final_layer_norm", False)
     return _sizes(
         family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
         norm="layer",
         block_extra=0 if affine else -4 * hidden, final_norm=final and affine,
-        embeddings=_size(config, "vocab_size") * width + positions + projections,
+        embeddings=size(config, "vocab_size") * width + positions + projections,
     )  # fmt: skip
 
 
@@ -227,53 +244,54 @@ def _fused_qkv(
     family: str, config: Config, *, qkv: int, kv_heads: int, inner: int, bias: bool, mlp_bias: bool, **more: Any
 ) -> ModelSizes:
     """Falcon, GPT-NeoX, BLOOM: one projection for queries, keys and values, and a plain MLP."""
-    hidden = _size(config, "hidden_size", "n_embed")
+    hidden = size(config, "hidden_size", "n_embed")
     linears = (
         LinearLayer("query_key_value", hidden, qkv, bias=bias),
         LinearLayer("dense", hidden, hidden, bias=bias),
         LinearLayer("dense_h_to_4h", hidden, inner, bias=mlp_bias),
         LinearLayer("dense_4h_to_h", inner, hidden, bias=mlp_bias),
     )
-    head_dim = hidden // _size(config, "num_attention_heads", "n_head")
+    head_dim = shared_out(config, hidden, size(config, "num_attention_heads", "n_head"))
     return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, norm="layer",
                   gated_mlp=False, **more)  # fmt: skip
 
 
 def _falcon(family: str, config: Config) -> ModelSizes:
     """Falcon-7B shares one key-value head whatever `num_kv_heads` says; the new decoder (40B, 180B, 11B) reads it."""
-    hidden, heads = _size(config, "hidden_size", "n_embed"), _size(config, "num_attention_heads", "n_head")
-    new, bias = _flag(config, "new_decoder_architecture", False), _flag(config, "bias", False)
-    shared = 1 if _flag(config, "multi_query", True) else heads
-    kv_heads = _optional(config, "num_kv_heads", heads) if new else shared
-    parallel = _flag(config, "parallel_attn", True)
-    parallel_norms = _optional(config, "num_ln_in_parallel_attn", 2 if new else 1)
+    hidden, heads = size(config, "hidden_size", "n_embed"), size(config, "num_attention_heads", "n_head")
+    new, bias = flag(config, "new_decoder_architecture", False), flag(config, "bias", False)
+    shared = 1 if flag(config, "multi_query", True) else heads
+    kv_heads = optional_size(config, "num_kv_heads", heads) if new else shared
+    parallel = flag(config, "parallel_attn", True)
+    parallel_norms = optional_size(config, "num_ln_in_parallel_attn", 2 if new else 1)
     return _fused_qkv(
-        family, config, qkv=(heads + 2 * kv_heads) * (hidden // heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
-        inner=_optional(config, "ffn_hidden_size", 4 * hidden),
+        family, config, qkv=(heads + 2 * kv_heads) * shared_out(config, hidden, heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
+        inner=optional_size(config, "ffn_hidden_size", 4 * hidden),
         norms=parallel_norms if parallel else 2, parallel_attention=new or parallel,
     )  # fmt: skip
 
 
 def _gpt_neox(family: str, config: Config) -> ModelSizes:
-    hidden = _size(config, "hidden_size")
+    hidden = size(config, "hidden_size")
     return _fused_qkv(
-        family, config, qkv=3 * hidden, kv_heads=_size(config, "num_attention_heads"), mlp_bias=True,
-        inner=_size(config, "intermediate_size"), bias=_flag(config, "attention_bias", True),
-        parallel_attention=_flag(config, "use_parallel_residual", True),
+        family, config, qkv=3 * hidden, kv_heads=size(config, "num_attention_heads"), mlp_bias=True,
+        inner=size(config, "intermediate_size"), bias=flag(config, "attention_bias", True),
+        parallel_attention=flag(config, "use_parallel_residual", True),
     )  # fmt: skip
 
 
 def _bloom(family: str, config: Config) -> ModelSizes:
-    hidden = _size(config, "hidden_size", "n_embed")
+    hidden = size(config, "hidden_size", "n_embed")
     return _fused_qkv(
-        family, config, qkv=3 * hidden, kv_heads=_size(config, "num_attention_heads", "n_head"), inner=4 * hidden,
-        bias=True, mlp_bias=True, embeddings=_size(config, "vocab_size") * hidden + 2 * hidden,
+        family, config, qkv=3 * hidden, kv_heads=size(config, "num_attention_heads", "n_head"), inner=4 * hidden,
+        bias=True, mlp_bias=True, embeddings=size(config, "vocab_size") * hidden + 2 * hidden,
     )  # fmt: skip
 
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 _FAMILIES: dict[str, Callable[[str, Config], ModelSizes]] = dict.fromkeys(_LIKE_LLAMA, _like_llama) | {
-    "mixtral": _mixtral, "phi": _phi, "phi3": _phi3, "opt": _opt, "falcon": _falcon, "gpt_neox": _gpt_neox, "bloom": _bloom,
+    "mixtral": _mixtral, "qwen3_moe": _qwen3_moe,
+    "phi": _phi, "phi3": _phi3, "opt": _opt, "falcon": _falcon, "gpt_neox": _gpt_neox, "bloom": _bloom,
 }  # fmt: skip
 KNOWN_FAMILIES = frozenset(_FAMILIES)
 """Values of `model_type` whose sizes are exact; each is compared with transformers' own model in the tests."""

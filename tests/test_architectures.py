@@ -46,6 +46,8 @@ def test_an_unlisted_family_has_no_targets_here():
         ({"model_type": "mistral", "sliding_window": 512}, True),
         ({"model_type": "mistral", "sliding_window": 511}, False),
         ({"model_type": "mistral", "sliding_window": None}, True),
+        ({"model_type": "mistral", "sliding_window": "wide"}, False),
+        ({"model_type": ["mistral"]}, False),
         ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}, True),
         ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": True}, False),
         ({}, False),

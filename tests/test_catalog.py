@@ -59,6 +59,24 @@ def test_anything_else_is_one_clear_message(text):
     assert (text.strip() or "got nothing") in message
 
 
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("ml.g4dn.metal", "xlarge 2xlarge 4xlarge 8xlarge 12xlarge 16xlarge"),
+        (" ML.g5.3xlarge ", "xlarge 2xlarge 4xlarge 8xlarge 12xlarge 16xlarge 24xlarge 48xlarge"),
+        ("g6.12xlarge", "xlarge 2xlarge 4xlarge 8xlarge 12xlarge 16xlarge 24xlarge 48xlarge"),
+        ("ml.p5.", "4xlarge 48xlarge"),
+        ("ml.p4d", "24xlarge"),
+    ],
+)
+def test_an_unknown_size_of_a_known_family_names_the_known_ones(text, sizes):
+    with pytest.raises(UserError) as caught:
+        parse_gpus(text)
+    family = text.strip().lower().removeprefix("ml.").split(".")[0]
+    known = ", ".join(f"ml.{family}.{size}" for size in sizes.split())
+    assert f"no instance ml.{family} of that size is known; expected {known}; got {text.strip()}." in str(caught.value)
+
+
 def test_a_price_is_dated_and_can_be_overridden():
     dated = parse_gpus("ml.g5.12xlarge")
     assert dated.price_usd_per_hour == 7.09
@@ -79,7 +97,7 @@ def test_a_machine_has_a_few_gpus_at_most():
 
 
 def test_what_has_no_price_says_nothing_of_one():
-    for text in ("4x24GiB", "2xL4", "ml.p5en.48xlarge"):
+    for text in ("4x24GiB", "2xL4", "ml.p5en.48xlarge", "ml.g6e.16xlarge"):
         hardware = parse_gpus(text)
         assert (hardware.price_usd_per_hour, hardware.price_note) == (None, "")
 
@@ -108,8 +126,18 @@ def test_every_instance_has_a_known_gpu_and_more_of_them_cost_more():
     assert {instance.gpu for instance in INSTANCES.values()} <= set(GPUS)
     assert {instance.gpus for instance in INSTANCES.values()} == {1, 4, 8}
     for family in ("g4dn", "g5", "g6", "g6e", "p5"):
-        priced = [instance for name, instance in INSTANCES.items() if name.split(".")[1] == family]
-        assert [one.price_usd_per_hour for one in priced] == sorted(one.price_usd_per_hour for one in priced)
+        of_family = [instance for name, instance in INSTANCES.items() if name.split(".")[1] == family]
+        prices = [one.price_usd_per_hour for one in of_family if one.price_usd_per_hour is not None]
+        assert len(prices) >= 2 and prices == sorted(prices)
+
+
+@pytest.mark.parametrize(("family", "gpu"), [("g4dn", "T4"), ("g5", "A10G"), ("g6", "L4"), ("g6e", "L40S")])
+def test_every_size_of_a_family_is_known_with_its_gpus(family, gpu):
+    """As in AWS' tables of accelerated instances; g4dn.metal is not offered by SageMaker."""
+    gpus = {"xlarge": 1, "2xlarge": 1, "4xlarge": 1, "8xlarge": 1, "12xlarge": 4, "16xlarge": 1}
+    gpus |= {"24xlarge": 4, "48xlarge": 8} if family != "g4dn" else {}
+    found = {name: (one.gpu, one.gpus) for name, one in INSTANCES.items() if name.startswith(f"ml.{family}.")}
+    assert found == {f"ml.{family}.{size}": (gpu, count) for size, count in gpus.items()}
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)

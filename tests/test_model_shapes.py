@@ -16,11 +16,14 @@ PUBLISHED = {
     "falcon3-3b": 3_227_655_168,
     "falcon3-7b": 7_455_550_464,
     "falcon3-10b": 10_305_653_760,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
     "mixtral-8x7b": 46_702_792_704,
@@ -39,6 +42,7 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
     "gemma-2-2b": 2_614_341_888,
     "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320,
@@ -51,6 +55,7 @@ PUBLISHED = {
     "phi-3-medium": 13_960_238_080,
     "phi-3.5-mini": 3_821_079_552,
     "phi-4": 14_659_507_200,
+    "phi-4-mini": 3_836_021_760,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
@@ -60,7 +65,7 @@ PUBLISHED = {
 
 def test_all_but_our_own_model_have_a_published_total():
     assert set(SHAPES) - set(PUBLISHED) == {"falcon-tiny"}
-    assert len(SHAPES) >= 46
+    assert len(SHAPES) >= 51
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -80,6 +85,23 @@ def test_catalogued_shapes_are_transformers_own(torch, name):
     assert {"tie_word_embeddings", "max_position_embeddings", "rope_parameters", "eos_token_id"} <= set(shape)
 
 
+def test_llama_3_is_as_large_as_llama_3_1_but_knows_fewer_positions():
+    for size in ("8b", "70b"):
+        three, later = SHAPES[f"llama-3-{size}"], SHAPES[f"llama-3.1-{size}"]
+        assert {key for key in three if three[key] != later[key]} == {"max_position_embeddings", "rope_parameters"}
+        assert model_sizes(three) == model_sizes(later)
+
+
+def test_what_sets_a_model_apart_from_its_family():
+    assert SHAPES["mistral-7b-v0.1"]["sliding_window"] == 4096
+    assert SHAPES["mistral-7b-v0.3"]["sliding_window"] is None
+    assert SHAPES["phi-4-mini"]["rope_parameters"]["partial_rotary_factor"] == 0.75
+    sizes = model_sizes(SHAPES["qwen3-30b-a3b"])
+    assert (sizes.experts, sizes.experts_per_token, sizes.intermediate, sizes.tied) == (128, 8, 768, False)
+    in_use = sizes.parameters - sizes.blocks * sizes.expert_parameters_per_block * 120 // 128
+    assert 3.3e9 < in_use < 3.4e9  # "A3B": 3.3 B of them, its publisher says
+
+
 def test_the_tiny_falcon_has_the_wiring_of_the_40b():
     tiny, large = SHAPES["falcon-tiny"], SHAPES["falcon-40b"]
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
@@ -93,7 +115,7 @@ def test_the_tiny_falcon_has_the_wiring_of_the_40b():
 
 def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
     assert set(HUB_NAMES.values()) == set(SHAPES) - {"falcon-tiny"}
-    assert len({name.lower() for name in HUB_NAMES}) == len(HUB_NAMES) >= 90
+    assert len({name.lower() for name in HUB_NAMES}) == len(HUB_NAMES) >= 100
     assert all(name.count("/") == 1 for name in HUB_NAMES)
 
 
@@ -110,6 +132,12 @@ def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
         ("google/gemma-3-4b-it", "gemma-3-4b"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
         ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"),
+        ("TinyLlama/TinyLlama_v1.1", "tinyllama-1.1b"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+        ("meta-llama/Meta-Llama-3-70B-Instruct", "llama-3-70b"),
+        ("microsoft/Phi-4-mini-instruct", "phi-4-mini"),
+        ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
         ("random:falcon-7b", "falcon-7b"),
         (" phi-4 ", "phi-4"),
     ],

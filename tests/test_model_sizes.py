@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 from collections import Counter
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import FAMILIES, UNLISTED, tiny_llama, tiny_model
 
 from qlora_helpers import model_sizes as module
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.errors import ModelError
+from qlora_helpers.catalog import parse_gpus
+from qlora_helpers.config import AdapterConfig, profile_config
+from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.inspection import count_weights
 from qlora_helpers.lora import add_adapters, count_parameters
 from qlora_helpers.model_shapes import SHAPES, known_shape
 from qlora_helpers.model_sizes import KNOWN_FAMILIES, adapter_parameters, model_sizes
 from qlora_helpers.nf4 import falcon_linears_as_plain
+from qlora_helpers.plan import make_plan
 
 LLAMA = {
     "vocab_size": 256,
@@ -45,6 +52,8 @@ WIRINGS = {
     ),
     "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 4}),
     "mixtral, untold experts": ("mixtral", LLAMA | {"num_attention_heads": 8}),
+    "qwen3 with experts, with biases": ("qwen3_moe", _GROUPED | {"num_local_experts": 4, "attention_bias": True}),
+    "qwen3 with experts, untold": ("qwen3_moe", LLAMA | {"num_attention_heads": 8}),
     "phi": ("phi", LLAMA),
     "phi, grouped, normalised": ("phi", _GROUPED | {"qk_layernorm": True}),
     "phi, tied": ("phi", LLAMA | {"tie_word_embeddings": True}),
@@ -141,7 +150,7 @@ def test_other_wirings_are_what_transformers_builds(torch, wiring):
 def test_every_known_family_is_compared():
     compared = {shape["model_type"] for shape in SHAPES.values()} | {family for family, _ in WIRINGS.values()}
     assert compared == KNOWN_FAMILIES
-    assert len(KNOWN_FAMILIES) >= 14
+    assert len(KNOWN_FAMILIES) >= 15
 
 
 def test_the_attention_and_the_mlp_are_described(torch):
@@ -173,7 +182,7 @@ def test_a_head_is_tied_unless_said_as_in_transformers(torch, family):
     assert AutoConfig.for_model(family).tie_word_embeddings == (family in module._TIED)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) | {"mixtral"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) | {"mixtral", "qwen3_moe"}))
 def test_the_linear_layers_are_exactly_what_bitsandbytes_quantises(torch, family):
     from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
@@ -191,6 +200,12 @@ def test_the_linear_layers_are_exactly_what_bitsandbytes_quantises(torch, family
     assert found == Counter(
         {(layer.name, layer.in_features, layer.out_features): layer.per_block * sizes.blocks for layer in sizes.linears}
     )
+
+
+def test_experts_are_counted_by_either_name():
+    config = _GROUPED | {"model_type": "qwen3_moe"}
+    assert model_sizes(config | {"num_experts": 4}) == model_sizes(config | {"num_local_experts": 4})
+    assert model_sizes(config | {"num_experts": 4}).experts == 4
 
 
 def test_the_experts_of_mixtral_stay_in_16_bits():
@@ -264,12 +279,92 @@ def test_the_text_decoder_of_a_model_with_vision(torch):
         ({"model_type": "gemma3"}, "family gemma3_text lacks a size"),
         (LLAMA | {"model_type": "llama", "intermediate_size": "large"}, "expected intermediate_size, .* got 'large'"),
         (LLAMA | {"model_type": "llama", "vocab_size": 0}, "expected vocab_size, .* got 0"),
+        (LLAMA | {"model_type": "llama", "vocab_size": True}, "expected vocab_size, .* got True"),
+        (
+            LLAMA | {"model_type": "llama", "num_attention_heads": 65},
+            "more attention heads than its width; expected 64",
+        ),
+        (
+            LLAMA | {"model_type": "llama", "num_hidden_layers": 300_000_000},
+            "size that no model has; expected num_hidden_layers or n_layer, a whole number of at most 2,000; got 300000000",
+        ),
+        (LLAMA | {"model_type": "llama", "hidden_size": 10**400}, r"size that no model has; .* got 10+\.\.\.0+\. Give"),
+        (_GROUPED | {"model_type": "mixtral", "num_local_experts": 10**6}, "at most 100,000; got 1000000"),
+        (LLAMA | {"model_type": "gemma2", "final_logit_softcapping": "30"}, "no number; .* got '30'"),
+        (LLAMA | {"model_type": ["llama"]}, "the model_type of a config.json is no text"),
+        (LLAMA | {"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "blocks without experts"),
+        (LLAMA | {"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "blocks without experts"),
+        (LLAMA | {"model_type": "qwen3_moe", "num_experts": 10**6}, "at most 100,000; got 1000000"),
+        ({"model_type": "gemma3", "text_config": [LLAMA]}, "the text_config of a config.json is no object"),
         (LLAMA | {"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts .* got n_routed_experts"),
     ],
 )
 def test_what_can_not_be_sized_is_said(config, message):
     with pytest.raises(ModelError, match=message):
         model_sizes(config)
+
+
+def test_a_message_about_a_stranger_s_file_is_short_and_plain():
+    """Neither a family's name nor a value or a key of it reaches the terminal as it is."""
+    evil = "\x1b[2J" + "x" * 10_000
+    for config in ({"model_type": evil}, LLAMA | {"vocab_size": evil}, {"model_type": "new", evil + "expert": 1}):
+        with pytest.raises(ModelError) as caught:
+            model_sizes(config)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+SIZES = (
+    "hidden_size", "n_embed", "vocab_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads", "num_kv_heads", "head_dim", "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim",
+    "max_position_embeddings", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "num_ln_in_parallel_attn",
+)  # fmt: skip
+HEADS = ("num_hidden_layers", "num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads")
+KEYS = (
+    *SIZES, "tie_word_embeddings", "attention_bias", "mlp_bias", "bias", "alibi", "multi_query", "parallel_attn",
+    "new_decoder_architecture", "qk_layernorm", "enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before",
+    "_remove_final_layer_norm", "use_parallel_residual", "final_logit_softcapping", "sliding_window", "use_sliding_window",
+    "text_config", "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+_likely = st.sampled_from([64, 128, 2_000, 10**7])
+_values = st.integers() | st.sampled_from([0, -1, 10**9, 10**400, -(10**400)]) | st.none() | st.booleans() | st.floats()
+_values |= (
+    st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2)
+    | st.dictionaries(st.text(max_size=5), st.none(), max_size=2)
+)
+_families = st.sampled_from([*sorted(KNOWN_FAMILIES), "granite"])
+_configs = st.builds(
+    lambda sized, odd, family: sized | odd | {"model_type": family},
+    st.fixed_dictionaries(
+        dict.fromkeys(SIZES, _likely) | dict.fromkeys(HEADS, st.integers(1, 64)) | {"n_layer": st.just(2)}
+    ),
+    st.dictionaries(st.sampled_from(KEYS), _values, max_size=2),
+    _families | _families | _values,
+)
+RECIPE = profile_config("falcon-40b")
+LARGEST = dict.fromkeys(SIZES, 10**7) | {"num_hidden_layers": 2_000, "model_type": "llama"}
+
+
+@settings(max_examples=200, deadline=5_000)
+@given(_configs | st.builds(lambda text: {"model_type": "gemma3", "text_config": text}, _configs))
+@example(LARGEST)
+@example(LLAMA | {"model_type": "llama", "num_hidden_layers": 300_000_000})
+@example(LLAMA | {"model_type": "llama", "sliding_window": "wide"})
+def test_any_config_json_is_planned_or_refused_at_once(config):
+    """Nothing but a message of ours, whatever a stranger's file holds; a plan's text and JSON can be had as well."""
+    try:
+        assert model_sizes(config).parameters > 0
+        plan = make_plan("some/model", config, parse_gpus("H100", 2.0), RECIPE, tokens=1_000)
+    except UserError:
+        return
+    assert repr(plan) and json.dumps(plan.to_dict())
+
+
+def test_every_key_that_is_read_is_tried_above():
+    source = inspect.getsource(module)
+    read = set(re.findall(r'\b(?:size|optional_size|flag)\(config, "(\w+)"', source))
+    assert len(read) >= 20 and read <= set(KEYS)
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "stablelm", "gpt2"])

@@ -463,6 +463,7 @@ SPREAD_SHAPES = [
     "gemma-3-1b",
     "phi-4",
     "mixtral-8x7b",
+    "qwen3-30b-a3b",
 ]
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 from fake_hub import hub
 
-from qlora_helpers import planning
-from qlora_helpers.catalog import parse_gpus
+from qlora_helpers import planning, shape_lookup
+from qlora_helpers.catalog import INSTANCES, parse_gpus
 from qlora_helpers.config import DataConfig, ModelConfig, RunConfig, profile_config
 from qlora_helpers.errors import ModelError, UserError
 from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.plan import cheapest_instance, make_plan
 from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.telemetry import GpuReading
@@ -97,6 +105,21 @@ def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
         plan_run(profile_config("falcon-40b"))
 
 
+@pytest.mark.parametrize("model", ["falcon-7b", "falcon-40b", "llama-3.1-70b", "mixtral-8x7b"])
+def test_an_instance_with_a_price_is_preferred(model):
+    """However small one without a price is; mixtral-8x7b takes 85 GiB."""
+    found = cheapest_instance(SHAPES[model], profile_config("falcon-40b"), 0.2)
+    assert found.price_usd_per_hour is not None
+    cheaper = [one for one in INSTANCES.values() if (one.price_usd_per_hour or 1e9) < found.price_usd_per_hour]
+    without = [one for one in INSTANCES.values() if one.price_usd_per_hour is None]
+    assert len(without) >= 10 and not any(
+        make_plan(
+            model, SHAPES[model], parse_gpus(one.name), profile_config("falcon-40b"), tokens=1000, mend=False
+        ).fits
+        for one in cheaper
+    )
+
+
 def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
     files = {"config.json": json.dumps(SHAPES["falcon-7b"]).encode(), "model.safetensors": b"x" * 999}
     with hub({"lab/new": files}) as endpoint:
@@ -126,6 +149,89 @@ def test_no_network_and_no_catalogue_entry(from_hub):
     from_hub(None)
     with pytest.raises(ModelError, match="can't be reached.* Give a catalogued model"):
         find_shape(ModelConfig(name="lab/new"))
+
+
+def closed_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{one.getsockname()[1]}"
+
+
+def test_without_a_network_the_command_line_says_so_once_and_soon(tmp_path):
+    """huggingface_hub alone takes 23 s and eleven lines."""
+    environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
+    environment |= {"HF_ENDPOINT": closed_port(), "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "qlora_helpers", "plan", "--model", "lab/new", "--gpus", "H100"]
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 10
+    assert (done.returncode, done.stdout) == (2, "")
+    told = (
+        "error: the shape of lab/new is not catalogued and can't be had: lab/new is not in the cache, and the model hub"
+    )
+    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+
+
+def test_without_a_network_what_was_had_before_is_used(from_hub):
+    with hub({"lab/new": {"config.json": json.dumps(SHAPES["falcon-7b"]).encode()}}) as endpoint:
+        from_hub(endpoint)
+        find_shape(ModelConfig(name="lab/new"))
+    from_hub(closed_port())
+    started = time.monotonic()
+    assert find_shape(ModelConfig(name="lab/new")) == SHAPES["falcon-7b"]
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
+    asked = []
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(code)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        from_hub(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ModelError, match="the model hub can't be reached"):
+            find_shape(ModelConfig(name="lab/new"))
+        server.shutdown()
+    assert asked == ["/lab/new/resolve/main/config.json"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("limit", ["HUB_TIMEOUT_S", "HUB_DEADLINE_S"])
+def test_a_hub_that_never_answers_is_given_up(from_hub, limit, monkeypatch):
+    """By the timeout of its connection, or by the deadline where each of many addresses has one."""
+    monkeypatch.setattr(shape_lookup, "HUB_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(shape_lookup, "HUB_DEADLINE_S", 60.0)
+    monkeypatch.setattr(shape_lookup, limit, 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        from_hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(ModelError, match="the model hub can't be reached"):
+            find_shape(ModelConfig(name="lab/new"))
+        assert time.monotonic() - started < 5
+
+
+def test_the_hub_s_own_lines_are_heard_again_afterwards(from_hub):
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    from_hub(closed_port())
+    with pytest.raises(ModelError):
+        find_shape(ModelConfig(name="lab/new"))
+    assert logging.get_verbosity() == before
+
+
+def test_what_is_no_hub_id_is_said(from_hub):
+    from_hub(closed_port())
+    with pytest.raises(ModelError, match="can't be had: that is no name of a model"):
+        find_shape(ModelConfig(name="lab/new/newer"))
 
 
 def test_the_prediction_for_a_runs_own_settings():
