@@ -272,6 +272,7 @@ def _step_name(case: dict[str, Any]) -> str:
     name = f"{case['blocks']} x {case['seq_len_tokens']:,}, {case['layers_recomputed']} recomputed"
     name += "" if case["compiled"] else ", not compiled"
     name += ", embedding on the host" if case.get("offloaded") else ""
+    name += "".join(f", {what}" for what in ("dropout", "dora", "plain") if case.get(what))
     return name + (", loss on all tokens" if case["trained_share"] > 0.9 else "")
 
 
@@ -306,7 +307,9 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     return sizes, StepSettings(
         seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=case["r"],
         recomputed=case["layers_recomputed"], offloaded=case.get("offloaded", False),
-        adapter_parameters=adapter_parameters(shape, case["r"], None, False), trained_share=case["trained_share"],
+        adapter_parameters=adapter_parameters(shape, case["r"], None, case.get("dora", False)), trained_share=case["trained_share"],
+        dropout=case.get("dropout", False), dora=case.get("dora", False), fast_adapters=not case.get("plain", False),
+        chunked_loss=not case.get("plain", False),
     )  # fmt: skip
 
 

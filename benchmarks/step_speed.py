@@ -81,10 +81,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {"train": {"compile": "on"}},
     "fast_host": {"train": {"compile": "on", "offload_embeddings": True}},
     "fast_all": {"train": {"compile": "on"}, "data": {"loss_on": "all"}},
+    "fast_host_all": {"train": {"compile": "on", "offload_embeddings": True}, "data": {"loss_on": "all"}},
+    "dropout": {"train": {"compile": "on"}, "adapter": {"lora_dropout": 0.05}},
+    "dora": {"train": {"compile": "off"}, "adapter": {"use_dora": True}},
     "auto": {},
 }
 """What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step uncompiled, compiled, with the
-input embedding in the host's memory, with a loss on all tokens, and as planned."""
+input embedding in the host's memory, with a loss on all tokens, with dropout, with DoRA, and as planned."""
 
 
 class Clock(TrainerCallback):
@@ -222,11 +225,21 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
             "offloaded": bool(fast and fast.offloaded),
-            "layers_recomputed": fast.recomputed if fast else None,
+            "layers_recomputed": fast.recomputed if fast else _recomputed_by_trainer(case, model),
+            "dropout": model.active_peft_config.lora_dropout > 0,
+            "dora": model.active_peft_config.use_dora,
+            "plain": fast is None,
             "fast_step": repr(fast).splitlines() if fast else None,
         }
         | ({"profile": profiled[0].result()} if profile else {})
     )
+
+
+def _recomputed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:
+    """Decoder layers that recompute in the plain step; None for the recipe, whose batches differ in length."""
+    if case.variant == "recipe":
+        return None
+    return 0 if case.recomputed == 0 else model.config.get_text_config().num_hidden_layers
 
 
 def data_settings(source: str, seq_len_tokens: int, **more: Any) -> DataConfig:

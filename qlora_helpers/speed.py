@@ -12,10 +12,8 @@ from qlora_helpers.catalog import GPUS, Gpu
 from qlora_helpers.memory import HALF, StepSettings
 
 LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
-LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step, measured in two calls while the host still waited for the tokens
-DORA_BYTES = (
-    30  # that cross the memory bus for the norm of a weight and its adapter, a parameter; counted, never measured
-)
+LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step in two calls, when the host still waited for tokens
+DORA_BYTES = 30  # a parameter, for the norm of a weight and its adapter; counted, never measured
 COMPILE_S = 30.0  # what the first step takes longer
 
 

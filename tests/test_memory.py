@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from measured_steps import name_of, planned_steps, step_of
 
 from qlora_helpers.memory import StepSettings, kept_values, predict, spread_layers, stage_memory
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.units import gib
-
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
@@ -21,20 +18,10 @@ def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
     return StepSettings(**values | {"adapter_parameters": adapter_parameters(SHAPES[name], r, None, False)} | changes)
 
 
-def measured():
-    """Our steps, but for those in a process where another trainer had run before, which keeps memory of its own."""
-    cases = [case for case in json.loads(MEASURED.read_text())["cases"] if not case.get("after")]
-    return [case for case in cases if case.get("layers_recomputed") is not None and "peak_allocated_gib" in case]
-
-
-@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['variant']}-{case['blocks']}")
+@pytest.mark.parametrize("case", [case for case in planned_steps() if not case.get("after")], ids=name_of)
 def test_the_prediction_is_what_a_gpu_measured(case):
-    name, r = case["model"], case["r"]
-    sizes = model_sizes(SHAPES[name])
-    step = settings(
-        name, r=r, seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], recomputed=case["layers_recomputed"],
-        compiled=case["compiled"], trained_share=case["trained_share"], offloaded=case.get("offloaded", False),
-    )  # fmt: skip
+    """Not where another trainer had run in the process before, which keeps memory of its own."""
+    sizes, step = step_of(case)
     _, (found,) = predict(sizes, step)
     weights = gib(found.weights + found.adapters)
     measured = case["weights_gib"]

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from measured_steps import name_of, planned_steps
+from measured_steps import step_of as measured_step
 
 from qlora_helpers.catalog import GPUS, parse_gpus
 from qlora_helpers.config import profile_config
@@ -21,7 +22,6 @@ from qlora_helpers.plan import make_plan
 from qlora_helpers.speed import step_seconds
 from qlora_helpers.units import gib
 
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "step_speed_one_gpu.json"
 RECIPE = profile_config("falcon-40b")
 SAMSUM_TOKENS = 14_732 * 190
 
@@ -30,20 +30,9 @@ def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, 
     return make_plan(model, known_shape(model), parse_gpus(gpus, price), RECIPE.with_settings(settings), tokens=tokens)
 
 
-def measured():
-    cases = json.loads(MEASURED.read_text())["cases"]
-    return [case for case in cases if case.get("layers_recomputed") is not None and "step_s" in case]
-
-
-@pytest.mark.parametrize("case", measured(), ids=lambda case: f"{case['model']}-{case['variant']}-{case['blocks']}")
+@pytest.mark.parametrize("case", planned_steps(), ids=name_of)
 def test_the_speed_is_what_the_gpu_measured(case):
-    shape, r = SHAPES[case["model"]], case["r"]
-    sizes = model_sizes(shape)
-    step = StepSettings(
-        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=r,
-        recomputed=case["layers_recomputed"], offloaded=case.get("offloaded", False),
-        adapter_parameters=adapter_parameters(shape, r, None, False), trained_share=case["trained_share"],
-    )  # fmt: skip
+    sizes, step = measured_step(case)
     assert step_seconds(sizes, step, GPUS["H100"]) == pytest.approx(case["step_s"], rel=0.2)
 
 
