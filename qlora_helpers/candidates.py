@@ -104,7 +104,7 @@ class Candidate:
 def fastest_in_several_processes(
     shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
 ) -> Candidate | None:
-    """The fastest that fits with a copy of the model on each GPU (torchrun); None where there is one GPU, or nothing fits."""
+    """The fastest that fits with copies of the model on as many GPUs as share the blocks (torchrun); None where there is none."""
     if hardware.gpus == 1:
         return None
     fitting = fitting_in(hardware, all_candidates(shape, hardware, config, tokens, trained_share, (1,)))

@@ -443,7 +443,7 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon-40b": (
-        "The recipe that the series is named for: Falcon-40B on one machine with several large GPUs.",
+        "The recipe that the series is named for, without its dropout: Falcon-40B on one machine with several large GPUs.",
         {
             "model.name": "tiiuae/falcon-40b",
             "data.source": "knkarthick/samsum",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
-from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets
 from qlora_helpers.config import RunConfig
 from qlora_helpers.model_sizes import adapter_parameters
 from qlora_helpers.units import BYTES_IN_GIB, gib
@@ -52,6 +52,7 @@ class StepSettings:
         dora: whether the adapters have a magnitude of their own: peft computes them, in 32 bits.
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
+        adapted: names of the linear layers that get an adapter; None for all.
     """
 
     seq_len_tokens: int
@@ -70,18 +71,15 @@ class StepSettings:
     dora: bool = False
     fast_adapters: bool = True
     value_bytes: int = HALF
+    adapted: frozenset[str] | None = None
 
     @property
     def tokens(self) -> int:
         return self.blocks * self.seq_len_tokens
 
-    def kept_values(self, sizes: ModelSizes, *, compiled: bool | None = None) -> int:
-        """Values that one decoder layer keeps for its backward pass, a token; as these settings are compiled or as asked."""
-        compiled = self.compiled if compiled is None else compiled
-        fast = self.fast_adapters and not self.dora
-        return kept_values(sizes, compiled=compiled and fast, r=self.r) + _kept_by_adapters(
-            sizes, self, compiled=compiled
-        )
+    def adapted_layers(self, sizes: ModelSizes) -> tuple[LinearLayer, ...]:
+        """The linear layers of a block that get an adapter; all where none of the names is theirs."""
+        return tuple(layer for layer in sizes.linears if self.adapted and layer.name in self.adapted) or sizes.linears
 
 
 def step_settings(
@@ -108,6 +106,7 @@ def step_settings(
         double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
         chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
         fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
+        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None,
     )  # fmt: skip
 
 
@@ -118,10 +117,10 @@ class GpuMemory:
     Attributes:
         weights_quantized: linear layers in 4 bits.
         constants: their quantisation constants.
-        weights_other: embeddings, output layer, norms and what else stays in 16 bits.
+        weights_other: embeddings, output layer, norms and what else is not quantised.
         adapters, gradients, optimizer: of the adapters, in 32 bits.
         activations: kept from the forward for the backward pass.
-        working: the most that lives for a moment: a layer being recomputed, a weight in 16 bits, a chunk of logits.
+        working: the most that lives for a moment: a layer being recomputed, a weight at full width, a chunk of logits.
         fragmentation: reserved by PyTorch beyond what tensors take.
         context: CUDA's own.
     """
@@ -164,8 +163,8 @@ class GpuMemory:
         return {item.name: gib(getattr(self, item.name)) for item in fields(self)}
 
 
-def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
-    """16-bit values that one decoder layer keeps for its backward pass, a token.
+def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:
+    """Values that one decoder layer keeps for its backward pass, a token, with fast adapters that drop nothing.
 
     Compiled: what no pointwise kernel can make again. The layer's input, the residual between attention and MLP, queries, keys,
     values and the attention's output, the MLP's inner values before their non-linearity, and what each adapter's first matrix
@@ -186,23 +185,35 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int) -> int:
         inner += sizes.intermediate * (2 if sizes.gated_mlp else 1)
     if sizes.experts:
         inner *= sizes.experts_per_token
-    low_rank = r * sum(layer.per_block for layer in sizes.linears)
+    low_rank = r * sum(layer.per_block for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
 
 
-def _kept_by_adapters(sizes: ModelSizes, settings: StepSettings, *, compiled: bool) -> int:
-    """Values a token that one layer's adapters keep beyond what plain fast ones do, counted on a CPU (`test_kept_values`).
+def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
+    """Bytes that one decoder layer keeps for its backward pass, a token."""
+    fast = settings.fast_adapters and not settings.dora
+    adapted = settings.adapted_layers(sizes)
+    values = kept_values(sizes, compiled=settings.compiled and fast, r=settings.r, adapted=adapted)
+    return settings.value_bytes * values + kept_by_adapters(sizes, settings)
 
-    DoRA: inputs in 32 bits, outputs in 32 and in part in 16. The plain step: most inputs once more, cast. Dropout: masks
-    of a byte a value and, where layers are not compiled, what they leave; where peft drops, in 32 bits.
+
+def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> int:
+    """Bytes a token that one layer's adapters keep beyond what fast ones without dropout do, counted on a CPU.
+
+    (`test_kept_values`.) DoRA: inputs in 32 bits, outputs in 32 and in part in 16. The plain step: most inputs once more, cast.
+    Dropout: masks of a byte a value and, where layers are not compiled, what they leave; where peft drops, in 32 bits. Inputs
+    that are in 32 bits anyway are kept once.
     """
-    inputs = sum(layer.in_features * layer.per_block for layer in sizes.linears)
-    outputs = sum(layer.out_features * layer.per_block for layer in sizes.linears)
+    layers = settings.adapted_layers(sizes)
+    inputs = sum(layer.in_features * layer.per_block for layer in layers)
+    outputs = sum(layer.out_features * layer.per_block for layer in layers)
     if settings.dora:
-        return 2 * inputs + 5 * outputs // 2 + (2 * inputs + outputs if settings.dropout else 0)
+        without = 8 * outputs if settings.value_bytes == SINGLE else SINGLE * inputs + 5 * outputs
+        return without + settings.dropout * (SINGLE * inputs + 2 * outputs)
     if not settings.fast_adapters:
-        return 3 * inputs // 4 + (2 * inputs if settings.dropout else 0)
-    return (5 * inputs // 8 if compiled else 3 * inputs // 2) if settings.dropout else 0
+        return 3 * inputs // 2 + settings.dropout * SINGLE * inputs
+    left = 0 if settings.compiled else settings.value_bytes * inputs
+    return (5 * inputs // 4 if settings.compiled else inputs + left) if settings.dropout else 0
 
 
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
@@ -218,7 +229,7 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
         adapters=SINGLE * adapters,
         gradients=SINGLE * adapters,
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
-        activations=settings.value_bytes * settings.tokens * settings.kept_values(sizes),
+        activations=settings.tokens * kept_bytes(sizes, settings),
     )
 
 
@@ -268,7 +279,10 @@ def _inner_in_backward(sizes: ModelSizes) -> int:
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
     """One layer's weight for the moment of its product; DoRA's norms take it and B A in 32 bits, and a unit matrix (peft)."""
     if settings.dora:
-        return max(SINGLE * layer.in_features * (layer.in_features + 4 * layer.out_features) for layer in sizes.linears)
+        return max(
+            SINGLE * layer.in_features * (layer.in_features + 4 * layer.out_features)
+            for layer in settings.adapted_layers(sizes)
+        )
     if not settings.quantized:
         return 0
     return settings.value_bytes * max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
@@ -373,7 +387,7 @@ class Beside:
 
     Attributes:
         activations_kept, activations_recomputed: were none of its layers recomputed, or all of them.
-        logits: of the trained tokens at once in the loss, with their slopes; 0 where the output layer is elsewhere.
+        logits: what the loss holds: a chunk of logits with its slopes; 0 where the output layer is elsewhere.
     """
 
     activations_kept: int

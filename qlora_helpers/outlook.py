@@ -59,7 +59,7 @@ class Outlook:
         step: these very settings: memory, speed, time and price of the whole training.
         steps: optimizer steps.
         plan: what the plan would choose instead, in one process on the same hardware and data.
-        several: the same with a process for each GPU (torchrun), where that is faster.
+        several: the same in several processes (torchrun), each with a GPU, where that is faster.
         mends: the smallest changes that fit, where the settings don't.
         notes: what a reader must know of these figures.
     """

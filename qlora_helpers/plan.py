@@ -140,11 +140,14 @@ def make_plan(
     choice, *others = list(best.values()) or [None]
     sizes, smallest = model_sizes(shape), min(found, key=lambda each: each.peak_gib)
     step = step_settings(config, shape, blocks=1, trained_share=trained_share)
+    idle = not one_process and blocks_per_step(config) % hardware.gpus != 0
+    idle = idle and _can_fit(shape, replace(hardware, gpus=1), config, trained_share)
     return Plan(
         model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]), smallest=smallest,
-        mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share),
+        mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share, one_process),
         notes=(
-            *_notes(hardware, sizes, choice), *settings_notes(config, shape), *_sharing_note(hardware, config, one_process),
+            *_notes(hardware, sizes, choice), *settings_notes(config, shape),
+            *([_sharing_note(hardware, config)] if idle else []),
             *_not_chosen(shape, config, choice or smallest, trained_share),
         ),
     )  # fmt: skip
@@ -184,11 +187,11 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
 
 
 def _mends(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float
+    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float, one_process: bool
 ) -> tuple[str, ...]:
     """The smallest change of the settings that fits, and the cheapest instance that does."""
     found = []
-    if change := smallest_change(shape, hardware, config, tokens, trained_share):
+    if change := smallest_change(shape, hardware, config, tokens, trained_share, one_process):
         settings, best = change
         found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
     if other := cheapest_instance(shape, config, trained_share):
@@ -297,13 +300,13 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
     return tuple(notes)
 
 
-def _sharing_note(hardware: Hardware, config: RunConfig, one_process: bool) -> list[str]:
+def _sharing_note(hardware: Hardware, config: RunConfig) -> str:
+    """What keeps GPUs idle that could each hold a copy of the model."""
     blocks, gpus = blocks_per_step(config), hardware.gpus
-    if one_process or blocks % gpus == 0:
-        return []
     sharing = copies_that_share(blocks, gpus)
     who = f"{sharing} of {gpus} GPUs, with a copy of the model on each," if sharing > 1 else f"no two of {gpus} GPUs"
-    return [f"{who} can share {blocks} blocks an optimizer step; all could with {max(1, round(blocks / gpus)) * gpus}"]
+    step = "an optimizer step of 1 block" if blocks == 1 else f"{blocks} blocks an optimizer step"
+    return f"{who} can share {step}; all could with {max(1, round(blocks / gpus)) * gpus}"
 
 
 def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ def plan_run(
     price: float | None = None,
     tokens: int | None = None,
     hardware: Hardware | None = None,
+    one_process: bool = False,
 ) -> Plan:
     """What fits for these settings, how fast it is, and what it costs, before anything is downloaded.
 
@@ -44,6 +45,7 @@ def plan_run(
         price: USD an hour for all of the hardware, in place of the catalogue's.
         tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
         hardware: in place of `gpus` and `price`.
+        one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
 
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
@@ -58,7 +60,7 @@ def plan_run(
         known = math.ceil(config.train.max_steps * blocks_per_step(config) * length / config.train.epochs)
     plan = make_plan(
         config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS,
-        trained_share=trained_share(config.data),
+        trained_share=trained_share(config.data), one_process=one_process,
     )  # fmt: skip
     if not is_packed(config, shape) and config.train.max_steps is None:
         plan = plan.with_note("what pads the rows comes on top of the data's tokens: it takes longer than this")

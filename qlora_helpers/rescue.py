@@ -249,11 +249,11 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
             trained_share=1.0 if config.data.loss_on == "all" else 0.2,
         )["reserved_gib"]  # fmt: skip
         smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
-        plan = planning.plan_run(config, hardware=dataclasses.replace(hardware, usable_gib=smaller))
+        smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)
+        plan = planning.plan_run(config, hardware=smaller_cards, one_process=True)
     except UserError:  # no GPU, or a shape that can't be planned
         return (), ()
-    found = (plan.choice, *plan.alternatives) if plan.choice else ()
-    return tuple(each for each in found if each.copies == 1), plan.mends
+    return (plan.choice, *plan.alternatives) if plan.choice else (), plan.mends
 
 
 def _usable_gib(hardware: Hardware) -> float:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS, Gpu
-from qlora_helpers.memory import HALF, StepSettings
+from qlora_helpers.memory import HALF, StepSettings, kept_by_adapters, kept_values
 
-LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for the host; assumed
+LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for them; assumed
 LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step in two calls, when the host still waited for tokens
 DORA_BYTES = 30  # a parameter, for the norm of a weight and its adapter; counted, never measured
 COMPILE_S = 30.0  # what the first step takes longer
@@ -71,8 +71,9 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     )
     products = 2 * step.tokens * weights / matrix
     dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
-    values = HALF * step.tokens * step.kept_values(sizes, compiled=True) / memory
-    values *= 1.0 if step.compiled else speed.eager_factor
+    kept = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept *= 1.0 if step.compiled else speed.eager_factor
+    values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_block / memory if step.dora else 0.0
     forward = products + dequantised + norms + values * speed.forward_passes
     backward = products + dequantised + values * speed.backward_passes

@@ -104,7 +104,8 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
         offloaded=config.offload_embeddings, dropout=model.active_peft_config.lora_dropout > 0,
-        dora=model.active_peft_config.use_dora, value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
+        dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
+        value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU

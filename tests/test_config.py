@@ -322,6 +322,10 @@ def test_the_recipe_is_the_default():
     config = profile_config("falcon-40b")
     assert (config.model.quantization, config.model.double_quantization) == ("nf4", True)
     assert (config.adapter.r, config.adapter.lora_alpha) == (8, 32)
+    assert (RunConfig().adapter.lora_dropout, config.adapter.lora_dropout) == (
+        0.05,
+        0.0,
+    )  # its masks take too much of a card
     assert (config.train.learning_rate, config.train.micro_batch_size, config.train.epochs) == (2e-4, 8, 1.0)
 
 

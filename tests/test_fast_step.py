@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_helpers.blocks import BlockCollator, most_rows, row_losses, row_starts
 from qlora_helpers.config import AdapterConfig
 from qlora_helpers.fast_step import fast_step
+from qlora_helpers.fast_step.embeddings import HostTokens
 from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
 from qlora_helpers.fast_step.loss import loss_in_chunks, token_losses
 from qlora_helpers.fast_step.rows import RowStarts, attend_in_rows, kernel_refusal
@@ -166,6 +167,21 @@ def test_rows_of_an_embedding_on_the_host_are_looked_up_by_the_tokens_that_staye
         del other["host_tokens"]  # an answer, or a batch of somebody else's
         assert torch.equal(model(**other).loss, expected)
         assert not torch.equal(model(**other | {"input_ids": nonsense}).loss, expected)
+
+
+def test_tokens_that_stayed_on_the_host_are_for_their_own_batch_alone():
+    """Where that ends in an error before it looked them up, too."""
+    model = built(SHAPES["llama"])
+    inner = model.get_base_model()
+    with fast(model, offload_embeddings=True) as on:
+        batch = fast_collator(on)(BLOCKS)
+        ids, rows = batch["input_ids"], inner.get_input_embeddings()(batch["input_ids"])
+        stale = HostTokens(torch.zeros_like(ids))
+        model(inputs_embeds=rows, host_tokens=stale)
+        assert torch.equal(inner.get_input_embeddings()(ids), rows)
+        with pytest.raises(ValueError, match="exactly one of input_ids"):
+            model(input_ids=ids, inputs_embeds=rows, host_tokens=stale)
+        assert torch.equal(inner.get_input_embeddings()(ids), rows)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("falcon-7b layout", "same weights"), ("gemma", "more than look up")])

@@ -363,7 +363,8 @@ def test_any_config_json_is_planned_or_refused_at_once(config):
 
 def test_every_key_that_is_read_is_tried_above():
     source = inspect.getsource(module)
-    read = set(re.findall(r'\b(?:size|optional_size|flag)\(config, "(\w+)"', source))
+    calls = re.findall(r'\b(?:size|optional_size|flag)\(config, ((?:"\w+",? ?)+)|config\.get\("(\w+)"', source)
+    read = {name for call in calls for name in re.findall(r"\w+", " ".join(call))}
     assert len(read) >= 20 and read <= set(KEYS)
 
 

@@ -24,6 +24,7 @@ from qlora_helpers.units import gib
 
 RECIPE = profile_config("falcon-40b")
 SAMSUM_TOKENS = 14_732 * 190
+ONE_BLOCK = ("train.micro_batch_size=1", "train.gradient_accumulation_steps=1")
 
 
 def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, price: float | None = None):
@@ -145,6 +146,25 @@ def test_what_keeps_more_is_planned_with_more(setting, times):
     assert any("adapter.lora_dropout=0 would take" in note for note in other.notes) == ("dropout" in setting)
 
 
+def test_what_dropout_keeps_goes_with_the_adapted_layers():
+    def masks(*settings):
+        notes = planned("meta-llama/Llama-3.1-8B", "H100", *ONE_BLOCK, "adapter.lora_dropout=0.05", *settings).notes
+        (note,) = [note for note in notes if "adapter.lora_dropout=0" in note]
+        return float(re.search(r"([\d.]+) GiB less", note)[1])
+
+    assert masks() > 4 * masks("adapter.target_modules=q_proj,v_proj") > 0
+    tiny = planned("random:falcon-tiny", "H100", "adapter.lora_dropout=0.05")
+    assert not any("lora_dropout" in note for note in tiny.notes)  # 0.0 GiB less
+
+
+def test_an_uncompiled_step_is_slower_in_what_it_computes_not_in_what_adapters_add():
+    """DoRA and the plain step keep an uncompiled layer's values; their count must not be taken times the factor again."""
+    step = StepSettings(seq_len_tokens=2048, blocks=4, recomputed=0, compiled=False, r=8, adapter_parameters=20_000_000)
+    sizes, gpu = model_sizes(SHAPES["llama-3.1-8b"]), GPUS["H100"]
+    eager, plain = (step_seconds(sizes, replace(step, fast_adapters=each), gpu) for each in (True, False))
+    assert eager < plain < 1.5 * eager
+
+
 def test_the_table_shows_activations_either_way_and_logits():
     plan = planned("tiiuae/falcon-40b", "4x24GiB")
     for each, memory, layers in zip(plan.choice.beside, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
@@ -258,10 +278,11 @@ def test_nothing_that_fits_ends_earlier_than_the_choice(model, tokens):
 
 def test_blocks_an_optimizer_step_stay_as_asked():
     """A copy on each GPU takes blocks that the copies can share; any micro-batch that divides them may be chosen."""
-    one = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=1"]
-    spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *one)
+    spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *ONE_BLOCK)
     assert spread.choice.copies == 1
-    assert any("no two of 8 GPUs can share 1 blocks" in note and "all could with 8" in note for note in spread.notes)
+    told = "no two of 8 GPUs can share an optimizer step of 1 block; all could with 8"
+    assert told in spread.notes
+    assert not any("share" in note for note in planned("tiiuae/falcon-40b", "3x24GiB").notes)  # none holds a copy
     for count in (7, 8, 12, 96):
         asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
         plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)

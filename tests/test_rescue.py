@@ -208,6 +208,17 @@ def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatc
     assert {len(each.layers_per_gpu) for each in caught.value.candidates} == {gpus}
 
 
+@pytest.mark.parametrize("gpus", [3, 4])
+def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypatch, gpus):
+    """A copy of the model on each GPU would be faster, and can't be had in this process."""
+    run, step = falcon_7b
+    monkeypatch.setattr(planning, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
+    with pytest.raises(OutOfMemory) as caught:
+        step(run)
+    assert len(caught.value.candidates) == 3
+    assert {(each.copies, len(each.layers_per_gpu)) for each in caught.value.candidates} == {(1, gpus)}
+
+
 def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
     run, step = falcon_7b
     monkeypatch.setattr(planning, "this_machine", lambda price=None: card(4.5))

@@ -80,8 +80,11 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
         found = rows.to(input_ids.device, non_blocking=True)
         return found.reshape(*input_ids.shape, host.shape[1])
 
-    hook = model.register_forward_pre_hook(take, with_kwargs=True)
-    undo.callback(hook.remove)
+    for hook in (
+        model.register_forward_pre_hook(take, with_kwargs=True),
+        model.register_forward_hook(lambda *_: given.clear(), always_call=True),  # an error leaves no tokens behind
+    ):
+        undo.callback(hook.remove)
     replace_forward(embedding, forward, undo)
     weight.data = torch.empty(0, host.shape[1], dtype=host.dtype, device=device)
     vars(embedding)[_ON_HOST] = (host, device, undo)
