@@ -30,6 +30,7 @@ from qlora_helpers.units import gib
 
 SHORTEST = 256  # tokens of a block that still holds a dialogue
 LENGTH_STEP = 64  # tokens; a shorter block is looked for in these steps
+SHOWN_GIB = 0.05  # what is less is 0.0 in a note
 GRACE_S = 10  # what `docker stop` gives a process to save
 PLAIN_STEP = (
     "train.fast_step is off: what the plain step keeps was counted on a CPU, and it is slower than these figures say"
@@ -173,12 +174,12 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
 
     more = peak_with(chunked_loss=False) - shown.peak_gib
     less = max(gib(each.adapters + each.gradients + each.optimizer) for each in shown.memory) / 2
-    logits = f"take {more:.1f} GiB more" if more >= 0.05 else "take no more here"
+    logits = f"take {more:.1f} GiB more" if more >= SHOWN_GIB else "take no more here"
     masks = shown.peak_gib - peak_with(dropout=False)
     return (
         *(
             [f"dropout keeps a mask for each adapter: adapter.lora_dropout=0 would take {masks:.1f} GiB less"]
-            if masks
+            if masks >= SHOWN_GIB
             else []
         ),
         f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in 32 bits "
