@@ -32,9 +32,7 @@ SHORTEST = 256  # tokens of a block that still holds a dialogue
 LENGTH_STEP = 64  # tokens; a shorter block is looked for in these steps
 SHOWN_GIB = 0.05  # what is less is 0.0 in a note
 GRACE_S = 10  # what `docker stop` gives a process to save
-PLAIN_STEP = (
-    "train.fast_step is off: what the plain step keeps was counted on a CPU, and it is slower than these figures say"
-)
+PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, its speed is arithmetic"
 PADDED = "rows are padded, not packed, and nothing is compiled"
 BESIDE = {
     "activations_kept": "(activations, none recomputed)",
