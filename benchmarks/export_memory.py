@@ -24,10 +24,11 @@ import torch
 
 from qlora_helpers import workflow
 from qlora_helpers.architectures import adapter_targets
-from qlora_helpers.memory import SINGLE, merging_bytes
+from qlora_helpers.memory import merging_bytes
 from qlora_helpers.merging import WORKING_GIB, low_ranks
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters
+from qlora_helpers.step_settings import SINGLE
 from qlora_helpers.tensor_files import BYTES, INDEX, TensorToWrite, shards, stored_tensors, write_tensors
 from qlora_helpers.units import BYTES_IN_GIB, gib
 

@@ -18,10 +18,11 @@ import matplotlib
 
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS
-from qlora_helpers.memory import GpuMemory, StepSettings, predict
+from qlora_helpers.memory import GpuMemory, predict
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.speed import step_seconds
+from qlora_helpers.step_settings import StepSettings
 from qlora_helpers.units import gib
 from qlora_helpers.whole_files import read_json, write_text
 

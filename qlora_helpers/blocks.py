@@ -84,6 +84,21 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]
     return blocks
 
 
+@dataclass(frozen=True)
+class HostTokens:
+    """A batch's tokens, which stay on the host wherever the rest of the batch goes.
+
+    Attributes:
+        ids: `(batch, tokens)`, int64, equal to the batch's `input_ids`.
+    """
+
+    ids: torch.Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> HostTokens:
+        """Itself: what moves batches asks each part of them."""
+        return self
+
+
 @dataclass
 class BlockCollator:
     """Blocks -> one batch of tensors.
@@ -129,8 +144,6 @@ class BlockCollator:
         segments = _padded([block["segment_ids"] for block in blocks], length, 0)
         batch = {"input_ids": ids, "labels": labels}
         if self.host_tokens:
-            from qlora_helpers.fast_step.embeddings import HostTokens
-
             batch["host_tokens"] = HostTokens(ids)
         if self.packed:
             batch["position_ids"] = positions_in_row(segments)

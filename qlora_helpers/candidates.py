@@ -11,9 +11,10 @@ from typing import Any
 from qlora_helpers.architectures import ModelSizes, keeps_packed_rows_apart
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import Beside, GpuMemory, StepSettings, beside, predict, step_settings
+from qlora_helpers.memory import Beside, GpuMemory, beside, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
+from qlora_helpers.step_settings import StepSettings, step_settings
 from qlora_helpers.units import duration, gib
 
 MOST_BLOCKS = 256  # in a micro-batch: larger ones are no faster

@@ -22,7 +22,7 @@ from qlora_helpers.candidates import (
 )
 from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
-from qlora_helpers.memory import MEMORY_MARGIN, StepSettings, step_settings
+from qlora_helpers.memory import MEMORY_MARGIN
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.plan import (
     SPREAD,
@@ -34,6 +34,7 @@ from qlora_helpers.plan import (
     smallest_change,
 )
 from qlora_helpers.speed import UNNAMED_GPU, compile_pays
+from qlora_helpers.step_settings import StepSettings, step_settings
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from qlora_helpers.candidates import (
 )
 from qlora_helpers.catalog import GPUS, INSTANCES, Hardware, parse_gpus
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import MEMORY_MARGIN, predict, step_settings
+from qlora_helpers.memory import MEMORY_MARGIN, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import UNNAMED_GPU
+from qlora_helpers.step_settings import step_settings
 from qlora_helpers.tables import Table
 from qlora_helpers.units import gib
 

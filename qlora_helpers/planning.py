@@ -16,13 +16,14 @@ from qlora_helpers.candidates import blocks_per_step, is_packed, together
 from qlora_helpers.catalog import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize, Hardware, find_gpu, parse_gpus
 from qlora_helpers.config import DataConfig, RunConfig
 from qlora_helpers.errors import UserError
-from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.memory import predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import Outlook, look_ahead
 from qlora_helpers.plan import Plan, make_plan
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.sources import read_corpus
 from qlora_helpers.speed import UNNAMED_GPU, step_seconds
+from qlora_helpers.step_settings import step_settings
 from qlora_helpers.units import gib
 
 UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS, Gpu
-from qlora_helpers.memory import HALF, StepSettings, kept_by_adapters, kept_values
+from qlora_helpers.step_settings import HALF, StepSettings, kept_by_adapters, kept_values
 
 LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for them; assumed
 LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step in two calls, when the host still waited for tokens

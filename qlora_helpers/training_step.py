@@ -17,11 +17,12 @@ from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.fast_step import FastStep, fast_step
-from qlora_helpers.memory import CONTEXT_BYTES, MEMORY_MARGIN, StepSettings
+from qlora_helpers.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import compiled_and_recomputed
 from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
 from qlora_helpers.speed import UNNAMED_GPU
+from qlora_helpers.step_settings import StepSettings
 from qlora_helpers.units import gib
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers.blocks import BlockCollator, most_rows, row_losses, row_starts
+from qlora_helpers.blocks import BlockCollator, HostTokens, most_rows, row_losses, row_starts
 from qlora_helpers.config import AdapterConfig
 from qlora_helpers.fast_step import fast_step
-from qlora_helpers.fast_step.embeddings import HostTokens
 from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
 from qlora_helpers.fast_step.loss import loss_in_chunks, token_losses
 from qlora_helpers.fast_step.rows import RowStarts, attend_in_rows, kernel_refusal

@@ -13,10 +13,10 @@ from qlora_helpers.fast_step import rows
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
 from qlora_helpers.lora import add_adapters
-from qlora_helpers.memory import StepSettings, kept_bytes, kept_values
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.nf4 import keep_gradients_exact_on_cpu
 from qlora_helpers.random_weights import build_random_model
+from qlora_helpers.step_settings import StepSettings, kept_bytes, kept_values
 
 TOKENS, R = 256, 4
 _COMMON = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from measured_steps import name_of, planned_steps, step_of
 
-from qlora_helpers.memory import StepSettings, kept_values, predict, spread_layers, stage_memory
+from qlora_helpers.memory import predict, spread_layers, stage_memory
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
+from qlora_helpers.step_settings import StepSettings, kept_values
 from qlora_helpers.units import gib
 
 

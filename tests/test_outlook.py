@@ -6,10 +6,11 @@ import pytest
 
 from qlora_helpers.catalog import parse_gpus
 from qlora_helpers.config import profile_config
-from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.memory import predict
 from qlora_helpers.model_shapes import known_shape
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.planning import outlook
+from qlora_helpers.step_settings import step_settings
 
 FALCON = profile_config("falcon-40b")
 
@@ -80,8 +81,9 @@ def test_where_no_setting_helps_an_instance_is_named():
 def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     """Both leave the trainer's margin."""
     from qlora_helpers.candidates import fewest_recomputed
-    from qlora_helpers.memory import MEMORY_MARGIN, step_settings
+    from qlora_helpers.memory import MEMORY_MARGIN
     from qlora_helpers.model_sizes import model_sizes
+    from qlora_helpers.step_settings import step_settings
 
     config = FALCON.with_settings(["train.micro_batch_size=4", "train.compile=on", "data.seq_len_tokens=2048"])
     found = look("H100", config=config)

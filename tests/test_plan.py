@@ -15,11 +15,12 @@ from measured_steps import step_of as measured_step
 
 from qlora_helpers.catalog import GPUS, parse_gpus
 from qlora_helpers.config import profile_config
-from qlora_helpers.memory import StepSettings, predict, step_settings
+from qlora_helpers.memory import predict
 from qlora_helpers.model_shapes import SHAPES, known_shape
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.plan import make_plan
 from qlora_helpers.speed import step_seconds
+from qlora_helpers.step_settings import StepSettings, step_settings
 from qlora_helpers.units import gib
 
 RECIPE = profile_config("falcon-40b")

@@ -6,9 +6,10 @@ import pytest
 
 from qlora_helpers.catalog import GPUS
 from qlora_helpers.config import TrainConfig, profile_config
-from qlora_helpers.memory import predict, step_settings
+from qlora_helpers.memory import predict
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import model_sizes
+from qlora_helpers.step_settings import step_settings
 from qlora_helpers.training_step import compiled_and_recomputed
 from qlora_helpers.units import gib
 

@@ -1,15 +1,14 @@
 """The input embedding kept in the host's memory while training: it is only looked up, and no GPU needs a vocabulary for that.
 
 A Llama of 8 B keeps 1 GiB of it, which is a block more in a small card. The rows are looked up on the host and sent to the GPU, of
-the tokens as the batch was made (`HostTokens`), so nothing waits for the GPU; a batch without them is fetched from it first. Values
-are the same to the bit.
+the tokens as the batch was made (its `host_tokens`), so nothing waits for the GPU; where a batch has none they are fetched from
+it first. Values are the same to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,6 @@ import torch
 from qlora_helpers.fast_step.patching import replace_forward
 
 _ON_HOST = "_qlora_weight_on_host"
-
-
-@dataclass(frozen=True)
-class HostTokens:
-    """A batch's tokens, which stay on the host wherever the rest of the batch goes.
-
-    Attributes:
-        ids: `(batch, tokens)`, int64, equal to the batch's `input_ids`.
-    """
-
-    ids: torch.Tensor
-
-    def to(self, *args: Any, **kwargs: Any) -> HostTokens:
-        """Itself: what moves batches asks each part of them."""
-        return self
 
 
 def offload_refusal(model: torch.nn.Module) -> str | None:
@@ -64,15 +48,15 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
     undo, weight = ExitStack(), embedding.weight
     host = weight.data.to("cpu", copy=True)
     device = weight.device
-    given: list[HostTokens] = []
+    given: list[torch.Tensor] = []
 
     def take(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         tokens = kwargs.pop("host_tokens", None)
-        given[:] = [] if tokens is None else [tokens]
+        given[:] = [] if tokens is None else [tokens.ids]
         return args, kwargs
 
     def forward(input_ids: torch.Tensor) -> torch.Tensor:
-        tokens = given.pop().ids if given and given[0].ids.shape == input_ids.shape else input_ids.to("cpu")
+        tokens = given.pop() if given and given[0].shape == input_ids.shape else input_ids.to("cpu")
         # Pinned memory is given out again when what was sent from it has arrived: PyTorch's own cache sees to that.
         pinned = input_ids.device.type == "cuda"
         rows = torch.empty(tokens.numel(), host.shape[1], dtype=host.dtype, pin_memory=pinned)
