@@ -23,15 +23,14 @@ from qlora_helpers.candidates import (
 from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
 from qlora_helpers.memory import MEMORY_MARGIN
+from qlora_helpers.mends import cheapest_instance, smallest_change
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.plan import (
     SPREAD,
     Plan,
-    cheapest_instance,
     hardware_notes,
     make_plan,
     settings_notes,
-    smallest_change,
 )
 from qlora_helpers.speed import UNNAMED_GPU, compile_pays
 from qlora_helpers.step_settings import StepSettings, step_settings

@@ -53,7 +53,7 @@ FITTED = Speed(
 )
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB.
 
-The first five come from fewer steps; a fit to all of them moves no prediction by more than 8 %.
+The first five come from fewer steps; a fit to all of them moves no prediction by more than 6 %.
 """
 UNNAMED_GPU = GPUS["L4"]
 """Stands in for the speed of a card of which only the memory is known."""

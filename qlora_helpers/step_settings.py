@@ -142,5 +142,6 @@ def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> int:
         return without + settings.dropout * (SINGLE * inputs + 2 * outputs)
     if not settings.fast_adapters:
         return 3 * inputs // 2 + settings.dropout * SINGLE * inputs
-    left = 0 if settings.compiled else settings.value_bytes * inputs
-    return (5 * inputs // 4 if settings.compiled else inputs + left) if settings.dropout else 0
+    if not settings.dropout:
+        return 0
+    return 5 * inputs // 4 if settings.compiled else (1 + settings.value_bytes) * inputs

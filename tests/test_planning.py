@@ -18,8 +18,9 @@ from qlora_helpers import planning, shape_lookup
 from qlora_helpers.catalog import INSTANCES, parse_gpus
 from qlora_helpers.config import DataConfig, ModelConfig, RunConfig, profile_config
 from qlora_helpers.errors import ModelError, UserError
+from qlora_helpers.mends import cheapest_instance
 from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.plan import cheapest_instance, make_plan
+from qlora_helpers.plan import make_plan
 from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
 from qlora_helpers.shape_lookup import find_shape
 from qlora_helpers.telemetry import GpuReading

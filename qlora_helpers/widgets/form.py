@@ -16,9 +16,9 @@ import ipywidgets
 from qlora_helpers.catalog import Hardware, parse_gpus
 from qlora_helpers.config import SECTIONS, RunConfig, describe
 from qlora_helpers.errors import ConfigError, UserError
+from qlora_helpers.mends import cheapest_instance
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import Outlook
-from qlora_helpers.plan import cheapest_instance
 from qlora_helpers.planning import outlook, trained_share
 from qlora_helpers.run import Run
 from qlora_helpers.shape_lookup import find_shape
