@@ -77,7 +77,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"fast_step": False, "micro_batch_size": 8},
     },
     "plain": {"train": {"fast_step": False}},
-    "eager": {"train": {"compile": "off"}},
+    "eager": {"train": {"compile": "off", "cuda_graph": False}},
+    "launched": {"train": {"compile": "on", "cuda_graph": False}},
+    "graphed": {"train": {"compile": "off"}},
     "fast": {"train": {"compile": "on"}},
     "fast_host": {"train": {"compile": "on", "offload_embeddings": True}},
     "fast_all": {"train": {"compile": "on"}, "data": {"loss_on": "all"}},
@@ -86,8 +88,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dora": {"train": {"compile": "off"}, "adapter": {"use_dora": True}},
     "auto": {},
 }
-"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step uncompiled, compiled, with the
-input embedding in the host's memory, with a loss on all tokens, with dropout, with DoRA, and as planned."""
+"""What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step neither compiled nor recorded,
+compiled alone, recorded alone, both, both with the input embedding in the host's memory, with a loss on all tokens, with dropout,
+with DoRA, and as planned."""
 
 
 class Clock(TrainerCallback):
@@ -99,6 +102,7 @@ class Clock(TrainerCallback):
         self.marks: list[Any] = []
         self.tokens: list[torch.Tensor] = []
         self.first_step_s: float | None = None
+        self.outside_gib = 0.0
         self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -107,6 +111,9 @@ class Clock(TrainerCallback):
         if self.first_step_s is None:
             _synchronize()
             self.first_step_s = time.monotonic() - self.started
+        if ON_GPU and state.global_step == WARM + TIMED:
+            free, total = torch.cuda.mem_get_info()
+            self.outside_gib = gib(total - free - torch.cuda.memory_reserved())
         control.should_evaluate = control.should_save = False  # the last step would ask for both
 
     def result(self) -> dict[str, float]:
@@ -117,6 +124,7 @@ class Clock(TrainerCallback):
         return {
             "tokens_per_s": round(tokens / seconds, 1), "step_s": round(seconds / steps, 4),
             "tokens_per_step": round(tokens / steps, 1), "first_step_s": round(self.first_step_s, 1),
+            "outside_gib": round(self.outside_gib, 3),
         }  # fmt: skip
 
 
@@ -224,6 +232,9 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
+            "graphed": bool(fast and fast.graphed),
+            "passes_played": fast.graphs.played if fast and fast.graphs else 0,
+            "recording_s": round(fast.graphs.recording_s, 2) if fast and fast.graphs else None,
             "offloaded": bool(fast and fast.offloaded),
             "layers_recomputed": fast.recomputed if fast else _recomputed_by_trainer(case, model),
             "dropout": model.active_peft_config.lora_dropout > 0,

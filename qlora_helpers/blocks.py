@@ -117,6 +117,8 @@ class BlockCollator:
             (`fast_step.rows`).
         list_trained: whether to add `trained_index` and `trained_labels`, flat lists of what is trained, in place of
             `logits_to_keep` and `shift_labels` (`fast_step.loss`).
+        most_trained: trained tokens in any batch; given, the lists of `list_trained` are filled up to it with positions that are
+            not trained, so that they have one length in all batches.
         blocks: fills up a batch with blocks of padding to this number, so that all batches have one shape; None doesn't.
         host_tokens: whether to add `host_tokens`, the tokens that stay on the host (`fast_step.embeddings`).
     """
@@ -128,6 +130,7 @@ class BlockCollator:
     keep_trained_logits: bool = True
     most_rows: int | None = None
     list_trained: bool = False
+    most_trained: int | None = None
     blocks: int | None = None
     host_tokens: bool = False
 
@@ -156,8 +159,10 @@ class BlockCollator:
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if self.list_trained:
             flat = shifted.flatten()
-            batch["trained_index"] = (flat != IGNORED).nonzero().squeeze(-1)
-            batch["trained_labels"] = flat[batch["trained_index"]]
+            index = (flat != IGNORED).nonzero().squeeze(-1)
+            if (missing := (self.most_trained or 0) - len(index)) > 0:
+                index = torch.cat([index, (flat == IGNORED).nonzero().squeeze(-1)[:missing]])
+            batch["trained_index"], batch["trained_labels"] = index, flat[index]
         elif self.keep_trained_logits:
             batch["logits_to_keep"] = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
             batch["shift_labels"] = shifted[:, batch["logits_to_keep"]].contiguous()
@@ -187,6 +192,17 @@ class NumberedBlocks:
 def most_rows(*sets: Dataset) -> int:
     """Rows in the fullest block, the padding at its end counted as one."""
     return 1 + max(max(map(len, blocks["row_ids"]), default=0) for blocks in sets)
+
+
+def most_trained(train: Dataset, blocks: int) -> int:
+    """Trained tokens of the fullest batch of so many blocks that could come together."""
+    import torch
+
+    counts = sorted(
+        (int((torch.as_tensor(labels)[1:] != IGNORED).sum()) for labels in train.with_format("torch")["labels"]),
+        reverse=True,
+    )
+    return sum(counts[:blocks])
 
 
 def row_starts(segments: torch.Tensor, most_rows: int) -> torch.Tensor:
@@ -273,8 +289,9 @@ def row_losses(
         rows, tokens = batch["input_ids"].shape
         of_row = torch.zeros(2, rows, device=chunked.per_token.device)
         index = (batch["trained_index"] // tokens).to(of_row.device)
+        trained = batch["trained_labels"].to(of_row.device) != IGNORED
         of_row[0].index_add_(0, index, chunked.per_token)
-        of_row[1].index_add_(0, index, torch.ones_like(chunked.per_token))
+        of_row[1].index_add_(0, index, trained.to(of_row.dtype))
         return of_row[0], of_row[1].long()
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
     logits = model(**inputs).logits.float()

@@ -160,9 +160,13 @@ class TrainConfig:
         "Compile each decoder layer (CUDA alone): auto does where the run is long enough to win back the time.",
         choices=("auto", "on", "off"),
     )
+    cuda_graph: bool = option(
+        True,
+        "Record a forward and a backward pass as CUDA graphs and play them again: packed blocks on one GPU, without dropout.",
+    )
     offload_embeddings: bool = option(
         False,
-        "Keep the input embedding in the host's memory: frees its bytes on the GPU, and each forward pass waits once.",
+        "Keep the input embedding in the host's memory: frees its bytes on the GPU; each forward pass gets its rows from there.",
     )
     logging_steps: int = option(2, "Write a line of progress every so many steps.", low=1)
     eval_steps: int | None = option(

@@ -52,6 +52,7 @@ class TrainResult:
         stopped: whether a person, the budget or SIGTERM stopped it before the end, and `stop_reason` why.
         machine: what it ran on: the GPUs' names, or `CPU`.
         compiled, recomputed: whether decoder layers were compiled, and how many recomputed their activations.
+        graphed: whether passes were played from CUDA graphs.
         fast_step: what of the fast step was on, a line each; empty on the plain path.
     """
 
@@ -66,6 +67,7 @@ class TrainResult:
     machine: str
     reserved_gib: dict[str, float] = field(default_factory=dict)
     compiled: bool = False
+    graphed: bool = False
     recomputed: int = 0
     fast_step: str = ""
     stop_reason: str = ""
@@ -170,9 +172,9 @@ def train(
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
-        compiled = fast is not None and fast.compiled
+        one_shape = fast is not None and (fast.compiled or fast.graphed)
         collator = make_collator(
-            model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if compiled else None
+            model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
         )
         if data.packed and fast is None:
             check_rows_apart(model, collator)
@@ -254,6 +256,7 @@ def _run_session(
         seconds, tokens / max(1e-9, seconds), peak_memory(), callback.stopped,
         machine_name(model.get_input_embeddings().weight.device), reserved_memory(),
         compiled=trainer.fast.compiled if trainer.fast else False,
+        graphed=trainer.fast.graphed if trainer.fast else False,
         recomputed=trainer.fast.recomputed if trainer.fast else 0,
         fast_step=repr(trainer.fast) if trainer.fast else "", stop_reason=callback.stop_reason,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, takes_logits_to_keep
+from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, most_trained, takes_logits_to_keep
 from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError
@@ -58,6 +58,7 @@ def make_collator(
         keep_trained_logits=takes_logits_to_keep(model),
         most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
         list_trained=fast is not None and fast.loss is not None,
+        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.graphed else None,
         blocks=blocks if data.packed else None,
         host_tokens=fast is not None and fast.offloaded,
     )
@@ -78,7 +79,7 @@ def open_fast_step(
 
     compiled, recomputed = _choose(model, data, config, longest)
     return fast_step(
-        model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed,
+        model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, graphed=config.cuda_graph,
         offload_embeddings=config.offload_embeddings, check=check,
     )  # fmt: skip
 

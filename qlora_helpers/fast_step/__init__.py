@@ -14,6 +14,7 @@ import torch
 
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.fast_step.embeddings import brought_back, embeddings_on_host, offload_refusal
+from qlora_helpers.fast_step.graphs import GraphedPasses, graph_refusal, passes_graphed
 from qlora_helpers.fast_step.layers import compile_refusal, decoder_layers, layers_changed
 from qlora_helpers.fast_step.loss import ChunkedLoss, loss_in_chunks
 from qlora_helpers.fast_step.rows import kernel_refusal, rows_attended_apart
@@ -30,6 +31,7 @@ class FastStep:
         loss: the loss in chunks, or None where the model's own is used.
         adapters: how many adapted layers cast weights in place of activations.
         compiled: whether the decoder layers are compiled.
+        graphs: the passes recorded as CUDA graphs, or None where none may be.
         offloaded: whether the input embedding lies in the host's memory.
         recomputed, layers: how many decoder layers recompute their activations, of how many.
         reasons: why a part is off.
@@ -39,10 +41,16 @@ class FastStep:
     loss: ChunkedLoss | None = None
     adapters: int = 0
     compiled: bool = False
+    graphs: GraphedPasses | None = None
     offloaded: bool = False
     recomputed: int = 0
     layers: int = 0
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether passes are recorded and played, as far as is known: what can't be recorded shows at the third pass."""
+        return self.graphs is not None and self.graphs.refusal is None
 
     def __repr__(self) -> str:
         parts = [
@@ -50,11 +58,13 @@ class FastStep:
             ("loss in chunks", self.loss is not None),
             (f"{self.adapters} adapters in 32 bits computing in the model's type", self.adapters > 0),
             ("layers compiled", self.compiled),
+            ("passes recorded as CUDA graphs", self.graphed),
         ]
         parts += [("input embedding in the host's memory", True)] if self.offloaded else []
         lines = [f"{'on ' if on else 'off'}  {name}" for name, on in parts]
         lines.append(f"     {self.recomputed} of {self.layers} layers recomputed")
-        return "\n".join(lines + [f"     ({reason})" for reason in self.reasons])
+        reasons = [*self.reasons, *([self.graphs.refusal] if self.graphs and self.graphs.refusal else [])]
+        return "\n".join(lines + [f"     ({reason})" for reason in reasons])
 
 
 @contextmanager
@@ -65,6 +75,7 @@ def fast_step(
     longest: int,
     compiled: bool,
     recomputed: int | None,
+    graphed: bool = False,
     offload_embeddings: bool = False,
     check: Callable[[FastStep], None] = lambda on: None,
 ) -> Iterator[FastStep]:
@@ -76,6 +87,7 @@ def fast_step(
         longest: an upper bound on a row's tokens.
         compiled: whether the run is long enough for compilation to pay.
         recomputed: how many decoder layers recompute their activations; None for all.
+        graphed: whether passes are recorded as CUDA graphs where they can be.
         offload_embeddings: whether the input embedding goes into the host's memory.
         check: called before anything is compiled; may raise.
     """
@@ -84,11 +96,12 @@ def fast_step(
     brought_back(inner.get_input_embeddings())
     on = FastStep(layers=len(decoder_layers(inner)))
     on.recomputed = on.layers if recomputed is None else min(recomputed, on.layers)
+    looked_up = None
     with ExitStack() as parts:
         if offload_embeddings:
             refusal = offload_refusal(inner)
             if refusal is None:
-                parts.enter_context(embeddings_on_host(inner))
+                looked_up = parts.enter_context(embeddings_on_host(inner))
                 on.offloaded = True
             else:
                 on.reasons.append(refusal)
@@ -114,6 +127,12 @@ def fast_step(
         parts.enter_context(
             layers_changed(inner, compiled=on.compiled, recomputed=on.recomputed, keep_random_state=dropout)
         )
+        if graphed:
+            refusal = graph_refusal(model, packed=packed, dropout=dropout)
+            if refusal is None:
+                on.graphs = parts.enter_context(passes_graphed(model, prepare=looked_up))
+            else:
+                on.reasons.append(refusal)
         yield on
 
 

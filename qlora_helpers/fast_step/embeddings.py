@@ -7,7 +7,7 @@ it first. Values are the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -35,8 +35,11 @@ def offload_refusal(model: torch.nn.Module) -> str | None:
 
 
 @contextmanager
-def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
+def embeddings_on_host(model: torch.nn.Module) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """While open, the weight of the input embedding lies in the host's memory.
+
+    Yields what turns a batch into one that was looked up: with `inputs_embeds`, `(batch, tokens, hidden)` on the host, in place of
+    its tokens.
 
     Where the GPU has no memory to take it back (after an out-of-memory error, before its frames are cleared) it stays on the host
     and works on from there, until `brought_back`.
@@ -55,14 +58,20 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
         given[:] = [] if tokens is None else [tokens.ids]
         return args, kwargs
 
+    def rows_of(tokens: torch.Tensor) -> torch.Tensor:
+        # Pinned memory is given out again when what was sent from it has arrived: PyTorch's own cache sees to that.
+        rows = torch.empty(tokens.numel(), host.shape[1], dtype=host.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(host, 0, tokens.reshape(-1), out=rows)
+        return rows.reshape(*tokens.shape, host.shape[1])
+
     def forward(input_ids: torch.Tensor) -> torch.Tensor:
         tokens = given.pop() if given and given[0].shape == input_ids.shape else input_ids.to("cpu")
-        # Pinned memory is given out again when what was sent from it has arrived: PyTorch's own cache sees to that.
-        pinned = input_ids.device.type == "cuda"
-        rows = torch.empty(tokens.numel(), host.shape[1], dtype=host.dtype, pin_memory=pinned)
-        torch.index_select(host, 0, tokens.reshape(-1), out=rows)
-        found = rows.to(input_ids.device, non_blocking=True)
-        return found.reshape(*input_ids.shape, host.shape[1])
+        return rows_of(tokens).to(input_ids.device, non_blocking=True)
+
+    def looked_up(batch: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in batch.items() if name not in ("input_ids", "host_tokens")}
+        tokens = batch["host_tokens"].ids if "host_tokens" in batch else batch["input_ids"].to("cpu")
+        return rest | {"inputs_embeds": rows_of(tokens)}
 
     for hook in (
         model.register_forward_pre_hook(take, with_kwargs=True),
@@ -73,7 +82,7 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[None]:
     weight.data = torch.empty(0, host.shape[1], dtype=host.dtype, device=device)
     vars(embedding)[_ON_HOST] = (host, device, undo)
     try:
-        yield
+        yield looked_up
     finally:
         with suppress(torch.OutOfMemoryError):  # it goes on from the host; the next session tries again
             brought_back(embedding)

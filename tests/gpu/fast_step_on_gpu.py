@@ -1,6 +1,6 @@
-"""The fast step on the path that a GPU takes: the variable-length kernel, 16 bits, compiled and recomputed layers.
+"""The fast step on the path that a GPU takes: the variable-length kernel, 16 bits, compiled and recomputed layers, CUDA graphs.
 
-    python tests/gpu/fast_step_on_gpu.py OUT.json
+    python tests/gpu/fast_step_on_gpu.py OUT.json [LAYOUT ...]
 
 For each layout, packed and padded: loss and gradients against the plain path in float32, beside what the plain path itself loses in
 16 bits; and a packed row's logits, and those of the row alone in 16 bits, against the row's alone in float32. Ends with an error
@@ -35,6 +35,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED | {"model_type": "llama"},
     "qwen3": _GROUPED | {"model_type": "qwen3"},
 }
+CASES = (
+    ("packed", False, 2, False), ("packed", True, 1, False), ("packed", False, 1, True), ("packed", True, 2, True),
+    ("padded", False, 0, False),
+)  # fmt: skip
+"""Rows, whether layers are compiled, how many recompute, whether passes are recorded."""
 ROWS = {"packed": [[50, 40, 1, 30], [70, 58]], "padded": [[90], [40], [128]]}
 
 
@@ -69,14 +74,14 @@ def block_of(lengths: list[int], seed: int) -> dict[str, list[int]]:
 def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
     """Loss, and the gradients of all adapters in one vector."""
     model.zero_grad(set_to_none=True)
-    loss = model(**{name: value.to(DEVICE) for name, value in batch.items()}).loss
+    loss = model(**{name: value.to(DEVICE) for name, value in batch.items()})["loss"]
     loss.backward()
     parts = [p.grad.flatten().float() for name, p in sorted(model.named_parameters()) if p.grad is not None]
     return loss.item(), torch.cat(parts)
 
 
-def compared(name: str, rows: str, compiled: bool, recomputed: int) -> dict[str, Any]:
-    """Relative errors of the fast step and of the plain path, both in 16 bits."""
+def compared(name: str, rows: str, compiled: bool, recomputed: int, graphed: bool) -> dict[str, Any]:
+    """Relative errors of the fast step and of the plain path, both in 16 bits; a recorded pass is played on other blocks first."""
     packed = rows == "packed"
     blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS[rows])]
     plain = BlockCollator(0, packed, pad_to=LENGTH if packed else None, keep_trained_logits=False)(blocks)
@@ -90,17 +95,24 @@ def compared(name: str, rows: str, compiled: bool, recomputed: int) -> dict[str,
     alone_exact = logits_alone(exact_model, blocks, lengths)
     with fast_step(model, packed=packed, longest=LENGTH, compiled=False, recomputed=0):
         alone = logits_alone(model, blocks, lengths)
-    with fast_step(model, packed=packed, longest=LENGTH, compiled=compiled, recomputed=recomputed) as on:
+    with fast_step(
+        model, packed=packed, longest=LENGTH, compiled=compiled, recomputed=recomputed, graphed=graphed
+    ) as on:
         collator = BlockCollator(
-            0, packed, pad_to=LENGTH if packed else None, most_rows=5 if on.rows_apart else None, list_trained=True
-        )
+            0, packed, pad_to=LENGTH if packed else None, most_rows=5 if on.rows_apart else None, list_trained=True,
+            most_trained=200 if graphed else None,
+        )  # fmt: skip
+        for seed in range(10, 10 + 3 * graphed):
+            gradients(model, collator([block_of(lengths[::-1], seed) for lengths in reversed(ROWS[rows])]))
         fast_loss, fast = gradients(model, collator(blocks))
+        played = on.graphs.played if on.graphs else 0
         together = logits_packed(model, collator, blocks, lengths) if packed else alone
         found = {
             "rows_apart": on.rows_apart,
             "compiled": on.compiled,
             "recomputed": on.recomputed,
-            "reasons": on.reasons,
+            "played": played,
+            "reasons": on.reasons + ([on.graphs.refusal] if on.graphs and on.graphs.refusal else []),
         }
     errors = {
         "fast_gradient_error": float((fast - exact).norm() / exact.norm()),
@@ -140,16 +152,17 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """All layouts; fails after the last where one is off."""
+    """All layouts, or those that are named; fails after the last where one is off."""
     results: dict[str, Any] = {"machine": training.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
     results["cases"] = []
-    for name in LAYOUTS:
-        for rows, compiled, recomputed in (("packed", False, 2), ("packed", True, 1), ("padded", False, 0)):
-            case = compared(name, rows, compiled, recomputed)
+    for name in sys.argv[2:] or LAYOUTS:
+        for rows, compiled, recomputed, graphed in CASES:
+            case = compared(name, rows, compiled, recomputed, graphed)
             case["passed"] = (
                 case["fast_gradient_error"] <= 1.2 * case["plain_gradient_error"] + 1e-3
                 and case["fast_loss_error"] <= 1.2 * case["plain_loss_error"] + 1e-3
                 and (case["row_packed_error"] or 0) <= 1.2 * case["row_alone_error"] + 1e-3
+                and case["played"] == (2 if graphed and DEVICE == "cuda" else 0)
             )
             results["cases"].append(case)
             print(json.dumps(case), flush=True)

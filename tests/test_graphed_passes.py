@@ -1,0 +1,234 @@
+"""Recorded passes give the gradients of passes that are run, whatever comes between them.
+
+A CUDA graph needs a GPU (`tests/gpu/fast_step_on_gpu.py`). Here a recording is played by running the same functions again on the
+same inputs, in memory that each forward pass writes over, as a graph does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
+
+from qlora_helpers.blocks import BlockCollator, most_trained, row_losses
+from qlora_helpers.fast_step import FastStep, fast_step
+from qlora_helpers.fast_step.embeddings import embeddings_on_host
+from qlora_helpers.fast_step.graphs import PASSES_BEFORE, graph_refusal, passes_graphed
+from qlora_helpers.fast_step.loss import loss_in_chunks
+from qlora_helpers.fast_step.rows import rows_attended_apart
+
+OTHER_BLOCKS = [rows_of([4, 8, 9], start=5), rows_of([13, 2, 2], start=6)]
+
+
+class Recorder:
+    """Plays by running again: results go where the first run's were, and a forward pass destroys the gradients there."""
+
+    def __init__(self, passes_of=lambda: None) -> None:
+        self.recordings, self.forgotten, self.passes = 0, 0, None
+
+    def __call__(self, run_forward, run_backward):
+        self.recordings += 1
+        passes = run_forward.__self__
+        run_forward()
+        loss = passes._loss.detach().clone()
+        run_backward()
+        places = passes._gradients
+        for each in places:
+            each.fill_(torch.nan)  # a recording computes nothing
+
+        def forward():
+            for each in places:
+                each.fill_(torch.nan)
+            with torch.enable_grad():
+                run_forward()
+            loss.copy_(passes._loss.detach())
+
+        def backward():
+            with torch.enable_grad():
+                run_backward()
+            for place, found in zip(places, passes._gradients, strict=True):
+                place.copy_(found)
+            passes._gradients = places
+
+        return [forward, backward]
+
+    def forget(self):
+        self.forgotten += 1
+
+
+@pytest.fixture
+def opened():
+    """A model whose passes are recorded, with the collator that fits, and what recorded them."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+
+        def open_(model, *, offloaded=False):
+            inner, recorder = model.get_base_model(), Recorder()
+            looked_up = stack.enter_context(embeddings_on_host(inner)) if offloaded else None
+            stack.enter_context(rows_attended_apart(inner, longest=24))
+            stack.enter_context(loss_in_chunks(inner))
+            passes = stack.enter_context(passes_graphed(model, prepare=looked_up, record=recorder))
+            collator = BlockCollator(
+                0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40, host_tokens=offloaded
+            )
+            return passes, recorder, collator
+
+        yield open_
+
+
+def of(model, batch):
+    """Loss and gradients of a pass: a played one returns a plain dictionary."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["", "embedding on the host"])
+@pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "qwen3"])
+def test_played_passes_give_the_gradients_of_the_plain_path(name, offloaded, opened):
+    model = built(SHAPES[name])
+    expected = [gradients(model, plain_collator()(blocks)) for blocks in (BLOCKS, OTHER_BLOCKS)]
+    if offloaded and name.startswith("falcon"):
+        pytest.skip("Falcon's output layer is its embedding")
+    passes, recorder, collator = opened(model, offloaded=offloaded)
+    for turn in range(PASSES_BEFORE + 4):
+        assert_same(of(model, collator((BLOCKS, OTHER_BLOCKS)[turn % 2])), expected[turn % 2], 1e-6)
+    assert passes.played == 4 and recorder.recordings == 1 and passes.refusal is None
+
+
+def test_gradients_add_up_over_passes(opened):
+    model = built(SHAPES["llama"])
+    collate = plain_collator()
+    model.zero_grad(set_to_none=True)
+    for blocks in (BLOCKS, OTHER_BLOCKS, BLOCKS):
+        (model(**collate(blocks)).loss / 3).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    passes, _, collator = opened(model)
+    for _ in range(3):  # the second time in the midst of it, the third time all are played
+        model.zero_grad(set_to_none=True)
+        for blocks in (BLOCKS, OTHER_BLOCKS, BLOCKS):
+            (model(**collator(blocks))["loss"] / 3).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_same((0.0, found), (0.0, expected), 1e-6)
+    assert passes.played == 9 - PASSES_BEFORE
+
+
+def test_weights_that_change_are_seen_and_the_loss_is_a_value_of_its_own(opened):
+    model = built(SHAPES["falcon-40b layout"])
+    passes, _, collator = opened(model)
+    for _ in range(PASSES_BEFORE + 1):
+        first = model(**collator(BLOCKS))["loss"]
+        first.backward()
+    before = first.item()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.mul_(1.5)
+    second = of(model, collator(BLOCKS))
+    assert passes.played == 2
+    assert first.item() == before != second[0]
+    model.eval()
+    assert second[0] == pytest.approx(model(**collator(BLOCKS)).loss.item(), rel=1e-9)
+
+
+def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opened):
+    model = built(SHAPES["llama"])
+    passes, recorder, collator = opened(model)
+    expected = of(model, collator(BLOCKS))
+    for _ in range(PASSES_BEFORE):
+        of(model, collator(BLOCKS))
+    assert passes.played == 1
+    model.eval()
+    with torch.no_grad():
+        losses, tokens = row_losses(model, plain_collator()(BLOCKS))
+    model.train()
+    assert recorder.forgotten == 1
+    kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same((0.0, kept), (0.0, expected[1]))
+    assert_same(of(model, collator(BLOCKS)), expected)
+    assert recorder.recordings == 2 and passes.played == 2
+    assert (losses.sum() / tokens.sum()).item() == pytest.approx(expected[0], rel=1e-9)
+
+
+def test_a_batch_of_another_shape_is_run_as_it_is(opened):
+    model = built(SHAPES["llama"])
+    single = gradients(model, plain_collator()(BLOCKS[:1]))
+    passes, recorder, collator = opened(model)
+    for _ in range(PASSES_BEFORE + 1):
+        of(model, collator(BLOCKS))
+    assert_same(of(model, collator(BLOCKS[:1])), single, 1e-6)
+    assert passes.played == 1 and recorder.forgotten == 1
+
+
+def test_what_cannot_be_recorded_is_run_and_the_reason_kept(opened):
+    model = built(SHAPES["llama"])
+    passes, recorder, collator = opened(model)
+    expected = of(model, collator(BLOCKS))
+
+    def fails(*works):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    passes._record = type("Fails", (), {"__call__": lambda self, *works: fails(), "forget": lambda self: None})()
+    for _ in range(PASSES_BEFORE + 1):
+        assert_same(of(model, collator(BLOCKS)), expected)
+    assert passes.played == 0
+    assert passes.refusal.startswith("no CUDA graph: OutOfMemoryError")
+    shown = repr(FastStep(graphs=passes))
+    assert "off  passes recorded as CUDA graphs" in shown and passes.refusal in shown
+
+
+def test_a_forward_pass_over_another_is_refused_not_mixed_up(opened):
+    model = built(SHAPES["llama"])
+    _, _, collator = opened(model)
+    for _ in range(PASSES_BEFORE + 1):
+        of(model, collator(BLOCKS))
+    first = model(**collator(BLOCKS))["loss"]
+    model(**collator(OTHER_BLOCKS))
+    with pytest.raises(RuntimeError, match="before the next forward pass"):
+        first.backward()
+
+
+def test_items_in_a_batch_may_be_a_number_or_a_tensor(opened):
+    model = built(SHAPES["llama"])
+    passes, _, collator = opened(model)
+    losses = [of(model, collator(BLOCKS) | {"num_items_in_batch": items})[0] for items in (8, 8, 8, 16, 32)]
+    assert losses == pytest.approx([losses[0], losses[0], losses[0], losses[0] / 2, losses[0] / 4])
+    assert passes.played == 3
+
+
+def test_the_model_is_as_it_was_afterwards():
+    model = built(SHAPES["llama"])
+    with passes_graphed(model, record=Recorder()):
+        assert "forward" in vars(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_cpu_a_row_of_padding_and_dropout_say_why_nothing_is_recorded():
+    model = built(SHAPES["llama"])
+    assert "CUDA" in graph_refusal(model, packed=True, dropout=False)
+    with fast_step(model, packed=True, longest=24, compiled=False, recomputed=0, graphed=True) as on:
+        assert not on.graphed and any("CUDA" in reason for reason in on.reasons)
+    model.to("meta")
+    for weight in model.parameters():
+        assert weight.device.type == "meta"
+
+
+def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
+    model = built(SHAPES["llama"]).eval()
+    with fast_step(model, packed=True, longest=24, compiled=False, recomputed=0) as on, torch.no_grad():
+        short = fast_collator(on)
+        filled = BlockCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
+        batch = filled(BLOCKS)
+        assert len(batch["trained_index"]) == 40 == len(set(batch["trained_index"].tolist()))
+        first, second = row_losses(model, short(BLOCKS), on.loss), row_losses(model, batch, on.loss)
+    assert second[1].tolist() == first[1].tolist()
+    assert torch.allclose(first[0], second[0])
+
+
+def test_the_fullest_batch_is_that_of_the_fullest_blocks():
+    from datasets import Dataset
+
+    blocks = Dataset.from_list([{"labels": [-100, 1, 2]}, {"labels": [5, -100, -100]}, {"labels": [5, 6, -100]}])
+    assert [most_trained(blocks, count) for count in (1, 2, 3, 9)] == [2, 3, 3, 3]
