@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers.architectures import ModelSizes, keeps_packed_rows_apart
+from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import Beside, GpuMemory, beside, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
-from qlora_helpers.step_settings import StepSettings, step_settings
+from qlora_helpers.step_settings import StepSettings, is_packed, step_settings
 from qlora_helpers.units import duration, gib
 
 MOST_BLOCKS = 256  # in a micro-batch: larger ones are no faster
@@ -29,6 +29,7 @@ class Candidate:
         blocks, accumulation: micro-batch on each GPU, and forward passes per optimizer step.
         recomputed: decoder layers that recompute their activations, of `layers`.
         compiled: whether layers are compiled.
+        graphed: whether passes are played from CUDA graphs.
         offloaded: whether the input embedding lies in the host's memory.
         copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
         layers_per_gpu, memory, beside: of each GPU that holds a part of one copy.
@@ -43,6 +44,7 @@ class Candidate:
     recomputed: int
     layers: int
     compiled: bool
+    graphed: bool
     offloaded: bool
     copies: int
     layers_per_gpu: tuple[int, ...]
@@ -79,6 +81,7 @@ class Candidate:
     def __repr__(self) -> str:
         how = [f"{self.recomputed} of {self.layers} layers recomputed"]
         how += ["compiled"] if self.compiled else []
+        how += ["as CUDA graphs"] if self.graphed else []
         how += ["embedding on the host"] if self.offloaded else []
         how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
         how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
@@ -92,8 +95,8 @@ class Candidate:
         """Plain values, ready for JSON."""
         return {
             "blocks": self.blocks, "seq_len_tokens": self.seq_len_tokens, "accumulation": self.accumulation,
-            "recomputed": self.recomputed, "layers": self.layers, "compiled": self.compiled, "offloaded": self.offloaded,
-            "copies": self.copies, "layers_per_gpu": list(self.layers_per_gpu),
+            "recomputed": self.recomputed, "layers": self.layers, "compiled": self.compiled, "graphed": self.graphed,
+            "offloaded": self.offloaded, "copies": self.copies, "layers_per_gpu": list(self.layers_per_gpu),
             "memory_gib": [memory.parts_gib() for memory in self.memory],
             "beside_gib": [{name: gib(value) for name, value in vars(each).items()} for each in self.beside],
             "allocated_gib": [gib(memory.allocated) for memory in self.memory],
@@ -161,11 +164,6 @@ def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
     return (False,) if sizes.tied or not config.train.fast_step else (False, True)
 
 
-def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
-    """Whether rows will be packed: asked for, and the model can keep them apart."""
-    return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
-
-
 def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
     """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
     return config.train.fast_step and is_packed(config, shape)
@@ -220,15 +218,17 @@ def candidate(
         accumulation: forward passes per optimizer step.
         copies: of the model, each on `gpus` GPUs.
     """
-    rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
+    gpu = hardware.gpu or UNNAMED_GPU
+    step = replace(step, graphed=step.graphed and gpus == copies == 1 and gpu.supports_bf16)
+    rate = together(copies) * step.tokens / step_seconds(sizes, step, gpu)
     seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
     layers, memory = predict(sizes, step, gpus=gpus)
     price = hardware.price_usd_per_hour
     return Candidate(
         blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
-        compiled=step.compiled, offloaded=step.offloaded and not sizes.tied, copies=copies, layers_per_gpu=layers,
-        memory=memory, beside=beside(sizes, step, layers), seq_len_tokens=step.seq_len_tokens, tokens_per_s=rate, seconds=seconds,
-        dollars=None if price is None else price * seconds / 3600,
+        compiled=step.compiled, graphed=step.graphed, offloaded=step.offloaded and not sizes.tied, copies=copies,
+        layers_per_gpu=layers, memory=memory, beside=beside(sizes, step, layers), seq_len_tokens=step.seq_len_tokens,
+        tokens_per_s=rate, seconds=seconds, dollars=None if price is None else price * seconds / 3600,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: Trai
     try:
         predicted = predicted_step(
             run.config(), hardware=dataclasses.replace(this_machine(), gpus=holding), compiled=result.compiled,
-            recomputed=result.recomputed,
+            graphed=result.graphed, recomputed=result.recomputed,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
             copies=int(os.environ.get("WORLD_SIZE", 1)),

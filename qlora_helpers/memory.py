@@ -17,7 +17,8 @@ QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256  # weights a constant, constants a
 MEMORY_MARGIN = 0.03  # of the card, left free where the trainer chooses how many layers recompute
 LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to it
 MATRIX_TILE = 128  # tokens that a matrix product works on together
-CONTEXT_BYTES = int(0.5 * BYTES_IN_GIB)  # CUDA's own, outside PyTorch's count
+CONTEXT_BYTES = int(0.75 * BYTES_IN_GIB)  # CUDA's own and kernels, outside PyTorch's count; measured on an H100
+GRAPHS_BYTES = int(0.1 * BYTES_IN_GIB)  # of the recorded kernels, there too; measured with 30 to 60 layers
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16  # of what comes and goes, in segments that grow
 RECOMPUTED_FRAGMENTATION_SHARE = 0.2  # of a recomputed layer's work: holes among what is kept; fitted to a Llama
 OPTIMIZER_BYTES = {
@@ -41,7 +42,7 @@ class GpuMemory:
         activations: kept from the forward for the backward pass.
         working: the most that lives for a moment: a layer being recomputed, a weight at full width, a chunk of logits.
         fragmentation: reserved by PyTorch beyond what tensors take.
-        context: CUDA's own.
+        context: CUDA's own, recorded passes included.
     """
 
     weights_quantized: int = 0
@@ -133,7 +134,7 @@ def stage_memory(
     fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
     return replace(
         whole, weights_other=other - offloaded, activations=activations, working=working, fragmentation=round(fragmentation),
-        context=CONTEXT_BYTES,
+        context=CONTEXT_BYTES + (GRAPHS_BYTES if settings.graphed else 0),
     )  # fmt: skip
 
 

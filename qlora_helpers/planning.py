@@ -73,8 +73,8 @@ def plan_run(
 
 
 def predicted_step(
-    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, fill: float = 1.0,
-    copies: int = 1,
+    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, graphed: bool = False,
+    fill: float = 1.0, copies: int = 1,
 ) -> dict[str, object]:  # fmt: skip
     """What a step with these very settings should hold and how fast it should be: to stand beside what was measured.
 
@@ -83,6 +83,7 @@ def predicted_step(
         hardware: the GPUs that hold one copy of the model.
         compiled, recomputed: of the decoder layers.
         trained_share: of the tokens.
+        graphed: whether passes were played from CUDA graphs.
         fill: share of a block that is not padding.
         copies: processes that each train a copy (torchrun).
 
@@ -95,6 +96,7 @@ def predicted_step(
         config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled,
         trained_share=trained_share,
     )  # fmt: skip
+    step = replace(step, graphed=graphed)
     _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
     seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
     return {

@@ -11,8 +11,7 @@ from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.catalog import GPUS, Gpu
 from qlora_helpers.step_settings import HALF, StepSettings, kept_by_adapters, kept_values
 
-LOOKUP_BYTES_S, LOOKUP_S = 4e9, 0.003  # of embeddings in the host's memory, and the GPU's wait for them; assumed
-LOOKUP_HOST_S = 0.09  # where the host sets the pace; from one step in two calls, when the host still waited for tokens
+LOOKUP_BYTES_S, SENT_BYTES_S = 4e9, 25e9  # of embeddings in the host's memory: found there, sent to the GPU; assumed
 DORA_BYTES = 30  # a parameter, for the norm of a weight and its adapter; counted, never measured
 COMPILE_S = 30.0  # what the first step takes longer
 
@@ -23,44 +22,55 @@ class Speed:
 
     Attributes:
         matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
-        memory_share: of the datasheet's bandwidth that everything else reaches.
+        memory_share: of the datasheet's bandwidth that unpacking 4-bit weights reaches, and everything else that crosses the bus.
+        head_operations, value_operations: what attention takes in both directions for a token of a short row, a head and each of
+            its values, in operations at the datasheet's matrix rate; starting the kernel's many small parts is most of it.
         forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
         eager_factor: how much longer all of that takes uncompiled.
         forward_host_s, backward_host_s: what the host takes to start a layer's pass in each direction; a step is never faster
             than all of these.
         eager_host_factor: how much longer the host takes where layers are not compiled.
+        graph_gaps_s: what the GPU waits between a layer's kernels in a forward pass that is played from a graph; twice that in a
+            backward pass, which has twice the kernels.
     """
 
     matrix_share: float
     memory_share: float
+    head_operations: float
+    value_operations: float
     forward_passes: float
     backward_passes: float
     eager_factor: float
     forward_host_s: float
     backward_host_s: float
     eager_host_factor: float
+    graph_gaps_s: float
 
 
 FITTED = Speed(
-    matrix_share=0.644,
-    memory_share=0.563,
-    forward_passes=5.05,
-    backward_passes=5.17,
-    eager_factor=1.98,
-    forward_host_s=0.0025,
-    backward_host_s=0.0073,
-    eager_host_factor=1.12,
+    matrix_share=0.737,
+    memory_share=0.54,
+    head_operations=1.77e06,
+    value_operations=22400,
+    forward_passes=4.19,
+    backward_passes=6.1,
+    eager_factor=2.4,
+    forward_host_s=0.00261,
+    backward_host_s=0.00707,
+    eager_host_factor=1.13,
+    graph_gaps_s=0.000126,
 )
-"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB.
-
-The first five come from fewer steps; a fit to all of them moves no prediction by more than 6 %.
+"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB; the second to
+the fourth come from kernels that were timed.
 """
+ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
+LOSS_BYTES = 32  # that cross the bus for each logit: made, in 32 bits, their sum, their slopes and those in 16 bits
 UNNAMED_GPU = GPUS["L4"]
 """Stands in for the speed of a card of which only the memory is known."""
 
 
 def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
-    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, and what crosses the memory bus.
+    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, attention, and what crosses the bus.
 
     Layers spread over several GPUs work one after another, so it is the same for any number of them.
     """
@@ -75,16 +85,23 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_block / memory if step.dora else 0.0
-    forward = products + dequantised + norms + values * speed.forward_passes
-    backward = products + dequantised + values * speed.backward_passes
-    head = 4 * step.trained_share * step.tokens * sizes.vocab * sizes.hidden / matrix
+    attention = speed.head_operations + speed.value_operations * sizes.head_dim
+    attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
+    forward = products + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
+    backward = products + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
+    logits = step.trained_share * step.tokens * sizes.vocab
+    head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory
     on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
     on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
     on_host *= 1.0 if step.compiled else speed.eager_host_factor
+    if step.graphed:
+        on_gpu += (3 * sizes.blocks + step.recomputed) * speed.graph_gaps_s
+        on_host = 0.0
     if step.offloaded and not sizes.tied:
-        on_gpu += HALF * step.tokens * sizes.hidden / LOOKUP_BYTES_S + LOOKUP_S
-        on_host += LOOKUP_HOST_S
+        looked_up = HALF * step.tokens * sizes.hidden
+        on_gpu += looked_up / SENT_BYTES_S
+        on_host += looked_up / LOOKUP_BYTES_S
     return max(on_gpu, on_host)
 
 

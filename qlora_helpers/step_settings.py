@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets
+from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets, keeps_packed_rows_apart
 from qlora_helpers.config import RunConfig
 from qlora_helpers.model_sizes import adapter_parameters
 
@@ -24,6 +24,7 @@ class StepSettings:
         blocks: in one forward pass, on each GPU.
         recomputed: decoder layers that recompute their activations.
         compiled: whether decoder layers are compiled.
+        graphed: whether passes are played from CUDA graphs.
         r: rank of the adapters.
         adapter_parameters: trainable weights in all.
         optim: optimizer, as in `TrainConfig.optim`.
@@ -55,6 +56,7 @@ class StepSettings:
     fast_adapters: bool = True
     value_bytes: int = HALF
     adapted: frozenset[str] | None = None
+    graphed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -89,8 +91,20 @@ def step_settings(
         double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
         chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
         fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
-        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None,
+        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None, graphed=may_record(config, shape),
     )  # fmt: skip
+
+
+def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
+    """Whether rows will be packed: asked for, and the model can keep them apart."""
+    return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
+
+
+def may_record(config: RunConfig, shape: dict[str, Any]) -> bool:
+    """Whether passes may be recorded as CUDA graphs: all of one shape, on one GPU, and nothing in them drawn at random."""
+    train = config.train
+    wanted = train.fast_step and train.cuda_graph and is_packed(config, shape)
+    return wanted and config.adapter.lora_dropout == 0 and config.model.compute_dtype != "float16"
 
 
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:

@@ -108,6 +108,7 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         offloaded=config.offload_embeddings, dropout=model.active_peft_config.lora_dropout > 0,
         dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
+        graphed=config.cuda_graph and data.packed and not model.active_peft_config.lora_dropout,
     )  # fmt: skip
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU

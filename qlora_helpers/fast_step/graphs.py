@@ -235,6 +235,8 @@ def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool) -> str
         return "several processes average their gradients: no pass is recorded"
     if not packed:
         return "padded rows differ in length: no pass is recorded"
+    if any(weight.dtype == torch.float16 for weight in model.parameters()):
+        return "float16 trains under autocast, with a loss that is scaled: no pass is recorded"
     if dropout:
         return "dropout draws new masks at every pass: none is recorded"
     return None

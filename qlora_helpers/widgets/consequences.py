@@ -65,6 +65,7 @@ def how(found: Outlook) -> str:
     again = "every layer" if step.recomputed == step.layers else f"{step.recomputed} of {step.layers} layers"
     again = "no layer" if not step.recomputed else again
     compiled = "compiled" if step.compiled else "not compiled"
+    compiled += ", as CUDA graphs" if step.graphed else ""
     return f"{step.blocks} x {step.seq_len_tokens:,} tokens at once, {step.accumulation} a step; {again} recomputed; {compiled}"
 
 
