@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 ROUNDS, CLIMBS = 6_000, 4
 BOUNDS = {
     "matrix_share": (0.5, 0.85), "forward_passes": (0.5, 12), "backward_passes": (0.5, 20), "eager_factor": (1, 3),
-    "forward_host_s": (0, 0.008), "backward_host_s": (0, 0.016), "eager_host_factor": (1, 2), "graph_gaps_s": (0, 0.0004),
+    "forward_host_s": (0, 0.008), "backward_host_s": (0, 0.016), "eager_host_factor": (1, 2), "gaps_s": (0, 0.0004),
 }  # fmt: skip
 START = Speed(0.72, 0.55, 1.6e6, 2.5e4, 3.0, 6.0, 2.0, 0.003, 0.006, 1.2, 0.0002)
 H100 = GPUS["H100"]
@@ -80,7 +80,7 @@ def main() -> None:
                 "model": case["model"], "blocks": case["blocks"], "recomputed": step.recomputed, "compiled": case["compiled"],
                 "graphed": step.graphed,
                 "held_out": case["model"] not in CALIBRATED, "measured_s": seconds,
-                "in_use_s": round(step_seconds(sizes, step, GPUS["H100"]), 4),
+                "in_use_s": round(step_seconds(sizes, step, H100), 4),
             }
             for case, (sizes, step, seconds) in zip(cases, steps, strict=True)
         ],

@@ -15,8 +15,10 @@ ratios hold. Without a GPU the same runs on the CPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -232,7 +234,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
-            "graphed": bool(fast and fast.graphed),
+            "graphed": bool(fast and fast.graphs and fast.graphs.played),
             "passes_played": fast.graphs.played if fast and fast.graphs else 0,
             "recording_s": round(fast.graphs.recording_s, 2) if fast and fast.graphs else None,
             "offloaded": bool(fast and fast.offloaded),
@@ -348,8 +350,17 @@ def machine() -> dict[str, Any]:
     return {
         "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
-        "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions(),
+        "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions() | peer_versions(),
     }  # fmt: skip
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the other trainers, those that are installed."""
+    found = {}
+    for name in ("trl", "liger-kernel", "unsloth"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> None:

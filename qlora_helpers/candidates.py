@@ -14,7 +14,7 @@ from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import Beside, GpuMemory, beside, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
-from qlora_helpers.step_settings import StepSettings, is_packed, step_settings
+from qlora_helpers.step_settings import StepSettings, is_packed, may_record, step_settings
 from qlora_helpers.units import duration, gib
 
 MOST_BLOCKS = 256  # in a micro-batch: larger ones are no faster
@@ -130,10 +130,13 @@ def all_candidates(
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
+        graphed = gpus == copies == 1 and records(config, shape, hardware)
         for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
-                step = step_settings(config, shape, blocks=blocks, compiled=compiled, trained_share=trained_share)
+                step = step_settings(
+                    config, shape, blocks=blocks, compiled=compiled, graphed=graphed, trained_share=trained_share
+                )
                 step = replace(step, offloaded=placed)
                 fewest = fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus)
                 for count in sorted({fewest, sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
@@ -167,6 +170,14 @@ def embedding_places(sizes: ModelSizes, config: RunConfig) -> tuple[bool, ...]:
 def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
     """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
     return config.train.fast_step and is_packed(config, shape)
+
+
+def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> bool:
+    """Whether one process records its passes on one of these GPUs."""
+    in_16_bits = (hardware.gpu or UNNAMED_GPU).supports_bf16 and config.model.compute_dtype != "float16"
+    return in_16_bits and may_record(
+        config.train, is_packed(config, shape), config.adapter.lora_dropout, model_sizes(shape)
+    )
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
@@ -218,11 +229,12 @@ def candidate(
         accumulation: forward passes per optimizer step.
         copies: of the model, each on `gpus` GPUs.
     """
-    gpu = hardware.gpu or UNNAMED_GPU
-    step = replace(step, graphed=step.graphed and gpus == copies == 1 and gpu.supports_bf16)
-    rate = together(copies) * step.tokens / step_seconds(sizes, step, gpu)
-    seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
     layers, memory = predict(sizes, step, gpus=gpus)
+    if step.graphed and max(gib(each.total) for each in memory) > hardware.usable_gib:
+        step = replace(step, graphed=False)  # as the trainer does where a recording finds no room
+        layers, memory = predict(sizes, step, gpus=gpus)
+    rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
+    seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
     price = hardware.price_usd_per_hour
     return Candidate(
         blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,

@@ -19,6 +19,7 @@ from qlora_helpers.candidates import (
     fewest_recomputed,
     is_packed,
     may_compile,
+    records,
 )
 from qlora_helpers.catalog import DataSize, Gpu, Hardware
 from qlora_helpers.config import RunConfig, TrainConfig
@@ -152,7 +153,8 @@ def _as_set(
     """One process, whose layers are spread over the GPUs, with what the trainer makes of the settings."""
     train, sizes = config.train, model_sizes(shape)
     gpu = hardware.gpu or UNNAMED_GPU
-    step = step_settings(config, shape, blocks=train.micro_batch_size, trained_share=trained_share)
+    graphed = hardware.gpus == 1 and records(config, shape, hardware)
+    step = step_settings(config, shape, blocks=train.micro_batch_size, graphed=graphed, trained_share=trained_share)
     if hardware.gpus == 1:
         compiled, recomputed = compiled_and_recomputed(
             train, sizes, step, gpu, (1 - MEMORY_MARGIN) * hardware.usable_gib,
@@ -229,7 +231,9 @@ def _same_learning(
     places = (True,) if step.offloaded else embedding_places(sizes, config)
     for blocks in [count for count in range(step.blocks, 0, -1) if per_step % count == 0]:
         for offloaded in places:
-            base = step_settings(config, shape, blocks=blocks, compiled=step.compiled, trained_share=trained_share)
+            base = step_settings(
+                config, shape, blocks=blocks, compiled=step.compiled, graphed=step.graphed, trained_share=trained_share
+            )
             base = replace(base, offloaded=offloaded)
             fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
             again = max(fewest, step.recomputed)

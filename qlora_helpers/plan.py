@@ -104,6 +104,7 @@ class Plan:
         if self.choice:
             lines.append(f"fastest that fits  {self.choice!r}")
             lines += [f"next best          {each!r}" for each in self.alternatives]
+            lines.append("to take it         " + " ".join(f"--set {setting}" for setting in self.choice.settings))
         else:
             lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB too much on the fullest GPU, at {shown!r}")
             lines += [f"would fit: {mend}" for mend in self.mends]
@@ -160,6 +161,7 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
         blocks=shown.blocks,
         recomputed=shown.recomputed,
         compiled=shown.compiled,
+        graphed=shown.graphed,
         trained_share=trained_share,
     )
 

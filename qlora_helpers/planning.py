@@ -93,10 +93,9 @@ def predicted_step(
     """
     shape = find_shape(config.model)
     step = step_settings(
-        config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled,
+        config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled, graphed=graphed,
         trained_share=trained_share,
     )  # fmt: skip
-    step = replace(step, graphed=graphed)
     _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
     seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
     return {

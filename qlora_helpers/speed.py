@@ -30,8 +30,8 @@ class Speed:
         forward_host_s, backward_host_s: what the host takes to start a layer's pass in each direction; a step is never faster
             than all of these.
         eager_host_factor: how much longer the host takes where layers are not compiled.
-        graph_gaps_s: what the GPU waits between a layer's kernels in a forward pass that is played from a graph; twice that in a
-            backward pass, which has twice the kernels.
+        gaps_s: what the GPU waits between a layer's kernels in a forward pass; twice that in a backward pass, which has twice the
+            kernels.
     """
 
     matrix_share: float
@@ -44,27 +44,29 @@ class Speed:
     forward_host_s: float
     backward_host_s: float
     eager_host_factor: float
-    graph_gaps_s: float
+    gaps_s: float
 
 
 FITTED = Speed(
-    matrix_share=0.737,
+    matrix_share=0.719,
     memory_share=0.54,
     head_operations=1.77e06,
     value_operations=22400,
-    forward_passes=4.19,
-    backward_passes=6.1,
-    eager_factor=2.4,
-    forward_host_s=0.00261,
-    backward_host_s=0.00707,
-    eager_host_factor=1.13,
-    graph_gaps_s=0.000126,
+    forward_passes=2.6,
+    backward_passes=4.86,
+    eager_factor=2.9,
+    forward_host_s=0.00273,
+    backward_host_s=0.00691,
+    eager_host_factor=1.15,
+    gaps_s=0.000319,
 )
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB; the second to
 the fourth come from kernels that were timed.
 """
 ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
-LOSS_BYTES = 32  # that cross the bus for each logit: made, in 32 bits, their sum, their slopes and those in 16 bits
+LOSS_BYTES = (
+    64  # that cross the bus for each logit, as `fast_step.loss` makes them, their sum and their slopes; counted
+)
 UNNAMED_GPU = GPUS["L4"]
 """Stands in for the speed of a card of which only the memory is known."""
 
@@ -92,12 +94,11 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory
-    on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer
+    gaps = (3 * sizes.blocks + step.recomputed) * speed.gaps_s
+    on_gpu = (sizes.blocks + step.recomputed) * forward + sizes.blocks * backward + head + optimizer + gaps
     on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
     on_host *= 1.0 if step.compiled else speed.eager_host_factor
-    if step.graphed:
-        on_gpu += (3 * sizes.blocks + step.recomputed) * speed.graph_gaps_s
-        on_host = 0.0
+    on_host *= 0.0 if step.graphed else 1.0
     if step.offloaded and not sizes.tied:
         looked_up = HALF * step.tokens * sizes.hidden
         on_gpu += looked_up / SENT_BYTES_S

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.architectures import LinearLayer, ModelSizes, adapter_targets, keeps_packed_rows_apart
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import RunConfig, TrainConfig
 from qlora_helpers.model_sizes import adapter_parameters
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
@@ -69,7 +69,7 @@ class StepSettings:
 
 def step_settings(
     config: RunConfig, shape: dict[str, Any], *, blocks: int, recomputed: int = 0, compiled: bool = True,
-    trained_share: float,
+    graphed: bool = False, trained_share: float,
 ) -> StepSettings:  # fmt: skip
     """A run's settings as memory and speed depend on them.
 
@@ -78,6 +78,7 @@ def step_settings(
         shape: the model's `config.json`.
         blocks: in one forward pass, on each GPU.
         recomputed, compiled: of the decoder layers.
+        graphed: whether passes are played from CUDA graphs.
         trained_share: of the tokens.
 
     Raises:
@@ -91,7 +92,7 @@ def step_settings(
         double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
         chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
         fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
-        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None, graphed=may_record(config, shape),
+        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None, graphed=graphed,
     )  # fmt: skip
 
 
@@ -100,11 +101,16 @@ def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
 
 
-def may_record(config: RunConfig, shape: dict[str, Any]) -> bool:
-    """Whether passes may be recorded as CUDA graphs: all of one shape, on one GPU, and nothing in them drawn at random."""
-    train = config.train
-    wanted = train.fast_step and train.cuda_graph and is_packed(config, shape)
-    return wanted and config.adapter.lora_dropout == 0 and config.model.compute_dtype != "float16"
+def may_record(train: TrainConfig, packed: bool, dropout: float, sizes: ModelSizes) -> bool:
+    """Whether passes may be recorded as CUDA graphs on one GPU: all of one shape, and nothing in them drawn at random.
+
+    Args:
+        train: training settings.
+        packed: whether rows are packed.
+        dropout: of the adapters' inputs.
+        sizes: of the model; one that changes its logits takes its own loss, of as many tokens as a batch trains.
+    """
+    return train.fast_step and train.cuda_graph and packed and dropout == 0 and not sizes.logit_softcap
 
 
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:

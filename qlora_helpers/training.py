@@ -172,7 +172,7 @@ def train(
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
-        one_shape = fast is not None and (fast.compiled or fast.graphed)
+        one_shape = fast is not None and (fast.compiled or fast.recording)
         collator = make_collator(
             model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
         )
@@ -256,7 +256,7 @@ def _run_session(
         seconds, tokens / max(1e-9, seconds), peak_memory(), callback.stopped,
         machine_name(model.get_input_embeddings().weight.device), reserved_memory(),
         compiled=trainer.fast.compiled if trainer.fast else False,
-        graphed=trainer.fast.graphed if trainer.fast else False,
+        graphed=bool(trainer.fast and trainer.fast.graphs and trainer.fast.graphs.played),
         recomputed=trainer.fast.recomputed if trainer.fast else 0,
         fast_step=repr(trainer.fast) if trainer.fast else "", stop_reason=callback.stop_reason,
     )  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +24,7 @@ from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.outlook import compiled_and_recomputed
 from qlora_helpers.probes import check_rows_apart, check_same_losses, probe_losses
 from qlora_helpers.speed import UNNAMED_GPU
-from qlora_helpers.step_settings import StepSettings
+from qlora_helpers.step_settings import StepSettings, may_record
 from qlora_helpers.units import gib
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def make_collator(
         keep_trained_logits=takes_logits_to_keep(model),
         most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
         list_trained=fast is not None and fast.loss is not None,
-        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.graphed else None,
+        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.recording else None,
         blocks=blocks if data.packed else None,
         host_tokens=fast is not None and fast.offloaded,
     )
@@ -80,7 +82,7 @@ def open_fast_step(
     compiled, recomputed = _choose(model, data, config, longest)
     return fast_step(
         model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, graphed=config.cuda_graph,
-        offload_embeddings=config.offload_embeddings, check=check,
+        accumulation=config.gradient_accumulation_steps, offload_embeddings=config.offload_embeddings, check=check,
     )  # fmt: skip
 
 
@@ -108,8 +110,12 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         offloaded=config.offload_embeddings, dropout=model.active_peft_config.lora_dropout > 0,
         dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
-        graphed=config.cuda_graph and data.packed and not model.active_peft_config.lora_dropout,
+        graphed=may_record(config, data.packed, model.active_peft_config.lora_dropout, sizes)
+        and model.dtype != torch.float16 and int(os.environ.get("WORLD_SIZE", 1)) == 1,
     )  # fmt: skip
+    if step.graphed:  # every batch is filled up to the most that are trained in any
+        most = most_trained(data.train, config.micro_batch_size)
+        step = replace(step, trained_share=most / (config.micro_batch_size * longest))
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
     usable = gib(usable_bytes(device) + CONTEXT_BYTES)

@@ -13,10 +13,11 @@ from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gr
 from qlora_helpers.blocks import BlockCollator, most_trained, row_losses
 from qlora_helpers.fast_step import FastStep, fast_step
 from qlora_helpers.fast_step.embeddings import embeddings_on_host
-from qlora_helpers.fast_step.graphs import PASSES_BEFORE, graph_refusal, passes_graphed
+from qlora_helpers.fast_step.graphs import PASSES_WORTH, graph_refusal, passes_graphed
 from qlora_helpers.fast_step.loss import loss_in_chunks
 from qlora_helpers.fast_step.rows import rows_attended_apart
 
+PASSES_BEFORE = 2
 OTHER_BLOCKS = [rows_of([4, 8, 9], start=5), rows_of([13, 2, 2], start=6)]
 
 
@@ -32,7 +33,9 @@ def opened():
             looked_up = stack.enter_context(embeddings_on_host(inner)) if offloaded else None
             stack.enter_context(rows_attended_apart(inner, longest=24))
             stack.enter_context(loss_in_chunks(inner))
-            passes = stack.enter_context(passes_graphed(model, prepare=looked_up, record=recorder))
+            passes = stack.enter_context(
+                passes_graphed(model, passes_before=PASSES_BEFORE, prepare=looked_up, record=recorder)
+            )
             collator = BlockCollator(
                 0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40, host_tokens=offloaded
             )
@@ -112,6 +115,14 @@ def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opene
     kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same((0.0, kept), (0.0, expected[1]))
     assert_same(of(model, collator(BLOCKS)), expected)
+    assert passes.played == 1  # three passes between two evaluations are not worth a recording
+    for _ in range(PASSES_WORTH):
+        of(model, collator(BLOCKS))
+    model.eval()
+    with torch.no_grad():
+        row_losses(model, plain_collator()(BLOCKS))
+    model.train()
+    assert_same(of(model, collator(BLOCKS)), expected)  # as many as there were now are
     assert recorder.recordings == 2 and passes.played == 2
     assert (losses.sum() / tokens.sum()).item() == pytest.approx(expected[0], rel=1e-9)
 
@@ -154,29 +165,101 @@ def test_a_forward_pass_over_another_is_refused_not_mixed_up(opened):
         first.backward()
 
 
-def test_items_in_a_batch_may_be_a_number_or_a_tensor(opened):
+def test_the_number_of_items_in_a_batch_may_change(opened):
     model = built(SHAPES["llama"])
     passes, _, collator = opened(model)
-    losses = [of(model, collator(BLOCKS) | {"num_items_in_batch": items})[0] for items in (8, 8, 8, 16, 32)]
+    counts = [torch.tensor(items) for items in (8, 8, 8, 16, 32)]
+    losses = [of(model, collator(BLOCKS) | {"num_items_in_batch": items})[0] for items in counts]
     assert losses == pytest.approx([losses[0], losses[0], losses[0], losses[0] / 2, losses[0] / 4])
     assert passes.played == 3
 
 
 def test_the_model_is_as_it_was_afterwards():
     model = built(SHAPES["llama"])
-    with passes_graphed(model, record=Recorder()):
+    with passes_graphed(model, passes_before=2, record=Recorder()):
         assert "forward" in vars(model)
     assert "forward" not in vars(model)
 
 
-def test_a_cpu_a_row_of_padding_and_dropout_say_why_nothing_is_recorded():
+def test_an_interrupt_while_recording_leaves_nothing_behind(opened):
     model = built(SHAPES["llama"])
-    assert "CUDA" in graph_refusal(model, packed=True, dropout=False)
+    passes, recorder, collator = opened(model)
+    for _ in range(PASSES_BEFORE):
+        expected = of(model, collator(BLOCKS))
+
+    class Interrupted(Recorder):
+        def __call__(self, run_forward, run_backward):
+            run_forward()
+            raise KeyboardInterrupt
+
+    passes._record = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        of(model, collator(BLOCKS))
+    passes.release()
+    assert passes._loss is None and not passes._inputs and passes._record.forgotten == 1
+    passes._record = recorder
+    assert_same(of(model, collator(BLOCKS)), expected)
+
+
+def test_what_a_recording_holds_is_given_back_where_gradients_find_no_room(opened, monkeypatch):
+    model = built(SHAPES["llama"])
+    passes, recorder, collator = opened(model)
+    for _ in range(PASSES_BEFORE + 1):
+        of(model, collator(BLOCKS))
+
+    def no_room():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(passes, "_keep_gradients", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes.release()
+    assert not passes._plays and not passes._inputs and recorder.forgotten == 1
+
+
+def test_a_cpu_says_why_nothing_is_recorded():
+    model = built(SHAPES["llama"])
     with fast_step(model, packed=True, longest=24, compiled=False, recomputed=0, graphed=True) as on:
-        assert not on.graphed and any("CUDA" in reason for reason in on.reasons)
-    model.to("meta")
-    for weight in model.parameters():
-        assert weight.device.type == "meta"
+        assert not on.recording and any("CUDA" in reason for reason in on.why_off)
+
+
+class OnGpus:
+    """Stands in for a model on GPUs: its weights alone."""
+
+    def __init__(self, *weights) -> None:
+        self.weights = weights
+
+    def parameters(self):
+        return iter(self.weights)
+
+
+def weight(device="cuda:0", dtype=torch.bfloat16):
+    return type("Weight", (), {"device": torch.device(device), "dtype": dtype})()
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "reason"),
+    [
+        ([weight()], {}, None),
+        ([weight(), weight("cpu")], {}, "CUDA GPUs alone"),
+        ([weight(), weight("cuda:1")], {}, "one GPU"),
+        ([weight("cuda:1")], {}, "the current one"),
+        ([weight()], {"packed": False}, "padded"),
+        ([weight()], {"dropout": True}, "dropout"),
+        ([weight()], {"listed": False}, "trained tokens"),
+        ([weight(), weight(dtype=torch.float16)], {}, "float16"),
+    ],
+)
+def test_what_can_be_recorded(weights, changes, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = graph_refusal(OnGpus(*weights), **{"packed": True, "dropout": False, "listed": True} | changes)
+    assert found is None if reason is None else reason in found
+
+
+def test_several_processes_record_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert "several processes" in graph_refusal(OnGpus(weight()), packed=True, dropout=False, listed=True)
 
 
 def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():

@@ -22,7 +22,7 @@ def look(gpus: str, *settings: str, config=FALCON):
 def test_the_settings_are_taken_as_they_stand():
     found = look("H100", "train.recompute_layers=55", "train.compile=off")
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(FALCON, shape, blocks=8, recomputed=55, compiled=False, trained_share=0.2)
+    step = step_settings(FALCON, shape, blocks=8, recomputed=55, compiled=False, graphed=True, trained_share=0.2)
     _, memory = predict(model_sizes(shape), step)
     assert found.step.memory == memory and found.fits and not found.mends
     assert found.plan.choice.blocks != 8, "the plan beside it searches"

@@ -80,10 +80,29 @@ def test_passes_are_planned_as_recorded_where_they_can_be():
         assert not any(each and each.graphed for each in (plan.choice, *plan_parts(plan))), (gpus, others)
 
 
+def test_where_a_recording_would_not_fit_none_is_planned():
+    room = next(
+        gib_there for gib_there in (25.2, 25.25, 25.3, 25.35) if planned("tiiuae/falcon-40b", f"{gib_there}GiB").fits
+    )
+    tight, wide = (planned("tiiuae/falcon-40b", f"{gib_there:.2f}GiB").choice for gib_there in (room, room + 0.15))
+    assert (tight.graphed, wide.graphed) == (False, True)
+    assert tight.blocks == wide.blocks and tight.peak_gib <= room < wide.peak_gib
+
+
+def test_what_is_chosen_can_be_copied():
+    plan = planned("HuggingFaceTB/SmolLM2-135M", "H100")
+    (line,) = [line for line in repr(plan).splitlines() if line.startswith("to take it")]
+    settings = [part for part in line.split()[3:] if part != "--set"]
+    assert settings == plan.choice.settings
+    changed = RECIPE.with_settings(settings)
+    assert (
+        changed.train.micro_batch_size == plan.choice.blocks and (changed.train.compile == "on") == plan.choice.compiled
+    )
+
+
 def test_where_passes_are_recorded_compilation_pays_later():
     sizes = model_sizes(SHAPES["smollm2-135m"])
-    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, trained_share=0.2)
-    assert step.graphed
+    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, graphed=True, trained_share=0.2)
 
     def fewest(step: StepSettings) -> int:
         return next(passes for passes in range(1, 10**6, 100) if compile_pays(sizes, step, GPUS["H100"], passes))
@@ -140,7 +159,7 @@ def test_the_smallest_change_that_fits_is_named_and_fits():
         assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
         assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={int(length) + 64}").fits
         assert not planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}", "train.optim=adamw_8bit").fits
-    assert planned("tiiuae/falcon-40b", "25.4GiB").mends[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
+    assert planned("tiiuae/falcon-40b", "25.1GiB").mends[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
 
 
 def test_changes_are_put_together_where_none_is_enough():
@@ -282,7 +301,7 @@ def step_of(plan, **changes):
     config = RECIPE.with_settings([f"data.seq_len_tokens={chosen.seq_len_tokens}"])
     step = step_settings(
         config, SHAPES["llama-3.1-8b"], blocks=chosen.blocks, recomputed=chosen.recomputed, compiled=chosen.compiled,
-        trained_share=0.2,
+        graphed=chosen.graphed, trained_share=0.2,
     )  # fmt: skip
     return replace(step, offloaded=chosen.offloaded, **changes)
 

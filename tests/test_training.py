@@ -476,11 +476,11 @@ def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded)
 
     monkeypatch.setattr("qlora_helpers.fast_step.graph_refusal", lambda *args, **options: None)
     monkeypatch.setattr("qlora_helpers.fast_step.graphs.CudaRecorder", recorder)
+    monkeypatch.setattr("qlora_helpers.fast_step.graphs.PASSES_WORTH", 1)
     played, result = teach(on=Run(tmp_path / "played"), **settings)
     assert result.graphed and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.graphed
-    assert (
-        recorders[0].recordings == 3 == recorders[0].forgotten
-    )  # anew after each evaluation, and given back at the end
+    # Anew after each evaluation, and given back at the end.
+    assert recorders[0].recordings == 3 == recorders[0].forgotten
     assert largest_difference(plain, played) < 1e-6
     lines = [[line for line in Run(tmp_path / name).progress() if "eval_loss" in line] for name in ("plain", "played")]
     assert [line["eval_loss"] for line in lines[0]] == pytest.approx([line["eval_loss"] for line in lines[1]], rel=1e-6)
@@ -750,6 +750,17 @@ def test_a_model_that_is_dispatched_over_devices_trains(teach, tmp_path, halves)
     dispatched, result = teach(model=tuned(base), on=Run(tmp_path / "dispatched"))
     assert result.steps == 4
     assert largest_difference(whole, dispatched) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("optim", "fast", "on_cpu", "taken"),
+    [
+        ("adamw_torch", True, False, "adamw_torch_fused"), ("adamw_torch", False, False, "adamw_torch"),
+        ("adamw_torch", True, True, "adamw_torch"), ("adamw_8bit", True, False, "adamw_8bit"),
+    ],
+)  # fmt: skip
+def test_the_fast_step_on_a_gpu_takes_a_fused_optimizer(run, optim, fast, on_cpu, taken):
+    assert training_arguments(settings(optim=optim), run, on_cpu=on_cpu, half=None, fast=fast).optim == taken
 
 
 def test_arguments_are_the_recipe_s(run):

@@ -34,7 +34,7 @@ class FastStep:
         graphs: the passes recorded as CUDA graphs, or None where none may be.
         offloaded: whether the input embedding lies in the host's memory.
         recomputed, layers: how many decoder layers recompute their activations, of how many.
-        reasons: why a part is off.
+        reasons: why a part is off, as it was known when the step was opened.
     """
 
     rows_apart: bool = False
@@ -48,9 +48,14 @@ class FastStep:
     reasons: list[str] = field(default_factory=list)
 
     @property
-    def graphed(self) -> bool:
-        """Whether passes are recorded and played, as far as is known: what can't be recorded shows at the third pass."""
+    def recording(self) -> bool:
+        """Whether passes are recorded as far as is known: what can't be recorded shows when it is tried."""
         return self.graphs is not None and self.graphs.refusal is None
+
+    @property
+    def why_off(self) -> list[str]:
+        """Why a part is off, what came to light while training included."""
+        return [*self.reasons, *([self.graphs.refusal] if self.graphs and self.graphs.refusal else [])]
 
     def __repr__(self) -> str:
         parts = [
@@ -58,13 +63,12 @@ class FastStep:
             ("loss in chunks", self.loss is not None),
             (f"{self.adapters} adapters in 32 bits computing in the model's type", self.adapters > 0),
             ("layers compiled", self.compiled),
-            ("passes recorded as CUDA graphs", self.graphed),
+            ("passes recorded as CUDA graphs", self.recording),
         ]
         parts += [("input embedding in the host's memory", True)] if self.offloaded else []
         lines = [f"{'on ' if on else 'off'}  {name}" for name, on in parts]
         lines.append(f"     {self.recomputed} of {self.layers} layers recomputed")
-        reasons = [*self.reasons, *([self.graphs.refusal] if self.graphs and self.graphs.refusal else [])]
-        return "\n".join(lines + [f"     ({reason})" for reason in reasons])
+        return "\n".join(lines + [f"     ({reason})" for reason in self.why_off])
 
 
 @contextmanager
@@ -76,6 +80,7 @@ def fast_step(
     compiled: bool,
     recomputed: int | None,
     graphed: bool = False,
+    accumulation: int = 1,
     offload_embeddings: bool = False,
     check: Callable[[FastStep], None] = lambda on: None,
 ) -> Iterator[FastStep]:
@@ -88,6 +93,7 @@ def fast_step(
         compiled: whether the run is long enough for compilation to pay.
         recomputed: how many decoder layers recompute their activations; None for all.
         graphed: whether passes are recorded as CUDA graphs where they can be.
+        accumulation: forward passes per optimizer step.
         offload_embeddings: whether the input embedding goes into the host's memory.
         check: called before anything is compiled; may raise.
     """
@@ -128,9 +134,11 @@ def fast_step(
             layers_changed(inner, compiled=on.compiled, recomputed=on.recomputed, keep_random_state=dropout)
         )
         if graphed:
-            refusal = graph_refusal(model, packed=packed, dropout=dropout)
+            refusal = graph_refusal(model, packed=packed, dropout=dropout, listed=on.loss is not None)
             if refusal is None:
-                on.graphs = parts.enter_context(passes_graphed(model, prepare=looked_up))
+                on.graphs = parts.enter_context(
+                    passes_graphed(model, passes_before=accumulation + 1, prepare=looked_up)
+                )
             else:
                 on.reasons.append(refusal)
         yield on

@@ -5,14 +5,16 @@ small batches the GPU waits for them. Packed blocks have one shape, the fast ste
 drawn: so all kernels of a pass can be recorded once and started together (`cuda_graphs`). The values are those of the pass that was
 recorded, on the batch at hand.
 
-Two passes are run as they are first: they compile, choose kernels, and make the optimizer's first step. The recorded passes have
-memory of their own; activations and gradients lie in it, the gradients until the next forward pass. Where the model is asked for
-anything else, as in an evaluation, that memory is given back first, and the passes are recorded again after it.
+The passes of the first optimizer step and one more are run as they are: they compile, choose kernels, and leave the optimizer's
+states and gradients that add up where they will be. The recorded passes have memory of their own; activations and gradients lie in
+it, the gradients until the next forward pass. Where the model is asked for anything else, as in an evaluation, that memory is given
+back first, and the passes are recorded again after it, unless too few of them come between two of those.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +25,8 @@ import torch
 from qlora_helpers import cuda_graphs
 from qlora_helpers.fast_step.patching import replace_forward
 
-PASSES_BEFORE = 2  # of one shape, run as they are
+PASSES_WORTH = 10  # that a recording, which takes about a second, must be played
+log = logging.getLogger(__name__)
 Play = Callable[[], None]
 Kwargs = dict[str, Any]
 
@@ -57,7 +60,7 @@ class GraphedPasses:
     Args:
         forward: the model's own.
         trained: weights that get gradients.
-        device: where the recorded passes take their inputs.
+        passes_before: how many of one shape are run as they are first.
         prepare: what must be done with a batch that can't be recorded; keyword arguments in and out.
         record: see `CudaRecorder`; another one in tests.
 
@@ -68,19 +71,21 @@ class GraphedPasses:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], trained: list[torch.nn.Parameter], device: torch.device, *,
+        self, forward: Callable[..., Any], trained: list[torch.nn.Parameter], *, passes_before: int,
         prepare: Callable[[Kwargs], Kwargs] | None, record: Any,
     ) -> None:  # fmt: skip
-        self._forward, self._trained, self._device = forward, trained, device
+        self._forward, self._trained, self._passes_before = forward, trained, passes_before
         self._prepare, self._record = prepare or dict, record
         self.refusal: str | None = None
         self.played, self.recording_s = 0, 0.0
         self._shape: tuple[Any, ...] | None = None
-        self._seen = 0
+        self._seen = 0  # passes of this shape
+        self._since_release, self._between_releases = 0, PASSES_WORTH
         self._inputs: dict[str, torch.Tensor] = {}
         self._others: Kwargs = {}
         self._loss: torch.Tensor | None = None
         self._gradients: tuple[torch.Tensor | None, ...] = ()
+        device = trained[0].device
         self._upstream = torch.ones((), device=device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._plays: list[Play] = []
@@ -92,38 +97,44 @@ class GraphedPasses:
             shape = (tuple((name, each.shape, each.dtype) for name, each in sorted(inputs.items())), repr(others))
             if shape != self._shape:
                 self.release()
-                self._shape, self._seen, self._inputs = shape, 0, {}
+                self._shape, self._seen = shape, 0
             self._seen += 1
-            if self._seen > PASSES_BEFORE and self._ready(inputs, others):
+            self._since_release += 1
+            if self._seen > self._passes_before and self._ready(inputs, others):
                 return {"loss": _Played.apply(self._anchor, self)}
         return self._forward(**kwargs)
 
     def release(self) -> None:
         """Gives the recording's memory back; the next passes of the same shape are recorded again."""
-        if not self._plays:
+        if self._since_release:
+            self._between_releases, self._since_release = self._since_release, 0
+        if not (self._plays or self._inputs):
             return
-        self._keep_gradients()
-        self._plays, self._gradients, self._loss = [], (), None
-        self._record.forget()
+        try:
+            self._keep_gradients()
+        finally:
+            self._plays, self._gradients, self._loss, self._inputs, self._others = [], (), None, {}, {}
+            self._record.forget()
 
     def _ready(self, inputs: dict[str, torch.Tensor], others: Kwargs) -> bool:
         """Puts the batch where the recorded passes look for it, and records them where that was not done."""
+        if not self._plays and self._between_releases < PASSES_WORTH:
+            return False
         if not self._inputs:
-            self._inputs = {name: torch.empty_like(each, device=self._device) for name, each in inputs.items()}
+            self._inputs = {name: torch.empty_like(each, device=self._upstream.device) for name, each in inputs.items()}
         for name, each in inputs.items():
             self._inputs[name].copy_(each, non_blocking=True)
-        self._others = others
         if self._plays:
             return True
-        started = time.monotonic()
+        self._others, started = others, time.monotonic()
         try:
             self._plays = self._record(self._run_forward, self._run_backward)
             self.recording_s = time.monotonic() - started
         except Exception as error:
             self.refusal = cuda_graphs.refusal_of(error)
         if self.refusal:  # out here the error and its frames are gone, and with them what they held
-            self._inputs, self._gradients, self._loss = {}, (), None
-            self._record.forget()
+            log.warning("passes are run as they are: %s", self.refusal)
+            self.release()
         return self.refusal is None
 
     def _run_forward(self) -> None:
@@ -178,29 +189,26 @@ class _Played(torch.autograd.Function):
 
 
 def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
-    """Tensors and numbers, which differ from batch to batch, and what is none."""
-    tensors = {
-        name: torch.as_tensor(value)
-        for name, value in kwargs.items()
-        if isinstance(value, torch.Tensor) or type(value) in (int, float)
-    }
+    """Tensors, and what is none."""
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
     return tensors, {name: value for name, value in kwargs.items() if name not in tensors}
 
 
 @contextmanager
 def passes_graphed(
-    model: torch.nn.Module, *, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None
+    model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None
 ) -> Iterator[GraphedPasses]:
     """While open, passes of a model in training that is given labels are recorded and played.
 
     Args:
         model: the outermost one that is called; `graph_refusal` gives None for it.
+        passes_before: how many are run as they are first.
         prepare: what must be done with a batch that can't be recorded.
         record: None records CUDA graphs.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     own = model.forward
-    passes = GraphedPasses(own, trained, trained[0].device, prepare=prepare, record=record or CudaRecorder())
+    passes = GraphedPasses(own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder())
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("labels") is None or not (model.training and torch.is_grad_enabled()):
@@ -214,19 +222,21 @@ def passes_graphed(
         yield passes
 
 
-def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool) -> str | None:
+def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed: bool) -> str | None:
     """Why a model's passes can't be recorded, or None where they may be tried.
 
     Args:
         model: with its adapters.
         packed: whether all batches have one shape.
         dropout: whether a pass draws random numbers.
+        listed: whether batches list their trained tokens, in lists of one length.
     """
-    places = {weight.device for weight in model.parameters()}
+    weights = list(model.parameters())
+    places = {weight.device for weight in weights}
     if any(place.type != "cuda" for place in places):
         return "passes are recorded on CUDA GPUs alone"
-    if len(places) > 1:
-        return "the layers are spread over several GPUs: no pass is recorded"
+    if places != {torch.device("cuda", torch.cuda.current_device())}:
+        return "passes are recorded on one GPU, the current one"
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
@@ -235,8 +245,10 @@ def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool) -> str
         return "several processes average their gradients: no pass is recorded"
     if not packed:
         return "padded rows differ in length: no pass is recorded"
-    if any(weight.dtype == torch.float16 for weight in model.parameters()):
-        return "float16 trains under autocast, with a loss that is scaled: no pass is recorded"
     if dropout:
         return "dropout draws new masks at every pass: none is recorded"
+    if not listed:
+        return "the trained tokens of batches differ in number: no pass is recorded"
+    if any(weight.dtype == torch.float16 for weight in weights):
+        return "float16 trains under autocast, with a loss that is scaled: no pass is recorded"
     return None

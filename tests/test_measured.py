@@ -1,0 +1,67 @@
+"""What a run on a GPU measured is written beside what was predicted for the step that it really took."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_llama
+
+from qlora_helpers import planning
+from qlora_helpers.catalog import parse_gpus
+from qlora_helpers.config import AdapterConfig, profile_config
+from qlora_helpers.lora import add_adapters
+from qlora_helpers.measured import write_measured
+from qlora_helpers.monitor import plan_table
+from qlora_helpers.run import Run
+from qlora_helpers.training import TrainResult
+from qlora_helpers.whole_files import read_json
+
+RESULT = TrainResult(
+    steps=5, new_steps=5, loss=1.0, eval_loss=None, seconds=10.0, tokens_per_s=2000.0, peak_gib={"cuda:0": 60.0}, stopped=False,
+    machine="1 x NVIDIA H100 80GB HBM3", reserved_gib={"cuda:0": 61.0}, compiled=True, recomputed=6, fast_step="on",
+)  # fmt: skip
+
+
+def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
+    run = Run(folder)
+    run.save_config(
+        profile_config("falcon-40b").with_settings({"train.micro_batch_size": 2, "data.seq_len_tokens": 512})
+    )
+    monkeypatch.setattr(planning, "this_machine", lambda: parse_gpus("2xH100"))
+    loaded = SimpleNamespace(audit=SimpleNamespace(gib_by_device={"cuda:0": 20.8}))
+    report = SimpleNamespace(trained_tokens=150, tokens=1000)
+    data = SimpleNamespace(report=report, train=[0], seq_len_tokens=2000, packed=True)
+    model = add_adapters(tiny_llama(), AdapterConfig(), seed=0)
+    write_measured(run, model, loaded, RESULT.__class__(**vars(RESULT) | changes), data)
+    return read_json(run.plan_path), run
+
+
+def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
+    plan, run = written(tmp_path / "mine", monkeypatch, graphed=True)
+    assert plan["measured"]["reserved_gib"] == {"cuda:0": 61.0}
+    expected = planning.predicted_step(
+        run.config(),
+        hardware=parse_gpus("H100"),
+        compiled=True,
+        recomputed=6,
+        trained_share=0.15,
+        graphed=True,
+        fill=0.5,
+    )
+    assert plan["predicted"] == expected  # of the one GPU that held the model, though the machine has two
+    assert [row[0] for row in plan_table(run).rows][-1] == "tokens/s"
+
+
+def test_the_prediction_is_for_passes_as_they_were_taken(tmp_path, monkeypatch):
+    played, launched = (
+        written(tmp_path / str(graphed), monkeypatch, graphed=graphed)[0]["predicted"] for graphed in (True, False)
+    )
+    assert played["tokens_per_s"] != launched["tokens_per_s"]
+    assert played["allocated_gib"] == launched["allocated_gib"]
+
+
+@pytest.mark.parametrize("changes", [{"machine": "CPU"}, {"fast_step": ""}])
+def test_a_cpu_and_the_plain_step_have_no_prediction(tmp_path, monkeypatch, changes):
+    plan, _ = written(tmp_path / "mine", monkeypatch, **changes)
+    assert "measured" in plan and "predicted" not in plan
