@@ -39,7 +39,6 @@ class CudaRecorder:
 
     def __call__(self, *works: Callable[[], object]) -> list[Play]:
         """Records each of the works, in their order, in memory that they share; returns what plays them."""
-        torch.cuda.synchronize()
         self.forget()  # what the passes before held: the recorded ones have memory of their own
         self._stream.wait_stream(torch.cuda.current_stream())
         pool = cuda_graphs.new_pool()
@@ -49,6 +48,7 @@ class CudaRecorder:
 
     def forget(self) -> None:
         """After the last reference to a recording is gone: its memory goes back to the GPU, workspaces of products included."""
+        torch.cuda.synchronize()  # it was played on another stream than the one that its memory belongs to
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()  # PyTorch keeps one for each stream and thread that ever made a product
         torch.cuda.empty_cache()
