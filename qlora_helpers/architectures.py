@@ -61,6 +61,29 @@ def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool
     return isinstance(window, int | float) and window >= seq_len_tokens
 
 
+_ADDED_LAST = {
+    "llama": ("down_proj",),
+    "mistral": ("down_proj",),
+    "qwen2": ("down_proj",),
+    "qwen3": ("down_proj",),
+    "phi3": ("down_proj",),
+    "falcon": ("dense_4h_to_h",),
+}
+
+
+def added_to_residual(config: dict[str, Any]) -> tuple[str, ...]:
+    """Linear layers of a decoder block whose product is added to the residual and read by nothing else in the block.
+
+    Empty for families that are not listed, such as Gemma, which normalises what its MLP gives.
+
+    Args:
+        config: a model's `config.json`.
+    """
+    family = str(config.get("model_type"))
+    together = config.get("new_decoder_architecture") or config.get("parallel_attn", True)
+    return _ADDED_LAST.get(family, ()) + (("dense",) if family == "falcon" and together else ())
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """The `nn.Linear` modules of one name in a decoder block.

@@ -34,6 +34,7 @@ class FastStep:
         graphs: the passes recorded as CUDA graphs, or None where none may be.
         offloaded: whether the input embedding lies in the host's memory.
         recomputed, layers: how many decoder layers recompute their activations, of how many.
+        left_out: how many products of such a layer are made once.
         reasons: why a part is off, as it was known when the step was opened.
     """
 
@@ -45,6 +46,7 @@ class FastStep:
     offloaded: bool = False
     recomputed: int = 0
     layers: int = 0
+    left_out: int = 0
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +69,8 @@ class FastStep:
         ]
         parts += [("input embedding in the host's memory", True)] if self.offloaded else []
         lines = [f"{'on ' if on else 'off'}  {name}" for name, on in parts]
-        lines.append(f"     {self.recomputed} of {self.layers} layers recomputed")
+        once = f", {self.left_out} of the products of each made once" if self.left_out else ""
+        lines.append(f"     {self.recomputed} of {self.layers} layers recomputed{once}")
         return "\n".join(lines + [f"     ({reason})" for reason in self.why_off])
 
 
@@ -130,7 +133,7 @@ def fast_step(
             on.compiled = refusal is None
             on.reasons += [refusal] if refusal else []
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        parts.enter_context(
+        on.left_out = parts.enter_context(
             layers_changed(inner, compiled=on.compiled, recomputed=on.recomputed, keep_random_state=dropout)
         )
         if graphed:

@@ -19,6 +19,7 @@ import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 
 from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.fast_step.products import recomputation_contexts, unread_products_left_out
 from qlora_helpers.memory import layers_to_recompute
 
 POINTWISE_VALUES_MADE_AGAIN = dict.fromkeys(
@@ -41,8 +42,10 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 @contextmanager
 def layers_changed(
     model: torch.nn.Module, *, compiled: bool, recomputed: int, keep_random_state: bool
-) -> Iterator[None]:
+) -> Iterator[int]:
     """While open, decoder layers are compiled, and `recomputed` of them recompute their activations.
+
+    Yields how many products a layer leaves out while it recomputes.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
@@ -52,9 +55,15 @@ def layers_changed(
     """
     layers = decoder_layers(model)
     chosen = set(layers_to_recompute(len(layers), min(recomputed, len(layers))))
+    left_out = 0
     with ExitStack() as undo:
         if compiled:
             undo.enter_context(torch._functorch.config.patch(POINTWISE_VALUES_MADE_AGAIN))
+        if chosen:
+            left_out = undo.enter_context(unread_products_left_out(model, layers))
+            text = model.config.get_text_config()
+            undo.callback(setattr, text, "use_cache", text.use_cache)
+            text.use_cache = False  # a layer that recomputes would add its keys to a cache twice
         for index, layer in enumerate(layers):
             forward = layer.forward
             if compiled:
@@ -63,7 +72,7 @@ def layers_changed(
                 forward = _recomputing(layer, forward, keep_random_state)
             if compiled or index in chosen:
                 replace_forward(layer, forward, undo)
-        yield
+        yield left_out
 
 
 def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:
@@ -71,7 +80,9 @@ def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_rando
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=keep_random_state, **kwargs)
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=keep_random_state, context_fn=recomputation_contexts, **kwargs
+        )  # fmt: skip
 
     return recomputed
 

@@ -1,0 +1,156 @@
+"""Products that recomputed layers leave out: no gradient reads them, shown by putting NaN where they would be."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from test_fast_step import BLOCKS, PADDED, SHAPES, assert_same, built, fast, fast_collator, gradients, plain_collator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_helpers.architectures import ADAPTER_TARGETS, added_to_residual
+from qlora_helpers.config import AdapterConfig
+from qlora_helpers.fast_step import products
+from qlora_helpers.lora import add_adapters
+
+LEFT_OUT = {
+    "falcon-40b layout": 2, "falcon-7b layout": 2, "falcon-rw layout without alibi": 2, "llama": 1, "mistral": 1, "qwen2": 1,
+    "qwen3": 1, "gemma": 0, "phi3": 1, "phi": 0, "gpt_neox": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def left_out(monkeypatch):
+    """Products that were left out; NaN stands where they would."""
+    widths = []
+
+    def unread(x, width):
+        widths.append(width)
+        return x.new_full((*x.shape[:-1], width), float("nan"))
+
+    monkeypatch.setattr(products, "_unread", unread)
+    return widths
+
+
+@pytest.fixture
+def compiled_here(monkeypatch):
+    compiled = torch.compile
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_gradient_reads_what_is_left_out(name, packed, left_out):
+    model = built(SHAPES[name])
+    blocks = BLOCKS if packed else PADDED
+    with fast(model, packed=packed) as on:
+        expected = gradients(model, fast_collator(on, packed)(blocks))
+    assert not left_out
+    with fast(model, packed=packed, recomputed=2) as on:
+        assert on.left_out == LEFT_OUT[name]
+        found = gradients(model, fast_collator(on, packed)(blocks))
+    assert len(left_out) == 2 * LEFT_OUT[name]
+    assert_same(expected, found, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3", "qwen3"])
+def test_compiled_layers_leave_out_the_same(name, left_out, compiled_here):
+    model = built(SHAPES[name])
+    expected = gradients(model, plain_collator()(BLOCKS))
+    with fast(model, compiled=True, recomputed=2) as on:
+        for _ in range(2):  # the second runs what was traced
+            left_out.clear()
+            found = gradients(model, fast_collator(on)(BLOCKS))
+            assert len(left_out) == 2 * LEFT_OUT[name]
+    assert_same(expected, found, tolerance=3e-6)
+
+
+def in_4_bits(model, *, double_quantization=True):
+    """The decoder layers' linear layers replaced by their 4-bit ones, as bitsandbytes stores them."""
+    for module in [m for m in model.modules() if not isinstance(m, bnb.nn.Linear4bit)]:
+        for name, linear in module.named_children():
+            if isinstance(linear, torch.nn.Linear) and name not in ("lm_head", "embed_out"):
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
+                    compress_statistics=double_quantization, quant_type="nf4",
+                )  # fmt: skip
+                packed.load_state_dict(linear.state_dict())
+                setattr(module, name, packed)
+    return model.to("cpu")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_4_bit_layers_leave_out_the_same(name, double_quantization, compiled, left_out, compiled_here):
+    torch.manual_seed(0)
+    shape = SHAPES[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
+    adapted = add_adapters(
+        in_4_bits(model, double_quantization=double_quantization), AdapterConfig(r=4, lora_dropout=0.0), seed=0
+    ).train()
+    adapted.config.use_cache = False
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    expected = gradients(adapted, plain_collator()(BLOCKS))
+    with fast(adapted, compiled=compiled, recomputed=3) as on:
+        assert on.left_out == LEFT_OUT[name]
+        found = gradients(adapted, fast_collator(on)(BLOCKS))
+    assert len(left_out) == 3 * LEFT_OUT[name]
+    assert_same(expected, found, tolerance=1e-5)
+
+
+def test_a_product_that_is_read_would_show(left_out, monkeypatch):
+    monkeypatch.setattr(products, "added_to_residual", lambda config: ("o_proj",))
+    model = built(SHAPES["llama"])
+    with fast(model, recomputed=2) as on:
+        _, found = gradients(model, fast_collator(on)(BLOCKS))
+    assert any(gradient.isnan().any() for gradient in found.values())
+
+
+def test_doras_norms_read_it(left_out):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama"])).double()
+    assert model.config.use_cache  # which recomputed layers must not fill twice
+    adapted = add_adapters(model, AdapterConfig(use_dora=True, lora_dropout=0.0), seed=0).train()
+    with fast(adapted) as on:
+        expected = gradients(adapted, fast_collator(on)(BLOCKS))[1]
+    with fast(adapted, recomputed=3) as on:
+        assert on.left_out == 0
+        found = gradients(adapted, fast_collator(on)(BLOCKS))[1]
+    assert not left_out
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out):
+    model = built(SHAPES["llama"])
+
+    def interrupted(gradient):
+        raise InterruptedError
+
+    with fast(model, recomputed=3) as on:
+        batch = fast_collator(on)(BLOCKS)
+        hook = next(p for n, p in model.named_parameters() if "layers.0" in n and "lora_B" in n).register_hook(interrupted)
+        with pytest.raises(InterruptedError):
+            gradients(model, batch)
+        hook.remove()
+        assert not products._recomputing.on
+        expected = model(**batch)["loss"].item()
+        assert expected == pytest.approx(gradients(model, batch)[0]) and expected == expected
+        left_out.clear()
+        with torch.no_grad():
+            assert model.eval()(**batch)["loss"].item() == pytest.approx(expected)
+        assert not left_out
+
+
+def test_the_families_are_known_ones_and_their_layers_adapted_ones():
+    for family in products.added_to_residual.__globals__["_ADDED_LAST"]:
+        names = added_to_residual({"model_type": family})
+        assert names and set(names) <= set(ADAPTER_TARGETS[family])
+    assert added_to_residual({"model_type": "gemma3_text"}) == ()
+    assert added_to_residual({"model_type": "falcon", "parallel_attn": False}) == ("dense_4h_to_h",)
