@@ -110,9 +110,12 @@ def load_model(
     dtype = compute_dtype(config)
     attention = None if config.attention == "auto" else config.attention
     if checkpoint.shape is not None:
+        from transformers import AutoConfig
+
         from qlora_helpers.random_weights import build_random_model
 
-        model = build_random_model(checkpoint.shape, config, dtype=dtype, attention=attention)
+        places = device_map_argument(AutoConfig.for_model(**checkpoint.shape), config, spread)
+        model = build_random_model(checkpoint.shape, config, dtype=dtype, attention=attention, places=places)
     else:
         model = _from_pretrained(checkpoint, config, dtype, attention, spread)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -140,17 +143,17 @@ def _from_pretrained(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None, spread: Spread
 ) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    on_gpu = config.device_map == "auto" and torch.cuda.is_available()
     with _clear_load_errors(checkpoint.name), falcon_linears_as_plain():
+        shape = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             quantization_config=quantization_settings(config, dtype),
             dtype=dtype,
             attn_implementation=attention,
-            device_map=device_map_argument(checkpoint.folder, config, spread) if on_gpu else {"": "cpu"},
-            max_memory=_limits(config) if on_gpu else None,
+            device_map=device_map_argument(shape, config, spread),
+            max_memory=_limits(config) if on_a_gpu(config) else None,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -211,17 +214,30 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             )
 
 
-def device_map_argument(folder: Path, config: ModelConfig, spread: Spread) -> Any:
+def on_a_gpu(config: ModelConfig) -> bool:
+    """Whether a model is loaded onto GPUs: there are some, and nothing else was asked for."""
+    import torch
+
+    return config.device_map == "auto" and torch.cuda.is_available()
+
+
+def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
     """One process: spread over all GPUs, by the plan where it can. Under torchrun: each process has the whole model on its GPU.
 
     The plan takes all cards alike and empty. Where they are not alike, one holds something, or a limit on the weights is set,
     accelerate shares the model out.
+
+    Args:
+        shape: the model's transformers configuration.
+        config: placement and limits.
+        spread: how many decoder layers each of several GPUs gets.
     """
     import torch
-    from transformers import AutoConfig
 
     from qlora_helpers.device_maps import layer_map
 
+    if not on_a_gpu(config):
+        return {"": "cpu"}
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None:
         return {"": int(rank)}
@@ -229,7 +245,7 @@ def device_map_argument(folder: Path, config: ModelConfig, spread: Spread) -> An
     if len(free) < 2 or max(free) > ALIKE * min(free) or config.max_memory_per_gpu_gib is not None:
         return "auto"
     counts = spread(len(free))
-    return (counts and layer_map(AutoConfig.from_pretrained(folder, trust_remote_code=False), counts)) or "auto"
+    return (counts and layer_map(shape, counts)) or "auto"
 
 
 def _limits(config: ModelConfig) -> dict[int, int] | None:

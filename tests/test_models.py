@@ -513,13 +513,15 @@ def _embedding_and_head(model):
     ],
 )
 def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypatch, cards, settings, rank, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (cards[index] * 2**30, 80 * 2**30))
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    config = ModelConfig(name=str(tmp_path), **settings)
-    (tmp_path / "config.json").write_text(json.dumps(SHAPES["falcon-tiny"]))
-    found = device_map_argument(tmp_path, config, {2: (3, 1)}.get)
+    from transformers import AutoConfig
+
+    shape = AutoConfig.for_model(**SHAPES["falcon-tiny"])
+    found = device_map_argument(shape, ModelConfig(**settings), {2: (3, 1)}.get)
     assert found == expected if isinstance(expected, str) or "" in expected else expected.items() <= found.items()
 
 
@@ -530,11 +532,15 @@ def test_the_plan_s_layers_are_those_of_its_memory(torch):
     assert layers_per_gpu(config, 4) == plan.step.layers_per_gpu
 
 
-def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, tmp_path, monkeypatch):
+def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**34, 2**34))
     config = RunConfig().with_settings({"model.name": "no-such-folder/at-all"})
-    assert device_map_argument(tmp_path, config.model, lambda gpus: layers_per_gpu(config, gpus)) == "auto"
+    from transformers import AutoConfig
+
+    shape = AutoConfig.for_model(**SHAPES["falcon-tiny"])
+    assert device_map_argument(shape, config.model, lambda gpus: layers_per_gpu(config, gpus)) == "auto"
 
 
 # random weights at true size
@@ -592,6 +598,28 @@ def test_random_weights_are_drawn_and_tied_as_the_shape_says(torch, family, quan
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert audit(model, config).quantized == (7 if quantization == "nf4" else 0)
+
+
+def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
+    """By the plan's map, where every weight is drawn on its own layer's GPU; evenly where there is no plan."""
+    from transformers import AutoConfig
+
+    from qlora_helpers import random_weights
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)  # there is no such GPU here
+    known = AutoConfig.for_model(**SHAPES["llama-3.1-8b"])
+    draw = random_weights._Drawn(layer_map(known, (20, 12)), torch.bfloat16, 0)
+    for name, gpu in [("model.embed_tokens.weight", 0), ("model.layers.1.mlp.up_proj", 0), ("model.layers.19.x.y", 0),
+                      ("model.layers.20.x.y", 1), ("model.norm.weight", 1), ("lm_head.weight", 1)]:  # fmt: skip
+        assert draw.device(name) == torch.device("cuda", gpu), name
+    assert random_weights._Drawn({"": "cpu"}, torch.bfloat16, 0).device("anything.at.all") == torch.device("cpu")
+    evenly = random_weights._even_map(known, ModelConfig())
+    assert [sum(place == gpu for name, place in evenly.items() if "layers" in name) for gpu in range(3)] == [10, 11, 11]
+    assert random_weights._even_map(known, ModelConfig(device_map="cpu")) == {"": "cpu"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert random_weights._even_map(known, ModelConfig()) == {"": 0}
 
 
 def test_a_large_random_model_goes_through_the_same_load(torch, monkeypatch):
