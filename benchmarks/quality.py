@@ -35,13 +35,13 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     config = TrainConfig(
         max_steps=options.steps, micro_batch_size=options.blocks, learning_rate=options.learning_rate, seed=seed,
         activation_checkpointing=False, logging_steps=max(1, options.steps // 10), eval_steps=options.steps,
-        save_steps=options.steps, fast_step=PATHS[path], compile="off",
+        save_steps=options.steps, fast_step=PATHS[path], compile="on" if PATHS[path] else "off",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         result = training.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
     return {
         "path": path, "seed": seed, "eval_loss": result.eval_loss, "loss": result.loss, "steps": result.steps,
-        "seconds": round(result.seconds, 1), "machine": result.machine,
+        "seconds": round(result.seconds, 1), "machine": result.machine, "compiled": result.compiled, "graphed": result.graphed,
     }  # fmt: skip
 
 

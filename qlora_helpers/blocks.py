@@ -113,6 +113,8 @@ class BlockCollator:
         mask_dtype: None for a boolean mask (sdpa); a float type for an additive one (eager).
         pad_to: length of a packed batch; None pads to the longest block in it.
         keep_trained_logits: whether to add `logits_to_keep` and `shift_labels`.
+        plain_positions: whether `logits_to_keep` is a list: with a model's layers on several GPUs, accelerate would bring a tensor
+            to the first, and the last layer's output is on the last.
         most_rows: rows in any block, padding counted as one; given, a packed batch carries `row_starts` in place of a mask
             (`fast_step.rows`).
         list_trained: whether to add `trained_index` and `trained_labels`, flat lists of what is trained, in place of
@@ -128,6 +130,7 @@ class BlockCollator:
     mask_dtype: torch.dtype | None = None
     pad_to: int | None = None
     keep_trained_logits: bool = True
+    plain_positions: bool = False
     most_rows: int | None = None
     list_trained: bool = False
     most_trained: int | None = None
@@ -164,8 +167,9 @@ class BlockCollator:
                 index = torch.cat([index, (flat == IGNORED).nonzero().squeeze(-1)[:missing]])
             batch["trained_index"], batch["trained_labels"] = index, flat[index]
         elif self.keep_trained_logits:
-            batch["logits_to_keep"] = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
-            batch["shift_labels"] = shifted[:, batch["logits_to_keep"]].contiguous()
+            kept = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
+            batch["logits_to_keep"] = kept.tolist() if self.plain_positions else kept
+            batch["shift_labels"] = shifted[:, kept].contiguous()
         numbers = [block["block"] for block in blocks if "block" in block]
         if numbers:
             batch["blocks"] = torch.tensor(numbers)
@@ -270,6 +274,11 @@ def takes_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether a model can compute its logits at chosen positions alone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether a model's layers are on several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def row_losses(

@@ -130,14 +130,14 @@ def all_candidates(
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
-        graphed = gpus == copies == 1 and records(config, shape, hardware)
+        graphed = gpus == 1 and records(config, shape, hardware)
         for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
                 step = step_settings(
                     config, shape, blocks=blocks, compiled=compiled, graphed=graphed, trained_share=trained_share
                 )
-                step = replace(step, offloaded=placed)
+                step = replace(step, offloaded=placed, copies=copies)
                 fewest = fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus)
                 for count in sorted({fewest, sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
                     again = replace(step, recomputed=count)
@@ -173,7 +173,7 @@ def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
 
 
 def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> bool:
-    """Whether one process records its passes on one of these GPUs."""
+    """Whether a process that has a GPU to itself records its passes on one of these."""
     in_16_bits = (hardware.gpu or UNNAMED_GPU).supports_bf16 and config.model.compute_dtype != "float16"
     return in_16_bits and may_record(
         config.train, is_packed(config, shape), config.adapter.lora_dropout, model_sizes(shape)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_helpers.blocks import BlockCollator, row_losses, takes_logits_to_keep
+from qlora_helpers.blocks import BlockCollator, is_spread, row_losses, takes_logits_to_keep
 from qlora_helpers.config import EvaluationConfig
 from qlora_helpers.evaluation_result import MODELS, Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.fast_answers import AnswerForm, NotFast, answer_fast, answering_form
@@ -146,7 +146,9 @@ def summary_losses(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> list[tuple[float, int]]:
     """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
-    collate = BlockCollator(tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model))
+    collate = BlockCollator(
+        tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model), plain_positions=is_spread(model)
+    )  # fmt: skip
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
@@ -155,7 +157,10 @@ def summary_losses(
     at_once = min(batch_size, LOSS_ROWS)
     for start in range(0, len(order), at_once):
         group = order[start : start + at_once]
-        batch = {name: value.to(device) for name, value in collate([rows[index] for index in group]).items()}
+        batch = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in collate([rows[index] for index in group]).items()
+        }
         losses, tokens = row_losses(model, batch)
         for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
             found[index] = (pair[0], pair[1])

@@ -94,7 +94,7 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
         constants=round(constants) if settings.quantized else 0,
         weights_other=settings.value_bytes * (other if settings.quantized else other + linear),
         adapters=SINGLE * adapters,
-        gradients=SINGLE * adapters,
+        gradients=SINGLE * adapters * (2 if settings.copies > 1 else 1),  # DDP sends copies of them
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
         activations=settings.tokens * kept_bytes(sizes, settings),
     )

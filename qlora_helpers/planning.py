@@ -96,6 +96,7 @@ def predicted_step(
         config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled, graphed=graphed,
         trained_share=trained_share,
     )  # fmt: skip
+    step = replace(step, copies=copies)
     _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
     seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
     return {

@@ -37,6 +37,7 @@ class StepSettings:
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
+        copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
     seq_len_tokens: int
@@ -57,6 +58,7 @@ class StepSettings:
     value_bytes: int = HALF
     adapted: frozenset[str] | None = None
     graphed: bool = False
+    copies: int = 1
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_helpers.blocks import BlockCollator, PreparedData, most_rows, most_trained, takes_logits_to_keep
+from qlora_helpers.blocks import BlockCollator, PreparedData, is_spread, most_rows, most_trained, takes_logits_to_keep
 from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
 from qlora_helpers.errors import ModelError
@@ -58,6 +58,7 @@ def make_collator(
         mask_dtype=inner.dtype if eager else None,
         pad_to=data.seq_len_tokens if data.packed else None,
         keep_trained_logits=takes_logits_to_keep(model),
+        plain_positions=is_spread(model),
         most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
         list_trained=fast is not None and fast.loss is not None,
         most_trained=most_trained(data.train, blocks) if blocks and fast and fast.recording else None,
@@ -111,7 +112,8 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         graphed=may_record(config, data.packed, model.active_peft_config.lora_dropout, sizes)
-        and model.dtype != torch.float16 and int(os.environ.get("WORLD_SIZE", 1)) == 1,
+        and model.dtype != torch.float16,
+        copies=int(os.environ.get("WORLD_SIZE", 1)),
     )  # fmt: skip
     if step.graphed:  # every batch is filled up to the most that are trained in any
         most = most_trained(data.train, config.micro_batch_size)

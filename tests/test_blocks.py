@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_falcon, tiny_llama
 
-from qlora_helpers.blocks import BlockCollator, pack, positions_in_row, rows_apart_mask
+from qlora_helpers.blocks import BlockCollator, is_spread, pack, positions_in_row, rows_apart_mask
 from qlora_helpers.labels import IGNORED
 
 PAD = 1
@@ -89,6 +89,22 @@ def test_a_packed_batch(torch):
     assert additive.dtype == torch.float16
     assert torch.equal(additive == 0, batch["attention_mask"])
     assert additive.min() == torch.finfo(torch.float16).min
+
+
+def test_a_model_on_several_gpus_gets_its_positions_as_a_list(models, torch):
+    """accelerate brings tensors to the first GPU, where the last layer's output is not."""
+    model = models["falcon"]
+    blocks = [block(([5, 6, 7], [IGNORED, 6, 7]), ([8, 9], [IGNORED, 9]))]
+    usual, plain = (BlockCollator(PAD, packed=True, plain_positions=plain)(blocks) for plain in (False, True))
+    assert plain["logits_to_keep"] == usual["logits_to_keep"].tolist() == [0, 1, 3]
+    with torch.no_grad():
+        assert model(**plain).loss == model(**usual).loss
+    assert not is_spread(model)
+    model.get_base_model().hf_device_map = {"transformer.h.0": 0, "transformer.h.1": 1}
+    assert is_spread(model)
+    model.get_base_model().hf_device_map = {"": 1}
+    assert not is_spread(model)
+    del model.get_base_model().hf_device_map
 
 
 def test_a_block_longer_than_asked_is_not_cut():

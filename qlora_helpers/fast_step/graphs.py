@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,7 @@ class GraphedPasses:
         passes_before: how many of one shape are run as they are first.
         prepare: what must be done with a batch that can't be recorded; keyword arguments in and out.
         record: see `CudaRecorder`; another one in tests.
+        shared: whether gradients go through autograd to their weights, where DDP waits for them to average them over processes.
 
     Attributes:
         refusal: why nothing is recorded any more, or None.
@@ -72,8 +74,9 @@ class GraphedPasses:
 
     def __init__(
         self, forward: Callable[..., Any], trained: list[torch.nn.Parameter], *, passes_before: int,
-        prepare: Callable[[Kwargs], Kwargs] | None, record: Any,
+        prepare: Callable[[Kwargs], Kwargs] | None, record: Any, shared: bool = False,
     ) -> None:  # fmt: skip
+        self._waiting = trained if shared else []
         self._forward, self._trained, self._passes_before = forward, trained, passes_before
         self._prepare, self._record = prepare or dict, record
         self.refusal: str | None = None
@@ -101,7 +104,7 @@ class GraphedPasses:
             self._seen += 1
             self._since_release += 1
             if self._seen > self._passes_before and self._ready(inputs, others):
-                return {"loss": _Played.apply(self._anchor, self)}
+                return {"loss": _Played.apply(self, self._anchor, *self._waiting)}
         return self._forward(**kwargs)
 
     def release(self) -> None:
@@ -152,9 +155,12 @@ class GraphedPasses:
         self.played += 1
         return self._loss.clone()
 
-    def _play_backward(self, upstream: torch.Tensor) -> None:
+    def _play_backward(self, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Plays it; returns the gradients of the weights that wait for them in autograd, and adds the others up itself."""
         self._upstream.copy_(upstream)
         self._plays[1]()
+        if self._waiting:
+            return self._gradients
         for weight, gradient in zip(self._trained, self._gradients, strict=True):
             if gradient is None:
                 continue
@@ -162,6 +168,7 @@ class GraphedPasses:
                 weight.grad = gradient
             else:
                 weight.grad.add_(gradient)
+        return ()
 
     def _keep_gradients(self) -> None:
         """Gradients that later passes add to leave the memory that the next pass writes over."""
@@ -174,18 +181,17 @@ class _Played(torch.autograd.Function):
     """The loss of a played forward pass; its backward pass plays the other recording."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, passes: GraphedPasses) -> torch.Tensor:
+    def forward(ctx: Any, passes: GraphedPasses, anchor: torch.Tensor, *waiting: torch.Tensor) -> torch.Tensor:
         ctx.passes = passes
         loss = passes._play_forward()
         ctx.number = passes.played
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.number != ctx.passes.played:
             raise RuntimeError("a played forward pass takes its backward pass before the next forward pass")
-        ctx.passes._play_backward(upstream)
-        return None, None
+        return None, None, *ctx.passes._play_backward(upstream)
 
 
 def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
@@ -196,8 +202,9 @@ def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
 
 @contextmanager
 def passes_graphed(
-    model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None
-) -> Iterator[GraphedPasses]:
+    model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None,
+    shared: bool = False,
+) -> Iterator[GraphedPasses]:  # fmt: skip
     """While open, passes of a model in training that is given labels are recorded and played.
 
     Args:
@@ -205,10 +212,13 @@ def passes_graphed(
         passes_before: how many are run as they are first.
         prepare: what must be done with a batch that can't be recorded.
         record: None records CUDA graphs.
+        shared: whether several processes average their gradients (DDP).
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     own = model.forward
-    passes = GraphedPasses(own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder())
+    passes = GraphedPasses(
+        own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder(), shared=shared
+    )
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("labels") is None or not (model.training and torch.is_grad_enabled()):
@@ -220,6 +230,12 @@ def passes_graphed(
         undo.callback(passes.release)
         replace_forward(model, forward, undo)
         yield passes
+
+
+def in_several_processes() -> bool:
+    """Whether this is one of several processes that train copies of a model (torchrun)."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
 
 
 def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed: bool) -> str | None:
@@ -237,12 +253,8 @@ def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed
         return "passes are recorded on CUDA GPUs alone"
     if places != {torch.device("cuda", torch.cuda.current_device())}:
         return "passes are recorded on one GPU, the current one"
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        return "several processes average their gradients: no pass is recorded"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "FSDP gathers weights in every pass: none is recorded"
     if not packed:
         return "padded rows differ in length: no pass is recorded"
     if dropout:

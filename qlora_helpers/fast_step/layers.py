@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +60,8 @@ def layers_changed(
     with ExitStack() as undo:
         if compiled:
             undo.enter_context(torch._functorch.config.patch(POINTWISE_VALUES_MADE_AGAIN))
+            # Under DDP each layer would be cut into parts, for gradients to leave sooner: adapters' are small, and cuts keep values.
+            undo.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         if chosen:
             left_out = undo.enter_context(unread_products_left_out(model, layers))
             text = model.config.get_text_config()

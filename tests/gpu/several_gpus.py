@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 COMMON = {
-    "train.logging_steps": 1, "train.eval_steps": 7, "train.tensorboard": "off", "data.test_rows": 4, "data.eval_rows": 8,
-    "evaluation.max_new_tokens": 20, "adapter.lora_dropout": 0.0, "train.warmup_steps": 0,
+    "train.logging_steps": 1, "train.tensorboard": "off", "data.test_rows": 4, "data.eval_rows": 8,
+    "evaluation.max_new_tokens": 20, "adapter.lora_dropout": 0.0,
+    "train.learning_rate": 5e-5,  # random weights learn so fast at more that 16 bits' rounding grows with every step
 }  # fmt: skip
+SAME_LOSS = 0.005
 LIVE = ("starting", "running")
 
 
@@ -96,7 +98,7 @@ def _settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     length, blocks = (1024, 2) if options.on_gpu else (192, 1)
     return COMMON | {
         "model.name": name, "data.seq_len_tokens": length, "train.micro_batch_size": blocks, "train.max_steps": options.steps,
-        "train.save_steps": options.steps,
+        "train.save_steps": options.steps, "train.eval_steps": options.steps,
     }  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def _failed(results: dict[str, Any], steps: int) -> list[str]:
     if results.get("spread", {}).get("reload_difference", 0) > 1e-3:
         failed.append("spread: the adapter that was saved answers otherwise")
     pair = [results.get(name, {}).get("losses") for name in ("copied", "alone")]
-    if all(pair) and max(abs(one - other) / other for one, other in zip(*pair, strict=True)) > 0.01:
+    if all(pair) and max(abs(one - other) / other for one, other in zip(*pair, strict=True)) > SAME_LOSS:
         failed.append("copied: its losses are not those of one GPU that sees the same blocks")
     found = results.get("stopped")
     if found is not None and (found.get("state"), found.get("then"), found.get("gapless")) != ("stopped", "finished", True):
