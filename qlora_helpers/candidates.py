@@ -130,7 +130,7 @@ def all_candidates(
     found = []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
-        graphed = gpus == 1 and records(config, shape, hardware)
+        graphed = gpus == copies == 1 and records(config, shape, hardware)
         for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
@@ -173,7 +173,7 @@ def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
 
 
 def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> bool:
-    """Whether a process that has a GPU to itself records its passes on one of these."""
+    """Whether one process records its passes on one of these GPUs."""
     in_16_bits = (hardware.gpu or UNNAMED_GPU).supports_bf16 and config.model.compute_dtype != "float16"
     return in_16_bits and may_record(
         config.train, is_packed(config, shape), config.adapter.lora_dropout, model_sizes(shape)

@@ -101,6 +101,7 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     except ModelError as error:
         log.warning("the step is not planned: %s", error)
         return as_set
+    copies = int(os.environ.get("WORLD_SIZE", 1))
     settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest, blocks=config.micro_batch_size, recomputed=0, compiled=False,
@@ -112,8 +113,8 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         graphed=may_record(config, data.packed, model.active_peft_config.lora_dropout, sizes)
-        and model.dtype != torch.float16,
-        copies=int(os.environ.get("WORLD_SIZE", 1)),
+        and model.dtype != torch.float16 and copies == 1,
+        copies=copies,
     )  # fmt: skip
     if step.graphed:  # every batch is filled up to the most that are trained in any
         most = most_trained(data.train, config.micro_batch_size)

@@ -9,7 +9,10 @@ class Recorder:
     """Plays by running again: results go where the first run's were, and a forward pass destroys the gradients there."""
 
     def __init__(self) -> None:
-        self.recordings, self.forgotten = 0, 0
+        self.recordings, self.forgotten, self.full = 0, 0, None
+
+    def refusal(self):
+        return self.full
 
     def __call__(self, run_forward, run_backward):
         self.recordings += 1

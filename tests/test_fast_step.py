@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.blocks import BlockCollator, HostTokens, most_rows, row_losses, row_starts
@@ -234,6 +235,51 @@ def test_compiled_layers_learn_the_same(name, monkeypatch):
         assert on.compiled
         found = gradients(model, fast_collator(on)(BLOCKS))
     assert_same(expected, found, tolerance=3e-6)
+
+
+def over_devices(shape):
+    """As accelerate shares a model's layers out; here all devices are the CPU."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa").double()
+    base.config.use_cache = False
+    (name, inner) = next((name, part) for name, part in base.named_children() if decoder_layers(part))
+    places = {f"{name}.{part}": "cpu" for part, module in inner.named_children() if module is not None}
+    layers = next(path for path, module in base.named_modules() if isinstance(module, torch.nn.ModuleList))
+    del places[layers]
+    places |= {f"{layers}.{index}": "cpu" for index in range(3)} | {"lm_head": "cpu"}
+    dispatched = dispatch_model(base, places, main_device="cpu", force_hooks=True)
+    model = add_adapters(dispatched, AdapterConfig(r=4, lora_dropout=0.0), seed=0).train()
+    for path, parameter in model.named_parameters():
+        if "lora_" in path:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    return model
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "as written"])
+@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
+def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatch):
+    """accelerate hooks every module of them, which cut what was compiled into pieces."""
+    compiler, hooks = torch.compile, []
+    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager_decomp_partition", **options))
+    torch._dynamo.reset()
+    model = over_devices(SHAPES[name])
+    brought = type(decoder_layers(model.get_base_model())[0]._hf_hook)
+    own = brought.pre_forward
+    monkeypatch.setattr(
+        brought, "pre_forward", lambda self, module, *args, **kwargs: hooks.append(module) or own(self, module, *args, **kwargs)
+    )
+    expected = gradients(model, plain_collator()(BLOCKS))
+    every = len(hooks)
+    hooks.clear()
+    with fast(model, compiled=compiled, recomputed=1) as on:
+        found = gradients(model, fast_collator(on)(BLOCKS))
+    assert_same(expected, found, tolerance=3e-6)
+    layers = decoder_layers(model.get_base_model())
+    assert 0 < len(hooks) < every / 3 and {type(module) for module in hooks if module in layers} == {type(layers[0])}
+    hooks.clear()
+    assert_same(expected, gradients(model, plain_collator()(BLOCKS)), tolerance=1e-12)
+    assert len(hooks) == every
 
 
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])

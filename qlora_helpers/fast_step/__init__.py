@@ -14,8 +14,8 @@ import torch
 
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.fast_step.embeddings import brought_back, embeddings_on_host, offload_refusal
-from qlora_helpers.fast_step.graphs import GraphedPasses, graph_refusal, in_several_processes, passes_graphed
-from qlora_helpers.fast_step.layers import compile_refusal, decoder_layers, layers_changed
+from qlora_helpers.fast_step.graphs import GraphedPasses, graph_refusal, passes_graphed
+from qlora_helpers.fast_step.layers import compile_refusal, decoder_layers, inner_hooks_set_aside, layers_changed
 from qlora_helpers.fast_step.loss import ChunkedLoss, loss_in_chunks
 from qlora_helpers.fast_step.rows import kernel_refusal, rows_attended_apart
 
@@ -107,6 +107,7 @@ def fast_step(
     on.recomputed = on.layers if recomputed is None else min(recomputed, on.layers)
     looked_up = None
     with ExitStack() as parts:
+        parts.enter_context(inner_hooks_set_aside(decoder_layers(inner)))
         if offload_embeddings:
             refusal = offload_refusal(inner)
             if refusal is None:
@@ -140,9 +141,7 @@ def fast_step(
             refusal = graph_refusal(model, packed=packed, dropout=dropout, listed=on.loss is not None)
             if refusal is None:
                 on.graphs = parts.enter_context(
-                    passes_graphed(
-                        model, passes_before=accumulation + 1, prepare=looked_up, shared=in_several_processes()
-                    )
+                    passes_graphed(model, passes_before=accumulation + 1, prepare=looked_up)
                 )
             else:
                 on.reasons.append(refusal)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,9 @@ import torch
 
 from qlora_helpers import cuda_graphs
 from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.units import gib
 
+FULL = 0.98  # of what PyTorch may take: where that much is taken, trying would only leave holes
 PASSES_WORTH = 10  # that a recording, which takes about a second, must be played
 log = logging.getLogger(__name__)
 Play = Callable[[], None]
@@ -47,6 +48,16 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
         return [graph.replay for graph in graphs]
 
+    @staticmethod
+    def refusal() -> str | None:
+        """Why there is no room: passes as they are fill what PyTorch may take, and a recording can't use what they left behind."""
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        most = min(free + reserved, torch.cuda.get_per_process_memory_fraction() * total)
+        if reserved <= FULL * most:
+            return None
+        return f"no CUDA graph: {gib(reserved):.1f} of {gib(most):.1f} GiB are taken by passes as they are"
+
     def forget(self) -> None:
         """After the last reference to a recording is gone: its memory goes back to the GPU, workspaces of products included."""
         torch.cuda.synchronize()  # it was played on another stream than the one that its memory belongs to
@@ -64,7 +75,6 @@ class GraphedPasses:
         passes_before: how many of one shape are run as they are first.
         prepare: what must be done with a batch that can't be recorded; keyword arguments in and out.
         record: see `CudaRecorder`; another one in tests.
-        shared: whether gradients go through autograd to their weights, where DDP waits for them to average them over processes.
 
     Attributes:
         refusal: why nothing is recorded any more, or None.
@@ -74,9 +84,8 @@ class GraphedPasses:
 
     def __init__(
         self, forward: Callable[..., Any], trained: list[torch.nn.Parameter], *, passes_before: int,
-        prepare: Callable[[Kwargs], Kwargs] | None, record: Any, shared: bool = False,
+        prepare: Callable[[Kwargs], Kwargs] | None, record: Any,
     ) -> None:  # fmt: skip
-        self._waiting = trained if shared else []
         self._forward, self._trained, self._passes_before = forward, trained, passes_before
         self._prepare, self._record = prepare or dict, record
         self.refusal: str | None = None
@@ -104,7 +113,7 @@ class GraphedPasses:
             self._seen += 1
             self._since_release += 1
             if self._seen > self._passes_before and self._ready(inputs, others):
-                return {"loss": _Played.apply(self, self._anchor, *self._waiting)}
+                return {"loss": _Played.apply(self._anchor, self)}
         return self._forward(**kwargs)
 
     def release(self) -> None:
@@ -121,8 +130,13 @@ class GraphedPasses:
 
     def _ready(self, inputs: dict[str, torch.Tensor], others: Kwargs) -> bool:
         """Puts the batch where the recorded passes look for it, and records them where that was not done."""
-        if not self._plays and self._between_releases < PASSES_WORTH:
-            return False
+        if not self._plays:
+            if self._between_releases < PASSES_WORTH:
+                return False
+            self.refusal = self._record.refusal()
+            if self.refusal:
+                log.warning("passes are run as they are: %s", self.refusal)
+                return False
         if not self._inputs:
             self._inputs = {name: torch.empty_like(each, device=self._upstream.device) for name, each in inputs.items()}
         for name, each in inputs.items():
@@ -155,12 +169,9 @@ class GraphedPasses:
         self.played += 1
         return self._loss.clone()
 
-    def _play_backward(self, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Plays it; returns the gradients of the weights that wait for them in autograd, and adds the others up itself."""
+    def _play_backward(self, upstream: torch.Tensor) -> None:
         self._upstream.copy_(upstream)
         self._plays[1]()
-        if self._waiting:
-            return self._gradients
         for weight, gradient in zip(self._trained, self._gradients, strict=True):
             if gradient is None:
                 continue
@@ -168,7 +179,6 @@ class GraphedPasses:
                 weight.grad = gradient
             else:
                 weight.grad.add_(gradient)
-        return ()
 
     def _keep_gradients(self) -> None:
         """Gradients that later passes add to leave the memory that the next pass writes over."""
@@ -181,17 +191,18 @@ class _Played(torch.autograd.Function):
     """The loss of a played forward pass; its backward pass plays the other recording."""
 
     @staticmethod
-    def forward(ctx: Any, passes: GraphedPasses, anchor: torch.Tensor, *waiting: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, passes: GraphedPasses) -> torch.Tensor:
         ctx.passes = passes
         loss = passes._play_forward()
         ctx.number = passes.played
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, None]:
         if ctx.number != ctx.passes.played:
             raise RuntimeError("a played forward pass takes its backward pass before the next forward pass")
-        return None, None, *ctx.passes._play_backward(upstream)
+        ctx.passes._play_backward(upstream)
+        return None, None
 
 
 def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
@@ -202,9 +213,8 @@ def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
 
 @contextmanager
 def passes_graphed(
-    model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None,
-    shared: bool = False,
-) -> Iterator[GraphedPasses]:  # fmt: skip
+    model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None
+) -> Iterator[GraphedPasses]:
     """While open, passes of a model in training that is given labels are recorded and played.
 
     Args:
@@ -212,13 +222,10 @@ def passes_graphed(
         passes_before: how many are run as they are first.
         prepare: what must be done with a batch that can't be recorded.
         record: None records CUDA graphs.
-        shared: whether several processes average their gradients (DDP).
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     own = model.forward
-    passes = GraphedPasses(
-        own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder(), shared=shared
-    )
+    passes = GraphedPasses(own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder())
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("labels") is None or not (model.training and torch.is_grad_enabled()):
@@ -230,12 +237,6 @@ def passes_graphed(
         undo.callback(passes.release)
         replace_forward(model, forward, undo)
         yield passes
-
-
-def in_several_processes() -> bool:
-    """Whether this is one of several processes that train copies of a model (torchrun)."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
 
 
 def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed: bool) -> str | None:
@@ -253,8 +254,12 @@ def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed
         return "passes are recorded on CUDA GPUs alone"
     if places != {torch.device("cuda", torch.cuda.current_device())}:
         return "passes are recorded on one GPU, the current one"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "FSDP gathers weights in every pass: none is recorded"
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        return "several processes average their gradients: no pass is recorded"
     if not packed:
         return "padded rows differ in length: no pass is recorded"
     if dropout:

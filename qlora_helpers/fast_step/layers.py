@@ -68,14 +68,50 @@ def layers_changed(
             undo.callback(setattr, text, "use_cache", text.use_cache)
             text.use_cache = False  # a layer that recomputes would add its keys to a cache twice
         for index, layer in enumerate(layers):
-            forward = layer.forward
+            forward = layer._old_forward if _is_hooked(layer) else layer.forward
             if compiled:
                 forward = torch.compile(forward, dynamic=False)
             if index in chosen:
                 forward = _recomputing(layer, forward, keep_random_state)
             if compiled or index in chosen:
-                replace_forward(layer, forward, undo)
+                replace_forward(layer, _after_hook(layer, forward), undo)
         yield left_out
+
+
+@contextmanager
+def inner_hooks_set_aside(layers: list[torch.nn.Module]) -> Iterator[int]:
+    """While open, accelerate's hooks on the parts of decoder layers do nothing; yields how many there are.
+
+    Where layers are on several GPUs, accelerate hooks every module, to bring what enters it to its GPU. The layer's own hook has
+    done so for all of its parts; theirs take time, and would cut what is compiled into as many pieces, each of which keeps what
+    goes in and out.
+
+    Args:
+        layers: of which nothing else is replaced yet.
+    """
+    with ExitStack() as undo:
+        parts = [part for layer in layers for part in layer.modules() if part is not layer and _is_hooked(part)]
+        for part in parts:
+            replace_forward(part, part._old_forward, undo)
+        yield len(parts)
+
+
+def _after_hook(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass that begins and ends with what accelerate's hook of the layer does, where it has one."""
+    if not _is_hooked(layer):
+        return forward
+
+    @functools.wraps(forward)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = layer._hf_hook.pre_forward(layer, *args, **kwargs)
+        return layer._hf_hook.post_forward(layer, forward(*args, **kwargs))
+
+    return hooked
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    """Whether accelerate brings inputs to a module's device, and no weights."""
+    return hasattr(module, "_old_forward") and not getattr(getattr(module, "_hf_hook", None), "offload", True)
 
 
 def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:
