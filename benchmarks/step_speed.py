@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from qlora_helpers import lora, models, training, workflow
 from qlora_helpers.allocator import segments_expand, use_expandable_segments
 from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from qlora_helpers.data import prepare
+from qlora_helpers.fast_step import products
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.run import Run
 from qlora_helpers.sources import read_corpus
@@ -83,6 +85,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "launched": {"train": {"compile": "on", "cuda_graph": False}},
     "graphed": {"train": {"compile": "off"}},
     "fast": {"train": {"compile": "on"}},
+    "remade": {"train": {"compile": "on"}},
     "fast_host": {"train": {"compile": "on", "offload_embeddings": True}},
     "fast_all": {"train": {"compile": "on"}, "data": {"loss_on": "all"}},
     "fast_host_all": {"train": {"compile": "on", "offload_embeddings": True}, "data": {"loss_on": "all"}},
@@ -91,7 +94,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "auto": {},
 }
 """What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step neither compiled nor recorded,
-compiled alone, recorded alone, both, both with the input embedding in the host's memory, with a loss on all tokens, with dropout,
+compiled alone, recorded alone, both, both with recomputed layers that make every product again, both with the input embedding in the host's memory, with a loss on all tokens, with dropout,
 with DoRA, and as planned."""
 
 
@@ -218,7 +221,10 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     recompute = {"activation_checkpointing": case.recomputed != 0, "recompute_layers": case.recomputed}
     config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant.get("train", {}))
     clock, profiled = Clock(), [Profile()] if profile else []
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        every_product() if case.variant == "remade" else contextlib.nullcontext(),
+    ):
         training.train(
             model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock, *profiled),
             show_progress=False,
@@ -246,6 +252,11 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
         }
         | ({"profile": profiled[0].result()} if profile else {})
     )
+
+
+def every_product() -> Any:
+    """While open, layers that recompute leave nothing out."""
+    return unittest.mock.patch.object(products, "added_to_residual", lambda config: ())
 
 
 def _recomputed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:

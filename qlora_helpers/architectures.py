@@ -169,6 +169,12 @@ class ModelSizes:
         return sum(layer.parameters_per_block for layer in self.linears)
 
     @property
+    def parameters_added_last_per_block(self) -> int:
+        """Weights of a block whose product a recomputation need not make again."""
+        names = added_to_residual({"model_type": self.family, "parallel_attn": self.parallel_attention})
+        return sum(layer.parameters_per_block for layer in self.linears if layer.name in names)
+
+    @property
     def parameters(self) -> int:
         """All weights; tied ones count once."""
         in_blocks = self.blocks * (self.linear_parameters_per_block + self.other_parameters_per_block)

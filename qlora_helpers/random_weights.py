@@ -97,7 +97,9 @@ class _Drawn:
 
     def device(self, name: str) -> torch.device:
         """Where what has this name belongs."""
-        return next(device for place, device in self._devices.items() if not place or f"{name}.".startswith(f"{place}."))
+        return next(
+            device for place, device in self._devices.items() if not place or f"{name}.".startswith(f"{place}.")
+        )
 
     def __call__(self, name: str, *shape: int, ones: bool = False) -> torch.Tensor:
         """Normally distributed values, or ones."""

@@ -37,6 +37,7 @@ class StepSettings:
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
+        left_out: whether recomputed layers make no product that nothing in them reads, as the fast step does.
         copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
@@ -58,6 +59,7 @@ class StepSettings:
     value_bytes: int = HALF
     adapted: frozenset[str] | None = None
     graphed: bool = False
+    left_out: bool = True
     copies: int = 1
 
     @property

@@ -261,13 +261,17 @@ def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatc
     """accelerate hooks every module of them, which cut what was compiled into pieces."""
     compiler, hooks = torch.compile, []
     monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager_decomp_partition", **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, backend="aot_eager_decomp_partition", **options)
+    )
     torch._dynamo.reset()
     model = over_devices(SHAPES[name])
     brought = type(decoder_layers(model.get_base_model())[0]._hf_hook)
     own = brought.pre_forward
     monkeypatch.setattr(
-        brought, "pre_forward", lambda self, module, *args, **kwargs: hooks.append(module) or own(self, module, *args, **kwargs)
+        brought,
+        "pre_forward",
+        lambda self, module, *args, **kwargs: hooks.append(module) or own(self, module, *args, **kwargs),
     )
     expected = gradients(model, plain_collator()(BLOCKS))
     every = len(hooks)

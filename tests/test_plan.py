@@ -32,6 +32,29 @@ def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, 
     return make_plan(model, known_shape(model), parse_gpus(gpus, price), RECIPE.with_settings(settings), tokens=tokens)
 
 
+def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
+    """By arithmetic: half of Falcon's products, a quarter of a Llama's, none of a Gemma's; DoRA needs them all."""
+    for name, share in (("falcon-40b", 0.49), ("llama-3.1-8b", 0.27), ("gemma-2-9b", 0.0)):
+        sizes, gpu = model_sizes(SHAPES[name]), GPUS["H100"]
+        step = StepSettings(
+            seq_len_tokens=2048,
+            blocks=8,
+            recomputed=sizes.blocks,
+            compiled=True,
+            r=8,
+            adapter_parameters=10**7,
+            graphed=True,
+        )
+        assert sizes.parameters_added_last_per_block / sizes.linear_parameters_per_block == pytest.approx(
+            share, abs=0.01
+        )
+        usual, remade = (step_seconds(sizes, replace(step, left_out=each), gpu) for each in (True, False))
+        products = 2 * step.tokens * sizes.blocks * sizes.parameters_added_last_per_block / (gpu.bf16_tflops * 1e12)
+        assert products <= remade - usual <= 1.6 * products
+        dora = [step_seconds(sizes, replace(step, left_out=each, dora=True), gpu) for each in (True, False)]
+        assert dora[0] == dora[1]
+
+
 @pytest.mark.parametrize("case", planned_steps(), ids=name_of)
 def test_the_speed_is_what_the_gpu_measured(case):
     sizes, step = measured_step(case)

@@ -135,7 +135,9 @@ def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out)
 
     with fast(model, recomputed=3) as on:
         batch = fast_collator(on)(BLOCKS)
-        hook = next(p for n, p in model.named_parameters() if "layers.0" in n and "lora_B" in n).register_hook(interrupted)
+        hook = next(p for n, p in model.named_parameters() if "layers.0" in n and "lora_B" in n).register_hook(
+            interrupted
+        )
         with pytest.raises(InterruptedError):
             gradients(model, batch)
         hook.remove()

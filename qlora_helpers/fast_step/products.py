@@ -63,7 +63,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 @torch.library.impl("qlora_helpers::linear_4bit_unless_recomputed", "CompositeExplicitAutograd")
 def _linear_4bit(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
-    return _unread(x, shape[0]) if _recomputing.on else torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, *rest)
+    return (
+        _unread(x, shape[0]) if _recomputing.on else torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, *rest)
+    )
 
 
 @torch.library.register_fake("qlora_helpers::linear_unless_recomputed")

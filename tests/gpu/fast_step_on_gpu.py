@@ -100,7 +100,9 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.
     return loss.item(), torch.cat(parts)
 
 
-def compared(name: str, rows: str, compiled: bool, recomputed: int, graphed: bool, packed_weights: bool) -> dict[str, Any]:
+def compared(
+    name: str, rows: str, compiled: bool, recomputed: int, graphed: bool, packed_weights: bool
+) -> dict[str, Any]:
     """Relative errors of the fast step and of the plain path, both in 16 bits; a recorded pass is played on other blocks first."""
     packed = rows == "packed"
     blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS[rows])]

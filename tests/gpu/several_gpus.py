@@ -34,7 +34,11 @@ def spread(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One process, the layers over all GPUs."""
     from qlora_helpers import workflow
 
-    more = {"train.compile": "on", "train.activation_checkpointing": True, "train.recompute_layers": 30} if options.on_gpu else {}
+    more = (
+        {"train.compile": "on", "train.activation_checkpointing": True, "train.recompute_layers": 30}
+        if options.on_gpu
+        else {}
+    )
     run = workflow.open_run("spread", profile="demo", settings=_settings(options.spread, options) | more, root=root)
     loaded = workflow.load(run)
     model = workflow.add_adapters(run, loaded)
@@ -54,7 +58,10 @@ def copied(root: Path, options: argparse.Namespace, processes: int | None = None
     from qlora_helpers import launch, workflow
 
     count = processes or options.gpus
-    more = {"train.gradient_accumulation_steps": options.gpus // count, "train.compile": "on" if options.on_gpu else "off"}
+    more = {
+        "train.gradient_accumulation_steps": options.gpus // count,
+        "train.compile": "on" if options.on_gpu else "off",
+    }
     run = workflow.open_run(
         "copied", profile="demo", settings=_settings(options.copied, options) | more | {"train.activation_checkpointing": False},
         root=root,
@@ -75,7 +82,11 @@ def stopped(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Copies that are asked to stop, and go on afterwards."""
     from qlora_helpers import launch, workflow
 
-    settings = _settings(options.small, options) | {"train.max_steps": 400, "train.eval_steps": 400, "train.save_steps": 400}
+    settings = _settings(options.small, options) | {
+        "train.max_steps": 400,
+        "train.eval_steps": 400,
+        "train.save_steps": 400,
+    }
     run = workflow.open_run("stopped", profile="demo", settings=settings | {"train.compile": "off"}, root=root)
     launch.start(run, processes=options.gpus)
     _wait(run, until=lambda: len(_losses(run)) >= 5)
@@ -184,7 +195,11 @@ def _failed(results: dict[str, Any], steps: int) -> list[str]:
     if all(pair) and max(abs(one - other) / other for one, other in zip(*pair, strict=True)) > SAME_LOSS:
         failed.append("copied: its losses are not those of one GPU that sees the same blocks")
     found = results.get("stopped")
-    if found is not None and (found.get("state"), found.get("then"), found.get("gapless")) != ("stopped", "finished", True):
+    if found is not None and (found.get("state"), found.get("then"), found.get("gapless")) != (
+        "stopped",
+        "finished",
+        True,
+    ):
         failed.append("stopped: it did not save, end and go on")
     return failed
 
