@@ -199,8 +199,9 @@ def _same_loss() -> str:
 def _left_out() -> str:
     """What it gives that recomputed layers leave products out, in one call."""
     remade = [case for case in measured_steps() if case["variant"] == "remade"][-1]
+    same = (remade["call"], "fast", *target_of(remade))
     (usual,) = [
-        case for case in measured_steps() if (case["call"], case["variant"], *target_of(case)) == (remade["call"], "fast", *target_of(remade))
+        case for case in measured_steps() if (case["call"], case["variant"], *target_of(case)) == same
     ]  # fmt: skip
     return (
         f"Where {remade['model']} recomputes every layer with {remade['blocks']} blocks, leaving out what nothing reads makes "
@@ -640,8 +641,8 @@ def missed() -> str:
     return (
         f"On the Llama shape Unsloth is the best of the others. Ours is {ahead(wide['unsloth']):.2f} times as fast within 79 GiB, "
         f"where 2.5 times was the aim (that would be {beyond:.0%} of the roof), and {ahead(unsloth):.2f} times within 10 GiB, "
-        f"where the aim was twice (every layer is recomputed there, at {a_weight:.1f} operations a weight and token: twice would be "
-        f"{share:.0%} of the card's rate). Not every size of theirs was tried, and one step of theirs takes different speeds from "
+        f"where the aim was twice (every layer is recomputed there, at {a_weight:.1f} operations a weight and token: twice would "
+        f"be {share:.0%} of the card's rate). Not every size of theirs was tried, and one step of theirs takes different speeds from "
         f"call to call, of which the fastest counts. Unsloth, tokens/s within 7.5 GiB: {speeds('unsloth', 7.5)}; within 10: "
         f"{speeds('unsloth', 10)}; within "
         f"79: {speeds('unsloth', 79)}. Against TRL with Liger kernels ours is {ahead(wide['trl_liger']):.2f} times as fast within "

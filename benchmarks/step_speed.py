@@ -94,7 +94,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "auto": {},
 }
 """What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step neither compiled nor recorded,
-compiled alone, recorded alone, both, both with recomputed layers that make every product again, both with the input embedding in the host's memory, with a loss on all tokens, with dropout,
+compiled alone, recorded alone, both, both with recomputed layers that make every product again, both with the input embedding in
+the host's memory, with a loss on all tokens, with dropout,
 with DoRA, and as planned."""
 
 
@@ -256,7 +257,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
 
 def every_product() -> Any:
     """While open, layers that recompute leave nothing out."""
-    return unittest.mock.patch.object(products, "added_to_residual", lambda config: ())
+    return unittest.mock.patch.object(products, "added_to_residual", return_value=())
 
 
 def _recomputed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:

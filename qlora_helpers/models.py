@@ -28,8 +28,6 @@ from qlora_helpers.nf4 import (
 from qlora_helpers.units import BYTES_IN_GIB, gib
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,7 +140,6 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 def _from_pretrained(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None, spread: Spread
 ) -> PreTrainedModel:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _clear_load_errors(checkpoint.name), falcon_linears_as_plain():

@@ -262,7 +262,8 @@ def test_several_processes_are_predicted_together():
     assert one["tokens_per_s"] < two["tokens_per_s"] <= 2 * one["tokens_per_s"]
     weights = adapter_parameters(SHAPES["falcon-40b"], 8, None, False)
     buckets = 4 * weights / 2**30  # in which DDP sends the gradients
-    assert two["allocated_gib"]["cuda:0"] - one["allocated_gib"]["cuda:0"] == pytest.approx(buckets, abs=2e-3) > 0.2
+    assert two["allocated_gib"]["cuda:0"] - one["allocated_gib"]["cuda:0"] == pytest.approx(buckets, abs=2e-3)
+    assert buckets > 0.2
 
 
 def test_a_limit_on_steps_is_what_a_plan_counts():
