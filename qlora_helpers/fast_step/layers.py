@@ -60,7 +60,7 @@ def layers_changed(
     with ExitStack() as undo:
         if compiled:
             undo.enter_context(torch._functorch.config.patch(POINTWISE_VALUES_MADE_AGAIN))
-            # Under DDP each layer would be cut into parts, for gradients to leave sooner: adapters' are small, and a cut keeps values.
+            # Under DDP each layer would be cut into parts, for gradients to leave sooner; theirs are small, and cuts keep values.
             undo.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         if chosen:
             left_out = undo.enter_context(unread_products_left_out(model, layers))

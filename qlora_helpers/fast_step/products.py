@@ -2,9 +2,9 @@
 
 What is recomputed is what the backward pass reads. Nothing in a layer reads the value of a product that is added to the residual at
 its end: an MLP's last in a Llama, in a Falcon the attention's last too, since both are added together. A backward pass reads that
-product's frozen weights and what entered its adapter. So while a layer recomputes, such a product returns memory as it is: a quarter
-of a Llama layer's products, half of a Falcon layer's. (`torch.utils.checkpoint` stops early, but after that product, and a compiled
-layer does not stop.)
+product's frozen weights and what entered its adapter. So while a layer recomputes, such a product returns memory as it is: a
+quarter of a Llama layer's products, half of a Falcon layer's. (`torch.utils.checkpoint` stops early, but after that product, and a
+compiled layer does not stop.)
 """
 
 from __future__ import annotations
