@@ -84,6 +84,15 @@ def added_to_residual(config: dict[str, Any]) -> tuple[str, ...]:
     return _ADDED_LAST.get(family, ()) + (("dense",) if family == "falcon" and together else ())
 
 
+def draws_at_random(config: dict[str, Any]) -> bool:
+    """Whether a model drops some of its own values while it trains, as OPT does unasked.
+
+    Args:
+        config: a model's `config.json`.
+    """
+    return any("drop" in name and isinstance(share, float) and share > 0 for name, share in config.items())
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """The `nn.Linear` modules of one name in a decoder block.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers.architectures import ModelSizes
+from qlora_helpers.architectures import ModelSizes, draws_at_random
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
 from qlora_helpers.memory import Beside, GpuMemory, beside, predict
@@ -175,9 +175,8 @@ def may_compile(config: RunConfig, shape: dict[str, Any]) -> bool:
 def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> bool:
     """Whether one process records its passes on one of these GPUs."""
     in_16_bits = (hardware.gpu or UNNAMED_GPU).supports_bf16 and config.model.compute_dtype != "float16"
-    return in_16_bits and may_record(
-        config.train, is_packed(config, shape), config.adapter.lora_dropout, model_sizes(shape)
-    )
+    dropout = config.adapter.lora_dropout > 0 or draws_at_random(shape)
+    return in_16_bits and may_record(config.train, is_packed(config, shape), dropout, model_sizes(shape))
 
 
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:

@@ -37,7 +37,8 @@ class StepSettings:
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
-        left_out: whether recomputed layers make no product that nothing in them reads, as the fast step does.
+        left_out: whether recomputed layers make no product that nothing in them reads, as the fast step does but in float16, which
+            trains under autocast.
         copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
@@ -97,6 +98,7 @@ def step_settings(
         chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
         fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
         adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None, graphed=graphed,
+        left_out=config.model.compute_dtype != "float16",
     )  # fmt: skip
 
 
@@ -105,16 +107,16 @@ def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
 
 
-def may_record(train: TrainConfig, packed: bool, dropout: float, sizes: ModelSizes) -> bool:
+def may_record(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:
     """Whether passes may be recorded as CUDA graphs on one GPU: all of one shape, and nothing in them drawn at random.
 
     Args:
         train: training settings.
         packed: whether rows are packed.
-        dropout: of the adapters' inputs.
+        dropout: whether some values are dropped.
         sizes: of the model; one that changes its logits takes its own loss, of as many tokens as a batch trains.
     """
-    return train.fast_step and train.cuda_graph and packed and dropout == 0 and not sizes.logit_softcap
+    return train.fast_step and train.cuda_graph and packed and not dropout and not sizes.logit_softcap
 
 
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:

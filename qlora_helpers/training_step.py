@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_helpers.architectures import draws_at_random
 from qlora_helpers.blocks import BlockCollator, PreparedData, is_spread, most_rows, most_trained, takes_logits_to_keep
 from qlora_helpers.catalog import find_gpu
 from qlora_helpers.config import TrainConfig
@@ -101,19 +102,20 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     except ModelError as error:
         log.warning("the step is not planned: %s", error)
         return as_set
-    copies = int(os.environ.get("WORLD_SIZE", 1))
+    copies, lora = int(os.environ.get("WORLD_SIZE", 1)), model.active_peft_config
+    dropout = lora.lora_dropout > 0 or draws_at_random(model.config.get_text_config().to_dict())
     settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest, blocks=config.micro_batch_size, recomputed=0, compiled=False,
-        r=model.active_peft_config.r, optim=config.optim,
+        r=lora.r, optim=config.optim,
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
-        offloaded=config.offload_embeddings, dropout=model.active_peft_config.lora_dropout > 0,
-        dora=model.active_peft_config.use_dora, adapted=frozenset(model.active_peft_config.target_modules),
+        offloaded=config.offload_embeddings, dropout=lora.lora_dropout > 0,
+        dora=lora.use_dora, adapted=frozenset(lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
-        graphed=may_record(config, data.packed, model.active_peft_config.lora_dropout, sizes)
-        and model.dtype != torch.float16 and copies == 1,
+        left_out=model.dtype != torch.float16,
+        graphed=may_record(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
         copies=copies,
     )  # fmt: skip
     if step.graphed:  # every batch is filled up to the most that are trained in any

@@ -12,6 +12,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_helpers.architectures import draws_at_random
 from qlora_helpers.blocks import BlockCollator, HostTokens, most_rows, row_losses, row_starts
 from qlora_helpers.config import AdapterConfig
 from qlora_helpers.fast_step import fast_step
@@ -333,12 +334,27 @@ def test_generation_inside_the_step_is_generation():
 
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
 def test_recomputed_layers_draw_the_same_dropout(name):
-    model = built(SHAPES[name], dropout=0.5)
+    _assert_same_dropout(built(SHAPES[name], dropout=0.5))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("name", "drops"),
+    [("falcon-40b layout", {"hidden_dropout": 0.2}), ("falcon-40b layout", {"attention_dropout": 0.2}),
+     ("llama", {"attention_dropout": 0.2}), ("phi3", {"resid_pdrop": 0.2})],
+)  # fmt: skip
+def test_recomputed_layers_draw_the_model_s_own_dropout_again(name, drops, packed):
+    model = built(SHAPES[name] | drops)
+    assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
+    _assert_same_dropout(model, packed)
+
+
+def _assert_same_dropout(model, packed=True):
     found = []
     for recomputed in (0, 3):
-        with fast(model, recomputed=recomputed) as on:
+        with fast(model, packed=packed, recomputed=recomputed) as on:
             torch.manual_seed(7)
-            found.append(gradients(model, fast_collator(on)(BLOCKS)))
+            found.append(gradients(model, fast_collator(on, packed)(BLOCKS if packed else PADDED)))
     assert_same(*found, tolerance=1e-12)
 
 

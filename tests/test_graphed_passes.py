@@ -168,12 +168,17 @@ def test_no_recording_is_tried_where_passes_fill_the_gpu(opened):
 
 
 @pytest.mark.parametrize(
-    ("free", "reserved", "share", "full"),
-    [(60, 9.0, 10 / 80, False), (60, 9.9, 10 / 80, True), (0.5, 79.0, 1.0, True), (20, 9.9, 1.0, False)],
-)
-def test_room_is_what_pytorch_may_take(free, reserved, share, full, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
+    ("free", "reserved", "peak", "share", "full"),
+    [
+        (60, 10.0, 9.66, 10 / 79.18, True), (60, 9.2, 8.68, 10 / 79.18, False), (60, 7.1, 6.77, 7.5 / 79.18, False),
+        (50, 24.0, 23.49, 24 / 79.18, True), (1.14, 77.3, 76.6, 1.0, False), (0.1, 78.3, 78.0, 1.0, True),
+    ],
+)  # fmt: skip
+def test_room_is_what_pytorch_may_take_beside_a_pass_s_peak(free, reserved, peak, share, full, monkeypatch):
+    """GiB as one GPU measured them, where a recording failed (full) or was played."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 79.18 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * 2**30)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
     assert bool(CudaRecorder.refusal()) is full
 

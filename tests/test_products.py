@@ -156,3 +156,30 @@ def test_the_families_are_known_ones_and_their_layers_adapted_ones():
         assert names and set(names) <= set(ADAPTER_TARGETS[family])
     assert added_to_residual({"model_type": "gemma3_text"}) == ()
     assert added_to_residual({"model_type": "falcon", "parallel_attn": False}) == ("dense_4h_to_h",)
+
+
+def test_under_autocast_every_product_is_made(left_out):
+    """float16 trains so: linear layers cast what they get."""
+    half = built(SHAPES["llama"], dtype=torch.float16)
+    with fast(half, recomputed=3) as on:
+        assert on.left_out == 0
+    model = built(SHAPES["llama"], dtype=torch.float32)
+    with fast(model, recomputed=3) as on, torch.autocast("cpu", torch.bfloat16):
+        assert gradients(model, fast_collator(on)(BLOCKS))[1]
+    assert not left_out
+
+
+@pytest.mark.parametrize("spoilt", ["a bias in 32 bits", "a lost state"])
+def test_what_bitsandbytes_mends_itself_is_left_to_it(spoilt, left_out):
+    linear = bnb.nn.Linear4bit(
+        64, 32, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=torch.bfloat16
+    )
+    linear = linear.to(torch.bfloat16).to("cpu").requires_grad_(False)
+    if spoilt == "a lost state":
+        linear.weight.quant_state = None
+    else:
+        linear.bias.data = linear.bias.data.float()
+    calls = []
+    forward = products._forward_once(lambda x: calls.append(x) or x)
+    forward(linear, torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True))
+    assert len(calls) == 1

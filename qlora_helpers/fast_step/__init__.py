@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qlora_helpers.architectures import draws_at_random
 from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.fast_step.embeddings import brought_back, embeddings_on_host, offload_refusal
 from qlora_helpers.fast_step.graphs import GraphedPasses, graph_refusal, passes_graphed
@@ -134,6 +135,7 @@ def fast_step(
             on.compiled = refusal is None
             on.reasons += [refusal] if refusal else []
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+        dropout = dropout or draws_at_random(inner.config.get_text_config().to_dict())  # by functions, not modules
         on.left_out = parts.enter_context(
             layers_changed(inner, compiled=on.compiled, recomputed=on.recomputed, keep_random_state=dropout)
         )

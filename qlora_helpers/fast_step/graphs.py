@@ -24,9 +24,9 @@ import torch
 
 from qlora_helpers import cuda_graphs
 from qlora_helpers.fast_step.patching import replace_forward
-from qlora_helpers.units import gib
+from qlora_helpers.units import BYTES_IN_GIB, gib
 
-FULL = 0.98  # of what PyTorch may take: where that much is taken, trying would only leave holes
+ROOM_GIB = 0.6  # beside a pass's peak; with 0.5 and less recordings failed and left holes, with 0.7 and more none did
 PASSES_WORTH = 10  # that a recording, which takes about a second, must be played
 log = logging.getLogger(__name__)
 Play = Callable[[], None]
@@ -50,13 +50,13 @@ class CudaRecorder:
 
     @staticmethod
     def refusal() -> str | None:
-        """Why there is no room: passes as they are fill what PyTorch may take, and a recording can't use what they left behind."""
+        """Why there is no room: a recording allocates anew what a pass needs, and holes come on top of a pass's peak."""
         free, total = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved()
-        most = min(free + reserved, torch.cuda.get_per_process_memory_fraction() * total)
-        if reserved <= FULL * most:
+        most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+        peak = torch.cuda.max_memory_allocated()
+        if most - peak >= ROOM_GIB * BYTES_IN_GIB:
             return None
-        return f"no CUDA graph: {gib(reserved):.1f} of {gib(most):.1f} GiB are taken by passes as they are"
+        return f"no CUDA graph: passes as they are hold {gib(peak):.1f} of {gib(most):.1f} GiB, and {ROOM_GIB} must be free"
 
     def forget(self) -> None:
         """After the last reference to a recording is gone: its memory goes back to the GPU, workspaces of products included."""

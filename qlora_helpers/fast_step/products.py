@@ -117,8 +117,9 @@ def unread_products_left_out(model: torch.nn.Module, layers: list[torch.nn.Modul
         model: a transformers model, without peft's wrapper around it.
         layers: its decoder layers, all of them: they share their compiled kernels.
     """
-    text = model.config.get_text_config()
-    names, changed = added_to_residual(text.to_dict()), 0
+    text, changed = model.config.get_text_config(), 0
+    # Under autocast, as float16 trains, linear layers keep their own way.
+    names = () if model.dtype == torch.float16 else added_to_residual(text.to_dict())
     with ExitStack() as undo:
         for path, module in ((path, module) for layer in layers for path, module in layer.named_modules()):
             if path.rpartition(".")[2] not in names:
@@ -148,7 +149,9 @@ def _forward_once(own: Callable[..., Any]) -> Callable[..., Any]:
         """`(..., in_features)` -> `(..., out_features)`."""
         state = getattr(self.weight, "quant_state", None)
         dtype = self.weight.dtype if state is None else getattr(self, "compute_dtype", None) or x.dtype
-        if x.dtype != dtype or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        lost = state is None and hasattr(self, "quant_state")  # bitsandbytes finds it again
+        other = x.dtype != dtype or (self.bias is not None and self.bias.dtype != dtype)
+        if lost or other or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return own(x)
         return _ProductOnce.apply(x, self.weight, self.bias, state)
 

@@ -191,6 +191,8 @@ def _failed(results: dict[str, Any], steps: int) -> list[str]:
             failed.append(f"{name}: did not train to its end with a falling loss")
     if results.get("spread", {}).get("reload_difference", 0) > 1e-3:
         failed.append("spread: the adapter that was saved answers otherwise")
+    if "copied" in results and "alone" not in results:
+        failed.append("copied: nothing to compare its losses with (--cases copied alone)")
     pair = [results.get(name, {}).get("losses") for name in ("copied", "alone")]
     if all(pair) and max(abs(one - other) / other for one, other in zip(*pair, strict=True)) > SAME_LOSS:
         failed.append("copied: its losses are not those of one GPU that sees the same blocks")
