@@ -5,13 +5,14 @@ Bytes are `memory`'s, seconds `speed`'s; `plan` chooses among them. Imports no t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.architectures import ModelSizes, draws_at_random
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import Beside, GpuMemory, beside, predict
+from qlora_helpers.memory import RECORDING_ROOM_GIB, Beside, GpuMemory, beside, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
 from qlora_helpers.step_settings import StepSettings, is_packed, may_record, step_settings
@@ -138,8 +139,11 @@ def all_candidates(
                     config, shape, blocks=blocks, compiled=compiled, graphed=graphed, trained_share=trained_share
                 )
                 step = replace(step, offloaded=placed, copies=copies)
-                fewest = fewest_recomputed(sizes, step, hardware.usable_gib, gpus=gpus)
-                for count in sorted({fewest, sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
+                fewest = {
+                    fewest_recomputed(sizes, replace(step, graphed=played), hardware.usable_gib, gpus=gpus)
+                    for played in {graphed, False}
+                }
+                for count in sorted(fewest | {sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
                     again = replace(step, recomputed=count)
                     found.append(
                         candidate(sizes, again, hardware, tokens, gpus=gpus, copies=copies, accumulation=accumulation)
@@ -182,6 +186,8 @@ def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> boo
 def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
     """How many decoder layers must recompute their activations to fit; all of them where even that does not.
 
+    Passes that are recorded must leave room for it; where they can't, those that are not recorded count.
+
     Args:
         sizes: of the model.
         step: its `recomputed` does not count.
@@ -191,8 +197,10 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
 
     def fits(recomputed: int) -> bool:
         _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
-        return max(gib(each.total) for each in memory) <= usable_gib
+        return _needed_gib(memory, step) <= usable_gib
 
+    if step.graphed and not fits(sizes.blocks):
+        return fewest_recomputed(sizes, replace(step, graphed=False), usable_gib, gpus=gpus)
     if fits(0):  # the first that recomputes costs what one layer holds while it does
         return 0
     fewest, most = 1, sizes.blocks
@@ -200,6 +208,12 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
         middle = (fewest + most) // 2
         fewest, most = (fewest, middle) if fits(middle) else (middle + 1, most)
     return fewest
+
+
+def _needed_gib(memory: Sequence[GpuMemory], step: StepSettings) -> float:
+    """What the fullest GPU must have free; where passes are recorded, room for that beside a pass's peak too."""
+    beside_peak = RECORDING_ROOM_GIB if step.graphed else 0.0
+    return max(max(gib(each.total), gib(each.allocated + each.context) + beside_peak) for each in memory)
 
 
 def together(copies: int) -> float:
@@ -229,7 +243,7 @@ def candidate(
         copies: of the model, each on `gpus` GPUs.
     """
     layers, memory = predict(sizes, step, gpus=gpus)
-    if step.graphed and max(gib(each.total) for each in memory) > hardware.usable_gib:
+    if step.graphed and _needed_gib(memory, step) > hardware.usable_gib:
         step = replace(step, graphed=False)  # as the trainer does where a recording finds no room
         layers, memory = predict(sizes, step, gpus=gpus)
     rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)

@@ -19,6 +19,9 @@ LOSS_CHUNK_BYTES = 128 * 1024**2  # of float32 logits; `fast_step.loss` keeps to
 MATRIX_TILE = 128  # tokens that a matrix product works on together
 CONTEXT_BYTES = int(0.75 * BYTES_IN_GIB)  # CUDA's own and kernels, outside PyTorch's count; measured on an H100
 GRAPHS_BYTES = int(0.1 * BYTES_IN_GIB)  # of the recorded kernels, there too; measured with 30 to 60 layers
+RECORDING_ROOM_GIB = (
+    0.6  # beside a pass's peak; with 0.5 and less recordings failed and left holes, with 0.7 and more none did
+)
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16  # of what comes and goes, in segments that grow
 RECOMPUTED_FRAGMENTATION_SHARE = 0.2  # of a recomputed layer's work: holes among what is kept; fitted to a Llama
 OPTIMIZER_BYTES = {

@@ -24,9 +24,9 @@ import torch
 
 from qlora_helpers import cuda_graphs
 from qlora_helpers.fast_step.patching import replace_forward
+from qlora_helpers.memory import RECORDING_ROOM_GIB
 from qlora_helpers.units import BYTES_IN_GIB, gib
 
-ROOM_GIB = 0.6  # beside a pass's peak; with 0.5 and less recordings failed and left holes, with 0.7 and more none did
 PASSES_WORTH = 10  # that a recording, which takes about a second, must be played
 log = logging.getLogger(__name__)
 Play = Callable[[], None]
@@ -54,9 +54,10 @@ class CudaRecorder:
         free, total = torch.cuda.mem_get_info()
         most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
         peak = torch.cuda.max_memory_allocated()
-        if most - peak >= ROOM_GIB * BYTES_IN_GIB:
+        if most - peak >= RECORDING_ROOM_GIB * BYTES_IN_GIB:
             return None
-        return f"no CUDA graph: passes as they are hold {gib(peak):.1f} of {gib(most):.1f} GiB, and {ROOM_GIB} must be free"
+        held = f"{gib(peak):.1f} of {gib(most):.1f} GiB"
+        return f"no CUDA graph: passes as they are hold {held}, and {RECORDING_ROOM_GIB} must be free"
 
     def forget(self) -> None:
         """After the last reference to a recording is gone: its memory goes back to the GPU, workspaces of products included."""
