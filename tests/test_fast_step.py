@@ -346,6 +346,8 @@ def test_recomputed_layers_draw_the_same_dropout(name):
 def test_recomputed_layers_draw_the_model_s_own_dropout_again(name, drops, packed):
     model = built(SHAPES[name] | drops)
     assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
+    with fast(model, packed=packed) as on:
+        assert on.rows_apart == (packed and "attention_dropout" not in drops)
     _assert_same_dropout(model, packed)
 
 

@@ -161,6 +161,8 @@ def _attention_refusal(model: torch.nn.Module) -> str | None:
         return f"attention is {text._attn_implementation}: only sdpa's is replaced"
     if getattr(text, "attn_logit_softcapping", None):
         return "the model bounds its attention scores (soft-capping), which the kernel does not"
+    if getattr(text, "attention_dropout", 0.0):
+        return "the model drops attention scores while it trains, which the kernel does not"
     return None
 
 
