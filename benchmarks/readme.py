@@ -474,6 +474,17 @@ def gpu_tests() -> str:
     )
 
 
+def _on_two_cores() -> str:
+    """Two processes on a CPU against one that sees the same blocks."""
+    found = read_json(HERE / "two_processes_two_cores.json")
+    pairs = zip(found["copied"]["losses"], found["alone"]["losses"], strict=True)
+    apart = max(abs(one - other) / other for one, other in pairs)
+    return (
+        f"In two processes on a CPU they lie within {apart:.2%} over {len(found['alone']['losses'])} steps "
+        "(`benchmarks/two_processes_two_cores.json`)."
+    )
+
+
 def two_gpus() -> str:
     """What was measured on two GPUs beside the plan."""
     found = read_json(HERE / "two_gpus.json")
@@ -501,9 +512,16 @@ def two_gpus() -> str:
             f"| {what} | {' | '.join(both)} | {found[name]['tokens_per_s']:,.0f} | {predicted['tokens_per_s']:,.0f} |"
         )
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return "\n".join(
-        [*lines, "", f"{found['machine']}; {packages}; `tests/gpu/several_gpus.py`, `benchmarks/two_gpus.json`.", ""]
+    pair = found["at_a_learning_rate_of_2e-4"]
+    losses = zip(pair["copied"]["losses"], pair["alone"]["losses"], strict=True)
+    apart = [abs(one - other) / other for one, other in losses]
+    learnt = (
+        "That copies learn what one GPU learns was not shown there: in the one pair that saw the same blocks (at a learning rate "
+        f"at which random weights diverge from rounding) the first five losses lie within {max(apart[:5]):.1%}, later ones up to "
+        f"{max(apart[5:]):.1%} apart. {_on_two_cores()}"
     )
+    source = f"{found['machine']}; {packages}; `tests/gpu/several_gpus.py`, `benchmarks/two_gpus.json`."
+    return "\n".join([*lines, "", learnt, "", source, ""])
 
 
 def answers() -> str:

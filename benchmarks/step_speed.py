@@ -95,8 +95,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step neither compiled nor recorded,
 compiled alone, recorded alone, both, both with recomputed layers that make every product again, both with the input embedding in
-the host's memory, with a loss on all tokens, with dropout,
-with DoRA, and as planned."""
+the host's memory, with a loss on all tokens, with dropout, with DoRA, and as planned."""
 
 
 class Clock(TrainerCallback):

