@@ -12,7 +12,7 @@ from typing import Any
 from qlora_helpers.architectures import ModelSizes, draws_at_random
 from qlora_helpers.catalog import Hardware
 from qlora_helpers.config import RunConfig
-from qlora_helpers.memory import RECORDING_ROOM_GIB, Beside, GpuMemory, beside, predict
+from qlora_helpers.memory import RECORDING_ROOM_GIB, Beside, GpuMemory, StepMemory, beside, predict
 from qlora_helpers.model_sizes import model_sizes
 from qlora_helpers.speed import COMPILE_S, UNNAMED_GPU, step_seconds
 from qlora_helpers.step_settings import StepSettings, is_packed, may_record, step_settings
@@ -128,17 +128,14 @@ def all_candidates(
     sizes, per_step = model_sizes(shape), blocks_per_step(config)
     compiled_or_not = (True, False) if may_compile(config, shape) else (False,)
     ways = [(placed, compiled) for placed in embedding_places(sizes, config) for compiled in compiled_or_not]
-    found = []
+    base, found = step_settings(config, shape, blocks=1, trained_share=trained_share), []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
         graphed = gpus == copies == 1 and records(config, shape, hardware)
         for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
-                step = step_settings(
-                    config, shape, blocks=blocks, compiled=compiled, graphed=graphed, trained_share=trained_share
-                )
-                step = replace(step, offloaded=placed, copies=copies)
+                step = replace(base, blocks=blocks, compiled=compiled, graphed=graphed, offloaded=placed, copies=copies)
                 fewest = {
                     fewest_recomputed(sizes, replace(step, graphed=played), hardware.usable_gib, gpus=gpus)
                     for played in {graphed, False}
@@ -195,8 +192,10 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
         gpus: how many hold one copy of the model together.
     """
 
+    held = StepMemory(sizes, step, gpus)
+
     def fits(recomputed: int) -> bool:
-        _, memory = predict(sizes, replace(step, recomputed=recomputed), gpus=gpus)
+        _, memory = held.recomputing(recomputed)
         return _needed_gib(memory, step) <= usable_gib
 
     if step.graphed and not fits(sizes.blocks):

@@ -6,8 +6,10 @@ Every part follows from a model's sizes and from what the fast step keeps for th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from bisect import bisect_left
+from dataclasses import dataclass, fields
+from heapq import heapify, heapreplace
+from itertools import accumulate, pairwise
 
 from qlora_helpers.architectures import ModelSizes
 from qlora_helpers.step_settings import HALF, SINGLE, StepSettings, kept_bytes
@@ -103,42 +105,84 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     )
 
 
-def stage_memory(
-    sizes: ModelSizes, settings: StepSettings, *, layers: int, recomputed: int, first: bool, last: bool
-) -> GpuMemory:
-    """What a GPU holds that has some of the decoder layers.
+class StepMemory:
+    """What a step holds on each GPU with any number of recomputed layers: what does not depend on it is worked out once.
 
     Args:
         sizes: of the model.
-        settings: of the step.
-        layers: decoder layers on this GPU.
-        recomputed: how many of them recompute.
-        first: whether the embedding is here.
-        last: whether the last layer is here; the output layer is too, or with the embedding that it is tied to.
+        settings: of the step; its `recomputed` does not count.
+        gpus: how many hold one copy of the model together.
     """
-    head = first if sizes.tied else last
-    one = layer_bytes(sizes, settings)
-    whole = GpuMemory(**{name: layers * value for name, value in vars(one).items()})
-    layer_input = settings.value_bytes * settings.tokens * sizes.hidden
-    activations = (layers - recomputed) * one.activations + recomputed * layer_input
-    other = whole.weights_other
-    if first:
-        other += settings.value_bytes * sizes.other_parameters
-    offloaded = (
-        settings.value_bytes * sizes.vocab * sizes.hidden if first and settings.offloaded and not sizes.tied else 0
-    )
-    if head:
-        other += settings.value_bytes * sizes.head_parameters
-    in_layer = (one.activations if recomputed else 0) + _widest_weight(sizes, settings)
-    in_layer += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
-    working = max(in_layer if layers else 0, loss_bytes(sizes, settings) if head else 0)
-    working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
-    fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
-    fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
-    return replace(
-        whole, weights_other=other - offloaded, activations=activations, working=working, fragmentation=round(fragmentation),
-        context=CONTEXT_BYTES + (GRAPHS_BYTES if settings.graphed else 0),
-    )  # fmt: skip
+
+    def __init__(self, sizes: ModelSizes, settings: StepSettings, gpus: int = 1):
+        self.sizes, self.settings, self.gpus = sizes, settings, gpus
+        self.layer = layer_bytes(sizes, settings)
+        self.layer_input = settings.value_bytes * settings.tokens * sizes.hidden  # all that a recomputed layer keeps
+        self.in_backward = _widest_weight(sizes, settings)
+        self.in_backward += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
+        self.loss = loss_bytes(sizes, settings)
+        offloaded = settings.offloaded and not sizes.tied
+        self.on_the_host = settings.value_bytes * sizes.vocab * sizes.hidden if offloaded else 0
+        self.without_layers = [float(each.total) for each in self._stages((0,) * gpus, 0)]
+
+    def recomputing(self, recomputed: int) -> tuple[tuple[int, ...], tuple[GpuMemory, ...]]:
+        """Layers and memory of each GPU where so many decoder layers recompute, spread evenly."""
+        counts = self.spread(recomputed)
+        return counts, self._stages(counts, recomputed)
+
+    def _stages(self, counts: tuple[int, ...], recomputed: int) -> tuple[GpuMemory, ...]:
+        again, last = _apportioned(recomputed, counts), self.gpus - 1
+        return tuple(
+            self.stage(layers=layers, recomputed=again[index], first=index == 0, last=index == last)
+            for index, layers in enumerate(counts)
+        )
+
+    def spread(self, recomputed: int) -> tuple[int, ...]:
+        """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
+        blocks = self.sizes.blocks
+        if self.gpus == 1:
+            return (blocks,)
+        a_layer = self.layer.total - recomputed / blocks * (self.layer.activations - self.layer_input)
+        held = [(empty, index) for index, empty in enumerate(self.without_layers)]
+        heapify(held)
+        counts = [0] * self.gpus
+        for _ in range(blocks):
+            bytes_held, emptiest = held[0]
+            counts[emptiest] += 1
+            heapreplace(held, (bytes_held + a_layer, emptiest))
+        return tuple(counts)
+
+    def stage(self, *, layers: int, recomputed: int, first: bool, last: bool) -> GpuMemory:
+        """What a GPU holds that has some of the decoder layers.
+
+        Args:
+            layers: decoder layers on this GPU.
+            recomputed: how many of them recompute.
+            first: whether the embedding is here.
+            last: whether the last layer is here; the output layer is too, or with the embedding that it is tied to.
+        """
+        sizes, one = self.sizes, self.layer
+        head = first if sizes.tied else last
+        activations = (layers - recomputed) * one.activations + recomputed * self.layer_input
+        unquantized = (sizes.other_parameters if first else 0) + (sizes.head_parameters if head else 0)
+        offloaded = self.on_the_host if first else 0
+        in_layer = self.in_backward + (one.activations if recomputed else 0)
+        working = max(in_layer if layers else 0, self.loss if head else 0)
+        working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
+        fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
+        fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
+        return GpuMemory(
+            weights_quantized=layers * one.weights_quantized,
+            constants=layers * one.constants,
+            weights_other=layers * one.weights_other + self.settings.value_bytes * unquantized - offloaded,
+            adapters=layers * one.adapters,
+            gradients=layers * one.gradients,
+            optimizer=layers * one.optimizer,
+            activations=activations,
+            working=working,
+            fragmentation=round(fragmentation),
+            context=CONTEXT_BYTES + (GRAPHS_BYTES if self.settings.graphed else 0),
+        )
 
 
 def _inner_in_backward(sizes: ModelSizes) -> int:
@@ -213,25 +257,6 @@ def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
     return sorted({round(index * layers / recomputed) for index in range(recomputed)}) if recomputed else []
 
 
-def spread_layers(sizes: ModelSizes, settings: StepSettings, gpus: int) -> tuple[int, ...]:
-    """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
-    if gpus == 1:
-        return (sizes.blocks,)
-    one = layer_bytes(sizes, settings)
-    share = settings.recomputed / sizes.blocks
-    a_layer = one.total - share * (one.activations - settings.value_bytes * settings.tokens * sizes.hidden)
-    held = [
-        float(stage_memory(sizes, settings, layers=0, recomputed=0, first=index == 0, last=index == gpus - 1).total)
-        for index in range(gpus)
-    ]
-    counts = [0] * gpus
-    for _ in range(sizes.blocks):
-        emptiest = min(range(gpus), key=held.__getitem__)
-        counts[emptiest] += 1
-        held[emptiest] += a_layer
-    return tuple(counts)
-
-
 def predict(
     sizes: ModelSizes, settings: StepSettings, *, gpus: int = 1
 ) -> tuple[tuple[int, ...], tuple[GpuMemory, ...]]:
@@ -242,13 +267,7 @@ def predict(
         settings: of the step; `recomputed` layers are spread evenly.
         gpus: how many hold one copy of the model together.
     """
-    counts = spread_layers(sizes, settings, gpus)
-    recomputed = _apportioned(settings.recomputed, counts)
-    stages = tuple(
-        stage_memory(sizes, settings, layers=layers, recomputed=again, first=index == 0, last=index == gpus - 1)
-        for index, (layers, again) in enumerate(zip(counts, recomputed, strict=True))
-    )
-    return counts, stages
+    return StepMemory(sizes, settings, gpus).recomputing(settings.recomputed)
 
 
 @dataclass(frozen=True)
@@ -284,5 +303,5 @@ def beside(sizes: ModelSizes, settings: StepSettings, counts: tuple[int, ...]) -
 def _apportioned(recomputed: int, counts: tuple[int, ...]) -> list[int]:
     """Recomputed layers on each GPU."""
     chosen = layers_to_recompute(sum(counts), recomputed)
-    ends = list(accumulate(counts))
-    return [sum(end - count <= index < end for index in chosen) for count, end in zip(counts, ends, strict=True)]
+    before = [0, *(bisect_left(chosen, end) for end in accumulate(counts))]
+    return [after - earlier for earlier, after in pairwise(before)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from measured_steps import name_of, planned_steps, step_of
 
-from qlora_helpers.memory import predict, spread_layers, stage_memory
+from qlora_helpers.memory import StepMemory, predict
 from qlora_helpers.model_shapes import SHAPES
 from qlora_helpers.model_sizes import adapter_parameters, model_sizes
 from qlora_helpers.step_settings import StepSettings, kept_values
@@ -94,9 +94,8 @@ def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
 
 def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    whole = stage_memory(
-        sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8), layers=0, recomputed=0, first=False, last=True
-    )
+    held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8))
+    whole = held.stage(layers=0, recomputed=0, first=False, last=True)
     assert gib(8 * 2048 * 128_256 * 4) > 7
     assert gib(whole.working) < 1.1
 
@@ -107,7 +106,7 @@ def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     step = settings("falcon-40b", blocks=2, recomputed=20)
     counts, memory = predict(sizes, step, gpus=gpus)
     assert sum(counts) == 60 and len(counts) == len(memory) == gpus
-    assert counts == spread_layers(sizes, step, gpus)
+    assert counts == StepMemory(sizes, step, gpus).spread(20)
     totals = [each.total for each in memory]
     a_layer = predict(sizes, replace(step, recomputed=0))[1][0].total / 60
     assert max(totals) - min(totals) < 2 * a_layer
