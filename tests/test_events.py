@@ -295,7 +295,7 @@ def test_a_process_does_not_hang_on_a_bucket_that_never_answers(tmp_path):
     """A connection that is taken and never answered: the slowest way for a bucket to be away."""
     code = (
         "import pathlib, sys; from qlora_helpers.s3_copy import S3Copy; folder = pathlib.Path(sys.argv[1]);"
-        "(folder / 'events.1').write_bytes(b'x'); S3Copy(folder, 's3://bucket/prefix').close(timeout_s=1)"
+        "(folder / 'events.1').write_bytes(b'x'); S3Copy(folder, 's3://bucket/prefix').close(timeout_s=4)"
     )
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -314,7 +314,7 @@ def test_a_process_does_not_hang_on_a_bucket_that_never_answers(tmp_path):
         silent.setblocking(False)
         silent.accept()  # it was asked
     assert (ended.returncode, ended.stderr) == (0, b"")
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30  # botocore alone waits a minute for an answer, and asks again
 
 
 # hyperparameters and texts

@@ -280,6 +280,7 @@ def test_a_run_that_is_not_there_and_a_section_that_is_none_are_refused(run, fal
 
 
 def test_thirty_random_changes_take_under_100_ms_in_the_median(form):
+    """CPU seconds of the kernel's thread, which waits for nothing; what else runs on the machine does not count."""
     draw, seconds = random.Random(0), []
     for _ in range(30):
         name = draw.choice(
@@ -290,9 +291,9 @@ def test_thirty_random_changes_take_under_100_ms_in_the_median(form):
         )
         control = form.fields[name].control
         value = draw.choice([value for value in values if value != control.value])
-        start = time.perf_counter()
+        start = time.thread_time()
         control.value = value
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
         assert form.fields[name].value == value and not form.wrong.value
     assert statistics.median(seconds) < 0.1
 

@@ -51,6 +51,11 @@ def recomputation_contexts() -> tuple[AbstractContextManager[Any], AbstractConte
     return nullcontext(), _recomputing
 
 
+def recomputing() -> bool:
+    """Whether this thread is making a layer's values again."""
+    return _recomputing.on
+
+
 def _unread(x: torch.Tensor, width: int) -> torch.Tensor:
     """`(..., width)` in memory as it is."""
     return x.new_empty((*x.shape[:-1], width))
