@@ -6,6 +6,8 @@ Small blocks of random words go through the model as the trainer would send them
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -112,9 +114,18 @@ def probe_losses(model: torch.nn.Module, collator: BlockCollator, chunked: Chunk
     return losses.float()
 
 
-def loss_and_gradient(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
-    """A batch's loss, and the gradient of all adapter weights as one vector: what two ways through a model are compared by."""
+def loss_and_gradient(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], forward: AbstractContextManager[Any] | None = None
+) -> tuple[float, torch.Tensor]:
+    """A batch's loss, and the gradient of all adapter weights as one vector: what two ways through a model are compared by.
+
+    Args:
+        model: with adapters.
+        batch: on its device.
+        forward: what is open during the forward pass.
+    """
     model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
+    with forward or nullcontext():
+        loss = model(**batch).loss
     loss.backward()
     return loss.item(), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])

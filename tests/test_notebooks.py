@@ -1,4 +1,4 @@
-"""What all nine notebooks have in common; that they run is nbval's business."""
+"""What all ten notebooks have in common; that they run is nbval's business."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from store_notebooks import is_worth_storing
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_nine_in_order():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(9)]
+def test_there_are_ten_in_order():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(10)]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
