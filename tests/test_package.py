@@ -19,7 +19,7 @@ HEAVY = {"evaluation", "training", "training_callback", "training_step", "summar
     "fast_answers", "fast_answers.attention", "fast_answers.cache",
     "fast_answers.decoder", "fast_answers.graphs", "fast_answers.weights", "fast_step.embeddings", "fast_step.graphs",
     "fast_step.products",
-    "cuda_graphs",
+    "cuda_graphs", "step_cost",
 }  # fmt: skip
 SLOW_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "tensorboardX", "datasets")
 
