@@ -26,7 +26,10 @@ _FIRST_FACTOR = {
     "qlora_helpers::linear_unless_recomputed": 0,
     "qlora_helpers::linear_4bit_unless_recomputed": 0,
 }
-"""Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are none of them."""
+"""Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are none of them.
+
+`torch.utils.flop_counter` knows neither bitsandbytes' operator nor ours, nor a sum in place.
+"""
 
 
 @dataclass(frozen=True)
