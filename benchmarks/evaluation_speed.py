@@ -31,14 +31,17 @@ from typing import Any
 
 import torch
 
-from qlora_helpers import evaluation, lora, models, training, workflow
-from qlora_helpers.blocks import takes_logits_to_keep
-from qlora_helpers.config import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig
-from qlora_helpers.fast_answers import answering_form
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.prompts import prompt_tokens
-from qlora_helpers.sources import read_corpus
-from qlora_helpers.units import gib
+from qlora_helpers import workflow
+from qlora_helpers.base.config import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig
+from qlora_helpers.base.units import gib
+from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.evaluation import generate
+from qlora_helpers.evaluation.fast_answers.answer import answering_form
+from qlora_helpers.model import loading, lora
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.wiring import takes_logits_to_keep
+from qlora_helpers.training import train
 
 ON_GPU = torch.cuda.is_available()
 RANKS = {"falcon-7b": 8, "falcon-40b": 8, "falcon-tiny": 8}
@@ -132,7 +135,7 @@ def margin(model: torch.nn.Module, prompt: list[int], one: list[int], other: lis
 
 def loaded_model(name: str) -> tuple[Any, Any]:
     """The model with adapters that act, and its tokenizer."""
-    loaded = models.load_model(ModelConfig(name=f"random:{name}" if name in SHAPES else name), say=lambda text: None)
+    loaded = loading.load_model(ModelConfig(name=f"random:{name}" if name in SHAPES else name), say=lambda text: None)
     adapter = AdapterConfig(r=RANKS.get(name, 16), lora_dropout=0.0)
     model = lora.add_adapters(loaded.model, adapter, seed=0)
     with torch.no_grad():
@@ -157,14 +160,14 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     longest = max(map(len, prompts)) + chosen.new_tokens
     forms = []
 
-    def plain(config: EvaluationConfig, rows: list[int]) -> list[evaluation.Answer]:
-        return evaluation.generate(model, kept, [prompts[index] for index in rows], config)
+    def plain(config: EvaluationConfig, rows: list[int]) -> list[generate.Answer]:
+        return generate.generate(model, kept, [prompts[index] for index in rows], config)
 
-    def ours() -> list[evaluation.Answer]:
+    def ours() -> list[generate.Answer]:
         dense = False if case.form == "4bit" else None
         with answering_form(model, rows=case.batch, tokens=longest, dense=dense) as form:
             forms.append(form)
-            return evaluation.generate(model, kept, prompts, settings, form=form)
+            return generate.generate(model, kept, prompts, settings, form=form)
 
     everything = list(range(len(prompts)))
     few, same = (plain_rows(len(prompts), size, chosen.plain_batches) for size in (PLAIN_BATCH, case.batch))
@@ -179,7 +182,7 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {"prompts": len(prompts), "longest_prompt": longest - chosen.new_tokens, "variants": {}}
-    answers: dict[str, dict[int, evaluation.Answer]] = {}
+    answers: dict[str, dict[int, generate.Answer]] = {}
     tokens_of: dict[str, dict[int, list[int]]] = {}
     for _ in range(chosen.rounds):
         for name, (rows, run) in variants.items():
@@ -244,7 +247,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=2, help="turns of all variants")
     chosen = options.parse_args()
     results: dict[str, Any] = {
-        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")), "versions": workflow.versions(),
+        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")), "versions": workflow.versions(),
         "options": {name: value for name, value in vars(chosen).items() if name not in ("out", "cases", "data")},
         "data": Path(chosen.data).name, "cases": [],
     }  # fmt: skip

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 from qlora_helpers import workflow
-from qlora_helpers.architectures import adapter_targets
-from qlora_helpers.memory import merging_bytes
-from qlora_helpers.merging import WORKING_GIB, low_ranks
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import adapter_parameters
-from qlora_helpers.step_settings import SINGLE
-from qlora_helpers.tensor_files import BYTES, INDEX, TensorToWrite, shards, stored_tensors, write_tensors
-from qlora_helpers.units import BYTES_IN_GIB, gib
+from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.export.merge import WORKING_GIB, low_ranks, merging_bytes
+from qlora_helpers.export.tensor_files import BYTES, INDEX, TensorToWrite, shards, stored_tensors, write_tensors
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.families import adapter_targets
+from qlora_helpers.model.shapes.sizes import adapter_parameters
+from qlora_helpers.planning.step_settings import SINGLE
 
 RANK = 8
 ARITHMETIC = ("falcon-7b", "falcon-40b")

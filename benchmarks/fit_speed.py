@@ -1,4 +1,4 @@
-"""Fits the constants of `qlora_helpers.speed` to the measured steps, and says how far each step is off.
+"""Fits the constants of `qlora_helpers.planning.speed` to the measured steps, and says how far each step is off.
 
     .venv/bin/python benchmarks/fit_speed.py [--write]
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from readme import CALIBRATED, measured_steps, step_of
 
-from qlora_helpers.catalog import GPUS
-from qlora_helpers.speed import FITTED, Speed, step_seconds
+from qlora_helpers.machine.hardware import GPUS
+from qlora_helpers.planning.speed import FITTED, Speed, step_seconds
 
 HERE = Path(__file__).parent
 ROUNDS, CLIMBS = 6_000, 4

@@ -33,14 +33,18 @@ from typing import Any
 
 import torch
 
-from qlora_helpers import evaluation, lora, models, training, workflow
-from qlora_helpers.config import EvaluationConfig, RunConfig
-from qlora_helpers.data import prepare
-from qlora_helpers.labels import IGNORED
-from qlora_helpers.prompts import prompt_tokens
-from qlora_helpers.run import Run
-from qlora_helpers.scorecard import compare, dialogue_key
-from qlora_helpers.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers import workflow
+from qlora_helpers.base.config import EvaluationConfig, RunConfig
+from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.prepare import prepare
+from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers.evaluation import evaluate, generate
+from qlora_helpers.evaluation.scorecard import compare
+from qlora_helpers.model import loading, lora
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training import train as training
 
 ON_GPU = torch.cuda.is_available()
 COMMON = {
@@ -88,7 +92,7 @@ def settings_of(variant: str, seed: int, chosen: argparse.Namespace) -> RunConfi
 
 def train_one(config: RunConfig, variant: str, corpus: Corpus) -> tuple[Any, Any, dict[str, Any]]:
     """Trains a variant; gives the model, its tokenizer and what was measured."""
-    loaded = models.load_model(config.model, say=lambda text: None)
+    loaded = loading.load_model(config.model, say=lambda text: None)
     model = loaded.model
     if variant == "recipe":
         from peft import prepare_model_for_kbit_training
@@ -105,7 +109,7 @@ def train_one(config: RunConfig, variant: str, corpus: Corpus) -> tuple[Any, Any
         ):  # its preparation put embeddings and norms into 32 bits; it is asked as it would be loaded
             model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
             del model, loaded
-            loaded = models.load_model(config.model, say=lambda text: None)
+            loaded = loading.load_model(config.model, say=lambda text: None)
             model = lora.load_adapter(loaded.model, Path(folder, "adapter"))
     return model, loaded.tokenizer, {
         "train_s": round(result.seconds, 1), "steps": result.steps, "tokens_per_s": round(result.tokens_per_s, 1),
@@ -127,7 +131,7 @@ def plain_answers(model: Any, tokenizer: Any, rows: list[Dialogue], config: RunC
     few = prompts[:: max(1, len(prompts) // count)][:count]
     small = EvaluationConfig(batch_size=8, max_new_tokens=config.evaluation.max_new_tokens)
     started = time.monotonic()
-    evaluation.generate(model, tokenizer, few, small)
+    generate.generate(model, tokenizer, few, small)
     seconds = time.monotonic() - started
     return {"plain_rows_timed": len(few), "plain_s_scaled_to_all": round(seconds * len(rows) / len(few), 1)}
 
@@ -140,9 +144,9 @@ def measure(
     few = tuple(halves["tuning"][:TUNING_ROWS_WHILE_TRAINING])
     corpus = Corpus(Path(chosen.data).name, "", tuple(train), few, tuple(asked), ())
     model, tokenizer, found = train_one(config, variant, corpus)
-    only = ("tuned",) if chosen.base_done else tuple(evaluation.MODELS)
+    only = ("tuned",) if chosen.base_done else tuple(evaluate.MODELS)
     started = time.monotonic()
-    result = evaluation.evaluate(
+    result = evaluate.evaluate(
         model, tokenizer, asked, config.evaluation, template=config.data.template, only=only, progress=False,
         max_tokens=config.data.seq_len_tokens,
     )  # fmt: skip

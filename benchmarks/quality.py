@@ -22,13 +22,14 @@ PATHS = {"plain": False, "fast": True}
 
 def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One training; returns its losses."""
-    from qlora_helpers import lora, models, training
-    from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-    from qlora_helpers.data import prepare
-    from qlora_helpers.run import Run
-    from qlora_helpers.sources import read_corpus
+    from qlora_helpers.base.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+    from qlora_helpers.data.prepare import prepare
+    from qlora_helpers.data.sources import read_corpus
+    from qlora_helpers.model import loading, lora
+    from qlora_helpers.runs.folder import Run
+    from qlora_helpers.training import train
 
-    loaded = models.load_model(ModelConfig(name=options.model), say=lambda text: None)
+    loaded = loading.load_model(ModelConfig(name=options.model), say=lambda text: None)
     model = lora.add_adapters(loaded.model, AdapterConfig(r=16, lora_dropout=0.0), seed=seed)
     settings = DataConfig(source=options.data, seq_len_tokens=options.seq_len, eval_rows=options.eval_rows, seed=0)
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
@@ -38,7 +39,7 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         save_steps=options.steps, fast_step=PATHS[path], compile="on" if PATHS[path] else "off",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        result = training.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
+        result = train.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
     return {
         "path": path, "seed": seed, "eval_loss": result.eval_loss, "loss": result.loss, "steps": result.steps,
         "seconds": round(result.seconds, 1), "machine": result.machine, "compiled": result.compiled, "graphed": result.graphed,

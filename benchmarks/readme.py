@@ -17,15 +17,14 @@ from typing import Any
 
 import matplotlib
 
-from qlora_helpers.architectures import ModelSizes
-from qlora_helpers.catalog import GPUS
-from qlora_helpers.memory import CONTEXT_BYTES, GRAPHS_BYTES, GpuMemory, predict
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.speed import step_seconds
-from qlora_helpers.step_settings import StepSettings
-from qlora_helpers.units import gib
-from qlora_helpers.whole_files import read_json, write_text
+from qlora_helpers.base.files import read_json, write_text
+from qlora_helpers.base.units import gib
+from qlora_helpers.machine.hardware import GPUS
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.sizes import ModelSizes, adapter_parameters, model_sizes
+from qlora_helpers.planning.memory import CONTEXT_BYTES, GRAPHS_BYTES, GpuMemory, predict
+from qlora_helpers.planning.speed import step_seconds
+from qlora_helpers.planning.step_settings import StepSettings
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

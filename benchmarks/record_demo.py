@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.run import Run
-from qlora_helpers.telemetry import cpu_cores
-from qlora_helpers.whole_files import read_json, write_json
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.machine.telemetry import cpu_cores
+from qlora_helpers.runs.folder import Run
 
 OUT = Path(__file__).parent / "demo_two_cores.json"
 

@@ -32,15 +32,17 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from qlora_helpers import lora, models, training, workflow
-from qlora_helpers.allocator import segments_expand, use_expandable_segments
-from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from qlora_helpers.data import prepare
-from qlora_helpers.fast_step import products
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.run import Run
-from qlora_helpers.sources import read_corpus
-from qlora_helpers.units import BYTES_IN_GIB, gib
+from qlora_helpers import workflow
+from qlora_helpers.base.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.data.prepare import prepare
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.model import loading, lora
+from qlora_helpers.model.loading import segments_expand, use_expandable_segments
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training import train
+from qlora_helpers.training.fast_step import matmuls
 
 ON_GPU = torch.cuda.is_available()
 RANKS = {"falcon-7b": 8, "falcon-40b": 8, "falcon-tiny": 8}
@@ -200,7 +202,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     variant = VARIANTS[case.variant]
     name = f"random:{case.model}" if case.model in SHAPES else case.model
     started = time.monotonic()
-    loaded = models.load_model(ModelConfig(name=name), say=lambda text: None)
+    loaded = loading.load_model(ModelConfig(name=name), say=lambda text: None)
     _synchronize()
     load_s = time.monotonic() - started
     model = loaded.model
@@ -225,7 +227,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
         tempfile.TemporaryDirectory() as folder,
         every_product() if case.variant == "remade" else contextlib.nullcontext(),
     ):
-        training.train(
+        train.train(
             model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock, *profiled),
             show_progress=False,
         )  # fmt: skip
@@ -256,7 +258,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
 
 def every_product() -> Any:
     """While open, layers that recompute leave nothing out."""
-    return unittest.mock.patch.object(products, "added_to_residual", return_value=())
+    return unittest.mock.patch.object(matmuls, "added_to_residual", return_value=())
 
 
 def _recomputed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:
@@ -359,7 +361,7 @@ def one(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
         "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions() | peer_versions(),
     }  # fmt: skip

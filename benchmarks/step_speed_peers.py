@@ -45,7 +45,7 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
     from step_speed import ON_GPU, TIMED, WARM, Clock, data_settings, memory_held, weights_held
     from trl import SFTConfig, SFTTrainer
 
-    from qlora_helpers.sources import read_corpus
+    from qlora_helpers.data.sources import read_corpus
 
     checkpointing = case.recomputed != 0
     build = _unsloth if case.variant == "unsloth" else _plain
@@ -80,10 +80,10 @@ def _plain(case: Case, seq_len_tokens: int, checkpointing: bool) -> tuple[Any, A
     """The model as our own cases have it; TRL adds the adapters."""
     from peft import LoraConfig
 
-    from qlora_helpers import models
-    from qlora_helpers.config import ModelConfig
+    from qlora_helpers.base.config import ModelConfig
+    from qlora_helpers.model import loading
 
-    loaded = models.load_model(ModelConfig(name=f"random:{case.model}"), say=lambda text: None)
+    loaded = loading.load_model(ModelConfig(name=f"random:{case.model}"), say=lambda text: None)
     adapter = LoraConfig(
         r=case.rank, lora_alpha=32, target_modules=TARGETS, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )

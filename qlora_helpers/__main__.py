@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from qlora_helpers.config import PROFILES, SECTIONS, describe, profile_config
-from qlora_helpers.errors import UserError
+from qlora_helpers.base.config import SECTIONS, describe
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.profiles import PROFILES, profile_config
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from qlora_helpers.environment import check_machine
+    from qlora_helpers.machine.environment import check_machine
 
     report = check_machine()
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
@@ -88,7 +89,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from qlora_helpers.planning import plan_run
+    from qlora_helpers.planning.run_plan import plan_run
 
     model = {"model.name": options.model} if options.model else {}
     config = profile_config(options.profile).with_settings(model).with_settings(options.settings)
@@ -98,11 +99,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from qlora_helpers import termination, workflow
+    from qlora_helpers import workflow
+    from qlora_helpers.runs import sigterm
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
-    return termination.EXIT_CODE if termination.asked() else 0
+    return sigterm.EXIT_CODE if sigterm.asked() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -113,8 +115,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from qlora_helpers import report
-    from qlora_helpers.opening import existing_run
+    from qlora_helpers.runs.opening import existing_run
+    from qlora_helpers.views import report
 
     print(report.write_report(existing_run(options.run)))
     return 0
@@ -123,26 +125,26 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from qlora_helpers import export, publishing
-    from qlora_helpers.opening import existing_run
+    from qlora_helpers.export import bundle, publish
+    from qlora_helpers.runs.opening import existing_run
 
     run = existing_run(options.run)
     if options.publish:
-        publishing.check_repository(options.publish)
+        publish.check_repository(options.publish)
     elif options.public:
         raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
-    report = export.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
+    report = bundle.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"
-        publishing.publish(report.folder / part, options.publish, private=not options.public)
+        publish.publish(report.folder / part, options.publish, private=not options.public)
     return 0
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from qlora_helpers import cleanup
-    from qlora_helpers.run import runs_root
+    from qlora_helpers.runs import cleanup
+    from qlora_helpers.runs.opening import runs_root
 
     space = cleanup.find_space(runs_root())
     if options.run is None:

@@ -6,11 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from qlora_helpers import report, workflow
-from qlora_helpers.measured import add_to_plan
+from qlora_helpers import workflow
+from qlora_helpers.base.text import Say
+from qlora_helpers.runs.folder import add_to_plan
+from qlora_helpers.views import report
 
 
-def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: workflow.Say = print) -> Path:
+def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: Say = print) -> Path:
     """The whole job on a small model, with a report at the end; what is there already is used again.
 
     Args:

@@ -14,32 +14,33 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import locks, planning, rescue, termination
-from qlora_helpers.adapter_files import certify, load_adapter, save_adapter
-from qlora_helpers.answering import ask, streaming_answers
-from qlora_helpers.architectures import keeps_packed_rows_apart
-from qlora_helpers.comparison import ReloadCheck, answered, compared
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.heartbeat import beating
-from qlora_helpers.locks import MODEL_IN_USE
-from qlora_helpers.measured import add_to_plan, versions, write_measured
-from qlora_helpers.opening import existing_run, open_run
-from qlora_helpers.price import needed_price
-from qlora_helpers.run import Run, runs_root
-from qlora_helpers.run_log import logged_to, prints_into
-from qlora_helpers.status import BY_REQUEST, INTERRUPTED
-from qlora_helpers.trained_on import refuse_other_than_trained_on
-from qlora_helpers.training_budget import refuse_spent_budget
-from qlora_helpers.whole_files import write_json
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.files import write_json
+from qlora_helpers.base.text import Say
+from qlora_helpers.evaluation.ask import ask, streaming_answers
+from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
+from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
+from qlora_helpers.machine.environment import versions
+from qlora_helpers.model.shapes.families import keeps_packed_rows_apart
+from qlora_helpers.planning import out_of_memory, run_plan
+from qlora_helpers.planning.measured import write_measured
+from qlora_helpers.runs import locks, sigterm
+from qlora_helpers.runs.folder import Run, add_to_plan
+from qlora_helpers.runs.locks import MODEL_IN_USE
+from qlora_helpers.runs.log import prints_into
+from qlora_helpers.runs.opening import existing_run, open_run, runs_root
+from qlora_helpers.runs.session import session
+from qlora_helpers.runs.status import BY_REQUEST, INTERRUPTED
+from qlora_helpers.training.checkpoints import refuse_other_than_trained_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_helpers.blocks import PreparedData
-    from qlora_helpers.evaluation import Evaluation
-    from qlora_helpers.models import LoadedModel
-    from qlora_helpers.training import TrainResult
+    from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.evaluation.evaluate import Evaluation
+    from qlora_helpers.model.loading import LoadedModel
+    from qlora_helpers.training.train import TrainResult
 
 # What a notebook calls on the way through a run, whichever module holds it.
 __all__ = [
@@ -47,22 +48,21 @@ __all__ = [
     "load_adapter", "open_run", "prepare_data", "retry", "runs_root", "streaming_answers", "train", "versions",
 ]  # fmt: skip
 
-Say = Callable[[str], None]
 log = logging.getLogger(__name__)
 
 
-@rescue.rescued
+@out_of_memory.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
     """Loads the run's base model and tokenizer, audited; over several GPUs as the plan shares its layers out."""
-    from qlora_helpers.models import load_model
+    from qlora_helpers.model.loading import load_model
 
     config = run.config()
-    return load_model(config.model, spread=lambda gpus: planning.layers_per_gpu(config, gpus), say=say)
+    return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), say=say)
 
 
 def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
     """Puts fresh adapters on a loaded model, as the run's settings say."""
-    from qlora_helpers import lora
+    from qlora_helpers.model import lora
 
     config = run.config()
     return lora.add_adapters(loaded.model, config.adapter, seed=config.train.seed)
@@ -74,7 +74,7 @@ def check_source(run: Run) -> None:
     Raises:
         DataError: the source can't be read or used.
     """
-    from qlora_helpers.sources import read_corpus
+    from qlora_helpers.data.sources import read_corpus
 
     if not (run.data_dir / "prepared.json").exists():
         read_corpus(run.config().data)
@@ -91,8 +91,8 @@ def prepare_data(
         shape: the model's `config.json`; says whether packed rows can be kept apart.
         say: told what takes long.
     """
-    from qlora_helpers.data import content_marks, prepared
-    from qlora_helpers.sources import read_corpus
+    from qlora_helpers.data.prepare import content_marks, prepared
+    from qlora_helpers.data.sources import read_corpus
 
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
@@ -106,7 +106,7 @@ def prepare_data(
     return data
 
 
-@rescue.rescued
+@out_of_memory.rescued
 def train(
     run: Run,
     *,
@@ -130,19 +130,19 @@ def train(
         RunError: another process trains this run or uses its GPUs, its dollars are used up, or training ended badly; the last good
             checkpoint is intact.
     """
-    from qlora_helpers import training
-    from qlora_helpers.data import content_marks
-    from qlora_helpers.events import event_callback, unanswered_samples
-    from qlora_helpers.training_callback import CallEachTime
+    from qlora_helpers.data.prepare import content_marks
+    from qlora_helpers.training import train as training
+    from qlora_helpers.training.callback import CallEachTime
+    from qlora_helpers.training.tensorboard_events import event_callback, unanswered_samples
 
     config = run.config()
     main = is_main_process()
     show_progress = show_progress and not prints_into(run.log_path)
     with contextlib.ExitStack() as owned, contextlib.ExitStack() as undone:
         redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
-        owned.enter_context(termination.heard())
+        owned.enter_context(sigterm.heard())
         if main:
-            owned.enter_context(_owned(run, shut_down_app=shut_down_app))
+            owned.enter_context(session(run, at_end=_shut_app_down if shut_down_app else None))
         if redraw:
             redraw()
         refuse_other_than_trained_on(run)
@@ -166,7 +166,7 @@ def train(
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
-            if not termination.asked():  # seconds are left; the session that goes on certifies
+            if not sigterm.asked():  # seconds are left; the session that goes on certifies
                 log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 write_measured(run, model, loaded, result, data)
@@ -181,7 +181,7 @@ def train(
 @contextlib.contextmanager
 def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
     """Fresh adapters on a model; taken off again where the session fails, so that the next one can add its own."""
-    from qlora_helpers import lora
+    from qlora_helpers.model import lora
 
     model = add_adapters(run, loaded)
     try:
@@ -191,7 +191,7 @@ def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
         raise
 
 
-@rescue.rescued
+@out_of_memory.rescued
 def retry(
     run: Run,
     *,
@@ -212,14 +212,14 @@ def retry(
     Raises:
         RunError: see `train`; a setting that can't change once training has begun.
     """
-    settings = rescue.next_settings(run) if settings is None else settings
+    settings = out_of_memory.next_settings(run) if settings is None else settings
     if settings:
         run.change_config(run.config().with_settings(settings))
         say("Going on with " + ", ".join(settings))
     return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
 
 
-@rescue.rescued
+@out_of_memory.rescued
 def evaluate(
     run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
 ) -> Evaluation:
@@ -231,8 +231,8 @@ def evaluate(
         loaded: the base model that `model` stands on.
         say: told what takes long.
     """
-    from qlora_helpers import evaluation
-    from qlora_helpers.events import answered_samples, write_answers
+    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
     config = run.config()
     if model is None or loaded is None:
@@ -249,7 +249,7 @@ def evaluate(
     return result
 
 
-@rescue.rescued
+@out_of_memory.rescued
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
     """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
 
@@ -285,39 +285,11 @@ def _main_process_first(loaded: LoadedModel) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _owned(run: Run, *, shut_down_app: bool = False) -> Iterator[None]:
-    """Keeps a second trainer off this run and its GPUs, writes the log, and leaves a true status whatever happens."""
-    with locks.run_lock(run), logged_to(run.log_path):
-        began = False
-        try:
-            config = run.config()
-            refuse_spent_budget(config.train, run.status())
-            price = needed_price(config.train)
-            gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
-            with locks.gpu_locks(run, gpus):
-                session = run.open_session(usd_per_hour=price.usd_per_hour if price else None).session
-                began = True
-                with beating(run, session):
-                    yield
-            run.answer_all("the training had ended already")
-        except BaseException as error:
-            reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
-            log.error("training ended: %s: %s", type(error).__name__, error)
-            with contextlib.suppress(RunError):  # a full disk must not hide why
-                run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
-                run.answer_all("the training failed first")
-            raise
-        finally:
-            if shut_down_app and began:
-                _shut_app_down(run)
-
-
 def _shut_app_down(run: Run) -> None:
     """Shuts the Studio app down, unless a person ended the training or another one goes on beside it."""
-    from qlora_helpers.cleanup_sagemaker import stop_this_app
+    from qlora_helpers.sagemaker.resources import stop_this_app
 
-    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, termination.REASON):
+    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, sigterm.REASON):
         return
     try:
         locks.refuse_taken_gpus(locks.visible_gpus())
@@ -331,6 +303,6 @@ def _shown_in_cell(run: Run) -> contextlib.AbstractContextManager[Callable[[], N
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if getattr(shell, "kernel", None) is None:
         return contextlib.nullcontext()
-    from qlora_helpers.widgets import shown_in_cell
+    from qlora_helpers.views.widgets import shown_in_cell
 
     return shown_in_cell(run)

@@ -37,7 +37,7 @@ def torch():
 @pytest.fixture
 def run(tmp_path):
     """A run that does not exist yet."""
-    from qlora_helpers.run import Run
+    from qlora_helpers.runs.folder import Run
 
     return Run(tmp_path / "runs" / "mine")
 
@@ -63,7 +63,7 @@ def tokenizer(falcon):
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory, torch):
     """A checkpoint folder with a tiny Llama, random weights and the corpus tokenizer."""
-    from qlora_helpers.checkpoints import corpus_tokenizer
+    from qlora_helpers.model.checkpoints import corpus_tokenizer
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
     tiny_llama().save_pretrained(folder)
@@ -80,7 +80,7 @@ def llama(torch):
 @pytest.fixture(scope="session")
 def dialogues():
     """Eight short dialogues with summaries."""
-    from qlora_helpers.sources import Dialogue
+    from qlora_helpers.data.sources import Dialogue
 
     return tuple(
         Dialogue(f"d{number}", dialogue, summary, f"conftest row {number}")
@@ -91,7 +91,7 @@ def dialogues():
 @pytest.fixture(scope="session")
 def corpus(dialogues):
     """The dialogues in three splits: 4, 2 and 2."""
-    from qlora_helpers.sources import Corpus
+    from qlora_helpers.data.sources import Corpus
 
     return Corpus("written for the tests", "CC0-1.0", dialogues[:4], dialogues[4:6], dialogues[6:], notes=())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from qlora_helpers.units import BYTES_IN_GIB
+from qlora_helpers.base.units import BYTES_IN_GIB
 
 
 class FakeNvml:

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.config import profile_config
-from qlora_helpers.labels import LabelReport
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import write_json
+from qlora_helpers.base.files import write_json
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.runs.folder import Run
 
 STEPS = 30
 ROWS = [

@@ -59,8 +59,8 @@ def exhausted_at(place: str, model: Any, *, after: int = 0) -> Iterator[Exhauste
     import torch
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    from qlora_helpers.fast_step import loss as token_loss
-    from qlora_helpers.fast_step.layers import decoder_layers
+    from qlora_helpers.model.wiring import decoder_layers
+    from qlora_helpers.training.fast_step import loss as token_loss
 
     inner = model.get_base_model()
     exhaust = Exhausted(inner.get_input_embeddings().weight.device, after)

@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from qlora_helpers.whole_files import write_text
+from qlora_helpers.base.files import write_text
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 TIMEOUT_S = 3600

@@ -8,9 +8,9 @@ import pytest
 from tiny import DIALOGUES
 
 from qlora_helpers import workflow
-from qlora_helpers.config import profile_config
-from qlora_helpers.errors import ConfigError
-from qlora_helpers.tables import plain
+from qlora_helpers.base.errors import ConfigError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.base.text import plain
 
 GREEDY = {"temperature": 0.0, "top_p": 0.9, "max_new_tokens": 12}
 DIALOGUE = DIALOGUES[0][0]
@@ -90,7 +90,7 @@ def test_sampled_answers_differ(asked):
 
 
 def test_half_a_character_waits_for_the_rest(tokenizer):
-    from qlora_helpers.generation import _texts
+    from qlora_helpers.evaluation.generate import _texts
 
     ids = tokenizer("a 🎂 b", add_special_tokens=False)["input_ids"]
     pieces = list(_texts(ids, tokenizer))

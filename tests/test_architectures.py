@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import FAMILIES, tiny_model
 
-from qlora_helpers.architectures import ADAPTER_TARGETS, adapter_targets, keeps_packed_rows_apart
-from qlora_helpers.errors import ModelError
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, keeps_packed_rows_apart
 
 
 def test_every_listed_family_is_tried_here():
@@ -73,8 +73,8 @@ def test_a_model_that_does_not_is_found_out(torch):
 
 
 def rows_apart(model) -> tuple[float, float]:
-    from qlora_helpers.probes import check_rows_apart
-    from qlora_helpers.training_step import make_collator
+    from qlora_helpers.training.probes import check_rows_apart
+    from qlora_helpers.training.step import make_collator
 
     model.config.use_cache = False
     collator = make_collator(model, SimpleNamespace(pad_token_id=0), SimpleNamespace(packed=True, seq_len_tokens=32))

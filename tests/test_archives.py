@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import py7zr
 import pytest
 
-from qlora_helpers import archives
-from qlora_helpers.archives import downloaded, read_archive
-from qlora_helpers.config import DataConfig
-from qlora_helpers.errors import DataError
-from qlora_helpers.sources import read_corpus
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.data import archives
+from qlora_helpers.data.archives import downloaded, read_archive
+from qlora_helpers.data.sources import read_corpus
 
 
 def rows(count: int, start: int = 0) -> bytes:
@@ -167,7 +167,7 @@ def test_a_bomb_after_the_member_that_is_read_is_not_unpacked(monkeypatch):
 
 def test_a_file_over_the_limit_is_not_opened(tmp_path, monkeypatch):
     (tmp_path / "corpus.7z").write_bytes(archive(SAMSUM))
-    monkeypatch.setattr("qlora_helpers.sources.MAX_ARCHIVE_BYTES", 100)
+    monkeypatch.setattr("qlora_helpers.data.sources.MAX_ARCHIVE_BYTES", 100)
     with pytest.raises(DataError, match=r"corpus.7z is too large"):
         read_corpus(DataConfig(source=str(tmp_path / "corpus.7z")))
 

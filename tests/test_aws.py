@@ -6,8 +6,8 @@ import boto3
 import pytest
 from botocore.stub import ANY, Stubber
 
-from qlora_helpers import aws
-from qlora_helpers.errors import UserError
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.sagemaker import aws
 
 
 def stubbed(service: str):

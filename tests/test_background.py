@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
-from qlora_helpers import launch
-from qlora_helpers.errors import RunError
-from qlora_helpers.run import Run
-from qlora_helpers.training_checkpoints import newest_good
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.runs import launch
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training.checkpoints import newest_good
 
 SETTINGS = [
     "data.train_rows=4", "data.eval_rows=1", "data.test_rows=1", "data.seq_len_tokens=128", "train.micro_batch_size=1",
@@ -72,7 +72,7 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     assert run.status().state == "running"
     until(lambda: answer(run, early), run)
     assert answer(run, early).startswith("saved at step ")
-    heard = next(each.heard_at for each in run.requests() if each.id == early.id)
+    heard = next(each.received_at for each in run.requests if each.id == early.id)
     assert heard < run.progress()[0]["time"]  # before there was a step to save after
     with pytest.raises(RunError, match="is being trained already"):
         launch.start(run)
@@ -96,11 +96,11 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
 
 
 def answer(run, request):
-    return next(each.answer for each in run.requests() if each.id == request.id)
+    return next(each.answer for each in run.requests if each.id == request.id)
 
 
 def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
-    from qlora_helpers import monitor
+    from qlora_helpers.views import monitor
 
     run = make()
     started = launch.start(run)
@@ -115,7 +115,7 @@ def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
 
 def test_a_stop_reaches_every_process_under_torchrun(make):
     """The panel of a run in two processes: it is asked, all stop at the same step, and the checkpoint is whole."""
-    from qlora_helpers.widgets import watch
+    from qlora_helpers.views.widgets import watch
 
     run = make("two", "data.train_rows=8")
     panel = watch(run, start=lambda run: launch.start(run, processes=2))
@@ -176,16 +176,16 @@ def test_a_run_that_was_never_made_is_not_started(tmp_path):
 
 def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch):
     """CPU seconds of the heart's thread in a second of training, at the pace that it keeps."""
-    from qlora_helpers import heartbeat
+    from qlora_helpers.runs import heartbeat
 
     run = make()
     run.start_session(max_steps=4, resumed_from=0)
     for kind in ("save", "stop"):
-        run.acknowledge(run.request(kind), "done")
+        run.requests.acknowledge(run.request(kind), "done")
     heartbeat.readings()
     started = time.thread_time()
     for _ in range(20):
-        run.hear(1)
+        run.requests.receive(1)
     listening = (time.thread_time() - started) / 20
     started = time.thread_time()
     for _ in range(20):
@@ -203,7 +203,7 @@ def test_a_restarted_kernel_does_not_touch_the_run(make):
     run = make()
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        code = "from qlora_helpers import launch\nfrom qlora_helpers.run import Run\n"
+        code = "from qlora_helpers.runs import launch\nfrom qlora_helpers.runs.folder import Run\n"
         reply = client.execute_interactive(code + f"print(launch.start(Run({str(run.folder)!r})).pid)", timeout=60)
         assert reply["content"]["status"] == "ok"
         pid = run.status().pid

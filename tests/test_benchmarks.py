@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.config import DataConfig
-from qlora_helpers.prompts import prompt_tokens
-from qlora_helpers.sources import read_corpus
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.usefixtures("cache", "torch")
@@ -140,14 +140,14 @@ def test_evaluation_speed_takes_batches_of_like_length_for_the_plain_side(monkey
 
 
 def test_evaluation_speed_says_how_near_the_choice_was_where_answers_part(tmp_path, monkeypatch):
-    from qlora_helpers import evaluation
+    from qlora_helpers.evaluation import evaluate
 
-    answered, word = evaluation.answer_fast, corpus_tokenizer()(" cake")["input_ids"][0]
+    answered, word = evaluate.answer_fast, corpus_tokenizer()(" cake")["input_ids"][0]
 
     def otherwise(*args, **kwargs):
         return [[line[0], word, *line[2:]] for line in answered(*args, **kwargs)]
 
-    monkeypatch.setattr(evaluation, "answer_fast", otherwise)
+    monkeypatch.setattr(evaluate, "answer_fast", otherwise)
     out = tmp_path / "speed.json"
     options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 512, "--plain-batches", 1, "--rounds", 1]
     run("evaluation_speed", monkeypatch, out, "falcon-tiny:4", *options)

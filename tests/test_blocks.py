@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_falcon, tiny_llama
 
-from qlora_helpers.blocks import BlockCollator, is_spread, pack, positions_in_row, rows_apart_mask
-from qlora_helpers.labels import IGNORED
+from qlora_helpers.data.batches import BlockCollator, positions_in_row, rows_apart_mask
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.packing import pack
+from qlora_helpers.model.wiring import is_spread
 
 PAD = 1
 
@@ -139,8 +141,8 @@ def tuned(base):
     """A model with adapters that already change its answers."""
     import torch
 
-    from qlora_helpers.config import AdapterConfig
-    from qlora_helpers.lora import add_adapters
+    from qlora_helpers.base.config import AdapterConfig
+    from qlora_helpers.model.lora import add_adapters
 
     model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0), seed=0)
     with torch.no_grad():

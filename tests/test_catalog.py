@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from qlora_helpers.catalog import GPUS, INSTANCES, parse_gpus
-from qlora_helpers.errors import UserError
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine.hardware import GPUS, INSTANCES, parse_gpus
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import re
 
 import pytest
 
-from qlora_helpers.certificate import (
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.export.certificate import (
     Certificate,
     certify,
     expected_settings,
@@ -17,9 +19,7 @@ from qlora_helpers.certificate import (
     require_certificate,
     saved_weights_in_place,
 )
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.lora import add_adapters
+from qlora_helpers.model.lora import add_adapters
 
 ASKED = {"prompts": 3, "largest_difference": 0.0, "same_answers": 3}
 BASE = {"name": "tiny-llama", "revision": "c" * 40, "sha256": "0" * 64}

@@ -12,11 +12,11 @@ import threading
 import pytest
 from fake_hub import COMMIT, hub
 
-from qlora_helpers import checkpoints
-from qlora_helpers.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, dequantised, find_checkpoint
-from qlora_helpers.config import ModelConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.base.config import ModelConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model import checkpoints
+from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, dequantised, find_checkpoint
+from qlora_helpers.model.shapes.catalog import SHAPES
 
 
 def find(name: str, **settings) -> Checkpoint:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from qlora_helpers.cleanup import SpaceItem, SpaceReport, find_space, free, free_gpu_memory
-from qlora_helpers.config import profile_config
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.cleanup import SpaceItem, SpaceReport, find_space, free, free_gpu_memory
+from qlora_helpers.runs.folder import Run
 
 
 def write(path: Path, n_bytes: int) -> Path:
@@ -210,7 +210,7 @@ def test_what_is_gone_already_frees_nothing(machine):
 
 
 def test_finding_space_imports_no_torch(machine):
-    code = "import sys; from qlora_helpers.cleanup import *; find_space()\n"
+    code = "import sys; from qlora_helpers.runs.cleanup import *; find_space()\n"
     code += "print(free_gpu_memory(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=machine, check=True)
     assert done.stdout.strip() == "GpuMemory(before_gib=0.0, after_gib=0.0) False"

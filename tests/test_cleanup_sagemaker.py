@@ -8,9 +8,9 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
-from qlora_helpers import studio
-from qlora_helpers.cleanup_sagemaker import Resource, list_sagemaker, stop_sagemaker
-from qlora_helpers.errors import UserError
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import studio
+from qlora_helpers.sagemaker.resources import Resource, list_sagemaker, stop_sagemaker
 
 MOMENT = "2026-01-01T00:00:00Z"
 DOMAIN = "d-abc123"

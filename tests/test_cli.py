@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.run import Run
+from qlora_helpers.runs.folder import Run
 
 ROW = {"dialogue": "Ana: lunch?\nBo: yes, at noon", "summary": "Ana and Bo have lunch at noon."}
 
@@ -163,7 +163,7 @@ def test_doctor_prints_json_without_paths(here):
 
 
 def test_two_processes_under_torchrun_train_one_adapter(here):
-    from qlora_helpers.launch import start_torchrun
+    from qlora_helpers.runs.launch import start_torchrun
     from qlora_helpers.workflow import open_run
 
     settings = {

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora_helpers.config import (
-    PROFILES,
+from qlora_helpers.base.config import (
     SECTIONS,
     AdapterConfig,
     ModelConfig,
@@ -18,9 +17,9 @@ from qlora_helpers.config import (
     TrainConfig,
     config_from_dict,
     describe,
-    profile_config,
 )
-from qlora_helpers.errors import ConfigError, UserError
+from qlora_helpers.base.errors import ConfigError, UserError
+from qlora_helpers.base.profiles import PROFILES, profile_config
 
 
 def problems(call) -> tuple[str, ...]:

@@ -11,15 +11,15 @@ import types
 
 import pytest
 
-from qlora_helpers import cuda_paths
-from qlora_helpers.cuda_paths import (
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import cuda_libraries
+from qlora_helpers.machine.cuda_libraries import (
     extend_library_path,
     find_cuda_runtime,
     fix_cuda_library_path,
     package_folder,
     read_torch_build,
 )
-from qlora_helpers.errors import UserError
 
 CUDA_12 = {
     "nvidia/cuda_runtime/lib": ["libcudart.so.12"],
@@ -54,7 +54,7 @@ def make_torch(root, cuda):
 
 @pytest.fixture(autouse=True)
 def no_system_cuda(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_paths, "SYSTEM_ROOT", tmp_path / "usr-local")
+    monkeypatch.setattr(cuda_libraries, "SYSTEM_ROOT", tmp_path / "usr-local")
 
 
 def names(runtime):
@@ -79,7 +79,7 @@ def test_a_package_installed_a_moment_ago_is_found(tmp_path):
 
 
 def test_installed_torch_is_told_as_it_tells_itself():
-    code = "import sys\nfrom qlora_helpers.cuda_paths import read_torch_build\nbuild = read_torch_build()\n"
+    code = "import sys\nfrom qlora_helpers.machine.cuda_libraries import read_torch_build\nbuild = read_torch_build()\n"
     code += "assert 'torch' not in sys.modules\nimport torch\n"
     code += "assert (build.version, build.cuda) == (torch.__version__, torch.version.cuda), build\nprint('same')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "same"
@@ -260,8 +260,8 @@ def test_a_binary_finds_real_libraries_here_and_in_a_child(tmp_path, cuda, folde
 def test_library_path_is_too_late_for_a_running_process_and_loading_by_path_is_not(monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/other/lib")
     for _ in range(2):  # leaves nothing behind that a second time would find
-        assert [found for _, found in cuda_paths.try_library_path()] == [False, True, True, True]
+        assert [found for _, found in cuda_libraries.try_library_path()] == [False, True, True, True]
     assert os.environ["LD_LIBRARY_PATH"] == "/other/lib"
     monkeypatch.delenv("LD_LIBRARY_PATH")
-    cuda_paths.try_library_path()
+    cuda_libraries.try_library_path()
     assert "LD_LIBRARY_PATH" not in os.environ

@@ -8,12 +8,12 @@ import json
 import pytest
 from tiny import prepared_data
 
-from qlora_helpers import data as data_module
-from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.config import DataConfig
-from qlora_helpers.data import fingerprint, load_prepared, prepare, prepared, save_prepared
-from qlora_helpers.errors import DataError, RunError
-from qlora_helpers.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError, RunError
+from qlora_helpers.data import prepare as data_module
+from qlora_helpers.data.prepare import fingerprint, load_prepared, prepare, prepared, save_prepared
+from qlora_helpers.data.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 
 def rows_of(blocks, tokenizer) -> dict[str, str]:

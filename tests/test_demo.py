@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_helpers import demo
-from qlora_helpers.run import Run
+from qlora_helpers.runs.folder import Run
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from fake_nvml import FakeNvml, NoDriver
 
-from qlora_helpers import environment, telemetry
-from qlora_helpers.cuda_paths import TorchBuild
-from qlora_helpers.environment import (
+from qlora_helpers.machine import environment, telemetry
+from qlora_helpers.machine.cuda_libraries import TorchBuild
+from qlora_helpers.machine.environment import (
     Check,
     MachineReport,
     _bitsandbytes_check,
@@ -32,7 +32,7 @@ from qlora_helpers.environment import (
     check_machine,
     missing_requirements,
 )
-from qlora_helpers.telemetry import SILENT_GPU, DiskReading, DriverReading, GpuReading
+from qlora_helpers.machine.telemetry import SILENT_GPU, DiskReading, DriverReading, GpuReading
 
 ROOT = Path(environment.__file__).resolve().parent.parent
 CPU_TORCH = TorchBuild("2.13.0+cpu", None, Path("torch"))
@@ -142,8 +142,8 @@ def test_level_is_the_worst():
 
 def test_works_on_a_bare_python_and_says_what_to_install():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += "import qlora_helpers.cuda_paths, qlora_helpers.workspace\n"
-    code += "from qlora_helpers.environment import check_machine\nimport json\n"
+    code += "import qlora_helpers.machine.cuda_libraries, qlora_helpers.machine.workspace\n"
+    code += "from qlora_helpers.machine.environment import check_machine\nimport json\n"
     code += "print(json.dumps(check_machine().to_dict()))"
     # -S leaves site-packages out, so nothing but the standard library is there
     plain = json.loads(subprocess.check_output([sys.executable, "-S", "-E", "-c", code], text=True))
@@ -161,7 +161,7 @@ def test_works_on_a_bare_python_and_says_what_to_install():
 
 
 def test_imports_neither_torch_nor_bitsandbytes():
-    code = "import sys\nfrom qlora_helpers.environment import check_machine\nrepr(check_machine())\n"
+    code = "import sys\nfrom qlora_helpers.machine.environment import check_machine\nrepr(check_machine())\n"
     code += "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'numpy') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
@@ -172,7 +172,7 @@ def test_in_a_kernel_it_says_so():
     manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60, cwd=str(ROOT))
     try:
         told = []
-        code = "from qlora_helpers.environment import check_machine\ncheck_machine()"
+        code = "from qlora_helpers.machine.environment import check_machine\ncheck_machine()"
         client.execute_interactive(code, timeout=60, output_hook=lambda message: told.append(message["content"]))
     finally:
         client.stop_channels()
@@ -359,7 +359,7 @@ def test_missing_requirements_are_named_as_pip_takes_them(monkeypatch):
 
 
 def test_a_checkout_that_is_only_on_the_path_is_not_installed(tmp_path):
-    code = "from qlora_helpers.environment import missing_requirements; print(missing_requirements())"
+    code = "from qlora_helpers.machine.environment import missing_requirements; print(missing_requirements())"
     bare = [sys.executable, "-S", "-c", code]  # a Python without site-packages
     told = subprocess.check_output(bare, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "'torch==" in told

@@ -10,21 +10,14 @@ import pytest
 import torch
 from tiny import prepared_data, tiny_falcon, tiny_llama, tuned
 
-from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.config import EvaluationConfig, TrainConfig
-from qlora_helpers.evaluation import (
-    Evaluation,
-    Scores,
-    evaluate,
-    evaluation_from_dict,
-    generate,
-    rouge,
-    same_answers,
-    summary_loss,
-)
-from qlora_helpers.labels import IGNORED
-from qlora_helpers.scorecard import dialogue_key
-from qlora_helpers.sources import Dialogue
+from qlora_helpers.base.config import EvaluationConfig, TrainConfig
+from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.sources import Dialogue
+from qlora_helpers.evaluation.comparison import same_answers
+from qlora_helpers.evaluation.evaluate import Evaluation, Scores, evaluate, evaluation_from_dict, rouge, summary_loss
+from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 GREEDY = EvaluationConfig(batch_size=4, max_new_tokens=8)
@@ -160,7 +153,7 @@ def test_rouge_is_a_mean_over_rows():
 
 def test_the_loss_is_the_one_that_training_reports(run, tokenizer, corpus, data):
     """On the same rows, packed there and padded here, and for any batch size."""
-    from qlora_helpers.training import train
+    from qlora_helpers.training.train import train
 
     model = tuned(tiny_llama())
     config = TrainConfig(max_steps=1, learning_rate=1e-12, micro_batch_size=2, eval_steps=1, save_steps=1,
@@ -213,7 +206,7 @@ def test_base_and_tuned_answer_the_same_rows(compare, model, tokenizer, corpus):
 
 
 def compare_alone(model, tokenizer, corpus) -> list[str]:
-    from qlora_helpers.prompts import prompt_tokens
+    from qlora_helpers.data.prompts import prompt_tokens
 
     prompts = [prompt_tokens(item.dialogue, "recipe", tokenizer).ids for item in corpus.test]
     return [
@@ -348,8 +341,8 @@ def test_each_answer_has_its_scores_and_the_comparison_its_intervals(compare, to
 
 
 def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypatch):
-    from qlora_helpers import evaluation
-    from qlora_helpers.fast_answers import NotFast
+    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.evaluation.fast_answers.answer import NotFast
 
     fast = compare()
     assert "answers at once" in fast.form[0]

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import RunError
-from qlora_helpers.events import copy_events, event_callback, write_answers
-from qlora_helpers.s3_copy import CopyState, S3Copy, copy_state
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.runs.events_copy import CopyState, S3Copy, copy_state
+from qlora_helpers.training.tensorboard_events import copy_events, event_callback, write_answers
 
 ARGS, CONTROL = SimpleNamespace(), SimpleNamespace()
 
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_once_and_nobody_waits_for_it(run, monkeypatch, capl
     """More events than tensorboardX's queue holds, with a disk that takes none for a while: neither a log nor the end waits."""
     from tensorboardX.record_writer import RecordWriter
 
-    caplog.set_level(logging.WARNING, "qlora_helpers.events")
+    caplog.set_level(logging.WARNING, "qlora_helpers.training.tensorboard_events")
     callback = event_callback(run, config())
     callback.on_train_begin(ARGS, state(0), CONTROL)
     whole, full = RecordWriter.flush, threading.Event()
@@ -196,7 +196,7 @@ def test_a_bucket_that_is_away_is_told_once_and_caught_up_with(run, failure, cap
     folder = run.events_dir
     folder.mkdir(parents=True)
     (folder / "events.out.1").write_bytes(b"one")
-    with caplog.at_level(logging.WARNING, "qlora_helpers.events"):
+    with caplog.at_level(logging.WARNING, "qlora_helpers.training.tensorboard_events"):
         copy = S3Copy(folder, "s3://bucket/prefix", client=bucket, every_s=0.01)
         until(lambda: bucket.calls >= 3)
         assert copy.problem.startswith(type(bucket.failing).__name__)

@@ -10,10 +10,12 @@ import urllib.request
 
 import pytest
 
-from qlora_helpers import events, s3_copy, workflow
-from qlora_helpers.s3_copy import copy_state
-from qlora_helpers.tensorboard_page import start_tensorboard
-from qlora_helpers.whole_files import read_json
+from qlora_helpers import workflow
+from qlora_helpers.base.files import read_json
+from qlora_helpers.runs import events_copy
+from qlora_helpers.runs.events_copy import copy_state
+from qlora_helpers.training import tensorboard_events
+from qlora_helpers.views.tensorboard import start_tensorboard
 
 SMALL = {
     "data.train_rows": 8, "data.eval_rows": 1, "data.test_rows": 2, "data.seq_len_tokens": 256, "train.max_steps": 6,
@@ -51,7 +53,7 @@ def s3(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setattr(s3_copy, "COPY_EVERY_S", 0.05)
+    monkeypatch.setattr(events_copy, "COPY_EVERY_S", 0.05)
     yield server
     server.stop()
 
@@ -67,7 +69,7 @@ def until(found, seconds: float = 30.0):
 
 def at_steps(monkeypatch, actions) -> None:
     """Has the trainer's event callback do something after it has logged a step's loss."""
-    make = events.event_callback
+    make = tensorboard_events.event_callback
 
     def with_actions(*args, **kwargs):
         callback = make(*args, **kwargs)
@@ -81,7 +83,7 @@ def at_steps(monkeypatch, actions) -> None:
         callback.on_log = on_log
         return callback
 
-    monkeypatch.setattr(events, "event_callback", with_actions)
+    monkeypatch.setattr(tensorboard_events, "event_callback", with_actions)
 
 
 class Api:
@@ -100,7 +102,7 @@ class Api:
 
 def test_a_bucket_that_goes_away_in_the_middle_of_training(s3, tmp_path, monkeypatch):
     run = workflow.open_run("mine", profile="tiny", settings=SMALL, root=tmp_path)
-    s3_copy.new_s3_client().create_bucket(Bucket="bucket")
+    events_copy.new_s3_client().create_bucket(Bucket="bucket")
 
     def away() -> None:
         until(lambda: (state := copy_state(run.events_dir)) and state.last_success)
@@ -148,10 +150,10 @@ def test_a_bucket_that_is_not_there_until_later(s3, tmp_path):
     run = workflow.open_run("mine", profile="tiny", settings=SMALL, root=tmp_path)
     run.events_dir.mkdir(parents=True)
     (run.events_dir / "events.out.1").write_bytes(b"points")
-    copy = s3_copy.S3Copy(run.events_dir, "s3://later/some/prefix/mine")
+    copy = events_copy.S3Copy(run.events_dir, "s3://later/some/prefix/mine")
     told = until(lambda: copy_state(run.events_dir))
     assert "NoSuchBucket" in told.last_error and told.pending_bytes == 6
-    client = s3_copy.new_s3_client()
+    client = events_copy.new_s3_client()
     client.create_bucket(Bucket="later")
     until(lambda: copy_state(run.events_dir).last_error is None)
     copy.close()

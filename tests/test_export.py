@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from fake_hub import writable_hub
 
-from qlora_helpers import export as exporting
 from qlora_helpers import workflow
 from qlora_helpers.__main__ import main
-from qlora_helpers.comparison import answered
-from qlora_helpers.errors import ModelError, RunError
-from qlora_helpers.export import export
-from qlora_helpers.publishing import publish
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json, write_json
+from qlora_helpers.base.errors import ModelError, RunError
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.evaluation.comparison import answered
+from qlora_helpers.export import bundle as exporting
+from qlora_helpers.export.bundle import export
+from qlora_helpers.export.publish import publish
+from qlora_helpers.runs.folder import Run
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",
@@ -187,7 +187,7 @@ def test_a_disk_that_fills_up_while_merging_is_one_message_and_the_last_export_s
     def full(path, tensors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qlora_helpers.merging.write_tensors", full)
+    monkeypatch.setattr("qlora_helpers.export.merge.write_tensors", full)
     with pytest.raises(ModelError, match=r"could not be written \(No space left on device\).*free some space"):
         export(copy, drift=False, say=quiet)
     assert (copy.folder / "export" / "merged" / "model.safetensors").exists()

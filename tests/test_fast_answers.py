@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model, tuned
 
-from qlora_helpers.fast_answers import NotFast, answer_fast, answering_form
+from qlora_helpers.evaluation.fast_answers.answer import NotFast, answer_fast, answering_form
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 PAD, END = 1, 0
@@ -95,7 +95,7 @@ def test_a_window_shorter_than_the_longest_row_is_refused():
 
 def test_a_model_that_answers_otherwise_in_slots_is_refused(monkeypatch):
     """The proof on the loaded model: here every token is told to stand one place further on."""
-    from qlora_helpers.fast_answers.cache import SlotCache
+    from qlora_helpers.evaluation.fast_answers.cache import SlotCache
 
     take = SlotCache.take_step
     monkeypatch.setattr(SlotCache, "take_step", lambda self, places, length: take(self, places - 1, length))
@@ -106,7 +106,7 @@ def test_a_model_that_answers_otherwise_in_slots_is_refused(monkeypatch):
 @pytest.mark.parametrize("slots", [8, 16, 40])
 def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch):
     """As on a GPU: fixed numbers of rows, a look every few steps, slots refilled by the quarter; a graph is played by its step."""
-    from qlora_helpers.fast_answers import decoder, graphs
+    from qlora_helpers.evaluation.fast_answers import decoder, graphs
 
     sizes = []
 
@@ -121,7 +121,7 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
     monkeypatch.setattr(graphs.GraphedStep, "_recorded", record)
     monkeypatch.setattr(decoder, "LENGTH_STEP", 32)
     monkeypatch.setattr(decoder.SlotDecoder, "_between_looks", lambda self: 4)
-    monkeypatch.setattr("qlora_helpers.fast_answers._graph_refusal", lambda model: None)
+    monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
     model = tiny_llama()
     model.lm_head.weight.data[END] *= 4
     draw = torch.Generator().manual_seed(2)
@@ -133,13 +133,13 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
 
 
 def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
-    from qlora_helpers.fast_answers import graphs
+    from qlora_helpers.evaluation.fast_answers import graphs
 
     def fail(self, rows, length):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs.GraphedStep, "_recorded", fail)
-    monkeypatch.setattr("qlora_helpers.fast_answers._graph_refusal", lambda model: None)
+    monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
     model, prompts = tiny_llama(), random_prompts((9, 4, 20))
     with answering_form(model, rows=2, tokens=40) as form:
         found = answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2, form=form)
@@ -153,7 +153,7 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    from qlora_helpers.fast_answers.graphs import GraphedStep
+    from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
 
     class Generator:
         recorded = False
@@ -201,8 +201,8 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
 
 def test_memory_decides_the_form(monkeypatch):
     """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
-    from qlora_helpers import fast_answers
-    from qlora_helpers.fast_answers.weights import dense_bytes
+    from qlora_helpers.evaluation.fast_answers import answer as fast_answers
+    from qlora_helpers.evaluation.fast_answers.weights import dense_bytes
 
     model = tuned(tiny_falcon().model)
     prompts = random_prompts((3, 31, 12, 7, 20))
@@ -218,7 +218,7 @@ def test_memory_decides_the_form(monkeypatch):
 
 def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
     """On a GPU reading prompts takes more than the cache: whatever does not fit, the answers stay."""
-    from qlora_helpers.fast_answers.decoder import SlotDecoder
+    from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder
 
     model, prompts = tiny_llama(), random_prompts((3, 31, 12, 7, 20, 1, 12, 40, 5, 5, 18))
     model.lm_head.weight.data[END] *= 4  # some end before memory does
@@ -240,7 +240,7 @@ def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
 
 
 def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
-    from qlora_helpers.fast_answers import weights
+    from qlora_helpers.evaluation.fast_answers import weights
 
     model, prompts = tuned(tiny_falcon().model), random_prompts((3, 12))
     own = [own_answers(model, prompt, 6) for prompt in prompts]
@@ -260,8 +260,8 @@ def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
 
 
 def test_the_cache_takes_what_arithmetic_says():
-    from qlora_helpers.fast_answers import cache_bytes
-    from qlora_helpers.fast_answers.decoder import SlotDecoder
+    from qlora_helpers.evaluation.fast_answers.answer import cache_bytes
+    from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder
 
     for model in (
         tiny_llama(),
@@ -281,8 +281,8 @@ def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
     import gc
     import weakref
 
-    from qlora_helpers.fast_answers import weights
-    from qlora_helpers.fast_answers.cache import SlotCache
+    from qlora_helpers.evaluation.fast_answers import weights
+    from qlora_helpers.evaluation.fast_answers.cache import SlotCache
 
     held = []
     unpack, update = weights.unpacked, SlotCache.update

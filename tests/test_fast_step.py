@@ -12,15 +12,16 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers.architectures import draws_at_random
-from qlora_helpers.blocks import BlockCollator, HostTokens, most_rows, row_losses, row_starts
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.fast_step import fast_step
-from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
-from qlora_helpers.fast_step.loss import loss_in_chunks, token_losses
-from qlora_helpers.fast_step.rows import RowStarts, attend_in_rows, kernel_refusal
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.memory import layers_to_recompute
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.data.batches import BlockCollator, HostTokens, most_rows, row_starts
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.wiring import decoder_layers, row_losses
+from qlora_helpers.planning.memory import layers_to_recompute
+from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_in_rows, kernel_refusal
+from qlora_helpers.training.fast_step.layers import layers_changed
+from qlora_helpers.training.fast_step.loss import loss_in_chunks, token_losses
+from qlora_helpers.training.fast_step.parts import fast_step
 
 VOCABULARY = 97
 
@@ -227,7 +228,7 @@ def compile_here(monkeypatch):
     compiled = torch.compile
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
-    monkeypatch.setattr("qlora_helpers.fast_step.compile_refusal", lambda *args: None)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.parts.compile_refusal", lambda *args: None)
     torch._dynamo.reset()
 
 

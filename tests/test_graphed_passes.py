@@ -10,12 +10,13 @@ import torch
 from pretended_graphs import Recorder
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
-from qlora_helpers.blocks import BlockCollator, most_trained, row_losses
-from qlora_helpers.fast_step import FastStep, fast_step
-from qlora_helpers.fast_step.embeddings import embeddings_on_host
-from qlora_helpers.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_graphed
-from qlora_helpers.fast_step.loss import loss_in_chunks
-from qlora_helpers.fast_step.rows import rows_attended_apart
+from qlora_helpers.data.batches import BlockCollator, most_trained
+from qlora_helpers.model.host_embedding import embeddings_on_host
+from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.training.fast_step.block_diagonal import rows_attended_apart
+from qlora_helpers.training.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_graphed
+from qlora_helpers.training.fast_step.loss import loss_in_chunks
+from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
 PASSES_BEFORE = 2
 OTHER_BLOCKS = [rows_of([4, 8, 9], start=5), rows_of([13, 2, 2], start=6)]

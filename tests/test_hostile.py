@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_helpers import readers, workflow
+from qlora_helpers import workflow
 from qlora_helpers.__main__ import main
-from qlora_helpers.config import DataConfig, RunConfig, config_from_dict
-from qlora_helpers.errors import ConfigError, DataError, RunError
-from qlora_helpers.run import Run, Status
-from qlora_helpers.sources import read_corpus
-from qlora_helpers.whole_files import read_json
+from qlora_helpers.base.config import DataConfig, RunConfig, config_from_dict
+from qlora_helpers.base.errors import ConfigError, DataError, RunError
+from qlora_helpers.base.files import read_json
+from qlora_helpers.data import readers
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.workflow import existing_run, open_run
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -58,7 +59,7 @@ def copy(trained, tmp_path):
 
 def reseal(run) -> None:
     """As who spoils a file would: with a seal that fits."""
-    from qlora_helpers import training_checkpoints as saved
+    from qlora_helpers.training import checkpoints as saved
 
     saved.verify(saved.all_checkpoints(run.checkpoints_dir)[-1])
 
@@ -110,7 +111,7 @@ def test_a_trainer_s_state_that_is_damaged_is_told(copy, text):
     path = copy.checkpoints_dir / "checkpoint-2"
     (path / "trainer_state.json").write_text(text)
     seal = read_json(path / "verified.json")
-    from qlora_helpers.training_checkpoints import _fingerprint
+    from qlora_helpers.training.checkpoints import _fingerprint
 
     seal["files"]["trainer_state.json"] = _fingerprint(path / "trainer_state.json")
     (path / "verified.json").write_text(json.dumps(seal))

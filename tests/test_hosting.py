@@ -15,8 +15,8 @@ import torch
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
-from qlora_helpers import hosting
-from qlora_helpers.errors import ModelError, UserError
+from qlora_helpers.base.errors import ModelError, UserError
+from qlora_helpers.sagemaker import endpoint
 
 ROLE = "arn:aws:iam::123456789012:role/Studio"
 ARN = "arn:aws:sagemaker:us-east-1:123456789012:thing/x"
@@ -58,7 +58,7 @@ def stubbed(service: str):
 
 
 def test_the_archive_is_what_the_container_reads(adapter, tmp_path):
-    out = hosting.package_adapter(adapter, "org/model-1B", tmp_path / "model.tar.gz", name="tuned-2")
+    out = endpoint.package_adapter(adapter, "org/model-1B", tmp_path / "model.tar.gz", name="tuned-2")
     with tarfile.open(out) as archive:
         assert sorted(archive.getnames()) == [
             "adapters/tuned-2/adapter_config.json",
@@ -80,7 +80,7 @@ def test_the_archive_is_what_the_container_reads(adapter, tmp_path):
         "option.max_lora_rank=16",  # r=12: vLLM takes 8, 16, 32, ... alone
     ]
     assert weights == (adapter / "adapter_model.safetensors").read_bytes()
-    again = hosting.package_adapter(adapter, "org/model-1B", tmp_path / "again.tar.gz", name="tuned-2")
+    again = endpoint.package_adapter(adapter, "org/model-1B", tmp_path / "again.tar.gz", name="tuned-2")
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -89,7 +89,7 @@ def test_a_missing_file_is_named_and_the_old_archive_stays(adapter, tmp_path, mi
     (tmp_path / "model.tar.gz").write_bytes(b"old")
     (adapter / missing).unlink()
     with pytest.raises(ModelError, match=f"{missing} not found in adapter/"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
     assert (tmp_path / "model.tar.gz").read_bytes() == b"old"
 
 
@@ -100,16 +100,16 @@ def test_links_are_refused(adapter, tmp_path, name):
         os.replace(adapter / name, secret)
     (adapter / name).symlink_to(secret)
     with pytest.raises(ModelError, match=f"{name} is a link"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 def test_damaged_files_are_refused(adapter, tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="no readable adapter"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="no readable adapter"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,18 @@ def test_damaged_files_are_refused(adapter, tmp_path):
 def test_a_base_model_out_of_the_endpoints_reach_is_refused(adapter, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="can't reach that base model"):
-        hosting.package_adapter(adapter, base, tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, base, tmp_path / "model.tar.gz")
 
 
 def test_a_local_folder_that_looks_like_a_hub_id_is_refused(adapter, tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="can't reach"):
-        hosting.package_adapter(adapter, "models/mine", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "models/mine", tmp_path / "model.tar.gz")
 
 
 def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
-    hosting.package_adapter(adapter, "s3://my-bucket/models/mine/", tmp_path / "model.tar.gz")
+    endpoint.package_adapter(adapter, "s3://my-bucket/models/mine/", tmp_path / "model.tar.gz")
     with tarfile.open(tmp_path / "model.tar.gz") as archive:
         settings = archive.extractfile("serving.properties").read().decode()
     assert "option.model_id=s3://my-bucket/models/mine/" in settings
@@ -138,14 +138,14 @@ def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", "x" * 64])
 def test_adapter_names_are_plain(adapter, tmp_path, name):
     with pytest.raises(UserError, match="no name for an adapter"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz", name=name)
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz", name=name)
 
 
 @pytest.mark.parametrize(("model_type", "family"), [("falcon", "Falcon"), ("bloom", "BLOOM"), ("gpt_neox", "GPT-NeoX")])
 def test_families_that_vllm_serves_without_adapters_are_refused_before_it_costs_money(tmp_path, model_type, family):
     adapter = save_adapter(tmp_path / "adapter", model_type)
     with pytest.raises(ModelError, match=f"vLLM can't add adapters to .*{family}.*Merge it"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_adapters_that_vllm_refuses_are_refused_here(adapter, tmp_path, change, 
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=f"expected plain LoRA; got {told}"):
-        hosting.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 def expected_calls(container: dict) -> list[tuple[str, dict, dict]]:
@@ -199,7 +199,7 @@ def test_deploy_makes_model_configuration_and_endpoint():
     for call in expected_calls(CONTAINER):
         stub.add_response(*call)
     with stub:
-        name = hosting.deploy(
+        name = endpoint.deploy(
             CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", client=client
         )
     assert name == "demo"
@@ -224,7 +224,7 @@ def test_deploy_takes_the_folder_of_a_merged_model():
     for call in expected_calls(container):
         stub.add_response(*call)
     with stub:
-        hosting.deploy(
+        endpoint.deploy(
             "s3://my-bucket/merged/", "demo", role=ROLE, instance_type="ml.g5.2xlarge", image_uri="mine",
             environment={"OPTION_MAX_MODEL_LEN": "2048"}, client=client,
         )  # fmt: skip
@@ -240,7 +240,7 @@ def test_a_refused_endpoint_leaves_nothing_behind():
     stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "demo"})
     stub.add_response("delete_model", {}, {"ModelName": "demo"})
     with stub, pytest.raises(UserError, match="did not create the endpoint demo; got ResourceLimitExceeded: quota for"):
-        hosting.deploy(CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", client=client)
+        endpoint.deploy(CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", client=client)
     stub.assert_no_pending_responses()
 
 
@@ -261,7 +261,7 @@ def test_wrong_arguments_reach_no_network(change, told):
         "instance_type": "ml.g5.xlarge",
     }
     with stub, pytest.raises(UserError, match=told):
-        hosting.deploy(**(arguments | change), client=client)
+        endpoint.deploy(**(arguments | change), client=client)
 
 
 def described(status: str, **more) -> dict:
@@ -275,7 +275,7 @@ def test_waiting_returns_when_the_endpoint_answers():
         stub.add_response(*call)
     stub.add_response("describe_endpoint", described("InService"), {"EndpointName": "demo"})
     with stub:
-        hosting.deploy(
+        endpoint.deploy(
             CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", wait=True, client=client
         )
     stub.assert_no_pending_responses()
@@ -286,7 +286,7 @@ def test_waiting_tells_why_an_endpoint_did_not_start():
     failed = described("Failed", FailureReason="The primary container did not pass the ping health check.")
     stub.add_response("describe_endpoint", failed, {"EndpointName": "demo"})
     with stub, pytest.raises(UserError, match="demo did not start; got The primary container did not pass.*CloudWatch"):
-        hosting.wait_for_endpoint("demo", client=client)
+        endpoint.wait_for_endpoint("demo", client=client)
 
 
 def answer(text: str) -> dict:
@@ -299,7 +299,7 @@ def asked(body: dict) -> dict:
 
 
 def test_the_requests_can_be_read_before_they_are_sent():
-    requests = hosting.endpoint_requests(
+    requests = endpoint.endpoint_requests(
         CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", image_uri=CONTAINER["Image"]
     )
     assert list(requests.items()) == [(call, arguments) for call, _, arguments in expected_calls(CONTAINER)]
@@ -309,10 +309,10 @@ def test_ask_sends_what_the_container_reads():
     client, stub = stubbed("sagemaker-runtime")
     parameters = {"max_new_tokens": 40, "temperature": 0.5}
     body = {"inputs": "Summarise: hi", "parameters": parameters, "adapters": "tuned"}
-    assert hosting.question("Summarise: hi", max_new_tokens=40, temperature=0.5) == body
+    assert endpoint.question("Summarise: hi", max_new_tokens=40, temperature=0.5) == body
     stub.add_response("invoke_endpoint", answer('{"generated_text": "Ann says hé."}'), asked(body))
     with stub:
-        text = hosting.ask("demo", "Summarise: hi", max_new_tokens=40, temperature=0.5, client=client)
+        text = endpoint.ask("demo", "Summarise: hi", max_new_tokens=40, temperature=0.5, client=client)
     assert text == "Ann says hé."
 
 
@@ -321,7 +321,7 @@ def test_ask_can_ask_the_base_model_and_takes_a_list():
     body = {"inputs": "hi", "parameters": {"max_new_tokens": 80, "temperature": 0.0}}
     stub.add_response("invoke_endpoint", answer('[{"generated_text": "hello"}]'), asked(body))
     with stub:
-        assert hosting.ask("demo", "hi", adapter=None, client=client) == "hello"
+        assert endpoint.ask("demo", "hi", adapter=None, client=client) == "hello"
 
 
 @pytest.mark.parametrize("text", ['{"error": "LoRA adapter x not found", "code": 424}', "<html>", "[]"])
@@ -329,25 +329,25 @@ def test_an_answer_without_text_is_told(text):
     client, stub = stubbed("sagemaker-runtime")
     stub.add_response("invoke_endpoint", answer(text))
     with stub, pytest.raises(UserError, match="demo gave no answer; got"):
-        hosting.ask("demo", "hi", client=client)
+        endpoint.ask("demo", "hi", client=client)
 
 
 def test_an_endpoint_that_is_not_there_is_told():
     client, stub = stubbed("sagemaker-runtime")
     stub.add_client_error("invoke_endpoint", "ValidationError", "Endpoint demo of account 1 not found.", 400)
     with stub, pytest.raises(UserError, match="did not ask the endpoint demo; got ValidationError: Endpoint demo"):
-        hosting.ask("demo", "hi", client=client)
+        endpoint.ask("demo", "hi", client=client)
 
 
 def test_lmi_image_uri():
-    assert hosting.lmi_image_uri("eu-central-1").startswith(
+    assert endpoint.lmi_image_uri("eu-central-1").startswith(
         "763104351884.dkr.ecr.eu-central-1.amazonaws.com/djl-inference:"
     )
     with pytest.raises(UserError, match="no AWS region"):
-        hosting.lmi_image_uri("nowhere")
+        endpoint.lmi_image_uri("nowhere")
 
 
 def test_upload_and_delete_endpoint_are_here_too():
-    from qlora_helpers import aws
+    from qlora_helpers.sagemaker import aws
 
-    assert (hosting.upload, hosting.delete_endpoint) == (aws.upload, aws.delete_endpoint)
+    assert (endpoint.upload, endpoint.delete_endpoint) == (aws.upload, aws.delete_endpoint)

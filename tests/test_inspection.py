@@ -8,11 +8,11 @@ import math
 import pytest
 from tiny import tiny_llama, tiny_model
 
-from qlora_helpers.checkpoints import Checkpoint, find_checkpoint
-from qlora_helpers.config import ModelConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.inspection import WeightCounts, compare_layer, count_weights, read_shape
-from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.base.config import ModelConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.model.inspection import WeightCounts, compare_layer, count_weights, read_shape
+from qlora_helpers.model.shapes.catalog import SHAPES
 
 
 def test_falcon_40b_is_counted_from_its_shape(torch):

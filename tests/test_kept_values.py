@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from qlora_helpers.config import AdapterConfig, ModelConfig
-from qlora_helpers.fast_step import rows
-from qlora_helpers.fast_step.adapters import weights_cast_in_place_of_activations
-from qlora_helpers.fast_step.layers import decoder_layers, layers_changed
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.nf4 import keep_gradients_exact_on_cpu
-from qlora_helpers.random_weights import build_random_model
-from qlora_helpers.step_settings import StepSettings, kept_bytes, kept_values
+from qlora_helpers.base.config import AdapterConfig, ModelConfig
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu
+from qlora_helpers.model.random_weights import build_random_model
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.wiring import decoder_layers
+from qlora_helpers.planning.step_settings import StepSettings, kept_bytes, kept_values
+from qlora_helpers.training.fast_step import block_diagonal
+from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
+from qlora_helpers.training.fast_step.layers import layers_changed
 
 TOKENS, R = 256, 4
 _COMMON = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
@@ -43,7 +44,7 @@ def attended_at_once(query, key, value, starts, scale):
 
 def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch.bfloat16, **adapter) -> float:
     """Bytes a token, of the tensors that a layer saves, each storage once."""
-    monkeypatch.setattr(rows, "_row_by_row", attended_at_once)
+    monkeypatch.setattr(block_diagonal, "_row_by_row", attended_at_once)
     torch._dynamo.reset()
     config = AutoConfig.for_model(**shape)
     model = build_random_model(config.to_dict(), ModelConfig(device_map="cpu"), dtype=dtype, attention="sdpa")
@@ -65,7 +66,7 @@ def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch
         patched.setattr(torch, "compile", lambda f, **options: real(f, backend=PARTITIONED, **options))
         if fast:
             parts.enter_context(weights_cast_in_place_of_activations(model))
-            parts.enter_context(rows.rows_attended_apart(inner, longest=TOKENS))
+            parts.enter_context(block_diagonal.rows_attended_apart(inner, longest=TOKENS))
             parts.enter_context(layers_changed(inner, compiled=compiled, recomputed=0, keep_random_state=False))
         elif dtype == torch.bfloat16:  # as Trainer does it
             parts.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.labels import IGNORED, LabelReport, TokenView, label_report, label_row
+from qlora_helpers.data.labels import IGNORED, LabelReport, label_report, label_row
+from qlora_helpers.model.checkpoints import corpus_tokenizer
+from qlora_helpers.views.tokens import TokenView
 
 TOKENIZER = corpus_tokenizer()
 DIALOGUE = "Ana: are you coming?\nBo: no, I'm at work until ten tonight"

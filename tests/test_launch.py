@@ -12,9 +12,9 @@ import textwrap
 import pytest
 import yaml
 
-from qlora_helpers import launch
-from qlora_helpers.errors import UserError
-from qlora_helpers.run import Run
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.runs import launch
+from qlora_helpers.runs.folder import Run
 
 
 def test_train_command_names_a_run_in_runs_and_the_folder_of_any_other(tmp_path):
@@ -171,6 +171,6 @@ def test_accelerate_needs_two_gpus():
 
 
 def test_importing_launch_imports_no_torch():
-    code = "import sys; from qlora_helpers import launch, launch_sagemaker, hosting, cleanup_sagemaker; print(sorted("
+    code = "import sys; from qlora_helpers.runs import launch; from qlora_helpers.sagemaker import training_job as launch_sagemaker, endpoint as hosting, resources as cleanup_sagemaker; print(sorted("
     code += "{'torch', 'accelerate', 'boto3', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -13,10 +13,11 @@ import boto3
 import pytest
 from botocore.stub import ANY, Stubber
 
-from qlora_helpers import launch_sagemaker
-from qlora_helpers.config import config_from_dict, profile_config
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run
+from qlora_helpers.base.config import config_from_dict
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.sagemaker import training_job
 
 ROLE = "arn:aws:iam::123456789012:role/Studio"
 
@@ -72,13 +73,13 @@ REQUEST = {
 
 
 def test_the_request_word_for_word():
-    request = launch_sagemaker.training_job_request(
+    request = training_job.training_job_request(
         "job-1",
         run_name="demo",
         role=ROLE,
         instance_type="ml.g5.12xlarge",
         s3_uri="s3://my-bucket/qlora/",
-        image_uri=launch_sagemaker.training_image_uri("us-east-1"),
+        image_uri=training_job.training_image_uri("us-east-1"),
         channels={"code": "s3://my-bucket/qlora/jobs/job-1/source.tar.gz"},
         volume_gib=200,
         max_hours=1.5,
@@ -107,7 +108,7 @@ def start(run: Run, objects: list[str], **more):
         )
     stub.add_response("create_training_job", {"TrainingJobArn": "arn:aws:sagemaker:us-east-1:1:x/job-1"})
     with stub, s3_stub:
-        name = launch_sagemaker.training_job(
+        name = training_job.training_job(
             run, role=ROLE, instance_type="ml.g5.12xlarge", s3_uri="s3://my-bucket/qlora", client=client,
             s3_client=s3_client, **more,
         )  # fmt: skip
@@ -135,7 +136,7 @@ def test_a_data_file_is_uploaded_and_the_settings_point_to_it(run, tmp_path):
     run.save_config(run.config().with_settings({"data.source": str(data)}))
     _, request = start(run, ["source.tar.gz", "config.json", "mine.jsonl"])
     assert [channel["ChannelName"] for channel in request["InputDataConfig"]] == ["code", "config", "dialogues"]
-    config, file = launch_sagemaker._config_for_job(run.config())
+    config, file = training_job._config_for_job(run.config())
     assert (config.data.source, file) == ("/opt/ml/input/data/dialogues/mine.jsonl", data)
 
 
@@ -153,19 +154,19 @@ def test_wrong_arguments_reach_no_network(run, change, told):
     s3_client, s3_stub = stubbed("s3")
     arguments = {"role": ROLE, "instance_type": "ml.g5.xlarge", "s3_uri": "s3://my-bucket/q"} | change
     with stub, s3_stub, pytest.raises(UserError, match=told):
-        launch_sagemaker.training_job(run, client=client, s3_client=s3_client, **arguments)
+        training_job.training_job(run, client=client, s3_client=s3_client, **arguments)
 
 
 @pytest.mark.parametrize("model", ["/models/falcon", "./model", "model.gguf"])
 def test_a_model_out_of_the_jobs_reach_is_refused(run, model):
     run.save_config(run.config().with_settings({"model.name": model}))
     with pytest.raises(UserError, match="can't reach that model"):
-        launch_sagemaker.training_job(run, role=ROLE, instance_type="ml.g5.xlarge", s3_uri="s3://my-bucket/q")
+        training_job.training_job(run, role=ROLE, instance_type="ml.g5.xlarge", s3_uri="s3://my-bucket/q")
 
 
 def test_a_run_without_settings_is_refused(tmp_path):
     with pytest.raises(RunError, match="does not exist yet"):
-        launch_sagemaker.training_job(
+        training_job.training_job(
             Run(tmp_path / "runs" / "none"), role=ROLE, instance_type="ml.g5.xlarge", s3_uri="s3://my-bucket/q"
         )
 
@@ -179,7 +180,7 @@ def test_a_quota_of_zero_is_told(run):
         "create_training_job", "ResourceLimitExceeded", "quota for ml.g5.12xlarge is 0 Instances.", 400
     )
     with stub, s3_stub, pytest.raises(UserError, match="did not start the training job .*quota for ml.g5.12xlarge"):
-        launch_sagemaker.training_job(
+        training_job.training_job(
             run,
             role=ROLE,
             instance_type="ml.g5.12xlarge",
@@ -221,7 +222,7 @@ if "qlora_helpers" in sys.argv:
 def run_job(tmp_path: Path, processes: int = 1, **environment: str) -> tuple[int, Path, list[list[str]]]:
     """Unpacks what a job gets and runs its script, with a stand-in for python3 that notes how it is called."""
     code, ml, tools = tmp_path / "code", tmp_path / "ml", tmp_path / "bin"
-    archive = launch_sagemaker.source_archive(tmp_path / "source.tar.gz", "demo", processes=processes)
+    archive = training_job.source_archive(tmp_path / "source.tar.gz", "demo", processes=processes)
     with tarfile.open(archive) as unpacked:
         unpacked.extractall(code, filter="data")
     (ml / "input/data/config").mkdir(parents=True)
@@ -271,7 +272,7 @@ def test_a_job_that_is_told_to_end_lets_its_trainer_save(tmp_path):
 
 
 def test_the_archive_holds_the_package_alone(tmp_path):
-    archive = launch_sagemaker.source_archive(tmp_path / "source.tar.gz", "demo")
+    archive = training_job.source_archive(tmp_path / "source.tar.gz", "demo")
     with tarfile.open(archive) as unpacked:
         names = unpacked.getnames()
     assert {"job.sh", "requirements.txt", "qlora_helpers/__init__.py", "qlora_helpers/config.py"} <= set(names)
@@ -280,5 +281,5 @@ def test_the_archive_holds_the_package_alone(tmp_path):
 
 
 def test_the_settings_survive_the_journey(run):
-    config, _ = launch_sagemaker._config_for_job(run.config())
+    config, _ = training_job._config_for_job(run.config())
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == run.config()

@@ -8,9 +8,10 @@ import sys
 import pytest
 from fake_nvml import FakeNvml, NoDriver
 
-from qlora_helpers import launch, locks, workflow
-from qlora_helpers.errors import RunError
-from qlora_helpers.run import Run
+from qlora_helpers import workflow
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.runs import launch, locks, session
+from qlora_helpers.runs.folder import Run
 
 
 class TwoCards(FakeNvml):
@@ -83,7 +84,7 @@ def test_a_start_is_refused_while_another_run_has_the_gpu(holder, tmp_path, monk
     assert run.status().state == "failed"
     assert "GPU-held" in run.status().last_error
     run = workflow.open_run("mine", settings=["model.device_map=cpu"], root=tmp_path / "runs")
-    with workflow._owned(run):  # takes no GPU
+    with session.session(run):  # takes no GPU
         pass
 
 

@@ -8,9 +8,9 @@ import math
 import pytest
 from tiny import tiny_llama, tiny_model
 
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.lora import (
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.lora import (
     ParameterCount,
     adapter_sizes,
     add_adapters,
@@ -20,7 +20,7 @@ from qlora_helpers.lora import (
     load_adapter,
     target_modules,
 )
-from qlora_helpers.model_shapes import SHAPES
+from qlora_helpers.model.shapes.catalog import SHAPES
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

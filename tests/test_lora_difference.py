@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_helpers.errors import ModelError
-from qlora_helpers.lora import adapter_difference
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.lora import adapter_difference
 
 
 @pytest.fixture

@@ -8,7 +8,16 @@ import random
 import pytest
 import torch
 
-from qlora_helpers.loss_watch import IN_A_ROW, LEAST, MOST_OVERFLOWS, RISE_NATS, LossWatch, _Step, bound, rows_in_words
+from qlora_helpers.training.loss_watch import (
+    IN_A_ROW,
+    LEAST,
+    MOST_OVERFLOWS,
+    RISE_NATS,
+    LossWatch,
+    _Step,
+    bound,
+    rows_in_words,
+)
 
 NAN = float("nan")
 

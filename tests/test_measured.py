@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_llama
 
-from qlora_helpers import planning
-from qlora_helpers.catalog import parse_gpus
-from qlora_helpers.config import AdapterConfig, profile_config
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.measured import write_measured
-from qlora_helpers.monitor import plan_table
-from qlora_helpers.run import Run
-from qlora_helpers.training import TrainResult
-from qlora_helpers.whole_files import read_json
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.files import read_json
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.planning import run_plan
+from qlora_helpers.planning.measured import write_measured
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training.train import TrainResult
+from qlora_helpers.views.monitor import plan_table
 
 RESULT = TrainResult(
     steps=5, new_steps=5, loss=1.0, eval_loss=None, seconds=10.0, tokens_per_s=2000.0, peak_gib={"cuda:0": 60.0}, stopped=False,
@@ -28,7 +29,7 @@ def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
     run.save_config(
         profile_config("falcon-40b").with_settings({"train.micro_batch_size": 2, "data.seq_len_tokens": 512})
     )
-    monkeypatch.setattr(planning, "this_machine", lambda: parse_gpus("2xH100"))
+    monkeypatch.setattr(run_plan, "this_machine", lambda: parse_gpus("2xH100"))
     loaded = SimpleNamespace(audit=SimpleNamespace(gib_by_device={"cuda:0": 20.8}))
     report = SimpleNamespace(trained_tokens=150, tokens=1000)
     data = SimpleNamespace(report=report, train=[0], seq_len_tokens=2000, packed=True)
@@ -40,7 +41,7 @@ def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
 def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
     plan, run = written(tmp_path / "mine", monkeypatch, graphed=True)
     assert plan["measured"]["reserved_gib"] == {"cuda:0": 61.0}
-    expected = planning.predicted_step(
+    expected = run_plan.predicted_step(
         run.config(),
         hardware=parse_gpus("H100"),
         compiled=True,

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from measured_steps import name_of, planned_steps, step_of
 
-from qlora_helpers.memory import StepMemory, predict
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.step_settings import StepSettings, kept_values
-from qlora_helpers.units import gib
+from qlora_helpers.base.units import gib
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
+from qlora_helpers.planning.memory import StepMemory, predict
+from qlora_helpers.planning.step_settings import StepSettings, kept_values
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:

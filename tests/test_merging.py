@@ -10,11 +10,11 @@ import sys
 import pytest
 from tiny import tiny_llama, tiny_model
 
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.errors import ModelError
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.merging import merge
-from qlora_helpers.tensor_files import TensorToWrite, shards, stored_tensors, write_tensors
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.export.merge import merge
+from qlora_helpers.export.tensor_files import TensorToWrite, shards, stored_tensors, write_tensors
+from qlora_helpers.model.lora import add_adapters
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 

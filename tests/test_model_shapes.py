@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.model_shapes import HUB_NAMES, SHAPES, known_shape
-from qlora_helpers.model_sizes import KNOWN_FAMILIES, model_sizes
+from qlora_helpers.model.shapes.catalog import HUB_NAMES, SHAPES, known_shape
+from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
 
 # Of the checkpoints' safetensors headers, a tied head counted once
 PUBLISHED = {

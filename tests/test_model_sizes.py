@@ -12,16 +12,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, UNLISTED, tiny_llama, tiny_model
 
-from qlora_helpers import model_sizes as module
-from qlora_helpers.catalog import parse_gpus
-from qlora_helpers.config import AdapterConfig, profile_config
-from qlora_helpers.errors import ModelError, UserError
-from qlora_helpers.inspection import count_weights
-from qlora_helpers.lora import add_adapters, count_parameters
-from qlora_helpers.model_shapes import SHAPES, known_shape
-from qlora_helpers.model_sizes import KNOWN_FAMILIES, adapter_parameters, model_sizes
-from qlora_helpers.nf4 import falcon_linears_as_plain
-from qlora_helpers.plan import make_plan
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.errors import ModelError, UserError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.model.inspection import count_weights
+from qlora_helpers.model.lora import add_adapters, count_parameters
+from qlora_helpers.model.nf4 import falcon_linears_as_plain
+from qlora_helpers.model.shapes import sizes as module
+from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
+from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, adapter_parameters, model_sizes
+from qlora_helpers.planning.plan import make_plan
 
 LLAMA = {
     "vocab_size": 256,

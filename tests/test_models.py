@@ -11,18 +11,27 @@ import shutil
 import pytest
 from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
 
-from qlora_helpers import models, nf4
-from qlora_helpers.catalog import DataSize, parse_gpus
-from qlora_helpers.checkpoints import corpus_tokenizer, find_checkpoint
-from qlora_helpers.config import ModelConfig, RunConfig, profile_config
-from qlora_helpers.device_maps import layer_map
-from qlora_helpers.errors import ModelError
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.models import audit, device_map_argument, load_model, load_tokenizer, placement, set_pad_token
-from qlora_helpers.nf4 import falcon_linears_as_plain, is_nf4, keep_gradients_exact_on_cpu, stored_bytes, unpacked_numel
-from qlora_helpers.outlook import look_ahead
-from qlora_helpers.planning import layers_per_gpu
+from qlora_helpers.base.config import ModelConfig, RunConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.data.known import DataSize
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.model import loading, nf4
+from qlora_helpers.model.checkpoints import corpus_tokenizer, find_checkpoint
+from qlora_helpers.model.loading import audit, load_model
+from qlora_helpers.model.nf4 import (
+    falcon_linears_as_plain,
+    is_nf4,
+    keep_gradients_exact_on_cpu,
+    stored_bytes,
+    unpacked_numel,
+)
+from qlora_helpers.model.placement import device_map_argument, layer_map, placement
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.tokenizers import load_tokenizer, set_pad_token
+from qlora_helpers.planning.forecast import look_ahead
+from qlora_helpers.planning.run_plan import layers_per_gpu
 
 FALCON = ModelConfig(name="random:falcon-tiny")
 
@@ -119,7 +128,7 @@ def tiny_model_of(shape: str):
 
 def test_a_falcon_that_was_silently_not_quantised_is_refused(torch, monkeypatch):
     """Without the shim transformers leaves every layer in 16 bits and says `is_loaded_in_4bit` all the same."""
-    monkeypatch.setattr(models, "falcon_linears_as_plain", contextlib.nullcontext)
+    monkeypatch.setattr(loading, "falcon_linears_as_plain", contextlib.nullcontext)
     with pytest.raises(ModelError) as caught:
         tiny_falcon()
     assert "the model was not quantised as asked; expected 16 linear layers in 4-bit NF4; got 0" in str(caught.value)
@@ -172,8 +181,8 @@ def gradients(torch, model, ids) -> list:
 
 def test_an_evaluation_in_between_leaves_the_gradients_exact(torch, own_falcon):
     """On CPUs with AVX512-BF16, bitsandbytes would repack the weights in the evaluation and gradients would be wrong."""
-    from qlora_helpers.config import AdapterConfig
-    from qlora_helpers.lora import add_adapters
+    from qlora_helpers.base.config import AdapterConfig
+    from qlora_helpers.model.lora import add_adapters
 
     model = add_adapters(own_falcon.model, AdapterConfig(r=4, lora_dropout=0), seed=0)
     with torch.no_grad():
@@ -548,7 +557,7 @@ def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, monkeypatc
 
 def test_a_random_model_is_built_as_it_would_be_loaded(torch, falcon):
     """Layer by layer in 4 bits: the same modules, shapes and types as through `from_pretrained`."""
-    from qlora_helpers.random_weights import build_random_model
+    from qlora_helpers.model.random_weights import build_random_model
 
     built = build_random_model(SHAPES["falcon-tiny"], FALCON, dtype=torch.float32, attention="sdpa")
 
@@ -582,7 +591,7 @@ def test_a_random_model_is_built_as_it_would_be_loaded(torch, falcon):
 @pytest.mark.parametrize("family", ["llama-3.1-8b", "smollm2-135m"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_random_weights_are_drawn_and_tied_as_the_shape_says(torch, family, quantization):
-    from qlora_helpers.random_weights import STANDARD_DEVIATION, build_random_model
+    from qlora_helpers.model.random_weights import STANDARD_DEVIATION, build_random_model
 
     small = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 256, "vocab_size": 512}  # fmt: skip
@@ -604,7 +613,7 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
     """By the plan's map, where every weight is drawn on its own layer's GPU; evenly where there is no plan."""
     from transformers import AutoConfig
 
-    from qlora_helpers import random_weights
+    from qlora_helpers.model import random_weights
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -625,7 +634,7 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
 def test_a_large_random_model_goes_through_the_same_load(torch, monkeypatch):
     """As random:falcon-7b does, on a shape that fits here."""
     monkeypatch.setitem(SHAPES, "big-for-a-test", SHAPES["falcon-tiny"])
-    monkeypatch.setattr("qlora_helpers.checkpoints._small", lambda shape: False)
+    monkeypatch.setattr("qlora_helpers.model.checkpoints._small", lambda shape: False)
     loaded = load("random:big-for-a-test")
     assert loaded.checkpoint.is_random
     assert loaded.model.config.random_weights

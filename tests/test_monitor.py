@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 import pytest
 from fake_run import add_progress, fake_run, finished_run
 
-from qlora_helpers import charts
-from qlora_helpers.charts import Chart, Panel, number_text
-from qlora_helpers.monitor import curves, loss_curve, plan_table, run_table, watch_once
-from qlora_helpers.run import Run
-from qlora_helpers.tables import plain
-from qlora_helpers.units import duration
-from qlora_helpers.whole_files import write_json
+from qlora_helpers.base.files import write_json
+from qlora_helpers.base.text import plain
+from qlora_helpers.base.units import duration
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.views import charts
+from qlora_helpers.views.charts import Chart, Panel, number_text
+from qlora_helpers.views.monitor import curves, loss_curve, plan_table, run_table, watch_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,7 +97,7 @@ def test_equal_curves_are_equal_files_and_drawing_leaves_no_state(tmp_path):
     code = (
         "import sys, matplotlib\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from pathlib import Path\nfrom fake_run import finished_run\nfrom qlora_helpers.monitor import loss_curve\n"
+        "from pathlib import Path\nfrom fake_run import finished_run\nfrom qlora_helpers.views.monitor import loss_curve\n"
         "before = matplotlib.rcParams.copy()\n"
         f"one, two = (loss_curve(finished_run(Path({str(tmp_path)!r}), name)) for name in ('one', 'one'))\n"
         "print(one._repr_html_() == two._repr_html_(), before == matplotlib.rcParams.copy())\n"

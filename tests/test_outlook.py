@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.catalog import parse_gpus
-from qlora_helpers.config import profile_config
-from qlora_helpers.memory import predict
-from qlora_helpers.model_shapes import known_shape
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.planning import outlook
-from qlora_helpers.step_settings import step_settings
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.model.shapes.catalog import known_shape
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.memory import predict
+from qlora_helpers.planning.run_plan import outlook
+from qlora_helpers.planning.step_settings import step_settings
 
 FALCON = profile_config("falcon-40b")
 
@@ -80,10 +80,10 @@ def test_where_no_setting_helps_an_instance_is_named():
 
 def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     """Both leave the trainer's margin."""
-    from qlora_helpers.candidates import fewest_recomputed
-    from qlora_helpers.memory import MEMORY_MARGIN
-    from qlora_helpers.model_sizes import model_sizes
-    from qlora_helpers.step_settings import step_settings
+    from qlora_helpers.model.shapes.sizes import model_sizes
+    from qlora_helpers.planning.candidates import fewest_recomputed
+    from qlora_helpers.planning.memory import MEMORY_MARGIN
+    from qlora_helpers.planning.step_settings import step_settings
 
     config = FALCON.with_settings(["train.micro_batch_size=4", "train.compile=on", "data.seq_len_tokens=2048"])
     found = look("H100", config=config)
@@ -123,15 +123,15 @@ def test_padded_rows_count_as_long_as_a_block():
 
 
 def test_an_unknown_size_is_said_and_a_file_is_read_once(tmp_path, monkeypatch):
-    from qlora_helpers import planning
+    from qlora_helpers.planning import run_plan
 
     found = look("H100", "data.source=somebody/something")
     assert any("not known" in note for note in found.notes)
-    assert planning.data_size(FALCON.with_settings(["data.source=https://example.org/corpus.7z"]).data) is None
+    assert run_plan.data_size(FALCON.with_settings(["data.source=https://example.org/corpus.7z"]).data) is None
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"dialogue": "A: {n} hello there", "summary": "A says {n}."}}\n' for n in range(40)))
     config = FALCON.with_settings({"data.source": str(path), "data.eval_rows": 5, "data.test_rows": 5})
-    first = planning.data_size(config.data)
+    first = run_plan.data_size(config.data)
     assert first.rows == 30 and 5 < first.tokens_per_row < 20
-    monkeypatch.setattr(planning, "read_corpus", None)
-    assert planning.data_size(config.with_settings(["data.train_rows=3"]).data) == first
+    monkeypatch.setattr(run_plan, "read_corpus", None)
+    assert run_plan.data_size(config.with_settings(["data.train_rows=3"]).data) == first

@@ -13,16 +13,16 @@ import pytest
 from measured_steps import name_of, planned_steps
 from measured_steps import step_of as measured_step
 
-from qlora_helpers.candidates import candidate, fewest_recomputed
-from qlora_helpers.catalog import GPUS, parse_gpus
-from qlora_helpers.config import profile_config
-from qlora_helpers.memory import RECORDING_ROOM_GIB, predict
-from qlora_helpers.model_shapes import SHAPES, known_shape
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.plan import make_plan
-from qlora_helpers.speed import compile_pays, step_seconds
-from qlora_helpers.step_settings import StepSettings, step_settings
-from qlora_helpers.units import gib
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.base.units import gib
+from qlora_helpers.machine.hardware import GPUS, parse_gpus
+from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
+from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
+from qlora_helpers.planning.candidates import candidate, fewest_recomputed
+from qlora_helpers.planning.memory import RECORDING_ROOM_GIB, predict
+from qlora_helpers.planning.plan import make_plan
+from qlora_helpers.planning.speed import compile_pays, step_seconds
+from qlora_helpers.planning.step_settings import StepSettings, step_settings
 
 RECIPE = profile_config("falcon-40b")
 SAMSUM_TOKENS = 14_732 * 190

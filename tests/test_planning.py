@@ -14,17 +14,19 @@ import time
 import pytest
 from fake_hub import hub
 
-from qlora_helpers import planning, shape_lookup
-from qlora_helpers.catalog import INSTANCES, parse_gpus
-from qlora_helpers.config import DataConfig, ModelConfig, RunConfig, profile_config
-from qlora_helpers.errors import ModelError, UserError
-from qlora_helpers.mends import cheapest_instance
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import adapter_parameters
-from qlora_helpers.plan import make_plan
-from qlora_helpers.planning import estimated_tokens, plan_run, this_machine
-from qlora_helpers.shape_lookup import find_shape
-from qlora_helpers.telemetry import GpuReading
+from qlora_helpers.base.config import DataConfig, ModelConfig, RunConfig
+from qlora_helpers.base.errors import ModelError, UserError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.machine.hardware import INSTANCES, parse_gpus
+from qlora_helpers.machine.telemetry import GpuReading
+from qlora_helpers.model.shapes import lookup
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.lookup import find_shape
+from qlora_helpers.model.shapes.sizes import adapter_parameters
+from qlora_helpers.planning import run_plan
+from qlora_helpers.planning.fixes import cheapest_instance
+from qlora_helpers.planning.plan import make_plan
+from qlora_helpers.planning.run_plan import estimated_tokens, plan_run, this_machine
 
 
 def test_a_catalogued_model_needs_no_file():
@@ -94,7 +96,7 @@ def reading(index: int, name: str, total_gib: float) -> GpuReading:
 )
 def test_this_machines_gpus_are_recognised(monkeypatch, name, total_gib, known, usable_gib):
     monkeypatch.setattr(
-        planning.telemetry, "read_gpus", lambda: [reading(0, name, total_gib), reading(1, name, total_gib)]
+        run_plan.telemetry, "read_gpus", lambda: [reading(0, name, total_gib), reading(1, name, total_gib)]
     )
     found = this_machine(price=3.0)
     assert (found.gpus, found.usable_gib, found.price_usd_per_hour) == (2, usable_gib, 3.0)
@@ -102,7 +104,7 @@ def test_this_machines_gpus_are_recognised(monkeypatch, name, total_gib, known, 
 
 
 def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
-    monkeypatch.setattr(planning.telemetry, "read_gpus", list)
+    monkeypatch.setattr(run_plan.telemetry, "read_gpus", list)
     with pytest.raises(UserError, match="this machine has no GPU.* --gpus"):
         plan_run(profile_config("falcon-40b"))
 
@@ -209,9 +211,9 @@ def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
 @pytest.mark.parametrize("limit", ["HUB_TIMEOUT_S", "HUB_DEADLINE_S"])
 def test_a_hub_that_never_answers_is_given_up(from_hub, limit, monkeypatch):
     """By the timeout of its connection, or by the deadline where each of many addresses has one."""
-    monkeypatch.setattr(shape_lookup, "HUB_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(shape_lookup, "HUB_DEADLINE_S", 60.0)
-    monkeypatch.setattr(shape_lookup, limit, 0.2)
+    monkeypatch.setattr(lookup, "HUB_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(lookup, "HUB_DEADLINE_S", 60.0)
+    monkeypatch.setattr(lookup, limit, 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         from_hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -239,7 +241,7 @@ def test_what_is_no_hub_id_is_said(from_hub):
 def test_the_prediction_for_a_runs_own_settings():
     config = profile_config("falcon-40b").with_settings({"train.micro_batch_size": 2})
     one, two = (
-        planning.predicted_step(
+        run_plan.predicted_step(
             config, hardware=parse_gpus(gpus), compiled=True, recomputed=6, trained_share=0.15, fill=0.5
         )
         for gpus in ("H100", "2xA100-80GB")
@@ -253,7 +255,7 @@ def test_the_prediction_for_a_runs_own_settings():
 
 def test_several_processes_are_predicted_together():
     one, two = (
-        planning.predicted_step(
+        run_plan.predicted_step(
             profile_config("falcon-40b"), hardware=parse_gpus("H100"), compiled=True, recomputed=60, trained_share=0.2,
             copies=copies,
         )
@@ -277,7 +279,7 @@ def test_padding_is_said_to_come_on_top():
     config = profile_config("falcon-40b").with_settings(["data.packing=false"])
     said = plan_run(config, gpus="H100", tokens=1_000_000).notes
     assert any("comes on top" in note for note in said)
-    counted = planning.outlook(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
+    counted = run_plan.outlook(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
     assert not any("comes on top" in note for note in counted), "the form counts each row as long as a block"
     assert any("upper limits" in note for note in counted)
 

@@ -7,12 +7,12 @@ import json
 import pytest
 from fake_nvml import FakeNvml, NoDriver
 
-from qlora_helpers import price, studio
-from qlora_helpers.catalog import INSTANCES
-from qlora_helpers.config import TrainConfig
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.status import Status
-from qlora_helpers.training_budget import Budget, refuse_spent_budget
+from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.machine import price, studio
+from qlora_helpers.machine.hardware import INSTANCES
+from qlora_helpers.runs.budget import Budget, refuse_spent_budget
+from qlora_helpers.runs.status import Status
 
 
 class FourA10G(FakeNvml):

@@ -19,10 +19,10 @@ from test_fast_step import (
 )  # fmt: skip
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers.architectures import ADAPTER_TARGETS, added_to_residual
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.fast_step import products
-from qlora_helpers.lora import add_adapters
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, added_to_residual
+from qlora_helpers.training.fast_step import matmuls
 
 LEFT_OUT = {
     "falcon-40b layout": 2, "falcon-7b layout": 2, "falcon-rw layout without alibi": 2, "llama": 1, "mistral": 1, "qwen2": 1,
@@ -39,7 +39,7 @@ def left_out(monkeypatch):
         widths.append(width)
         return x.new_full((*x.shape[:-1], width), float("nan"))
 
-    monkeypatch.setattr(products, "_unread", unread)
+    monkeypatch.setattr(matmuls, "_unread", unread)
     return widths
 
 
@@ -112,7 +112,7 @@ def test_4_bit_layers_leave_out_the_same(name, double_quantization, compiled, le
 
 
 def test_a_product_that_is_read_would_show(left_out, monkeypatch):
-    monkeypatch.setattr(products, "added_to_residual", lambda config: ("o_proj",))
+    monkeypatch.setattr(matmuls, "added_to_residual", lambda config: ("o_proj",))
     model = built(SHAPES["llama"])
     with fast(model, recomputed=2) as on:
         _, found = gradients(model, fast_collator(on)(BLOCKS))
@@ -148,7 +148,7 @@ def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out)
         with pytest.raises(InterruptedError):
             gradients(model, batch)
         hook.remove()
-        assert not products._recomputing.on
+        assert not matmuls._recomputing.on
         expected = model(**batch)["loss"].item()
         assert expected == pytest.approx(gradients(model, batch)[0]) and expected == expected
         left_out.clear()
@@ -158,7 +158,7 @@ def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out)
 
 
 def test_the_families_are_known_ones_and_their_layers_adapted_ones():
-    for family in products.added_to_residual.__globals__["_ADDED_LAST"]:
+    for family in matmuls.added_to_residual.__globals__["_ADDED_LAST"]:
         names = added_to_residual({"model_type": family})
         assert names and set(names) <= set(ADAPTER_TARGETS[family])
     assert added_to_residual({"model_type": "gemma3_text"}) == ()
@@ -187,6 +187,6 @@ def test_what_bitsandbytes_mends_itself_is_left_to_it(spoilt, left_out):
     else:
         linear.bias.data = linear.bias.data.float()
     calls = []
-    forward = products._forward_once(lambda x: calls.append(x) or x)
+    forward = matmuls._forward_once(lambda x: calls.append(x) or x)
     forward(linear, torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True))
     assert len(calls) == 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.checkpoints import corpus_tokenizer
-from qlora_helpers.errors import ModelError
-from qlora_helpers.prompts import answer_tokens, plain_ids, prompt_text, prompt_tokens
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.data.prompts import answer_tokens, plain_ids, prompt_text, prompt_tokens
+from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

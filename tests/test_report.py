@@ -16,13 +16,14 @@ import pytest
 from fake_run import ROWS, SCORES, add_evaluation, add_progress, evaluation_values, fake_run, finished_run
 from test_monitor import contrast
 
-from qlora_helpers import report_scores, termination
-from qlora_helpers.config import SECTIONS
-from qlora_helpers.errors import RunError
-from qlora_helpers.report import write_report
-from qlora_helpers.report_scores import percent, turns
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json, write_json
+from qlora_helpers.base.config import SECTIONS
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.runs import sigterm
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.views import report_scores
+from qlora_helpers.views.report import write_report
+from qlora_helpers.views.report_scores import percent, turns
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "rect"}
@@ -219,7 +220,7 @@ def test_random_weights_are_told(tmp_path):
             "Training was stopped by its budget (2.00 USD of train.stop_at_usd=2 are used) at step 30 of 30",
         ),
         (
-            {"state": "stopped", "exit_reason": termination.REASON},
+            {"state": "stopped", "exit_reason": sigterm.REASON},
             "Training was stopped by SIGTERM at step 30 of 30; the figures are those of the adapter as it was then.",
         ),
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
@@ -246,7 +247,7 @@ def test_many_notes_are_counted(tmp_path):
 
 
 def test_it_understands_what_evaluation_writes(tmp_path):
-    from qlora_helpers import evaluation
+    from qlora_helpers.evaluation import evaluate as evaluation
 
     assert set(report_scores.MODELS) == set(evaluation.MODELS)
     scores = {name: evaluation.Scores(*values) for name, values in SCORES.items()}
@@ -425,7 +426,7 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(tmp_path, damaged):
 def test_reports_and_curves_need_no_torch(tmp_path):
     run = finished_run(tmp_path)
     code = (
-        "import sys\nfrom qlora_helpers.run import Run\nfrom qlora_helpers import monitor, report\n"
+        "import sys\nfrom qlora_helpers.runs.folder import Run\nfrom qlora_helpers.views import monitor, report\n"
         "light = [name for name in ('torch', 'matplotlib', 'jinja2', 'psutil') if name in sys.modules]\n"
         f"run = Run({str(run.folder)!r})\nreport.write_report(run)\nrepr(monitor.watch_once(run))\n"
         "print(light, [name for name in ('torch', 'transformers', 'accelerate') if name in sys.modules])"
@@ -457,7 +458,7 @@ def test_a_very_long_dialogue_is_shortened(tmp_path):
 
 def test_differences_with_intervals_and_outcomes_to_browse(tmp_path):
     """Real scores of the made-up answers; the first row's tuned answer is the better one, and everything is still escaped."""
-    from qlora_helpers.scorecard import compare, score_answers
+    from qlora_helpers.evaluation.scorecard import compare, score_answers
 
     run = finished_run(tmp_path)
     rows = [

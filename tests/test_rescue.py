@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 from out_of_memory import PLACES, exhausted_at, held_bytes
 
-from qlora_helpers import planning, rescue, workflow
-from qlora_helpers.catalog import Hardware, find_gpu
-from qlora_helpers.errors import RunError
-from qlora_helpers.rescue import OutOfMemory, ran_out, rescued
-from qlora_helpers.whole_files import read_json
+from qlora_helpers import workflow
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json
+from qlora_helpers.machine.hardware import Hardware, find_gpu
+from qlora_helpers.planning import out_of_memory, run_plan
+from qlora_helpers.planning.out_of_memory import OutOfMemory, ran_out, rescued
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
@@ -42,7 +43,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def model(run, loaded):
-    from qlora_helpers import lora
+    from qlora_helpers.model import lora
 
     model = workflow.add_adapters(run, loaded)
     yield model
@@ -119,7 +120,7 @@ def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkey
     except RuntimeError as error:
         monkeypatch.setattr(sys, "last_value", error, raising=False)
     assert held[0]() is not None
-    rescue.free_memory()
+    out_of_memory.free_memory()
     assert held[0]() is None
 
 
@@ -153,7 +154,7 @@ def card(usable_gib: float) -> Hardware:
 @pytest.fixture
 def falcon_7b(tmp_path, monkeypatch):
     """A run of Falcon-7B on a card of 24 GiB, whose batches were too large."""
-    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(24.0))
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(24.0))
     settings = {
         "model.name": "tiiuae/falcon-7b", "train.micro_batch_size": 16, "train.gradient_accumulation_steps": 1,
         "train.activation_checkpointing": False, "data.seq_len_tokens": 1024,
@@ -186,10 +187,10 @@ def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
 def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monkeypatch):
     """The prediction was wrong then; the next must hold clearly less."""
     run, step = falcon_7b
-    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(400.0))
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(400.0))
     with pytest.raises(OutOfMemory) as first:
         step(run)
-    held = planning.predicted_step(
+    held = run_plan.predicted_step(
         run.config(), hardware=card(400.0), compiled=False, recomputed=0, trained_share=0.2
     )["reserved_gib"]  # fmt: skip
     assert first.value.candidates
@@ -200,7 +201,7 @@ def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monke
 @pytest.mark.parametrize(("processes", "gpus"), [("1", 4), ("4", 1)])
 def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatch, processes, gpus):
     run, step = falcon_7b
-    monkeypatch.setattr(planning, "this_machine", lambda price=None: dataclasses.replace(card(12.0), gpus=4))
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(12.0), gpus=4))
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(OutOfMemory) as caught:
         step(run)
@@ -212,7 +213,7 @@ def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatc
 def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypatch, gpus):
     """A copy of the model on each GPU would be faster, and can't be had in this process."""
     run, step = falcon_7b
-    monkeypatch.setattr(planning, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
     with pytest.raises(OutOfMemory) as caught:
         step(run)
     assert len(caught.value.candidates) == 3
@@ -221,7 +222,7 @@ def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypa
 
 def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
     run, step = falcon_7b
-    monkeypatch.setattr(planning, "this_machine", lambda price=None: card(4.5))
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(4.5))
     with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
         step(run)
     assert caught.value.candidates == ()
@@ -244,7 +245,7 @@ def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch,
     offered = ["data.seq_len_tokens=64", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]
     with exhausted_at("optimizer", model, after=2), pytest.raises(OutOfMemory, match="after 2 steps"):
         train(run, model, loaded)
-    from qlora_helpers.whole_files import write_json
+    from qlora_helpers.base.files import write_json
 
     plan = read_json(run.plan_path)
     assert plan["out_of_memory"] == {"where": "optimizer", "step": 2, "next": []}  # a CPU has no plan
@@ -303,7 +304,7 @@ def test_adapters_that_were_added_for_a_session_are_taken_off_where_it_fails(run
 def exhausted_in_the_first_step(loaded):
     import contextlib
 
-    from qlora_helpers.fast_step.layers import decoder_layers
+    from qlora_helpers.model.wiring import decoder_layers
 
     @contextlib.contextmanager
     def hooked():

@@ -67,9 +67,13 @@ def serve() -> None:
     """What the warm process does: for every name that it reads, a forked child trains the run."""
     import torch
 
-    from qlora_helpers import data, evaluation, events, lora, training, workflow  # loaded once, not in every child
+    from qlora_helpers import workflow  # loaded once, not in every child
+    from qlora_helpers.data import prepare
+    from qlora_helpers.evaluation import evaluate
+    from qlora_helpers.model import lora
+    from qlora_helpers.training import tensorboard_events, train
 
-    assert all((data, evaluation, events, lora, training))
+    assert all((prepare, evaluate, tensorboard_events, lora, train))
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
     loaded = workflow.load(workflow.open_run("warm", profile="tiny", root=root), say=lambda text: None)
@@ -96,7 +100,7 @@ def _train(words: list[str], root: Path, loaded: object) -> int:
     import resource
 
     from qlora_helpers import __main__, workflow
-    from qlora_helpers.errors import UserError
+    from qlora_helpers.base.errors import UserError
 
     name, *how = words
     if how == ["command"]:
@@ -213,7 +217,7 @@ def test_its_readers_see_the_same_steps_without_gaps_or_doubles(chain):
 
 def test_requests_to_save_were_heard(chain):
     _, killed, _ = chain
-    answers = [request.answer for request in killed.requests()]
+    answers = [request.answer for request in killed.requests]
     assert len(answers) >= 4
     assert any(answer and answer.startswith("saved at step") for answer in answers), answers
 
@@ -298,7 +302,7 @@ def test_files_that_may_grow_no_further_leave_the_last_good_checkpoint(warm, cha
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(warm, chain):
     """A real one, of a few MiB, where this process may mount it."""
-    from qlora_helpers.run import Run
+    from qlora_helpers.runs.folder import Run
 
     whole, *_ = chain
     size = sum(path.stat().st_size for path in (whole.checkpoints_dir / "checkpoint-56").iterdir())

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.run import Run, Status, find_runs
-from qlora_helpers.whole_files import read_json, replaced_folder, write_json, write_text
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.files import read_json, replaced_folder, write_json, write_text
+from qlora_helpers.runs.folder import Run, Status
+from qlora_helpers.runs.opening import find_runs
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"n": 0})
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom qlora_helpers.whole_files import write_json\n"
+        "import os, sys\nfrom pathlib import Path\nfrom qlora_helpers.base.files import write_json\n"
         "os.fsync = lambda handle: os._exit(9)\nwrite_json(Path(sys.argv[1]), {'n': 1})"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
@@ -200,7 +201,7 @@ def test_several_runs_side_by_side(tmp_path):
     assert [run.name for run in found] == ["a", "b"]
     assert [run.config().train.max_steps for run in found] == [2, 1]
     assert [run.progress()[0]["loss"] for run in found] == [1.0, 0.0]
-    assert [len(run.requests()) for run in found] == [0, 1]
+    assert [len(list(run.requests)) for run in found] == [0, 1]
     assert find_runs(tmp_path / "nothing") == []
 
 
@@ -387,12 +388,12 @@ def test_a_request_reaches_the_trainer_once(run):
     with pytest.raises(RunError, match=r"the run 'mine' is new\. Only a running trainer can be asked\."):
         run.request("stop")
     session = run.start_session(max_steps=10, resumed_from=0)
-    assert run.pending_requests(session) == []
+    assert run.requests.pending(session) == []
     first, second = run.request("save"), run.request("stop")
-    assert [request.kind for request in run.pending_requests(session)] == ["save", "stop"]
-    run.acknowledge(first, "saved at step 3")
-    assert run.pending_requests(session) == [second]
-    heard = run.requests()[0]
+    assert [request.kind for request in run.requests.pending(session)] == ["save", "stop"]
+    run.requests.acknowledge(first, "saved at step 3")
+    assert run.requests.pending(session) == [second]
+    heard = list(run.requests)[0]
     assert (heard.id, heard.answer) == (first.id, "saved at step 3")
     assert heard.acknowledged_at >= heard.asked_at
     with pytest.raises(RunError, match="unknown request; expected stop or save; got 'pause'"):
@@ -404,8 +405,8 @@ def test_a_stale_request_cannot_hit_a_later_session(run):
     request = run.request("stop")
     run.set_status(state="finished")
     later = run.start_session(max_steps=10, resumed_from=0)
-    assert run.pending_requests(later) == []
-    (stale,) = run.requests()
+    assert run.requests.pending(later) == []
+    (stale,) = run.requests
     assert stale.id == request.id
     assert stale.session == session
     assert stale.answer.startswith("stale")
@@ -416,13 +417,13 @@ def test_a_file_that_is_no_request_is_passed_over(run):
     asked = run.request("save")
     for name, content in {"1-a": "{", "2-b": "[]", "3-c": '{"kind": "stop"}', "4-d": "null", "x": "{}"}.items():
         (run.requests_dir / f"{name}.json").write_text(content)
-    assert run.pending_requests(session) == [asked]
+    assert run.requests.pending(session) == [asked]
 
 
 def test_viewers_read_while_the_trainer_writes(run):
     """A reader never sees a half-written status or line."""
     code = (
-        "import sys\nfrom qlora_helpers.run import Run\nrun = Run(sys.argv[1])\nrun.start_session(200, 0)\n"
+        "import sys\nfrom qlora_helpers.runs.folder import Run\nrun = Run(sys.argv[1])\nrun.start_session(200, 0)\n"
         "for step in range(1, 201):\n"
         "    run.append_progress({'step': step, 'loss': 1 / step})\n    run.set_status(step=step)\n"
         "run.set_status(state='finished')"

@@ -9,11 +9,11 @@ import math
 import numpy as np
 import pytest
 
-from qlora_helpers.scorecard import (
+from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.evaluation.scorecard import (
     FEWEST_ROWS,
     compare,
     comparison_from_dict,
-    dialogue_key,
     mean_loss,
     repetition,
     resamples,

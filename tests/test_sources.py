@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 from fake_hub import hub
 
-from qlora_helpers import readers
-from qlora_helpers.config import DataConfig
-from qlora_helpers.errors import DataError
-from qlora_helpers.sources import read_corpus
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.data import readers
+from qlora_helpers.data.sources import read_corpus
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -330,7 +330,7 @@ def test_hub_data_sets_are_read_refused_and_found_in_the_cache(tmp_path):
 def test_reading_a_file_imports_no_torch_and_no_hub(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     code = (
-        "import sys; from qlora_helpers.config import DataConfig; from qlora_helpers.sources import read_corpus; "
+        "import sys; from qlora_helpers.base.config import DataConfig; from qlora_helpers.data.sources import read_corpus; "
         f"read_corpus(DataConfig(source={str(tmp_path / 'a.jsonl')!r})); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'py7zr') if name in sys.modules])"
     )

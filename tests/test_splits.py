@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from qlora_helpers.config import DataConfig
-from qlora_helpers.dialogues import Row
-from qlora_helpers.errors import DataError
-from qlora_helpers.sources import read_corpus
-from qlora_helpers.splits import named_splits
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.data.dialogues import Row
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.data.splits import named_splits
 
 
 def row(number: int, **changes) -> dict:

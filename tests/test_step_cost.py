@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.config import AdapterConfig, DataConfig, ModelConfig
-from qlora_helpers.data import prepare
-from qlora_helpers.fast_step.layers import layers_changed
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.model_sizes import adapter_parameters, model_sizes
-from qlora_helpers.models import load_model
-from qlora_helpers.sources import read_corpus
-from qlora_helpers.step_cost import step_cost
-from qlora_helpers.training_step import make_collator
+from qlora_helpers.base.config import AdapterConfig, DataConfig, ModelConfig
+from qlora_helpers.data.prepare import prepare
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.model.loading import load_model
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
+from qlora_helpers.training.fast_step.layers import layers_changed
+from qlora_helpers.training.step import make_collator
+from qlora_helpers.training.step_cost import step_cost
 
 TOKENS = 128
 

@@ -8,8 +8,11 @@ import os
 
 import pytest
 
-from qlora_helpers import cleanup_sagemaker, heartbeat, studio, workflow
-from qlora_helpers.errors import UserError
+from qlora_helpers import workflow
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import studio
+from qlora_helpers.runs import heartbeat, session
+from qlora_helpers.sagemaker import resources
 
 APP = {"DomainId": "d-1", "SpaceName": "lab", "AppType": "JupyterLab", "AppName": "default"}
 
@@ -82,16 +85,16 @@ class Client:
 @pytest.fixture
 def client(monkeypatch):
     client = Client()
-    monkeypatch.setattr(cleanup_sagemaker, "new_client", lambda name: client)
+    monkeypatch.setattr(resources, "new_client", lambda name: client)
     return client
 
 
 def test_this_app_is_shut_down(in_studio, client):
-    assert cleanup_sagemaker.stop_this_app() == APP
+    assert resources.stop_this_app() == APP
     assert client.deleted == [APP]
     studio.STUDIO_METADATA.unlink()
     with pytest.raises(UserError, match="this is no app of SageMaker Studio"):
-        cleanup_sagemaker.stop_this_app()
+        resources.stop_this_app()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_the_app_is_shut_down_after_a_run_unless_a_person_ended_it(
     import contextlib
 
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with contextlib.suppress(ZeroDivisionError, KeyboardInterrupt), workflow._owned(run, shut_down_app=wanted):
+    with contextlib.suppress(ZeroDivisionError, KeyboardInterrupt), session.session(run, shut_down_app=wanted):
         if error:
             raise error
         run.set_status(state=state, exit_reason=reason)
@@ -119,11 +122,11 @@ def test_the_app_is_shut_down_after_a_run_unless_a_person_ended_it(
 
 
 def test_a_run_that_could_not_begin_shuts_nothing_down(in_studio, client, tmp_path):
-    from qlora_helpers import locks
-    from qlora_helpers.errors import RunError
+    from qlora_helpers.base.errors import RunError
+    from qlora_helpers.runs import locks
 
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with locks.run_lock(run), pytest.raises(RunError), workflow._owned(run, shut_down_app=True):
+    with locks.run_lock(run), pytest.raises(RunError), session.session(run, at_end=workflow._shut_app_down):
         pass
     assert client.deleted == []
 

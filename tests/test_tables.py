@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qlora_helpers.tables import html_table, plain, text_table
+from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.text import plain
 
 
 def test_text_columns_line_up_with_numbers_on_the_right():

@@ -11,7 +11,8 @@ import time
 import pytest
 from fake_nvml import FakeNvml, LostCard, NoDriver
 
-from qlora_helpers.telemetry import (
+from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.machine.telemetry import (
     GpuReading,
     gpu_table,
     read_disk,
@@ -20,7 +21,6 @@ from qlora_helpers.telemetry import (
     read_machine,
     read_process,
 )
-from qlora_helpers.units import BYTES_IN_GIB, gib
 
 
 def test_the_stand_in_has_only_what_the_real_module_has():
@@ -82,7 +82,7 @@ def test_real_nvml_agrees_with_nvidia_smi():
 def test_own_process_memory_grows_by_what_it_takes():
     """In a process of its own: here memory that earlier tests gave back would be taken again."""
     program = (
-        "from qlora_helpers.telemetry import read_process\n"
+        "from qlora_helpers.machine.telemetry import read_process\n"
         "before = read_process(); ballast = b'x' * (64 * 2**20); after = read_process()\n"
         "print(after.rss_gib - before.rss_gib, after.threads)"
     )
@@ -116,7 +116,7 @@ def test_machine():
     assert 0 < machine.ram_available_gib < machine.ram_total_gib
     assert 0 <= machine.cpu_percent <= 100
     if hasattr(os, "sched_getaffinity"):
-        one_core = [sys.executable, "-c", "import os\nfrom qlora_helpers.telemetry import cpu_cores\n"]
+        one_core = [sys.executable, "-c", "import os\nfrom qlora_helpers.machine.telemetry import cpu_cores\n"]
         one_core[-1] += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(cpu_cores())"
         assert subprocess.check_output(one_core, text=True).strip() == "1"
 
@@ -158,5 +158,5 @@ def test_table_of_a_process_that_has_ended():
 
 
 def test_loads_on_a_bare_python():
-    code = "import sys, qlora_helpers.telemetry; print([n for n in ('psutil', 'pynvml', 'torch') if n in sys.modules])"
+    code = "import sys, qlora_helpers.machine.telemetry; print([n for n in ('psutil', 'pynvml', 'torch') if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -13,9 +13,9 @@ import pytest
 from fake_run import fake_run
 from tensorboardX import SummaryWriter
 
-from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import RunError
-from qlora_helpers.tensorboard_page import TensorBoardPage, browser_url, start_tensorboard, tensorboard_arguments
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.views.tensorboard import TensorBoardPage, browser_url, start_tensorboard, tensorboard_arguments
 
 
 def test_arguments_for_tensorboard(run):

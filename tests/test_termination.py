@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from qlora_helpers import termination
+from qlora_helpers.runs import sigterm
 
 
 def terminate() -> None:
@@ -16,17 +16,17 @@ def terminate() -> None:
 
 
 def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
-    with termination.heard():
-        with termination.steps():
-            assert not termination.asked()
+    with sigterm.heard():
+        with sigterm.steps():
+            assert not sigterm.asked()
             terminate()
-            assert termination.asked()
+            assert sigterm.asked()
         terminate()  # it is saving now
-        assert termination.asked()
+        assert sigterm.asked()
 
 
 def test_at_any_other_time_it_ends_the_process_with_a_shell_s_code():
-    with pytest.raises(SystemExit) as caught, termination.heard():
+    with pytest.raises(SystemExit) as caught, sigterm.heard():
         terminate()
     assert caught.value.code == 143
 
@@ -35,7 +35,7 @@ def test_the_handler_that_was_there_comes_back():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *args: heard.append(args))
     try:
-        with pytest.raises(ZeroDivisionError), termination.heard(), termination.steps():
+        with pytest.raises(ZeroDivisionError), sigterm.heard(), sigterm.steps():
             terminate() or 1 / 0
         assert heard == []
         terminate()
@@ -45,11 +45,11 @@ def test_the_handler_that_was_there_comes_back():
 
 
 def test_each_session_begins_anew():
-    with termination.heard(), termination.steps():
+    with sigterm.heard(), sigterm.steps():
         terminate()
-    assert termination.asked()
-    with termination.heard():
-        assert not termination.asked()
+    assert sigterm.asked()
+    with sigterm.heard():
+        assert not sigterm.asked()
 
 
 def test_in_another_thread_nothing_is_changed():
@@ -57,7 +57,7 @@ def test_in_another_thread_nothing_is_changed():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with termination.heard():
+        with sigterm.heard():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from qlora_helpers import workflow
-from qlora_helpers.adapter_files import certify
-from qlora_helpers.certificate import require_certificate
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json, write_json
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.export.adapter import certify
+from qlora_helpers.export.certificate import require_certificate
+from qlora_helpers.runs.folder import Run
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
 SETTINGS = [
@@ -70,12 +70,12 @@ def test_ask_answers_as_the_base_model_or_as_the_tuned_one(trained):
 
 
 def test_ask_s_answer_may_be_printed_as_it_is(trained, monkeypatch):
-    from qlora_helpers import evaluation
+    from qlora_helpers.evaluation import evaluate, generate
 
     run, loaded, model = trained
-    given = evaluation.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
-    monkeypatch.setattr(evaluation, "generate", lambda *args, **kwargs: [given])
-    assert workflow.ask(run, model, loaded, DIALOGUE) == evaluation.Answer("abc\nd", 4, True)
+    given = generate.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [given])
+    assert workflow.ask(run, model, loaded, DIALOGUE) == generate.Answer("abc\nd", 4, True)
 
 
 def test_ask_samples_with_its_seed(trained):
@@ -87,14 +87,14 @@ def test_ask_samples_with_its_seed(trained):
 
 
 def test_ask_trims_a_dialogue_that_is_too_long(trained, monkeypatch):
-    from qlora_helpers import evaluation
+    from qlora_helpers.evaluation import evaluate, generate
 
     run, loaded, model = trained
     asked = []
     monkeypatch.setattr(
-        evaluation,
+        evaluate,
         "generate",
-        lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [evaluation.Answer("", 1, True)],
+        lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [generate.Answer("", 1, True)],
     )
     workflow.ask(run, model, loaded, DIALOGUE * 200)
     ((prompt,),) = asked

@@ -18,25 +18,22 @@ from pretended_graphs import Recorder
 from tiny import prepared_data, tiny_llama
 from transformers import Trainer, TrainerCallback
 
-from qlora_helpers import blocks, termination
-from qlora_helpers import training_checkpoints as saved
-from qlora_helpers.blocks import BlockCollator, row_losses
-from qlora_helpers.config import AdapterConfig, TrainConfig
-from qlora_helpers.errors import ModelError, RunError
-from qlora_helpers.fast_step import loss as token_loss
-from qlora_helpers.labels import IGNORED
-from qlora_helpers.lora import add_adapters
-from qlora_helpers.probes import check_rows_apart
-from qlora_helpers.run import Run
-from qlora_helpers.training import (
-    SummaryTrainer,
-    half_of,
-    train,
-    training_arguments,
-)
-from qlora_helpers.training_callback import RunFolderCallback
-from qlora_helpers.training_step import make_collator
-from qlora_helpers.whole_files import write_json
+from qlora_helpers.base.config import AdapterConfig, TrainConfig
+from qlora_helpers.base.errors import ModelError, RunError
+from qlora_helpers.base.files import write_json
+from qlora_helpers.data import packing as blocks
+from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.runs import sigterm
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.callback import RunFolderCallback
+from qlora_helpers.training.fast_step import loss as token_loss
+from qlora_helpers.training.probes import check_rows_apart
+from qlora_helpers.training.step import make_collator
+from qlora_helpers.training.train import SummaryTrainer, half_of, train, training_arguments
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
@@ -167,7 +164,7 @@ def test_a_stop_request_saves_and_stops_at_once(teach, run):
     assert (result.stopped, result.steps) == (True, 3)
     assert "stopped by request after 3 steps" in repr(result)
     assert checkpoints(run) == [3]
-    (request,) = run.requests()
+    (request,) = run.requests
     assert request.answer == "saved at step 3"
     assert run.status().step == 3
 
@@ -176,7 +173,7 @@ def test_a_save_request_saves_and_goes_on(teach, run):
     _, result = teach(At(1, lambda: run.request("save")), max_steps=3, eval_steps=10, save_steps=10)
     assert (result.stopped, result.steps) == (False, 3)
     assert checkpoints(run) == [1, 3]
-    assert [request.answer for request in run.requests()] == ["saved at step 1"]
+    assert [request.answer for request in run.requests] == ["saved at step 1"]
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -195,7 +192,7 @@ def test_a_request_of_an_earlier_session_is_not_heard(teach, run):
     run.request("stop")
     _, result = teach()
     assert not result.stopped
-    assert [request.answer for request in run.requests()] == ["stale: the session it was meant for has ended"]
+    assert [request.answer for request in run.requests] == ["stale: the session it was meant for has ended"]
 
 
 class WhileEvaluating(TrainerCallback):
@@ -215,7 +212,7 @@ def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
     _, result = teach(callback, max_steps=6, eval_steps=2, save_steps=6)
     assert result.steps == (2 if kind == "stop" else 6)
     assert checkpoints(run)[0] == 2
-    assert [request.answer for request in run.requests()] == ["saved at step 2"]
+    assert [request.answer for request in run.requests] == ["saved at step 2"]
 
 
 def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, run, data):
@@ -231,15 +228,15 @@ def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, r
 
     many = dataclasses.replace(data, eval=concatenate_datasets([data.eval] * 20))
     counted = Counted()
-    with termination.heard():
+    with sigterm.heard():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert len(many.eval) >= 20 and counted.batches == 2
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == []
-    assert (result.steps, result.eval_loss, result.stop_reason) == (3, None, termination.REASON)
+    assert (result.steps, result.eval_loss, result.stop_reason) == (3, None, sigterm.REASON)
     assert checkpoints(run) == [3]
     assert saved.is_good(run.checkpoints_dir / "checkpoint-3")
     counted.batches = 2
-    with termination.heard():
+    with sigterm.heard():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert result.steps == 6 and counted.batches == 2 + len(many.eval)
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]
@@ -268,9 +265,9 @@ def test_a_stop_for_want_of_patience_can_be_gone_on_from(teach, run):
 @pytest.fixture
 def an_hour_later(monkeypatch):
     """Puts the budget's clock an hour ahead."""
-    from qlora_helpers import training_budget
+    from qlora_helpers.runs import budget
 
-    return lambda: monkeypatch.setattr(training_budget, "time", SimpleNamespace(time=lambda: time.time() + 3600))
+    return lambda: monkeypatch.setattr(budget, "time", SimpleNamespace(time=lambda: time.time() + 3600))
 
 
 def test_dollars_stop_and_save(teach, run, an_hour_later):
@@ -474,9 +471,9 @@ def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded)
         recorders.append(Recorder())
         return recorders[-1]
 
-    monkeypatch.setattr("qlora_helpers.fast_step.graph_refusal", lambda *args, **options: None)
-    monkeypatch.setattr("qlora_helpers.fast_step.graphs.CudaRecorder", recorder)
-    monkeypatch.setattr("qlora_helpers.fast_step.graphs.PASSES_WORTH", 1)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.parts.graph_refusal", lambda *args, **options: None)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaRecorder", recorder)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.PASSES_WORTH", 1)
     played, result = teach(on=Run(tmp_path / "played"), **settings)
     assert result.graphed and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.graphed
     # Anew after each evaluation, and given back at the end.
@@ -798,7 +795,7 @@ def test_an_eager_model_trains_as_an_sdpa_one(teach, tmp_path):
 
 
 def test_the_heart_beats_while_nothing_is_logged(teach, run, monkeypatch):
-    monkeypatch.setattr("qlora_helpers.training_callback.HEARTBEAT_S", 0.0)
+    monkeypatch.setattr("qlora_helpers.training.callback.HEARTBEAT_S", 0.0)
     beats = []
     teach(At(3, lambda: beats.append(copy.copy(run.status()))), logging_steps=100, eval_steps=100, save_steps=100)
     assert beats[0].step == 2

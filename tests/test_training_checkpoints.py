@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from qlora_helpers.errors import RunError
-from qlora_helpers.training_checkpoints import (
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.training.checkpoints import (
     NEEDED,
     SEAL,
     UNFINISHED,
@@ -225,8 +225,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(folder, monkeypatch):
         rename(source, target)
 
     written = write(folder / UNFINISHED, 2, sealed=False)
-    monkeypatch.setattr("qlora_helpers.training_checkpoints.os.replace", killed)
-    monkeypatch.setattr("qlora_helpers.training_checkpoints.verify", lambda path: None)  # it renames its seal too
+    monkeypatch.setattr("qlora_helpers.training.checkpoints.os.replace", killed)
+    monkeypatch.setattr("qlora_helpers.training.checkpoints.verify", lambda path: None)  # it renames its seal too
     with pytest.raises(KeyboardInterrupt):
         put_in_place(written)
     monkeypatch.undo()

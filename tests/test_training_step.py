@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.catalog import GPUS
-from qlora_helpers.config import TrainConfig, profile_config
-from qlora_helpers.memory import predict
-from qlora_helpers.model_shapes import SHAPES
-from qlora_helpers.model_sizes import model_sizes
-from qlora_helpers.step_settings import step_settings
-from qlora_helpers.training_step import compiled_and_recomputed
-from qlora_helpers.units import gib
+from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.base.units import gib
+from qlora_helpers.machine.hardware import GPUS
+from qlora_helpers.model.shapes.catalog import SHAPES
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.memory import predict
+from qlora_helpers.planning.step_settings import step_settings
+from qlora_helpers.training.step import compiled_and_recomputed
 
 SIZES = model_sizes(SHAPES["falcon-40b"])
 STEP = step_settings(profile_config("falcon-40b"), SHAPES["falcon-40b"], blocks=2, trained_share=0.2)

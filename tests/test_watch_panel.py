@@ -14,11 +14,11 @@ import time
 import pytest
 from fake_run import STEPS, add_progress, fake_run
 
-from qlora_helpers.errors import RunError
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import write_json
-from qlora_helpers.widgets import watch
-from qlora_helpers.widgets.live_charts import axis_end, round_ticks, thinned
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import write_json
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.views.widgets import watch
+from qlora_helpers.views.widgets.live_charts import axis_end, round_ticks, thinned
 
 GPUS = {
     "gpus": [
@@ -114,7 +114,7 @@ def test_html_in_what_is_read_is_shown_and_not_run(tmp_path):
     run = live_run(tmp_path, readings={"gpus": [{"name": EVIL, "memory_used_gib": 1.0}]})
     run.log_path.write_text(f"first\n{EVIL}\n\x1b[31mred\x1b[0m\n")
     request = run.request("save")
-    run.acknowledge(request, EVIL)
+    run.requests.acknowledge(request, EVIL)
     panel = watch(run)
     run.set_status(state="failed", last_error=EVIL)
     panel.refresh()
@@ -156,15 +156,15 @@ def test_what_is_asked_is_shown_as_asked_heard_and_done(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     panel.stop_button.click()
-    (request,) = run.requests()
+    (request,) = run.requests
     assert (request.kind, request.session, request.stage) == ("stop", 1, "asked")
     assert "Stop and save" in plain_text(panel.requests) and "ago" in plain_text(panel.requests)
     assert panel.stop_button.disabled and panel.save_button.disabled
-    run.hear(1)
+    run.requests.receive(1)
     panel.refresh()
     assert "heard, will be done after this step or evaluation" in plain_text(panel.requests)
-    (request,) = run.pending_requests(1)
-    run.acknowledge(request, "saved at step 31")
+    (request,) = run.requests.pending(1)
+    run.requests.acknowledge(request, "saved at step 31")
     run.set_status(state="stopped", step=31, exit_reason="stopped and saved by request")
     panel.refresh()
     assert plain_text(panel.requests).split("\n")[-4:-2] == [
@@ -182,7 +182,7 @@ def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
     run.set_status(state="finished")
     panel.refresh()
     assert "not heard: the trainer is finished" in plain_text(panel.requests)
-    run.answer_all("the training had ended already")
+    run.requests.acknowledge_all("the training had ended already")
     panel.refresh()
     assert "the training had ended already" in plain_text(panel.requests)
     panel.save_button.disabled = False  # a click that was on its way
@@ -307,7 +307,7 @@ def test_where_there_are_no_widgets_it_is_a_table_and_a_picture(tmp_path):
 
 
 def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeypatch):
-    from qlora_helpers.widgets import watch_panel
+    from qlora_helpers.views.widgets import watch_panel
 
     monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
     run = live_run(tmp_path)
@@ -334,7 +334,7 @@ def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeyp
 
 
 def test_a_panel_that_was_opened_on_a_damaged_run_finds_back(tmp_path, monkeypatch):
-    from qlora_helpers.widgets import watch_panel
+    from qlora_helpers.views.widgets import watch_panel
 
     monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
     monkeypatch.setattr(watch_panel, "QUIET_S", 0.01)
@@ -430,7 +430,7 @@ def test_thinned_curves_keep_their_ends_and_extremes():
 
 
 def test_watching_imports_no_torch():
-    code = "import sys; from qlora_helpers.widgets import watch; watch; from qlora_helpers.launch import start; "
+    code = "import sys; from qlora_helpers.views.widgets import watch; watch; from qlora_helpers.runs.launch import start; "
     code += "print(callable(watch), sorted({'torch', 'transformers', 'accelerate', 'boto3'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"
@@ -453,7 +453,7 @@ def test_a_finished_run_can_go_on_once_its_settings_changed(tmp_path):
 def test_a_cell_that_is_run_again_replaces_its_panel_and_closing_leaves_nothing(tmp_path, monkeypatch):
     from ipywidgets.widgets.widget import _instances as alive
 
-    from qlora_helpers.widgets import watch_panel
+    from qlora_helpers.views.widgets import watch_panel
 
     before = set(alive)
     run = live_run(tmp_path)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.widgets import answer_panel
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.views.widgets import answer_panel
 
 EXAMPLES = [
     {"id": "t1", "dialogue": "Ann: lunch?\nBo: at one", "summary": "Ann and Bo have lunch at one."},
@@ -151,7 +151,7 @@ def test_still_it_is_the_answers_given_so_far():
 
 def test_asking_imports_no_torch():
     code = (
-        "import sys; from qlora_helpers.widgets import answer_panel, row_browser\n"
+        "import sys; from qlora_helpers.views.widgets import answer_panel, row_browser\n"
         "panel = answer_panel(lambda dialogue, **settings: iter(['a', 'b']), ['Ann: hi']); panel.ask(); panel.wait(9)\n"
         "print(panel.answers['tuned'].text, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )

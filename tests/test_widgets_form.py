@@ -11,11 +11,13 @@ import time
 
 import pytest
 
-from qlora_helpers import planning, workflow
-from qlora_helpers.config import SECTIONS, describe, profile_config
-from qlora_helpers.errors import RunError, UserError
-from qlora_helpers.widgets import ConfigForm
-from qlora_helpers.widgets.settings_code import settings_code, settings_command
+from qlora_helpers import workflow
+from qlora_helpers.base.config import SECTIONS, describe
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.planning import run_plan
+from qlora_helpers.views.widgets import ConfigForm
+from qlora_helpers.views.widgets.settings_code import settings_code, settings_command
 
 EVERY = [f"{section}.{row['name']}" for section, kind in SECTIONS.items() for row in describe(kind)]
 
@@ -23,7 +25,7 @@ EVERY = [f"{section}.{row['name']}" for section, kind in SECTIONS.items() for ro
 @pytest.fixture
 def falcon_run(run, monkeypatch):
     """A run of the recipe, on a machine without GPUs."""
-    monkeypatch.setattr(planning.telemetry, "read_gpus", lambda: [])
+    monkeypatch.setattr(run_plan.telemetry, "read_gpus", lambda: [])
     run.save_config(profile_config("falcon-40b"))
     return run
 
@@ -219,11 +221,11 @@ def test_without_a_gpu_it_plans_for_what_can_do_it_and_says_so(falcon_run):
 
 
 def test_with_a_gpu_it_plans_for_this_machine(falcon_run, monkeypatch):
-    from qlora_helpers.telemetry import GpuReading
+    from qlora_helpers.machine.telemetry import GpuReading
 
     fields = dict.fromkeys(GpuReading.__dataclass_fields__)
     card = GpuReading(**fields | {"name": "NVIDIA H100 80GB HBM3", "memory_total_gib": 79.6})
-    monkeypatch.setattr(planning.telemetry, "read_gpus", lambda: [card])
+    monkeypatch.setattr(run_plan.telemetry, "read_gpus", lambda: [card])
     form = ConfigForm(falcon_run)
     assert form.hardware.gpu.name == "H100" and "no GPU" not in text(form.box)
     form.choice.name.value = "4x24GiB"
@@ -316,7 +318,7 @@ def test_what_a_setting_says_is_never_run(falcon_run):
 
 def test_making_and_turning_it_imports_no_torch(falcon_run):
     code = (
-        "import sys; from qlora_helpers.run import Run; from qlora_helpers.widgets import ConfigForm\n"
+        "import sys; from qlora_helpers.runs.folder import Run; from qlora_helpers.views.widgets import ConfigForm\n"
         f"form = ConfigForm(Run({str(falcon_run.folder)!r}), gpus='H100')\n"
         "form.fields['adapter.r'].control.value = 32; form.save(); repr(form); form._repr_mimebundle_()\n"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)))"

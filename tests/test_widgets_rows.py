@@ -7,10 +7,11 @@ import re
 import pytest
 from tiny import prepared_data
 
-from qlora_helpers.errors import DataError
-from qlora_helpers.labels import IGNORED, token_texts
-from qlora_helpers.sources import Corpus, Dialogue
-from qlora_helpers.widgets import row_browser
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.sources import Corpus, Dialogue
+from qlora_helpers.views.tokens import token_texts
+from qlora_helpers.views.widgets import row_browser
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import launch, workflow
-from qlora_helpers.comparison import ReloadCheck
-from qlora_helpers.config import profile_config
-from qlora_helpers.errors import ConfigError, ModelError, RunError
-from qlora_helpers.run import Run
-from qlora_helpers.whole_files import read_json
+from qlora_helpers import workflow
+from qlora_helpers.base.errors import ConfigError, ModelError, RunError
+from qlora_helpers.base.files import read_json
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.evaluation.comparison import ReloadCheck
+from qlora_helpers.runs import launch, session
+from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import check_reload, existing_run, open_run
 
 SETTINGS = [
@@ -204,7 +205,7 @@ def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(copy):
     assert holder.stdout.readline()
     holder.kill()
     holder.communicate()
-    with workflow._owned(copy):
+    with session.session(copy):
         pass
 
 
@@ -215,7 +216,7 @@ def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(copy):
 def test_training_that_fails_leaves_a_true_status(copy, whole, monkeypatch, error, reason):
     import logging
 
-    from qlora_helpers import training
+    from qlora_helpers.training import train
 
     def failing(*args, **kwargs):
         copy.start_session(2, 0)
@@ -223,7 +224,7 @@ def test_training_that_fails_leaves_a_true_status(copy, whole, monkeypatch, erro
 
     _, model, loaded, _ = whole
     handlers = list(logging.getLogger("qlora_helpers").handlers)
-    monkeypatch.setattr(training, "train", failing)
+    monkeypatch.setattr(train, "train", failing)
     with pytest.raises(type(error)):
         workflow.train(copy, model=model, loaded=loaded, say=quiet)
     status = copy.status()
@@ -245,7 +246,7 @@ def test_a_model_that_can_not_be_loaded_leaves_a_true_status(tmp_path):
 
 
 def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
-    from qlora_helpers import events, training
+    from qlora_helpers.training import tensorboard_events, train
 
     closed = []
 
@@ -253,8 +254,8 @@ def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
         def close(self):
             closed.append(True)
 
-    monkeypatch.setattr(events, "event_callback", lambda *args, **kwargs: Events())
-    monkeypatch.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(tensorboard_events, "event_callback", lambda *args, **kwargs: Events())
+    monkeypatch.setattr(train, "train", lambda *args, **kwargs: 1 / 0)
     _, model, loaded, _ = whole
     with pytest.raises(ZeroDivisionError):
         workflow.train(copy, model=model, loaded=loaded, say=quiet)
@@ -294,7 +295,7 @@ def _nothing():
 
 
 def _has_unsealed(run) -> bool:
-    from qlora_helpers import training_checkpoints as saved
+    from qlora_helpers.training import checkpoints as saved
 
     return not saved.is_good(saved.all_checkpoints(run.checkpoints_dir)[-1])
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import workspace
-from qlora_helpers.errors import UserError
-from qlora_helpers.workspace import (
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import workspace
+from qlora_helpers.machine.workspace import (
     large_volume,
     model_cache_dir,
     register_kernel,
@@ -66,7 +66,7 @@ def test_cache_folder_is_where_huggingface_hub_puts_it(variables):
     environ = os.environ | variables
     code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
     theirs = subprocess.check_output([sys.executable, "-c", code], text=True, env=environ).strip()
-    code = "from qlora_helpers.workspace import model_cache_dir; print(model_cache_dir())"
+    code = "from qlora_helpers.machine.workspace import model_cache_dir; print(model_cache_dir())"
     ours = subprocess.check_output([sys.executable, "-c", code], text=True, env=environ).strip()
     assert ours == theirs
 

@@ -57,8 +57,8 @@ def tiny_llama(**changes: Any) -> Any:
 
 def tiny_falcon() -> Any:
     """The tiny Falcon (the wiring of the 40B) in NF4, with its tokenizer: a `LoadedModel`."""
-    from qlora_helpers.config import ModelConfig
-    from qlora_helpers.models import load_model
+    from qlora_helpers.base.config import ModelConfig
+    from qlora_helpers.model.loading import load_model
 
     return load_model(ModelConfig(name="random:falcon-tiny"), say=lambda text: None)
 
@@ -67,8 +67,8 @@ def tuned(base: Any) -> Any:
     """A model with adapters that add something, for answers."""
     import torch
 
-    from qlora_helpers.config import AdapterConfig
-    from qlora_helpers.lora import add_adapters
+    from qlora_helpers.base.config import AdapterConfig
+    from qlora_helpers.model.lora import add_adapters
 
     model = add_adapters(base, AdapterConfig(r=4, lora_dropout=0.5), seed=0)
     with torch.no_grad():
@@ -92,7 +92,7 @@ DIALOGUES = (
 
 def prepared_data(corpus: Any, tokenizer: Any, **settings: Any) -> Any:
     """A corpus as blocks, of 128 tokens unless the settings say otherwise."""
-    from qlora_helpers.config import DataConfig
-    from qlora_helpers.data import prepare
+    from qlora_helpers.base.config import DataConfig
+    from qlora_helpers.data.prepare import prepare
 
     return prepare(corpus, tokenizer, DataConfig(**{"seq_len_tokens": 128} | settings))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.run import Run
+from qlora_helpers.runs.folder import Run
 
 ROOT = Path(__file__).parent.parent.parent
 LAPTOP = {"width": 1280, "height": 800}

@@ -19,7 +19,7 @@ def notebook(lab, opened):
     (lab.folder / "attack.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = ["data.source=attack.jsonl", "data.train_rows=8", "data.eval_rows=2", "data.test_rows=2"]
     cells = [
-        "from qlora_helpers import workflow\nfrom qlora_helpers.widgets import row_browser",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import row_browser",
         f"run = workflow.open_run('attacked', profile='tiny', settings={settings!r})\nloaded = workflow.load(run)\n"
         "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict())",
         "row_browser(data, loaded.tokenizer)",

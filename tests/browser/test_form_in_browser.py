@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from qlora_helpers.config import profile_config
-from qlora_helpers.run import Run
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.folder import Run
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run(lab):
 @pytest.fixture
 def form(lab, opened, run):
     """The notebook with the form of that run, for an instance with four cards of 24 GB."""
-    cells = ["from qlora_helpers import workflow\nfrom qlora_helpers.widgets import ConfigForm"]
+    cells = ["from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import ConfigForm"]
     cells += ["ConfigForm(workflow.existing_run('formed'), gpus='ml.g5.12xlarge')"]
     notebook = opened(lab.add_notebook("form.ipynb", cells))
     notebook.run_all()

@@ -7,8 +7,8 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from qlora_helpers.run import Run
-from qlora_helpers.tables import plain
+from qlora_helpers.base.text import plain
+from qlora_helpers.runs.folder import Run
 
 ATTACK = '<img src=x onerror="window.attacked = true">'
 
@@ -61,7 +61,7 @@ def test_06_asks_both_models_what_a_person_types(opened, run):
 def test_what_models_and_people_write_is_shown_and_never_run(lab, opened):
     """A model that answers with the dialogue: the shortest way for a tag to come back."""
     cells = [
-        "from qlora_helpers.widgets import answer_panel\n"
+        "from qlora_helpers.views.widgets import answer_panel\n"
         "def echo(dialogue, *, tuned, temperature, top_p, max_new_tokens):\n    yield from dialogue",
         f"answer_panel(echo, [{{'id': 'a', 'dialogue': {('Ana: ' + ATTACK)!r}, 'summary': {('Sum: ' + ATTACK)!r}}}])",
     ]

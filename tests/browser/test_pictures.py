@@ -13,7 +13,7 @@ import pytest
 from lab import ROOT, end
 from playwright.sync_api import expect
 
-from qlora_helpers.run import Run
+from qlora_helpers.runs.folder import Run
 
 # Read before the tests' own settings take their place.
 DEMO_RUNS = Path(os.environ.get("QLORA_RUNS") or ROOT / "runs").resolve()
@@ -35,7 +35,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
     assert (DEMO_RUNS / "demo" / "adapter").is_dir(), "`make demo` makes the run; or name its folder in QLORA_RUNS"
     cells = [
         f"import os\n{'del ' if CACHE is None else ''}os.environ['QLORA_CACHE']{'' if CACHE is None else f' = {CACHE!r}'}\n"
-        "from qlora_helpers import workflow\nfrom qlora_helpers.widgets import answer_panel, row_browser",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import answer_panel, row_browser",
         f"run = workflow.existing_run({str(DEMO_RUNS / 'demo')!r})\nloaded = workflow.load(run)\n"
         "model = workflow.load_adapter(run, loaded)\n"
         "data = workflow.prepare_data(run, loaded.tokenizer, shape=model.config.to_dict())",
@@ -57,7 +57,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
 
 def test_a_run_half_way(lab, opened, picture):
     cells = [
-        "from qlora_helpers import workflow\nfrom qlora_helpers.launch import start\nfrom qlora_helpers.widgets import watch",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\nfrom qlora_helpers.views.widgets import watch",
         f"run = workflow.open_run('falcon-tiny', profile='tiny', settings={WATCHED})\nstart(run)",
         "watch(run, start)",
     ]

@@ -6,8 +6,8 @@ import re
 
 from tensorboardX import SummaryWriter
 
-from qlora_helpers.config import profile_config
-from qlora_helpers.run import Run
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.folder import Run
 
 
 def test_its_page_comes_through_jupyter_and_shows_the_run(lab, opened):
@@ -20,7 +20,7 @@ def test_its_page_comes_through_jupyter_and_shows_the_run(lab, opened):
         lab.add_notebook(
             "page.ipynb",
             [
-                "from qlora_helpers import workflow\nfrom qlora_helpers.tensorboard_page import start_tensorboard",
+                "from qlora_helpers import workflow\nfrom qlora_helpers.views.tensorboard import start_tensorboard",
                 "page = start_tensorboard(workflow.existing_run('watched'))\npage",
                 "page.stop(); page",
             ],

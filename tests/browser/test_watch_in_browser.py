@@ -6,8 +6,8 @@ import pytest
 from lab import end
 from playwright.sync_api import expect
 
-from qlora_helpers.run import Run
-from qlora_helpers.training_checkpoints import newest_good
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.training.checkpoints import newest_good
 
 SETTINGS = ["train.max_steps=5000", "train.logging_steps=1", "train.eval_steps=25", "train.save_steps=2000"]
 
@@ -24,7 +24,7 @@ def run(lab):
 def notebook(lab, opened, run):
     """A notebook that starts and watches it."""
     cells = [
-        "from qlora_helpers import workflow\nfrom qlora_helpers.launch import start\nfrom qlora_helpers.widgets import watch",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\nfrom qlora_helpers.views.widgets import watch",
         f"run = workflow.open_run('{run.name}', profile='tiny', settings={SETTINGS})\nstart(run)",
         "watch(run, start)",
     ]

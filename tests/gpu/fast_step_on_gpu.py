@@ -19,11 +19,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers import training, workflow
-from qlora_helpers.blocks import BlockCollator
-from qlora_helpers.config import AdapterConfig
-from qlora_helpers.fast_step import fast_step, graphs
-from qlora_helpers.lora import add_adapters
+from qlora_helpers import workflow
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.training import train
+from qlora_helpers.training.fast_step import graphs
+from qlora_helpers.training.fast_step.parts import fast_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, VOCABULARY = 128, 512
@@ -182,7 +184,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def main() -> None:
     """All layouts, or those that are named; fails after the last where one is off."""
     graphs.PASSES_WORTH = 1  # so that an evaluation in between is followed by another recording
-    results: dict[str, Any] = {"machine": training.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
+    results: dict[str, Any] = {"machine": train.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
     results["cases"] = []
     for name in sys.argv[2:] or LAYOUTS:
         for chosen in CASES:

@@ -21,7 +21,7 @@ def main() -> None:
     import torch
 
     from qlora_helpers import workflow
-    from qlora_helpers.environment import check_machine
+    from qlora_helpers.machine.environment import check_machine
 
     assert torch.cuda.is_available(), "this needs a CUDA GPU"
     print(check_machine())
@@ -39,7 +39,7 @@ def run_one(name: str) -> dict[str, Any]:
     import torch
 
     from qlora_helpers import workflow
-    from qlora_helpers.allocator import segments_expand
+    from qlora_helpers.model.loading import segments_expand
 
     torch.cuda.reset_peak_memory_stats()
     settings = {

@@ -54,7 +54,8 @@ def spread(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def copied(root: Path, options: argparse.Namespace, processes: int | None = None) -> dict[str, Any]:
     """A copy on every GPU; or one GPU alone, which adds up as many passes a step."""
-    from qlora_helpers import launch, workflow
+    from qlora_helpers import workflow
+    from qlora_helpers.runs import launch
 
     count = processes or options.gpus
     more = {
@@ -78,7 +79,8 @@ def alone(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def stopped(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Copies that are asked to stop, and go on afterwards."""
-    from qlora_helpers import launch, workflow
+    from qlora_helpers import workflow
+    from qlora_helpers.runs import launch
 
     settings = _settings(options.small, options) | {
         "train.max_steps": 400,
@@ -141,7 +143,8 @@ def main() -> None:
     """Each case in a process of its own, so that none holds what the next needs; fails where one is off."""
     import torch
 
-    from qlora_helpers import training, workflow
+    from qlora_helpers import workflow
+    from qlora_helpers.training import train
 
     on_gpu = torch.cuda.is_available()
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -159,7 +162,7 @@ def main() -> None:
             found = CASES[chosen.one](Path(root), chosen)
         chosen.out.write_text(json.dumps(found), encoding="utf-8")
         return
-    machine = training.machine_name(torch.device("cuda" if on_gpu else "cpu"))
+    machine = train.machine_name(torch.device("cuda" if on_gpu else "cpu"))
     results: dict[str, Any] = {"machine": machine, "gpus": chosen.gpus, "versions": workflow.versions()}
     for name in chosen.cases:
         started = time.monotonic()

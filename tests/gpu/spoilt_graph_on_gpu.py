@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from qlora_helpers.fast_answers.graphs import GraphedStep
+from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.cleanup import find_space, free, free_gpu_memory
+from qlora_helpers.runs.cleanup import find_space, free, free_gpu_memory
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -1,0 +1,97 @@
+"""Files and folders that are written whole or not at all, so that a killed process or a full disk leaves what was there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.errors import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a temporary name, fsync, rename.
+
+    Raises:
+        RunError: the disk is full or the folder can't be written; the old file is still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise not_written(path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole or not at all; dataclasses become objects."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        RunError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path.name} is not in {path.parent}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A folder written whole or not at all: yields a temporary folder that takes `path`'s place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.chmod(temporary, 0o755)
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def not_written(path: Path, error: OSError) -> RunError:
+    """The error to raise where a file could not be written: which one, why, and what to do."""
+    return RunError(
+        f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
+    )
+
+
+def cache_root() -> Path:
+    """`$QLORA_CACHE`, else `$HF_HOME/qlora_helpers`, else `~/.cache/qlora_helpers`; need not exist yet."""
+    if os.environ.get("QLORA_CACHE"):
+        return Path(os.environ["QLORA_CACHE"]).expanduser()
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"]).expanduser() / "qlora_helpers"
+    return Path.home() / ".cache" / "qlora_helpers"

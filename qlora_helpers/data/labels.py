@@ -1,0 +1,185 @@
+"""Which tokens are trained, and the report on it.
+
+A labelled row is `input_ids` and `labels` of equal length; a label is the token itself where it is trained and -100 where it is
+not (transformers' convention; the model shifts them by one). Knows nothing of files, packing or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.data.prompts import answer_tokens, prompt_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One dialogue as tokens.
+
+    Attributes:
+        id: the row's id.
+        input_ids, labels: `(tokens,)` each.
+        trimmed_tokens: how many tokens were cut from the end of its dialogue.
+    """
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    trimmed_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def label_row(
+    row_id: str,
+    dialogue: str,
+    summary: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "recipe",
+    loss_on: str = "summary",
+    max_tokens: int | None = None,
+) -> LabelledRow | None:
+    """Tokenises and labels one dialogue; the end-of-text token is always trained.
+
+    Args:
+        row_id: named in reports.
+        dialogue, summary: texts.
+        tokenizer: the model's.
+        template: `recipe` or `chat`.
+        loss_on: `summary` masks the prompt, `all` trains every token but the first (which nothing predicts).
+        max_tokens: a longer row has its dialogue trimmed; the summary stays whole.
+
+    Returns:
+        The row, or None where even an empty dialogue does not make it fit.
+    """
+    prompt = prompt_tokens(dialogue, template, tokenizer)
+    answer = answer_tokens(summary, tokenizer)
+    excess = max(0, len(prompt) + len(answer) - max_tokens) if max_tokens else 0
+    if excess > len(prompt.dialogue):
+        return None
+    ids = prompt.trimmed(excess).ids if excess else prompt.ids
+    masked = len(ids) if loss_on == "summary" else 1
+    tokens = [*ids, *answer]
+    return LabelledRow(row_id, tokens, [IGNORED] * masked + tokens[masked:], excess)
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What is trained and what is not, counted over the blocks that the trainer will see.
+
+    Attributes:
+        rows, blocks, tokens: how much there is; `tokens` without padding.
+        trained_tokens: tokens with a label.
+        eos_trained: rows whose end-of-text token has a label.
+        prompt_masked: rows in which nothing but the answer has a label.
+        answers_whole: rows whose trained end reads exactly as their summary.
+        trimmed: ids of the rows whose dialogue was cut to fit.
+        left_out: ids of the rows that could not be made to fit.
+        loss_on: `summary` or `all`.
+    """
+
+    rows: int
+    blocks: int
+    tokens: int
+    trained_tokens: int
+    eos_trained: int
+    prompt_masked: int
+    answers_whole: int
+    trimmed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    loss_on: str = "summary"
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What would keep the model from learning the task; empty when all is well."""
+        found = []
+        if not self.rows:
+            found.append("there is nothing to train on")
+        if self.eos_trained < self.rows:
+            found.append(
+                f"{self.rows - self.eos_trained} rows don't train their end: the model would not learn to stop"
+            )
+        if self.answers_whole < self.rows:
+            found.append(f"{self.rows - self.answers_whole} rows don't train their whole summary")
+        if self.loss_on == "summary" and self.prompt_masked < self.rows:
+            found.append(f"{self.rows - self.prompt_masked} rows train their prompt: loss is spent on the dialogue")
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The report as pairs of a name and a value."""
+        share = 100 * self.trained_tokens / max(1, self.tokens)
+        return [
+            ("rows", f"{self.rows:,} in {self.blocks:,} blocks"),
+            ("tokens", f"{self.tokens:,}"),
+            ("trained", f"{self.trained_tokens:,} ({share:.1f} %)"),
+            ("end trained", f"{self.eos_trained:,} of {self.rows:,} rows"),
+            ("prompt masked", f"{self.prompt_masked:,} of {self.rows:,} rows"),
+            ("summary whole", f"{self.answers_whole:,} of {self.rows:,} rows"),
+            ("trimmed", _named(self.trimmed)),
+            ("left out", _named(self.left_out)),
+            ("verdict", "PASS" if self.passed else "FAIL: " + "; ".join(self.problems)),
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<14} {value}" for name, value in self.lines())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the verdict included."""
+        return dict(vars(self)) | {"passed": self.passed, "problems": list(self.problems)}
+
+
+def _named(ids: Sequence[str], most: int = 5) -> str:
+    if not ids:
+        return "none"
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return f"{len(ids)}: {', '.join(ids[:most])}{more}"
+
+
+def label_report(
+    blocks: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    summaries: Mapping[str, str],
+    loss_on: str = "summary",
+    trimmed: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> LabelReport:
+    """Counts what is trained in finished blocks, row by row.
+
+    Args:
+        blocks: mappings with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each, rows numbered from 1, 0 is padding) and
+            `row_ids`, the id of each row in the block.
+        tokenizer: the model's.
+        summaries: row id -> the summary that it should train.
+        loss_on: what was asked for.
+        trimmed, left_out: ids to name in the report.
+    """
+    rows = count = tokens = trained = eos = masked = whole = 0
+    for block in blocks:
+        count += 1
+        for number, row_id in enumerate(block["row_ids"], start=1):
+            where = [i for i, segment in enumerate(block["segment_ids"]) if segment == number]
+            ids = [block["input_ids"][i] for i in where]
+            labels = [block["labels"][i] for i in where]
+            answer = answer_tokens(summaries[row_id], tokenizer)
+            start = len(ids) - len(answer)
+            rows, tokens = rows + 1, tokens + len(ids)
+            trained += sum(label != IGNORED for label in labels)
+            eos += bool(labels) and labels[-1] == ids[-1] == tokenizer.eos_token_id
+            masked += all(label == IGNORED for label in labels[: max(0, start)])
+            whole += start >= 0 and labels[start:-1] == answer[:-1]
+    return LabelReport(
+        rows, count, tokens, trained, eos, masked, whole, tuple(trimmed), tuple(left_out), loss_on
+    )  # fmt: skip

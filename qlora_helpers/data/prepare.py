@@ -1,0 +1,204 @@
+"""Dialogues -> labelled blocks of tokens, packed with their rows kept apart, or padded.
+
+Owns the preparation and the prepared data on disk. What a dialogue looks like as tokens is `prompts`' and `labels`' business, what
+a block is `blocks`', and where dialogues come from `sources`'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
+from qlora_helpers.data.packing import PreparedData, pack
+from qlora_helpers.data.sources import Corpus, Dialogue
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, can_pack: bool = True
+) -> PreparedData:
+    """Labels and packs a corpus.
+
+    Args:
+        corpus: dialogues in three splits.
+        tokenizer: the model's, with a padding token of its own.
+        config: template, labels, block length.
+        can_pack: False for a model that can't keep packed rows apart; rows are then padded, with a note.
+
+    Raises:
+        DataError: a row is longer than the block and `long_rows` is `refuse`, or nothing is left to train on.
+    """
+    notes = list(corpus.notes)
+    packed = config.packing and can_pack
+    if config.packing and not can_pack:
+        notes.append("this model can't keep packed rows apart, so rows are padded instead")
+    train, report = _blocks(corpus.train, tokenizer, config, packed, notes)
+    evaluation, eval_report = _blocks(corpus.eval, tokenizer, config, packed, notes)
+    if not report.rows or not eval_report.rows:
+        raise DataError(
+            "no row fits into a block", got=f"data.seq_len_tokens={config.seq_len_tokens}", next_step="Raise it."
+        )
+    source = f"{corpus.name} ({corpus.licence})"
+    return PreparedData(
+        train,
+        evaluation,
+        corpus.test,
+        report,
+        eval_report,
+        packed,
+        config.seq_len_tokens,
+        tuple(notes),
+        source,
+        frozenset(dialogue_key(item.dialogue) for item in corpus.train),
+    )
+
+
+def _blocks(
+    dialogues: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    packed: bool,
+    notes: list[str],
+) -> tuple[Dataset, LabelReport]:
+    from datasets import Dataset
+    from datasets.utils.logging import is_progress_bar_enabled
+    from tqdm.auto import tqdm
+
+    rows, left_out = [], []
+    for item in tqdm(dialogues, desc="labelling", leave=False, disable=not is_progress_bar_enabled()):
+        row = label_row(
+            item.id, item.dialogue, item.summary, tokenizer, template=config.template, loss_on=config.loss_on,
+            max_tokens=config.seq_len_tokens,
+        )  # fmt: skip
+        too_long = row is None or row.trimmed_tokens
+        if too_long and config.long_rows == "refuse":
+            raise DataError(
+                f"{item.where}: the row is longer than the block",
+                expected=f"at most {config.seq_len_tokens} tokens",
+                next_step="Raise data.seq_len_tokens, or set data.long_rows to trim or drop.",
+            )
+        if row is None or (too_long and config.long_rows == "drop"):
+            left_out.append(item.id)
+            why = "its summary alone fills the block" if row is None else f"{row.trimmed_tokens} tokens too long"
+            notes.append(f"{item.where}: left out, {why}")
+            continue
+        if row.trimmed_tokens:
+            notes.append(f"{item.where}: the last {row.trimmed_tokens} tokens of its dialogue were cut off")
+        rows.append(row)
+    groups = pack([len(row) for row in rows], config.seq_len_tokens, seed=config.seed) if packed else _singles(rows)
+    blocks = [_block([rows[index] for index in group]) for group in groups]
+    report = label_report(
+        blocks, tokenizer, summaries={item.id: item.summary for item in dialogues}, loss_on=config.loss_on,
+        trimmed=[row.id for row in rows if row.trimmed_tokens], left_out=left_out,
+    )  # fmt: skip
+    return Dataset.from_list(blocks), report
+
+
+def _singles(rows: Sequence[LabelledRow]) -> list[list[int]]:
+    return [[index] for index in range(len(rows))]
+
+
+def _block(rows: Sequence[LabelledRow]) -> dict[str, Any]:
+    return {
+        "input_ids": [token for row in rows for token in row.input_ids],
+        "labels": [label for row in rows for label in row.labels],
+        "segment_ids": [number for number, row in enumerate(rows, start=1) for _ in row.input_ids],
+        "row_ids": [row.id for row in rows],
+    }
+
+
+def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> str:
+    """Changes whenever the prepared data would: the settings, the tokenizer's vocabulary, the source file's content."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())[:5000]).encode())
+    digest.update(f"{len(tokenizer)} {tokenizer.eos_token_id} {tokenizer.pad_token_id} {can_pack}".encode())
+    digest.update(str(tokenizer.chat_template).encode() if config.template == "chat" else b"")
+    source = Path(config.source).expanduser()
+    if source.is_file():
+        with open(source, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def content_marks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What settings don't say of the data: digests of the source file, where it is one, and of the vocabulary."""
+    marks = {"the tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
+    source = Path(config.source).expanduser()
+    if source.is_file():
+        with open(source, "rb") as file:
+            marks[f"the content of {source.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return marks
+
+
+def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
+    """Writes prepared data into a run's `data/`, whole or not at all."""
+    with replaced_folder(folder) as temporary:
+        data.train.save_to_disk(temporary / "train")
+        data.eval.save_to_disk(temporary / "eval")
+        write_json(
+            temporary / "prepared.json",
+            {
+                "fingerprint": mark, "packed": data.packed, "seq_len_tokens": data.seq_len_tokens, "source": data.source,
+                "notes": list(data.notes), "report": vars(data.report), "eval_report": vars(data.eval_report),
+                "test": [dataclasses.asdict(item) for item in data.test],
+                "train_keys": sorted(data.train_keys),
+            },
+        )  # fmt: skip
+
+
+def load_prepared(folder: Path, mark: str) -> PreparedData | None:
+    """Reads prepared data back, or gives None where there is none that was made with the same fingerprint."""
+    from datasets import Dataset
+
+    if not (folder / "prepared.json").exists():
+        return None
+    saved = read_json(folder / "prepared.json")
+    if saved["fingerprint"] != mark:
+        return None
+    reports = [
+        LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "left_out")})
+        for key in ("report", "eval_report")
+    ]
+    test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
+    return PreparedData(
+        Dataset.load_from_disk(str(folder / "train")), Dataset.load_from_disk(str(folder / "eval")),
+        test, *reports, saved["packed"], saved["seq_len_tokens"],
+        tuple(saved["notes"]), saved["source"], frozenset(saved.get("train_keys", ())),
+    )  # fmt: skip
+
+
+def prepared(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    read: Callable[[DataConfig], Corpus],
+    can_pack: bool = True,
+) -> PreparedData:
+    """The run's prepared data: what is there if it still fits the settings, else made and saved.
+
+    Args:
+        config: the data settings.
+        tokenizer: the model's.
+        folder: the run's `data/`.
+        read: reads the source (`sources.read_corpus`).
+        can_pack: see `prepare`.
+    """
+    mark = fingerprint(config, tokenizer, can_pack=can_pack)
+    data = load_prepared(folder, mark)
+    if data is None:
+        data = prepare(read(config), tokenizer, config, can_pack=can_pack)
+        save_prepared(data, folder, mark)
+    return data

@@ -1,0 +1,117 @@
+"""Three splits that share no dialogue: the source's own, and what is missing cut from what is there.
+
+Owns the names that splits have elsewhere, their sizes and the seeded choice of rows: the same rows, settings and seed
+give the same splits. Knows nothing of where rows come from and what is in them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.data.dialogues import SPLITS, Dialogue, LeftOut, Row, listed, text_key
+
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "eval",
+    "valid": "eval",
+    "validation": "eval",
+    "dev": "eval",
+    "eval": "eval",
+    "test": "test",
+}
+DEFAULT_SHARE = 0.1  # of the rows, for test and eval each, where no number is asked for
+
+
+def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+    """Maps a source's own split names (train, val, validation, dev, test, ...) to ours.
+
+    Args:
+        name: the source's name, for notes.
+        parts: rows by the source's names.
+
+    Returns:
+        The rows by our names, and notes. Parts with unknown names are left out with a note, unless none is known: then
+        all rows are taken as one.
+    """
+    known = {part: SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES}
+    unknown = [part for part in parts if part not in known]
+    if not known:
+        rows = [row for part in parts.values() for row in part]
+        return {"train": rows}, [f"{name}: no split is called train, val or test, so {listed(unknown)} are cut anew"]
+    splits: dict[str, list[Row]] = {}
+    for part, split in known.items():
+        splits.setdefault(split, []).extend(parts[part])
+    return splits, [f"{name}: left out {part!r}, which is no train, val or test" for part in unknown]
+
+
+def cut_missing(
+    name: str, splits: dict[str, list[Dialogue]], config: DataConfig, notes: list[str]
+) -> dict[str, list[Dialogue]]:
+    """Cuts the splits that are missing or empty from train, or where there is none, from eval, else test.
+
+    Test is cut first, then eval; the rest, at least half of the rows where there are four or more, is train.
+
+    Args:
+        name: the source's name, for notes.
+        splits: the dialogues by split; at least one split holds some.
+        config: rows asked for, and the seed.
+        notes: gets a line on what was cut, and one where fewer rows could be given than were asked for.
+    """
+    present = [split for split in SPLITS if splits.get(split)]
+    missing = [split for split in SPLITS if split not in present]
+    if not missing:
+        return splits
+    donor = present[0]
+    rows = splits[donor]
+    sizes = _sizes(name, len(rows), [split for split in ("test", "eval") if split in (*missing, donor)], config, notes)
+    order = list(range(len(rows)))
+    random.Random(f"{config.seed}/cut").shuffle(order)
+    cut: dict[str, list[Dialogue]] = {}
+    for split, size in (*sizes.items(), ("train", len(rows))):
+        cut[split], order = [rows[i] for i in sorted(order[:size])], order[size:]
+    counts = ", ".join(f"{len(cut[split])} {split}" for split in SPLITS if split in cut)
+    notes.append(
+        f"{name}: no {' or '.join(missing)} split, so its {donor} rows were cut with seed {config.seed}: {counts}"
+    )
+    return splits | cut
+
+
+def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: list[str]) -> dict[str, int]:
+    asked = {"test": config.test_rows, "eval": config.eval_rows}
+    share = max(1, round(DEFAULT_SHARE * count))
+    sizes = {split: asked[split] or share for split in wanted}
+    total, half = sum(sizes.values()), count // 2
+    if total <= half:
+        return sizes
+    scaled = {split: max(1, size * half // total) for split, size in sizes.items()}
+    notes.append(
+        f"{name}: {total} rows asked for {' and '.join(sizes)} are more than half of {count}; "
+        f"scaled down to {' and '.join(map(str, scaled.values()))}"
+    )
+    return scaled
+
+
+def kept_apart(splits: dict[str, list[Dialogue]], left_out: LeftOut) -> dict[str, list[Dialogue]]:
+    """Leaves out of train what stands in test or eval, and out of eval what stands in test, white space aside."""
+    seen: dict[str, tuple[str, str]] = {}
+    apart: dict[str, list[Dialogue]] = {}
+    for split in ("test", "eval", "train"):
+        apart[split] = []
+        for row in splits[split]:
+            other, where = seen.setdefault(text_key(row.dialogue), (split, row.where))
+            if other == split:
+                apart[split].append(row)
+            else:
+                left_out.add(row.where, f"its dialogue stands in {other} too", f" ({where})")
+    return apart
+
+
+def sampled(rows: list[Dialogue], limit: int | None, seed: str) -> tuple[Dialogue, ...]:
+    """At most `limit` rows in their order; a smaller sample is part of every larger one of the same seed."""
+    if limit is None or len(rows) <= limit:
+        return tuple(rows)
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return tuple(rows[i] for i in sorted(order[:limit]))

@@ -1,0 +1,201 @@
+"""Base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
+
+ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with stemming. Knows nothing of training or run folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.labels import label_row
+from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.sources import Dialogue
+from qlora_helpers.evaluation.fast_answers.answer import answering_form
+from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores, evaluation_from_dict
+from qlora_helpers.evaluation.scorecard import compare, mean_loss, rouge_rows, score_answers
+from qlora_helpers.model.wiring import is_spread, row_losses, takes_logits_to_keep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "Scores",
+    "evaluate",
+    "evaluation_from_dict",
+    "generate",
+    "rouge",
+    "same_answers",
+    "summary_loss",
+]
+
+LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
+
+
+def summary_loss(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
+) -> float:
+    """Mean loss over all trained tokens of labelled rows, in nats a token: weighted by tokens, whatever the batches."""
+    losses = summary_losses(model, tokenizer, rows, batch_size)
+    return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses]) or 0.0
+
+
+@torch.no_grad()
+def summary_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
+) -> list[tuple[float, int]]:
+    """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
+    collate = BlockCollator(
+        tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model), plain_positions=is_spread(model)
+    )  # fmt: skip
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    at_once = min(batch_size, LOSS_ROWS)
+    for start in range(0, len(order), at_once):
+        group = order[start : start + at_once]
+        batch = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in collate([rows[index] for index in group]).items()
+        }
+        losses, tokens = row_losses(model, batch)
+        for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
+            found[index] = (pair[0], pair[1])
+    model.train(was_training)
+    return found
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
+    """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measure, 0 to 100."""
+    rows = rouge_rows(answers, [[reference] for reference in references])
+    one, two, longest = (sum(row[name] for row in rows) / max(1, len(rows)) for name in ("rouge1", "rouge2", "rouge_l"))
+    return one, two, longest
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[Dialogue],
+    config: EvaluationConfig,
+    *,
+    template: str,
+    max_tokens: int,
+    train_keys: Collection[str] = (),
+    only: Collection[str] = tuple(MODELS),
+    progress: bool = True,
+) -> Evaluation:
+    """Asks the model with its adapters off and on, on the same rows and prompts.
+
+    Args:
+        model: a peft model.
+        tokenizer: the model's.
+        dialogues: held-out rows; those with one dialogue become one row with several references.
+        config: generation settings.
+        template: the prompt that was trained.
+        max_tokens: longest row; a longer dialogue is trimmed as in training.
+        train_keys: `scorecard.dialogue_key` of what was trained on: a held-out row that is among them is left out.
+        only: which of `MODELS` are asked.
+        progress: whether to show a bar.
+    """
+    from tqdm.auto import tqdm
+
+    items, rows, left_out = _held_out(dialogues, set(train_keys))
+    prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
+    asked = {"base": prompts, "tuned": prompts}
+    if config.chat_baseline and template != "chat" and tokenizer.chat_template:
+        chat, _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
+        asked = {"base": prompts, "base_chat": chat, "tuned": prompts}
+    asked = {name: questions for name, questions in asked.items() if name in only}
+    longest = max((len(prompt) for several in asked.values() for prompt in several), default=0) + config.max_new_tokens
+    losses: dict[str, float | None] = {}
+    with (
+        tqdm(total=len(asked) * len(items), desc="answering", disable=not progress, leave=False) as bar,
+        answering_form(model, rows=min(config.batch_size, len(items)), tokens=longest) as form,
+    ):
+        for name, questions in asked.items():
+            bar.set_postfix_str(MODELS[name])
+            with contextlib.nullcontext() if name == "tuned" else model.disable_adapter():
+                given = generate(model, tokenizer, questions, config, progress=bar.update, form=form)
+                for row, answer in zip(rows, given, strict=True):
+                    row["answers"][name] = asdict(answer)
+                losses[name] = None
+                if name != "base_chat":
+                    losses[name] = _add_losses(model, tokenizer, items, rows, name, config, template, max_tokens)
+    score_answers(rows)
+    scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
+    against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
+    return Evaluation(scores, tuple(rows), trimmed, against, left_out, tuple(str(form).splitlines()))
+
+
+def _held_out(
+    dialogues: Sequence[Dialogue], trained: set[str]
+) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
+    """Rows with one dialogue as one row, and apart the ids of those that were trained on."""
+    kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
+    left_out = []
+    for item in dialogues:
+        key = dialogue_key(item.dialogue)
+        if key in trained:
+            left_out.append(item.id)
+        elif key in kept:
+            kept[key][1]["references"] += [item.summary, *item.references]
+        else:
+            row = {
+                "id": item.id,
+                "dialogue": item.dialogue,
+                "summary": item.summary,
+                "references": [item.summary, *item.references],
+                "answers": {},
+            }
+            kept[key] = (item, row)
+    return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(left_out)
+
+
+def _add_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[Dialogue], rows: Sequence[dict[str, Any]],
+    name: str, config: EvaluationConfig, template: str, max_tokens: int,
+) -> float | None:  # fmt: skip
+    """Each row's loss beside its answer, and the mean; a row whose summary does not fit the block has none."""
+    labelled = {}
+    for index, item in enumerate(items):
+        row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
+        if row is not None:
+            labelled[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
+    losses = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
+    for index, (nats, tokens) in zip(labelled, losses, strict=True):
+        rows[index]["answers"][name] |= {"nats": nats, "loss_tokens": tokens}
+    return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses])
+
+
+def _scores(answers: Sequence[dict[str, Any]], loss: float | None) -> Scores:
+    def mean(key: str) -> float:
+        return sum(answer[key] for answer in answers) / max(1, len(answers))
+
+    return Scores(
+        mean("rouge1"), mean("rouge2"), mean("rouge_l"), mean("stopped"), mean("tokens"), loss, mean("repetition")
+    )
+
+
+def _prompts(
+    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, room: int
+) -> tuple[list[list[int]], int]:
+    prompts, trimmed = [], 0
+    for item in dialogues:
+        tokens = prompt_tokens(item.dialogue, template, tokenizer)
+        excess = max(0, len(tokens) + room - max_tokens)
+        trimmed += excess > 0
+        prompts.append(tokens.trimmed(excess).ids)
+    return prompts, trimmed

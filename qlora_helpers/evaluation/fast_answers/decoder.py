@@ -1,0 +1,183 @@
+"""Greedy answers in a fixed number of slots: a slot whose answer has ended takes the next prompt.
+
+Prompts go in by length, the longest first, padded on the left as `model.generate` pads them. Rows take their steps together but
+stand at places of their own (iteration-level scheduling: Yu et al. 2022, Orca). Knows nothing of text, settings or scores.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from qlora_helpers.evaluation.fast_answers.cache import SlotCache
+from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
+from qlora_helpers.model.wiring import takes_logits_to_keep
+
+STEPS_BETWEEN_LOOKS = 4  # on a GPU: an answer that has ended is noticed so late at most, and the GPU rarely waits
+LENGTH_STEP = 256  # places seen by a recorded step grow by so many
+FEWEST_ROWS = 8  # of a recorded step
+PROMPT_TOKENS = 16_384  # of prompts read in one pass; an eighth where the model gives logits at every token
+
+
+class SlotDecoder:
+    """Answers prompts greedily.
+
+    Args:
+        model: a causal language model in eval mode, with or without adapters.
+        slots: answers that grow at once.
+        capacity: tokens of the longest prompt with its answer.
+        graph_refusal: why steps may not be recorded as CUDA graphs, or None.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, slots: int, capacity: int, graph_refusal: str | None) -> None:
+        self.model, self.slots, self.capacity = model, slots, capacity
+        weight = model.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, model.dtype
+        self.cache = SlotCache(slots, capacity)
+        self.tokens, self.places, self.starts = (
+            torch.zeros(slots, dtype=torch.long, device=self.device) for _ in range(3)
+        )
+        self.reach = torch.arange(capacity, device=self.device)
+        self.step = GraphedStep(self.grow, (self.tokens, self.places), graph_refusal)
+        self.keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        self.steps = 0
+
+    @torch.no_grad()
+    def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+        """Reads prompts into slots and gives the logits of their next tokens, `(prompts, vocabulary)`."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        chosen = torch.tensor(slots, device=self.device)
+        self.cache.read_prompts(chosen)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=self.cache, use_cache=True, **self.keep,
+        ).logits[:, -1]  # fmt: skip
+        self.tokens[chosen] = logits.argmax(-1).to(self.device)
+        self.places[chosen] = longest
+        self.starts[chosen] = longest - mask.sum(1)
+        return logits
+
+    @torch.no_grad()
+    def grow(self, rows: int, length: int) -> torch.Tensor:
+        """Adds a token to each of the first slots, which see so many places; gives the logits, `(rows, vocabulary)`."""
+        places, starts, reach = self.places[:rows], self.starts[:rows], self.reach[:length]
+        seen = (reach >= starts[:, None]) & (reach <= places[:, None])
+        mask = torch.zeros(rows, length, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[:, None, None]
+        self.cache.take_step(places, length)
+        logits = self.model(
+            input_ids=self.tokens[:rows, None], attention_mask=mask, position_ids=(places - starts)[:, None],
+            past_key_values=self.cache, use_cache=True,
+        ).logits[:, -1]  # fmt: skip
+        self.tokens[:rows] = logits.argmax(-1).to(self.device)
+        self.places[:rows] = (places + 1).clamp(max=self.capacity - 1)  # one that has ended may run on for a few steps
+        return logits
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], *, pad: int, end: int, most: int,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The new tokens of each prompt, in the order given; the end-of-text token is the last of an answer that ended.
+
+        Args:
+            prompts: token ids of each.
+            pad, end: the padding and the end-of-text token.
+            most: longest answer, tokens.
+            progress: told how many prompts were answered.
+        """
+        waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
+        answers: list[list[int]] = [[] for _ in prompts]
+        held: dict[int, int] = {}  # slot -> prompt
+        ends: dict[int, int] = {}  # slot -> place of its next token
+        while waiting or held:
+            free = [slot for slot in range(self.slots) if slot not in held]
+            if waiting and (not held or len(free) >= min(max(1, self.slots // 4), len(waiting))):
+                for slots, group in self._groups(free, waiting, prompts):
+                    self.read(slots, [prompts[index] for index in group], pad)
+                    held |= dict(zip(slots, group, strict=True))
+                    ends |= dict.fromkeys(slots, len(prompts[group[0]]))
+                    self._take([self.tokens.tolist()], slots, held, answers)
+            else:
+                rows = self._rows(held, ends, refill=bool(waiting))
+                steps = min(self._between_looks(), max(most - len(answers[index]) for index in held.values()))
+                found = self._steps(rows, steps, max(ends[slot] for slot in held) + steps)
+                for slot in held:
+                    ends[slot] += steps
+                self._take(found, list(held), held, answers)
+            done = [slot for slot, index in held.items() if _trim(answers[index], end, most)]
+            for slot in done:
+                del held[slot]
+            if done and progress is not None:
+                progress(len(done))
+        return answers
+
+    def release(self) -> None:
+        """Frees cache and graphs at once: the recorded step refers back to this object, and a collector may come late."""
+        self.step.release()
+        self.cache.keys.clear()
+        self.cache.values.clear()
+
+    def _groups(
+        self, free: list[int], waiting: deque[int], prompts: Sequence[Sequence[int]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Prompts for the free slots, in groups that are read in one pass each."""
+        limit = PROMPT_TOKENS if self.keep else PROMPT_TOKENS // 8
+        groups = []
+        while free and waiting:
+            together = max(1, limit // max(1, len(prompts[waiting[0]])))
+            count = min(together, len(free), len(waiting))
+            groups.append((free[:count], [waiting.popleft() for _ in range(count)]))
+            free = free[count:]
+        return groups
+
+    def _between_looks(self) -> int:
+        return STEPS_BETWEEN_LOOKS if self.device.type == "cuda" else 1
+
+    def _rows(self, held: dict[int, int], ends: dict[int, int], *, refill: bool) -> int:
+        """How many of the first slots take the next step; slots further up move down where that makes the step smaller."""
+        rows = len(held)
+        if self.step.refusal is None:
+            rows = self.slots
+            while rows // 2 >= max(FEWEST_ROWS, len(held)) and not refill:
+                rows //= 2
+        sources = [slot for slot in held if slot >= rows]
+        if refill and self.step.refusal is None or not sources:
+            return max(rows, max(held) + 1)
+        targets = [slot for slot in range(rows) if slot not in held][: len(sources)]
+        self.cache.move(sources, targets)
+        for tensor in (self.tokens, self.places, self.starts):
+            tensor[targets] = tensor[sources]
+        for source, target in zip(sources, targets, strict=True):
+            held[target], ends[target] = held.pop(source), ends.pop(source)
+        return rows
+
+    def _steps(self, rows: int, steps: int, length: int) -> list[list[int]]:
+        """Takes steps and gives the tokens of each, `[steps][rows]`."""
+        if self.step.refusal is None:
+            length = -(-length // LENGTH_STEP) * LENGTH_STEP
+        found = torch.empty(steps, rows, dtype=torch.long, device=self.device)
+        for index in range(steps):
+            self.step(rows, min(length, self.capacity))
+            found[index] = self.tokens[:rows]
+        self.steps += steps
+        return found.tolist()
+
+    def _take(
+        self, found: list[list[int]], slots: Sequence[int], held: dict[int, int], answers: list[list[int]]
+    ) -> None:
+        for tokens in found:
+            for slot in slots:
+                answers[held[slot]].append(tokens[slot])
+
+
+def _trim(answer: list[int], end: int, most: int) -> bool:
+    """Cuts an answer after its end or at the limit; gives whether it is finished."""
+    if end in answer:
+        del answer[answer.index(end) + 1 :]
+    del answer[most:]
+    return len(answer) == most or (bool(answer) and answer[-1] == end)

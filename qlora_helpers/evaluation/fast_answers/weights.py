@@ -1,0 +1,104 @@
+"""The frozen layers' weights in 16 (or 32) bits while a model answers: nothing is unpacked again at every token.
+
+A 4-bit layer unpacks its weight for every product of several rows. Unpacked once, the very same numbers are multiplied. Adapters
+stay apart, in the model's type, so that nothing is rounded anew; merged into the copy they cost nothing at a token and round once.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlora_helpers.model.nf4 import is_nf4, unpacked_numel
+from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.wiring import is_plain
+
+
+def dense_bytes(model: torch.nn.Module) -> int:
+    """Bytes that copies of all 4-bit layers take, unpacked; 0 where none is in 4 bits."""
+    return sum(unpacked_numel(m.weight) * _type(m).itemsize for m in model.modules() if is_packed(m))
+
+
+def is_packed(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer in 4 bits."""
+    return isinstance(module, torch.nn.Linear) and is_nf4(module)
+
+
+def unpacked(layer: Any) -> torch.Tensor:
+    """A 4-bit layer's weight as its products see it, `(out_features, in_features)`."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(_type(layer))
+
+
+def _type(layer: Any) -> torch.dtype:
+    return layer.compute_dtype or layer.weight.quant_state.dtype
+
+
+@contextmanager
+def dense_weights(model: torch.nn.Module) -> Iterator[int]:
+    """While open, 4-bit layers multiply by unpacked copies of their weights; yields how many do.
+
+    The copies serve products in eval mode alone: there is no reason to train with them.
+
+    Args:
+        model: with or without adapters.
+    """
+    changed = 0
+    with ExitStack() as undo:
+        for module in model.modules():
+            if is_packed(module):
+                replace_forward(module, _dense_forward(unpacked(module), module.bias), undo)
+                changed += 1
+        yield changed
+
+
+def _dense_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    bias = None if bias is None else bias.to(weight.dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)`."""
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    return forward
+
+
+@contextmanager
+def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
+    """While open, plain LoRA layers multiply by copies of A and B in the model's type; yields how many do.
+
+    peft casts the activations to the adapters' 32 bits and back at every layer and token. `disable_adapter` still works.
+
+    Args:
+        model: with or without adapters.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    dtype, changed = model.get_input_embeddings().weight.dtype, 0
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and is_plain(module):
+                replace_forward(module, types.MethodType(_lora_forward(module, dtype), module), undo)
+                changed += 1
+        yield changed
+
+
+def _lora_forward(layer: Any, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    (name,) = layer.active_adapters
+    down = layer.lora_A[name].weight.detach().to(dtype)
+    up = layer.lora_B[name].weight.detach().to(dtype).t()
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)`."""
+        out = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        low = F.linear(x, down)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=self.scaling[name]).view_as(out)
+
+    return forward

@@ -1,0 +1,214 @@
+"""How a model is asked: the settings of `generate`, and an answer in pieces as it is written.
+
+Works on a loaded model and token ids. Knows nothing of prompts, scores, adapters or runs.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> GenerationConfig:
+    """What `generate` is told: all that matters, since it takes from the checkpoint what is not set here.
+
+    Args:
+        tokenizer: the model's.
+        config: longest answer, sampling.
+    """
+    from transformers import GenerationConfig
+
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
+    # Some checkpoints come with a repetition penalty.
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
+    )  # fmt: skip
+
+
+def stream(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], config: EvaluationConfig
+) -> Iterator[str]:
+    """One answer in pieces of text, as they come; closing the iterator ends the generation after the token in hand.
+
+    Args:
+        model: with or without adapters.
+        tokenizer: the model's.
+        prompt: token ids.
+        config: longest answer, sampling.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([list(prompt)], device=device)
+    tokens = _Tokens()
+    ended, errors = threading.Event(), []
+
+    def asked_to_end(input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), ended.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    def work() -> None:
+        try:
+            with torch.no_grad():  # a thread has its own gradient mode
+                model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=tokens,
+                    generation_config=generation_settings(tokenizer, config),
+                    stopping_criteria=StoppingCriteriaList([asked_to_end]),
+                )  # fmt: skip
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            tokens.end()
+
+    was_training = model.training
+    model.eval()
+    thread = threading.Thread(target=work, name="generate", daemon=True)
+    thread.start()
+    try:
+        yield from _texts(tokens, tokenizer)
+    finally:
+        ended.set()
+        thread.join()
+        model.train(was_training)
+    if errors:
+        raise errors[0]
+
+
+class _Tokens:
+    """What `generate` calls a streamer: hands each new token on, and leaves the prompt out."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._queue.put(int(value.reshape(-1)[-1]))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._queue.get, None)
+
+
+def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text that each token adds; half a character waits for the rest of it."""
+    ids, sent = [], ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(sent) :]
+            sent = text
+    if rest := tokenizer.decode(ids, skip_special_tokens=True)[len(sent) :]:
+        yield rest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without control tokens.
+        tokens: new tokens, the end-of-text token counted.
+        stopped: whether it ended by itself, before the limit.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluationConfig,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+    form: AnswerForm | None = None,
+) -> list[Answer]:
+    """Answers prompts in batches of similar length, greedily or by sampling.
+
+    Args:
+        model: with or without adapters.
+        tokenizer: the model's.
+        prompts: token ids of each.
+        config: batch size, longest answer, sampling.
+        seed: of the sampling.
+        progress: told how many prompts were answered.
+        form: what `fast_answers.answering_form` opened: greedy answers then come the fast way, which `form` is told of; None takes
+            `model.generate`.
+
+    Returns:
+        An answer for each prompt, in the order given.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if form is not None and not config.do_sample:
+            try:
+                lines = answer_fast(
+                    model, prompts, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id, most=config.max_new_tokens,
+                    slots=config.batch_size, form=form, progress=progress,
+                )  # fmt: skip
+                return [_answer(line, tokenizer) for line in lines]
+            except NotFast as reason:
+                form.note(f"answers by model.generate: {reason}")
+        return _generate_plainly(model, tokenizer, prompts, config, seed, progress)
+    finally:
+        model.train(was_training)
+
+
+def _generate_plainly(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: EvaluationConfig,
+    seed: int, progress: Callable[[int], Any] | None,
+) -> list[Answer]:  # fmt: skip
+    settings = generation_settings(tokenizer, config)
+    device = model.get_input_embeddings().weight.device
+    torch.manual_seed(seed)
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), config.batch_size):
+        group = order[start : start + config.batch_size]
+        ids, mask = _left_padded([prompts[index] for index in group], tokenizer.pad_token_id, device)
+        produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
+            answers[index] = _answer(line, tokenizer)
+        if progress is not None:
+            progress(len(group))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    stopped = tokenizer.eos_token_id in tokens
+    if stopped:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
+    return Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens), stopped)

@@ -1,0 +1,175 @@
+"""What a comparison of base and tuned model found: scores, rows with their answers, differences with intervals.
+
+Plain values in and out; what made them is `evaluation`'s. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.text import plain
+from qlora_helpers.evaluation.scorecard import Comparison, comparison_from_dict
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model under one prompt, over all held-out rows.
+
+    Attributes:
+        rouge1, rouge2, rouge_l: mean F-measure, 0 to 100.
+        loss: nats a summary token; None where the model was only asked for answers.
+        stop_rate: share of the answers that ended by themselves, 0 to 1.
+        mean_tokens: length of an answer.
+        repetition: share of an answer's runs of four words that stood in it before, 0 to 1.
+    """
+
+    rouge1: float
+    rouge2: float
+    rouge_l: float
+    stop_rate: float
+    mean_tokens: float
+    loss: float | None = None
+    repetition: float = 0.0
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the loss."""
+        return None if self.loss is None else math.exp(min(self.loss, 50.0))
+
+
+MODELS = {"base": "untuned", "base_chat": "untuned, chat template", "tuned": "tuned"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The comparison; what `evaluation.json` holds.
+
+    Attributes:
+        scores: `base`, `tuned` and, where it was asked, `base_chat` (the untuned model under its own chat template).
+        rows: one object a held-out row: `id`, `dialogue`, `summary`, `references` and each model's `answers` with their scores.
+        prompt_tokens_trimmed: rows whose dialogue was cut to fit the block.
+        comparisons: the tuned model against each other one, by its name, with intervals.
+        left_out: ids of held-out rows whose dialogue stands in the training set too.
+        form: how the answers were made.
+    """
+
+    scores: dict[str, Scores]
+    rows: tuple[dict[str, Any], ...]
+    prompt_tokens_trimmed: int = 0
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    form: tuple[str, ...] = ()
+
+    @property
+    def rouge_l_gain(self) -> float:
+        """Points of ROUGE-L, tuned over untuned on the same prompt."""
+        return self.scores["tuned"].rouge_l - self.scores["base"].rouge_l
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and lines of the comparison."""
+        header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "stops", "repeated", "tokens", "loss", "perplexity"]
+        lines = []
+        for name, score in self.scores.items():
+            loss = "" if score.loss is None else f"{score.loss:.3f}"
+            perplexity = "" if score.perplexity is None else f"{score.perplexity:,.1f}"
+            lines.append(
+                [MODELS[name], f"{score.rouge1:.1f}", f"{score.rouge2:.1f}", f"{score.rouge_l:.1f}",
+                 f"{score.stop_rate:.0%}", f"{score.repetition:.0%}", f"{score.mean_tokens:.0f}", loss, perplexity]
+            )  # fmt: skip
+        return header, lines
+
+    def __repr__(self) -> str:
+        header, lines = self.table()
+        return "\n".join([text_table(header, lines, numbers=range(1, len(header))), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What the rows can tell, and which of them do not count."""
+        found = [
+            f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
+        ]
+        if self.left_out:
+            found.append(f"left out: {len(self.left_out)} held-out rows whose dialogue was trained on")
+        if self.prompt_tokens_trimmed:
+            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit the block")
+        return found
+
+    def _repr_html_(self) -> str:
+        header, lines = self.table()
+        return html_table(header, lines, numbers=range(1, len(header)), caption=f"{len(self.rows)} held-out rows")
+
+    def side_by_side(self, rows: int = 5, *, outcome: str | None = None, against: str = "base") -> SideBySide:
+        """Rows to browse: dialogue, reference and each model's answer.
+
+        Args:
+            rows: at most so many.
+            outcome: `wins`, `ties` or `losses` of the tuned model, the clearest first; None takes the first rows.
+            against: the model that it is compared with.
+        """
+        if outcome is None:
+            return SideBySide(self.rows[:rows])
+        by_id = {row["id"]: row for row in self.rows}
+        return SideBySide([by_id[name] for name in getattr(self.comparisons[against], outcome)[:rows]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        scores = {name: asdict(score) | {"perplexity": score.perplexity} for name, score in self.scores.items()}
+        return {
+            "scores": scores, "rouge_l_gain": self.rouge_l_gain, "prompt_tokens_trimmed": self.prompt_tokens_trimmed,
+            "comparisons": {name: found.to_dict() for name, found in self.comparisons.items()},
+            "left_out": list(self.left_out), "form": list(self.form), "rows": list(self.rows),
+        }  # fmt: skip
+
+
+def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
+    """Reads back what `Evaluation.to_dict` wrote; files from before the scorecard have no comparisons."""
+    known = Scores.__dataclass_fields__
+    scores = {
+        name: Scores(**{key: item for key, item in score.items() if key in known})
+        for name, score in values["scores"].items()
+    }
+    comparisons = {name: comparison_from_dict(found) for name, found in values.get("comparisons", {}).items()}
+    return Evaluation(
+        scores, tuple(values["rows"]), values["prompt_tokens_trimmed"], comparisons, tuple(values.get("left_out", ())),
+        tuple(values.get("form", ())),
+    )  # fmt: skip
+
+
+class SideBySide:
+    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run.
+
+    Terminal codes, control characters and overrides of the writing direction are left out, also where text is printed.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        parts = []
+        for row in self.rows:
+            answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
+            parts.append("\n".join([plain(row["dialogue"]), f"{'reference:':<24} {plain(row['summary'])}", *answers]))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        cell = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:22em;padding:6px 10px"
+        names = ["dialogue", "reference", *(MODELS[name] for name in (self.rows[0]["answers"] if self.rows else ()))]
+        head = "".join(f"<th style='{cell}'>{html.escape(name)}</th>" for name in names)
+        lines = []
+        for row in self.rows:
+            texts = [
+                plain(row["dialogue"]),
+                plain(row["summary"]),
+                *(_one_line(a["text"]) for a in row["answers"].values()),
+            ]
+            lines.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in texts) + "</tr>")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _one_line(text: str, most: int = 400) -> str:
+    shown = " ".join(plain(text).split())
+    return shown if len(shown) <= most else shown[:most] + " ..."

@@ -1,0 +1,247 @@
+"""Base and tuned model row by row: scores, differences with paired bootstrap intervals, wins, ties and losses.
+
+Takes and gives plain values, the rows of an `evaluation.json`; how answers came about is `evaluation`'s. ROUGE: Lin 2004
+(aclanthology.org/W04-1013), by the rouge-score package with stemming. Bootstrap: Efron 1979; in this use Koehn 2004
+(aclanthology.org/W04-3250). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_helpers.base.tables import html_table, text_table
+
+SAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
+FEWEST_ROWS = 20  # below, the bootstrap's intervals are too narrow to be believed
+SAME_SCORE = 1e-9  # points of ROUGE-L: less is a tie
+MOST_DRAWN = 20_000_000  # numbers that the samples hold together: fewer samples of many rows
+REPEATED_WORDS = 4
+ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
+HIGHER_IS_BETTER = {"rouge1": True, "rouge2": True, "rouge_l": True, "loss": False, "perplexity": False, "stop_rate": True,
+                    "repetition": False, "tokens": None}  # fmt: skip
+"""Measures in the table's order; None where more is neither better nor worse."""
+NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rouge_l": "ROUGE-L", "loss": "loss", "perplexity": "perplexity",
+         "stop_rate": "stops, %", "repetition": "repeated, %", "tokens": "tokens"}  # fmt: skip
+
+
+def rouge_rows(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of each answer, 0 to 100: of several references the best, measure by measure."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(tuple(ROUGE), use_stemmer=True)
+    rows = []
+    for answer, several in zip(answers, references, strict=True):
+        found = [scorer.score(reference, answer) for reference in several]
+        rows.append({name: 100 * max(one[key].fmeasure for one in found) for key, name in ROUGE.items()})
+    return rows
+
+
+def repetition(text: str) -> float:
+    """Share of an answer's runs of four words that stood in it before, 0 to 1.
+
+    The seq-rep-4 of Welleck et al. 2019 (arXiv:1908.04319), over words.
+    """
+    words = text.casefold().split()
+    runs = [tuple(words[index : index + REPEATED_WORDS]) for index in range(len(words) - REPEATED_WORDS + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def resamples(rows: int, *, seed: int = 0) -> np.ndarray:
+    """How often each row counts in each sample, `(1 + samples, rows)`: once in the first, which is the rows themselves; in the
+    others rows are drawn with replacement, as many as there are."""
+    samples = min(SAMPLES, max(1000, MOST_DRAWN // rows))
+    drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.int16)
+    return np.concatenate([np.ones((1, rows), np.int16), drawn])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One measure of two models on the same rows.
+
+    Attributes:
+        measure: a key of `NAMES`; shares are in percent.
+        first, second: the measure of each model.
+        low, high: the interval of `second - first`.
+        rows: compared.
+    """
+
+    measure: str
+    first: float
+    second: float
+    low: float
+    high: float
+    rows: int
+
+    @property
+    def difference(self) -> float:
+        return self.second - self.first
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the rows are enough, and the interval leaves zero out."""
+        return self.rows >= FEWEST_ROWS and (self.low > 0 or self.high < 0)
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, `higher`, `lower`, or why nothing can be said."""
+        if self.rows < FEWEST_ROWS:
+            return f"too few rows ({self.rows} of {FEWEST_ROWS})"
+        if not self.can_tell:
+            return "can't tell"
+        up, good = self.low > 0, HIGHER_IS_BETTER[self.measure]
+        if good is None:
+            return "higher" if up else "lower"
+        return "better" if up == good else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same held-out rows.
+
+    Attributes:
+        first, second: their names in the rows' `answers`.
+        differences: one a measure, `second - first`.
+        wins, ties, losses: ids of the rows in which `second` has the higher, the same or the lower ROUGE-L; the clearest first.
+    """
+
+    first: str
+    second: str
+    differences: tuple[Difference, ...]
+    wins: tuple[str, ...]
+    ties: tuple[str, ...]
+    losses: tuple[str, ...]
+
+    def __getitem__(self, measure: str) -> Difference:
+        return next(item for item in self.differences if item.measure == measure)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and lines."""
+        header = ["measure", self.first, self.second, "difference", f"{LEVEL:.0%} interval", "verdict"]
+        lines = [
+            [NAMES[d.measure], _number(d.first), _number(d.second), _signed(d.difference),
+             f"{_signed(d.low)} to {_signed(d.high)}", d.verdict]
+            for d in self.differences
+        ]  # fmt: skip
+        return header, lines
+
+    def verdict(self) -> str:
+        """What the rows say about ROUGE-L, in a sentence that says so where they say nothing."""
+        if not self.differences:
+            return "no held-out row is left to compare."
+        gain, rows = self["rouge_l"], self["rouge_l"].rows
+        between = f"{_signed(gain.low)} to {_signed(gain.high)}"
+        if rows < FEWEST_ROWS:
+            return f"{rows} rows are too few to tell the two apart: at least {FEWEST_ROWS} are needed."
+        if not gain.can_tell:
+            return f"{rows} rows are too few to tell the two apart in ROUGE-L: the difference may be anything from {between}."
+        more = "more" if gain.difference > 0 else "less"
+        return (
+            f"{abs(gain.difference):.1f} points of ROUGE-L {more} ({LEVEL:.0%} interval {between}); {len(self.wins)} rows won, "
+            f"{len(self.ties)} tied, {len(self.losses)} lost."
+        )
+
+    def __repr__(self) -> str:
+        header, lines = self.table()
+        return f"{text_table(header, lines, numbers=range(1, 5))}\n{self.verdict()}"
+
+    def _repr_html_(self) -> str:
+        header, lines = self.table()
+        return html_table(header, lines, numbers=range(1, 5), caption=self.verdict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {
+            "differences": [
+                asdict(item) | {"difference": item.difference, "can_tell": item.can_tell, "verdict": item.verdict}
+                for item in self.differences
+            ],
+            "verdict": self.verdict(), "level": LEVEL, "samples": SAMPLES,
+        }  # fmt: skip
+
+
+def comparison_from_dict(values: Mapping[str, Any]) -> Comparison:
+    """Reads back what `Comparison.to_dict` wrote."""
+    fields = Difference.__dataclass_fields__
+    differences = tuple(Difference(**{key: item[key] for key in fields}) for item in values["differences"])
+    ids = (tuple(values[name]) for name in ("wins", "ties", "losses"))
+    return Comparison(values["first"], values["second"], differences, *ids)
+
+
+def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed: int = 0) -> Comparison:
+    """Compares two models that answered the same rows.
+
+    Args:
+        rows: of an `evaluation.json`: each has an `id` and `answers`, and these their scores (`score_answers`).
+        first, second: names in `answers`.
+        seed: of the bootstrap.
+    """
+    if not rows:
+        return Comparison(first, second, (), (), (), ())
+    drawn = resamples(len(rows), seed=seed)
+    one, other = ([row["answers"][name] for row in rows] for name in (first, second))
+    differences = []
+    for measure in HIGHER_IS_BETTER:
+        found = [_measured(answers, measure, drawn) for answers in (one, other)]
+        if None in (found[0], found[1]):
+            continue
+        (value, samples), (other_value, other_samples) = found
+        low, high = np.quantile(other_samples - samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        differences.append(Difference(measure, value, other_value, float(low), float(high), len(rows)))
+    gains = [(b["rouge_l"] - a["rouge_l"], row["id"]) for row, a, b in zip(rows, one, other, strict=True)]
+    gains.sort(key=lambda pair: -pair[0])
+    return Comparison(
+        first, second, tuple(differences),
+        tuple(name for gain, name in gains if gain > SAME_SCORE),
+        tuple(name for gain, name in gains if abs(gain) <= SAME_SCORE),
+        tuple(name for gain, name in reversed(gains) if gain < -SAME_SCORE),
+    )  # fmt: skip
+
+
+def _measured(answers: Sequence[Mapping[str, Any]], measure: str, drawn: np.ndarray) -> tuple[float, np.ndarray] | None:
+    """A measure over all rows, and over each sample; None where no answer has it. Loss is weighted by tokens, not by rows."""
+    key = {"stop_rate": "stopped", "loss": "nats", "perplexity": "nats"}.get(measure, measure)
+    if all(answer.get(key) is None for answer in answers):
+        return None
+    values = np.array([float(answer.get(key) or 0) for answer in answers])
+    weights = np.ones_like(values)
+    if key == "nats":
+        weights = np.array([float(answer.get("loss_tokens", 0)) for answer in answers])
+    parts = np.array_split(drawn, max(1, drawn.size // 1_000_000))
+    sums = np.concatenate([part @ np.stack([values, weights], axis=1) for part in parts])
+    means = sums[:, 0] / np.maximum(1, sums[:, 1])
+    if measure == "perplexity":
+        means = np.exp(np.minimum(means, 50.0))
+    if measure in ("stop_rate", "repetition"):
+        means = 100 * means
+    return float(means[0]), means[1:]
+
+
+def score_answers(rows: Iterable[dict[str, Any]]) -> None:
+    """Adds ROUGE and repetition to every answer of rows that have `references` or one `summary`."""
+    rows = list(rows)
+    for name in rows[0]["answers"] if rows else ():
+        answers = [row["answers"][name] for row in rows]
+        references = [row.get("references") or [row["summary"]] for row in rows]
+        for answer, scores in zip(answers, rouge_rows([a["text"] for a in answers], references), strict=True):
+            answer |= scores | {"repetition": repetition(answer["text"])}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) >= 10 or value == 0 else f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    text = _number(abs(value))
+    zero = not any(digit in "123456789" for digit in text)
+    return text if zero else f"{'+' if value > 0 else chr(0x2212)}{text}"
+
+
+def mean_loss(nats: Sequence[float], tokens: Sequence[int]) -> float | None:
+    """Nats a token over rows: weighted by tokens, so that batches and rows of unlike length count as they should."""
+    count = sum(tokens)
+    return math.fsum(nats) / count if count else None

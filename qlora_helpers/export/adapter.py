@@ -1,0 +1,81 @@
+"""A run's `adapter/`: written whole, put back on a base model, and certified to be the adapter that was trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.evaluation.comparison import answered, compared
+from qlora_helpers.export.card import _model_card
+from qlora_helpers.machine.environment import versions
+from qlora_helpers.model.checkpoints import base_fingerprint
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.locks import MODEL_IN_USE
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.export.certificate import Certificate
+    from qlora_helpers.model.loading import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
+    """Writes the adapter, the tokenizer and the run's settings into `adapter/`, whole or not at all."""
+    config = run.config()
+    with replaced_folder(run.adapter_dir) as folder:
+        # 'auto' would ask the hub whether the embedding was resized; it never is here.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        loaded.tokenizer.save_pretrained(folder)
+        settings = read_json(folder / "adapter_config.json")
+        settings["base_model_name_or_path"] = loaded.checkpoint.name
+        settings["revision"] = loaded.checkpoint.revision
+        write_json(folder / "adapter_config.json", settings)
+        write_json(folder / "config.json", config.to_dict())
+        (folder / "README.md").write_text(_model_card(run, config, loaded), encoding="utf-8")
+
+
+def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
+    """Puts the run's saved adapter on a freshly loaded base model.
+
+    Raises:
+        RunError: the run has no adapter yet.
+    """
+    from qlora_helpers.model import lora
+
+    run.need(run.adapter_dir / "adapter_model.safetensors", "Notebook 04_train (or `python -m qlora_helpers train`)")
+    return lora.load_adapter(loaded.model, run.adapter_dir)
+
+
+def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+
+    Args:
+        run: a run whose adapter was just saved.
+        model: the model in memory that it was saved from.
+        loaded: the base model that `model` stands on.
+        data: its held-out rows are asked.
+        prompts: how many.
+    """
+    from qlora_helpers.export import certificate
+
+    asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
+    expected = certificate.expected_tensors(model)
+    try:
+        with MODEL_IN_USE:
+            live = answered(run, model, loaded, data, prompts)
+            with certificate.saved_weights_in_place(model, run.adapter_dir):
+                saved = answered(run, model, loaded, data, prompts)
+            asked = compared(live, saved)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
+    prepared = run.data_dir / "prepared.json"
+    checkpoint = loaded.checkpoint
+    return certificate.certify(
+        run.adapter_dir, expected, settings=certificate.expected_settings(model), asked=asked, versions=versions(),
+        base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},
+        data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""A trained run made ready to leave the machine: adapter, merged 16-bit model, what servers take, the hub.
+
+Composes `workflow` and the steps below it. Refuses without a certificate that passed and still fits the files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.config import RunConfig, config_from_dict
+from qlora_helpers.base.errors import ModelError, UserError
+from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.base.tables import text_table
+from qlora_helpers.base.text import Say, short_name
+from qlora_helpers.base.units import gib
+from qlora_helpers.export.card import _card
+from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
+from qlora_helpers.export.drift import Drift, _measured_drift
+from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge, tokenizer_files
+from qlora_helpers.export.tensor_files import stored_tensors
+from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.sagemaker import endpoint
+
+if TYPE_CHECKING:
+    pass
+
+SPACE_MARGIN = 1.02  # of the merged model's size, for its index and tokenizer
+FOLDER = "export"
+PARTS = {"adapter", "merged", "model.tar.gz", "serving.json", "export.json"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far the merged model is from the one that was trained; `export.json`."""
+
+    folder: Path
+    adapter_sha256: str
+    merged: MergeReport | None
+    drift: tuple[Drift, ...]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.folder.name}/: " + ", ".join(sorted(item.name for item in self.folder.iterdir()))]
+        lines += [repr(self.merged)] if self.merged else []
+        if self.drift:
+            header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"]
+            rows = [[d.first, d.second, f"{d.largest_difference:.3g}", f"{d.kl_nats:.2g}", f"{d.same_answers} of {d.prompts}"]
+                    for d in self.drift]  # fmt: skip
+            lines.append(text_table(header, rows, numbers=range(2, 5)))
+        return "\n".join([*lines, *self.notes])
+
+
+def export(
+    run: Run, *, out: Path | None = None, merged: bool = True, drift: bool = True, shard_gib: float = SHARD_GIB,
+    say: Say = print,
+) -> ExportReport:  # fmt: skip
+    """Writes `export/`: the adapter with its card and certificate, the merged model, and what servers need; whole or not at all.
+
+    Args:
+        run: a trained run.
+        out: the folder, new, empty or an earlier export; none takes `export` in the run's.
+        merged: whether to write the merged model.
+        drift: whether to measure how far it is from the adapter on 4 and on 16 bits, where memory allows.
+        shard_gib: size of a file of the merged model.
+        say: told what takes long.
+
+    Raises:
+        RunError: the run has no adapter yet.
+        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space; `out` holds
+            something else.
+    """
+    out = (out or run.folder / FOLDER).resolve()
+    _refuse_other_content(out)
+    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+    certificate = require_certificate(run.adapter_dir)
+    checkpoint = find_checkpoint(run.config().model, say=say)
+    _check_base(checkpoint, certificate)
+    report, notes = None, []
+    with replaced_folder(out) as folder:
+        _write_adapter(run, folder / "adapter", certificate)
+        if merged:
+            report = _write_merged(run, checkpoint, folder / "merged", certificate, shard_gib, say)
+        notes += _write_serving(run, folder, merged)
+        found: tuple[Drift, ...] = ()
+        if merged and drift:
+            found, reason = _measured_drift(run, folder / "merged", say)
+            notes += [reason] if reason else []
+        values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
+        write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
+    return ExportReport(out, certificate.weights_sha256, report, found, tuple(notes))
+
+
+def _refuse_other_content(out: Path) -> None:
+    """The export takes the folder's place, with all that is in it: that may be an earlier export, and nothing else."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    other = sorted(names - PARTS) or sorted(names if "export.json" not in names else ())
+    if other:
+        raise ModelError(
+            f"{out} is not written over", expected="a new or empty folder, or an earlier export",
+            got=f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''} in it",
+            next_step=f"Name a folder of its own, such as {out / 'export'}.",
+        )  # fmt: skip
+
+
+def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
+    found = base_fingerprint(checkpoint.folder)
+    if found != certificate.base_sha256:
+        raise ModelError(
+            f"the files of {checkpoint.name} are not those that the adapter was trained on",
+            expected=f"sha256 {(certificate.base_sha256 or 'none')[:12]}, revision {certificate.base_revision}",
+            got=f"{(found or 'none')[:12]}, revision {checkpoint.revision}",
+            next_step="Set model.revision to that revision, or train again.",
+        )
+
+
+def _write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
+    folder.mkdir()
+    for name in (WEIGHTS, SETTINGS, FILE):
+        shutil.copyfile(run.adapter_dir / name, folder / name)
+    if (run.adapter_dir / "config.json").exists():
+        trained = config_from_dict(read_json(run.adapter_dir / "config.json"))
+        write_json(folder / "config.json", _without_folders(trained).to_dict())
+    for path in tokenizer_files(run.adapter_dir):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "README.md").write_text(_card(run, certificate, merged=False), encoding="utf-8")
+
+
+def _without_folders(config: RunConfig) -> RunConfig:
+    """Settings that name a local model or data file by its last part: where it lies on this machine leaves with nothing."""
+    names = {"model.name": config.model.name, "data.source": config.data.source}
+    return config.with_settings({key: short_name(name, keep_owner=True) for key, name in names.items()})
+
+
+def _write_merged(
+    run: Run, checkpoint: Checkpoint, folder: Path, certificate: Certificate, shard_gib: float, say: Say
+) -> MergeReport:
+    if checkpoint.shape is not None:
+        raise ModelError(
+            f"{checkpoint.name} has no files to merge into",
+            next_step="Export the adapter alone (merged=False, --no-merge).",
+        )
+    needed = 2 * sum(tensor.values for tensor in stored_tensors(checkpoint.folder).values())
+    free = shutil.disk_usage(folder.parent).free
+    if SPACE_MARGIN * needed > free:
+        raise ModelError(
+            "there is not enough disk space for the merged model", expected=f"{gib(needed):.1f} GiB",
+            got=f"{gib(free):.1f} GiB free", next_step="Free some (notebook 08), or name another folder with `out`.",
+        )  # fmt: skip
+    say(f"Merging into {gib(needed):.2f} GiB of 16-bit weights ...")
+    folder.mkdir()
+    try:
+        report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+    except OSError as error:  # what was free is so no more
+        raise ModelError(
+            f"the merged model could not be written ({error.strerror or error})",
+            next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
+        ) from error
+    write_hashes(folder)
+    (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
+    shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
+    return report
+
+
+def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
+    """How vLLM and AWS's LMI container are told of adapter and merged model; what can't be served so is said."""
+    config, notes = _without_folders(run.config()), []
+    longest = config.data.seq_len_tokens
+    commands = {"seq_len_tokens": longest}
+    if merged:
+        commands["vllm_merged"] = (
+            f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
+        )
+        properties = endpoint.merged_properties(max_model_len=longest)
+        (folder / "merged" / "serving.properties").write_text(properties, encoding="utf-8")
+    try:
+        archive = endpoint.package_adapter(folder / "adapter", config.model.name, folder / "model.tar.gz")
+        rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= config.adapter.r)
+        commands["vllm_adapter"] = (
+            f"vllm serve {config.model.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned=./adapter "
+            f"--max-model-len {longest}"
+        )
+        with tarfile.open(archive) as opened:
+            commands["lmi_archive"] = sorted(opened.getnames())
+    except UserError as error:
+        notes.append(f"no archive for an endpoint with the adapter apart: {error}")
+    write_json(folder / "serving.json", commands)
+    return notes

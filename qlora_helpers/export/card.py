@@ -1,0 +1,63 @@
+"""The model cards of an adapter and of an exported run, with both licences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.files import read_json
+from qlora_helpers.export.certificate import FILE, Certificate
+from qlora_helpers.runs.folder import Run
+
+if TYPE_CHECKING:
+    from qlora_helpers.model.loading import LoadedModel
+
+
+_CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, template `{template}`."
+
+
+def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
+    """The model card: what it is, of what, how good on what, and what it is not."""
+    config, adapter = run.config(), run.config().adapter
+    prepared = run.data_dir / "prepared.json"
+    source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
+    head = ["---", f"base_model: {certificate.base_model}"]
+    head += [] if merged else ["library_name: peft"]
+    head += ["pipeline_tag: text-generation", f"base_model_relation: {'merge' if merged else 'adapter'}", "---"]
+    what = "The base model with its adapter merged in, bfloat16" if merged else "A LoRA adapter"
+    lines = [
+        *head, "", f"# {run.name}", "",
+        f"{what} (r={adapter.r}, alpha={adapter.lora_alpha}) for {certificate.base_model} at revision "
+        f"{certificate.base_revision or 'unknown'}, trained on {source} to summarise dialogues.",
+        "", _CARD_NOTE.format(template=config.data.template), "",
+    ]  # fmt: skip
+    if run.evaluation_path.exists():
+        values = read_json(run.evaluation_path)
+        header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "answers that end"]
+        lines += [
+            f"On {len(values['rows'])} held-out rows:",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|---" * len(header) + "|",
+        ]
+        lines += [f"| {name} | {s['rouge1']:.1f} | {s['rouge2']:.1f} | {s['rouge_l']:.1f} | {s['stop_rate']:.0%} |"
+                  for name, s in values["scores"].items()]  # fmt: skip
+        verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
+        lines += ["", *([f"Tuned against untuned: {verdict}", ""] if verdict else [])]
+    lines += [
+        f"Certificate: `{FILE}` (adapter sha256 `{certificate.weights_sha256[:16]}`). It makes things up like any such model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _model_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
+    prepared = run.data_dir / "prepared.json"
+    source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
+    storage = "in 4-bit NF4 (QLoRA) " if config.model.quantization == "nf4" else ""
+    return (
+        f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
+        f"# {run.name}\n\nA LoRA adapter (r={config.adapter.r}, alpha={config.adapter.lora_alpha}) for "
+        f"{loaded.checkpoint.name}, trained {storage}on {source} to summarise dialogues.\n\n"
+        f"Prompt: the `{config.data.template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
+    )

@@ -1,0 +1,131 @@
+"""How far the merged model is from the adapter on its 4-bit base, measured on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers import workflow
+from qlora_helpers.base.text import Say
+from qlora_helpers.base.units import gib
+from qlora_helpers.evaluation.comparison import answered, compared
+from qlora_helpers.export.adapter import load_adapter
+from qlora_helpers.export.tensor_files import stored_tensors
+from qlora_helpers.planning import out_of_memory
+from qlora_helpers.runs.folder import Run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_helpers.model.loading import LoadedModel
+
+
+DRIFT_PROMPTS = 8
+
+
+MEMORY_MARGIN = 1.2  # of a 16-bit model's size, where drift loads it
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far two forms of the tuned model are apart, on the run's held-out prompts.
+
+    Attributes:
+        first, second: the forms.
+        prompts: asked.
+        largest_difference: between next-token logits.
+        kl_nats: mean of KL(first || second) over the next token's probabilities.
+        same_answers: short greedy answers equal to the letter.
+    """
+
+    first: str
+    second: str
+    prompts: int
+    largest_difference: float
+    kl_nats: float
+    same_answers: int
+
+
+def _measured_drift(run: Run, merged: Path, say: Say) -> tuple[tuple[Drift, ...], str]:
+    """The adapter on 4-bit weights, on 16-bit weights and merged, each asked alone; or the reason why they were not."""
+    config = run.config()
+    needed = MEMORY_MARGIN * _loaded_bytes(merged)
+    free = _free_bytes()
+    if needed > free:
+        return (), f"drift not measured: the 16-bit model takes {gib(needed):.1f} GiB, {gib(free):.1f} GiB are free"
+    plain = replace(config.model, quantization="none")
+    forms: dict[str, Callable[[], tuple[LoadedModel, PeftModel]]] = {
+        "adapter on 4 bits": lambda: _with_adapter(run, config.model),
+        "adapter on 16 bits": lambda: _with_adapter(run, plain),
+        "merged": lambda: _alone(replace(plain, name=str(merged), revision=None)),
+    }
+    if config.model.quantization == "none":
+        del forms["adapter on 4 bits"]
+    found = {}
+    for name, load in forms.items():
+        say(f"Asking the {name} ...")
+        try:
+            found[name] = _answers_of(run, load, say)
+        except Exception as error:
+            if not out_of_memory.ran_out(error):
+                raise
+            out_of_memory.let_go(error)
+        out_of_memory.free_memory()
+        if name not in found:  # hours of merging are not thrown away for it
+            return (), f"drift not measured: asking the {name} ran out of memory"
+    names = list(found)
+    pairs = [(first, names[-1]) for first in names[:-1]] + ([(names[0], names[1])] if len(names) > 2 else [])
+    return tuple(_drift(first, second, found[first], found[second]) for first, second in pairs), ""
+
+
+def _answers_of(run: Run, load: Callable[[], tuple[LoadedModel, PeftModel]], say: Say) -> tuple[list, list]:
+    """What a form answers to the run's held-out prompts; the model is gone afterwards."""
+    loaded, model = load()
+    data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+    return answered(run, model, loaded, data, DRIFT_PROMPTS)
+
+
+def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:
+    from qlora_helpers.model.loading import load_model
+
+    loaded = load_model(config, say=lambda text: None)
+    return loaded, load_adapter(run, loaded)
+
+
+def _alone(config: Any) -> tuple[LoadedModel, Any]:
+    from qlora_helpers.model.loading import load_model
+
+    loaded = load_model(config, say=lambda text: None)
+    return loaded, loaded.model
+
+
+def _drift(first: str, second: str, one: tuple[list, list], other: tuple[list, list]) -> Drift:
+    import torch
+
+    kl = []
+    for a, b in zip(one[0], other[0], strict=True):
+        log_a, log_b = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
+        kl.append(float((log_a.exp() * (log_a - log_b)).sum()))
+    shared = compared(one, other)
+    return Drift(
+        first, second, shared["prompts"], shared["largest_difference"], sum(kl) / len(kl), shared["same_answers"]
+    )
+
+
+def _loaded_bytes(folder: Path) -> int:
+    """Bytes of a 16-bit model in memory: 32-bit on a CPU, as products are there."""
+    import torch
+
+    values = sum(tensor.values for tensor in stored_tensors(folder).values())
+    return values * (2 if torch.cuda.is_available() else 4)
+
+
+def _free_bytes() -> int:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    return psutil.virtual_memory().available

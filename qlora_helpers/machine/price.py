@@ -1,0 +1,81 @@
+"""What an hour of this machine costs: as the settings say, else by the catalogue where this is a SageMaker instance."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import studio, telemetry
+from qlora_helpers.machine.hardware import INSTANCES, Instance, find_gpu
+
+BOARD_NAME = Path("/sys/devices/virtual/dmi/id/product_name")
+"""On EC2's Nitro machines: the instance type, such as `g5.12xlarge`."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an hour costs, USD, and where that is from."""
+
+    usd_per_hour: float
+    source: str
+
+
+def machine_price(config: TrainConfig, nvml: Any = None) -> Price | None:
+    """What this machine costs; None where nobody says.
+
+    The catalogue's prices hold for SageMaker's instances alone, so they are taken inside SageMaker only: by the instance's name
+    where the machine tells it, else by its GPUs. Where several instances have those, the dearest counts: a limit in dollars then
+    stops too early rather than too late.
+
+    Args:
+        config: training settings; `usd_per_hour` goes before everything.
+        nvml: stands in for the module `pynvml`.
+    """
+    if config.usd_per_hour is not None:
+        return Price(config.usd_per_hour, "as given")
+    if not (studio.this_app() or os.environ.get("SM_CURRENT_INSTANCE_TYPE")):
+        return None
+    named = INSTANCES.get(os.environ.get("SM_CURRENT_INSTANCE_TYPE") or f"ml.{_board_name()}")
+    found = [named] if named else _with_gpus_of_this_machine(nvml)
+    priced = [instance for instance in found if instance.price_usd_per_hour is not None]
+    if not priced:
+        return None
+    dearest = max(priced, key=lambda instance: instance.price_usd_per_hour)
+    return Price(dearest.price_usd_per_hour, f"{dearest.name}, {dearest.region}, {dearest.priced_on}")
+
+
+def needed_price(config: TrainConfig, nvml: Any = None) -> Price | None:
+    """The same, but must be there where `stop_at_usd` is set.
+
+    Raises:
+        UserError: a limit in dollars, and no price.
+    """
+    price = machine_price(config, nvml)
+    if price is None and config.stop_at_usd is not None:
+        raise UserError(
+            "train.stop_at_usd is set, but what this machine costs is not known",
+            expected="a price an hour",
+            next_step="Give it: train.usd_per_hour=7.09. Or limit the time: train.stop_at_minutes.",
+        )
+    return price
+
+
+def _with_gpus_of_this_machine(nvml: Any) -> list[Instance]:
+    gpus = telemetry.read_gpus(nvml)
+    known = find_gpu(gpus[0].name) if gpus else None
+    return [
+        instance
+        for instance in INSTANCES.values()
+        if known and (instance.gpu, instance.gpus) == (known.name, len(gpus))
+    ]
+
+
+def _board_name() -> str:
+    try:
+        return BOARD_NAME.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,274 @@
+"""What GPUs, processes, the machine and its disks are doing right now.
+
+Readings come from NVML (nvidia-ml-py, imported as `pynvml`), psutil and the standard library; both packages are
+imported at the first reading, so that this module loads on a bare Python. It knows nothing about runs and models, and
+keeps no history.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.units import gib
+
+FIRST_CPU_READING_S = 0.1
+SILENT_GPU = "does not answer"
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """One GPU at one moment; None where the card or its driver doesn't tell.
+
+    Attributes:
+        index: NVML's number of the card, which is nvidia-smi's (CUDA_VISIBLE_DEVICES doesn't change it).
+        name: the product's name.
+        memory_used_gib, memory_total_gib: of all processes together, GiB.
+        utilisation_percent: share of the last moments in which a kernel ran.
+        temperature_c: degrees Celsius.
+        power_w: watts.
+    """
+
+    index: int
+    name: str
+    memory_used_gib: float | None = None
+    memory_total_gib: float | None = None
+    utilisation_percent: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True)
+class DriverReading:
+    """The NVIDIA driver: its version, and the newest CUDA version that it runs, such as `(13, 0)`."""
+
+    version: str
+    cuda: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ProcessReading:
+    """One process at one moment: resident memory in GiB, CPU in percent of one core, and its threads."""
+
+    rss_gib: float
+    cpu_percent: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class MachineReading:
+    """The machine at one moment: RAM in GiB, CPU in percent of all cores, and the cores this process may use."""
+
+    ram_total_gib: float
+    ram_available_gib: float
+    cpu_percent: float
+    cores: int
+
+
+@dataclass(frozen=True)
+class DiskReading:
+    """A file system at one moment, GiB."""
+
+    total_gib: float
+    free_gib: float
+
+
+def read_gpus(nvml: Any = None) -> list[GpuReading]:
+    """All NVIDIA GPUs of the machine; an empty list where there is none, no driver or no nvidia-ml-py.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+    """
+    nvml = _started(nvml)
+    if nvml is None:
+        return []
+    return [_read_gpu(nvml, index) for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0)]
+
+
+def gpu_ids(nvml: Any = None) -> list[str]:
+    """The unique ids of all NVIDIA GPUs, in NVML's order; the same on every start of the machine.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+    """
+    nvml = _started(nvml)
+    if nvml is None:
+        return []
+    ids = []
+    for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0):
+        handle = _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+        ids.append(handle is not None and _ask(nvml, nvml.nvmlDeviceGetUUID, handle) or f"GPU-{index}-of-this-machine")
+    return ids
+
+
+def read_driver(nvml: Any = None) -> DriverReading | None:
+    """The NVIDIA driver; None where there is none, or no nvidia-ml-py.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+    """
+    nvml = _started(nvml)
+    if nvml is None:
+        return None
+    version, cuda = _ask(nvml, nvml.nvmlSystemGetDriverVersion), _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion)
+    # NVML tells 13000 for CUDA 13.0 and 12040 for CUDA 12.4.
+    return DriverReading(version or "unknown", divmod((cuda or 0) // 10, 100))
+
+
+def read_process(pid: int | None = None) -> ProcessReading | None:
+    """Memory and CPU of a process; None once it no longer lives.
+
+    CPU is counted since the previous reading of the same process; the first one watches it for a tenth of a second.
+
+    Args:
+        pid: its number; this process where none is given.
+    """
+    import psutil
+
+    pid = os.getpid() if pid is None else pid
+    try:
+        process = _processes.get(pid)
+        first = process is None or not process.is_running()
+        if first:
+            process = _processes[pid] = psutil.Process(pid)
+        cpu_percent = process.cpu_percent(FIRST_CPU_READING_S if first else None)
+        return ProcessReading(gib(process.memory_info().rss), cpu_percent, process.num_threads())
+    except psutil.Error:
+        _processes.pop(pid, None)
+        return None
+
+
+def read_machine() -> MachineReading:
+    """RAM and CPU of the whole machine.
+
+    CPU is counted since the previous reading in the same thread; the first one watches it for a tenth of a second.
+    """
+    import psutil
+
+    thread = threading.get_ident()
+    cpu_percent = psutil.cpu_percent(None if thread in _threads_that_read else FIRST_CPU_READING_S)
+    _threads_that_read.add(thread)
+    memory = psutil.virtual_memory()
+    return MachineReading(gib(memory.total), gib(memory.available), cpu_percent, cpu_cores())
+
+
+def cpu_cores() -> int:
+    """The CPU cores that this process may use, which a container or a scheduler can keep below what is built in."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_disk(path: str | os.PathLike[str]) -> DiskReading:
+    """Space on the file system that holds a path, or that would hold it once it is made."""
+    folder = Path(path).expanduser().absolute()
+    while not os.path.exists(folder):
+        folder = folder.parent
+    usage = shutil.disk_usage(folder)
+    return DiskReading(gib(usage.total), gib(usage.free))
+
+
+@dataclass(frozen=True, repr=False)
+class GpuTable:
+    """GPUs, one process and the machine, as in `nvidia-smi`; prints as text, shows as HTML in a notebook."""
+
+    gpus: tuple[GpuReading, ...]
+    process: ProcessReading | None
+    machine: MachineReading
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            [
+                f"GPU {gpu.index} {gpu.name}",
+                f"{_number(gpu.memory_used_gib, '.1f')} of {_number(gpu.memory_total_gib, '.1f')} GiB",
+                *(
+                    f"{_number(value)} {unit}"
+                    for value, unit in ((gpu.utilisation_percent, "%"), (gpu.temperature_c, "°C"), (gpu.power_w, "W"))
+                ),
+            ]
+            for gpu in self.gpus
+        ]
+        if self.process is None:
+            rows.append(["process", "ended", "", "", ""])
+        else:
+            of_a_core = f"{self.process.cpu_percent:.0f} % of a core"
+            rows.append(
+                [f"process (threads: {self.process.threads})", f"{self.process.rss_gib:.2f} GiB", of_a_core, "", ""]
+            )
+        used_gib = self.machine.ram_total_gib - self.machine.ram_available_gib
+        memory = f"{used_gib:.1f} of {self.machine.ram_total_gib:.1f} GiB"
+        rows.append([f"machine (cores: {self.machine.cores})", memory, f"{self.machine.cpu_percent:.0f} %", "", ""])
+        columns = 5 if self.gpus else 3
+        header = ["device" if self.gpus else "no GPU", "memory", "busy", "temperature", "power"]
+        return header[:columns], [row[:columns] for row in rows]
+
+    def __repr__(self) -> str:
+        header, rows = self._table()
+        return text_table(header, rows, numbers=range(1, len(header)))
+
+    def _repr_html_(self) -> str:
+        header, rows = self._table()
+        return html_table(header, rows, numbers=range(1, len(header)))
+
+
+def gpu_table(pid: int | None = None, nvml: Any = None) -> GpuTable:
+    """The GPUs beside a process and the machine; without a GPU, the process and the machine alone.
+
+    Args:
+        pid: the process, such as the trainer's; this one where none is given.
+        nvml: stands in for the module `pynvml`.
+    """
+    return GpuTable(tuple(read_gpus(nvml)), read_process(pid), read_machine())
+
+
+# psutil counts CPU time from one reading to the next, and keeps the last one in these objects and threads.
+_processes: dict[int, Any] = {}
+_threads_that_read: set[int] = set()
+
+
+def _started(nvml: Any) -> Any:
+    """NVML, ready to be asked, or None. It counts its starts: all but the first are free, so it is never shut down."""
+    if nvml is None:
+        try:
+            import pynvml as nvml
+        except ImportError:
+            return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
+
+
+def _read_gpu(nvml: Any, index: int) -> GpuReading:
+    handle = _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+    if handle is None:
+        return GpuReading(index, SILENT_GPU)
+    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+    utilisation = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
+    milliwatts = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+    return GpuReading(
+        index,
+        _ask(nvml, nvml.nvmlDeviceGetName, handle) or "unknown",
+        memory_used_gib=None if memory is None else gib(memory.used),
+        memory_total_gib=None if memory is None else gib(memory.total),
+        utilisation_percent=None if utilisation is None else float(utilisation.gpu),
+        temperature_c=_ask(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+        power_w=None if milliwatts is None else milliwatts / 1000,
+    )
+
+
+def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
+    """One answer of NVML, or None where the card can't tell: MIG slices have no utilisation, some cards no power."""
+    try:
+        return question(*arguments)
+    except nvml.NVMLError:
+        return None
+
+
+def _number(value: float | None, form: str = ".0f") -> str:
+    return "?" if value is None else format(value, form)

@@ -1,0 +1,199 @@
+"""Where the notebooks live: the large volume, the model cache and the packages on it, and a Jupyter kernel of our own.
+
+Knows SageMaker's places (Studio's JupyterLab spaces and notebook instances) and the Hugging Face variables that name
+the cache; nothing about models or what is in the cache. Standard library alone. What it prints holds no path.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine.telemetry import read_disk
+
+# Both survive a stop of the instance; everything else on its disk is small or lost.
+STUDIO_VOLUME = Path("/home/sagemaker-user")
+NOTEBOOK_INSTANCE_VOLUME = Path("/home/ec2-user/SageMaker")
+KERNEL_VARIABLES = ("HF_HOME", "LD_LIBRARY_PATH")
+KERNEL_NAME, KERNEL_DISPLAY_NAME = "qlora", "Python (QLoRA)"
+# Without CUDA the packages take 2.1 GiB unpacked (measured); PyTorch's CUDA libraries are several times that.
+PACKAGES_GIB = 10
+
+
+@dataclass(frozen=True, repr=False)
+class ModelCache:
+    """The folder into which models are downloaded, where that is in words, and its free space in GiB."""
+
+    folder: Path
+    place: str
+    free_gib: float
+
+    def __repr__(self) -> str:  # no path: it may be stored in a notebook
+        return f"Model cache: {self.place}, {self.free_gib:.1f} GiB free"
+
+
+@dataclass(frozen=True, repr=False)
+class RegisteredKernel:
+    """A kernel that JupyterLab now offers, and the variables that it sets for its notebooks."""
+
+    name: str
+    display_name: str
+    variables: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        setting = f" It sets {' and '.join(self.variables)}." if self.variables else ""
+        return f"Kernel registered: choose {self.display_name!r} at the top right of a notebook.{setting}"
+
+
+def sagemaker_app(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Which part of SageMaker this runs in, in words; None outside of it."""
+    app = environ.get("SAGEMAKER_APP_TYPE") or environ.get("SAGEMAKER_APP_TYPE_LOWERCASE")
+    if app:
+        return f"SageMaker Studio, {app} app"
+    return "a SageMaker notebook instance" if NOTEBOOK_INSTANCE_VOLUME.is_dir() else None
+
+
+def large_volume() -> Path | None:
+    """SageMaker's large, lasting volume: of a Studio space, or of a notebook instance; None elsewhere."""
+    for volume in (STUDIO_VOLUME, NOTEBOOK_INSTANCE_VOLUME):
+        if volume.is_dir() and os.access(volume, os.W_OK):
+            return volume
+    return None
+
+
+def model_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder into which huggingface_hub downloads models, by its own rules (`huggingface_hub/constants.py`)."""
+    cache_home = environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
+    home = environ.get("HF_HOME", os.path.join(cache_home, "huggingface"))
+    folder = environ.get("HF_HUB_CACHE", environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))
+    return Path(os.path.expandvars(os.path.expanduser(folder)))
+
+
+def set_model_cache(path: str | os.PathLike[str] | None = None) -> ModelCache:
+    """Puts the model cache on the large volume, for this process and those it starts (HF_HOME).
+
+    The access token is kept in the same place: log in to the hub after this, not before.
+
+    Args:
+        path: the folder to use as HF_HOME. None keeps HF_HOME where it is set, else takes SageMaker's large volume,
+            else leaves the default.
+
+    Raises:
+        UserError: huggingface_hub is already imported and would not notice, or the folder can't be made.
+    """
+    volume = large_volume()
+    home, place = None, "in its default place"
+    if path is not None:
+        home, place = Path(path).expanduser().absolute(), "in the folder you named"
+    elif "HF_HOME" in os.environ:
+        place = "where HF_HOME says"
+    elif volume is not None:
+        home, place = volume / ".cache" / "huggingface", "on the large volume"
+    if home is not None and os.environ.get("HF_HOME") != str(home):
+        _set_hf_home(home)
+    for variable in ("HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):  # huggingface_hub prefers these, the last one most
+        place = f"where {variable} says" if variable in os.environ else place
+    folder = model_cache_dir()
+    return ModelCache(folder, place, read_disk(folder).free_gib)
+
+
+def own_python() -> Path:
+    """The Python to install packages into: this one, or on SageMaker that of an environment on the large volume.
+
+    SageMaker's own environment is left alone: it is lost when the space stops, and its other tools count on the versions
+    that are in it. The environment is made where it isn't there yet, without packages.
+
+    Raises:
+        UserError: the large volume has no room for the packages.
+    """
+    volume = large_volume()
+    if volume is None or Path(sys.prefix).is_relative_to(volume):
+        return Path(sys.executable)
+    folder = volume / ".qlora-environment"
+    if not (folder / "bin" / "python").exists():
+        free_gib = read_disk(volume).free_gib
+        if free_gib < PACKAGES_GIB:
+            raise UserError(
+                "the large volume has no room for the packages",
+                expected=f"{PACKAGES_GIB} GiB free",
+                got=f"{free_gib:.1f} GiB",
+                next_step="Stop the space, raise its storage, and start it again.",
+            )
+        venv.create(folder, with_pip=True, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def require_kernel(python: str | os.PathLike[str]) -> None:
+    """Returns where this kernel runs that Python; else registers a kernel that does, and says to go on in it.
+
+    Args:
+        python: from `own_python()`, with the requirements installed.
+
+    Raises:
+        UserError: this kernel runs another Python, or the other one could not be registered.
+    """
+    if Path(python) == Path(sys.executable) or Path(python).parent.parent == Path(sys.prefix):
+        return
+    kernel = register_kernel(python=python)
+    raise UserError(
+        "the packages are installed beside this kernel, not in it",
+        next_step=f"Choose the kernel {kernel.display_name!r} at the top right, then run this notebook from the top.",
+    )
+
+
+def register_kernel(
+    name: str = KERNEL_NAME,
+    display_name: str = KERNEL_DISPLAY_NAME,
+    *,
+    user: bool = True,
+    python: str | os.PathLike[str] | None = None,
+) -> RegisteredKernel:
+    """Registers a Python as a Jupyter kernel, with this process's HF_HOME and LD_LIBRARY_PATH.
+
+    Needed where JupyterLab runs in another environment, such as SageMaker Distribution's: ours stays apart from it.
+
+    Args:
+        name: the kernel's name, as in a notebook's metadata.
+        display_name: what JupyterLab shows.
+        user: for this user, whichever environment the server runs in; False: for servers of this environment alone.
+        python: the Python that the kernel runs; none takes this one.
+
+    Raises:
+        UserError: ipykernel is missing, or it refuses the name.
+    """
+    command = [os.fspath(python or sys.executable), "-m", "ipykernel", "install", "--user" if user else "--sys-prefix"]
+    command += ["--name", name, "--display-name", display_name]
+    variables = tuple(variable for variable in KERNEL_VARIABLES if os.environ.get(variable))
+    for variable in variables:
+        command += ["--env", variable, os.environ[variable]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            "the kernel could not be registered",
+            got=reason,
+            next_step="Install the requirements (pip install -r requirements.txt), then try again.",
+        )
+    return RegisteredKernel(name, display_name, variables)
+
+
+def _set_hf_home(home: Path) -> None:
+    if "huggingface_hub" in sys.modules:
+        raise UserError(
+            "huggingface_hub is already imported and would go on using its old cache",
+            next_step="Restart the kernel and run this cell first.",
+        )
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder for the model cache can't be made ({error.strerror})",
+            next_step="Name another folder, one that you may write to.",
+        ) from error
+    os.environ["HF_HOME"] = str(home)

@@ -1,0 +1,146 @@
+"""Looking into a checkpoint, and at what 4-bit storage does to it: for a reader who wants to see.
+
+Owns the count of a model's weights before anything is loaded, and the comparison of a quantised layer with its original. Loads no
+model, and knows nothing of adapters, data or run folders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.units import gib
+from qlora_helpers.model.checkpoints import Checkpoint
+from qlora_helpers.model.nf4 import is_nf4, stored_bytes
+from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's `config.json` with its defaults filled in: what `count_weights` and `workflow.prepare_data` take."""
+    from transformers import AutoConfig
+
+    if checkpoint.shape is not None:
+        return AutoConfig.for_model(**checkpoint.shape).to_dict()
+    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False).to_dict()
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """How many weights a model has.
+
+    Attributes:
+        linear: in the linear layers of its blocks, which QLoRA stores in 4 bits.
+        other: everything else (embedding, output head, norms), which stays as it is; tied weights count once.
+    """
+
+    linear: int
+    other: int
+
+    def gib(self, *, linear_bits: float, other_bits: float) -> float:
+        """GiB that the weights take at so many bits each."""
+        return gib((self.linear * linear_bits + self.other * other_bits) / 8)
+
+    def __repr__(self) -> str:
+        total = self.linear + self.other
+        return (
+            f"linear layers    {self.linear:>17,}  {self.linear / total:6.1%}\n"
+            f"everything else  {self.other:>17,}  {self.other / total:6.1%}\n"
+            f"all weights      {total:>17,}"
+        )
+
+
+def count_weights(shape: dict[str, Any]) -> WeightCounts:
+    """Counts a model's weights from its shape: by arithmetic for the families of `model_sizes`, on the meta device for others.
+
+    Args:
+        shape: the model's `config.json`.
+    """
+    if shape.get("model_type") not in KNOWN_FAMILIES:
+        return _count_on_meta(shape)
+    sizes = model_sizes(shape)
+    linear = sizes.blocks * sizes.linear_parameters_per_block
+    return WeightCounts(linear, sizes.parameters - linear)
+
+
+def _count_on_meta(shape: dict[str, Any]) -> WeightCounts:
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    return WeightCounts(linear, sum(parameter.numel() for parameter in model.parameters()) - linear)
+
+
+@dataclass(frozen=True, repr=False)
+class LayerComparison:
+    """A 4-bit layer beside its original.
+
+    Attributes:
+        name: of the weight.
+        original, restored: `(out_features, in_features)`, float32; as in the checkpoint, and as the matrix product sees it.
+        bits: stored for each weight, constants and tables included.
+    """
+
+    name: str
+    original: torch.Tensor
+    restored: torch.Tensor
+    bits: float
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square of the error over that of the weights."""
+        error = (self.restored - self.original).square().mean()
+        return float((error / self.original.square().mean()).sqrt())
+
+    def __repr__(self) -> str:
+        outputs, inputs = self.original.shape
+        largest = float((self.restored - self.original).abs().max())
+        return (
+            f"{self.name}, {outputs} x {inputs}\n"
+            f"stored in {self.bits:.3f} bits a weight\n"
+            f"error {self.relative_error:.1%} of the weights' size (root mean square), {largest:.4f} at most"
+        )
+
+
+def compare_layer(model: torch.nn.Module, checkpoint: Checkpoint) -> LayerComparison:
+    """Compares the first 4-bit layer of a loaded model with its weights in the checkpoint.
+
+    Raises:
+        ModelError: the model has no 4-bit layer, or its weights are in no file.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    name, layer = next(((name, module) for name, module in linears if is_nf4(module)), ("", None))
+    if layer is None:
+        raise ModelError("the model has no layer in 4 bits", next_step="Set model.quantization=nf4.")
+    original = _read_weight(checkpoint, f"{name}.weight").float()
+    packed = layer.weight
+    restored = dequantize_4bit(packed.data, packed.quant_state).float().cpu()
+    return LayerComparison(f"{name}.weight", original, restored, 8 * stored_bytes(packed) / original.numel())
+
+
+def _read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                return file.get_tensor(name)
+    raise ModelError(
+        f"{checkpoint.name} has no file with the weight {name}",
+        next_step="Random weights at true size are drawn in memory: look at random:falcon-tiny instead.",
+    )

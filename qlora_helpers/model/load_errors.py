@@ -1,0 +1,47 @@
+"""Turns the libraries' errors while a model loads into one clear message each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.errors import ModelError
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextlib.contextmanager
+def _clear_load_errors(name: str) -> Iterator[None]:
+    """What goes wrong while a checkpoint's files are read becomes one `ModelError`."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name} does not fit on the GPU",
+            next_step="Choose a smaller model or a larger GPU; notebook 08 shows what holds GPU memory.",
+        ) from error
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if "dispatched on the CPU or the disk" in text:
+            raise ModelError(
+                f"{name} does not fit on the GPUs within the limit",
+                next_step="Raise model.max_memory_per_gpu_gib, use more or larger GPUs, or a smaller model.",
+            ) from error
+        if "custom code" in text or "trust_remote_code" in text or "model type" in text.lower():
+            raise ModelError(
+                f"{name} needs code that transformers does not hold itself, or is no causal language model",
+                next_step="Code that comes with a model is never run here: choose a model that is native in transformers.",
+            ) from error
+        if "attention implementation" in text:
+            raise ModelError(f"{name} has no such attention", next_step="Set model.attention=auto.") from error
+        if "You set `ignore_mismatched_sizes`" in text:
+            text = "its weights have other sizes than its config.json says"
+        reason = (text.strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name} could not be loaded ({reason})", next_step="Get its files again, or choose another model."
+        ) from error

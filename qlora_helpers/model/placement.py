@@ -1,0 +1,171 @@
+"""Which GPU each part of a model is loaded onto, where the decoder layers are shared out by number.
+
+accelerate's `device_map="auto"` shares a model out by its weights; training also holds activations, which no weight tells of. The
+plan counts both, and here its numbers become a map that `from_pretrained` takes. Knows nothing of memory or runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.config import ModelConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.model.nf4 import falcon_linears_as_plain, quantization_settings
+
+if TYPE_CHECKING:
+    pass
+
+
+def layer_map(config: Any, counts: Sequence[int]) -> dict[str, int] | None:
+    """A device map that gives each GPU so many decoder layers, in their order.
+
+    What stands before the layers (the embedding) goes to the first GPU, what stands after them (the last norm, the output layer) to
+    the last. An output layer that shares the embedding's weights stays with it, and what has no weights stands with the first.
+
+    Args:
+        config: the model's transformers configuration.
+        counts: decoder layers of each GPU; an empty one may be 0.
+
+    Returns:
+        GPU numbers by module name, or None where the model has another number of layers.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from qlora_helpers.model.wiring import decoder_layers
+
+    with falcon_linears_as_plain(), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    layers = decoder_layers(model)
+    if len(layers) != sum(counts):
+        return None
+    holders = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
+    gpu_of = {id(layer): gpu for layer, gpu in zip(layers, holders, strict=True)}
+    if config.get_text_config().tie_word_embeddings:
+        gpu_of[id(model.get_output_embeddings())] = 0
+    found: dict[str, int] = {}
+    _place(model, "", gpu_of, (0, len(counts) - 1), found)
+    return found
+
+
+def _place(module: Any, path: str, gpu_of: dict[int, int], ends: tuple[int, int], found: dict[str, int]) -> bool:
+    """Places a module's children; whether the layers are among them. `ends`: GPUs of what stands before and after the layers."""
+    reached = False
+    for name, child in module.named_children():
+        place = f"{path}{name}"
+        if id(child) in gpu_of:
+            found[place] = gpu_of[id(child)]
+            reached = True
+        elif any(id(inner) in gpu_of for inner in child.modules()):
+            reached = _place(child, f"{place}.", gpu_of, ends, found) or reached
+        else:
+            weightless = next(child.parameters(), None) is None
+            found[place] = ends[1] if reached and not weightless else ends[0]
+    return reached
+
+
+ALIKE = 1.05  # most free memory of a card by the least, up to which the plan takes them for the same
+
+
+Spread = Callable[[int], tuple[int, ...] | None]
+
+
+def on_a_gpu(config: ModelConfig) -> bool:
+    """Whether a model is loaded onto GPUs: there are some, and nothing else was asked for."""
+    import torch
+
+    return config.device_map == "auto" and torch.cuda.is_available()
+
+
+def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
+    """One process: spread over all GPUs, by the plan where it can. Under torchrun: each process has the whole model on its GPU.
+
+    The plan takes all cards alike and empty. Where they are not alike, one holds something, or a limit on the weights is set,
+    accelerate shares the model out.
+
+    Args:
+        shape: the model's transformers configuration.
+        config: placement and limits.
+        spread: how many decoder layers each of several GPUs gets.
+    """
+    import torch
+
+    from qlora_helpers.model.placement import layer_map
+
+    if not on_a_gpu(config):
+        return {"": "cpu"}
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None:
+        return {"": int(rank)}
+    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if len(free) < 2 or max(free) > ALIKE * min(free) or config.max_memory_per_gpu_gib is not None:
+        return "auto"
+    counts = spread(len(free))
+    return (counts and layer_map(shape, counts)) or "auto"
+
+
+def _limits(config: ModelConfig) -> dict[int, int] | None:
+    import torch
+
+    if config.max_memory_per_gpu_gib is None:
+        return None
+    limit = int(config.max_memory_per_gpu_gib * BYTES_IN_GIB)
+    return dict.fromkeys(range(torch.cuda.device_count()), limit)
+
+
+def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str, float]:
+    """Where `device_map="auto"` would put a model's weights, computed on the meta device: no GPU and no weights needed.
+
+    Args:
+        shape: the model's `config.json`.
+        gpus: how many GPUs.
+        limit_gib: memory allowed on each, GiB; transformers keeps 10 % of it free.
+
+    Returns:
+        GiB of weights by GPU.
+
+    Raises:
+        ModelError: they don't fit.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization_settings(ModelConfig(), torch.bfloat16))
+    with falcon_linears_as_plain(), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    quantizer.preprocess_model(model=model, device_map=None)
+    limits = {index: int(limit_gib * BYTES_IN_GIB) for index in range(gpus)} | {"cpu": 0}
+    try:
+        with _without_device_warnings():
+            devices = _get_device_map(model, "auto", limits, quantizer)
+    except ValueError as error:
+        raise ModelError(
+            f"the weights don't fit on {gpus} GPU{'s' * (gpus != 1)} of {limit_gib:g} GiB",
+            next_step="Use more or larger GPUs, or a smaller model.",
+        ) from error
+    sizes, _ = compute_module_sizes(model, quantizer)
+    found: dict[str, float] = {}
+    for module, device in devices.items():
+        key = f"cuda:{device}" if isinstance(device, int) else str(device)
+        found[key] = found.get(key, 0.0) + gib(sizes[module])
+    return found
+
+
+@contextlib.contextmanager
+def _without_device_warnings() -> Iterator[None]:
+    """accelerate warns that the GPUs asked about are not in this machine; that is the point of asking."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

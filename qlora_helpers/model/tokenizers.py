@@ -1,0 +1,54 @@
+"""Loads a tokenizer and gives it a padding token that is not its end-of-text token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.config import ModelConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
+from qlora_helpers.model.load_errors import _clear_load_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<unk>", "[UNK]", ">>SUFFIX<<")
+
+
+def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token that is not its end-of-text token."""
+    return _tokenizer(find_checkpoint(config, say=say))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _clear_load_errors(f"the tokenizer of {checkpoint.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
+    set_pad_token(tokenizer)
+    return tokenizer
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the tokenizer a padding token that is not its end-of-text token, without adding a row to the embedding.
+
+    With `pad_token = eos_token`, as in the 2023 recipe, transformers' collator masks the label of every end-of-text token, and
+    the model never learns to stop.
+
+    Raises:
+        ModelError: the vocabulary has no token to spare.
+    """
+    if tokenizer.eos_token is None:
+        raise ModelError("the tokenizer has no end-of-text token", next_step="Choose another model.")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [token for token in PAD_TOKENS if token in vocabulary and token not in taken]
+    spare += sorted(token for token in tokenizer.all_special_tokens if token not in taken)
+    if not spare:
+        raise ModelError("the tokenizer has no token to pad with", next_step="Choose another model.")
+    tokenizer.pad_token = spare[0]

@@ -1,0 +1,101 @@
+"""How a loaded model is put together, found on the model itself: its decoder layers, its devices, its arguments, its losses by row."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._functorch.config
+from einops import rearrange
+
+from qlora_helpers.data.labels import IGNORED
+
+if TYPE_CHECKING:
+    from qlora_helpers.training.fast_step.loss import ChunkedLoss
+
+
+def takes_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether a model can compute its logits at chosen positions alone."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether a model's layers are on several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def row_losses(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], chunked: ChunkedLoss | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats.
+
+    Args:
+        model: with or without adapters.
+        batch: what `BlockCollator` made.
+        chunked: the loss that the fast step put into the model: then no logits are made.
+    """
+    import torch
+
+    if chunked is not None:
+        model(**batch)
+        rows, tokens = batch["input_ids"].shape
+        of_row = torch.zeros(2, rows, device=chunked.per_token.device)
+        index = (batch["trained_index"] // tokens).to(of_row.device)
+        trained = batch["trained_labels"].to(of_row.device) != IGNORED
+        of_row[0].index_add_(0, index, chunked.per_token)
+        of_row[1].index_add_(0, index, trained.to(of_row.dtype))
+        return of_row[0], of_row[1].long()
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
+    logits = model(**inputs).logits.float()
+    shifted = batch.get("shift_labels")
+    if shifted is None:
+        logits, shifted = logits[:, :-1], batch["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), shifted.to(logits.device), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers of a causal language model: the longest list of modules of one class in it."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    return max(lists, key=len, default=[])
+
+
+def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Falcon's fused projection -> `(batch, tokens, heads, head_dim)` of queries, and of keys and values with their own heads.
+
+    Args:
+        layer: the attention layer; says which of Falcon's three layouts it has.
+        fused: `(batch, tokens, features)`.
+    """
+    dim = layer.head_dim
+    if layer.new_decoder_architecture:  # groups of queries, each with one key and one value
+        groups = rearrange(
+            fused, "batch tokens (group part dim) -> batch tokens group part dim", dim=dim, group=layer.num_kv_heads
+        )
+        query = rearrange(groups[..., :-2, :], "batch tokens group part dim -> batch tokens (group part) dim")
+        return query, groups[..., -2, :], groups[..., -1, :]
+    if layer.multi_query:  # all queries, then one key and one value
+        heads = rearrange(fused, "batch tokens (heads dim) -> batch tokens heads dim", dim=dim)
+        return heads[..., :-2, :], heads[..., -2:-1, :], heads[..., -1:, :]
+    query, key, value = rearrange(
+        fused, "batch tokens (heads three dim) -> three batch tokens heads dim", three=3, dim=dim
+    )
+    return query, key, value
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a LoRA layer has one adapter without DoRA, bias or merging: two matrices beside a linear layer."""
+    names = list(layer.active_adapters)
+    if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
+        return False
+    (name,) = names
+    linear = isinstance(layer.lora_A[name], torch.nn.Linear) and isinstance(layer.get_base_layer(), torch.nn.Linear)
+    return linear and name not in getattr(layer, "lora_variant", {}) and not layer.lora_bias.get(name, False)

@@ -1,0 +1,52 @@
+"""What a run measured, kept in its `plan.json` beside what was predicted, and the versions that it was measured with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine.environment import versions
+from qlora_helpers.runs.folder import Run, add_to_plan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.model.loading import LoadedModel
+    from qlora_helpers.training.train import TrainResult
+
+log = logging.getLogger(__name__)
+
+
+def write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult, data: PreparedData) -> None:
+    """What was measured into `plan.json`, and on GPUs beside it what should have been."""
+    from qlora_helpers.model.lora import count_parameters
+
+    count = count_parameters(model)
+    measured = {
+        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "reserved_gib": result.reserved_gib,
+        "seconds": round(result.seconds, 1), "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps,
+        "trainable_parameters": count.trainable, "parameters": count.total, "published_parameters": count.published_total,
+        "machine": result.machine, "fast_step": result.fast_step.splitlines(), "versions": versions(),
+    }  # fmt: skip
+    add_to_plan(run, measured=measured)
+    if not result.fast_step or result.machine == "CPU":
+        return
+    from qlora_helpers.planning.run_plan import predicted_step, this_machine
+
+    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # one a process under torchrun
+    try:
+        predicted = predicted_step(
+            run.config(), hardware=dataclasses.replace(this_machine(), gpus=holding), compiled=result.compiled,
+            graphed=result.graphed, recomputed=result.recomputed,
+            trained_share=data.report.trained_tokens / data.report.tokens,
+            fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
+            copies=int(os.environ.get("WORLD_SIZE", 1)),
+        )  # fmt: skip
+    except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
+        log.warning("no prediction beside the measured memory: %s", error)
+    else:
+        add_to_plan(run, predicted=predicted)

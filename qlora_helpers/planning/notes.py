@@ -1,0 +1,131 @@
+"""The notes below a plan: what the settings and the hardware imply, in a sentence each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.units import gib
+from qlora_helpers.machine.hardware import GPUS, Hardware
+from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
+from qlora_helpers.planning.candidates import Candidate, blocks_per_step, copies_that_share, is_packed
+from qlora_helpers.planning.memory import MEMORY_MARGIN, predict
+from qlora_helpers.planning.speed import UNNAMED_GPU
+from qlora_helpers.planning.step_settings import step_settings
+
+SHOWN_GIB = 0.05  # what is less is 0.0 in a note
+
+
+GRACE_S = 10  # what `docker stop` gives a process to save
+
+
+PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, its speed is arithmetic"
+
+
+PADDED = "rows are padded, not packed, and nothing is compiled"
+
+
+SPREAD = "the layers are spread over the GPUs, which work one after another"
+
+
+def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trained_share: float) -> tuple[str, ...]:
+    """What is the same in every plan, with the bytes of the other way."""
+    if not config.train.fast_step:
+        return ()
+    step = step_settings(
+        config,
+        shape,
+        blocks=shown.blocks,
+        recomputed=shown.recomputed,
+        compiled=shown.compiled,
+        graphed=shown.graphed,
+        trained_share=trained_share,
+    )
+
+    def peak_with(**changes: Any) -> float:
+        other = replace(step, offloaded=shown.offloaded, **changes)
+        _, memory = predict(model_sizes(shape), other, gpus=len(shown.layers_per_gpu))
+        return max(gib(each.total) for each in memory)
+
+    more = peak_with(chunked_loss=False) - shown.peak_gib
+    less = max(gib(each.adapters + each.gradients + each.optimizer) for each in shown.memory) / 2
+    logits = f"take {more:.1f} GiB more" if more >= SHOWN_GIB else "take no more here"
+    masks = shown.peak_gib - peak_with(dropout=False)
+    return (
+        *(
+            [f"dropout keeps a mask for each adapter: adapter.lora_dropout=0 would take {masks:.1f} GiB less"]
+            if masks >= SHOWN_GIB
+            else []
+        ),
+        f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in 32 bits "
+        f"(16 would take {less:.1f} GiB less)",
+    )
+
+
+def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
+    notes = list(hardware_notes(hardware, sizes))
+    if choice is None:
+        return tuple(notes)
+    if choice.copies > 1:
+        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
+    elif len(choice.layers_per_gpu) > 1:
+        notes.append(SPREAD)
+    if choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
+        notes.append("tight: little of the card is left; take the next best where it runs out of memory")
+    sold = [gpu for gpu in GPUS.values() if hardware.gpu is None and gpu.memory_gib == hardware.usable_gib]
+    if smaller := [gpu for gpu in sold if gpu.usable_gib < choice.peak_gib]:
+        names = " or ".join(gpu.name for gpu in smaller)
+        least = min(gpu.usable_gib for gpu in smaller)
+        notes.append(
+            f"{hardware.usable_gib:g} GiB are taken as usable; {names}, sold as that, offers {least:.1f}, too little: name the card"
+        )
+    if choice.optimizer_step_s > GRACE_S:
+        notes.append(
+            f"a stop is heard at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, more than docker stop waits unasked"
+        )
+    return tuple(notes)
+
+
+def _sharing_note(hardware: Hardware, config: RunConfig) -> str:
+    """What keeps GPUs idle that could each hold a copy of the model."""
+    blocks, gpus = blocks_per_step(config), hardware.gpus
+    sharing = copies_that_share(blocks, gpus)
+    who = f"{sharing} of {gpus} GPUs, with a copy of the model on each," if sharing > 1 else f"no two of {gpus} GPUs"
+    step = "an optimizer step of 1 block" if blocks == 1 else f"{blocks} blocks an optimizer step"
+    return f"{who} can share {step}; all could with {max(1, round(blocks / gpus)) * gpus}"
+
+
+def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
+    """What a reader must know of figures for these settings."""
+    notes = [] if config.train.fast_step else [PLAIN_STEP]
+    if config.adapter.use_dora:
+        notes.append(
+            "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
+        )
+    if not is_packed(config, shape):
+        why = (
+            ""
+            if not config.data.packing
+            else f": this model can't keep packed rows apart in {config.data.seq_len_tokens} tokens"
+        )
+        notes.append(PADDED + why)
+    if config.model.compute_dtype == "float32":
+        notes.append("float32: bytes are arithmetic, speed is that of 16 bits, which float32 does not reach")
+    return notes
+
+
+def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
+    """What a reader must know of any figures for this hardware and model."""
+    notes = []
+    if hardware.gpu is None:
+        notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
+    elif not hardware.gpu.measured:
+        notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
+    if hardware.gpu is not None and not hardware.gpu.supports_bf16:
+        notes.append(f"{hardware.gpu.name} has no bfloat16: products run in float16, attention without the fast kernel")
+    if sizes.experts:
+        notes.append("experts are not quantised when they are loaded, so most weights stay in 16 bits")
+    if sizes.assumed:
+        notes.append("an unknown architecture, taken to be wired like Llama")
+    return notes

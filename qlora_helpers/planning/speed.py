@@ -1,0 +1,117 @@
+"""How long a training step takes, in seconds, by arithmetic alone: a roofline whose few constants were fitted to measured steps.
+
+Owns time on one card; knows nothing of memory limits, prices or how settings are chosen. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qlora_helpers.machine.hardware import GPUS, Gpu
+from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.planning.step_settings import HALF, StepSettings, kept_by_adapters, kept_values
+
+LOOKUP_BYTES_S, SENT_BYTES_S = 4e9, 25e9  # of embeddings in the host's memory: found there, sent to the GPU; assumed
+DORA_BYTES = 30  # a parameter, for the norm of a weight and its adapter; counted, never measured
+COMPILE_S = 30.0  # what the first step takes longer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Constants of the roofline, fitted on one card.
+
+    Attributes:
+        matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
+        memory_share: of the datasheet's bandwidth that unpacking 4-bit weights reaches, and everything else that crosses the bus.
+        head_operations, value_operations: what attention takes in both directions for a token of a short row, a head and each of
+            its values, in operations at the datasheet's matrix rate; starting the kernel's many small parts is most of it.
+        forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
+        eager_factor: how much longer all of that takes uncompiled.
+        forward_host_s, backward_host_s: what the host takes to start a layer's pass in each direction; a step is never faster
+            than all of these.
+        eager_host_factor: how much longer the host takes where layers are not compiled.
+        gaps_s: what the GPU waits between a layer's kernels in a forward pass; twice that in a backward pass, which has twice the
+            kernels.
+    """
+
+    matrix_share: float
+    memory_share: float
+    head_operations: float
+    value_operations: float
+    forward_passes: float
+    backward_passes: float
+    eager_factor: float
+    forward_host_s: float
+    backward_host_s: float
+    eager_host_factor: float
+    gaps_s: float
+
+
+FITTED = Speed(
+    matrix_share=0.719,
+    memory_share=0.54,
+    head_operations=1.77e06,
+    value_operations=22400,
+    forward_passes=2.6,
+    backward_passes=4.86,
+    eager_factor=2.9,
+    forward_host_s=0.00273,
+    backward_host_s=0.00691,
+    eager_host_factor=1.15,
+    gaps_s=0.000319,
+)
+"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB; the second to
+the fourth come from kernels that were timed.
+"""
+ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
+LOSS_BYTES = (
+    64  # that cross the bus for each logit, as `fast_step.loss` makes them, their sum and their slopes; counted
+)
+UNNAMED_GPU = GPUS["L4"]
+"""Stands in for the speed of a card of which only the memory is known."""
+
+
+def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
+    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, attention, and what crosses the bus.
+
+    Layers spread over several GPUs work one after another, so it is the same for any number of them.
+    """
+    matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
+    memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
+    weights = sizes.linear_parameters_per_block + sizes.expert_parameters_per_block * sizes.experts_per_token / max(
+        1, sizes.experts
+    )
+    products = 2 * step.tokens * weights / matrix
+    dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
+    kept = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept *= 1.0 if step.compiled else speed.eager_factor
+    values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
+    norms = DORA_BYTES * sizes.linear_parameters_per_block / memory if step.dora else 0.0
+    attention = speed.head_operations + speed.value_operations * sizes.head_dim
+    attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
+    forward = products + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
+    left_out = step.left_out and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
+    once = sizes.parameters_added_last_per_block if left_out else 0
+    again = forward - (products + dequantised) * once / sizes.linear_parameters_per_block
+    backward = products + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
+    logits = step.trained_share * step.tokens * sizes.vocab
+    head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
+    optimizer = 28 * step.adapter_parameters / memory
+    gaps = (3 * sizes.blocks + step.recomputed) * speed.gaps_s
+    on_gpu = sizes.blocks * (forward + backward) + step.recomputed * again + head + optimizer + gaps
+    on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
+    on_host *= 1.0 if step.compiled else speed.eager_host_factor
+    on_host *= 0.0 if step.graphed else 1.0
+    if step.offloaded and not sizes.tied:
+        looked_up = HALF * step.tokens * sizes.hidden
+        on_gpu += looked_up / SENT_BYTES_S
+        on_host += looked_up / LOOKUP_BYTES_S
+    return max(on_gpu, on_host)
+
+
+def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:
+    """Whether a training run of so many forward passes wins back the time that compilation takes."""
+    saved = step_seconds(sizes, replace(step, compiled=False), gpu) - step_seconds(
+        sizes, replace(step, compiled=True), gpu
+    )
+    return passes * saved > COMPILE_S

@@ -1,0 +1,300 @@
+"""What takes space on this machine, and freeing it: model caches, runs, the GPU memory of this process.
+
+Everything is shown before it is deleted, and nothing outside the caches and the run folders is ever touched. Knows
+nothing of AWS (that is `cleanup_sagemaker`), of models or of training; torch is looked at only where it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import gc
+import html
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_helpers.base.files import cache_root
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.opening import find_runs
+from qlora_helpers.base.units import gib
+
+HUB, CACHE, RUN, GPU = "hub cache", "project cache", "run", "GPU memory"
+
+
+@dataclass(frozen=True)
+class SpaceItem:
+    """One thing that takes space and can be freed.
+
+    Attributes:
+        id: such as `hub:models/tiiuae/falcon-7b`, `cache:random/falcon-tiny`, `run:demo/checkpoints` or `gpu:0`.
+        kind: `hub cache`, `project cache`, `run` or `GPU memory`.
+        n_bytes: its size.
+        note: what it is, or what losing it means.
+        paths: the files and folders that make it up.
+        run: the run it is a part of, if any.
+    """
+
+    id: str
+    kind: str
+    n_bytes: int
+    note: str = ""
+    paths: tuple[Path, ...] = field(default=(), repr=False)
+    run: Run | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class SpaceReport:
+    """What takes space, largest first within its kind; shows as a table without paths."""
+
+    items: tuple[SpaceItem, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(item.n_bytes for item in self.items)
+
+    def __iter__(self) -> Iterator[SpaceItem]:
+        return iter(self.items)
+
+    def select(self, *patterns: str) -> SpaceReport:
+        """The items whose id fits one of the patterns, such as `run:demo/*` or `cache:*`.
+
+        Raises:
+            UserError: a pattern fits nothing.
+        """
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(item.id, pattern) for item in self.items):
+                known = ", ".join(item.id for item in self.items) or "nothing"
+                raise UserError("nothing that takes space has that id", expected=known, got=pattern)
+        chosen = [item for item in self.items if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in patterns)]
+        return SpaceReport(tuple(chosen))
+
+    def __repr__(self) -> str:
+        width = max([len(item.id) for item in self.items], default=5)
+        lines = [f"{item.id:<{width}}  {gib(item.n_bytes):9.3f} GiB  {item.note}" for item in self.items]
+        return "\n".join([*lines, f"{'total':<{width}}  {gib(self.n_bytes):9.3f} GiB"])
+
+    def _repr_html_(self) -> str:
+        rows = [(item.id, item.kind, item.n_bytes, item.note) for item in self.items] + [
+            ("total", "", self.n_bytes, "")
+        ]
+        body = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{kind}</td><td>{gib(n_bytes):.3f}</td><td>{html.escape(note)}</td></tr>"
+            for name, kind, n_bytes, note in rows
+        )
+        return f"<table><tr><th>what</th><th>kind</th><th>GiB</th><th>note</th></tr>{body}</table>"
+
+
+class GpuMemory(NamedTuple):
+    """GPU memory that PyTorch holds for this process, before and after freeing, GiB."""
+
+    before_gib: float
+    after_gib: float
+
+
+def find_space(runs: str | os.PathLike[str] = "runs") -> SpaceReport:
+    """Measures what takes space: the hub cache, this project's caches, the runs, and this process's GPU memory.
+
+    Args:
+        runs: the folder that holds the runs. Links in it, and in the caches, are neither followed nor counted.
+    """
+    found = [*_hub_items(), *_cache_items(), *_run_items(Path(runs)), *_gpu_items()]
+    kinds = (HUB, CACHE, RUN, GPU)
+    return SpaceReport(tuple(sorted(found, key=lambda item: (kinds.index(item.kind), -item.n_bytes, item.id))))
+
+
+def free(items: Iterable[SpaceItem] | SpaceItem, *, confirm: bool = False) -> int:
+    """Shows what would be freed and, if that is confirmed, frees it.
+
+    Args:
+        items: from `find_space()`, such as `find_space().select("run:demo/checkpoints")`.
+        confirm: False deletes nothing.
+
+    Returns:
+        Bytes freed; 0 without `confirm`.
+
+    Raises:
+        RunError: a run is still running; nothing was freed.
+        UserError: something lies outside the caches and runs (nothing was freed), or can't be deleted.
+    """
+    chosen = SpaceReport((items,) if isinstance(items, SpaceItem) else tuple(items))
+    for item in chosen:
+        _check_may_free(item)
+    print(chosen)
+    if not confirm:
+        print("Nothing was freed. The same call with confirm=True frees it.")
+        return 0
+    freed = sum(_free_one(item) for item in chosen)
+    for run in {item.run.folder: item.run for item in chosen if item.run and item.id.endswith("/rest")}.values():
+        freed += _remove_if_only_config_is_left(run)
+    print(f"{gib(freed):.3f} GiB freed.")
+    return freed
+
+
+def free_gpu_memory() -> GpuMemory:
+    """Collects garbage and gives the GPU memory that no tensor uses back to the driver.
+
+    Memory of a model that a variable still refers to stays: `del model` first. Does not import torch.
+    """
+    before = sum(_reserved_bytes())
+    gc.collect()
+    if before:
+        sys.modules["torch"].cuda.empty_cache()
+    return GpuMemory(gib(before), gib(sum(_reserved_bytes())))
+
+
+# finding
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _hub_items() -> list[SpaceItem]:
+    from huggingface_hub import scan_cache_dir
+
+    root = _hub_cache()
+    if not root.is_dir():
+        return []
+    whole = {repo.repo_path.name: repo for repo in scan_cache_dir(root).repos}
+    items = []
+    for folder in _folders(root):
+        kind, dashes, name = folder.name.partition("--")
+        if not dashes:
+            continue
+        # An interrupted download is in no revision, so the library's scan does not count it: measured here instead.
+        unfinished = any(folder.glob("blobs/*.incomplete"))
+        note = f"{len(whole[folder.name].revisions)} revision(s)" if folder.name in whole else "no complete revision"
+        note += ", an unfinished download" if unfinished else ""
+        items.append(SpaceItem(f"hub:{kind}/{name.replace('--', '/')}", HUB, _size(folder), note, (folder,)))
+    return items
+
+
+def _cache_items() -> list[SpaceItem]:
+    root = cache_root()
+    if not root.is_dir():
+        return []
+    return [
+        SpaceItem(f"cache:{group.name}/{path.name}", CACHE, _size(path), "made again when it is needed", (path,))
+        for group in _folders(root)
+        for path in sorted(group.iterdir())
+        if not path.is_symlink()
+    ]
+
+
+def _run_items(root: Path) -> list[SpaceItem]:
+    items = []
+    for run in find_runs(root):
+        if run.folder.is_symlink():
+            continue
+        parts = {
+            "checkpoints": (run.checkpoints_dir, "needed to resume"),
+            "data": (run.data_dir, "made again by notebook 03_prepare_data"),
+            "adapter": (run.adapter_dir, "the tuned adapter: the run's result"),
+        }
+        for part, (path, note) in parts.items():
+            if path.exists() and not path.is_symlink():
+                items.append(SpaceItem(f"run:{run.name}/{part}", RUN, _size(path), note, (path,), run))
+        # config.json goes last of all (see `free`): without it, what is left of the run would not be found again.
+        kept = {run.config_path, *(path for path, _ in parts.values())}
+        rest = tuple(path for path in sorted(run.folder.iterdir()) if path not in kept)
+        items.append(
+            SpaceItem(
+                f"run:{run.name}/rest", RUN, sum(map(_size, rest)), "settings, progress, events, report", rest, run
+            )
+        )
+    return items
+
+
+def _gpu_items() -> list[SpaceItem]:
+    note = "held by this kernel"
+    return [SpaceItem(f"gpu:{index}", GPU, held, note) for index, held in enumerate(_reserved_bytes()) if held]
+
+
+def _reserved_bytes() -> list[int]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    return [torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count())]
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in sorted(root.iterdir()) if path.is_dir() and not path.is_symlink()]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file or of all files in a folder, links not followed."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size if os.path.lexists(path) else 0
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+# freeing
+
+
+def _check_may_free(item: SpaceItem) -> None:
+    if item.run is not None and item.run.status().is_live:
+        raise RunError(
+            f"the run {item.run.name!r} is running; nothing was freed", next_step="Stop it first, or leave it out."
+        )
+    root = _root_of(item)
+    for path in item.paths:
+        # The folder that holds the path is resolved, not the path itself: a link is deleted, never what it points to.
+        real = path.parent.resolve() / path.name
+        if root is None or root not in real.parents or path.name == "..":
+            raise UserError(
+                f"{item.id} lies outside the caches and run folders; nothing was freed",
+                next_step="Take items from find_space(), or delete it yourself.",
+            )
+
+
+def _root_of(item: SpaceItem) -> Path | None:
+    """The folder that the item must lie in."""
+    if item.kind == HUB:
+        return _hub_cache().resolve()
+    if item.kind == CACHE:
+        return cache_root().resolve()
+    # Not resolved to the end: what a linked run folder points to is not a run of ours to delete.
+    return item.run.folder.parent.resolve() / item.run.name if item.run else None
+
+
+def _free_one(item: SpaceItem) -> int:
+    if item.kind == GPU:
+        memory = free_gpu_memory()
+        return round((memory.before_gib - memory.after_gib) * 1024**3)
+    freed = 0
+    for path in item.paths:
+        size = _size(path)
+        try:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(path)
+        except OSError as error:
+            raise UserError(
+                f"{item.id} could not be freed ({error.strerror})",
+                next_step="Check who owns the files, then try again.",
+            ) from error
+        freed += size
+    return freed
+
+
+def _remove_if_only_config_is_left(run: Run) -> int:
+    if [path.name for path in run.folder.iterdir()] != [run.config_path.name]:
+        return 0
+    size = _size(run.config_path)
+    run.config_path.unlink()
+    run.folder.rmdir()
+    return size

@@ -1,0 +1,262 @@
+"""The same run elsewhere, by command line: in a process of its own, in several (torchrun), on several GPUs (accelerate).
+
+Everything here makes or starts the command `python -m qlora_helpers train RUN`; what that does is not its business.
+Knows nothing of models or of AWS (a SageMaker training job is in `launch_sagemaker`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers.runs import locks
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.machine.price import needed_price
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.machine.telemetry import cpu_cores
+from qlora_helpers.runs.budget import refuse_spent_budget
+
+
+def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
+    """The command that starts or resumes a run in one process.
+
+    Args:
+        run: the run.
+        profile: `tiny`, `demo` or `falcon-40b`; none leaves the run's own settings.
+        settings: such as `["train.max_steps=20"]`.
+    """
+    return [sys.executable, "-m", *_train(run, profile, settings)]
+
+
+def torchrun_command(
+    run: Run, processes: int, *, profile: str | None = None, settings: Iterable[str] = ()
+) -> list[str]:
+    """The command that trains a run in several processes of one machine, each with its share of the rows (DDP).
+
+    Args:
+        run: the run.
+        processes: how many; with GPUs, one for each.
+        profile: as for `train_command`.
+        settings: as for `train_command`.
+
+    Raises:
+        UserError: fewer than one process.
+    """
+    if processes < 1:
+        raise UserError("torchrun needs processes", expected="at least 1", got=str(processes))
+    # The loopback address: otherwise torchrun looks this machine up by its name, which fails where that has no address.
+    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", *launcher, "-m", *_train(run, profile, settings)]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that trains in a process of its own."""
+
+    run: Run
+    pid: int
+
+    def __repr__(self) -> str:
+        return f"{self.run.name} trains in process {self.pid}; its log: {self.run.name}/{self.run.log_path.name}"
+
+
+def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_down_app: bool = False) -> Started:
+    """Trains a run in a process of its own and returns at once.
+
+    The process belongs to no notebook: a restarted kernel, an interrupted cell or a closed browser doesn't touch it. It starts or
+    resumes as `workflow.train` does, prints into the run's `log.txt`, and hears requests. Without a GPU several processes share
+    the cores out.
+
+    What this kernel holds on a GPU stays there: restart it first where the model would not fit twice.
+
+    Args:
+        run: an existing run.
+        processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one for each.
+        settings: as for `train_command`.
+        shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
+
+    Raises:
+        RunError: the run does not exist, is being trained already, its dollars are used up, another run has the GPU, or a setting
+            that can't change once a run has trained.
+        UserError: a limit in dollars and no price, or fewer than one process.
+    """
+    config = run.config().with_settings(settings)
+    if run.has_trained():
+        run.refuse_differences(run.config().to_dict(), config.to_dict())
+    status = run.status()
+    if status.is_live or locks.is_locked(run):
+        where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"
+        raise RunError(f"{run.name!r} is being trained already, {where}", next_step="Watch it: watch(run).")
+    refuse_spent_budget(config.train, status)
+    needed_price(config.train)
+    if config.model.device_map != "cpu":
+        locks.refuse_taken_gpus(locks.visible_gpus())
+    # Its whole path: the process may look for runs elsewhere.
+    here = Run(run.folder.resolve())
+    more = [] if processes == 1 else [processes]
+    command = (torchrun_command if more else train_command)(here, *more, settings=settings)
+    command += ["--shut-down-app"] if shut_down_app else []
+    return Started(run, _start_detached(run, command, processes))
+
+
+def _start_detached(run: Run, command: list[str], processes: int) -> int:
+    on_cpu = processes > 1 and not locks.visible_gpus()
+    environment = (_cpu_environment(processes) if on_cpu else dict(os.environ)) | {"PYTHONUNBUFFERED": "1"}
+    environment.pop("MPLBACKEND", None)  # the kernel's
+    run.open_session()
+    try:
+        with open(run.log_path, "ab") as log:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error))
+        raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
+    if run.status().state == "starting":
+        run.set_status(pid=process.pid)
+    _children.append(process)  # kept, so that Python collects it when it has ended
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)
+    return process.pid
+
+
+_children: list[subprocess.Popen[bytes]] = []
+
+
+def start_torchrun(
+    run: Run,
+    processes: int = 2,
+    *,
+    profile: str | None = None,
+    settings: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+) -> subprocess.CompletedProcess[str]:
+    """Trains a run in several processes on this machine's CPUs (gloo; GPUs are hidden); returns when they have ended.
+
+    A rehearsal of what torchrun does on several GPUs: same command, same code. The processes share the cores out.
+
+    Args:
+        run: the run.
+        processes: how many.
+        profile: as for `train_command`.
+        settings: as for `train_command`.
+        say: gets each line that they print.
+
+    Returns:
+        The command, its exit code (`returncode`) and all it printed (`stdout`).
+    """
+    command = torchrun_command(run, processes, profile=profile, settings=settings)
+    return _run(command, _cpu_environment(processes), say)
+
+
+def notebook_command(command: list[str]) -> str:
+    """A command as a line for a terminal or a `!` cell: `python` for this interpreter, so no path of this machine."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def accelerate_command(
+    run: Run, config_path: Path, *, profile: str | None = None, settings: Iterable[str] = ()
+) -> list[str]:
+    """The command that trains a run as an accelerate configuration says.
+
+    Args:
+        run: the run.
+        config_path: a file that holds the text of `accelerate_config`.
+        profile: as for `train_command`.
+        settings: as for `train_command`.
+    """
+    launcher = ["accelerate.commands.launch", "--config_file", str(config_path)]
+    return [sys.executable, "-m", *launcher, "-m", *_train(run, profile, settings)]
+
+
+def accelerate_config(gpus: int, *, fsdp: bool = False) -> str:
+    """The text of an accelerate configuration for several GPUs of one machine.
+
+    Args:
+        gpus: how many, at least 2.
+        fsdp: False gives each GPU the whole 4-bit model and a share of the rows (DDP: fastest where the model fits one
+            GPU). True also shares the model out (FSDP2), for models that don't fit; such a model must be loaded with
+            `bnb_4bit_quant_storage=torch.bfloat16`, as FSDP shards floating-point storage alone
+            (https://huggingface.co/docs/bitsandbytes/main/fsdp_qlora).
+
+    Returns:
+        YAML, with a comment on each choice.
+
+    Raises:
+        UserError: fewer than two GPUs.
+    """
+    if gpus < 2:
+        raise UserError(
+            "accelerate shares work out among several GPUs",
+            expected="at least 2",
+            got=str(gpus),
+            next_step="On one GPU run `python -m qlora_helpers train RUN`.",
+        )
+    return (_COMMON_YAML + (_FSDP_YAML if fsdp else _DDP_YAML)).format(gpus=gpus)
+
+
+_COMMON_YAML = """\
+compute_environment: LOCAL_MACHINE
+num_machines: 1
+machine_rank: 0
+num_processes: {gpus}            # one for each GPU
+mixed_precision: 'no'        # the run's own setting decides
+main_training_function: main
+use_cpu: false
+"""
+
+_DDP_YAML = """\
+distributed_type: MULTI_GPU  # each GPU holds the whole 4-bit model and trains on its share of the rows
+"""
+
+_FSDP_YAML = """\
+distributed_type: FSDP       # each GPU holds a share of every layer and gathers a layer when it needs it
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP  # one decoder block at a time
+  fsdp_reshard_after_forward: true               # give a block's memory back between forward and backward pass
+  fsdp_offload_params: false                     # true keeps the shares in CPU memory: slower, smaller
+  fsdp_state_dict_type: FULL_STATE_DICT          # adapters are small: save them whole
+  fsdp_cpu_ram_efficient_loading: false          # does not work with 4-bit weights
+  fsdp_activation_checkpointing: false           # train.activation_checkpointing does it
+"""
+
+
+def _train(run: Run, profile: str | None, settings: Iterable[str]) -> list[str]:
+    # The command line takes a run's name where it lies in runs/, and its folder elsewhere.
+    name = run.name if run.folder.parent == Path("runs") else str(run.folder)
+    options = ["--profile", profile] if profile else []
+    for setting in settings:
+        options += ["--set", setting]
+    return ["qlora_helpers", "train", name, *options]
+
+
+def _cpu_environment(processes: int) -> dict[str, str]:
+    threads = max(1, cpu_cores() // processes)
+    # torchrun would give each process one thread; the person's own choice stands.
+    return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+def _run(
+    command: list[str], environment: dict[str, str], say: Callable[[str], None]
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command, telling its output line by line: what a child process prints does not reach a notebook's cell."""
+    lines = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                say(line.rstrip("\n"))
+        except BaseException:
+            process.terminate()  # torchrun ends its workers with it
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, "".join(lines))

@@ -1,0 +1,1 @@
+"""SageMaker training jobs and endpoints, what runs there and what it costs."""

@@ -1,0 +1,233 @@
+"""What several steps need of AWS: clients, plain words for its errors, S3 addresses, container registries, endpoints.
+
+Knows nothing of runs, models or adapters. boto3 is imported when a client is made, so importing this costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.errors import UserError
+
+_COMMON_REGISTRY = "763104351884"
+_REGISTRIES = {
+    "af-south-1": "626614931356", "ap-east-1": "871362719292", "ap-east-2": "975050140332",
+    "ap-northeast-3": "364406365360", "ap-south-2": "772153158452", "ap-southeast-3": "907027046896",
+    "ap-southeast-4": "457447274322", "ap-southeast-5": "550225433462", "ap-southeast-6": "633930458069",
+    "ap-southeast-7": "590183813437", "ca-west-1": "204538143572", "cn-north-1": "727897471807",
+    "cn-northwest-1": "727897471807", "eu-central-2": "380420809688", "eu-south-1": "692866216735",
+    "eu-south-2": "503227376785", "eusc-de-east-1": "204133271717", "il-central-1": "780543022126",
+    "me-central-1": "914824155844", "me-south-1": "217643126080", "me-west-1": "124382933778",
+    "mx-central-1": "637423239942", "us-gov-east-1": "446045086412", "us-gov-west-1": "442386744353",
+}  # fmt: skip
+"""Accounts of AWS's public deep learning containers, by region, where it is not the common one (no secret regions).
+Source: `image_uri_config/djl-lmi.json` and `pytorch-amzn2023.json` of the SageMaker Python SDK 3.27.0."""
+
+
+def new_client(service: str, region: str | None = None) -> Any:
+    """A boto3 client.
+
+    Args:
+        service: such as `sagemaker`, `sagemaker-runtime` or `s3`.
+        region: such as `us-east-1`; none takes the one that is configured.
+
+    Raises:
+        UserError: there is no region, or there are no credentials.
+    """
+    import boto3
+
+    with told_plainly(f"open {service}"):
+        session = boto3.Session(region_name=region)
+        if session.region_name is None:
+            raise UserError(
+                "no AWS region is set", next_step="Set AWS_DEFAULT_REGION, such as us-east-1 (SageMaker Studio does)."
+            )
+        if session.get_credentials() is None:
+            raise UserError(
+                "there are no AWS credentials on this machine",
+                next_step="Run this in SageMaker Studio, or log in with `aws configure`.",
+            )
+        return session.client(service)
+
+
+@contextlib.contextmanager
+def told_plainly(what: str) -> Iterator[None]:
+    """Turns boto's errors within the block into one clear `UserError`.
+
+    Args:
+        what: what was asked of AWS, as in "AWS did not `list the endpoints`".
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        details = error.response.get("Error", {})
+        code, message = details.get("Code", "an error"), details.get("Message", str(error)).rstrip(".")
+        step = "Put right what the message names."
+        if "AccessDenied" in code:
+            step = "Give the role that permission, or ask whoever manages the account."
+        elif "ExpiredToken" in code:
+            step = "Log in again."
+        raise UserError(f"AWS did not {what}", got=f"{code}: {message}", next_step=step) from error
+    except BotoCoreError as error:
+        raise UserError(
+            f"AWS could not be asked to {what}",
+            got=str(error).rstrip("."),
+            next_step="Check the arguments, the network, the region and the credentials.",
+        ) from error
+
+
+def registry(region: str) -> str:
+    """The registry of AWS's public deep learning containers, such as `763104351884.dkr.ecr.us-east-1.amazonaws.com`.
+
+    Raises:
+        UserError: no such region.
+    """
+    import boto3
+    from botocore.exceptions import UnknownRegionError
+
+    try:
+        partition = boto3.Session().get_partition_for_region(region)
+    except UnknownRegionError:
+        raise UserError(
+            "that is no AWS region", expected="such as us-east-1", got=repr(region), next_step="Name the region."
+        ) from None
+    suffix = {"aws-cn": "amazonaws.com.cn", "aws-eusc": "amazonaws.eu"}.get(partition, "amazonaws.com")
+    return f"{_REGISTRIES.get(region, _COMMON_REGISTRY)}.dkr.ecr.{region}.{suffix}"
+
+
+def checked_role(role: str) -> str:
+    """Gives `role` back.
+
+    Raises:
+        UserError: it is not the ARN of an IAM role.
+    """
+    if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", role):
+        raise UserError(
+            "that is no IAM role",
+            expected="arn:aws:iam::123456789012:role/NAME",
+            got=repr(role),
+            next_step="Take the execution role from the SageMaker console (domain, user profile).",
+        )
+    return role
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a container in AWS can download a model of that name: `owner/name`, and no folder of this machine."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)) and not Path(model).exists()
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/a/b` as `("bucket", "a/b")`; a slash at the end is kept.
+
+    Raises:
+        UserError: it is no such address, or names a bucket alone.
+    """
+    found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^/\s]\S*)", uri)
+    if not found:
+        raise UserError(
+            "that is no place in S3", expected="s3://bucket/prefix", got=repr(uri), next_step="Name bucket and prefix."
+        )
+    return found[1], found[2]
+
+
+def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
+    """Copies a file to S3.
+
+    Args:
+        path: the file.
+        s3_uri: where to; an address that ends in `/` takes the file's own name.
+        client: an S3 client; none makes one.
+
+    Returns:
+        The address of the object.
+
+    Raises:
+        UserError: the address is wrong, the file is missing, or AWS refuses.
+    """
+    bucket, key = split_s3_uri(s3_uri)
+    if not path.is_file():
+        raise UserError(f"{path.name} is not there", next_step="Make it first.")
+    key += path.name if key.endswith("/") else ""
+    from boto3.exceptions import S3UploadFailedError
+
+    client = client or new_client("s3")
+    try:
+        with told_plainly(f"take {path.name}"):
+            client.upload_file(str(path), bucket, key)
+    except S3UploadFailedError as error:
+        raise UserError(
+            f"AWS did not take {path.name}", got=str(error), next_step="Check the bucket and the role's permissions."
+        ) from error
+    return f"s3://{bucket}/{key}"
+
+
+def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
+    """Deletes an endpoint with the endpoint configuration and the models behind it. What lies in S3 stays.
+
+    Args:
+        name: the endpoint's name.
+        client: a SageMaker client; none makes one.
+
+    Returns:
+        What was deleted, such as `["endpoint demo", "endpoint configuration demo", "model demo"]`.
+    """
+    client = client or new_client("sagemaker")
+    with told_plainly(f"delete the endpoint {name}"):
+        config = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
+        variants = client.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"]
+        client.delete_endpoint(EndpointName=name)
+        client.delete_endpoint_config(EndpointConfigName=config)
+        models = [variant["ModelName"] for variant in variants if "ModelName" in variant]
+        for model in models:
+            client.delete_model(ModelName=model)
+    return [f"endpoint {name}", f"endpoint configuration {config}", *(f"model {model}" for model in models)]
+
+
+def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
+    """Writes a `.tar.gz`; the same contents give the same bytes.
+
+    Args:
+        out_path: the archive; an old one is replaced when the new one is complete.
+        contents: name in the archive -> bytes, or the file that holds them.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        UserError: it can't be written; an old archive is still there.
+    """
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=out_path.parent, prefix=f".{out_path.name}.")
+    try:
+        # Neither file name nor time in gzip's header; TarInfo's defaults have no time and no owner.
+        with (
+            os.fdopen(handle, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for name, source in contents.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(source) if isinstance(source, bytes) else source.stat().st_size
+                with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content:
+                    archive.addfile(entry, content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out_path)
+    except OSError as error:
+        raise UserError(
+            f"{out_path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return out_path

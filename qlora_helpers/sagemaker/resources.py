@@ -1,0 +1,150 @@
+"""What costs money in SageMaker, and stopping it: apps (JupyterLab, TensorBoard, ...), endpoints, notebook instances
+and training jobs.
+
+Everything is shown before it is stopped. Data stays: a space keeps its volume, a notebook instance its disk, a job what
+it wrote to S3. Knows nothing of runs or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine.studio import this_app
+from qlora_helpers.sagemaker.aws import delete_endpoint, new_client, told_plainly
+
+_APP_KEYS = ("DomainId", "UserProfileName", "SpaceName", "AppType", "AppName")
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Something that runs in SageMaker and costs money while it does.
+
+    Attributes:
+        kind: `app`, `endpoint`, `notebook instance` or `training job`.
+        name: its name.
+        status: SageMaker's word, such as `InService`.
+        note: what kind of app, where, and on which instance.
+        request: the arguments of the call that stops it.
+        is_this: whether it is the app that this code runs in.
+    """
+
+    kind: str
+    name: str
+    status: str
+    note: str = ""
+    request: dict[str, str] = field(default_factory=dict, repr=False)
+    is_this: bool = False
+
+    def __str__(self) -> str:
+        warning = "  <- this notebook runs here" if self.is_this else ""
+        return f"{self.kind:<17}  {self.name:<30}  {self.status:<10}  {self.note}{warning}"
+
+
+def list_sagemaker(*, client: Any = None) -> list[Resource]:
+    """What runs in SageMaker in this region; the app that this code runs in comes last.
+
+    Args:
+        client: a SageMaker client; none makes one.
+
+    Raises:
+        UserError: there is no region, there are no credentials, or the role may not list.
+    """
+    client = client or new_client("sagemaker")
+    with told_plainly("list what runs in SageMaker"):
+        found = [*_apps(client), *_endpoints(client), *_notebook_instances(client), *_training_jobs(client)]
+    return sorted(found, key=lambda resource: resource.is_this)
+
+
+def stop_sagemaker(resources: Iterable[Resource], *, confirm: bool = False, client: Any = None) -> list[Resource]:
+    """Shows what would be stopped and, if that is confirmed, stops it.
+
+    Apps and endpoints (with their configuration and models) are deleted, notebook instances and training jobs stopped.
+    SageMaker takes some minutes to finish.
+
+    Args:
+        resources: from `list_sagemaker()`.
+        confirm: False stops nothing.
+        client: a SageMaker client; none makes one.
+
+    Returns:
+        What was stopped.
+
+    Raises:
+        UserError: AWS refuses; what came before in the list is stopped.
+    """
+    chosen = list(resources)
+    for resource in chosen:
+        print(resource)
+    if not confirm:
+        print("Nothing was stopped. The same call with confirm=True stops it.")
+        return []
+    client = client or new_client("sagemaker")
+    stop = {
+        "app": client.delete_app,
+        "notebook instance": client.stop_notebook_instance,
+        "training job": client.stop_training_job,
+    }
+    for resource in chosen:
+        if resource.kind == "endpoint":
+            delete_endpoint(resource.name, client=client)
+        else:
+            with told_plainly(f"stop the {resource.kind} {resource.name}"):
+                stop[resource.kind](**resource.request)
+    return chosen
+
+
+def stop_this_app(*, client: Any = None) -> dict[str, str]:
+    """Shuts down the Studio app that this code runs in; its space keeps its volume. Returns the app.
+
+    Args:
+        client: a SageMaker client; none makes one.
+
+    Raises:
+        UserError: this is no app of Studio, or AWS refuses.
+    """
+    app = this_app()
+    if not {"DomainId", "AppType", "AppName"} <= app.keys():
+        raise UserError("this is no app of SageMaker Studio", next_step="Shut the machine down another way.")
+    client = client or new_client("sagemaker")
+    with told_plainly(f"shut down the app {app['AppName']}"):
+        client.delete_app(**app)
+    return app
+
+
+def _apps(client: Any) -> Iterator[Resource]:
+    here = this_app()
+    for page in client.get_paginator("list_apps").paginate():
+        for app in page["Apps"]:
+            if app["Status"] not in ("InService", "Pending"):
+                continue
+            request = {key: app[key] for key in _APP_KEYS if key in app}
+            owner = f"space {app['SpaceName']}" if "SpaceName" in app else f"user {app.get('UserProfileName', '?')}"
+            instance = app.get("ResourceSpec", {}).get("InstanceType")
+            note = ", ".join(part for part in (app["AppType"], owner, instance) if part)
+            is_this = bool(here) and here.items() <= request.items()
+            yield Resource("app", app["AppName"], app["Status"], note, request, is_this)
+
+
+def _endpoints(client: Any) -> Iterator[Resource]:
+    for page in client.get_paginator("list_endpoints").paginate():
+        for endpoint in page["Endpoints"]:
+            if endpoint["EndpointStatus"] != "Deleting":
+                yield Resource("endpoint", endpoint["EndpointName"], endpoint["EndpointStatus"])
+
+
+def _notebook_instances(client: Any) -> Iterator[Resource]:
+    for page in client.get_paginator("list_notebook_instances").paginate(StatusEquals="InService"):
+        for instance in page["NotebookInstances"]:
+            name = instance["NotebookInstanceName"]
+            note = instance.get("InstanceType", "")
+            yield Resource("notebook instance", name, "InService", note, {"NotebookInstanceName": name})
+
+
+def _training_jobs(client: Any) -> Iterator[Resource]:
+    for page in client.get_paginator("list_training_jobs").paginate(StatusEquals="InProgress"):
+        for job in page["TrainingJobSummaries"]:
+            name = job["TrainingJobName"]
+            yield Resource("training job", name, "InProgress", "", {"TrainingJobName": name})

@@ -1,0 +1,278 @@
+"""Trainer's checkpoints in a run folder: one counts once it is verified, and only then is an older one removed.
+
+It is written under `.unfinished/`, verified there and then renamed, so a save that is cut off leaves all others as they were.
+A verified checkpoint holds `verified.json` with the size and SHA-256 of every file. Resuming takes the newest that still matches;
+a damaged one is passed over with a warning. `training_args.bin`, a pickle, is never read and therefore not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.units import gib
+from qlora_helpers.runs.folder import FIXED, Run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import TrainerState
+
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+SEAL = "verified.json"
+TRAINED_ON = "trained_on.json"
+UNFINISHED = ".unfinished"
+_REPLACED = ".replaced-"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint folder's name."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest step first; verified or not."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def verify(checkpoint: Path) -> None:
+    """Looks at a freshly written checkpoint and seals it.
+
+    Raises:
+        RunError: a file is missing, unreadable or holds a value that is not finite.
+    """
+    # Two saves at one step (asked for, and at the end of an epoch) leave the first one's seal here.
+    for name in ("training_args.bin", SEAL):
+        (checkpoint / name).unlink(missing_ok=True)
+    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+    if missing:
+        raise RunError(f"{checkpoint.name} is incomplete: {', '.join(missing)} is missing")
+    state = read_json(checkpoint / "trainer_state.json")
+    if state.get("global_step") != step_of(checkpoint):
+        raise RunError(f"{checkpoint.name} holds step {state.get('global_step')}")
+    if not adapter_is_finite(checkpoint / "adapter_model.safetensors"):
+        raise RunError(
+            f"{checkpoint.name} holds weights that are not finite", next_step="Lower train.learning_rate and resume."
+        )
+    files = {path.name: _fingerprint(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    write_json(checkpoint / SEAL, {"files": files})
+
+
+@contextlib.contextmanager
+def clear_write_errors(checkpoint: Path) -> Iterator[None]:
+    """Turns what writing a checkpoint raises (a full disk above all) into one clear error, and gives the space back.
+
+    Raises:
+        RunError: with the system's reason.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, RunError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        free = shutil.disk_usage(checkpoint.parent if checkpoint.parent.exists() else checkpoint.parent.parent).free
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or "its files were not taken whole"
+        raise RunError(
+            f"{checkpoint.name} could not be written ({reason}; {gib(free):.1f} GiB were free)",
+            next_step="Free some space and train again; the run goes on from its last good checkpoint.",
+        ) from error
+
+
+def put_in_place(written: Path) -> None:
+    """Verifies a checkpoint that was written under `.unfinished/`, and moves it beside the others.
+
+    Raises:
+        RunError: see `verify`; nothing is moved.
+    """
+    try:
+        _flush(written)
+        verify(written)
+    except RunError:
+        shutil.rmtree(written.parent, ignore_errors=True)
+        raise
+    folder = written.parent.parent
+    place, old = folder / written.name, folder / f"{_REPLACED}{written.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():  # two saves at one step, or a damaged one is written anew
+        os.replace(place, old)
+    os.replace(written, place)
+    shutil.rmtree(old, ignore_errors=True)
+    written.parent.rmdir()
+
+
+def _flush(folder: Path) -> None:
+    """Has the disk take what was written, so that a name never stands for files that a power cut emptied."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put_back(folder: Path) -> None:
+    """A process that was killed in the middle of `put_in_place` left the older checkpoint under its second name."""
+    for old in folder.glob(f"{_REPLACED}checkpoint-*"):
+        place = folder / old.name.removeprefix(_REPLACED)
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, place)
+
+
+def adapter_is_finite(path: Path) -> bool:
+    """Whether every value of a safetensors file is a finite number."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return bool(names) and all(bool(torch.isfinite(file.get_tensor(name)).all()) for name in names)
+
+
+def is_good(checkpoint: Path) -> bool:
+    """Whether a checkpoint was sealed, is still as it was then, and was not set aside."""
+    try:
+        seal = read_json(checkpoint / SEAL)
+        files = seal["files"]
+        return (
+            bool(files)
+            and "set_aside" not in seal
+            and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
+        )
+    except (RunError, OSError, KeyError, TypeError, AttributeError, ValueError):  # whatever else the file holds
+        return False
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that can be trusted, or None; warns of newer ones that can't."""
+    _put_back(folder)
+    for checkpoint in reversed(all_checkpoints(folder)):
+        if is_good(checkpoint):
+            return checkpoint
+        why = _why_set_aside(checkpoint) or "is incomplete or damaged"
+        warnings.warn(f"{checkpoint.name} {why}; going on from an older one", stacklevel=2)
+    return None
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Looks into the pickles that Trainer is about to read: they may hold tensors and plain values, and nothing that is called.
+
+    Trainer reads them with `weights_only=True`, which would refuse too, in other words. Nothing is unpickled here.
+
+    Raises:
+        RunError: a file would run code, or is in a form that can't be looked into; or the trainer's state is damaged.
+    """
+    import torch
+    from transformers import TrainerState
+    from transformers.trainer_pt_utils import safe_globals
+
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        try:
+            with safe_globals():
+                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as error:  # a pickle of the old kind, or bytes of any other
+            unsafe = [f"something unreadable ({type(error).__name__})"]
+        if unsafe:
+            raise RunError(
+                f"{checkpoint.name}/{path.name} is not to be trusted: it asks for {', '.join(map(repr, unsafe[:3]))}",
+                expected="tensors and plain values",
+                next_step="Nothing was run. Delete this checkpoint if it is not yours.",
+            )
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{checkpoint.name}/trainer_state.json is damaged ({type(error).__name__})",
+            next_step="Delete this checkpoint.",
+        ) from error
+
+
+def last_good_step(folder: Path) -> int:
+    """The step of the newest checkpoint that can be trusted; 0 where there is none."""
+    return max((step_of(path) for path in all_checkpoints(folder) if is_good(path)), default=0)
+
+
+def set_aside(folder: Path, step: int, why: str) -> None:
+    """Checkpoints of this step and later don't count any more: they are whole, and what they hold is not worth going on from."""
+    for checkpoint in all_checkpoints(folder):
+        if step_of(checkpoint) >= step and is_good(checkpoint):
+            write_json(checkpoint / SEAL, read_json(checkpoint / SEAL) | {"set_aside": why})
+
+
+def _why_set_aside(checkpoint: Path) -> str:
+    try:
+        return f"was set aside ({read_json(checkpoint / SEAL)['set_aside']})"
+    except (RunError, KeyError, TypeError):
+        return ""
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint that tells it was trained on: settings and marks that can't change any more."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        with contextlib.suppress(RunError):
+            found = read_json(checkpoint / TRAINED_ON)
+            if isinstance(found, dict):
+                return found
+    return None
+
+
+def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
+    """Puts a checkpoint's adapter into a peft model, and returns the state that Trainer had then."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` good checkpoints, and leftovers older than the newest good one."""
+    good = [path for path in all_checkpoints(folder) if is_good(path)]
+    if not good:
+        return
+    kept = set(good[-keep:])
+    for path in all_checkpoints(folder):
+        if path not in kept and step_of(path) < step_of(good[-1]):
+            shutil.rmtree(path)
+
+
+def _fingerprint(path: Path) -> list[int | str]:
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:
+    """Compares the settings, and the marks where they are known, with those of the newest checkpoint, else of the adapter.
+
+    Args:
+        run: the run, trained or not.
+        marks: digests of what settings only name: the data file's content, the vocabulary, the model's files.
+
+    Returns:
+        What a session that begins now is trained on, for its checkpoints.
+
+    Raises:
+        RunError: something differs; the message says what.
+    """
+    settings = run.config().to_dict()
+    now = {section: settings[section] for section in FIXED} | {"marks": marks or {}}
+    before = trained_on(run.checkpoints_dir)
+    if before is None and (run.adapter_dir / "config.json").exists():
+        before = read_json(run.adapter_dir / "config.json")
+    if isinstance(before, dict):
+        run.refuse_differences(before, now)
+    return now

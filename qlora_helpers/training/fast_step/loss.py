@@ -1,0 +1,145 @@
+"""The loss of a frozen output layer, a few tokens at a time.
+
+A vocabulary of 128,256 makes half a MiB of 32-bit logits a token. The output layer is frozen, so all that training needs of it is
+the gradient of its input: loss and gradient are made chunk by chunk in the forward pass, and no chunk's logits outlive it. Same
+matrix products as the plain path, none twice. (Fusing the output layer with the loss is Liger Kernel's idea, arXiv:2410.10989.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.planning.memory import loss_chunk
+
+
+class _TokenLosses(torch.autograd.Function):
+    """`(tokens, hidden)` -> `(tokens,)` losses; the gradient of each token's loss is kept in place of its logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(hidden[part], weight, bias).float()
+            trained = labels[part] != IGNORED
+            target = labels[part].clamp(min=0).unsqueeze(1)
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            losses[part] = ((log_sum - logits.gather(1, target)).squeeze(1)) * trained
+            if gradients is not None:
+                slopes = logits.sub_(log_sum).exp_()
+                slopes.scatter_add_(1, target, torch.full_like(target, -1, dtype=slopes.dtype))
+                gradients[part] = slopes.mul_(trained.unsqueeze(1)).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * upstream.unsqueeze(1).to(gradients.dtype), None, None, None, None
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of each token under a frozen output layer, in nats; 0 where the label is ignored.
+
+    Args:
+        hidden: `(tokens, hidden)`, the output layer's input.
+        weight: `(vocabulary, hidden)`; gets no gradient.
+        labels: `(tokens,)`, the next token at each place, or -100.
+        bias: `(vocabulary,)` or None.
+        chunk: tokens whose logits exist at once; None keeps them within 128 MiB.
+
+    Returns:
+        `(tokens,)`, float32.
+    """
+    return _TokenLosses.apply(hidden, weight, bias, labels, chunk or loss_chunk(weight.shape[0]))
+
+
+class ChunkedLoss:
+    """A model's `loss_function` that takes the output layer's input in place of its logits, and trained tokens alone.
+
+    Attributes:
+        trained: flat index of the tokens whose successor is trained, `(trained,)`, and these successors, `(trained,)`; None where
+            the batch does not say.
+        per_token: losses of the last call, `(trained,)`, without gradient; what an evaluation weighs by tokens.
+    """
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        self.head = head
+        self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.per_token: torch.Tensor | None = None
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """The mean over trained tokens, or their sum over `num_items_in_batch`; arguments as transformers passes them."""
+        hidden = logits.flatten(0, -2)
+        if self.trained is None:
+            target = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
+        else:
+            index, target = self.trained
+            hidden = hidden[index.to(hidden.device)]
+        weight = self.head.weight
+        target = target.to(weight.device)
+        losses = token_losses(hidden.to(weight.device), weight, target, bias=self.head.bias)
+        self.per_token = losses.detach()
+        if num_items_in_batch is None:
+            return losses.sum() / (target != IGNORED).sum()
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(losses.device)
+        return losses.sum() / num_items_in_batch
+
+
+@contextmanager
+def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
+    """While open, a causal language model that is given labels computes no logits: its loss comes chunk by chunk.
+
+    It then also takes `trained_index` and `trained_labels` (`blocks.BlockCollator`). Asked without labels it answers with logits as
+    ever. The call still goes through the root module, so peft's, accelerate's and DDP's hooks see it.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it; its output layer is frozen.
+    """
+    head = model.get_output_embeddings()
+    loss = ChunkedLoss(head)
+    logits_of, before = head.forward, model.loss_function
+    with_labels = False
+
+    def look(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        nonlocal with_labels
+        with_labels = kwargs.get("labels") is not None
+        index, target = kwargs.pop("trained_index", None), kwargs.pop("trained_labels", None)
+        loss.trained = None if index is None else (index, target)
+        return args, kwargs
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if with_labels else logits_of(hidden)
+
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(look, with_kwargs=True).remove)
+        undo.callback(setattr, model, "loss_function", before)
+        replace_forward(head, forward, undo)
+        model.loss_function = loss
+        yield loss

@@ -1,0 +1,163 @@
+"""Products that a recomputed layer does not make again.
+
+What is recomputed is what the backward pass reads. Nothing in a layer reads the value of a product that is added to the residual at
+its end: an MLP's last in a Llama, in a Falcon the attention's last too, since both are added together. A backward pass reads that
+product's frozen weights and what entered its adapter. So while a layer recomputes, such a product returns memory as it is: a
+quarter of a Llama layer's products, half of a Falcon layer's. (`torch.utils.checkpoint` stops early, but after that product, and a
+compiled layer does not stop.)
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.shapes.families import added_to_residual
+from qlora_helpers.model.wiring import is_plain
+
+_SIGNATURES = {
+    "linear_unless_recomputed": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_4bit_unless_recomputed": "(Tensor x, Tensor packed, int[] shape, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? bias, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset) -> Tensor",
+}
+for _name, _signature in _SIGNATURES.items():
+    torch.library.define(f"qlora_helpers::{_name}", _signature)
+
+
+class _Recomputing(threading.local):
+    """Entered by the thread that recomputes, which is autograd's, and may be entered again."""
+
+    on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *exception: object) -> None:
+        self.on = False
+
+
+_recomputing = _Recomputing()
+
+
+def recomputation_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For `torch.utils.checkpoint`'s `context_fn`: what is open in the forward pass, and while it is made again."""
+    return nullcontext(), _recomputing
+
+
+def recomputing() -> bool:
+    """Whether this thread is making a layer's values again."""
+    return _recomputing.on
+
+
+def _unread(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`(..., width)` in memory as it is."""
+    return x.new_empty((*x.shape[:-1], width))
+
+
+@torch.library.impl("qlora_helpers::linear_unless_recomputed", "CompositeExplicitAutograd")
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _unread(x, weight.shape[0]) if _recomputing.on else F.linear(x, weight, bias)
+
+
+@torch.library.impl("qlora_helpers::linear_4bit_unless_recomputed", "CompositeExplicitAutograd")
+def _linear_4bit(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
+    return (
+        _unread(x, shape[0]) if _recomputing.on else torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, *rest)
+    )
+
+
+@torch.library.register_fake("qlora_helpers::linear_unless_recomputed")
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("qlora_helpers::linear_4bit_unless_recomputed")
+def _(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+class _ProductOnce(torch.autograd.Function):
+    """A frozen linear layer's product, whose value is not made while its layer recomputes.
+
+    Its gradient needs the weights alone, so nothing is saved for it that a checkpoint would have to find again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: Any) -> torch.Tensor:
+        ctx.weight, ctx.state = weight, state
+        if state is None:
+            return torch.ops.qlora_helpers.linear_unless_recomputed(x, weight, bias)
+        nested = state.state2 if state.nested else None
+        return torch.ops.qlora_helpers.linear_4bit_unless_recomputed(
+            x, weight.view(-1, 1), state.shape, nested.absmax if nested else state.absmax, state.blocksize,
+            state.quant_type, bias, state.absmax if nested else None, nested.code if nested else None,
+            state.offset if nested else None,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight = ctx.weight
+        if ctx.state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight.view(-1, 1), ctx.state).to(gradient.dtype)
+        return gradient @ weight, None, None, None
+
+
+@contextmanager
+def unread_products_left_out(model: torch.nn.Module, layers: list[torch.nn.Module]) -> Iterator[int]:
+    """While open, those products of the layers are made once; yields how many of a layer are.
+
+    Frozen linear layers in 4 bits or at full width; others, such as those whose adapter reads that value (DoRA), and families whose
+    wiring is not known, keep their own way.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+        layers: its decoder layers, all of them: they share their compiled kernels.
+    """
+    text, changed = model.config.get_text_config(), 0
+    # Under autocast, as float16 trains, linear layers keep their own way.
+    names = () if model.dtype == torch.float16 else added_to_residual(text.to_dict())
+    with ExitStack() as undo:
+        for path, module in ((path, module) for layer in layers for path, module in layer.named_modules()):
+            if path.rpartition(".")[2] not in names:
+                continue
+            adapted = hasattr(module, "get_base_layer")
+            linear = module.get_base_layer() if adapted else module
+            if _can_be_left_out(linear) and (not adapted or is_plain(module)):
+                replace_forward(linear, types.MethodType(_forward_once(linear.forward), linear), undo)
+                changed += 1
+        yield changed // max(1, len(layers))
+
+
+def _can_be_left_out(linear: Any) -> bool:
+    if any(weight.requires_grad for weight in linear.parameters()):
+        return False
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return type(linear) is torch.nn.Linear or type(linear).__name__ == "FalconLinear"
+    rows, columns = state.shape
+    return (rows, columns) == (linear.out_features, linear.in_features) and (
+        not state.nested or state.state2.blocksize == 256
+    )
+
+
+def _forward_once(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)`."""
+        state = getattr(self.weight, "quant_state", None)
+        dtype = self.weight.dtype if state is None else getattr(self, "compute_dtype", None) or x.dtype
+        lost = state is None and hasattr(self, "quant_state")  # bitsandbytes finds it again
+        other = x.dtype != dtype or (self.bias is not None and self.bias.dtype != dtype)
+        if lost or other or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return own(x)
+        return _ProductOnce.apply(x, self.weight, self.bias, state)
+
+    return forward

@@ -1,0 +1,196 @@
+"""TensorBoard event files: scalars, hyperparameters and sample texts, always local first; `s3_copy` brings them to S3 where asked.
+
+tensorboardX writes them (its own S3 writer uploads in the training loop and raises there when the bucket is away). Knows nothing of
+models; TensorBoard's format is tensorboardX's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.text import plain
+from qlora_helpers.runs.events_copy import CopyState, S3Copy, s3_target
+from qlora_helpers.runs.folder import Run
+
+if TYPE_CHECKING:
+    from qlora_helpers.data.dialogues import Dialogue
+    from qlora_helpers.evaluation.evaluate import Evaluation
+
+log = logging.getLogger(__name__)
+METRICS = ("train/loss", "eval/loss")
+"""What the page of hyperparameters compares runs by."""
+SAMPLES = 3
+"""Held-out rows whose texts are shown."""
+
+
+def event_callback(
+    run: Run, config: RunConfig, *, samples: Mapping[str, Mapping[str, str]] | None = None, s3_client: Any = None
+) -> Any:
+    """A `TrainerCallback` that writes the run's scalars, settings and samples to `events/`; None where it is off.
+
+    Args:
+        run: the run.
+        config: its settings; `train.tensorboard` says where the events go.
+        samples: name -> heading -> text, such as a held-out dialogue and its summary; what `write_answers` adds to later.
+        s3_client: see `S3Copy`.
+    """
+    if config.train.tensorboard == "off":
+        return None
+    from transformers import TrainerCallback
+
+    class EventCallback(TrainerCallback):
+        writer: Any = None
+        copy: S3Copy | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            from tensorboardX import SummaryWriter
+            from tensorboardX.summary import hparams
+
+            self.writer = SummaryWriter(str(run.events_dir), flush_secs=10, purge_step=state.global_step + 1)
+            _outlive_disk_errors(self.writer)
+            self.writer.add_text("config", _as_markdown(config), state.global_step)
+            # Not add_hparams, which makes a folder of its own: then the page would show each run twice.
+            for summary in hparams(_settings(config), dict.fromkeys(METRICS))[:2]:  # the third says that it ended
+                self.writer.file_writer.add_summary(summary)
+            for name, texts in (samples or {}).items():
+                self.writer.add_text(f"samples/{name}", _as_code(texts), state.global_step)
+            if target := s3_target(run, config):
+                self.copy = S3Copy(run.events_dir, target, client=s3_client)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            for name, value in (logs or {}).items():
+                if isinstance(value, int | float) and self.writer is not None:
+                    group = "eval" if name.startswith("eval_") else "train"
+                    self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.close()
+
+        def close(self) -> None:
+            """Writes what is left and ends the copying; also for training that failed, which never says that it ended."""
+            if self.writer is not None:
+                self.writer.close()
+            if self.copy is not None:
+                self.copy.close()
+
+    return EventCallback()
+
+
+def unanswered_samples(rows: Sequence[Dialogue]) -> dict[str, dict[str, str]]:
+    """What TensorBoard shows of the first held-out rows before they are answered."""
+    return {row.id: {"dialogue": row.dialogue, "its summary": row.summary} for row in rows[:SAMPLES]}
+
+
+def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """The same rows with their answers, and the scores that TensorBoard lays over those of other runs."""
+    samples = {
+        row["id"]: {"dialogue": row["dialogue"], "its summary": row["summary"]}
+        | {f"answer of {model}": answer["text"] for model, answer in row["answers"].items()}
+        for row in result.to_dict()["rows"][:SAMPLES]
+    }
+    return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}
+
+
+def _outlive_disk_errors(writer: Any) -> None:
+    """Has a writer pass over what the disk does not take, and say so once.
+
+    tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, waits for it for ever.
+    """
+    file, told = writer.file_writer.event_writer._ev_writer, []
+
+    def outliving(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any) -> Any:
+            try:
+                return act(*args)
+            except OSError as error:
+                if not told:
+                    log.warning("events could not be written: %s; training goes on without them", error)
+                told.append(error)
+
+        return tried
+
+    for name in ("write_event", "flush", "close"):
+        setattr(file, name, outliving(getattr(file, name)))
+
+
+def write_answers(
+    run: Run,
+    config: RunConfig,
+    samples: Mapping[str, Mapping[str, str]],
+    scores: Mapping[str, float],
+    *,
+    s3_client: Any = None,
+) -> None:
+    """Adds answers and scores of an evaluation to the run's events, at the step that the run has reached.
+
+    Args:
+        run: the run.
+        config: its settings; `train.tensorboard` says where the events go.
+        samples: name -> heading -> text: dialogue, summary and each model's answer.
+        scores: name -> value.
+        s3_client: see `S3Copy`.
+    """
+    if config.train.tensorboard == "off":
+        return
+    from tensorboardX import SummaryWriter
+
+    step = run.status().step
+    # The name of an event file holds the second: the ending keeps it apart from the trainer's.
+    with SummaryWriter(str(run.events_dir), filename_suffix=".evaluation") as writer:
+        _outlive_disk_errors(writer)
+        for name, texts in samples.items():
+            writer.add_text(f"samples/{name}", _as_code(texts), step)
+        for name, value in scores.items():
+            writer.add_scalar(f"scores/{name}", value, step)
+    if target := s3_target(run, config):
+        S3Copy(run.events_dir, target, client=s3_client).close()
+
+
+def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
+    """Copies what is not in the bucket yet, for a run whose bucket was away to its end.
+
+    Raises:
+        RunError: the run's events go to no bucket, or it does not take them; the local ones are whole.
+    """
+    target = s3_target(run, run.config())
+    if target is None:
+        raise RunError(
+            f"the events of {run.name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+        )
+    copy = S3Copy(run.events_dir, target, client=s3_client)
+    copy.close()
+    if copy.problem is not None or not copy.ended:
+        raise RunError(
+            f"{target} did not take the events",
+            got=copy.problem or "no answer in time",
+            next_step="They are whole in the run folder; look at bucket, region and credentials, and call this again.",
+        )
+    return copy.state
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    sections = {name: values for name, values in config.to_dict().items() if isinstance(values, dict)}
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float) else str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def _as_markdown(config: RunConfig) -> str:
+    return "\n".join(
+        ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in _settings(config).items())]
+    )
+
+
+def _as_code(texts: Mapping[str, str]) -> str:
+    """Headings and texts as Markdown; a text is indented, so that marks and tags in a dialogue are shown as they are."""
+    parts = []
+    for heading, text in texts.items():
+        lines = "\n".join(f"    {line}" for line in plain(text).splitlines()) or "    (empty)"
+        parts.append(f"**{heading}**\n\n{lines}")
+    return "\n\n".join(parts)

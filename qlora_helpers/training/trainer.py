@@ -1,0 +1,162 @@
+"""`transformers.Trainer` with what it lacks here: tokens counted, a loss over tokens, a watch over it, checkpoints whole or absent.
+
+Knows nothing of runs, people or status; `training` makes it and `training_callback` tells the run folder of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.runs import sigterm
+from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.fast_step.parts import FastStep
+from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
+
+
+class SummaryTrainer(Trainer):
+    """`Trainer` with four things of ours: tokens counted, an evaluation loss over tokens, a watch over the loss, safe saving.
+
+    Trainer's own `eval_loss` is a mean over batches, which depends on the batch size where rows differ in length. Its own
+    checkpoint grows under its final name, and forgets the loss that was summed since the last log.
+    """
+
+    tokens_seen: torch.Tensor | int = 0
+    fast: FastStep | None = None
+    trained_on: dict[str, Any] | None = None  # what can't change in later sessions
+    _saves_to: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch = LossWatch(may_overflow=self.args.fp16)
+        self._blocks: deque[torch.Tensor | None] = deque()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._blocks = deque(batch.pop("blocks", None) for batch in batches)
+        pad = self.data_collator.pad_token_id
+        self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
+        return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass, watched."""
+        loss = super().training_step(*args, **kwargs)
+        self.watch.add(loss, self._blocks.popleft() if self._blocks else None)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.watch.end_step(self.state.global_step + 1, norm)
+        self._stop_in_trouble(wait=False)
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._stop_in_trouble(wait=True)
+        super().log(logs, *args, **kwargs)
+
+    def _stop_in_trouble(self, *, wait: bool) -> None:
+        trouble = self.watch.look(wait=wait)
+        if trouble is None:
+            return
+        if trouble.exploded and not self.is_world_process_zero():
+            return  # each process sees its own share: one that ended alone would leave the others waiting, without a word
+        folder = Path(self.args.output_dir)
+        if trouble.exploded:  # the weights before that step gave this loss already
+            saved.set_aside(folder, trouble.step - 1, f"the loss exploded at step {trouble.step}")
+        last = saved.last_good_step(folder)
+        passes = (
+            f" in forward pass {trouble.batch} of {trouble.batches}" if trouble.batch and trouble.batches > 1 else ""
+        )
+        rows = [self.train_dataset[number]["row_ids"] for number in trouble.blocks]
+        where = f"; its data: {rows_in_words(trouble.blocks, rows)}" if rows else ""
+        raise RunError(
+            f"{trouble.what} at step {trouble.step}{passes}{where}",
+            next_step=f"{trouble.mend}; the run goes on from "
+            + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
+        )
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Sum of the token losses over the number of trained tokens, over all processes."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        rows = 0
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
+            losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
+            sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
+            rows += len(tokens)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            if sigterm.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
+                break
+        model.train(was_training)
+        done = rows >= len(dataloader.dataset) or not sigterm.asked()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saves_to) if self._saves_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint in a folder of its own, seals it there, and only then puts it in its place.
+
+        Raises:
+            RunError: it could not be written, or is not what it should be; older checkpoints are as they were.
+        """
+        self._stop_in_trouble(wait=True)
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / saved.UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saves_to = folder / saved.UNFINISHED
+        written = self._saves_to / f"checkpoint-{self.state.global_step}"
+        try:
+            with saved.clear_write_errors(written):
+                super()._save_checkpoint(model, trial)
+                self._write_sum(written)
+                if self.trained_on is not None and self.is_world_process_zero():
+                    write_json(written / saved.TRAINED_ON, self.trained_on)
+        finally:
+            self._saves_to = None
+        self.accelerator.wait_for_everyone()  # the seal covers the files of all processes
+        if self.is_world_process_zero():
+            saved.put_in_place(written)
+
+    def _sum_name(self) -> str:
+        return f"loss_sum_{self.args.process_index}.json"
+
+    def _write_sum(self, checkpoint: Path) -> None:
+        kept = {
+            "loss": float(self._tr_loss),
+            "since_step": self._globalstep_last_logged,
+            "recent": list(self.watch.recent),
+            "overflows": self.watch.overflows,
+        }
+        write_json(checkpoint / self._sum_name(), kept)
+
+    def go_on_summing(self, checkpoint: Path) -> None:
+        """Takes up the loss that was summed between the last log and a save, so that the next log is of all its steps."""
+        path = checkpoint / self._sum_name()
+        if path.is_file():
+            kept = read_json(path)
+            self._tr_loss += kept["loss"]
+            self._globalstep_last_logged = kept["since_step"]
+            self.watch.recent.extend(kept["recent"])
+            self.watch.overflows = kept.get("overflows", 0)  # checkpoints of earlier versions have none

@@ -1,0 +1,244 @@
+"""Following a run from its folder alone: each look reads what is new and tells everything a panel shows.
+
+Works beside a trainer in another process or on another machine that shares the folder, under torchrun, and after it. Asks nothing
+of the trainer. Knows no widgets, no model, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.text import plain
+from qlora_helpers.base.units import duration
+from qlora_helpers.runs.events_copy import CopyState, copy_state
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.progress import Progress
+from qlora_helpers.runs.requests import Request
+from qlora_helpers.runs.status import INTERRUPTED, Status
+from qlora_helpers.views.charts import Points
+
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s")
+LOG_LINES = 14
+LOG_BYTES = 16_384
+LINE_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of the run's budget: what it is, how much of it is used (0 to 1, or more), and that in words."""
+
+    name: str
+    share: float
+    text: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A run at one moment.
+
+    Attributes:
+        name: the run's.
+        status: as `Run.status` tells it.
+        curves: of each of `CURVES`, `(step, value)` pairs.
+        generation: as `Progress` counts it: where it differs from the last look's, points may be gone.
+        seconds_left: of the training, by the pace of this session; None where it can't be told.
+        silent_s: seconds since the trainer's last sign of life.
+        readings: of GPUs, or process and CPU, the latest there are.
+        limits: the run's budget, where it has one.
+        requests: the newest of each kind in this session, oldest first.
+        log: the last lines that the trainer printed, without control characters.
+        trouble: why it failed or died, with what it said last; empty where all is well.
+        events_copy: how far the copy of its TensorBoard events on S3 is; None where there is none.
+        settings_changed: whether they were saved anew since the last sign of life, so that a finished run may have more to do.
+    """
+
+    name: str
+    status: Status
+    curves: dict[str, Points]
+    generation: int = 0
+    seconds_left: float | None = None
+    silent_s: float = 0.0
+    readings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    requests: tuple[Request, ...] = ()
+    log: tuple[str, ...] = ()
+    trouble: str = ""
+    events_copy: CopyState | None = None
+    settings_changed: bool = False
+
+    def last(self, curve: str) -> float | None:
+        """The latest value of a curve."""
+        points = self.curves[curve]
+        return points[-1][1] if points else None
+
+
+class Follower:
+    """Looks at a run again and again, and reads each time what is new.
+
+    Args:
+        run: need not have begun.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._progress = Progress(run.progress_path)
+        self._curves: dict[str, list[tuple[int, float]]] = {key: [] for key in CURVES}
+        self._generation = 0
+        self._paced: list[dict[str, Any]] = []  # first and last record of this session
+        self._files: dict[Path, tuple[Any, Any]] = {}
+        self._looking = threading.Lock()
+
+    def look(self) -> View:
+        """The run now.
+
+        Raises:
+            RunError: its status is damaged.
+        """
+        with self._looking:
+            status = self.run.status()
+            self._read_progress()
+            log = self._unless_changed(self.run.log_path, last_lines) or ()
+            last = self._progress.records[-1] if self._progress.records else {}
+            pace = [record for record in self._paced if record.get("session") == status.session]
+            return View(
+                self.run.name, status, {key: tuple(points) for key, points in self._curves.items()}, self._generation,
+                seconds_left(status, pace), max(0.0, time.time() - status.heartbeat),
+                status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
+                _limits(self._unless_changed(self.run.config_path, self._train_config), status, last),
+                _newest_requests(self.run.requests, status.session), log, _trouble(status, log),
+                events_copy=copy_state(self.run.events_dir),
+                settings_changed=self._settings_changed(status),
+            )  # fmt: skip
+
+    def _read_progress(self) -> None:
+        new = self._progress.read()
+        if self._progress.generation != self._generation:
+            self._generation = self._progress.generation
+            self._curves = {key: [] for key in CURVES}
+            self._paced, new = [], self._progress.records
+        for record in new:
+            for key, points in self._curves.items():
+                points.extend(points_of([record], key))
+            if not self._paced or self._paced[0].get("session") != record.get("session"):
+                self._paced = [record]
+            self._paced[1:] = [record]
+
+    def _unless_changed(self, path: Path, read: Any) -> Any:
+        """What `read(path)` gave when the file last changed; None where there is none."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        mark = (found.st_mtime_ns, found.st_size, found.st_ino)
+        if self._files.get(path, (None, None))[0] != mark:
+            self._files[path] = (mark, read(path))
+        return self._files[path][1]
+
+    def _settings_changed(self, status: Status) -> bool:
+        try:
+            return self.run.config_path.stat().st_mtime > status.heartbeat
+        except OSError:
+            return False
+
+    def _train_config(self, path: Path) -> TrainConfig | None:
+        try:
+            return self.run.config().train
+        except UserError:  # of another version, perhaps: the curves can be shown all the same
+            return None
+
+
+def points_of(records: Sequence[dict[str, Any]], key: str) -> Points:
+    """`(step, value)` of the records that have a finite number under a key."""
+    values = [(record["step"], as_number(record.get(key))) for record in records]
+    return tuple((step, value) for step, value in values if value is not None)
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number out of a file that may hold anything, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def as_readings(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Readings of the GPUs and of the process, as far as a file that may hold anything has them."""
+    gpus, process = values.get("gpus"), values.get("process")
+    gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    return gpus, process if isinstance(process, dict) else {}
+
+
+def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
+    """Of the training, by the pace between the first and the last of this session's records; None where it can't be told."""
+    paced = [
+        record
+        for record in records
+        if record.get("session") == status.session and as_number(record.get("time")) is not None
+    ]
+    steps = paced[-1]["step"] - paced[0]["step"] if paced else 0
+    if status.state != "running" or steps <= 0:
+        return None
+    return (paced[-1]["time"] - paced[0]["time"]) / steps * max(0, status.max_steps - status.step)
+
+
+def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
+    """The last lines of a log as a terminal would leave them: of a bar that was drawn over and over, its last state."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            start = max(0, file.tell() - LOG_BYTES)
+            file.seek(start)
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ()
+    found = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
+    if start and len(found) > 1:
+        del found[0]  # its beginning is cut off
+    shown = [plain(line).rstrip() for line in found]
+    cut = [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in shown if line]
+    return tuple(cut[-lines:])
+
+
+def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) -> tuple[Limit, ...]:
+    if config is None:
+        return ()
+    found = []
+    if config.stop_at_usd is not None:
+        used = status.used_usd or 0.0
+        found.append(Limit("dollars", used / config.stop_at_usd, f"{used:.2f} of {config.stop_at_usd:g} USD"))
+    if config.stop_at_minutes is not None:
+        most = 60 * config.stop_at_minutes
+        found.append(Limit("time", status.session_s / most, f"{duration(status.session_s)} of {duration(most)}"))
+    if config.patience is not None:
+        counted = last.get("evaluations_without_better") if last.get("session") == status.session else 0
+        without = int(as_number(counted) or 0)
+        text = f"{without} of {config.patience} evaluations without a better loss"
+        found.append(Limit("patience", without / config.patience, text))
+    return tuple(found)
+
+
+def _newest_requests(requests: Sequence[Request], session: int) -> tuple[Request, ...]:
+    newest = {request.kind: request for request in requests if request.session == session}
+    return tuple(sorted(newest.values(), key=lambda request: request.id))
+
+
+def _trouble(status: Status, log: Sequence[str]) -> str:
+    if status.state not in ("failed", "dead"):
+        return ""
+    if status.exit_reason == INTERRUPTED:
+        return "It was interrupted; training again goes on from its last good checkpoint"
+    parts = [status.last_error or status.exit_reason or "it ended"]
+    if status.state == "dead" and log and log[-1].startswith("error: "):  # refused by the command line before it began
+        return plain(log[-1].removeprefix("error: "))
+    if status.state == "dead":
+        parts = ["The trainer's process ended without a word; it may have been killed for want of memory"]
+        parts += [f"Its last words: {log[-1]}"] if log else []
+    return plain(". ".join(parts))

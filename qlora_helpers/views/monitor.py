@@ -1,0 +1,179 @@
+"""Watching a run: its loss curve, its other readings, several runs side by side, and where it stands now.
+
+Reads the run folder alone, so that it works beside a trainer in another process, after it, and without a GPU (what the GPUs do is
+`telemetry.gpu_table`'s). Knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.files import read_json
+from qlora_helpers.base.tables import Table, html_table, text_table
+from qlora_helpers.base.text import plain
+from qlora_helpers.base.units import duration
+from qlora_helpers.runs.events_copy import CopyState, copy_state
+from qlora_helpers.runs.folder import Run, Status
+from qlora_helpers.runs.opening import find_runs
+from qlora_helpers.views.charts import Chart, Panel, Points, number_text
+from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
+
+
+class LossCurve(Chart):
+    """Training and evaluation loss over the steps, nats a trained token.
+
+    Attributes:
+        loss, eval_loss: `(step, value)` pairs; a resumed run is one gapless curve.
+    """
+
+    def __init__(self, name: str, loss: Points, eval_loss: Points) -> None:
+        self.loss, self.eval_loss = loss, eval_loss
+        super().__init__(name, [Panel("loss, nats a token", {"training loss": loss, "evaluation loss": eval_loss})])
+
+
+def loss_curve(run: Run) -> LossCurve:
+    """The run's loss curve as far as it is logged; a progress file that is missing or half written is no error."""
+    records = run.progress()
+    return LossCurve(run.name, points_of(records, "loss"), points_of(records, "eval_loss"))
+
+
+def curves(run: Run) -> Chart:
+    """Learning rate, gradient norm and speed of a run, as small charts side by side."""
+    records = run.progress()
+    names = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
+    return Chart(run.name, [Panel(title, {title: points_of(records, key)}) for title, key in names.items()], columns=3)
+
+
+@dataclass(frozen=True, repr=False)
+class RunTable:
+    """Several runs side by side; prints as text, shows as HTML in a notebook."""
+
+    rows: tuple[tuple[str, ...], ...]
+
+    HEADER = ("run", "state", "step", "loss", "eval loss", "ROUGE-L")
+
+    def __repr__(self) -> str:
+        return text_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "no runs yet"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "<p>no runs yet</p>"
+
+
+def run_table(root: str | os.PathLike[str] = "runs") -> RunTable:
+    """All runs below a folder: state, step, last losses and, where they are evaluated, ROUGE-L with the points gained.
+
+    A run whose files are damaged has the state `damaged`, and does not hide the others.
+    """
+    return RunTable(tuple(map(_run_row, find_runs(root))))
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    try:
+        status, records = run.status(), run.progress()
+        rouge = _rouge(read_json(run.evaluation_path)) if run.evaluation_path.exists() else ""
+    except UserError:
+        return (run.name, "damaged", "", "", "", "")
+    step = f"{status.step} of {status.max_steps}" if status.max_steps else ""
+    return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), rouge)
+
+
+def _rouge(evaluation: dict[str, Any]) -> str:
+    return f"{evaluation['scores']['tuned']['rouge_l']:.1f} ({evaluation['rouge_l_gain']:+.1f})"
+
+
+def _last(records: Sequence[dict[str, Any]], key: str) -> str:
+    points = points_of(records, key)
+    return number_text(points[-1][1]) if points else ""
+
+
+@dataclass(frozen=True, repr=False)
+class Watch:
+    """Where a run stands at one moment; prints as a few lines.
+
+    Attributes:
+        name: the run's.
+        status: as `Run.status` tells it; a trainer that no longer lives is `dead`.
+        readings: name -> text, the last that were logged; empty before the first.
+        seconds_left: of the training, by the pace of this session; None where it can't be told.
+        seconds_silent: since the trainer's last sign of life.
+        events_copy: how far the copy of the TensorBoard events on S3 is; None where there is none.
+    """
+
+    name: str
+    status: Status
+    readings: dict[str, str]
+    seconds_left: float | None = None
+    seconds_silent: float = 0.0
+    events_copy: CopyState | None = None
+
+    def lines(self) -> list[str]:
+        """The lines that are printed: state and step, trouble where there is any, readings."""
+        status = self.status
+        head = f"{self.name}: {status.state}"
+        head += f", step {status.step} of {status.max_steps}" if status.max_steps else ""
+        if status.is_live:
+            head += f", about {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
+            head += f", last sign of life {duration(self.seconds_silent)} ago"
+        lines = [head]
+        lines += [f"why it ended: {status.exit_reason}"] if status.exit_reason and not status.is_live else []
+        lines += [f"last error: {status.last_error}"] if status.last_error else []
+        if self.readings:
+            lines.append(", ".join(f"{name} {text}" for name, text in self.readings.items()))
+        lines += [f"TensorBoard: {self.events_copy.line()}"] if self.events_copy else []
+        return [" ".join(plain(line).split()) for line in lines]
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        first, *rest = map(html.escape, self.lines())
+        return f"<div><strong>{first}</strong>{''.join(f'<br>{line}' for line in rest)}</div>"
+
+
+def watch_once(run: Run) -> Watch:
+    """Looks at a run once: state, step, time left, and the last readings."""
+    status, records = run.status(), run.progress()
+    silent = max(0.0, time.time() - status.heartbeat)
+    return Watch(
+        run.name, status, _readings(records), seconds_left(status, records), silent, copy_state(run.events_dir)
+    )
+
+
+def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    names = {"loss": "loss", "evaluation loss": "eval_loss", "learning rate": "learning_rate"}
+    names |= {"gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
+    found = {name: _last(records, key) for name, key in names.items()}
+    gpus, process = as_readings(records[-1] if records else {})
+    for index, gpu in enumerate(gpus):
+        parts = ((as_number(gpu.get("memory_used_gib")), ".1f", "GiB"), (as_number(gpu.get("load")), ".0f", "%"))
+        found[f"GPU {index}"] = " ".join(f"{value:{form}} {unit}" for value, form, unit in parts if value is not None)
+    if (rss := as_number(process.get("rss_gib"))) is not None:
+        found["process"] = f"{rss:.2f} GiB"
+    return {name: text for name, text in found.items() if text}
+
+
+def plan_table(run: Run) -> Table:
+    """What `plan.json` holds of the step: measured, and on GPUs beside it what the plan predicted for the same settings."""
+    plan = read_json(run.plan_path)
+    measured, predicted = plan["measured"], plan.get("predicted", {})
+    rows = [
+        [
+            f"{what}, {device}, GiB",
+            f"{predicted[key][device]:.2f}" if device in predicted.get(key, {}) else "",
+            f"{value:.2f}",
+        ]
+        for what, key, found in (
+            ("peak held by tensors", "allocated_gib", measured["peak_gib"]),
+            ("peak reserved", "reserved_gib", measured.get("reserved_gib", {})),
+        )
+        for device, value in found.items()
+    ]
+    speed = f"{predicted['tokens_per_s']:,.0f}" if predicted else ""
+    rows.append(["tokens/s", speed, f"{measured['tokens_per_s']:,.0f}"])
+    return Table(["step", "predicted", "measured"], rows, numbers=(1, 2))

@@ -1,0 +1,72 @@
+"""The code and the command that make a run with given settings: what a person copies out of a form.
+
+Settings are told as differences from the profile that they started from. Knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.profiles import PROFILES, profile_config
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.opening import runs_root
+
+
+def differences(config: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two configurations differ: `section.key` -> the first one's value and the other's."""
+    before, after = config.to_dict(), other.to_dict()
+    return {
+        f"{section}.{key}": (value, after[section][key])
+        for section, values in before.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value != after[section][key]
+    }
+
+
+def as_setting(name: str, value: Any) -> str:
+    """`name=value` as `--set` and `open_run` take it."""
+    if isinstance(value, list | tuple):
+        return f"{name}={','.join(value)}"
+    return f"{name}={value if isinstance(value, str) else json.dumps(value).replace('null', 'none')}"
+
+
+def settings_code(run: Run, config: RunConfig, saved: RunConfig | None = None) -> str:
+    """Python that opens the run with these settings, whether it is there yet or not.
+
+    Args:
+        run: says the name.
+        config: the settings.
+        saved: what `config.json` holds; what differs from it is told too.
+    """
+    start = f"run = workflow.open_run({_name(run)!r}, profile={_profile(config)!r}"
+    settings = _settings(config, saved)
+    if not settings:
+        return f"{start})"
+    lines = "".join(f"    {json.dumps(item, ensure_ascii=False)},\n" for item in settings)
+    return f"{start}, settings=[\n{lines}])"
+
+
+def settings_command(run: Run, config: RunConfig, saved: RunConfig | None = None) -> str:
+    """The command that trains with these settings; arguments as for `settings_code`."""
+    words = ["python", "-m", "qlora_helpers", "train", _name(run), "--profile", _profile(config)]
+    lines = [shlex.join(words), *(f"--set {shlex.quote(item)}" for item in _settings(config, saved))]
+    return " \\\n    ".join(lines)
+
+
+def _settings(config: RunConfig, saved: RunConfig | None) -> list[str]:
+    changed = differences(config, profile_config(_profile(config))) | (differences(config, saved) if saved else {})
+    return [as_setting(name, value) for name, (value, _) in changed.items()]
+
+
+def _profile(config: RunConfig) -> str:
+    return config.profile if config.profile in PROFILES else "demo"
+
+
+def _name(run: Run) -> str:
+    """The run's name where it lies in the usual folder, else its path."""
+    usual = runs_root().resolve() / run.name
+    return run.name if run.folder.resolve() == usual else str(run.folder)

@@ -1,0 +1,148 @@
+"""The texts of the watching panel as HTML: state, budget, readings, requests and log. All that comes from files is escaped."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Sequence
+
+from qlora_helpers.base.text import plain
+from qlora_helpers.base.units import duration
+from qlora_helpers.runs.requests import Request
+from qlora_helpers.views.follow import View, as_number, as_readings
+from qlora_helpers.views.widgets.panel import wrong
+
+STYLE = """<style>
+.qlora-watch { gap: 4px; }
+.qlora-watch .qlora-state { width: 100%; }
+.qlora-watch .widget-hprogress { height: 10px; }
+.qlora-watch .widget-hprogress .progress { position: static; width: 100%; height: 8px; margin: 0; border-radius: 4px;
+  overflow: hidden; background: var(--jp-layout-color3, #ddd); }
+.qlora-head { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; font-variant-numeric: tabular-nums; }
+.qlora-head strong { font-size: 16px; }
+.qlora-head .what { color: var(--jp-ui-font-color2, #666); }
+.qlora-badge { border-radius: 10px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: #fff; background: #6e7781; }
+.qlora-badge.running, .qlora-badge.starting { background: #2c6bc9; }
+.qlora-badge.finished { background: #1a7f37; }
+.qlora-badge.failed, .qlora-badge.dead { background: #c4262e; }
+.qlora-badge.stopped { background: #9a6700; }
+.qlora-bars { display: flex; flex-wrap: wrap; gap: 2px 24px; font-size: 12px; }
+.qlora-bars > div { display: grid; grid-template-columns: max-content 90px max-content; gap: 8px; align-items: center;
+  font-variant-numeric: tabular-nums; }
+.qlora-bars > .plain { grid-template-columns: max-content max-content; }
+.qlora-meter { height: 8px; border-radius: 4px; overflow: hidden; background: var(--jp-layout-color3, #ddd); }
+.qlora-meter > div { height: 100%; background: #3a7bd5; }
+.qlora-meter.full > div { background: #d2691e; }
+.qlora-copied { font-size: 12px; color: var(--jp-ui-font-color2, #666); }
+.qlora-copied.away { color: inherit; border-left: 4px solid var(--jp-warn-color1, #d29922); padding: 1px 8px; }
+.qlora-asked { align-items: center; flex-wrap: wrap; overflow: visible; }
+.qlora-requests { flex: 1 1 300px; }
+.qlora-steps { font-size: 12px; margin-left: 12px; }
+.qlora-steps span { color: var(--jp-ui-font-color3, #999); }
+.qlora-steps span.now { color: var(--jp-ui-font-color1, inherit); font-weight: 600; }
+.qlora-tail { display: flex; flex-direction: column-reverse; max-height: 118px; overflow: auto; border-radius: 4px;
+  background: var(--jp-layout-color2, #f5f5f5); }
+.qlora-watch .qlora-tail pre { margin: 0; padding: 4px 8px; font: 11px/1.45 var(--jp-code-font-family, monospace); white-space: pre;
+  color: var(--jp-ui-font-color2, #555); background: transparent; overflow: visible; flex: none; }
+.qlora-watch .qlora-log { width: 100%; }
+.qlora-watch .qlora-log > .widget-html-content { width: 100%; min-width: 0; overflow: hidden; }
+</style>"""
+
+
+def state(view: View) -> str:
+    """Name, state, step, time left, money, and what went wrong."""
+    status = view.status
+    facts = []
+    if status.max_steps:
+        facts.append(("step", f"{status.step:,} of {status.max_steps:,}"))
+    if view.seconds_left is not None:
+        facts.append(("left", f"about {duration(view.seconds_left)}"))
+    if status.used_s:
+        facts.append(("so far", duration(status.used_s)))
+    if status.used_usd is not None:
+        facts.append(("cost so far", f"{status.used_usd:,.2f} USD"))
+    if status.is_live and view.silent_s >= 15:
+        facts.append(("last sign of life", f"{duration(view.silent_s)} ago"))
+    shown = "".join(f'<span><span class="what">{name}</span> {html.escape(text)}</span>' for name, text in facts)
+    ended = status.exit_reason if status.state in ("stopped", "finished") else ""
+    ended = f'<span class="what">{html.escape(ended)}</span>' if ended else ""
+    badge = f'<span class="qlora-badge {html.escape(status.state)}" role="status">{html.escape(status.state)}</span>'
+    head = f'<div class="qlora-head"><strong>{html.escape(view.name)}</strong>{badge}{shown}{ended}</div>'
+    return head + wrong(view.trouble)
+
+
+def limits(view: View) -> str:
+    """How far the budget is used, a bar a limit; empty where there is none."""
+    return _bars([(f"limit: {limit.name}", limit.share, limit.text) for limit in view.limits])
+
+
+def readings(view: View) -> str:
+    """Memory and load of each GPU; of process and CPU where there is no GPU."""
+    rows: list[tuple[str, float | None, str]] = []
+    gpus, process = as_readings(view.readings)
+    for index, gpu in enumerate(gpus):
+        used, total, load = (as_number(gpu.get(key)) for key in ("memory_used_gib", "memory_total_gib", "load"))
+        name = f"GPU {index}" + (f" {gpu['name']}" if gpu.get("name") and len(gpus) <= 2 else "")
+        if used is not None:
+            of = f" of {total:.0f}" if total else ""
+            rows.append((f"{name} memory", used / total if total else None, f"{used:.1f}{of} GiB"))
+        if load is not None:
+            rows.append((f"GPU {index} load", load / 100, f"{load:.0f} %"))
+    rss, cpu = as_number(process.get("rss_gib")), as_number(process.get("cpu_percent"))
+    rows += [("process memory", None, f"{rss:.2f} GiB")] if rss is not None else []
+    rows += [("CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
+    return _bars(rows)
+
+
+def events_copy(view: View) -> str:
+    """How far the copy of the TensorBoard events on S3 is; a bucket that does not take them is a warning, never red."""
+    if view.events_copy is None:
+        return ""
+    line = html.escape(plain(f"TensorBoard: {view.events_copy.line()}"))
+    return f'<div class="qlora-copied{" away" if view.events_copy.last_error else ""}" role="status">{line}</div>'
+
+
+def requests(view: View) -> str:
+    """What was asked, and how far it is: asked, heard, done."""
+    return "".join(_request(request, view) for request in view.requests)
+
+
+def _request(request: Request, view: View) -> str:
+    name = {"stop": "Stop and save", "save": "Save now"}.get(request.kind, request.kind)
+    if request.stage == "answered":
+        steps, now = ["asked", "heard", request.answer or "done"], 2
+    elif not view.status.is_live:
+        steps, now = ["asked", f"not heard: the trainer is {view.status.state}"], 1
+    elif request.stage == "heard":
+        waits = "once the model is loaded" if view.status.state == "starting" else "after this step or evaluation"
+        steps, now = ["asked", f"heard, will be done {waits}", "done"], 1
+    else:
+        steps, now = [f"asked {duration(max(0, time.time() - request.asked_at))} ago", "heard", "done"], 0
+    shown = " → ".join(
+        f'<span class="{"now" if number == now else ""}">{html.escape(step)}</span>'
+        for number, step in enumerate(steps)
+    )
+    return f'<div class="qlora-steps" role="status">{html.escape(name)}: {shown}</div>'
+
+
+def log(view: View) -> str:
+    """The last lines of the log."""
+    if not view.log:
+        return ""
+    lines = html.escape("\n".join(view.log))
+    return f'<div class="qlora-tail" tabindex="0" aria-label="log"><pre>{lines}</pre></div>'
+
+
+def _bars(rows: Sequence[tuple[str, float | None, str]]) -> str:
+    if not rows:
+        return ""
+    return f'<div class="qlora-bars">{"".join(_bar(*row) for row in rows)}</div>'
+
+
+def _bar(name: str, share: float | None, text: str) -> str:
+    label, value = f"<span>{html.escape(name)}</span>", f"<span>{html.escape(text)}</span>"
+    if share is None:
+        return f'<div class="plain">{label}{value}</div>'
+    full = " full" if share >= 0.95 and not name.endswith("load") else ""  # a busy GPU is as it should be
+    width = 100 * min(1.0, max(0.0, share))
+    return f'<div>{label}<div class="qlora-meter{full}"><div style="width:{width:.1f}%"></div></div>{value}</div>'
