@@ -1,8 +1,6 @@
 """Interactive QLoRA fine-tuning for JupyterLab and SageMaker Studio.
 
-Importing the package imports no torch and prints nothing; import the module you need:
-`config` and `run` (what was asked, and its folder), `environment` (the machine), `models`, `lora`, `data`, `training`,
-`evaluation` (the steps), `workflow` (a whole run).
+Importing the package imports no torch and prints nothing; each folder is a room whose docstring says what it holds.
 """
 
 import logging

@@ -125,7 +125,8 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from qlora_helpers.export import bundle, publish
+    from qlora_helpers import workflow
+    from qlora_helpers.export import publish
     from qlora_helpers.runs.opening import existing_run
 
     run = existing_run(options.run)
@@ -134,7 +135,7 @@ def _export(options: argparse.Namespace) -> int:
     elif options.public:
         raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
-    report = bundle.export(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
+    report = workflow.export_run(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import RunError, UserError
@@ -20,6 +21,7 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.evaluation.ask import ask, streaming_answers
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
+from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.shapes.families import keeps_packed_rows_apart
 from qlora_helpers.planning import out_of_memory, run_plan
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.evaluation.evaluate import Evaluation
+    from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.training.train import TrainResult
 
@@ -131,6 +134,7 @@ def train(
             checkpoint is intact.
     """
     from qlora_helpers.data.prepare import content_marks
+    from qlora_helpers.model import lora
     from qlora_helpers.training import train as training
     from qlora_helpers.training.callback import CallEachTime
     from qlora_helpers.training.tensorboard_events import event_callback, unanswered_samples
@@ -169,7 +173,7 @@ def train(
             if not sigterm.asked():  # seconds are left; the session that goes on certifies
                 log.info("certificate:\n%s", certify(run, model, loaded, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
-                write_measured(run, model, loaded, result, data)
+                write_measured(run, lora.count_parameters(model), loaded, result, data)
             run.set_status(
                 state="stopped" if result.stopped else "finished",
                 step=result.steps,
@@ -266,6 +270,36 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     if not check.passed:
         raise RunError(str(check), next_step="Train again; the saved adapter is not the one that was trained.")
     return check
+
+
+def export_run(
+    run: Run,
+    *,
+    out: Path | None = None,
+    merged: bool = True,
+    drift: bool = True,
+    shard_gib: float = SHARD_GIB,
+    say: Say = print,
+) -> ExportReport:
+    """Writes what leaves the run: the adapter, the merged model and what servers need (`export.bundle`).
+
+    Args:
+        run: a trained run.
+        out: the folder, new, empty or an earlier export; None takes `export` in the run's.
+        merged: whether to write the merged model.
+        drift: whether to measure how far it is from the adapter on 4-bit and on bfloat16 weights, where memory allows.
+        shard_gib: size of a file of the merged model, GiB.
+        say: told what takes long.
+
+    Raises:
+        RunError, ModelError: as `export.bundle.export` does.
+    """
+    from qlora_helpers.export.bundle import export
+
+    def prepare(loaded: LoadedModel) -> PreparedData:
+        return prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+
+    return export(run, out=out, merged=merged, prepare=prepare if drift else None, shard_gib=shard_gib, say=say)
 
 
 def is_main_process() -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
+import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,18 @@ import pytest
 import qlora_helpers
 
 FOLDER = Path(qlora_helpers.__file__).parent
-# They subclass and decorate with torch and transformers.
-HEAVY = {"evaluation", "training", "training_callback", "training_step", "summary_trainer", "loss_watch", "probes"} | {
-    "fast_step", "fast_step.adapters", "fast_step.layers", "fast_step.loss", "fast_step.patching", "fast_step.rows",
-    "fast_answers", "fast_answers.attention", "fast_answers.cache",
-    "fast_answers.decoder", "fast_answers.graphs", "fast_answers.weights", "fast_step.embeddings", "fast_step.graphs",
-    "fast_step.products",
-    "cuda_graphs", "step_cost",
-}  # fmt: skip
+# Rooms whose modules subclass and decorate with torch and transformers; the import contract names what in them must not.
+HEAVY_ROOMS = ("model", "training", "evaluation")
+CONTRACTS = configparser.ConfigParser()
+CONTRACTS.read(FOLDER.parent / ".importlinter")
+LIGHT = [
+    name.removeprefix("qlora_helpers.")
+    for name in CONTRACTS["importlinter:contract:no-torch"]["source_modules"].split()
+]
+LAYERS = [
+    {name.strip() for name in line.split("|")}
+    for line in CONTRACTS["importlinter:contract:rooms"]["layers"].strip().splitlines()
+]
 SLOW_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "tensorboardX", "datasets")
 
 
@@ -50,27 +55,45 @@ def test_every_module_loads():
     assert "torch" in loaded  # so that the test below can fail
 
 
-def test_all_but_the_heavy_steps_load_no_torch():
-    names = [name for name in modules() if name not in HEAVY]
-    assert len(names) >= 30
+def is_light(name: str) -> bool:
+    """Whether importing a module may load no slow library: named by the contract, or in no heavy room."""
+    return any((name + ".").startswith(f"{light}.") for light in LIGHT) or name.split(".")[0] not in HEAVY_ROOMS
+
+
+def test_what_answers_at_once_loads_no_torch():
+    names = [name for name in modules() if is_light(name)]
+    assert len(names) >= 80
     loaded = loaded_after(names)
     assert not loaded.intersection(SLOW_LIBRARIES)
 
 
-@pytest.mark.parametrize("name", ["config", "run", "environment", "workspace", "cuda_paths", "telemetry", "errors"])
+def test_every_room_stands_in_the_layers_and_says_what_it_holds():
+    rooms = {path.name for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert len(rooms) >= 11
+    assert rooms | {path.stem for path in FOLDER.glob("[a-z]*.py")} | {"__main__"} == set().union(*LAYERS)
+    for folder in [path.parent for path in FOLDER.rglob("__init__.py")]:
+        assert importlib.import_module(
+            f"qlora_helpers.{'.'.join(folder.relative_to(FOLDER).parts)}".rstrip(".")
+        ).__doc__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base.config",
+        "base.errors",
+        "runs.folder",
+        "machine.environment",
+        "machine.workspace",
+        "machine.cuda_libraries",
+        "machine.telemetry",
+    ],
+)
 def test_what_runs_before_the_requirements_are_installed_needs_the_standard_library_alone(name):
     loaded = loaded_after([name])
     others = {module.split(".")[0] for module in loaded} - set(sys.stdlib_module_names) - {"qlora_helpers", "__main__"}
     others = {module for module in others if not module.startswith(("_", "sitecustomize", "zipimport"))}
     assert not others
-
-
-@pytest.mark.parametrize("name", sorted(HEAVY))
-def test_a_heavy_step_is_heavy(name):
-    """One that no longer is should leave the list."""
-    path = FOLDER / name.replace(".", "/")
-    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
-    assert re.search(r"^(import torch|from transformers)", text.split("TYPE_CHECKING:")[0], re.MULTILINE)
 
 
 def test_the_version_is_the_distribution_s():

@@ -20,25 +20,13 @@ from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.sources import Dialogue
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.evaluation.generate import generate
-from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores, evaluation_from_dict
+from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
 from qlora_helpers.evaluation.scorecard import compare, mean_loss, rouge_rows, score_answers
 from qlora_helpers.model.wiring import is_spread, row_losses, takes_logits_to_keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-__all__ = [
-    "Answer",
-    "Evaluation",
-    "Scores",
-    "evaluate",
-    "evaluation_from_dict",
-    "generate",
-    "rouge",
-    "same_answers",
-    "summary_loss",
-]
 
 LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +18,21 @@ from qlora_helpers.base.files import read_json, replaced_folder, write_json
 from qlora_helpers.base.tables import text_table
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.base.units import gib
+from qlora_helpers.export import vllm
 from qlora_helpers.export.card import _card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
-from qlora_helpers.export.drift import Drift, _measured_drift
+from qlora_helpers.export.drift import Drift, measured_drift
 from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge, tokenizer_files
 from qlora_helpers.export.tensor_files import stored_tensors
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.sagemaker import endpoint
 
 if TYPE_CHECKING:
     pass
+
+if TYPE_CHECKING:
+    from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.model.loading import LoadedModel
 
 SPACE_MARGIN = 1.02  # of the merged model's size, for its index and tokenizer
 FOLDER = "export"
@@ -56,16 +61,22 @@ class ExportReport:
 
 
 def export(
-    run: Run, *, out: Path | None = None, merged: bool = True, drift: bool = True, shard_gib: float = SHARD_GIB,
+    run: Run,
+    *,
+    out: Path | None = None,
+    merged: bool = True,
+    prepare: Callable[[LoadedModel], PreparedData] | None = None,
+    shard_gib: float = SHARD_GIB,
     say: Say = print,
-) -> ExportReport:  # fmt: skip
+) -> ExportReport:
     """Writes `export/`: the adapter with its card and certificate, the merged model, and what servers need; whole or not at all.
 
     Args:
         run: a trained run.
         out: the folder, new, empty or an earlier export; none takes `export` in the run's.
         merged: whether to write the merged model.
-        drift: whether to measure how far it is from the adapter on 4 and on 16 bits, where memory allows.
+        prepare: gives the run's prepared data for a loaded model; given, the distance of the merged model from the adapter on
+            4-bit and on bfloat16 weights is measured, where memory allows.
         shard_gib: size of a file of the merged model.
         say: told what takes long.
 
@@ -87,8 +98,8 @@ def export(
             report = _write_merged(run, checkpoint, folder / "merged", certificate, shard_gib, say)
         notes += _write_serving(run, folder, merged)
         found: tuple[Drift, ...] = ()
-        if merged and drift:
-            found, reason = _measured_drift(run, folder / "merged", say)
+        if merged and prepare:
+            found, reason = measured_drift(run, folder / "merged", prepare=prepare, say=say)
             notes += [reason] if reason else []
         values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
         write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
@@ -177,11 +188,11 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
         commands["vllm_merged"] = (
             f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
         )
-        properties = endpoint.merged_properties(max_model_len=longest)
+        properties = vllm.merged_properties(max_model_len=longest)
         (folder / "merged" / "serving.properties").write_text(properties, encoding="utf-8")
     try:
-        archive = endpoint.package_adapter(folder / "adapter", config.model.name, folder / "model.tar.gz")
-        rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= config.adapter.r)
+        archive = vllm.package_adapter(folder / "adapter", config.model.name, folder / "model.tar.gz")
+        rank = vllm.allowed_rank(config.adapter.r)
         commands["vllm_adapter"] = (
             f"vllm serve {config.model.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned=./adapter "
             f"--max-model-len {longest}"

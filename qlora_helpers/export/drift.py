@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import workflow
 from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import gib
 from qlora_helpers.evaluation.comparison import answered, compared
@@ -19,6 +18,7 @@ from qlora_helpers.runs.folder import Run
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
 
 
@@ -48,8 +48,17 @@ class Drift:
     same_answers: int
 
 
-def _measured_drift(run: Run, merged: Path, say: Say) -> tuple[tuple[Drift, ...], str]:
-    """The adapter on 4-bit weights, on 16-bit weights and merged, each asked alone; or the reason why they were not."""
+def measured_drift(
+    run: Run, merged: Path, *, prepare: Callable[[LoadedModel], PreparedData], say: Say
+) -> tuple[tuple[Drift, ...], str]:
+    """The adapter on 4-bit weights, on bfloat16 weights and merged, each asked alone; or the reason why they were not.
+
+    Args:
+        run: a run with a saved adapter.
+        merged: the folder of the merged model.
+        prepare: gives the run's prepared data for a loaded model; its held-out prompts are asked.
+        say: told which form is asked.
+    """
     config = run.config()
     needed = MEMORY_MARGIN * _loaded_bytes(merged)
     free = _free_bytes()
@@ -67,7 +76,7 @@ def _measured_drift(run: Run, merged: Path, say: Say) -> tuple[tuple[Drift, ...]
     for name, load in forms.items():
         say(f"Asking the {name} ...")
         try:
-            found[name] = _answers_of(run, load, say)
+            found[name] = _answers_of(run, load, prepare)
         except Exception as error:
             if not out_of_memory.ran_out(error):
                 raise
@@ -80,11 +89,14 @@ def _measured_drift(run: Run, merged: Path, say: Say) -> tuple[tuple[Drift, ...]
     return tuple(_drift(first, second, found[first], found[second]) for first, second in pairs), ""
 
 
-def _answers_of(run: Run, load: Callable[[], tuple[LoadedModel, PeftModel]], say: Say) -> tuple[list, list]:
+def _answers_of(
+    run: Run,
+    load: Callable[[], tuple[LoadedModel, PeftModel]],
+    prepare: Callable[[LoadedModel], PreparedData],
+) -> tuple[list, list]:
     """What a form answers to the run's held-out prompts; the model is gone afterwards."""
     loaded, model = load()
-    data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
-    return answered(run, model, loaded, data, DRIFT_PROMPTS)
+    return answered(run, model, loaded, prepare(loaded), DRIFT_PROMPTS)
 
 
 def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:

@@ -1,1 +1,1 @@
-"""This computer: its environment report, CUDA libraries, workspace, telemetry, hardware catalogue, prices, and Studio from inside."""
+"""This computer: environment report, CUDA libraries, workspace, telemetry, hardware catalogue, prices, Studio from inside."""

@@ -12,13 +12,6 @@ from dataclasses import dataclass
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.units import gib
 
-"""Hub id -> the package that carries the same model."""
-
-"""Licences of the models and data named in this project."""
-
-
-"""Data sets named in this project; SAMSum's mean is that of its validation split."""
-
 
 @dataclass(frozen=True)
 class Gpu:

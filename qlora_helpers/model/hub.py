@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
@@ -85,3 +87,8 @@ def _quiet_hub() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a container in AWS can download a model of that name: `owner/name`, and no folder of this machine."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)) and not Path(model).exists()

@@ -74,9 +74,6 @@ class LoadedModel:
         return f"{self.checkpoint!r}\n{self.audit!r}"
 
 
-"""Told a number of GPUs, gives the decoder layers of each; None leaves it to accelerate, which counts weights alone."""
-
-
 def load_model(
     config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Callable[[str], None] = print
 ) -> LoadedModel:

@@ -35,7 +35,7 @@ def falcon_linears_as_plain() -> Iterator[None]:
 
     `replace_with_bnb_linear` takes modules whose type is exactly `torch.nn.Linear`; Falcon's layers are a subclass that computes
     the same product, so they would silently stay in 16 bits. While a model is being built, the subclass is the plain class.
-    `tests/test_models.py` fails once transformers no longer needs this.
+    `tests/model/test_loading.py` fails once transformers no longer needs this.
     """
     import torch
     from transformers.models.falcon import modeling_falcon

@@ -95,8 +95,6 @@ def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
     """
     import torch
 
-    from qlora_helpers.model.placement import layer_map
-
     if not on_a_gpu(config):
         return {"": "cpu"}
     rank = os.environ.get("LOCAL_RANK")

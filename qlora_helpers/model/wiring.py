@@ -1,4 +1,4 @@
-"""How a loaded model is put together, found on the model itself: its decoder layers, its devices, its arguments, its losses by row."""
+"""How a loaded model is put together, found on the model itself: decoder layers, devices, arguments, losses by row."""
 
 from __future__ import annotations
 

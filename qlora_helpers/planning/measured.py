@@ -12,20 +12,18 @@ from qlora_helpers.machine.environment import versions
 from qlora_helpers.runs.folder import Run, add_to_plan
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
+    from qlora_helpers.model.lora import ParameterCount
     from qlora_helpers.training.train import TrainResult
 
 log = logging.getLogger(__name__)
 
 
-def write_measured(run: Run, model: PeftModel, loaded: LoadedModel, result: TrainResult, data: PreparedData) -> None:
+def write_measured(
+    run: Run, count: ParameterCount, loaded: LoadedModel, result: TrainResult, data: PreparedData
+) -> None:
     """What was measured into `plan.json`, and on GPUs beside it what should have been."""
-    from qlora_helpers.model.lora import count_parameters
-
-    count = count_parameters(model)
     measured = {
         "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "reserved_gib": result.reserved_gib,
         "seconds": round(result.seconds, 1), "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps,

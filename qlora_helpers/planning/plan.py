@@ -14,12 +14,7 @@ from qlora_helpers.base.tables import Table
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
-from qlora_helpers.planning.candidates import (
-    Candidate,
-    all_candidates,
-    blocks_per_step,
-    fitting_in,
-)
+from qlora_helpers.planning.candidates import Candidate, all_candidates, blocks_per_step, fitting_in
 from qlora_helpers.planning.fixes import can_fit, cheapest_instance, smallest_change
 from qlora_helpers.planning.notes import _not_chosen, _notes, _sharing_note, settings_notes
 from qlora_helpers.planning.step_settings import step_settings

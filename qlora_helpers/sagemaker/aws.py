@@ -6,13 +6,8 @@ Knows nothing of runs, models or adapters. boto3 is imported when a client is ma
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
-import os
 import re
-import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +117,6 @@ def checked_role(role: str) -> str:
     return role
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether a container in AWS can download a model of that name: `owner/name`, and no folder of this machine."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)) and not Path(model).exists()
-
-
 def split_s3_uri(uri: str) -> tuple[str, str]:
     """`s3://bucket/a/b` as `("bucket", "a/b")`; a slash at the end is kept.
 
@@ -192,42 +182,3 @@ def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
         for model in models:
             client.delete_model(ModelName=model)
     return [f"endpoint {name}", f"endpoint configuration {config}", *(f"model {model}" for model in models)]
-
-
-def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
-    """Writes a `.tar.gz`; the same contents give the same bytes.
-
-    Args:
-        out_path: the archive; an old one is replaced when the new one is complete.
-        contents: name in the archive -> bytes, or the file that holds them.
-
-    Returns:
-        `out_path`.
-
-    Raises:
-        UserError: it can't be written; an old archive is still there.
-    """
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out_path.parent, prefix=f".{out_path.name}.")
-    try:
-        # Neither file name nor time in gzip's header; TarInfo's defaults have no time and no owner.
-        with (
-            os.fdopen(handle, "wb") as raw,
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for name, source in contents.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(source) if isinstance(source, bytes) else source.stat().st_size
-                with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content:
-                    archive.addfile(entry, content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out_path)
-    except OSError as error:
-        raise UserError(
-            f"{out_path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
-        ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    return out_path

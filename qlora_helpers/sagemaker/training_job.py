@@ -19,18 +19,11 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.tarball import write_tarball
+from qlora_helpers.model.hub import is_hub_id
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.sagemaker.aws import (
-    checked_role,
-    is_hub_id,
-    new_client,
-    registry,
-    split_s3_uri,
-    told_plainly,
-    upload,
-    write_tarball,
-)
+from qlora_helpers.sagemaker.aws import checked_role, new_client, registry, split_s3_uri, told_plainly, upload
 
 TRAINING_IMAGE = "pytorch:2.13-cu133-amzn2023-sagemaker"
 """AWS's training container with this project's PyTorch (in the SageMaker Python SDK 3.27.0: `pytorch-amzn2023`)."""

@@ -57,7 +57,8 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
 
 def test_a_run_half_way(lab, opened, picture):
     cells = [
-        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\nfrom qlora_helpers.views.widgets import watch",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\n"
+        "from qlora_helpers.views.widgets import watch",
         f"run = workflow.open_run('falcon-tiny', profile='tiny', settings={WATCHED})\nstart(run)",
         "watch(run, start)",
     ]

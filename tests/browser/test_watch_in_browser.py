@@ -24,7 +24,8 @@ def run(lab):
 def notebook(lab, opened, run):
     """A notebook that starts and watches it."""
     cells = [
-        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\nfrom qlora_helpers.views.widgets import watch",
+        "from qlora_helpers import workflow\nfrom qlora_helpers.runs.launch import start\n"
+        "from qlora_helpers.views.widgets import watch",
         f"run = workflow.open_run('{run.name}', profile='tiny', settings={SETTINGS})\nstart(run)",
         "watch(run, start)",
     ]

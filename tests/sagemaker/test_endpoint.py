@@ -16,6 +16,7 @@ from botocore.response import StreamingBody
 from botocore.stub import Stubber
 
 from qlora_helpers.base.errors import ModelError, UserError
+from qlora_helpers.export import vllm
 from qlora_helpers.sagemaker import endpoint
 
 ROLE = "arn:aws:iam::123456789012:role/Studio"
@@ -58,7 +59,7 @@ def stubbed(service: str):
 
 
 def test_the_archive_is_what_the_container_reads(adapter, tmp_path):
-    out = endpoint.package_adapter(adapter, "org/model-1B", tmp_path / "model.tar.gz", name="tuned-2")
+    out = vllm.package_adapter(adapter, "org/model-1B", tmp_path / "model.tar.gz", name="tuned-2")
     with tarfile.open(out) as archive:
         assert sorted(archive.getnames()) == [
             "adapters/tuned-2/adapter_config.json",
@@ -80,7 +81,7 @@ def test_the_archive_is_what_the_container_reads(adapter, tmp_path):
         "option.max_lora_rank=16",  # r=12: vLLM takes 8, 16, 32, ... alone
     ]
     assert weights == (adapter / "adapter_model.safetensors").read_bytes()
-    again = endpoint.package_adapter(adapter, "org/model-1B", tmp_path / "again.tar.gz", name="tuned-2")
+    again = vllm.package_adapter(adapter, "org/model-1B", tmp_path / "again.tar.gz", name="tuned-2")
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -89,7 +90,7 @@ def test_a_missing_file_is_named_and_the_old_archive_stays(adapter, tmp_path, mi
     (tmp_path / "model.tar.gz").write_bytes(b"old")
     (adapter / missing).unlink()
     with pytest.raises(ModelError, match=f"{missing} not found in adapter/"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
     assert (tmp_path / "model.tar.gz").read_bytes() == b"old"
 
 
@@ -100,16 +101,16 @@ def test_links_are_refused(adapter, tmp_path, name):
         os.replace(adapter / name, secret)
     (adapter / name).symlink_to(secret)
     with pytest.raises(ModelError, match=f"{name} is a link"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 def test_damaged_files_are_refused(adapter, tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="no readable adapter"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="no readable adapter"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 @pytest.mark.parametrize(
@@ -118,18 +119,18 @@ def test_damaged_files_are_refused(adapter, tmp_path):
 def test_a_base_model_out_of_the_endpoints_reach_is_refused(adapter, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="can't reach that base model"):
-        endpoint.package_adapter(adapter, base, tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, base, tmp_path / "model.tar.gz")
 
 
 def test_a_local_folder_that_looks_like_a_hub_id_is_refused(adapter, tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="can't reach"):
-        endpoint.package_adapter(adapter, "models/mine", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "models/mine", tmp_path / "model.tar.gz")
 
 
 def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
-    endpoint.package_adapter(adapter, "s3://my-bucket/models/mine/", tmp_path / "model.tar.gz")
+    vllm.package_adapter(adapter, "s3://my-bucket/models/mine/", tmp_path / "model.tar.gz")
     with tarfile.open(tmp_path / "model.tar.gz") as archive:
         settings = archive.extractfile("serving.properties").read().decode()
     assert "option.model_id=s3://my-bucket/models/mine/" in settings
@@ -138,14 +139,14 @@ def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", "x" * 64])
 def test_adapter_names_are_plain(adapter, tmp_path, name):
     with pytest.raises(UserError, match="no name for an adapter"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz", name=name)
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz", name=name)
 
 
 @pytest.mark.parametrize(("model_type", "family"), [("falcon", "Falcon"), ("bloom", "BLOOM"), ("gpt_neox", "GPT-NeoX")])
 def test_families_that_vllm_serves_without_adapters_are_refused_before_it_costs_money(tmp_path, model_type, family):
     adapter = save_adapter(tmp_path / "adapter", model_type)
     with pytest.raises(ModelError, match=f"vLLM can't add adapters to .*{family}.*Merge it"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_adapters_that_vllm_refuses_are_refused_here(adapter, tmp_path, change, 
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=f"expected plain LoRA; got {told}"):
-        endpoint.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+        vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 def expected_calls(container: dict) -> list[tuple[str, dict, dict]]:

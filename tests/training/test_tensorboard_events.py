@@ -306,7 +306,7 @@ def test_a_process_does_not_hang_on_a_bucket_that_never_answers(tmp_path):
             "AWS_ACCESS_KEY_ID": "x",
             "AWS_SECRET_ACCESS_KEY": "x",
         }
-        environment = os.environ | account | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = os.environ | account | {"PYTHONPATH": str(Path(__file__).parents[2])}
         started = time.monotonic()
         ended = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, timeout=60

@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.sagemaker.aws import write_tarball
+from qlora_helpers.base.tarball import write_tarball
 
 
 def test_the_same_contents_give_the_same_bytes_and_name_nobody(tmp_path):

@@ -34,7 +34,7 @@ from qlora_helpers.machine.environment import (
 )
 from qlora_helpers.machine.telemetry import SILENT_GPU, DiskReading, DriverReading, GpuReading
 
-ROOT = Path(environment.__file__).resolve().parent.parent
+ROOT = Path(environment.__file__).resolve().parents[2]
 CPU_TORCH = TorchBuild("2.13.0+cpu", None, Path("torch"))
 
 

@@ -171,6 +171,7 @@ def test_accelerate_needs_two_gpus():
 
 
 def test_importing_launch_imports_no_torch():
-    code = "import sys; from qlora_helpers.runs import launch; from qlora_helpers.sagemaker import training_job as launch_sagemaker, endpoint as hosting, resources as cleanup_sagemaker; print(sorted("
+    code = "import sys; from qlora_helpers.runs import launch; "
+    code += "from qlora_helpers.sagemaker import endpoint, resources, training_job; print(sorted("
     code += "{'torch', 'accelerate', 'boto3', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -17,9 +17,9 @@ from qlora_helpers.base.errors import ModelError, RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.evaluation.comparison import answered
 from qlora_helpers.export import bundle as exporting
-from qlora_helpers.export.bundle import export
 from qlora_helpers.export.publish import publish
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.workflow import export_run as export
 
 SETTINGS = [
     "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",

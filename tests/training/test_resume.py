@@ -33,7 +33,7 @@ class Warm:
         self.root, self.stderr = root, open(root / "stderr.txt", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import test_resume; test_resume.serve()", str(root)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
             stderr=self.stderr, env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         assert self._read() == "ready"

@@ -22,7 +22,7 @@ from qlora_helpers.views import charts
 from qlora_helpers.views.charts import Chart, Panel, number_text
 from qlora_helpers.views.monitor import curves, loss_curve, plan_table, run_table, watch_once
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def contrast(one: str, other: str) -> float:

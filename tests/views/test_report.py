@@ -25,7 +25,7 @@ from qlora_helpers.views import report_scores
 from qlora_helpers.views.report import write_report
 from qlora_helpers.views.report_scores import percent, turns
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "rect"}
 
 

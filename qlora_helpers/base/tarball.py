@@ -1,0 +1,53 @@
+"""A `.tar.gz` whose bytes depend on its contents alone, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_helpers.base.errors import UserError
+
+
+def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
+    """Writes a `.tar.gz`; the same contents give the same bytes.
+
+    Args:
+        out_path: the archive; an old one is replaced when the new one is complete.
+        contents: name in the archive -> bytes, or the file that holds them.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        UserError: it can't be written; an old archive is still there.
+    """
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=out_path.parent, prefix=f".{out_path.name}.")
+    try:
+        # Neither file name nor time in gzip's header; TarInfo's defaults have no time and no owner.
+        with (
+            os.fdopen(handle, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for name, source in contents.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(source) if isinstance(source, bytes) else source.stat().st_size
+                with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content:
+                    archive.addfile(entry, content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out_path)
+    except OSError as error:
+        raise UserError(
+            f"{out_path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return out_path
