@@ -38,7 +38,7 @@ MEASURE = """
 import json, re, sys, time
 from pathlib import Path
 import torch
-from qlora_helpers.merging import merge
+from qlora_helpers.export.merge import merge
 folder, working = Path(sys.argv[1]), float(sys.argv[2])
 def peak_kib():  # ru_maxrss would begin at the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

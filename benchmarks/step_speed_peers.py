@@ -120,7 +120,7 @@ def _checkpoint(case: Case) -> Path:
 MAKE = """
 import sys, torch
 from qlora_helpers import models
-from qlora_helpers.config import ModelConfig
+from qlora_helpers.base.config import ModelConfig
 loaded = models.load_model(ModelConfig(name=f"random:{sys.argv[1]}", quantization="none"), say=lambda text: None)
 del loaded.model.config.random_weights
 loaded.model.save_pretrained(sys.argv[2])

@@ -144,7 +144,7 @@ def train(
     show_progress = show_progress and not prints_into(run.log_path)
     with contextlib.ExitStack() as owned, contextlib.ExitStack() as undone:
         redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
-        owned.enter_context(sigterm.heard())
+        owned.enter_context(sigterm.caught())
         if main:
             owned.enter_context(session(run, at_end=_shut_app_down if shut_down_app else None))
         if redraw:

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qlora_helpers.runs.folder import Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.evaluation.generate import Answer
@@ -80,12 +77,15 @@ def same_answers(
     return max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
 
 
-@torch.no_grad()
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
     """`(vocabulary,)` after each prompt, in 32 bits on the CPU."""
+    import torch
+
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    found = [model(input_ids=torch.tensor([prompt], device=device)).logits[0, -1].float().cpu() for prompt in prompts]
+    with torch.no_grad():
+        tensors = [torch.tensor([prompt], device=device) for prompt in prompts]
+        found = [model(input_ids=ids).logits[0, -1].float().cpu() for ids in tensors]
     model.train(was_training)
     return found

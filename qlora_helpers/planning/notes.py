@@ -82,7 +82,7 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
         )
     if choice.optimizer_step_s > GRACE_S:
         notes.append(
-            f"a stop is heard at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, more than docker stop waits unasked"
+            f"a stop is received at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, more than docker stop waits unasked"
         )
     return tuple(notes)
 

@@ -1,6 +1,6 @@
 """A trainer's signs of life, from a thread of its own: also while a model loads, an evaluation runs or a step takes minutes.
 
-It beats the heart in `status.json` with readings of the GPUs, marks requests as heard, and tells SageMaker Studio that somebody is
+It beats the heart in `status.json` with readings of the GPUs, marks requests as received, and tells SageMaker Studio that somebody is
 at work. The training loop waits for none of it.
 """
 
@@ -29,7 +29,7 @@ def beating(run: Run, session: int) -> Iterator[None]:
 
     Args:
         run: the run that this process trains.
-        session: whose requests are heard.
+        session: whose requests are received.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(run, session, ended), name=f"heart of {run.name}", daemon=True)

@@ -22,13 +22,13 @@ class _State:
 
 
 def asked() -> bool:
-    """Whether SIGTERM came since `heard` was last opened."""
+    """Whether SIGTERM came since `caught` was last opened."""
     return _State.asked
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
-    """While open, SIGTERM is heard here; only the main thread can. The handler that was there comes back at the end."""
+def caught() -> Iterator[None]:
+    """While open, SIGTERM is caught here; only the main thread can. The handler that was there comes back at the end."""
     _State.asked = False
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -259,9 +259,9 @@ def test_no_such_file_says_what_is_there(tmp_path, monkeypatch):
 
 READ = """
 import json, sys
-from qlora_helpers.config import DataConfig
-from qlora_helpers.errors import DataError
-from qlora_helpers.sources import read_corpus
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.data.sources import read_corpus
 answers = []
 for source, column in json.loads(sys.argv[1]):
     try:

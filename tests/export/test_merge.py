@@ -176,8 +176,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from qlora_helpers.merging import merge
-import qlora_helpers.memory
+from qlora_helpers.export.merge import merge
 folder = Path(sys.argv[1])
 torch.ones(8, 8) @ torch.ones(8, 8)
 def peak_kib():  # ru_maxrss would begin at the parent's

@@ -203,7 +203,7 @@ def test_damaged_library_is_one_clear_error_without_a_path(tmp_path, monkeypatch
 
 CHECK_THE_FIX = """
 import ctypes, json, subprocess, sys
-from qlora_helpers.cuda_paths import fix_cuda_library_path
+from qlora_helpers.machine.cuda_libraries import fix_cuda_library_path
 
 def answer(name, path):
     try:

@@ -307,8 +307,8 @@ def test_bitsandbytes_binary(bitsandbytes_folder, torch, override, level, found)
 
 def test_bitsandbytes_itself_would_take_the_same_binary():
     code = """
-from qlora_helpers.environment import _bitsandbytes_check
-from qlora_helpers.cuda_paths import TorchBuild, package_folder
+from qlora_helpers.machine.environment import _bitsandbytes_check
+from qlora_helpers.machine.cuda_libraries import TorchBuild, package_folder
 from bitsandbytes.cextension import get_cuda_bnb_library_path
 from bitsandbytes.cuda_specs import CUDASpecs
 for version in ((11, 8), (12, 0), (12, 6), (12, 9), (13, 0), (13, 9)):

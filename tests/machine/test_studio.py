@@ -114,7 +114,10 @@ def test_the_app_is_shut_down_after_a_run_unless_a_person_ended_it(
     import contextlib
 
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with contextlib.suppress(ZeroDivisionError, KeyboardInterrupt), session.session(run, shut_down_app=wanted):
+    with (
+        contextlib.suppress(ZeroDivisionError, KeyboardInterrupt),
+        session.session(run, at_end=workflow._shut_app_down if wanted else None),
+    ):
         if error:
             raise error
         run.set_status(state=state, exit_reason=reason)

@@ -11,7 +11,7 @@ from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.files import read_json
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import parse_gpus
-from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.lora import add_adapters, count_parameters
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs.folder import Run
@@ -34,7 +34,7 @@ def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
     report = SimpleNamespace(trained_tokens=150, tokens=1000)
     data = SimpleNamespace(report=report, train=[0], seq_len_tokens=2000, packed=True)
     model = add_adapters(tiny_llama(), AdapterConfig(), seed=0)
-    write_measured(run, model, loaded, RESULT.__class__(**vars(RESULT) | changes), data)
+    write_measured(run, count_parameters(model), loaded, RESULT.__class__(**vars(RESULT) | changes), data)
     return read_json(run.plan_path), run
 
 

@@ -72,8 +72,8 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     assert run.status().state == "running"
     until(lambda: answer(run, early), run)
     assert answer(run, early).startswith("saved at step ")
-    heard = next(each.received_at for each in run.requests if each.id == early.id)
-    assert heard < run.progress()[0]["time"]  # before there was a step to save after
+    received = next(each.received_at for each in run.requests if each.id == early.id)
+    assert received < run.progress()[0]["time"]  # before there was a step to save after
     with pytest.raises(RunError, match="is being trained already"):
         launch.start(run)
     stop = run.request("stop")

@@ -393,9 +393,9 @@ def test_a_request_reaches_the_trainer_once(run):
     assert [request.kind for request in run.requests.pending(session)] == ["save", "stop"]
     run.requests.acknowledge(first, "saved at step 3")
     assert run.requests.pending(session) == [second]
-    heard = list(run.requests)[0]
-    assert (heard.id, heard.answer) == (first.id, "saved at step 3")
-    assert heard.acknowledged_at >= heard.asked_at
+    received = list(run.requests)[0]
+    assert (received.id, received.answer) == (first.id, "saved at step 3")
+    assert received.acknowledged_at >= received.asked_at
     with pytest.raises(RunError, match="unknown request; expected stop or save; got 'pause'"):
         run.request("pause")
 

@@ -43,7 +43,7 @@ def test_which_gpus_a_process_may_use(monkeypatch, chosen, gpus):
 HOLDER = """
 import sys, time
 from qlora_helpers import locks
-from qlora_helpers.run import Run
+from qlora_helpers.runs.folder import Run
 with locks.gpu_locks(Run(sys.argv[1]), ["GPU-held"]):
     print("held", flush=True)
     time.sleep(60)

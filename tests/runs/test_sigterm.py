@@ -16,7 +16,7 @@ def terminate() -> None:
 
 
 def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
-    with sigterm.heard():
+    with sigterm.caught():
         with sigterm.steps():
             assert not sigterm.asked()
             terminate()
@@ -26,29 +26,29 @@ def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
 
 
 def test_at_any_other_time_it_ends_the_process_with_a_shell_s_code():
-    with pytest.raises(SystemExit) as caught, sigterm.heard():
+    with pytest.raises(SystemExit) as caught, sigterm.caught():
         terminate()
     assert caught.value.code == 143
 
 
 def test_the_handler_that_was_there_comes_back():
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda *args: heard.append(args))
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *args: received.append(args))
     try:
-        with pytest.raises(ZeroDivisionError), sigterm.heard(), sigterm.steps():
+        with pytest.raises(ZeroDivisionError), sigterm.caught(), sigterm.steps():
             terminate() or 1 / 0
-        assert heard == []
+        assert received == []
         terminate()
-        assert len(heard) == 1
+        assert len(received) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_each_session_begins_anew():
-    with sigterm.heard(), sigterm.steps():
+    with sigterm.caught(), sigterm.steps():
         terminate()
     assert sigterm.asked()
-    with sigterm.heard():
+    with sigterm.caught():
         assert not sigterm.asked()
 
 
@@ -57,7 +57,7 @@ def test_in_another_thread_nothing_is_changed():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with sigterm.heard():
+        with sigterm.caught():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -215,7 +215,7 @@ def test_its_readers_see_the_same_steps_without_gaps_or_doubles(chain):
     assert [step for step, values in seen(killed) if "eval_loss" in values] == [*range(14, last + 1, 14)]
 
 
-def test_requests_to_save_were_heard(chain):
+def test_requests_to_save_were_received(chain):
     _, killed, _ = chain
     answers = [request.answer for request in killed.requests]
     assert len(answers) >= 4

@@ -85,7 +85,7 @@ def checkpoints(run) -> list[int]:
 
 
 class At(TrainerCallback):
-    """Does something when a step begins (so it is heard when that step ends)."""
+    """Does something when a step begins (so it is received when that step ends)."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -187,7 +187,7 @@ def test_a_request_in_a_run_that_saves_after_each_epoch(teach, run, step):
     assert [line["step"] for line in run.progress() if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_request_of_an_earlier_session_is_not_heard(teach, run):
+def test_a_request_of_an_earlier_session_is_not_received(teach, run):
     run.start_session(max_steps=4, resumed_from=0)
     run.request("stop")
     _, result = teach()
@@ -228,7 +228,7 @@ def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, r
 
     many = dataclasses.replace(data, eval=concatenate_datasets([data.eval] * 20))
     counted = Counted()
-    with sigterm.heard():
+    with sigterm.caught():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert len(many.eval) >= 20 and counted.batches == 2
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == []
@@ -236,7 +236,7 @@ def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, r
     assert checkpoints(run) == [3]
     assert saved.is_good(run.checkpoints_dir / "checkpoint-3")
     counted.batches = 2
-    with sigterm.heard():
+    with sigterm.caught():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert result.steps == 6 and counted.batches == 2 + len(many.eval)
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]

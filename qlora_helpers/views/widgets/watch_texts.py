@@ -103,21 +103,21 @@ def events_copy(view: View) -> str:
 
 
 def requests(view: View) -> str:
-    """What was asked, and how far it is: asked, heard, done."""
+    """What was asked, and how far it is: asked, received, done."""
     return "".join(_request(request, view) for request in view.requests)
 
 
 def _request(request: Request, view: View) -> str:
     name = {"stop": "Stop and save", "save": "Save now"}.get(request.kind, request.kind)
     if request.stage == "answered":
-        steps, now = ["asked", "heard", request.answer or "done"], 2
+        steps, now = ["asked", "received", request.answer or "done"], 2
     elif not view.status.is_live:
-        steps, now = ["asked", f"not heard: the trainer is {view.status.state}"], 1
-    elif request.stage == "heard":
+        steps, now = ["asked", f"not received: the trainer is {view.status.state}"], 1
+    elif request.stage == "received":
         waits = "once the model is loaded" if view.status.state == "starting" else "after this step or evaluation"
-        steps, now = ["asked", f"heard, will be done {waits}", "done"], 1
+        steps, now = ["asked", f"received, will be done {waits}", "done"], 1
     else:
-        steps, now = [f"asked {duration(max(0, time.time() - request.asked_at))} ago", "heard", "done"], 0
+        steps, now = [f"asked {duration(max(0, time.time() - request.asked_at))} ago", "received", "done"], 0
     shown = " → ".join(
         f'<span class="{"now" if number == now else ""}">{html.escape(step)}</span>'
         for number, step in enumerate(steps)

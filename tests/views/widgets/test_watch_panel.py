@@ -152,7 +152,7 @@ def test_a_bar_in_the_log_is_shown_as_it_was_last(tmp_path):
     panel.close()
 
 
-def test_what_is_asked_is_shown_as_asked_heard_and_done(tmp_path):
+def test_what_is_asked_is_shown_as_asked_received_and_done(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     panel.stop_button.click()
@@ -162,7 +162,7 @@ def test_what_is_asked_is_shown_as_asked_heard_and_done(tmp_path):
     assert panel.stop_button.disabled and panel.save_button.disabled
     run.requests.receive(1)
     panel.refresh()
-    assert "heard, will be done after this step or evaluation" in plain_text(panel.requests)
+    assert "received, will be done after this step or evaluation" in plain_text(panel.requests)
     (request,) = run.requests.pending(1)
     run.requests.acknowledge(request, "saved at step 31")
     run.set_status(state="stopped", step=31, exit_reason="stopped and saved by request")
@@ -181,7 +181,7 @@ def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
     panel.save_button.click()
     run.set_status(state="finished")
     panel.refresh()
-    assert "not heard: the trainer is finished" in plain_text(panel.requests)
+    assert "not received: the trainer is finished" in plain_text(panel.requests)
     run.requests.acknowledge_all("the training had ended already")
     panel.refresh()
     assert "the training had ended already" in plain_text(panel.requests)
