@@ -247,10 +247,12 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=2, help="turns of all variants")
     chosen = options.parse_args()
     results: dict[str, Any] = {
-        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")), "versions": workflow.versions(),
+        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "versions": workflow.versions(),
         "options": {name: value for name, value in vars(chosen).items() if name not in ("out", "cases", "data")},
-        "data": Path(chosen.data).name, "cases": [],
-    }  # fmt: skip
+        "data": Path(chosen.data).name,
+        "cases": [],
+    }
     for case in chosen.cases:
         try:
             found = measure(case, chosen)

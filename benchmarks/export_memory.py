@@ -128,7 +128,7 @@ def arithmetic(name: str, working_gib: float) -> dict[str, float]:
     return {
         "adapter_gib": round(gib(SINGLE * parameters), 3),
         "bound_gib": round(gib(merging_bytes(SINGLE * parameters, working_gib * BYTES_IN_GIB)), 3),
-    }  # fmt: skip
+    }
 
 
 def measure(name: str, scratch: Path | None, working_gib: float) -> dict[str, Any]:
@@ -149,10 +149,14 @@ def measure(name: str, scratch: Path | None, working_gib: float) -> dict[str, An
         error = largest_error(folder)
     before, peak = found.pop("before_kib"), found.pop("peak_kib")
     return {
-        "model_gib": round(gib(size), 2), "writing_s": round(written_s, 1), **found,
-        "before_gib": round(before / 1024**2, 3), "peak_rss_gib": round(peak / 1024**2, 3),
-        "merging_gib": round((peak - before) / 1024**2, 3), "largest_error_in_last_places": round(error, 3),
-    }  # fmt: skip
+        "model_gib": round(gib(size), 2),
+        "writing_s": round(written_s, 1),
+        **found,
+        "before_gib": round(before / 1024**2, 3),
+        "peak_rss_gib": round(peak / 1024**2, 3),
+        "merging_gib": round((peak - before) / 1024**2, 3),
+        "largest_error_in_last_places": round(error, 3),
+    }
 
 
 def main() -> None:
@@ -164,9 +168,12 @@ def main() -> None:
     options.add_argument("--working-gib", type=float, default=WORKING_GIB, help="limit on the rows at work")
     chosen = options.parse_args()
     results: dict[str, Any] = {
-        "versions": workflow.versions(), "rank": RANK, "working_gib": chosen.working_gib,
-        "arithmetic": {name: arithmetic(name, chosen.working_gib) for name in ARITHMETIC}, "cases": [],
-    }  # fmt: skip
+        "versions": workflow.versions(),
+        "rank": RANK,
+        "working_gib": chosen.working_gib,
+        "arithmetic": {name: arithmetic(name, chosen.working_gib) for name in ARITHMETIC},
+        "cases": [],
+    }
     for name in chosen.models:
         try:
             found = measure(name, chosen.folder, chosen.working_gib)

@@ -26,9 +26,15 @@ from qlora_helpers.planning.speed import FITTED, Speed, step_seconds
 HERE = Path(__file__).parent
 ROUNDS, CLIMBS = 6_000, 4
 BOUNDS = {
-    "matrix_share": (0.5, 0.85), "forward_passes": (0.5, 12), "backward_passes": (0.5, 20), "eager_factor": (1, 3),
-    "forward_host_s": (0, 0.008), "backward_host_s": (0, 0.016), "eager_host_factor": (1, 2), "gaps_s": (0, 0.0004),
-}  # fmt: skip
+    "matrix_share": (0.5, 0.85),
+    "forward_passes": (0.5, 12),
+    "backward_passes": (0.5, 20),
+    "eager_factor": (1, 3),
+    "forward_host_s": (0, 0.008),
+    "backward_host_s": (0, 0.016),
+    "eager_host_factor": (1, 2),
+    "gaps_s": (0, 0.0004),
+}
 START = Speed(0.72, 0.55, 1.6e6, 2.5e4, 3.0, 6.0, 2.0, 0.003, 0.006, 1.2, 0.0002)
 H100 = GPUS["H100"]
 
@@ -40,8 +46,8 @@ def timed_kernels(cases: list[dict]) -> dict[str, float]:
         if "profile" not in case:
             continue
         (sizes, step), ms = step_of(case), case["profile"]["ms_by_kind"]
-        passes = 2 * sizes.blocks + step.recomputed
-        dequantised = passes * sizes.linear_parameters_per_block * 2.5 / (ms["dequantisation"] / 1000)
+        passes = 2 * sizes.blocks + step.checkpointed
+        dequantised = passes * sizes.linear_parameters_per_layer * 2.5 / (ms["dequantisation"] / 1000)
         shares.append(dequantised / (H100.bandwidth_gb_s * 1e9))
         tokens = step.tokens * sizes.blocks * sizes.heads
         points.append((sizes.head_dim, ms["attention"] / 1000 / tokens * H100.bf16_tflops * 1e12))
@@ -51,7 +57,7 @@ def timed_kernels(cases: list[dict]) -> dict[str, float]:
 
 def main() -> None:
     """Fits, prints and, where asked, writes."""
-    cases = [case for case in measured_steps() if case.get("layers_recomputed") is not None]
+    cases = [case for case in measured_steps() if case.get("layers_checkpointed") is not None]
     steps = [(*step_of(case), case["step_s"]) for case in cases]
     seen = [step for case, step in zip(cases, steps, strict=True) if case["model"] in CALIBRATED]
 
@@ -77,14 +83,18 @@ def main() -> None:
         "in_use": dataclasses.asdict(FITTED),
         "steps": [
             {
-                "model": case["model"], "blocks": case["blocks"], "recomputed": step.recomputed, "compiled": case["compiled"],
-                "graphed": step.graphed,
-                "held_out": case["model"] not in CALIBRATED, "measured_s": seconds,
+                "model": case["model"],
+                "blocks": case["blocks"],
+                "checkpointed": step.checkpointed,
+                "compiled": case["compiled"],
+                "captured": step.captured,
+                "held_out": case["model"] not in CALIBRATED,
+                "measured_s": seconds,
                 "in_use_s": round(step_seconds(sizes, step, H100), 4),
             }
             for case, (sizes, step, seconds) in zip(cases, steps, strict=True)
         ],
-    }  # fmt: skip
+    }
     print(json.dumps(result, indent=2))
     if "--write" in sys.argv[1:]:
         (HERE / "fit_speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def main() -> None:
     results: dict[str, Any] = machine() | {"data": Path(chosen.data).stem, "points": []}
     for point in walked(lists):
         started = time.monotonic()
-        case = Case(point["model"], "eager", point["blocks"], recomputed=0)
+        case = Case(point["model"], "eager", point["blocks"], checkpointed=0)
         found = measure(case, chosen.data, point["seq_len_tokens"], False, rows=point["rows"])
         kept = ("step_s", "tokens_per_s", "prepared_s", "peak_allocated_gib")
         line = point | {name: found[name] for name in kept if name in found}

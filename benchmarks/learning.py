@@ -48,14 +48,23 @@ from qlora_helpers.training import train as training
 
 ON_GPU = torch.cuda.is_available()
 COMMON = {
-    "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct", "data.seq_len_tokens": 1024, "train.epochs": 1.0,
-    "train.logging_steps": 1000, "evaluation.batch_size": 128, "evaluation.max_new_tokens": 128,
-}  # fmt: skip
+    "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "data.seq_len_tokens": 1024,
+    "train.epochs": 1.0,
+    "train.logging_steps": 1000,
+    "evaluation.batch_size": 128,
+    "evaluation.max_new_tokens": 128,
+}
 RECIPE = {"data.packing": False, "data.loss_on": "all", "train.fast_step": False, "train.micro_batch_size": 8}
 OURS = {
-    "adapter.r": 32, "adapter.lora_alpha": 64, "adapter.lora_dropout": 0.0, "train.micro_batch_size": 8,
-    "train.learning_rate": 4e-3, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 10,
-}  # fmt: skip
+    "adapter.r": 32,
+    "adapter.lora_alpha": 64,
+    "adapter.lora_dropout": 0.0,
+    "train.micro_batch_size": 8,
+    "train.learning_rate": 4e-3,
+    "train.lr_scheduler_type": "cosine",
+    "train.warmup_steps": 10,
+}
 VARIANTS = {"recipe": RECIPE, "ours": OURS}
 Case = tuple[str, int]  # variant and seed
 Rows = tuple[list[Dialogue], dict[str, list[Dialogue]]]  # of training, and the two halves of the dev rows
@@ -76,11 +85,11 @@ def split_rows(chosen: argparse.Namespace) -> tuple[list[Dialogue], dict[str, li
     train = list(all_rows(chosen.data))
     known = {dialogue_key(row.dialogue) for row in train}
     dev = [row for row in all_rows(chosen.dev) if dialogue_key(row.dialogue) not in known]
-    left_out = len(all_rows(chosen.dev)) - len(dev)
+    skipped = len(all_rows(chosen.dev)) - len(dev)
     random.Random("halves").shuffle(dev)
     halves = {"tuning": dev[: len(dev) // 2], "report": dev[len(dev) // 2 :]}
     random.Random("share").shuffle(train)
-    return train[: max(8, round(chosen.share * len(train)))], halves, left_out
+    return train[: max(8, round(chosen.share * len(train)))], halves, skipped
 
 
 def settings_of(variant: str, seed: int, chosen: argparse.Namespace) -> RunConfig:
@@ -111,11 +120,19 @@ def train_one(config: RunConfig, variant: str, corpus: Corpus) -> tuple[Any, Any
             del model, loaded
             loaded = loading.load_model(config.model, say=lambda text: None)
             model = lora.load_adapter(loaded.model, Path(folder, "adapter"))
-    return model, loaded.tokenizer, {
-        "train_s": round(result.seconds, 1), "steps": result.steps, "tokens_per_s": round(result.tokens_per_s, 1),
-        "loss": result.loss, "peak_gib": result.peak_gib, "fast_step": result.fast_step.splitlines(),
-        "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
-    }  # fmt: skip
+    return (
+        model,
+        loaded.tokenizer,
+        {
+            "train_s": round(result.seconds, 1),
+            "steps": result.steps,
+            "tokens_per_s": round(result.tokens_per_s, 1),
+            "loss": result.loss,
+            "peak_gib": result.peak_gib,
+            "fast_step": result.fast_step.splitlines(),
+            "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
+        },
+    )
 
 
 def without_end(row: dict[str, Any], end: int) -> dict[str, Any]:
@@ -147,9 +164,15 @@ def measure(
     only = ("tuned",) if chosen.base_done else tuple(evaluate.MODELS)
     started = time.monotonic()
     result = evaluate.evaluate(
-        model, tokenizer, asked, config.evaluation, template=config.data.template, only=only, progress=False,
+        model,
+        tokenizer,
+        asked,
+        config.evaluation,
+        template=config.data.template,
+        only=only,
+        progress=False,
         max_tokens=config.data.seq_len_tokens,
-    )  # fmt: skip
+    )
     found |= {
         "evaluation_s": round(time.monotonic() - started, 1),
         "models_asked": len(result.scores),
@@ -266,13 +289,20 @@ def measured(chosen: argparse.Namespace, rows: Rows) -> Iterator[tuple[Case, Fou
 def main() -> None:
     """Trains and evaluates each variant with each seed and writes after each."""
     chosen = parsed()
-    train, halves, left_out = split_rows(chosen)
+    train, halves, skipped = split_rows(chosen)
     results: dict[str, Any] = {
-        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")), "versions": workflow.versions(),
-        "data": Path(chosen.data).name, "dev": Path(chosen.dev).name, "half": chosen.half, "share": chosen.share,
-        "train_rows": len(train), "dev_rows_also_in_training": left_out,
-        "rows": {name: len(rows) for name, rows in halves.items()}, "cases": [], "ours_against_recipe": None,
-    }  # fmt: skip
+        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "versions": workflow.versions(),
+        "data": Path(chosen.data).name,
+        "dev": Path(chosen.dev).name,
+        "half": chosen.half,
+        "share": chosen.share,
+        "train_rows": len(train),
+        "dev_rows_also_in_training": skipped,
+        "rows": {name: len(rows) for name, rows in halves.items()},
+        "cases": [],
+        "ours_against_recipe": None,
+    }
     scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for (variant, seed), (found, rows) in measured(chosen, (train, halves)):
         if rows:

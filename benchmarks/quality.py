@@ -34,16 +34,30 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     settings = DataConfig(source=options.data, seq_len_tokens=options.seq_len, eval_rows=options.eval_rows, seed=0)
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
     config = TrainConfig(
-        max_steps=options.steps, micro_batch_size=options.blocks, learning_rate=options.learning_rate, seed=seed,
-        activation_checkpointing=False, logging_steps=max(1, options.steps // 10), eval_steps=options.steps,
-        save_steps=options.steps, fast_step=PATHS[path], compile="on" if PATHS[path] else "off",
-    )  # fmt: skip
+        max_steps=options.steps,
+        micro_batch_size=options.blocks,
+        learning_rate=options.learning_rate,
+        seed=seed,
+        activation_checkpointing=False,
+        logging_steps=max(1, options.steps // 10),
+        eval_steps=options.steps,
+        save_steps=options.steps,
+        fast_step=PATHS[path],
+        compile="on" if PATHS[path] else "off",
+    )
     with tempfile.TemporaryDirectory() as folder:
         result = train.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
     return {
-        "path": path, "seed": seed, "eval_loss": result.eval_loss, "loss": result.loss, "steps": result.steps,
-        "seconds": round(result.seconds, 1), "machine": result.machine, "compiled": result.compiled, "graphed": result.graphed,
-    }  # fmt: skip
+        "path": path,
+        "seed": seed,
+        "eval_loss": result.eval_loss,
+        "loss": result.loss,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "machine": result.machine,
+        "compiled": result.compiled,
+        "captured": result.captured,
+    }
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -79,9 +93,15 @@ def main() -> None:
 
     arguments = sys.argv[2:]
     results: dict[str, Any] = {
-        "model": Path(chosen.model).name, "data": Path(chosen.data).stem, "steps": chosen.steps, "blocks": chosen.blocks,
-        "seq_len_tokens": chosen.seq_len, "learning_rate": chosen.learning_rate, "versions": workflow.versions(), "runs": [],
-    }  # fmt: skip
+        "model": Path(chosen.model).name,
+        "data": Path(chosen.data).stem,
+        "steps": chosen.steps,
+        "blocks": chosen.blocks,
+        "seq_len_tokens": chosen.seq_len,
+        "learning_rate": chosen.learning_rate,
+        "versions": workflow.versions(),
+        "runs": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         waiting = []
         for seed in chosen.seeds:

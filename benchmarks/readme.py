@@ -102,11 +102,15 @@ def gpu() -> str:
 
 
 TRAINERS = {
-    "recipe": "the 2023 recipe", "trl": "TRL", "trl_liger": "TRL with Liger kernels", "unsloth": "Unsloth",
-    "fast": "**this project**", "fast_host": "**this project**, embedding on the host",
-}  # fmt: skip
+    "recipe": "the 2023 recipe",
+    "trl": "TRL",
+    "trl_liger": "TRL with Liger kernels",
+    "unsloth": "Unsloth",
+    "fast": "**this project**",
+    "fast_host": "**this project**, embedding on the host",
+}
 OURS = ("fast", "fast_host")
-VARIANTS_OF_OURS = (*OURS, "fast_host_all", "graphed", "launched", "remade")
+VARIANTS_OF_OURS = (*OURS, "fast_host_all", "captured", "launched", "remade")
 
 
 def measured_steps() -> list[dict[str, Any]]:
@@ -118,7 +122,7 @@ def measured_steps() -> list[dict[str, Any]]:
     found = []
     for case in read_json(HERE / "step_speed_one_gpu.json")["cases"]:
         on_liger = "trl_liger" in case.get("after", ())
-        waited = case.get("offloaded") and "graphed" not in case
+        waited = case.get("offloaded") and "captured" not in case
         if "step_s" in case and not waited and (not on_liger or case["variant"].startswith("trl")):
             found.append(case | {"variant": "trl_liger" if on_liger else case["variant"]})
     return found
@@ -129,7 +133,7 @@ def every_own_step() -> list[dict[str, Any]]:
     return [
         case
         for case in measured_steps()
-        if case.get("layers_recomputed") is not None and case["variant"] != "recipe" and not case.get("after")
+        if case.get("layers_checkpointed") is not None and case["variant"] != "recipe" and not case.get("after")
     ]
 
 
@@ -147,9 +151,9 @@ def trainers() -> str:
     for group in compared():
         for case in sorted(group, key=lambda case: case["tokens_per_s"]):
             sizes = model_sizes(SHAPES[case["model"]])
-            flop = 4 * sizes.blocks * sizes.linear_parameters_per_block * case["tokens_per_s"]
-            again = case.get("layers_recomputed")
-            again = ("none" if case["recomputed"] == 0 else "all") if again is None else f"{again} of {sizes.blocks}"
+            flop = 4 * sizes.blocks * sizes.linear_parameters_per_layer * case["tokens_per_s"]
+            again = case.get("layers_checkpointed")
+            again = ("none" if case["checkpointed"] == 0 else "all") if again is None else f"{again} of {sizes.blocks}"
             blocks = (
                 f"{case['blocks']} x {case['seq_len_tokens']:,}" if case["variant"] != "recipe" else "8 padded rows"
             )
@@ -165,7 +169,7 @@ def trainers() -> str:
     (recipe,) = [case for case in measured_steps() if (case["call"], case["variant"]) == (small["call"], "recipe")]
     within = (
         f"Within 24 GiB Falcon-40B trains {small['tokens_per_s'] / recipe['tokens_per_s']:.1f} times as fast as the recipe on "
-        f"79 GiB, on the same card. {_same_loss()} {_launched()} {_left_out()} {_starts()}"
+        f"79 GiB, on the same card. {_same_loss()} {_launched()} {_skipped()} {_starts()}"
     )
     other = (
         "* against a step of ours in another call of the script; † in segments that did not grow (with growing ones the recipe's "
@@ -195,13 +199,11 @@ def _same_loss() -> str:
     )
 
 
-def _left_out() -> str:
+def _skipped() -> str:
     """What it gives that recomputed layers leave products out, in one call."""
     remade = [case for case in measured_steps() if case["variant"] == "remade"][-1]
     same = (remade["call"], "fast", *target_of(remade))
-    (usual,) = [
-        case for case in measured_steps() if (case["call"], case["variant"], *target_of(case)) == same
-    ]  # fmt: skip
+    (usual,) = [case for case in measured_steps() if (case["call"], case["variant"], *target_of(case)) == same]
     return (
         f"Where {remade['model']} recomputes every layer with {remade['blocks']} blocks, leaving out what nothing reads makes "
         f"{usual['tokens_per_s']:,.0f} tokens/s of {remade['tokens_per_s']:,.0f}."
@@ -211,10 +213,10 @@ def _left_out() -> str:
 def _launched() -> str:
     """What playing recorded passes gives where the GPU waited for Python, in one call."""
     launched = [case for case in measured_steps() if case["variant"] == "launched"][-1]
-    played = ours_beside(launched)
+    replayed = ours_beside(launched)
     return (
-        f"{launched['model']}'s step takes {played['step_s']:.3f} s played and {launched['step_s']:.3f} s where Python starts each "
-        f"of its kernels."
+        f"{launched['model']}'s step takes {replayed['step_s']:.3f} s replayed and {launched['step_s']:.3f} s where Python starts "
+        f"each of its kernels."
     )
 
 
@@ -224,7 +226,7 @@ def _starts() -> str:
         model: min(case["load_s"] for case in measured_steps() if case["model"] == model and case.get("load_s"))
         for model in ("falcon-40b", "llama-3.1-8b")
     }
-    recorded = [case["recording_s"] for case in measured_steps() if case.get("passes_played")]
+    recorded = [case["capture_s"] for case in measured_steps() if case.get("passes_replayed")]
     return (
         "True-size random weights were there after "
         + " and ".join(f"{seconds:.1f} s ({model})" for model, seconds in built.items())
@@ -233,8 +235,8 @@ def _starts() -> str:
 
 
 def _trainer(case: dict[str, Any]) -> str:
-    not_played = case["variant"] in OURS and not case.get("graphed")
-    return TRAINERS[case["variant"]] + (", not played" if not_played else "")
+    not_replayed = case["variant"] in OURS and not case.get("captured")
+    return TRAINERS[case["variant"]] + (", not played" if not_replayed else "")
 
 
 def _if_not_growing(case: dict[str, Any]) -> str:
@@ -244,7 +246,7 @@ def _if_not_growing(case: dict[str, Any]) -> str:
 def ours_beside(case: dict[str, Any]) -> dict[str, Any]:
     """This project's fastest step on a case's model within its limit, as it is now: of its call, else of the last."""
     cases = [ours for ours in measured_steps() if ours["variant"] in OURS and target_of(ours) == target_of(case)]
-    calls = {ours["call"] for ours in cases if "graphed" in ours} or {ours["call"] for ours in cases}
+    calls = {ours["call"] for ours in cases if "captured" in ours} or {ours["call"] for ours in cases}
     call = case["call"] if case["call"] in calls else max(calls)
     return max((ours for ours in cases if ours["call"] == call), key=lambda ours: ours["tokens_per_s"])
 
@@ -332,14 +334,14 @@ def predicted() -> str:
 def _outside() -> str:
     """What a process holds of the card beside PyTorch's memory, and what the plan takes for it."""
     held = {
-        played: [
+        replayed: [
             case["outside_gib"]
             for case in read_json(HERE / "step_speed_one_gpu.json")["cases"]
             if case.get("outside_gib")
-            and bool(case.get("passes_played")) == played
+            and bool(case.get("passes_replayed")) == replayed
             and case["variant"] in VARIANTS_OF_OURS
         ]
-        for played in (False, True)
+        for replayed in (False, True)
     }
     return (
         f"Beside PyTorch's memory the process held {min(held[False]):.2f} GiB of the card before it had recorded anything, and up "
@@ -367,9 +369,9 @@ def _source(script: str) -> str:
 
 
 def _step_name(case: dict[str, Any]) -> str:
-    name = f"{case['blocks']} x {case['seq_len_tokens']:,}, {case['layers_recomputed']} recomputed"
+    name = f"{case['blocks']} x {case['seq_len_tokens']:,}, {case['layers_checkpointed']} recomputed"
     name += "" if case["compiled"] else ", not compiled"
-    name += ", played" if case.get("graphed") else ""
+    name += ", played" if case.get("captured") else ""
     name += ", embedding on the host" if case.get("offloaded") else ""
     name += "".join(f", {what}" for what in ("dropout", "dora", "plain") if case.get(what))
     return name + (", loss on all tokens" if case["trained_share"] > 0.9 else "")
@@ -404,13 +406,21 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     shape = SHAPES[case["model"]]
     sizes = model_sizes(shape)
     return sizes, StepSettings(
-        seq_len_tokens=case["seq_len_tokens"], blocks=case["blocks"], compiled=case["compiled"], r=case["r"],
-        recomputed=case["layers_recomputed"], offloaded=case.get("offloaded", False),
-        adapter_parameters=adapter_parameters(shape, case["r"], None, case.get("dora", False)), trained_share=case["trained_share"],
-        dropout=case.get("dropout", False), dora=case.get("dora", False), fast_adapters=not case.get("plain", False),
-        chunked_loss=not case.get("plain", False), graphed=case.get("graphed", False),
-        left_out=any("made once" in line for line in case.get("fast_step") or ()),
-    )  # fmt: skip
+        seq_len_tokens=case["seq_len_tokens"],
+        blocks=case["blocks"],
+        compiled=case["compiled"],
+        r=case["r"],
+        checkpointed=case["layers_checkpointed"],
+        offloaded=case.get("offloaded", False),
+        adapter_parameters=adapter_parameters(shape, case["r"], None, case.get("dora", False)),
+        trained_share=case["trained_share"],
+        dropout=case.get("dropout", False),
+        dora=case.get("dora", False),
+        fast_adapters=not case.get("plain", False),
+        chunked_loss=not case.get("plain", False),
+        captured=case.get("captured", False),
+        skipped=any("made once" in line for line in case.get("fast_step") or ()),
+    )
 
 
 def _predicted(case: dict[str, Any]) -> tuple[GpuMemory, float]:
@@ -452,7 +462,7 @@ def growth() -> str:
 def gpu_tests() -> str:
     """The fast step's own tests on a GPU, as far as they ran, and what it learns beside the plain path."""
     cases = read_json(HERE / "fast_step_one_gpu.json")["cases"]
-    passed, played = (sum(bool(case.get(name)) for case in cases) for name in ("passed", "played"))
+    passed, replayed = (sum(bool(case.get(name)) for case in cases) for name in ("passed", "replayed"))
     errors = {path: max(case[f"{path}_gradient_error"] for case in cases) for path in ("fast", "plain")}
     packed = [case for case in cases if case["row_packed_error"] is not None]
     rows = {kind: max(case[f"row_{kind}_error"] for case in packed) for kind in ("packed", "alone")}
@@ -460,11 +470,11 @@ def gpu_tests() -> str:
     apart = max(map(abs, quality["fast_against_plain"].values()))
     fast = [run for run in quality["runs"] if run["path"] == "fast"]
     how = " and ".join(
-        name for name, key in (("compiled", "compiled"), ("played", "graphed")) if all(run[key] for run in fast)
+        name for name, key in (("compiled", "compiled"), ("replayed", "captured")) if all(run[key] for run in fast)
     )
     return (
-        f"On the GPU's own path {passed} of {len(cases)} cases passed, {played} of them with recorded passes: gradients in 16 bits "
-        f"lie within {errors['fast']:.1%} of those in 32 bits, the plain path's within {errors['plain']:.1%}; a packed row's "
+        f"On the GPU's own path {passed} of {len(cases)} cases passed, {replayed} of them with captured passes: gradients in "
+        f"bfloat16 lie within {errors['fast']:.1%} of those in 32 bits, the plain path's within {errors['plain']:.1%}; a packed row's "
         f"logits within {rows['packed']:.1%}, those of the row alone within {rows['alone']:.1%} "
         "(`tests/gpu/fast_step_on_gpu.py`, `benchmarks/fast_step_one_gpu.json`). "
         f"After {quality['steps']} steps of SmolLM2-135M on DialogSum with {len(quality['fast_against_plain'])} seeds, its "
@@ -646,11 +656,11 @@ def missed() -> str:
     wide, small = within(79), within(10)
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
     unsloth, ours = small["unsloth"], ours_beside(small["unsloth"])
-    a_weight = 6 - 2 * sizes.parameters_added_last_per_block / sizes.linear_parameters_per_block
-    once = sizes.blocks * sizes.linear_parameters_per_block / ours["matrix_tflops"] / 1e12
+    a_weight = 6 - 2 * sizes.parameters_added_last_per_layer / sizes.linear_parameters_per_layer
+    once = sizes.blocks * sizes.linear_parameters_per_layer / ours["matrix_tflops"] / 1e12
     share = 2 * unsloth["tokens_per_s"] * a_weight * once
     beyond = 2.5 * wide["unsloth"]["tokens_per_s"] * 4 * once
-    unrecorded = [case for case in own_steps() if case.get("graphed") is False and case["variant"] in OURS]
+    unrecorded = [case for case in own_steps() if case.get("captured") is False and case["variant"] in OURS]
     full = " and ".join(
         f"{case['model']} with {case['blocks']} x {case['seq_len_tokens']:,} within {case['limit_gib']:g} GiB"
         for case in unrecorded

@@ -57,15 +57,15 @@ class Case:
     model: str
     variant: str
     blocks: int = 1
-    recomputed: int | None = None
+    checkpointed: int | None = None
     limit_gib: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> list[Case]:
         """The case, with several micro-batches from the largest on."""
         model, variant, *rest = text.split(":")
-        blocks, recomputed, limit = (*rest, "", "", "")[:3]
-        again = None if recomputed in ("", "all") else int(recomputed)
+        blocks, checkpointed, limit = (*rest, "", "", "")[:3]
+        again = None if checkpointed in ("", "all") else int(checkpointed)
         return [
             cls(model, variant, int(each), again, float(limit) if limit else None)
             for each in (blocks or "1").split("/")
@@ -85,7 +85,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"train": {"fast_step": False}},
     "eager": {"train": {"compile": "off", "cuda_graph": False}},
     "launched": {"train": {"compile": "on", "cuda_graph": False}},
-    "graphed": {"train": {"compile": "off"}},
+    "captured": {"train": {"compile": "off"}},
     "fast": {"train": {"compile": "on"}},
     "remade": {"train": {"compile": "on"}},
     "fast_host": {"train": {"compile": "on", "offload_embeddings": True}},
@@ -129,10 +129,12 @@ class Clock(TrainerCallback):
         seconds = _seconds_between(self.marks[WARM - 1], self.marks[last])
         tokens, steps = int(self.tokens[last]) - int(self.tokens[WARM - 1]), TIMED
         return {
-            "tokens_per_s": round(tokens / seconds, 1), "step_s": round(seconds / steps, 4),
-            "tokens_per_step": round(tokens / steps, 1), "first_step_s": round(self.first_step_s, 1),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "step_s": round(seconds / steps, 4),
+            "tokens_per_step": round(tokens / steps, 1),
+            "first_step_s": round(self.first_step_s, 1),
             "outside_gib": round(self.outside_gib, 3),
-        }  # fmt: skip
+        }
 
 
 def _mark() -> Any:
@@ -187,9 +189,12 @@ class Profile(TrainerCallback):
 
 
 KERNELS = {
-    "dequantisation": ("dequant",), "attention": ("flash", "fmha", "attention"), "compiled": ("triton_",),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "aten::mm"), "copies": ("memcpy", "memset"),
-}  # fmt: skip
+    "dequantisation": ("dequant",),
+    "attention": ("flash", "fmha", "attention"),
+    "compiled": ("triton_",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "aten::mm"),
+    "copies": ("memcpy", "memset"),
+}
 
 
 def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows: int = 3000) -> dict[str, Any]:
@@ -220,17 +225,22 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     weights = weights_held()
     steps = {"max_steps": WARM + TIMED + (PROFILED if profile else 0)}
     steps |= {"logging_steps": 1000, "eval_steps": 1000, "save_steps": 1000}
-    recompute = {"activation_checkpointing": case.recomputed != 0, "recompute_layers": case.recomputed}
+    recompute = {"activation_checkpointing": case.checkpointed != 0, "checkpointed_layers": case.checkpointed}
     config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant.get("train", {}))
     clock, profiled = Clock(), [Profile()] if profile else []
     with (
         tempfile.TemporaryDirectory() as folder,
-        every_product() if case.variant == "remade" else contextlib.nullcontext(),
+        every_matmul() if case.variant == "remade" else contextlib.nullcontext(),
     ):
         train.train(
-            model, loaded.tokenizer, data, config, Run(Path(folder)), extra_callbacks=(clock, *profiled),
+            model,
+            loaded.tokenizer,
+            data,
+            config,
+            Run(Path(folder)),
+            extra_callbacks=(clock, *profiled),
             show_progress=False,
-        )  # fmt: skip
+        )
     fast = clock.trainer.fast
     return (
         clock.result()
@@ -242,11 +252,11 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
-            "graphed": bool(fast and fast.graphs and fast.graphs.played),
-            "passes_played": fast.graphs.played if fast and fast.graphs else 0,
-            "recording_s": round(fast.graphs.recording_s, 2) if fast and fast.graphs else None,
+            "captured": bool(fast and fast.graphs and fast.graphs.replayed),
+            "passes_replayed": fast.graphs.replayed if fast and fast.graphs else 0,
+            "capture_s": round(fast.graphs.capture_s, 2) if fast and fast.graphs else None,
             "offloaded": bool(fast and fast.offloaded),
-            "layers_recomputed": fast.recomputed if fast else _recomputed_by_trainer(case, model),
+            "layers_checkpointed": fast.checkpointed if fast else _checkpointed_by_trainer(case, model),
             "dropout": model.active_peft_config.lora_dropout > 0,
             "dora": model.active_peft_config.use_dora,
             "plain": fast is None,
@@ -256,16 +266,16 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     )
 
 
-def every_product() -> Any:
+def every_matmul() -> Any:
     """While open, layers that recompute leave nothing out."""
     return unittest.mock.patch.object(matmuls, "added_to_residual", return_value=())
 
 
-def _recomputed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:
+def _checkpointed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:
     """Decoder layers that recompute in the plain step; None for the recipe, whose batches differ in length."""
     if case.variant == "recipe":
         return None
-    return 0 if case.recomputed == 0 else model.config.get_text_config().num_hidden_layers
+    return 0 if case.checkpointed == 0 else model.config.get_text_config().num_hidden_layers
 
 
 def data_settings(source: str, seq_len_tokens: int, **more: Any) -> DataConfig:
@@ -363,8 +373,9 @@ def machine() -> dict[str, Any]:
     return {
         "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
-        "matrix_tflops": round(matrix_rate(), 1), "versions": workflow.versions() | peer_versions(),
-    }  # fmt: skip
+        "matrix_tflops": round(matrix_rate(), 1),
+        "versions": workflow.versions() | peer_versions(),
+    }
 
 
 def peer_versions() -> dict[str, str]:

@@ -47,7 +47,7 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
 
     from qlora_helpers.data.sources import read_corpus
 
-    checkpointing = case.recomputed != 0
+    checkpointing = case.checkpointed != 0
     build = _unsloth if case.variant == "unsloth" else _plain
     model, tokenizer, adapter = build(case, seq_len_tokens, checkpointing)
     rows = read_corpus(data_settings(source, seq_len_tokens)).train
@@ -58,13 +58,25 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
     weights = weights_held()
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=case.blocks, max_steps=WARM + TIMED, logging_steps=1000,
-            learning_rate=2e-4, bf16=ON_GPU, use_cpu=not ON_GPU, packing=True, max_length=seq_len_tokens, report_to="none",
-            save_strategy="no", gradient_checkpointing=checkpointing, use_liger_kernel=case.variant == "trl_liger",
-            optim="adamw_torch_fused", dataset_num_proc=1, disable_tqdm=True,
+            output_dir=folder,
+            per_device_train_batch_size=case.blocks,
+            max_steps=WARM + TIMED,
+            logging_steps=1000,
+            learning_rate=2e-4,
+            bf16=ON_GPU,
+            use_cpu=not ON_GPU,
+            packing=True,
+            max_length=seq_len_tokens,
+            report_to="none",
+            save_strategy="no",
+            gradient_checkpointing=checkpointing,
+            use_liger_kernel=case.variant == "trl_liger",
+            optim="adamw_torch_fused",
+            dataset_num_proc=1,
+            disable_tqdm=True,
             gradient_accumulation_steps=1,  # Unsloth's own default is 2
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        )  # fmt: skip
+        )
         trainer = SFTTrainer(
             model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(texts), args=arguments, **adapter
         )
@@ -100,9 +112,15 @@ def _unsloth(case: Case, seq_len_tokens: int, checkpointing: bool) -> tuple[Any,
         str(folder), max_seq_length=seq_len_tokens, load_in_4bit=True, dtype=torch.bfloat16, local_files_only=True
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=case.rank, target_modules=TARGETS, lora_alpha=32, lora_dropout=0, bias="none", random_state=0,
+        model,
+        r=case.rank,
+        target_modules=TARGETS,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        random_state=0,
         use_gradient_checkpointing="unsloth" if checkpointing else False,
-    )  # fmt: skip
+    )
     return model, tokenizer, {}
 
 

@@ -38,9 +38,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     train = commands.add_parser(
-        "train", help="start or resume a run", epilog="settings and their defaults:\n" + settings,
+        "train",
+        help="start or resume a run",
+        epilog="settings and their defaults:\n" + settings,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     train.add_argument("run", help="the run's name below runs/, or a path")
     train.add_argument("--profile", choices=sorted(PROFILES), help="what a new run starts from")
     train.add_argument(
@@ -165,9 +167,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "doctor": _doctor, "plan": _plan, "train": _train, "evaluate": _evaluate, "report": _report, "export": _export,
-    "clean": _clean, "demo": _demo,
-}  # fmt: skip
+    "doctor": _doctor,
+    "plan": _plan,
+    "train": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+    "export": _export,
+    "clean": _clean,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

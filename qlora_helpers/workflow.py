@@ -23,7 +23,7 @@ from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
-from qlora_helpers.model.shapes.families import keeps_packed_rows_apart
+from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs import locks, sigterm
@@ -47,9 +47,24 @@ if TYPE_CHECKING:
 
 # What a notebook calls on the way through a run, whichever module holds it.
 __all__ = [
-    "Say", "add_adapters", "ask", "check_reload", "check_source", "evaluate", "existing_run", "is_main_process", "load",
-    "load_adapter", "open_run", "prepare_data", "retry", "runs_root", "streaming_answers", "train", "versions",
-]  # fmt: skip
+    "Say",
+    "add_adapters",
+    "ask",
+    "check_reload",
+    "check_source",
+    "evaluate",
+    "existing_run",
+    "is_main_process",
+    "load",
+    "load_adapter",
+    "open_run",
+    "prepare_data",
+    "retry",
+    "runs_root",
+    "streaming_answers",
+    "train",
+    "versions",
+]
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +114,7 @@ def prepare_data(
 
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config = run.config().data
-    can_pack = keeps_packed_rows_apart(shape, config.seq_len_tokens)
+    can_pack = supports_packing(shape, config.seq_len_tokens)
     data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
     if not data.report.passed:
         raise UserError(
@@ -163,10 +178,15 @@ def train(
             callbacks = [events] if events else []
             callbacks += [CallEachTime(redraw)] if redraw else []
             result = training.train(
-                model, loaded.tokenizer, data, config.train, run,
-                extra_callbacks=tuple(callbacks), show_progress=show_progress and not redraw,
+                model,
+                loaded.tokenizer,
+                data,
+                config.train,
+                run,
+                extra_callbacks=tuple(callbacks),
+                show_progress=show_progress and not redraw,
                 trained_on=refuse_other_than_trained_on(run, marks),
-            )  # fmt: skip
+            )
         if main:
             log.info("%s", result)
             save_adapter(run, model, loaded)
@@ -245,9 +265,14 @@ def evaluate(
     data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
     with MODEL_IN_USE:
         result = evaluation.evaluate(
-            model, loaded.tokenizer, data.test, config.evaluation, template=config.data.template,
-            max_tokens=config.data.seq_len_tokens, train_keys=data.train_keys,
-        )  # fmt: skip
+            model,
+            loaded.tokenizer,
+            data.test,
+            config.evaluation,
+            template=config.data.template,
+            max_tokens=config.data.seq_len_tokens,
+            train_keys=data.train_keys,
+        )
     write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
     write_answers(run, config, *answered_samples(result))
     return result

@@ -22,11 +22,22 @@ ROWS = [
         "summary": "Priya's boiler is broken and will not be fixed before Thursday. "
         "Tom invites her and her cat to stay on his sofa from tonight after 7.",
         "answers": {
-            "base": ("Priya: the boiler is dead again\nPriya: landlord says thursday\nTom: that's FOUR days " * 3, 80, False),
-            "base_chat": ("The chat dialogue is about a broken boiler and a friend who offers help. The conversation takes "
-            "place between Priya and Tom, who discuss the situation and the cat.", 38, True),
-            "tuned": ("Priya's boiler is dead and the landlord comes on Thursday. Tom offers her his sofa tonight after 7.",
-            26, True),
+            "base": (
+                "Priya: the boiler is dead again\nPriya: landlord says thursday\nTom: that's FOUR days " * 3,
+                80,
+                False,
+            ),
+            "base_chat": (
+                "The chat dialogue is about a broken boiler and a friend who offers help. The conversation takes "
+                "place between Priya and Tom, who discuss the situation and the cat.",
+                38,
+                True,
+            ),
+            "tuned": (
+                "Priya's boiler is dead and the landlord comes on Thursday. Tom offers her his sofa tonight after 7.",
+                26,
+                True,
+            ),
         },
     },
     {
@@ -37,7 +48,11 @@ ROWS = [
         "answers": {
             "base": ("Ingrid: I did.\nSamuel: I did.\nIngrid: I did.\nSamuel: I did. " * 4, 80, False),
             "base_chat": ("Ingrid and Samuel discuss moving the release to Wednesday.", 13, True),
-            "tuned": ("Samuel moved the release to Wednesday because QA found two blockers. He will tell support.", 21, True),
+            "tuned": (
+                "Samuel moved the release to Wednesday because QA found two blockers. He will tell support.",
+                21,
+                True,
+            ),
         },
     },
     {
@@ -48,10 +63,17 @@ ROWS = [
         "summary": "The minibus leaves at 6:45 on Saturday. Mina gives the last seat to Luis's sister and goes with her father.",
         "answers": {
             "base": ("", 1, True),
-            "base_chat": ("The coach says that the minibus leaves on Saturday at 6:45 and Luis wants his sister to come. Mina "
-            "says that she has taken the seat, but then she gives it away.", 41, True),
-            "tuned": ("The minibus leaves at 6:45 on Saturday. Luis's sister gets the last seat, Mina goes with her dad.", 27,
-            True),
+            "base_chat": (
+                "The coach says that the minibus leaves on Saturday at 6:45 and Luis wants his sister to come. Mina "
+                "says that she has taken the seat, but then she gives it away.",
+                41,
+                True,
+            ),
+            "tuned": (
+                "The minibus leaves at 6:45 on Saturday. Luis's sister gets the last seat, Mina goes with her dad.",
+                27,
+                True,
+            ),
         },
     },
     {
@@ -81,7 +103,7 @@ ROWS = [
         "summary": "Beppe and Ann speak of a sixth row.",
         "answers": {"base": ("?", 2, True), "base_chat": ("?", 2, True), "tuned": ("A sixth row.", 5, True)},
     },
-]  # fmt: skip
+]
 SCORES = {
     "base": (11.8, 2.4, 9.2, 0.03, 77.4, 3.412),
     "base_chat": (24.9, 5.8, 17.6, 0.87, 44.1, None),
@@ -90,11 +112,16 @@ SCORES = {
 
 
 SETTINGS = {
-    "adapter.r": 8, "adapter.lora_alpha": 32, "adapter.lora_dropout": 0.05, "data.seq_len_tokens": 512,
+    "adapter.r": 8,
+    "adapter.lora_alpha": 32,
+    "adapter.lora_dropout": 0.05,
+    "data.seq_len_tokens": 512,
     "data.packing": True,
-    "train.micro_batch_size": 4, "train.gradient_accumulation_steps": 1, "train.learning_rate": 1e-3,
+    "train.micro_batch_size": 4,
+    "train.gradient_accumulation_steps": 1,
+    "train.learning_rate": 1e-3,
     "train.warmup_steps": 0,
-}  # fmt: skip
+}
 """What the page is compared with, whatever the profile says today."""
 
 
@@ -148,10 +175,17 @@ def add_training(run: Run) -> None:
     write_json(run.data_dir / "prepared.json", prepared)
     write_json(run.adapter_dir / "adapter_config.json", {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]})
     measured: dict[str, Any] = {
-        "weights_gib": {"cpu": 0.164}, "peak_gib": {"cpu": 1.42}, "seconds": 251.7, "tokens_per_s": 834.2, "steps": STEPS,
-        "trainable_parameters": 2_442_240, "parameters": 136_957_248, "published_parameters": 83_873_088, "machine": "CPU",
+        "weights_gib": {"cpu": 0.164},
+        "peak_gib": {"cpu": 1.42},
+        "seconds": 251.7,
+        "tokens_per_s": 834.2,
+        "steps": STEPS,
+        "trainable_parameters": 2_442_240,
+        "parameters": 136_957_248,
+        "published_parameters": 83_873_088,
+        "machine": "CPU",
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
-    }  # fmt: skip
+    }
     write_json(run.plan_path, {"measured": measured})
 
 
@@ -163,10 +197,15 @@ def evaluation_values(rows: int = 30) -> dict[str, Any]:
         scores[name] = dict(zip(names, values, strict=True))
         scores[name]["perplexity"] = None if values[-1] is None else math.exp(values[-1])
     shown = [
-        row | {"answers": {model: dict(zip(("text", "tokens", "stopped"), answer, strict=True))
-                           for model, answer in row["answers"].items()}}
+        row
+        | {
+            "answers": {
+                model: dict(zip(("text", "tokens", "stopped"), answer, strict=True))
+                for model, answer in row["answers"].items()
+            }
+        }
         for row in ROWS
-    ]  # fmt: skip
+    ]
     shown += [shown[-1]] * (rows - len(shown))
     gain = SCORES["tuned"][2] - SCORES["base"][2]
     return {"scores": scores, "rouge_l_gain": gain, "prompt_tokens_trimmed": 1, "rows": shown, "random_weights": False}

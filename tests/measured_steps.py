@@ -16,7 +16,7 @@ step_of = _tables.step_of
 
 def planned_steps() -> list[dict[str, Any]]:
     """Our steps whose recomputed layers are known; the recipe's batches differ in length."""
-    return [case for case in _tables.measured_steps() if case.get("layers_recomputed") is not None]
+    return [case for case in _tables.measured_steps() if case.get("layers_checkpointed") is not None]
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -51,9 +51,20 @@ def files(tmp_path_factory):
 def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, tmp_path, monkeypatch):
     out = tmp_path / "learning.json"
     run(
-        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 1,
-        "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256", "evaluation.max_new_tokens=4",
-    )  # fmt: skip
+        "learning",
+        monkeypatch,
+        out,
+        "--data",
+        files / "train.jsonl",
+        "--dev",
+        files / "dev.jsonl",
+        "--plain-rows",
+        1,
+        "--set",
+        "model.name=random:falcon-tiny",
+        "data.seq_len_tokens=256",
+        "evaluation.max_new_tokens=4",
+    )
     found = json.loads(out.read_text())
     assert [(case["variant"], "error" in case) for case in found["cases"]] == [("ours", False), ("recipe", False)]
     assert found["dev_rows_also_in_training"] == 2
@@ -72,10 +83,24 @@ def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, tmp_path, m
 def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(files, tmp_path, monkeypatch):
     out = tmp_path / "learning.json"
     run(
-        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 0,
-        "--seeds", 0, 1, "--together", "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256",
+        "learning",
+        monkeypatch,
+        out,
+        "--data",
+        files / "train.jsonl",
+        "--dev",
+        files / "dev.jsonl",
+        "--plain-rows",
+        0,
+        "--seeds",
+        0,
+        1,
+        "--together",
+        "--set",
+        "model.name=random:falcon-tiny",
+        "data.seq_len_tokens=256",
         "evaluation.max_new_tokens=4",
-    )  # fmt: skip
+    )
     found = json.loads(out.read_text())
     cases = [(case["variant"], case["seed"], case.get("others_on_the_gpu"), "error" in case) for case in found["cases"]]
     assert [*cases[:2], *sorted(cases[2:])] == [
@@ -97,10 +122,22 @@ def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(fi
 def test_learning_can_leave_no_seed_alone(files, tmp_path, monkeypatch):
     out = tmp_path / "learning.json"
     run(
-        "learning", monkeypatch, out, "--data", files / "train.jsonl", "--dev", files / "dev.jsonl", "--plain-rows", 0,
-        "--together", "all", "--set", "model.name=random:falcon-tiny", "data.seq_len_tokens=256",
+        "learning",
+        monkeypatch,
+        out,
+        "--data",
+        files / "train.jsonl",
+        "--dev",
+        files / "dev.jsonl",
+        "--plain-rows",
+        0,
+        "--together",
+        "all",
+        "--set",
+        "model.name=random:falcon-tiny",
+        "data.seq_len_tokens=256",
         "evaluation.max_new_tokens=4",
-    )  # fmt: skip
+    )
     cases = {case["variant"]: case for case in json.loads(out.read_text())["cases"]}
     assert {name: case["others_on_the_gpu"] for name, case in cases.items()} == {"ours": 1, "recipe": 1}
     assert "base" in cases["ours"]["scores"]
@@ -115,8 +152,10 @@ def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     assert good["answers_equal_to_plain"] == [4, 4]
     assert good["margins_at_first_difference"] is None
     assert {name: one["rows"] for name, one in good["variants"].items()} == {
-        "plain, batch 8": 8, "plain, batch 4": 4, "ours": 10,
-    }  # fmt: skip
+        "plain, batch 8": 8,
+        "plain, batch 4": 4,
+        "ours": 10,
+    }
     assert "float32 copies" in good["form"][0]
     assert "error" in bad
     rows = read_corpus(DataConfig(train_rows=10, eval_rows=1, test_rows=1)).train
@@ -183,9 +222,23 @@ def test_quality_compares_both_paths_seed_by_seed(files, tmp_path, monkeypatch):
     out = tmp_path / "one.json"
     for path in ("plain", "fast"):
         run(
-            "quality", monkeypatch, out.with_name(f"{path}.json"), "--model", "random:falcon-tiny", "--data",
-            files / "train.jsonl", "--steps", 2, "--blocks", 1, "--eval-rows", 2, "--one", path, 0,
-        )  # fmt: skip
+            "quality",
+            monkeypatch,
+            out.with_name(f"{path}.json"),
+            "--model",
+            "random:falcon-tiny",
+            "--data",
+            files / "train.jsonl",
+            "--steps",
+            2,
+            "--blocks",
+            1,
+            "--eval-rows",
+            2,
+            "--one",
+            path,
+            0,
+        )
     plain, fast = (json.loads((tmp_path / f"{path}.json").read_text()) for path in ("plain", "fast"))
     assert plain["steps"] == fast["steps"] == 2
     summary = sys.modules["benchmark_quality"].summary([plain, fast, {"exit_code": 1}])
@@ -199,8 +252,20 @@ def test_steps_of_several_sizes_are_measured_one_setting_at_a_time(tmp_path, mon
     monkeypatch.setattr("step_speed.TIMED", 1)
     out = tmp_path / "growth.json"
     run(
-        "growth", monkeypatch, out, "--models", "falcon-tiny", "--seq-len", 128, 256, "--blocks", 1, "--rows", 20, 40,
-    )  # fmt: skip
+        "growth",
+        monkeypatch,
+        out,
+        "--models",
+        "falcon-tiny",
+        "--seq-len",
+        128,
+        256,
+        "--blocks",
+        1,
+        "--rows",
+        20,
+        40,
+    )
     points = json.loads(out.read_text())["points"]
     assert [(point["seq_len_tokens"], point["rows"]) for point in points] == [(128, 20), (256, 20), (128, 40)]
     assert all(point["step_s"] > 0 and point["tokens_per_s"] > 0 for point in points)

@@ -97,7 +97,7 @@ BAD_INPUT = {
     "chat template that does not work": (
         train("data.template=chat", "model.name=./broken-template"),
         ["chat template does not work", "is unsafe", "=recipe"],
-    ),  # fmt: skip
+    ),
     "chat template of a model without": (train("data.template=chat"), ["no chat template", "data.template=recipe"]),
 }
 

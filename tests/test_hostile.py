@@ -27,10 +27,18 @@ from qlora_helpers.workflow import existing_run, open_run
 
 DEEP = "[" * 200_000 + "]" * 200_000
 SETTINGS = {
-    "train.max_steps": 2, "train.save_steps": 1, "train.eval_steps": 2, "train.logging_steps": 1, "train.tensorboard": "local",
-    "data.train_rows": 4, "data.eval_rows": 2, "data.test_rows": 2, "data.seq_len_tokens": 256, "evaluation.max_new_tokens": 4,
+    "train.max_steps": 2,
+    "train.save_steps": 1,
+    "train.eval_steps": 2,
+    "train.logging_steps": 1,
+    "train.tensorboard": "local",
+    "data.train_rows": 4,
+    "data.eval_rows": 2,
+    "data.test_rows": 2,
+    "data.seq_len_tokens": 256,
+    "evaluation.max_new_tokens": 4,
     "evaluation.chat_baseline": False,
-}  # fmt: skip
+}
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),

@@ -39,8 +39,9 @@ def loaded_after(names: list[str]) -> set[str]:
     """What is in `sys.modules` of a new process after it imported modules of the package."""
     lines = [f"importlib.import_module({('qlora_helpers.' + name).rstrip('.')!r})" for name in names]
     code = "\n".join(["import importlib, json, sys", *lines, "print(json.dumps(sorted(sys.modules)))"])
-    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:qlora_helpers", "-c", code],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:qlora_helpers", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     (printed,) = done.stdout.splitlines()  # importing prints nothing

@@ -15,9 +15,14 @@ from qlora_helpers.runs.folder import Run
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
 SETTINGS = [
-    "train.max_steps=2", "train.learning_rate=0.05", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=2",
-    "data.seq_len_tokens=256", "evaluation.max_new_tokens=6",
-]  # fmt: skip
+    "train.max_steps=2",
+    "train.learning_rate=0.05",
+    "data.train_rows=4",
+    "data.eval_rows=1",
+    "data.test_rows=2",
+    "data.seq_len_tokens=256",
+    "evaluation.max_new_tokens=6",
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,16 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import check_reload, existing_run, open_run
 
 SETTINGS = [
-    "train.max_steps=2", "train.learning_rate=0.05", "train.eval_steps=2", "train.save_steps=1", "data.train_rows=4",
-    "data.eval_rows=2", "data.test_rows=2", "data.seq_len_tokens=256", "evaluation.max_new_tokens=4",
-]  # fmt: skip
+    "train.max_steps=2",
+    "train.learning_rate=0.05",
+    "train.eval_steps=2",
+    "train.save_steps=1",
+    "data.train_rows=4",
+    "data.eval_rows=2",
+    "data.test_rows=2",
+    "data.seq_len_tokens=256",
+    "evaluation.max_new_tokens=4",
+]
 
 
 def quiet(text: str) -> None:
@@ -159,8 +166,17 @@ def test_a_whole_run(whole):
     assert (status.state, status.step, status.session) == ("finished", 2, 1)
     assert status.exit_reason == "all steps are done"
     there = {path.name for path in run.folder.iterdir()}
-    assert {"config.json", "plan.json", "data", "checkpoints", "status.json", "progress.jsonl", "events", "log.txt",
-            "adapter"} <= there  # fmt: skip
+    assert {
+        "config.json",
+        "plan.json",
+        "data",
+        "checkpoints",
+        "status.json",
+        "progress.jsonl",
+        "events",
+        "log.txt",
+        "adapter",
+    } <= there
     measured = read_json(run.plan_path)["measured"]
     assert measured["steps"] == 2
     assert measured["trainable_parameters"] == sum(w.numel() for w in model.parameters() if w.requires_grad)

@@ -46,10 +46,19 @@ def tiny_llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
-        "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 128, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
-        "use_cache": False, "initializer_range": 0.1,
-    }  # fmt: skip
+        "vocab_size": 2048,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "use_cache": False,
+        "initializer_range": 0.1,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
@@ -79,15 +88,27 @@ def tuned(base: Any) -> Any:
 
 
 DIALOGUES = (
-    ("Ana: are you coming tonight?\nBo: can't, I'm on shift until ten\nAna: pity!", "Bo works until ten and can't come."),
+    (
+        "Ana: are you coming tonight?\nBo: can't, I'm on shift until ten\nAna: pity!",
+        "Bo works until ten and can't come.",
+    ),
     ("Kim: the printer is out of toner again\nLee: I'll order some", "Lee will order toner for the printer."),
-    ("Mia: happy birthday!! 🎂\nJo: aww thank you <3\nMia: party on Saturday?\nJo: yes, 8 pm", "Jo's party is on Saturday at 8."),
+    (
+        "Mia: happy birthday!! 🎂\nJo: aww thank you <3\nMia: party on Saturday?\nJo: yes, 8 pm",
+        "Jo's party is on Saturday at 8.",
+    ),
     ("Sam: did you feed the cat\nRia: twice, by accident 😅", "Ria has fed the cat twice."),
     ("Tom: train is late\nUma: how late?\nTom: half an hour, start without me", "Tom's train is half an hour late."),
     ("Eva: can you send me the slides?\nFin: <file_other>\nEva: thanks!", "Fin sends Eva the slides."),
-    ("Gil: lunch?\nHal: in a call, give me 20 min\nGil: ok, the usual place", "Gil and Hal have lunch in twenty minutes."),
-    ("Ida: I lost my keys again\nJan: look in the fridge\nIda: ... how did you know", "Ida finds her keys in the fridge."),
-)  # fmt: skip
+    (
+        "Gil: lunch?\nHal: in a call, give me 20 min\nGil: ok, the usual place",
+        "Gil and Hal have lunch in twenty minutes.",
+    ),
+    (
+        "Ida: I lost my keys again\nJan: look in the fridge\nIda: ... how did you know",
+        "Ida finds her keys in the fridge.",
+    ),
+)
 
 
 def prepared_data(corpus: Any, tokenizer: Any, **settings: Any) -> Any:

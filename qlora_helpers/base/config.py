@@ -57,7 +57,7 @@ class ModelConfig:
     )
     compute_dtype: str = option(
         "auto",
-        "Type of the matrix products: auto takes bfloat16 on GPUs that have it, else float16; float32 on a CPU.",
+        "Type of the matrix multiplications: auto takes bfloat16 on GPUs that have it, else float16; float32 on a CPU.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     attention: str = option(
@@ -147,9 +147,9 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         True, "Recompute activations in the backward pass: a step takes up to half as long again, and far less memory."
     )
-    recompute_layers: int | None = option(
+    checkpointed_layers: int | None = option(
         None,
-        "How many decoder layers recompute, where activation_checkpointing is on; none takes as few as fit on a GPU, else all.",
+        "How many decoder layers are checkpointed, where activation_checkpointing is on; none takes as few as fit, else all.",
         low=0,
     )
     fast_step: bool = option(
@@ -162,7 +162,7 @@ class TrainConfig:
     )
     cuda_graph: bool = option(
         True,
-        "Record a forward and a backward pass as CUDA graphs and play them again: packed blocks on one GPU, without dropout.",
+        "Capture a forward and a backward pass as CUDA graphs and replay them: packed sequences on one GPU, without dropout.",
     )
     offload_embeddings: bool = option(
         False,
@@ -242,6 +242,10 @@ SECTIONS: dict[str, type] = {
 }
 
 
+# Settings under the names that run folders of earlier versions hold
+RENAMED = {"train.recompute_layers": "train.checkpointed_layers"}
+
+
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Builds a `RunConfig` from nested plain values (what `config.json` holds); what is missing takes its default.
 
@@ -285,7 +289,7 @@ def _changed(
             except ValueError as error:
                 problems.append(f"profile: {error}")
             continue
-        section, _, key = name.partition(".")
+        section, _, key = RENAMED.get(name, name).partition(".")
         known = {item.name: item for item in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
         if key not in known:
             problems.append(f"{name}: unknown{_did_you_mean(name)}")

@@ -29,7 +29,7 @@ class HostTokens:
 
 
 @dataclass
-class BlockCollator:
+class SequenceCollator:
     """Blocks -> one batch of tensors.
 
     Padded rows get a two-dimensional mask. Packed blocks get positions that restart with every row and a block-diagonal causal
@@ -83,7 +83,7 @@ class BlockCollator:
         if self.packed:
             batch["position_ids"] = positions_in_row(segments)
             if self.most_rows is None:
-                batch["attention_mask"] = _as_mask(rows_apart_mask(segments), self.mask_dtype)
+                batch["attention_mask"] = _as_mask(block_diagonal_mask(segments), self.mask_dtype)
             else:
                 batch["row_starts"] = row_starts(segments, self.most_rows)
         else:
@@ -162,7 +162,7 @@ def positions_in_row(segments: torch.Tensor) -> torch.Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def rows_apart_mask(segments: torch.Tensor) -> torch.Tensor:
+def block_diagonal_mask(segments: torch.Tensor) -> torch.Tensor:
     """True where token i may look at token j: the same row, and not later. `(batch, tokens)` -> `(batch, 1, tokens, tokens)`.
 
     Padding looks at padding, so that no line of the softmax is empty.

@@ -136,12 +136,12 @@ def _likely(column: str, found: Iterable[str]) -> str:
     return shlex.quote(by_lower[close[0]]) if close and by_lower[close[0]].isprintable() else "NAME"
 
 
-def cleaned(source: Source, config: DataConfig, notes: list[str], left_out: LeftOut) -> dict[str, list[Dialogue]]:
+def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: LeftOut) -> dict[str, list[Dialogue]]:
     """Turns the source's rows into dialogues, split by split.
 
     Line ends become \\n, and control characters other than \\n and \\t are removed, overrides of the writing direction with them,
     which a line in `notes` counts.
-    Rows without a text in both columns go to `left_out`. An id that is missing or was seen before becomes the row's
+    Rows without a text in both columns go to `skipped`. An id that is missing or was seen before becomes the row's
     place.
     """
     splits: dict[str, list[Dialogue]] = {}
@@ -150,7 +150,7 @@ def cleaned(source: Source, config: DataConfig, notes: list[str], left_out: Left
     for split, rows in source.splits.items():
         splits[split] = []
         for row in rows:
-            texts = _texts(row, config, left_out)
+            texts = _texts(row, config, skipped)
             if texts is None:
                 continue
             (dialogue, summary), count = texts
@@ -165,24 +165,24 @@ def cleaned(source: Source, config: DataConfig, notes: list[str], left_out: Left
     return splits
 
 
-def _texts(row: Row, config: DataConfig, left_out: LeftOut) -> tuple[tuple[str, str], int] | None:
+def _texts(row: Row, config: DataConfig, skipped: LeftOut) -> tuple[tuple[str, str], int] | None:
     """Dialogue and summary of a row with the count of control characters removed, or None where it can't be used."""
     if not isinstance(row.values, Mapping):
-        left_out.add(row.where, "no object with columns", f" but {type(row.values).__name__}")
+        skipped.add(row.where, "no object with columns", f" but {type(row.values).__name__}")
         return None
     texts = []
     removed = 0
     for role, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
         value = row.values.get(column)
         if value is not None and not isinstance(value, str):
-            left_out.add(row.where, f"its {role} is no text", f" but {type(value).__name__}")
+            skipped.add(row.where, f"its {role} is no text", f" but {type(value).__name__}")
             return None
         text, count = _without_controls(value or "")
         if not text.strip():
-            left_out.add(row.where, f"its {role} is {'missing' if value is None else 'empty'}")
+            skipped.add(row.where, f"its {role} is {'missing' if value is None else 'empty'}")
             return None
         if SURROGATES.search(text):  # half an emoji: no tokenizer takes it
-            left_out.add(row.where, f"its {role} holds half a character (an unpaired surrogate)")
+            skipped.add(row.where, f"its {role} holds half a character (an unpaired surrogate)")
             return None
         texts.append(text)
         removed += count
@@ -223,21 +223,21 @@ def text_key(text: str) -> str:
     return " ".join(text.split())
 
 
-def without_repeats(rows: list[Dialogue], left_out: LeftOut) -> list[Dialogue]:
+def without_repeats(rows: list[Dialogue], skipped: LeftOut) -> list[Dialogue]:
     """Keeps the first of rows with the same dialogue and the same summary, whatever their white space."""
     first: dict[tuple[str, str], str] = {}
     kept = []
     for row in rows:
         key = (text_key(row.dialogue), text_key(row.summary))
         if key in first:
-            left_out.add(row.where, "a duplicate", f" of {first[key]}")
+            skipped.add(row.where, "a duplicate", f" of {first[key]}")
         else:
             first[key] = row.where
             kept.append(row)
     return kept
 
 
-def need_rows(name: str, splits: dict[str, list[Dialogue]], left_out: LeftOut, each: bool = False) -> None:
+def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: LeftOut, each: bool = False) -> None:
     """Checks that `MIN_ROWS` rows are there, and with `each` at least one in every split.
 
     Raises:
@@ -247,7 +247,7 @@ def need_rows(name: str, splits: dict[str, list[Dialogue]], left_out: LeftOut, e
     total = sum(counts.values())
     if total >= MIN_ROWS and (not each or all(counts.values())):
         return
-    reasons = "".join(f"\n  - {note}" for note in left_out.notes(5))
+    reasons = "".join(f"\n  - {note}" for note in skipped.notes(5))
     raise DataError(
         f"{name} has too few usable rows",
         expected=f"at least {MIN_ROWS}, one or more for each of train, eval and test",

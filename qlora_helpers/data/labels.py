@@ -82,7 +82,7 @@ class LabelReport:
         prompt_masked: rows in which nothing but the answer has a label.
         answers_whole: rows whose trained end reads exactly as their summary.
         trimmed: ids of the rows whose dialogue was cut to fit.
-        left_out: ids of the rows that could not be made to fit.
+        skipped: ids of the rows that could not be made to fit.
         loss_on: `summary` or `all`.
     """
 
@@ -94,7 +94,7 @@ class LabelReport:
     prompt_masked: int
     answers_whole: int
     trimmed: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     loss_on: str = "summary"
 
     @property
@@ -128,7 +128,7 @@ class LabelReport:
             ("prompt masked", f"{self.prompt_masked:,} of {self.rows:,} rows"),
             ("summary whole", f"{self.answers_whole:,} of {self.rows:,} rows"),
             ("trimmed", _named(self.trimmed)),
-            ("left out", _named(self.left_out)),
+            ("left out", _named(self.skipped)),
             ("verdict", "PASS" if self.passed else "FAIL: " + "; ".join(self.problems)),
         ]
 
@@ -154,7 +154,7 @@ def label_report(
     summaries: Mapping[str, str],
     loss_on: str = "summary",
     trimmed: Sequence[str] = (),
-    left_out: Sequence[str] = (),
+    skipped: Sequence[str] = (),
 ) -> LabelReport:
     """Counts what is trained in finished blocks, row by row.
 
@@ -164,7 +164,7 @@ def label_report(
         tokenizer: the model's.
         summaries: row id -> the summary that it should train.
         loss_on: what was asked for.
-        trimmed, left_out: ids to name in the report.
+        trimmed, skipped: ids to name in the report.
     """
     rows = count = tokens = trained = eos = masked = whole = 0
     for block in blocks:
@@ -180,6 +180,4 @@ def label_report(
             eos += bool(labels) and labels[-1] == ids[-1] == tokenizer.eos_token_id
             masked += all(label == IGNORED for label in labels[: max(0, start)])
             whole += start >= 0 and labels[start:-1] == answer[:-1]
-    return LabelReport(
-        rows, count, tokens, trained, eos, masked, whole, tuple(trimmed), tuple(left_out), loss_on
-    )  # fmt: skip
+    return LabelReport(rows, count, tokens, trained, eos, masked, whole, tuple(trimmed), tuple(skipped), loss_on)

@@ -76,12 +76,17 @@ def _blocks(
     from datasets.utils.logging import is_progress_bar_enabled
     from tqdm.auto import tqdm
 
-    rows, left_out = [], []
+    rows, skipped = [], []
     for item in tqdm(dialogues, desc="labelling", leave=False, disable=not is_progress_bar_enabled()):
         row = label_row(
-            item.id, item.dialogue, item.summary, tokenizer, template=config.template, loss_on=config.loss_on,
+            item.id,
+            item.dialogue,
+            item.summary,
+            tokenizer,
+            template=config.template,
+            loss_on=config.loss_on,
             max_tokens=config.seq_len_tokens,
-        )  # fmt: skip
+        )
         too_long = row is None or row.trimmed_tokens
         if too_long and config.long_rows == "refuse":
             raise DataError(
@@ -90,7 +95,7 @@ def _blocks(
                 next_step="Raise data.seq_len_tokens, or set data.long_rows to trim or drop.",
             )
         if row is None or (too_long and config.long_rows == "drop"):
-            left_out.append(item.id)
+            skipped.append(item.id)
             why = "its summary alone fills the block" if row is None else f"{row.trimmed_tokens} tokens too long"
             notes.append(f"{item.where}: left out, {why}")
             continue
@@ -100,9 +105,13 @@ def _blocks(
     groups = pack([len(row) for row in rows], config.seq_len_tokens, seed=config.seed) if packed else _singles(rows)
     blocks = [_block([rows[index] for index in group]) for group in groups]
     report = label_report(
-        blocks, tokenizer, summaries={item.id: item.summary for item in dialogues}, loss_on=config.loss_on,
-        trimmed=[row.id for row in rows if row.trimmed_tokens], left_out=left_out,
-    )  # fmt: skip
+        blocks,
+        tokenizer,
+        summaries={item.id: item.summary for item in dialogues},
+        loss_on=config.loss_on,
+        trimmed=[row.id for row in rows if row.trimmed_tokens],
+        skipped=skipped,
+    )
     return Dataset.from_list(blocks), report
 
 
@@ -150,12 +159,17 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
         write_json(
             temporary / "prepared.json",
             {
-                "fingerprint": mark, "packed": data.packed, "seq_len_tokens": data.seq_len_tokens, "source": data.source,
-                "notes": list(data.notes), "report": vars(data.report), "eval_report": vars(data.eval_report),
+                "fingerprint": mark,
+                "packed": data.packed,
+                "seq_len_tokens": data.seq_len_tokens,
+                "source": data.source,
+                "notes": list(data.notes),
+                "report": vars(data.report),
+                "eval_report": vars(data.eval_report),
                 "test": [dataclasses.asdict(item) for item in data.test],
                 "train_keys": sorted(data.train_keys),
             },
-        )  # fmt: skip
+        )
 
 
 def load_prepared(folder: Path, mark: str) -> PreparedData | None:
@@ -168,15 +182,21 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
     if saved["fingerprint"] != mark:
         return None
     reports = [
-        LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "left_out")})
+        LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "skipped")})
         for key in ("report", "eval_report")
     ]
     test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
-        Dataset.load_from_disk(str(folder / "train")), Dataset.load_from_disk(str(folder / "eval")),
-        test, *reports, saved["packed"], saved["seq_len_tokens"],
-        tuple(saved["notes"]), saved["source"], frozenset(saved.get("train_keys", ())),
-    )  # fmt: skip
+        Dataset.load_from_disk(str(folder / "train")),
+        Dataset.load_from_disk(str(folder / "eval")),
+        test,
+        *reports,
+        saved["packed"],
+        saved["seq_len_tokens"],
+        tuple(saved["notes"]),
+        saved["source"],
+        frozenset(saved.get("train_keys", ())),
+    )
 
 
 def prepared(

@@ -291,12 +291,12 @@ def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
         raise DataError(
             f"{name} line {line or error.lineno} is no valid JSON ({error.msg}, column {error.colno})",
             expected=expected,
-            next_step="If each line is an object of its own, call the file .jsonl." if many else "Mend that line.",
+            next_step="If each line is an object of its own, call the file .jsonl." if many else "Fix that line.",
         ) from error
     except RecursionError as error:
         raise DataError(f"{place} is nested too deep", expected=expected, next_step="Flatten the objects.") from error
     except ValueError as error:  # a whole number of more than 4300 digits
-        raise DataError(f"{place} can't be read ({brief(error)})", next_step="Mend that value.") from error
+        raise DataError(f"{place} can't be read ({brief(error)})", next_step="Fix that value.") from error
 
 
 def _numbered(values: list[Any], name: str) -> list[Row]:

@@ -72,15 +72,15 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
     """
     source = _source(config, progress)
     need_columns(source, config)
-    notes, left_out = list(source.notes), LeftOut()
-    splits = cleaned(source, config, notes, left_out)
-    splits = {split: without_repeats(rows, left_out) for split, rows in splits.items()}
-    need_rows(source.name, splits, left_out)
-    splits = kept_apart(cut_missing(source.name, splits, config, notes), left_out)
-    need_rows(source.name, splits, left_out, each=True)
+    notes, skipped = list(source.notes), LeftOut()
+    splits = cleaned(source, config, notes, skipped)
+    splits = {split: without_repeats(rows, skipped) for split, rows in splits.items()}
+    need_rows(source.name, splits, skipped)
+    splits = kept_apart(cut_missing(source.name, splits, config, notes), skipped)
+    need_rows(source.name, splits, skipped, each=True)
     limits = {"train": config.train_rows, "eval": config.eval_rows, "test": config.test_rows}
     chosen = {split: sampled(rows, limits[split], f"{config.seed}/{split}") for split, rows in splits.items()}
-    return Corpus(source.name, source.licence, notes=(*notes, *left_out.notes()), **chosen)
+    return Corpus(source.name, source.licence, notes=(*notes, *skipped.notes()), **chosen)
 
 
 def _source(config: DataConfig, progress: Callable[..., Any] | None) -> Source:

@@ -93,7 +93,7 @@ def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: 
     return scaled
 
 
-def kept_apart(splits: dict[str, list[Dialogue]], left_out: LeftOut) -> dict[str, list[Dialogue]]:
+def kept_apart(splits: dict[str, list[Dialogue]], skipped: LeftOut) -> dict[str, list[Dialogue]]:
     """Leaves out of train what stands in test or eval, and out of eval what stands in test, white space aside."""
     seen: dict[str, tuple[str, str]] = {}
     apart: dict[str, list[Dialogue]] = {}
@@ -104,7 +104,7 @@ def kept_apart(splits: dict[str, list[Dialogue]], left_out: LeftOut) -> dict[str
             if other == split:
                 apart[split].append(row)
             else:
-                left_out.add(row.where, f"its dialogue stands in {other} too", f" ({where})")
+                skipped.add(row.where, f"its dialogue stands in {other} too", f" ({where})")
     return apart
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
-from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.batches import SequenceCollator
 from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import label_row
 from qlora_helpers.data.prompts import prompt_tokens
@@ -44,9 +44,12 @@ def summary_losses(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> list[tuple[float, int]]:
     """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
-    collate = BlockCollator(
-        tokenizer.pad_token_id, packed=False, keep_trained_logits=takes_logits_to_keep(model), plain_positions=is_spread(model)
-    )  # fmt: skip
+    collate = SequenceCollator(
+        tokenizer.pad_token_id,
+        packed=False,
+        keep_trained_logits=takes_logits_to_keep(model),
+        plain_positions=is_spread(model),
+    )
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
@@ -100,7 +103,7 @@ def evaluate(
     """
     from tqdm.auto import tqdm
 
-    items, rows, left_out = _held_out(dialogues, set(train_keys))
+    items, rows, skipped = _held_out(dialogues, set(train_keys))
     prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
     asked = {"base": prompts, "tuned": prompts}
     if config.chat_baseline and template != "chat" and tokenizer.chat_template:
@@ -125,7 +128,7 @@ def evaluate(
     score_answers(rows)
     scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
     against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
-    return Evaluation(scores, tuple(rows), trimmed, against, left_out, tuple(str(form).splitlines()))
+    return Evaluation(scores, tuple(rows), trimmed, against, skipped, tuple(str(form).splitlines()))
 
 
 def _held_out(
@@ -133,11 +136,11 @@ def _held_out(
 ) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
     """Rows with one dialogue as one row, and apart the ids of those that were trained on."""
     kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
-    left_out = []
+    skipped = []
     for item in dialogues:
         key = dialogue_key(item.dialogue)
         if key in trained:
-            left_out.append(item.id)
+            skipped.append(item.id)
         elif key in kept:
             kept[key][1]["references"] += [item.summary, *item.references]
         else:
@@ -149,13 +152,19 @@ def _held_out(
                 "answers": {},
             }
             kept[key] = (item, row)
-    return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(left_out)
+    return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(skipped)
 
 
 def _add_losses(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[Dialogue], rows: Sequence[dict[str, Any]],
-    name: str, config: EvaluationConfig, template: str, max_tokens: int,
-) -> float | None:  # fmt: skip
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Dialogue],
+    rows: Sequence[dict[str, Any]],
+    name: str,
+    config: EvaluationConfig,
+    template: str,
+    max_tokens: int,
+) -> float | None:
     """Each row's loss beside its answer, and the mean; a row whose summary does not fit the block has none."""
     labelled = {}
     for index, item in enumerate(items):

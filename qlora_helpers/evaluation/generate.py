@@ -36,9 +36,15 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationCo
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
     # Some checkpoints come with a repetition penalty.
     return GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0, **sampling,
-    )  # fmt: skip
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.do_sample,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        **sampling,
+    )
 
 
 def stream(
@@ -67,10 +73,12 @@ def stream(
         try:
             with torch.no_grad():  # a thread has its own gradient mode
                 model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=tokens,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=tokens,
                     generation_config=generation_settings(tokenizer, config),
                     stopping_criteria=StoppingCriteriaList([asked_to_end]),
-                )  # fmt: skip
+                )
         except BaseException as error:
             errors.append(error)
         finally:
@@ -169,9 +177,15 @@ def generate(
         if form is not None and not config.do_sample:
             try:
                 lines = answer_fast(
-                    model, prompts, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id, most=config.max_new_tokens,
-                    slots=config.batch_size, form=form, progress=progress,
-                )  # fmt: skip
+                    model,
+                    prompts,
+                    pad=tokenizer.pad_token_id,
+                    end=tokenizer.eos_token_id,
+                    most=config.max_new_tokens,
+                    slots=config.batch_size,
+                    form=form,
+                    progress=progress,
+                )
                 return [_answer(line, tokenizer) for line in lines]
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
@@ -181,9 +195,13 @@ def generate(
 
 
 def _generate_plainly(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: EvaluationConfig,
-    seed: int, progress: Callable[[int], Any] | None,
-) -> list[Answer]:  # fmt: skip
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluationConfig,
+    seed: int,
+    progress: Callable[[int], Any] | None,
+) -> list[Answer]:
     settings = generation_settings(tokenizer, config)
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(seed)

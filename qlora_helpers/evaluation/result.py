@@ -54,7 +54,7 @@ class Evaluation:
         rows: one object a held-out row: `id`, `dialogue`, `summary`, `references` and each model's `answers` with their scores.
         prompt_tokens_trimmed: rows whose dialogue was cut to fit the block.
         comparisons: the tuned model against each other one, by its name, with intervals.
-        left_out: ids of held-out rows whose dialogue stands in the training set too.
+        skipped: ids of held-out rows whose dialogue stands in the training set too.
         form: how the answers were made.
     """
 
@@ -62,7 +62,7 @@ class Evaluation:
     rows: tuple[dict[str, Any], ...]
     prompt_tokens_trimmed: int = 0
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     form: tuple[str, ...] = ()
 
     @property
@@ -78,9 +78,18 @@ class Evaluation:
             loss = "" if score.loss is None else f"{score.loss:.3f}"
             perplexity = "" if score.perplexity is None else f"{score.perplexity:,.1f}"
             lines.append(
-                [MODELS[name], f"{score.rouge1:.1f}", f"{score.rouge2:.1f}", f"{score.rouge_l:.1f}",
-                 f"{score.stop_rate:.0%}", f"{score.repetition:.0%}", f"{score.mean_tokens:.0f}", loss, perplexity]
-            )  # fmt: skip
+                [
+                    MODELS[name],
+                    f"{score.rouge1:.1f}",
+                    f"{score.rouge2:.1f}",
+                    f"{score.rouge_l:.1f}",
+                    f"{score.stop_rate:.0%}",
+                    f"{score.repetition:.0%}",
+                    f"{score.mean_tokens:.0f}",
+                    loss,
+                    perplexity,
+                ]
+            )
         return header, lines
 
     def __repr__(self) -> str:
@@ -92,8 +101,8 @@ class Evaluation:
         found = [
             f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
         ]
-        if self.left_out:
-            found.append(f"left out: {len(self.left_out)} held-out rows whose dialogue was trained on")
+        if self.skipped:
+            found.append(f"left out: {len(self.skipped)} held-out rows whose dialogue was trained on")
         if self.prompt_tokens_trimmed:
             found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit the block")
         return found
@@ -119,10 +128,14 @@ class Evaluation:
         """Plain values for JSON."""
         scores = {name: asdict(score) | {"perplexity": score.perplexity} for name, score in self.scores.items()}
         return {
-            "scores": scores, "rouge_l_gain": self.rouge_l_gain, "prompt_tokens_trimmed": self.prompt_tokens_trimmed,
+            "scores": scores,
+            "rouge_l_gain": self.rouge_l_gain,
+            "prompt_tokens_trimmed": self.prompt_tokens_trimmed,
             "comparisons": {name: found.to_dict() for name, found in self.comparisons.items()},
-            "left_out": list(self.left_out), "form": list(self.form), "rows": list(self.rows),
-        }  # fmt: skip
+            "skipped": list(self.skipped),
+            "form": list(self.form),
+            "rows": list(self.rows),
+        }
 
 
 def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
@@ -134,9 +147,13 @@ def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
     }
     comparisons = {name: comparison_from_dict(found) for name, found in values.get("comparisons", {}).items()}
     return Evaluation(
-        scores, tuple(values["rows"]), values["prompt_tokens_trimmed"], comparisons, tuple(values.get("left_out", ())),
+        scores,
+        tuple(values["rows"]),
+        values["prompt_tokens_trimmed"],
+        comparisons,
+        tuple(values.get("skipped", ())),
         tuple(values.get("form", ())),
-    )  # fmt: skip
+    )
 
 
 class SideBySide:

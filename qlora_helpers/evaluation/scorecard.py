@@ -22,11 +22,27 @@ SAME_SCORE = 1e-9  # points of ROUGE-L: less is a tie
 MOST_DRAWN = 20_000_000  # numbers that the samples hold together: fewer samples of many rows
 REPEATED_WORDS = 4
 ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
-HIGHER_IS_BETTER = {"rouge1": True, "rouge2": True, "rouge_l": True, "loss": False, "perplexity": False, "stop_rate": True,
-                    "repetition": False, "tokens": None}  # fmt: skip
+HIGHER_IS_BETTER = {
+    "rouge1": True,
+    "rouge2": True,
+    "rouge_l": True,
+    "loss": False,
+    "perplexity": False,
+    "stop_rate": True,
+    "repetition": False,
+    "tokens": None,
+}
 """Measures in the table's order; None where more is neither better nor worse."""
-NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rouge_l": "ROUGE-L", "loss": "loss", "perplexity": "perplexity",
-         "stop_rate": "stops, %", "repetition": "repeated, %", "tokens": "tokens"}  # fmt: skip
+NAMES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "stop_rate": "stops, %",
+    "repetition": "repeated, %",
+    "tokens": "tokens",
+}
 
 
 def rouge_rows(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
@@ -123,10 +139,16 @@ class Comparison:
         """Header and lines."""
         header = ["measure", self.first, self.second, "difference", f"{LEVEL:.0%} interval", "verdict"]
         lines = [
-            [NAMES[d.measure], _number(d.first), _number(d.second), _signed(d.difference),
-             f"{_signed(d.low)} to {_signed(d.high)}", d.verdict]
+            [
+                NAMES[d.measure],
+                _number(d.first),
+                _number(d.second),
+                _signed(d.difference),
+                f"{_signed(d.low)} to {_signed(d.high)}",
+                d.verdict,
+            ]
             for d in self.differences
-        ]  # fmt: skip
+        ]
         return header, lines
 
     def verdict(self) -> str:
@@ -160,8 +182,10 @@ class Comparison:
                 asdict(item) | {"difference": item.difference, "can_tell": item.can_tell, "verdict": item.verdict}
                 for item in self.differences
             ],
-            "verdict": self.verdict(), "level": LEVEL, "samples": SAMPLES,
-        }  # fmt: skip
+            "verdict": self.verdict(),
+            "level": LEVEL,
+            "samples": SAMPLES,
+        }
 
 
 def comparison_from_dict(values: Mapping[str, Any]) -> Comparison:
@@ -195,11 +219,13 @@ def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed:
     gains = [(b["rouge_l"] - a["rouge_l"], row["id"]) for row, a, b in zip(rows, one, other, strict=True)]
     gains.sort(key=lambda pair: -pair[0])
     return Comparison(
-        first, second, tuple(differences),
+        first,
+        second,
+        tuple(differences),
         tuple(name for gain, name in gains if gain > SAME_SCORE),
         tuple(name for gain, name in gains if abs(gain) <= SAME_SCORE),
         tuple(name for gain, name in reversed(gains) if gain < -SAME_SCORE),
-    )  # fmt: skip
+    )
 
 
 def _measured(answers: Sequence[Mapping[str, Any]], measure: str, drawn: np.ndarray) -> tuple[float, np.ndarray] | None:

@@ -75,7 +75,11 @@ def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData,
     prepared = run.data_dir / "prepared.json"
     checkpoint = loaded.checkpoint
     return certificate.certify(
-        run.adapter_dir, expected, settings=certificate.expected_settings(model), asked=asked, versions=versions(),
+        run.adapter_dir,
+        expected,
+        settings=certificate.expected_settings(model),
+        asked=asked,
+        versions=versions(),
         base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},
         data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
-    )  # fmt: skip
+    )

@@ -54,8 +54,16 @@ class ExportReport:
         lines += [repr(self.merged)] if self.merged else []
         if self.drift:
             header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"]
-            rows = [[d.first, d.second, f"{d.largest_difference:.3g}", f"{d.kl_nats:.2g}", f"{d.same_answers} of {d.prompts}"]
-                    for d in self.drift]  # fmt: skip
+            rows = [
+                [
+                    d.first,
+                    d.second,
+                    f"{d.largest_difference:.3g}",
+                    f"{d.kl_nats:.2g}",
+                    f"{d.same_answers} of {d.prompts}",
+                ]
+                for d in self.drift
+            ]
             lines.append(text_table(header, rows, numbers=range(2, 5)))
         return "\n".join([*lines, *self.notes])
 
@@ -114,10 +122,11 @@ def _refuse_other_content(out: Path) -> None:
     other = sorted(names - PARTS) or sorted(names if "export.json" not in names else ())
     if other:
         raise ModelError(
-            f"{out} is not written over", expected="a new or empty folder, or an earlier export",
+            f"{out} is not written over",
+            expected="a new or empty folder, or an earlier export",
             got=f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''} in it",
             next_step=f"Name a folder of its own, such as {out / 'export'}.",
-        )  # fmt: skip
+        )
 
 
 def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
@@ -161,9 +170,11 @@ def _write_merged(
     free = shutil.disk_usage(folder.parent).free
     if SPACE_MARGIN * needed > free:
         raise ModelError(
-            "there is not enough disk space for the merged model", expected=f"{gib(needed):.1f} GiB",
-            got=f"{gib(free):.1f} GiB free", next_step="Free some (notebook 08), or name another folder with `out`.",
-        )  # fmt: skip
+            "there is not enough disk space for the merged model",
+            expected=f"{gib(needed):.1f} GiB",
+            got=f"{gib(free):.1f} GiB free",
+            next_step="Free some (notebook 08), or name another folder with `out`.",
+        )
     say(f"Merging into {gib(needed):.2f} GiB of 16-bit weights ...")
     folder.mkdir()
     try:

@@ -26,11 +26,16 @@ def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
     head += ["pipeline_tag: text-generation", f"base_model_relation: {'merge' if merged else 'adapter'}", "---"]
     what = "The base model with its adapter merged in, bfloat16" if merged else "A LoRA adapter"
     lines = [
-        *head, "", f"# {run.name}", "",
+        *head,
+        "",
+        f"# {run.name}",
+        "",
         f"{what} (r={adapter.r}, alpha={adapter.lora_alpha}) for {certificate.base_model} at revision "
         f"{certificate.base_revision or 'unknown'}, trained on {source} to summarise dialogues.",
-        "", _CARD_NOTE.format(template=config.data.template), "",
-    ]  # fmt: skip
+        "",
+        _CARD_NOTE.format(template=config.data.template),
+        "",
+    ]
     if run.evaluation_path.exists():
         values = read_json(run.evaluation_path)
         header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "answers that end"]
@@ -40,8 +45,10 @@ def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
             "| " + " | ".join(header) + " |",
             "|---" * len(header) + "|",
         ]
-        lines += [f"| {name} | {s['rouge1']:.1f} | {s['rouge2']:.1f} | {s['rouge_l']:.1f} | {s['stop_rate']:.0%} |"
-                  for name, s in values["scores"].items()]  # fmt: skip
+        lines += [
+            f"| {name} | {s['rouge1']:.1f} | {s['rouge2']:.1f} | {s['rouge_l']:.1f} | {s['stop_rate']:.0%} |"
+            for name, s in values["scores"].items()
+        ]
         verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
         lines += ["", *([f"Tuned against untuned: {verdict}", ""] if verdict else [])]
     lines += [

@@ -27,8 +27,13 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LOGIT_TOLERANCE = 1e-4
 REMAKE = "Train the run again: it takes its newest good checkpoint, saves the adapter and certifies it."
 BOOKKEEPING = {  # keys of the adapter's settings that change nothing of what it answers
-    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout",
-}  # fmt: skip
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "lora_dropout",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Certificate:
             ("data", (self.data_fingerprint or "unknown")[:12]),
             ("sha256", self.weights_sha256[:12]),
             ("verdict", verdict),
-        ]  # fmt: skip
+        ]
         return "\n".join(f"{name:<15} {value}" for name, value in lines)
 
 
@@ -135,9 +140,15 @@ def expected_settings(model: PeftModel) -> dict[str, Any]:
 
 
 def certify(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], *, settings: Mapping[str, Any], asked: Mapping[str, Any],
-    base: Mapping[str, Any], data_fingerprint: str | None, versions: dict[str, str],
-) -> Certificate:  # fmt: skip
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    settings: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    base: Mapping[str, Any],
+    data_fingerprint: str | None,
+    versions: dict[str, str],
+) -> Certificate:
     """Looks at a saved adapter and writes its certificate into its folder, whether it passed or not.
 
     Args:
@@ -172,12 +183,25 @@ def certify(
     difference = asked["largest_difference"]
     finite = difference is not None and math.isfinite(difference)
     found = Certificate(
-        sha256(folder / WEIGHTS), sha256(folder / SETTINGS), len(shapes), sum(math.prod(shape) for shape in shapes.values()),
+        sha256(folder / WEIGHTS),
+        sha256(folder / SETTINGS),
+        len(shapes),
+        sum(math.prod(shape) for shape in shapes.values()),
         tuple(sorted(name for name, shape in expected.items() if shapes.get(name) != shape)),
-        tuple(sorted(set(shapes) - set(expected))), tuple(unmoved), tuple(not_finite), settings_changed,
-        asked["prompts"], difference if finite else None, asked["same_answers"], base["name"], base["revision"], base["sha256"],
-        data_fingerprint, datetime.now(UTC).isoformat(timespec="seconds"), versions,
-    )  # fmt: skip
+        tuple(sorted(set(shapes) - set(expected))),
+        tuple(unmoved),
+        tuple(not_finite),
+        settings_changed,
+        asked["prompts"],
+        difference if finite else None,
+        asked["same_answers"],
+        base["name"],
+        base["revision"],
+        base["sha256"],
+        data_fingerprint,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        versions,
+    )
     write_json(folder / FILE, asdict(found) | {"passed": found.passed, "problems": list(found.problems)})
     return found
 
@@ -267,8 +291,10 @@ def _refuse_other_files(folder: Path, hashes: Mapping[str, str], listed_in: str,
         if got != expected:
             raise ModelError(
                 f"{name} is not the file that {listed_in} speaks of",
-                expected=f"sha256 {str(expected)[:12]}", got=got[:12], next_step=next_step,
-            )  # fmt: skip
+                expected=f"sha256 {str(expected)[:12]}",
+                got=got[:12],
+                next_step=next_step,
+            )
 
 
 @contextlib.contextmanager

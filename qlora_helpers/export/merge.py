@@ -73,9 +73,14 @@ class LowRank:
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, *, shard_gib: float = SHARD_GIB, working_gib: float = WORKING_GIB,
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    shard_gib: float = SHARD_GIB,
+    working_gib: float = WORKING_GIB,
     progress: Callable[[int], Any] | None = None,
-) -> MergeReport:  # fmt: skip
+) -> MergeReport:
     """Writes the merged model in bfloat16: sharded safetensors, index, configuration, and the adapter's tokenizer.
 
     Args:
@@ -104,9 +109,13 @@ def merge(
     _write_settings(base, adapter, out)
     held = sum(part.numel() * part.element_size() for each in adapters.values() for part in (each.down, each.up))
     return MergeReport(
-        len(adapters), len(stored), sum(t.values for t in stored.values()), len(files), gib(sum(sizes.values())),
+        len(adapters),
+        len(stored),
+        sum(t.values for t in stored.values()),
+        len(files),
+        gib(sum(sizes.values())),
         gib(merging_bytes(held, working_gib * BYTES_IN_GIB)),
-    )  # fmt: skip
+    )
 
 
 def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRank]:
@@ -116,16 +125,20 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
         ModelError: the adapter can't be merged, or is not of this model.
     """
     settings = read_json(adapter / "adapter_config.json")
-    refused = [name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
-               if settings.get(name)]  # fmt: skip
+    refused = [
+        name
+        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+        if settings.get(name)
+    ]
     refused += ["bias"] if settings.get("bias", "none") != "none" else []
     refused += ["peft_type"] if settings.get("peft_type") != "LORA" else []
     if refused:
         raise ModelError(
-            "this kind of adapter is not merged here", expected="plain LoRA",
+            "this kind of adapter is not merged here",
+            expected="plain LoRA",
             got=", ".join(f"{name}={settings[name]!r}" for name in refused),
             next_step="Serve base model and adapter side by side, or merge with peft's merge_and_unload.",
-        )  # fmt: skip
+        )
     scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
     weights = stored_tensors(adapter)
     found = {}
@@ -138,16 +151,18 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
         shape = None if up is None else (up.shape[0], down.shape[1])
         if target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
             raise ModelError(
-                "the adapter is not of this checkpoint", expected=f"a 16- or 32-bit weight of {layer}, {shape}",
+                "the adapter is not of this checkpoint",
+                expected=f"a 16- or 32-bit weight of {layer}, {shape}",
                 got="none" if target is None else f"{stored[target].dtype} {stored[target].shape}",
                 next_step="Merge into the base model that the adapter was trained on, not a quantised copy.",
-            )  # fmt: skip
+            )
         found[target] = LowRank(down.read().float(), up.read().float() * scale)
     if 2 * len(found) != len(weights):
         raise ModelError(
-            "the adapter holds more than matrices A and B", got=f"{len(weights)} tensors for {len(found)} layers",
+            "the adapter holds more than matrices A and B",
+            got=f"{len(weights)} tensors for {len(found)} layers",
             next_step="Merge with peft's merge_and_unload.",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -192,8 +207,16 @@ def _write_settings(base: Path, adapter: Path, out: Path) -> None:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in a folder."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-             "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    )
     return [folder / name for name in names if (folder / name).is_file()]
 
 

@@ -153,8 +153,10 @@ def write_tensors(path: Path, tensors: Sequence[TensorToWrite]) -> None:
     place = 0
     for tensor in tensors:
         entries[tensor.name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.size]
-        }  # fmt: skip
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.size],
+        }
         place += tensor.size
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

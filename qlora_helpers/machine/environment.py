@@ -50,7 +50,7 @@ class Check:
     name: str
     level: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,11 +78,11 @@ class MachineReport:
         lines = [self._summary]
         for check in self.checks:
             lines.append(f"{check.level:<7}  {check.name:<{width}}  {check.found}")
-            lines += [f"{'':7}  {'':{width}}  -> {check.mend}"] if check.mend else []
+            lines += [f"{'':7}  {'':{width}}  -> {check.fix}"] if check.fix else []
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = [[check.level, check.name, check.found, check.mend] for check in self.checks]
+        rows = [[check.level, check.name, check.found, check.fix] for check in self.checks]
         return html_table(["", "what", "found", "what to do"], rows, caption=self._summary)
 
 
@@ -195,11 +195,11 @@ def _gpu_check(gpus: list[GpuReading], *, has_device: bool) -> Check:
             for (name, memory_gib), count in kinds.items()
         ]
         silent = any(gpu.name == SILENT_GPU for gpu in gpus)
-        mend = "A card has dropped out: stop the instance and start it again." if silent else ""
-        return Check("GPU", "failure" if silent else "ok", "; ".join(parts), mend)
+        fix = "A card has dropped out: stop the instance and start it again." if silent else ""
+        return Check("GPU", "failure" if silent else "ok", "; ".join(parts), fix)
     if has_device:
-        mend = f"{INSTALL}; if nvidia-smi fails too, restart the machine (its driver may have been updated)."
-        return Check("GPU", "warning", "an NVIDIA GPU that does not answer", mend)
+        fix = f"{INSTALL}; if nvidia-smi fails too, restart the machine (its driver may have been updated)."
+        return Check("GPU", "warning", "an NVIDIA GPU that does not answer", fix)
     return Check("GPU", "ok", "no GPU, the demo and tiny profiles run on CPU")
 
 
@@ -208,16 +208,16 @@ def _driver_check(driver: DriverReading, torch: TorchBuild | None) -> Check:
     # Within a major version a newer CUDA runs on an older driver (NVIDIA's minor version compatibility).
     if torch is None or torch.cuda_major is None or torch.cuda_major <= driver.cuda[0]:
         return Check("NVIDIA driver", "ok", found)
-    mend = f"Update the driver, or install PyTorch for CUDA {driver.cuda[0]} from its own package index."
-    return Check("NVIDIA driver", "failure", f"{found}; PyTorch is built for {torch.cuda}", mend)
+    fix = f"Update the driver, or install PyTorch for CUDA {driver.cuda[0]} from its own package index."
+    return Check("NVIDIA driver", "failure", f"{found}; PyTorch is built for {torch.cuda}", fix)
 
 
 def _torch_check(torch: TorchBuild | None, *, has_gpu: bool) -> Check:
     if torch is None:
         return Check("PyTorch build", "failure", "not installed", INSTALL)
     if torch.cuda is None and has_gpu:
-        mend = f"pip uninstall torch, then {INSTALL}: PyPI's build uses the GPU."
-        return Check("PyTorch build", "failure", "CPU only, so the GPU would stay idle", mend)
+        fix = f"pip uninstall torch, then {INSTALL}: PyPI's build uses the GPU."
+        return Check("PyTorch build", "failure", "CPU only, so the GPU would stay idle", fix)
     return Check("PyTorch build", "ok", f"CUDA {torch.cuda}" if torch.cuda else "CPU only")
 
 
@@ -240,15 +240,15 @@ def _bitsandbytes_check(folder: Path | None, torch: TorchBuild | None, environ: 
         return _override_check(name, override, built, wanted, choices)
     same_major = [version for version in built if version[0] == wanted[0]]
     if not same_major:
-        mend = f"{choices}: install a PyTorch for one of these, or another bitsandbytes."
-        return Check(name, "failure", f"none for PyTorch's CUDA {torch.cuda}", mend)
+        fix = f"{choices}: install a PyTorch for one of these, or another bitsandbytes."
+        return Check(name, "failure", f"none for PyTorch's CUDA {torch.cuda}", fix)
     older = [version for version in same_major if version <= wanted]
     chosen = max(older) if older else min(same_major)
     found = f"CUDA {chosen[0]}.{chosen[1]} for PyTorch's CUDA {torch.cuda}"
     if chosen == wanted:
         return Check(name, "ok", found)
-    mend = f"Works within one major version; BNB_CUDA_VERSION={chosen[0]}{chosen[1]} chooses it on purpose."
-    return Check(name, "warning", found, mend)
+    fix = f"Works within one major version; BNB_CUDA_VERSION={chosen[0]}{chosen[1]} chooses it on purpose."
+    return Check(name, "warning", found, fix)
 
 
 def _override_check(
@@ -261,8 +261,8 @@ def _override_check(
     if chosen not in built:
         return Check(name, "failure", f"{found}, which is not there", f"{choices}: choose one of these, or unset it.")
     if chosen[0] != wanted[0]:
-        mend = f"PyTorch brings the libraries of CUDA {wanted[0]} alone: unset BNB_CUDA_VERSION."
-        return Check(name, "failure", f"{found}, PyTorch has {'.'.join(map(str, wanted))}", mend)
+        fix = f"PyTorch brings the libraries of CUDA {wanted[0]} alone: unset BNB_CUDA_VERSION."
+        return Check(name, "failure", f"{found}, PyTorch has {'.'.join(map(str, wanted))}", fix)
     return Check(name, "ok", f"CUDA {chosen[0]}.{chosen[1]}, chosen by BNB_CUDA_VERSION")
 
 
@@ -270,11 +270,11 @@ def _disk_check(cache_dir: str | os.PathLike[str], *, has_gpu: bool) -> Check:
     free_gib = read_disk(cache_dir).free_gib
     found = f"{free_gib:.1f} GiB free where the model cache is"
     if free_gib < DEMO_DISK_GIB:
-        mend = f"The demo needs {DEMO_DISK_GIB} GiB: free some (notebook 08), or set HF_HOME on a larger disk."
-        return Check("disk", "failure", found, mend)
+        fix = f"The demo needs {DEMO_DISK_GIB} GiB: free some (notebook 08), or set HF_HOME on a larger disk."
+        return Check("disk", "failure", found, fix)
     if has_gpu and free_gib < FALCON_40B_DISK_GIB:
-        mend = f"Falcon-40B needs {FALCON_40B_DISK_GIB} GiB: enlarge the volume, or set HF_HOME on a larger one."
-        return Check("disk", "warning", found, mend)
+        fix = f"Falcon-40B needs {FALCON_40B_DISK_GIB} GiB: enlarge the volume, or set HF_HOME on a larger one."
+        return Check("disk", "warning", found, fix)
     return Check("disk", "ok", found)
 
 

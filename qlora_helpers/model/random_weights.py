@@ -19,9 +19,14 @@ STANDARD_DEVIATION = 0.02
 
 
 def build_random_model(
-    shape: dict[str, Any], config: ModelConfig, *, dtype: torch.dtype, attention: str | None,
-    places: dict[str, int | str] | str = "auto", seed: int = 0,
-) -> PreTrainedModel:  # fmt: skip
+    shape: dict[str, Any],
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    places: dict[str, int | str] | str = "auto",
+    seed: int = 0,
+) -> PreTrainedModel:
     """Builds a causal language model from its shape.
 
     Args:
@@ -119,13 +124,21 @@ def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _Drawn)
         if not isinstance(module, torch.nn.Linear) or module is head:
             continue
         packed = Linear4bit(
-            module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=draw.dtype,
-            compress_statistics=config.double_quantization, quant_type="nf4", device="meta",
-        )  # fmt: skip
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=draw.dtype,
+            compress_statistics=config.double_quantization,
+            quant_type="nf4",
+            device="meta",
+        )
         packed.weight = Params4bit(
-            draw(name, module.out_features, module.in_features), requires_grad=False, quant_type="nf4",
-            compress_statistics=config.double_quantization, module=packed,
-        ).to(draw.device(name))  # fmt: skip
+            draw(name, module.out_features, module.in_features),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=config.double_quantization,
+            module=packed,
+        ).to(draw.device(name))
         _set(model, name, packed)
 
 

@@ -33,7 +33,7 @@ def row_losses(
 
     Args:
         model: with or without adapters.
-        batch: what `BlockCollator` made.
+        batch: what `SequenceCollator` made.
         chunked: the loss that the fast step put into the model: then no logits are made.
     """
     import torch

@@ -28,9 +28,9 @@ class Candidate:
 
     Attributes:
         blocks, accumulation: micro-batch on each GPU, and forward passes per optimizer step.
-        recomputed: decoder layers that recompute their activations, of `layers`.
+        checkpointed: decoder layers that recompute their activations, of `layers`.
         compiled: whether layers are compiled.
-        graphed: whether passes are played from CUDA graphs.
+        captured: whether passes are played from CUDA graphs.
         offloaded: whether the input embedding lies in the host's memory.
         copies: processes that each hold the whole model (torchrun); 1 where the layers are spread over the GPUs.
         layers_per_gpu, memory, beside: of each GPU that holds a part of one copy.
@@ -42,10 +42,10 @@ class Candidate:
 
     blocks: int
     accumulation: int
-    recomputed: int
+    checkpointed: int
     layers: int
     compiled: bool
-    graphed: bool
+    captured: bool
     offloaded: bool
     copies: int
     layers_per_gpu: tuple[int, ...]
@@ -73,16 +73,16 @@ class Candidate:
             f"data.seq_len_tokens={self.seq_len_tokens}",
             f"train.micro_batch_size={self.blocks}",
             f"train.gradient_accumulation_steps={self.accumulation}",
-            f"train.activation_checkpointing={'true' if self.recomputed else 'false'}",
-            f"train.recompute_layers={self.recomputed}",
+            f"train.activation_checkpointing={'true' if self.checkpointed else 'false'}",
+            f"train.checkpointed_layers={self.checkpointed}",
             f"train.compile={'on' if self.compiled else 'off'}",
             f"train.offload_embeddings={'true' if self.offloaded else 'false'}",
         ]
 
     def __repr__(self) -> str:
-        how = [f"{self.recomputed} of {self.layers} layers recomputed"]
+        how = [f"{self.checkpointed} of {self.layers} layers recomputed"]
         how += ["compiled"] if self.compiled else []
-        how += ["as CUDA graphs"] if self.graphed else []
+        how += ["as CUDA graphs"] if self.captured else []
         how += ["embedding on the host"] if self.offloaded else []
         how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
         how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
@@ -95,15 +95,26 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
-            "blocks": self.blocks, "seq_len_tokens": self.seq_len_tokens, "accumulation": self.accumulation,
-            "recomputed": self.recomputed, "layers": self.layers, "compiled": self.compiled, "graphed": self.graphed,
-            "offloaded": self.offloaded, "copies": self.copies, "layers_per_gpu": list(self.layers_per_gpu),
+            "blocks": self.blocks,
+            "seq_len_tokens": self.seq_len_tokens,
+            "accumulation": self.accumulation,
+            "checkpointed": self.checkpointed,
+            "layers": self.layers,
+            "compiled": self.compiled,
+            "captured": self.captured,
+            "offloaded": self.offloaded,
+            "copies": self.copies,
+            "layers_per_gpu": list(self.layers_per_gpu),
             "memory_gib": [memory.parts_gib() for memory in self.memory],
             "beside_gib": [{name: gib(value) for name, value in vars(each).items()} for each in self.beside],
             "allocated_gib": [gib(memory.allocated) for memory in self.memory],
-            "reserved_gib": [gib(memory.reserved) for memory in self.memory], "peak_gib": self.peak_gib,
-            "tokens_per_s": self.tokens_per_s, "seconds": self.seconds, "dollars": self.dollars, "settings": self.settings,
-        }  # fmt: skip
+            "reserved_gib": [gib(memory.reserved) for memory in self.memory],
+            "peak_gib": self.peak_gib,
+            "tokens_per_s": self.tokens_per_s,
+            "seconds": self.seconds,
+            "dollars": self.dollars,
+            "settings": self.settings,
+        }
 
 
 def fastest_in_several_processes(
@@ -117,9 +128,13 @@ def fastest_in_several_processes(
 
 
 def all_candidates(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    shape: dict[str, Any],
+    hardware: Hardware,
+    config: RunConfig,
+    tokens: int,
+    trained_share: float,
     shares: tuple[int, ...] | None = None,
-) -> list[Candidate]:  # fmt: skip
+) -> list[Candidate]:
     """Every micro-batch that makes up the asked blocks an optimizer step, with as many GPUs a copy as `shares` says.
 
     Where it says nothing: one copy over all GPUs, or a copy on each of as many as can share the blocks. Without the fast step all
@@ -131,17 +146,19 @@ def all_candidates(
     base, found = step_settings(config, shape, blocks=1, trained_share=trained_share), []
     for gpus in shares or sorted({1, hardware.gpus}):
         copies = copies_that_share(per_step, hardware.gpus) if gpus == 1 else 1
-        graphed = gpus == copies == 1 and records(config, shape, hardware)
+        captured = gpus == copies == 1 and records(config, shape, hardware)
         for blocks in divisors(per_step // copies) if copies > 1 or gpus == hardware.gpus else []:
             accumulation = per_step // (blocks * copies)
             for placed, compiled in ways:
-                step = replace(base, blocks=blocks, compiled=compiled, graphed=graphed, offloaded=placed, copies=copies)
+                step = replace(
+                    base, blocks=blocks, compiled=compiled, captured=captured, offloaded=placed, copies=copies
+                )
                 fewest = {
-                    fewest_recomputed(sizes, replace(step, graphed=played), hardware.usable_gib, gpus=gpus)
-                    for played in {graphed, False}
+                    fewest_checkpointed(sizes, replace(step, captured=replayed), hardware.usable_gib, gpus=gpus)
+                    for replayed in {captured, False}
                 }
                 for count in sorted(fewest | {sizes.blocks} if config.train.fast_step else {0, sizes.blocks}):
-                    again = replace(step, recomputed=count)
+                    again = replace(step, checkpointed=count)
                     found.append(
                         candidate(sizes, again, hardware, tokens, gpus=gpus, copies=copies, accumulation=accumulation)
                     )
@@ -180,26 +197,26 @@ def records(config: RunConfig, shape: dict[str, Any], hardware: Hardware) -> boo
     return in_16_bits and may_record(config.train, is_packed(config, shape), dropout, model_sizes(shape))
 
 
-def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
+def fewest_checkpointed(sizes: ModelSizes, step: StepSettings, usable_gib: float, *, gpus: int = 1) -> int:
     """How many decoder layers must recompute their activations to fit; all of them where even that does not.
 
     Passes that are recorded must leave room for it; where they can't, those that are not recorded count.
 
     Args:
         sizes: of the model.
-        step: its `recomputed` does not count.
+        step: its `checkpointed` does not count.
         usable_gib: of each GPU, the CUDA context included.
         gpus: how many hold one copy of the model together.
     """
 
     held = StepMemory(sizes, step, gpus)
 
-    def fits(recomputed: int) -> bool:
-        _, memory = held.recomputing(recomputed)
+    def fits(checkpointed: int) -> bool:
+        _, memory = held.recomputing(checkpointed)
         return _needed_gib(memory, step) <= usable_gib
 
-    if step.graphed and not fits(sizes.blocks):
-        return fewest_recomputed(sizes, replace(step, graphed=False), usable_gib, gpus=gpus)
+    if step.captured and not fits(sizes.blocks):
+        return fewest_checkpointed(sizes, replace(step, captured=False), usable_gib, gpus=gpus)
     if fits(0):  # the first that recomputes costs what one layer holds while it does
         return 0
     fewest, most = 1, sizes.blocks
@@ -211,7 +228,7 @@ def fewest_recomputed(sizes: ModelSizes, step: StepSettings, usable_gib: float, 
 
 def _needed_gib(memory: Sequence[GpuMemory], step: StepSettings) -> float:
     """What the fullest GPU must have free; where passes are recorded, room for that beside a pass's peak too."""
-    beside_peak = RECORDING_ROOM_GIB if step.graphed else 0.0
+    beside_peak = RECORDING_ROOM_GIB if step.captured else 0.0
     return max(max(gib(each.total), gib(each.allocated + each.context) + beside_peak) for each in memory)
 
 
@@ -242,18 +259,29 @@ def candidate(
         copies: of the model, each on `gpus` GPUs.
     """
     layers, memory = predict(sizes, step, gpus=gpus)
-    if step.graphed and _needed_gib(memory, step) > hardware.usable_gib:
-        step = replace(step, graphed=False)  # as the trainer does where a recording finds no room
+    if step.captured and _needed_gib(memory, step) > hardware.usable_gib:
+        step = replace(step, captured=False)  # as the trainer does where a recording finds no room
         layers, memory = predict(sizes, step, gpus=gpus)
     rate = together(copies) * step.tokens / step_seconds(sizes, step, hardware.gpu or UNNAMED_GPU)
     seconds = tokens / rate + (COMPILE_S if step.compiled else 0.0)
     price = hardware.price_usd_per_hour
     return Candidate(
-        blocks=step.blocks, accumulation=accumulation, recomputed=step.recomputed, layers=sizes.blocks,
-        compiled=step.compiled, graphed=step.graphed, offloaded=step.offloaded and not sizes.tied, copies=copies,
-        layers_per_gpu=layers, memory=memory, beside=beside(sizes, step, layers), seq_len_tokens=step.seq_len_tokens,
-        tokens_per_s=rate, seconds=seconds, dollars=None if price is None else price * seconds / 3600,
-    )  # fmt: skip
+        blocks=step.blocks,
+        accumulation=accumulation,
+        checkpointed=step.checkpointed,
+        layers=sizes.blocks,
+        compiled=step.compiled,
+        captured=step.captured,
+        offloaded=step.offloaded and not sizes.tied,
+        copies=copies,
+        layers_per_gpu=layers,
+        memory=memory,
+        beside=beside(sizes, step, layers),
+        seq_len_tokens=step.seq_len_tokens,
+        tokens_per_s=rate,
+        seconds=seconds,
+        dollars=None if price is None else price * seconds / 3600,
+    )
 
 
 def fitting_in(hardware: Hardware, candidates: list[Candidate]) -> list[Candidate]:

@@ -23,9 +23,13 @@ LENGTH_STEP = 64  # tokens; a shorter block is looked for in these steps
 
 
 def smallest_change(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float,
+    shape: dict[str, Any],
+    hardware: Hardware,
+    config: RunConfig,
+    tokens: int,
+    trained_share: float,
     one_process: bool = False,
-) -> tuple[list[str], Candidate] | None:  # fmt: skip
+) -> tuple[list[str], Candidate] | None:
     """The mildest change with which something fits, and the fastest that then does.
 
     From the mildest on: an optimizer of 8 bits, 4-bit weights, a lower rank, blocks as long as then fit, and these together.
@@ -88,10 +92,10 @@ def can_fit(shape: dict[str, Any], hardware: Hardware, config: RunConfig, traine
     sizes = model_sizes(shape)
     for gpus in sorted({1, hardware.gpus}):
         step = step_settings(config, shape, blocks=1, compiled=False, trained_share=trained_share)
-        for recomputed in (0, sizes.blocks):
+        for checkpointed in (0, sizes.blocks):
             _, memory = predict(
                 sizes,
-                replace(step, recomputed=recomputed, offloaded=recomputed > 0 and config.train.fast_step),
+                replace(step, checkpointed=checkpointed, offloaded=checkpointed > 0 and config.train.fast_step),
                 gpus=gpus,
             )
             if max(gib(each.total) for each in memory) <= hardware.usable_gib:

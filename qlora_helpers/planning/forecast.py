@@ -19,7 +19,7 @@ from qlora_helpers.planning.candidates import (
     candidate,
     embedding_places,
     fastest_in_several_processes,
-    fewest_recomputed,
+    fewest_checkpointed,
     is_packed,
     may_compile,
     records,
@@ -33,7 +33,7 @@ from qlora_helpers.planning.step_settings import StepSettings, step_settings
 
 
 @dataclass(frozen=True)
-class Mend:
+class Fix:
     """A change with which the settings fit.
 
     Attributes:
@@ -48,7 +48,7 @@ class Mend:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """What settings lead to on some hardware.
 
     Attributes:
@@ -56,7 +56,7 @@ class Outlook:
         steps: optimizer steps.
         plan: what the plan would choose instead, in one process on the same hardware and data.
         several: the same in several processes (torchrun), each with a GPU, where that is faster.
-        mends: the smallest changes that fit, where the settings don't.
+        fixes: the smallest changes that fit, where the settings don't.
         notes: what a reader must know of these figures.
     """
 
@@ -64,7 +64,7 @@ class Outlook:
     steps: int
     plan: Plan
     several: Candidate | None = None
-    mends: tuple[Mend, ...] = ()
+    fixes: tuple[Fix, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,7 +99,7 @@ class Outlook:
 
 def look_ahead(
     config: RunConfig, shape: dict[str, Any], hardware: Hardware, size: DataSize, *, trained_share: float = 0.2
-) -> Outlook:
+) -> Forecast:
     """What these settings lead to.
 
     Args:
@@ -115,17 +115,23 @@ def look_ahead(
     steps, tokens = _work(config, shape, size)
     step = _as_set(config, shape, hardware, steps, tokens, trained_share)
     plan = make_plan(
-        config.model.name, shape, hardware, config, tokens=round(tokens / config.train.epochs),
-        trained_share=trained_share, one_process=True, mend=False,
-    )  # fmt: skip
+        config.model.name,
+        shape,
+        hardware,
+        config,
+        tokens=round(tokens / config.train.epochs),
+        trained_share=trained_share,
+        one_process=True,
+        fix=False,
+    )
     several = fastest_in_several_processes(shape, hardware, config, plan.tokens, trained_share)
     if several and plan.choice and several.seconds >= plan.choice.seconds:
         several = None
-    mends = ()
+    fixes = ()
     if step.peak_gib > hardware.usable_gib:
-        mends = _mends(config, shape, plan, step, trained_share)
-    return Outlook(
-        step, steps, plan, several, mends, (*hardware_notes(hardware, plan.sizes), *_notes(config, shape, hardware))
+        fixes = _fixes(config, shape, plan, step, trained_share)
+    return Forecast(
+        step, steps, plan, several, fixes, (*hardware_notes(hardware, plan.sizes), *_notes(config, shape, hardware))
     )
 
 
@@ -148,22 +154,27 @@ def _as_set(
     """One process, whose layers are spread over the GPUs, with what the trainer makes of the settings."""
     train, sizes = config.train, model_sizes(shape)
     gpu = hardware.gpu or UNNAMED_GPU
-    graphed = hardware.gpus == 1 and records(config, shape, hardware)
-    step = step_settings(config, shape, blocks=train.micro_batch_size, graphed=graphed, trained_share=trained_share)
+    captured = hardware.gpus == 1 and records(config, shape, hardware)
+    step = step_settings(config, shape, blocks=train.micro_batch_size, captured=captured, trained_share=trained_share)
     if hardware.gpus == 1:
-        compiled, recomputed = compiled_and_recomputed(
-            train, sizes, step, gpu, (1 - MEMORY_MARGIN) * hardware.usable_gib,
-            passes=steps * train.gradient_accumulation_steps, packed=is_packed(config, shape),
-        )  # fmt: skip
+        compiled, checkpointed = compiled_and_checkpointed(
+            train,
+            sizes,
+            step,
+            gpu,
+            (1 - MEMORY_MARGIN) * hardware.usable_gib,
+            passes=steps * train.gradient_accumulation_steps,
+            packed=is_packed(config, shape),
+        )
     else:  # the trainer plans for one card alone
-        asked = sizes.blocks if train.recompute_layers is None else train.recompute_layers
+        asked = sizes.blocks if train.checkpointed_layers is None else train.checkpointed_layers
         compiled = train.compile == "on" and may_compile(config, shape)
-        recomputed = asked if train.activation_checkpointing else 0
-    step = replace(step, compiled=compiled, recomputed=min(recomputed, sizes.blocks))
+        checkpointed = asked if train.activation_checkpointing else 0
+    step = replace(step, compiled=compiled, checkpointed=min(checkpointed, sizes.blocks))
     return candidate(sizes, step, hardware, tokens, gpus=hardware.gpus, accumulation=train.gradient_accumulation_steps)
 
 
-def compiled_and_recomputed(
+def compiled_and_checkpointed(
     config: TrainConfig,
     sizes: ModelSizes,
     step: StepSettings,
@@ -178,7 +189,7 @@ def compiled_and_recomputed(
     Args:
         config: training settings.
         sizes: of the model.
-        step: what memory and speed depend on; its `compiled` and `recomputed` don't count.
+        step: what memory and speed depend on; its `compiled` and `checkpointed` don't count.
         gpu: the card, or one like it.
         usable_gib: that the training may take of it, the CUDA context included.
         passes: forward passes of the whole training.
@@ -191,33 +202,33 @@ def compiled_and_recomputed(
         compiled = packed and compile_pays(sizes, step, gpu, passes)
     if not config.activation_checkpointing:
         return compiled, 0
-    if config.recompute_layers is not None:
-        return compiled, config.recompute_layers
-    return compiled, fewest_recomputed(sizes, replace(step, compiled=compiled), usable_gib)
+    if config.checkpointed_layers is not None:
+        return compiled, config.checkpointed_layers
+    return compiled, fewest_checkpointed(sizes, replace(step, compiled=compiled), usable_gib)
 
 
-def _mends(
+def _fixes(
     config: RunConfig, shape: dict[str, Any], plan: Plan, step: Candidate, trained_share: float
-) -> tuple[Mend, ...]:
+) -> tuple[Fix, ...]:
     """What learns the same first: more recomputation, then fewer blocks at once; then the plan's mends, and other hardware."""
     if same := _same_learning(config, shape, plan.hardware, step, trained_share):
         return (same,)
     found = []
     if plan.choice:
-        found.append(Mend(tuple(plan.choice.settings), "", repr(plan.choice)))
+        found.append(Fix(tuple(plan.choice.settings), "", repr(plan.choice)))
     elif change := smallest_change(shape, plan.hardware, config, plan.tokens, trained_share, True):
         settings, best = change
         changed = {item.partition("=")[0] for item in settings}
         rest = [item for item in best.settings if item.partition("=")[0] not in changed]
-        found.append(Mend((*settings, *rest), "", repr(best)))
+        found.append(Fix((*settings, *rest), "", repr(best)))
     if other := cheapest_instance(shape, config, trained_share):
-        found.append(Mend((), other.label, other.priced))
+        found.append(Fix((), other.label, other.priced))
     return tuple(found)
 
 
 def _same_learning(
     config: RunConfig, shape: dict[str, Any], hardware: Hardware, step: Candidate, trained_share: float
-) -> Mend | None:
+) -> Fix | None:
     """As many blocks at once as fit with the same number an optimizer step, and as few layers recomputed as that needs.
 
     Where they fit only with the embedding in the host's memory, that is a part of it.
@@ -227,27 +238,37 @@ def _same_learning(
     for blocks in [count for count in range(step.blocks, 0, -1) if per_step % count == 0]:
         for offloaded in places:
             base = step_settings(
-                config, shape, blocks=blocks, compiled=step.compiled, graphed=step.graphed, trained_share=trained_share
+                config,
+                shape,
+                blocks=blocks,
+                compiled=step.compiled,
+                captured=step.captured,
+                trained_share=trained_share,
             )
             base = replace(base, offloaded=offloaded)
-            fewest = fewest_recomputed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
-            again = max(fewest, step.recomputed)
+            fewest = fewest_checkpointed(sizes, base, hardware.usable_gib, gpus=hardware.gpus)
+            again = max(fewest, step.checkpointed)
             if again and not config.train.fast_step:
                 again = sizes.blocks
             found = candidate(
-                sizes, replace(base, recomputed=again), hardware, 0, gpus=hardware.gpus, accumulation=per_step // blocks
+                sizes,
+                replace(base, checkpointed=again),
+                hardware,
+                0,
+                gpus=hardware.gpus,
+                accumulation=per_step // blocks,
             )
             if found.peak_gib <= hardware.usable_gib:
                 settings = _changed(step, found)
-                return Mend(tuple(settings), "", f"{found.peak_gib:.1f} GiB, learns the same")
+                return Fix(tuple(settings), "", f"{found.peak_gib:.1f} GiB, learns the same")
     return None
 
 
 def _changed(old: Candidate, new: Candidate) -> list[str]:
     """The settings that turn one way to run the training into another that learns the same."""
     settings = []
-    if new.recomputed != old.recomputed:
-        settings += ["train.activation_checkpointing=true", f"train.recompute_layers={new.recomputed}"]
+    if new.checkpointed != old.checkpointed:
+        settings += ["train.activation_checkpointing=true", f"train.checkpointed_layers={new.checkpointed}"]
     if new.blocks != old.blocks:
         settings += [
             f"train.micro_batch_size={new.blocks}",

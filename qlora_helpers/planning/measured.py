@@ -25,11 +25,19 @@ def write_measured(
 ) -> None:
     """What was measured into `plan.json`, and on GPUs beside it what should have been."""
     measured = {
-        "weights_gib": loaded.audit.gib_by_device, "peak_gib": result.peak_gib, "reserved_gib": result.reserved_gib,
-        "seconds": round(result.seconds, 1), "tokens_per_s": round(result.tokens_per_s, 1), "steps": result.steps,
-        "trainable_parameters": count.trainable, "parameters": count.total, "published_parameters": count.published_total,
-        "machine": result.machine, "fast_step": result.fast_step.splitlines(), "versions": versions(),
-    }  # fmt: skip
+        "weights_gib": loaded.audit.gib_by_device,
+        "peak_gib": result.peak_gib,
+        "reserved_gib": result.reserved_gib,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_s": round(result.tokens_per_s, 1),
+        "steps": result.steps,
+        "trainable_parameters": count.trainable,
+        "parameters": count.total,
+        "published_parameters": count.published_total,
+        "machine": result.machine,
+        "fast_step": result.fast_step.splitlines(),
+        "versions": versions(),
+    }
     add_to_plan(run, measured=measured)
     if not result.fast_step or result.machine == "CPU":
         return
@@ -38,12 +46,15 @@ def write_measured(
     holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # one a process under torchrun
     try:
         predicted = predicted_step(
-            run.config(), hardware=dataclasses.replace(this_machine(), gpus=holding), compiled=result.compiled,
-            graphed=result.graphed, recomputed=result.recomputed,
+            run.config(),
+            hardware=dataclasses.replace(this_machine(), gpus=holding),
+            compiled=result.compiled,
+            captured=result.captured,
+            checkpointed=result.checkpointed,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
             copies=int(os.environ.get("WORLD_SIZE", 1)),
-        )  # fmt: skip
+        )
     except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
         log.warning("no prediction beside the measured memory: %s", error)
     else:

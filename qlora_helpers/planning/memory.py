@@ -79,9 +79,15 @@ class GpuMemory:
     def total(self) -> int:
         """What the card must have free."""
         return (
-            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.working
-            + self.fragmentation + self.context
-        )  # fmt: skip
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.working
+            + self.fragmentation
+            + self.context
+        )
 
     def parts_gib(self) -> dict[str, float]:
         """Each part in GiB, by name."""
@@ -90,7 +96,7 @@ class GpuMemory:
 
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     """What one decoder layer holds for the whole step; activations as if it were not recomputed."""
-    linear, other = sizes.linear_parameters_per_block, sizes.other_parameters_per_block
+    linear, other = sizes.linear_parameters_per_layer, sizes.other_parameters_per_layer
     adapters = settings.adapter_parameters // sizes.blocks
     constants = linear / QUANTISATION_BLOCK
     constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
@@ -110,7 +116,7 @@ class StepMemory:
 
     Args:
         sizes: of the model.
-        settings: of the step; its `recomputed` does not count.
+        settings: of the step; its `checkpointed` does not count.
         gpus: how many hold one copy of the model together.
     """
 
@@ -125,24 +131,24 @@ class StepMemory:
         self.on_the_host = settings.value_bytes * sizes.vocab * sizes.hidden if offloaded else 0
         self.without_layers = [float(each.total) for each in self._stages((0,) * gpus, 0)]
 
-    def recomputing(self, recomputed: int) -> tuple[tuple[int, ...], tuple[GpuMemory, ...]]:
+    def recomputing(self, checkpointed: int) -> tuple[tuple[int, ...], tuple[GpuMemory, ...]]:
         """Layers and memory of each GPU where so many decoder layers recompute, spread evenly."""
-        counts = self.spread(recomputed)
-        return counts, self._stages(counts, recomputed)
+        counts = self.spread(checkpointed)
+        return counts, self._stages(counts, checkpointed)
 
-    def _stages(self, counts: tuple[int, ...], recomputed: int) -> tuple[GpuMemory, ...]:
-        again, last = _apportioned(recomputed, counts), self.gpus - 1
+    def _stages(self, counts: tuple[int, ...], checkpointed: int) -> tuple[GpuMemory, ...]:
+        again, last = _apportioned(checkpointed, counts), self.gpus - 1
         return tuple(
-            self.stage(layers=layers, recomputed=again[index], first=index == 0, last=index == last)
+            self.stage(layers=layers, checkpointed=again[index], first=index == 0, last=index == last)
             for index, layers in enumerate(counts)
         )
 
-    def spread(self, recomputed: int) -> tuple[int, ...]:
+    def spread(self, checkpointed: int) -> tuple[int, ...]:
         """How many decoder layers each GPU gets, so that the fullest GPU is as empty as can be."""
         blocks = self.sizes.blocks
         if self.gpus == 1:
             return (blocks,)
-        a_layer = self.layer.total - recomputed / blocks * (self.layer.activations - self.layer_input)
+        a_layer = self.layer.total - checkpointed / blocks * (self.layer.activations - self.layer_input)
         held = [(empty, index) for index, empty in enumerate(self.without_layers)]
         heapify(held)
         counts = [0] * self.gpus
@@ -152,25 +158,25 @@ class StepMemory:
             heapreplace(held, (bytes_held + a_layer, emptiest))
         return tuple(counts)
 
-    def stage(self, *, layers: int, recomputed: int, first: bool, last: bool) -> GpuMemory:
+    def stage(self, *, layers: int, checkpointed: int, first: bool, last: bool) -> GpuMemory:
         """What a GPU holds that has some of the decoder layers.
 
         Args:
             layers: decoder layers on this GPU.
-            recomputed: how many of them recompute.
+            checkpointed: how many of them recompute.
             first: whether the embedding is here.
             last: whether the last layer is here; the output layer is too, or with the embedding that it is tied to.
         """
         sizes, one = self.sizes, self.layer
         head = first if sizes.tied else last
-        activations = (layers - recomputed) * one.activations + recomputed * self.layer_input
+        activations = (layers - checkpointed) * one.activations + checkpointed * self.layer_input
         unquantized = (sizes.other_parameters if first else 0) + (sizes.head_parameters if head else 0)
         offloaded = self.on_the_host if first else 0
-        in_layer = self.in_backward + (one.activations if recomputed else 0)
+        in_layer = self.in_backward + (one.activations if checkpointed else 0)
         working = max(in_layer if layers else 0, self.loss if head else 0)
         working = max(working, offloaded - activations)  # it is on the GPU before the first step and after the last
         fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
-        fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if recomputed else 0
+        fragmentation += RECOMPUTED_FRAGMENTATION_SHARE * in_layer if checkpointed else 0
         return GpuMemory(
             weights_quantized=layers * one.weights_quantized,
             constants=layers * one.constants,
@@ -181,7 +187,7 @@ class StepMemory:
             activations=activations,
             working=working,
             fragmentation=round(fragmentation),
-            context=CONTEXT_BYTES + (GRAPHS_BYTES if self.settings.graphed else 0),
+            context=CONTEXT_BYTES + (GRAPHS_BYTES if self.settings.captured else 0),
         )
 
 
@@ -220,9 +226,9 @@ def loss_chunk(vocab: int) -> int:
     return tokens - tokens % MATRIX_TILE if tokens >= MATRIX_TILE else tokens
 
 
-def layers_to_recompute(layers: int, recomputed: int) -> list[int]:
+def layers_to_checkpoint(layers: int, checkpointed: int) -> list[int]:
     """Which decoder layers recompute: spread evenly, so that memory rises and falls evenly too."""
-    return sorted({round(index * layers / recomputed) for index in range(recomputed)}) if recomputed else []
+    return sorted({round(index * layers / checkpointed) for index in range(checkpointed)}) if checkpointed else []
 
 
 def predict(
@@ -232,10 +238,10 @@ def predict(
 
     Args:
         sizes: of the model.
-        settings: of the step; `recomputed` layers are spread evenly.
+        settings: of the step; `checkpointed` layers are spread evenly.
         gpus: how many hold one copy of the model together.
     """
-    return StepMemory(sizes, settings, gpus).recomputing(settings.recomputed)
+    return StepMemory(sizes, settings, gpus).recomputing(settings.checkpointed)
 
 
 @dataclass(frozen=True)
@@ -243,12 +249,12 @@ class Beside:
     """What one GPU would hold otherwise, bytes; to read beside its `GpuMemory`, in no sum.
 
     Attributes:
-        activations_kept, activations_recomputed: were none of its layers recomputed, or all of them.
+        activations_kept, activations_checkpointed: were none of its layers recomputed, or all of them.
         logits: what the loss holds: a chunk of logits with its slopes; 0 where the output layer is elsewhere.
     """
 
     activations_kept: int
-    activations_recomputed: int
+    activations_checkpointed: int
     logits: int
 
 
@@ -268,8 +274,8 @@ def beside(sizes: ModelSizes, settings: StepSettings, counts: tuple[int, ...]) -
     )
 
 
-def _apportioned(recomputed: int, counts: tuple[int, ...]) -> list[int]:
+def _apportioned(checkpointed: int, counts: tuple[int, ...]) -> list[int]:
     """Recomputed layers on each GPU."""
-    chosen = layers_to_recompute(sum(counts), recomputed)
+    chosen = layers_to_checkpoint(sum(counts), checkpointed)
     before = [0, *(bisect_left(chosen, end) for end in accumulate(counts))]
     return [after - earlier for earlier, after in pairwise(before)]

@@ -37,9 +37,9 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
         config,
         shape,
         blocks=shown.blocks,
-        recomputed=shown.recomputed,
+        checkpointed=shown.checkpointed,
         compiled=shown.compiled,
-        graphed=shown.graphed,
+        captured=shown.captured,
         trained_share=trained_share,
     )
 
@@ -82,7 +82,7 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
         )
     if choice.optimizer_step_s > GRACE_S:
         notes.append(
-            f"a stop is received at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, more than docker stop waits unasked"
+            f"a stop takes effect at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, longer than docker stop waits"
         )
     return tuple(notes)
 

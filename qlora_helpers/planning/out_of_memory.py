@@ -47,15 +47,15 @@ class OutOfMemory(RunError):
         candidates: settings that should fit, fastest first.
     """
 
-    def __init__(self, where: str, step: int | None, candidates: tuple[Candidate, ...], mends: tuple[str, ...]) -> None:
+    def __init__(self, where: str, step: int | None, candidates: tuple[Candidate, ...], fixes: tuple[str, ...]) -> None:
         self.where, self.step, self.candidates = where, step, candidates
         ranked = [f"\n  {number}. {each!r}" for number, each in enumerate(candidates, start=1)]
         next_step = "Memory is free again. "
         if ranked:
             next_step += "Next, fastest first:" + "".join(ranked)
             next_step += "\nworkflow.retry(run) goes on from the last checkpoint with the first of them."
-        elif mends:
-            next_step += "What would fit: " + "; ".join(mends)
+        elif fixes:
+            next_step += "What would fit: " + "; ".join(fixes)
         elif where.startswith("generation"):
             next_step += "Lower evaluation.batch_size or evaluation.max_new_tokens, and ask again."
         elif where.startswith("loading"):
@@ -65,7 +65,7 @@ class OutOfMemory(RunError):
         else:
             next_step += (
                 "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or recompute more "
-                "layers (train.activation_checkpointing=true, train.recompute_layers=none); then workflow.retry(run)."
+                "layers (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
@@ -78,12 +78,12 @@ class Failure:
     Attributes:
         where: the part of the step.
         step: optimizer steps done.
-        recomputed, compiled: of the decoder layers; None where no training was open.
+        checkpointed, compiled: of the decoder layers; None where no training was open.
     """
 
     where: str
     step: int | None = None
-    recomputed: int | None = None
+    checkpointed: int | None = None
     compiled: bool = False
 
 
@@ -213,7 +213,11 @@ def _trainer_facts(frames: list[FrameType]) -> tuple[int | None, int | None, boo
         trainer = frame.f_locals.get("trainer") or frame.f_locals.get("self")
         if hasattr(trainer, "fast") and hasattr(trainer, "state"):
             fast = trainer.fast
-            return trainer.state.global_step, getattr(fast, "recomputed", None), bool(getattr(fast, "compiled", False))
+            return (
+                trainer.state.global_step,
+                getattr(fast, "checkpointed", None),
+                bool(getattr(fast, "compiled", False)),
+            )
     return None, None, False
 
 
@@ -223,8 +227,8 @@ def _trainer_facts(frames: list[FrameType]) -> tuple[int | None, int | None, boo
 def _told(run: Run, failure: Failure) -> OutOfMemory:
     """The error for the reader; the run's `plan.json` and status keep what it says."""
     training = failure.step is not None or failure.where.startswith("check before training")
-    candidates, mends = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
-    told = OutOfMemory(failure.where, failure.step, candidates, mends)
+    candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
+    told = OutOfMemory(failure.where, failure.step, candidates, fixes)
     with contextlib.suppress(RunError):  # a full disk must not hide this
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
         add_to_plan(run, out_of_memory=record)
@@ -239,20 +243,23 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
         hardware = run_plan.this_machine()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
             hardware = dataclasses.replace(hardware, gpus=1)
-        recomputed = failure.recomputed
-        if recomputed is None:
+        checkpointed = failure.checkpointed
+        if checkpointed is None:
             layers = model_sizes(find_shape(config.model)).blocks
-            recomputed = layers if config.train.activation_checkpointing else 0
+            checkpointed = layers if config.train.activation_checkpointing else 0
         held = run_plan.predicted_step(
-            config, hardware=hardware, compiled=failure.compiled, recomputed=recomputed,
+            config,
+            hardware=hardware,
+            compiled=failure.compiled,
+            checkpointed=checkpointed,
             trained_share=1.0 if config.data.loss_on == "all" else 0.2,
-        )["reserved_gib"]  # fmt: skip
+        )["reserved_gib"]
         smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
         smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)
         plan = run_plan.plan_run(config, hardware=smaller_cards, one_process=True)
     except UserError:  # no GPU, or a shape that can't be planned
         return (), ()
-    return (plan.choice, *plan.alternatives) if plan.choice else (), plan.mends
+    return (plan.choice, *plan.alternatives) if plan.choice else (), plan.fixes
 
 
 def _usable_gib(hardware: Hardware) -> float:

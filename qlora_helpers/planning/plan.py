@@ -21,7 +21,7 @@ from qlora_helpers.planning.step_settings import step_settings
 
 BESIDE = {
     "activations_kept": "(activations, none recomputed)",
-    "activations_recomputed": "(activations, all recomputed)",
+    "activations_checkpointed": "(activations, all recomputed)",
     "logits": "(logits in the loss)",
 }
 """Rows below the sum, which are no part of it."""
@@ -40,7 +40,7 @@ class Plan:
         choice: the fastest that fits, or None.
         alternatives: the next two of other micro-batch.
         smallest: the settings that hold least, fitting or not.
-        mends: where nothing fits, the smallest changes that would, each with its text.
+        fixes: where nothing fits, the smallest changes that would, each with its text.
         notes: what a reader must know of this plan.
     """
 
@@ -52,7 +52,7 @@ class Plan:
     choice: Candidate | None
     alternatives: tuple[Candidate, ...]
     smallest: Candidate
-    mends: tuple[str, ...] = ()
+    fixes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -71,14 +71,23 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
-            "model": self.model, "parameters": self.sizes.parameters, "trainable_parameters": self.adapter_parameters,
-            "hardware": self.hardware.label, "gpus": self.hardware.gpus, "usable_gib": self.hardware.usable_gib,
-            "price_usd_per_hour": self.hardware.price_usd_per_hour, "price_note": self.hardware.price_note,
-            "tokens": self.tokens, "fits": self.fits, "shortfall_gib": round(self.shortfall_gib, 3),
+            "model": self.model,
+            "parameters": self.sizes.parameters,
+            "trainable_parameters": self.adapter_parameters,
+            "hardware": self.hardware.label,
+            "gpus": self.hardware.gpus,
+            "usable_gib": self.hardware.usable_gib,
+            "price_usd_per_hour": self.hardware.price_usd_per_hour,
+            "price_note": self.hardware.price_note,
+            "tokens": self.tokens,
+            "fits": self.fits,
+            "shortfall_gib": round(self.shortfall_gib, 3),
             "choice": self.choice.to_dict() if self.choice else None,
             "alternatives": [each.to_dict() for each in self.alternatives],
-            "smallest": self.smallest.to_dict(), "mends": list(self.mends), "notes": list(self.notes),
-        }  # fmt: skip
+            "smallest": self.smallest.to_dict(),
+            "fixes": list(self.fixes),
+            "notes": list(self.notes),
+        }
 
     def __repr__(self) -> str:
         shown = self.choice or self.smallest
@@ -93,14 +102,21 @@ class Plan:
             lines.append("to take it         " + " ".join(f"--set {setting}" for setting in self.choice.settings))
         else:
             lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB too much on the fullest GPU, at {shown!r}")
-            lines += [f"would fit: {mend}" for mend in self.mends]
+            lines += [f"would fit: {fix}" for fix in self.fixes]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def make_plan(
-    model: str, shape: dict[str, Any], hardware: Hardware, config: RunConfig, *, tokens: int, trained_share: float = 0.2,
-    one_process: bool = False, mend: bool = True,
-) -> Plan:  # fmt: skip
+    model: str,
+    shape: dict[str, Any],
+    hardware: Hardware,
+    config: RunConfig,
+    *,
+    tokens: int,
+    trained_share: float = 0.2,
+    one_process: bool = False,
+    fix: bool = True,
+) -> Plan:
     """Plans a training run.
 
     Args:
@@ -111,7 +127,7 @@ def make_plan(
         tokens: that are trained on in one epoch.
         trained_share: of the tokens.
         one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
-        mend: whether to look for changes that fit, where nothing does.
+        fix: whether to look for changes that fit, where nothing does.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
@@ -127,17 +143,25 @@ def make_plan(
     idle = not one_process and blocks_per_step(config) % hardware.gpus != 0
     idle = idle and can_fit(shape, replace(hardware, gpus=1), config, trained_share)
     return Plan(
-        model, sizes, step.adapter_parameters, hardware, total, choice, tuple(others[:2]), smallest=smallest,
-        mends=() if choice or not mend else _mends(shape, hardware, config, total, trained_share, one_process),
+        model,
+        sizes,
+        step.adapter_parameters,
+        hardware,
+        total,
+        choice,
+        tuple(others[:2]),
+        smallest=smallest,
+        fixes=() if choice or not fix else _fixes(shape, hardware, config, total, trained_share, one_process),
         notes=(
-            *_notes(hardware, sizes, choice), *settings_notes(config, shape),
+            *_notes(hardware, sizes, choice),
+            *settings_notes(config, shape),
             *([_sharing_note(hardware, config)] if idle else []),
             *_not_chosen(shape, config, choice or smallest, trained_share),
         ),
-    )  # fmt: skip
+    )
 
 
-def _mends(
+def _fixes(
     shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float, one_process: bool
 ) -> tuple[str, ...]:
     """The smallest change of the settings that fits, and the cheapest instance that does."""

@@ -21,7 +21,7 @@ from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.candidates import blocks_per_step, is_packed, together
-from qlora_helpers.planning.forecast import Outlook, look_ahead
+from qlora_helpers.planning.forecast import Forecast, look_ahead
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.plan import Plan, make_plan
 from qlora_helpers.planning.speed import UNNAMED_GPU, step_seconds
@@ -61,9 +61,14 @@ def plan_run(
         length = config.data.seq_len_tokens
         known = math.ceil(config.train.max_steps * blocks_per_step(config) * length / config.train.epochs)
     plan = make_plan(
-        config.model.name, shape, hardware, config, tokens=known or UNKNOWN_TOKENS,
-        trained_share=trained_share(config.data), one_process=one_process,
-    )  # fmt: skip
+        config.model.name,
+        shape,
+        hardware,
+        config,
+        tokens=known or UNKNOWN_TOKENS,
+        trained_share=trained_share(config.data),
+        one_process=one_process,
+    )
     if not is_packed(config, shape) and config.train.max_steps is None:
         plan = plan.with_note("what pads the rows comes on top of the data's tokens: it takes longer than this")
     if known is None:
@@ -74,17 +79,24 @@ def plan_run(
 
 
 def predicted_step(
-    config: RunConfig, *, hardware: Hardware, compiled: bool, recomputed: int, trained_share: float, graphed: bool = False,
-    fill: float = 1.0, copies: int = 1,
-) -> dict[str, object]:  # fmt: skip
+    config: RunConfig,
+    *,
+    hardware: Hardware,
+    compiled: bool,
+    checkpointed: int,
+    trained_share: float,
+    captured: bool = False,
+    fill: float = 1.0,
+    copies: int = 1,
+) -> dict[str, object]:
     """What a step with these very settings should hold and how fast it should be: to stand beside what was measured.
 
     Args:
         config: of the run.
         hardware: the GPUs that hold one copy of the model.
-        compiled, recomputed: of the decoder layers.
+        compiled, checkpointed: of the decoder layers.
         trained_share: of the tokens.
-        graphed: whether passes were played from CUDA graphs.
+        captured: whether passes were played from CUDA graphs.
         fill: share of a block that is not padding.
         copies: processes that each train a copy (torchrun).
 
@@ -94,9 +106,14 @@ def predicted_step(
     """
     shape = find_shape(config.model)
     step = step_settings(
-        config, shape, blocks=config.train.micro_batch_size, recomputed=recomputed, compiled=compiled, graphed=graphed,
+        config,
+        shape,
+        blocks=config.train.micro_batch_size,
+        checkpointed=checkpointed,
+        compiled=compiled,
+        captured=captured,
         trained_share=trained_share,
-    )  # fmt: skip
+    )
     step = replace(step, copies=copies)
     _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
     seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
@@ -118,12 +135,18 @@ def layers_per_gpu(config: RunConfig, gpus: int) -> tuple[int, ...] | None:
         shape = find_shape(config.model)
         sizes = model_sizes(shape)
         again = (
-            sizes.blocks if config.train.recompute_layers is None else min(config.train.recompute_layers, sizes.blocks)
+            sizes.blocks
+            if config.train.checkpointed_layers is None
+            else min(config.train.checkpointed_layers, sizes.blocks)
         )
         step = step_settings(
-            config, shape, blocks=config.train.micro_batch_size, compiled=config.train.compile == "on",
-            recomputed=again if config.train.activation_checkpointing else 0, trained_share=trained_share(config.data),
-        )  # fmt: skip
+            config,
+            shape,
+            blocks=config.train.micro_batch_size,
+            compiled=config.train.compile == "on",
+            checkpointed=again if config.train.activation_checkpointing else 0,
+            trained_share=trained_share(config.data),
+        )
     except UserError:
         return None
     counts, _ = predict(sizes, step, gpus=gpus)
@@ -181,9 +204,9 @@ def _file_size(config: DataConfig, changed: int) -> DataSize:
     return DataSize(len(rows), tokens / max(1, len(rows)))
 
 
-def outlook(
+def forecast(
     config: RunConfig, *, hardware: Hardware, shape: dict[str, Any] | None = None, tokens: int | None = None
-) -> Outlook:
+) -> Forecast:
     """What these very settings lead to on some hardware, and beside it the plan.
 
     Args:
@@ -198,9 +221,12 @@ def outlook(
     shape = find_shape(config.model) if shape is None else shape
     size = data_size(config.data) if tokens is None else DataSize(max(1, round(tokens / ROW_TOKENS)), ROW_TOKENS)
     found = look_ahead(
-        config, shape, hardware, size or DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS),
+        config,
+        shape,
+        hardware,
+        size or DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS),
         trained_share=trained_share(config.data),
-    )  # fmt: skip
+    )
     if size is None:
         note = f"the size of {config.data.source} is not known: time is for a million tokens"
         found = replace(found, notes=(*found.notes, note))

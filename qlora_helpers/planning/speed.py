@@ -78,30 +78,30 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     """
     matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
     memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
-    weights = sizes.linear_parameters_per_block + sizes.expert_parameters_per_block * sizes.experts_per_token / max(
+    weights = sizes.linear_parameters_per_layer + sizes.expert_parameters_per_layer * sizes.experts_per_token / max(
         1, sizes.experts
     )
-    products = 2 * step.tokens * weights / matrix
-    dequantised = sizes.linear_parameters_per_block * 2.5 / memory if step.quantized else 0.0
+    matmuls = 2 * step.tokens * weights / matrix
+    dequantised = sizes.linear_parameters_per_layer * 2.5 / memory if step.quantized else 0.0
     kept = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
-    norms = DORA_BYTES * sizes.linear_parameters_per_block / memory if step.dora else 0.0
+    norms = DORA_BYTES * sizes.linear_parameters_per_layer / memory if step.dora else 0.0
     attention = speed.head_operations + speed.value_operations * sizes.head_dim
     attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
-    forward = products + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
-    left_out = step.left_out and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
-    once = sizes.parameters_added_last_per_block if left_out else 0
-    again = forward - (products + dequantised) * once / sizes.linear_parameters_per_block
-    backward = products + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
+    forward = matmuls + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
+    skipped = step.skipped and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
+    once = sizes.parameters_added_last_per_layer if skipped else 0
+    again = forward - (matmuls + dequantised) * once / sizes.linear_parameters_per_layer
+    backward = matmuls + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory
-    gaps = (3 * sizes.blocks + step.recomputed) * speed.gaps_s
-    on_gpu = sizes.blocks * (forward + backward) + step.recomputed * again + head + optimizer + gaps
-    on_host = (sizes.blocks + step.recomputed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
+    gaps = (3 * sizes.blocks + step.checkpointed) * speed.gaps_s
+    on_gpu = sizes.blocks * (forward + backward) + step.checkpointed * again + head + optimizer + gaps
+    on_host = (sizes.blocks + step.checkpointed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
     on_host *= 1.0 if step.compiled else speed.eager_host_factor
-    on_host *= 0.0 if step.graphed else 1.0
+    on_host *= 0.0 if step.captured else 1.0
     if step.offloaded and not sizes.tied:
         looked_up = HALF * step.tokens * sizes.hidden
         on_gpu += looked_up / SENT_BYTES_S

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
-from qlora_helpers.model.shapes.families import adapter_targets, keeps_packed_rows_apart
+from qlora_helpers.model.shapes.families import adapter_targets, supports_packing
 from qlora_helpers.model.shapes.sizes import LinearLayer, ModelSizes, adapter_parameters
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
@@ -22,9 +22,9 @@ class StepSettings:
     Attributes:
         seq_len_tokens: length of a block.
         blocks: in one forward pass, on each GPU.
-        recomputed: decoder layers that recompute their activations.
+        checkpointed: decoder layers that recompute their activations.
         compiled: whether decoder layers are compiled.
-        graphed: whether passes are played from CUDA graphs.
+        captured: whether passes are played from CUDA graphs.
         r: rank of the adapters.
         adapter_parameters: trainable weights in all.
         optim: optimizer, as in `TrainConfig.optim`.
@@ -37,14 +37,14 @@ class StepSettings:
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
-        left_out: whether recomputed layers make no product that nothing in them reads, as the fast step does but in float16, which
+        skipped: whether recomputed layers make no product that nothing in them reads, as the fast step does but in float16, which
             trains under autocast.
         copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
     seq_len_tokens: int
     blocks: int
-    recomputed: int
+    checkpointed: int
     compiled: bool
     r: int
     adapter_parameters: int
@@ -59,8 +59,8 @@ class StepSettings:
     fast_adapters: bool = True
     value_bytes: int = HALF
     adapted: frozenset[str] | None = None
-    graphed: bool = False
-    left_out: bool = True
+    captured: bool = False
+    skipped: bool = True
     copies: int = 1
 
     @property
@@ -73,17 +73,23 @@ class StepSettings:
 
 
 def step_settings(
-    config: RunConfig, shape: dict[str, Any], *, blocks: int, recomputed: int = 0, compiled: bool = True,
-    graphed: bool = False, trained_share: float,
-) -> StepSettings:  # fmt: skip
+    config: RunConfig,
+    shape: dict[str, Any],
+    *,
+    blocks: int,
+    checkpointed: int = 0,
+    compiled: bool = True,
+    captured: bool = False,
+    trained_share: float,
+) -> StepSettings:
     """A run's settings as memory and speed depend on them.
 
     Args:
         config: of the run.
         shape: the model's `config.json`.
         blocks: in one forward pass, on each GPU.
-        recomputed, compiled: of the decoder layers.
-        graphed: whether passes are played from CUDA graphs.
+        checkpointed, compiled: of the decoder layers.
+        captured: whether passes are played from CUDA graphs.
         trained_share: of the tokens.
 
     Raises:
@@ -91,20 +97,31 @@ def step_settings(
     """
     adapter = config.adapter
     return StepSettings(
-        seq_len_tokens=config.data.seq_len_tokens, blocks=blocks, recomputed=recomputed, compiled=compiled, r=adapter.r,
+        seq_len_tokens=config.data.seq_len_tokens,
+        blocks=blocks,
+        checkpointed=checkpointed,
+        compiled=compiled,
+        r=adapter.r,
         adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
-        optim=config.train.optim, trained_share=trained_share, quantized=config.model.quantization == "nf4",
-        double_quantization=config.model.double_quantization, offloaded=config.train.offload_embeddings and config.train.fast_step,
-        chunked_loss=config.train.fast_step, dropout=adapter.lora_dropout > 0, dora=adapter.use_dora,
-        fast_adapters=config.train.fast_step, value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
-        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None, graphed=graphed,
-        left_out=config.model.compute_dtype != "float16",
-    )  # fmt: skip
+        optim=config.train.optim,
+        trained_share=trained_share,
+        quantized=config.model.quantization == "nf4",
+        double_quantization=config.model.double_quantization,
+        offloaded=config.train.offload_embeddings and config.train.fast_step,
+        chunked_loss=config.train.fast_step,
+        dropout=adapter.lora_dropout > 0,
+        dora=adapter.use_dora,
+        fast_adapters=config.train.fast_step,
+        value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
+        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None,
+        captured=captured,
+        skipped=config.model.compute_dtype != "float16",
+    )
 
 
 def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     """Whether rows will be packed: asked for, and the model can keep them apart."""
-    return config.data.packing and keeps_packed_rows_apart(shape, config.data.seq_len_tokens)
+    return config.data.packing and supports_packing(shape, config.data.seq_len_tokens)
 
 
 def may_record(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:
@@ -129,7 +146,7 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     residuals = 1 if sizes.parallel_attention else 2
-    norms = sizes.norms_per_block
+    norms = sizes.norms_per_layer
     extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
     stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
     attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in 32 bits

@@ -114,7 +114,7 @@ def _start_detached(run: Run, command: list[str], processes: int) -> int:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
     except OSError as error:
         run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error))
         raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error

@@ -66,7 +66,7 @@ class Status:
             and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
             and all(text is None or isinstance(text, str) for text in texts)
             and (self.readings is None or isinstance(self.readings, dict))
-        )  # fmt: skip
+        )
 
     @property
     def is_live(self) -> bool:
@@ -96,7 +96,7 @@ class Status:
             self, state="starting", session=self.session + 1, started_at=time.time(), spent_s=self.used_s,
             spent_usd=self.used_usd or 0.0, usd_per_hour=None, exit_reason=None, last_error=None, readings=None,
             host=socket.gethostname(), **values,
-        )  # fmt: skip
+        )
 
 
 def stopped_by(reason: str | None) -> str:

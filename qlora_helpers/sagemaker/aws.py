@@ -15,15 +15,31 @@ from qlora_helpers.base.errors import UserError
 
 _COMMON_REGISTRY = "763104351884"
 _REGISTRIES = {
-    "af-south-1": "626614931356", "ap-east-1": "871362719292", "ap-east-2": "975050140332",
-    "ap-northeast-3": "364406365360", "ap-south-2": "772153158452", "ap-southeast-3": "907027046896",
-    "ap-southeast-4": "457447274322", "ap-southeast-5": "550225433462", "ap-southeast-6": "633930458069",
-    "ap-southeast-7": "590183813437", "ca-west-1": "204538143572", "cn-north-1": "727897471807",
-    "cn-northwest-1": "727897471807", "eu-central-2": "380420809688", "eu-south-1": "692866216735",
-    "eu-south-2": "503227376785", "eusc-de-east-1": "204133271717", "il-central-1": "780543022126",
-    "me-central-1": "914824155844", "me-south-1": "217643126080", "me-west-1": "124382933778",
-    "mx-central-1": "637423239942", "us-gov-east-1": "446045086412", "us-gov-west-1": "442386744353",
-}  # fmt: skip
+    "af-south-1": "626614931356",
+    "ap-east-1": "871362719292",
+    "ap-east-2": "975050140332",
+    "ap-northeast-3": "364406365360",
+    "ap-south-2": "772153158452",
+    "ap-southeast-3": "907027046896",
+    "ap-southeast-4": "457447274322",
+    "ap-southeast-5": "550225433462",
+    "ap-southeast-6": "633930458069",
+    "ap-southeast-7": "590183813437",
+    "ca-west-1": "204538143572",
+    "cn-north-1": "727897471807",
+    "cn-northwest-1": "727897471807",
+    "eu-central-2": "380420809688",
+    "eu-south-1": "692866216735",
+    "eu-south-2": "503227376785",
+    "eusc-de-east-1": "204133271717",
+    "il-central-1": "780543022126",
+    "me-central-1": "914824155844",
+    "me-south-1": "217643126080",
+    "me-west-1": "124382933778",
+    "mx-central-1": "637423239942",
+    "us-gov-east-1": "446045086412",
+    "us-gov-west-1": "442386744353",
+}
 """Accounts of AWS's public deep learning containers, by region, where it is not the common one (no secret regions).
 Source: `image_uri_config/djl-lmi.json` and `pytorch-amzn2023.json` of the SageMaker Python SDK 3.27.0."""
 
@@ -40,7 +56,7 @@ def new_client(service: str, region: str | None = None) -> Any:
     """
     import boto3
 
-    with told_plainly(f"open {service}"):
+    with aws_errors_explained(f"open {service}"):
         session = boto3.Session(region_name=region)
         if session.region_name is None:
             raise UserError(
@@ -55,7 +71,7 @@ def new_client(service: str, region: str | None = None) -> Any:
 
 
 @contextlib.contextmanager
-def told_plainly(what: str) -> Iterator[None]:
+def aws_errors_explained(what: str) -> Iterator[None]:
     """Turns boto's errors within the block into one clear `UserError`.
 
     Args:
@@ -153,7 +169,7 @@ def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
 
     client = client or new_client("s3")
     try:
-        with told_plainly(f"take {path.name}"):
+        with aws_errors_explained(f"take {path.name}"):
             client.upload_file(str(path), bucket, key)
     except S3UploadFailedError as error:
         raise UserError(
@@ -173,7 +189,7 @@ def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
         What was deleted, such as `["endpoint demo", "endpoint configuration demo", "model demo"]`.
     """
     client = client or new_client("sagemaker")
-    with told_plainly(f"delete the endpoint {name}"):
+    with aws_errors_explained(f"delete the endpoint {name}"):
         config = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
         variants = client.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"]
         client.delete_endpoint(EndpointName=name)

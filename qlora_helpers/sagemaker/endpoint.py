@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.export.vllm import PLAIN_NAME, VLLM_OPTIONS
-from qlora_helpers.sagemaker.aws import checked_role, new_client, registry, split_s3_uri, told_plainly
+from qlora_helpers.sagemaker.aws import aws_errors_explained, checked_role, new_client, registry, split_s3_uri
 from qlora_helpers.sagemaker.aws import delete_endpoint as delete_endpoint
 from qlora_helpers.sagemaker.aws import upload as upload
 
@@ -80,11 +80,13 @@ def endpoint_requests(
     }
     return {
         "create_model": {
-            "ModelName": endpoint_name, "PrimaryContainer": container, "ExecutionRoleArn": checked_role(role)
+            "ModelName": endpoint_name,
+            "PrimaryContainer": container,
+            "ExecutionRoleArn": checked_role(role),
         },
         "create_endpoint_config": {"EndpointConfigName": endpoint_name, "ProductionVariants": [variant]},
         "create_endpoint": {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name},
-    }  # fmt: skip
+    }
 
 
 def deploy(
@@ -120,10 +122,14 @@ def deploy(
     """
     client = client or new_client("sagemaker")
     requests = endpoint_requests(
-        model_s3_uri, endpoint_name, role=role, instance_type=instance_type, environment=environment,
+        model_s3_uri,
+        endpoint_name,
+        role=role,
+        instance_type=instance_type,
+        environment=environment,
         image_uri=image_uri or lmi_image_uri(client.meta.region_name),
-    )  # fmt: skip
-    with told_plainly(f"create the endpoint {endpoint_name}"), contextlib.ExitStack() as undo:
+    )
+    with aws_errors_explained(f"create the endpoint {endpoint_name}"), contextlib.ExitStack() as undo:
         client.create_model(**requests["create_model"])
         undo.callback(client.delete_model, ModelName=endpoint_name)
         client.create_endpoint_config(**requests["create_endpoint_config"])
@@ -144,7 +150,7 @@ def wait_for_endpoint(endpoint_name: str, *, client: Any = None) -> None:
     from botocore.exceptions import WaiterError
 
     client = client or new_client("sagemaker")
-    with told_plainly(f"describe the endpoint {endpoint_name}"):
+    with aws_errors_explained(f"describe the endpoint {endpoint_name}"):
         try:
             client.get_waiter("endpoint_in_service").wait(EndpointName=endpoint_name)
         except WaiterError as error:
@@ -192,7 +198,7 @@ def ask(
     """
     request = question(prompt, adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature)
     client = client or new_client("sagemaker-runtime")
-    with told_plainly(f"ask the endpoint {endpoint_name}"):
+    with aws_errors_explained(f"ask the endpoint {endpoint_name}"):
         reply = client.invoke_endpoint(
             EndpointName=endpoint_name,
             ContentType="application/json",

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.studio import this_app
-from qlora_helpers.sagemaker.aws import delete_endpoint, new_client, told_plainly
+from qlora_helpers.sagemaker.aws import aws_errors_explained, delete_endpoint, new_client
 
 _APP_KEYS = ("DomainId", "UserProfileName", "SpaceName", "AppType", "AppName")
 
@@ -53,7 +53,7 @@ def list_sagemaker(*, client: Any = None) -> list[Resource]:
         UserError: there is no region, there are no credentials, or the role may not list.
     """
     client = client or new_client("sagemaker")
-    with told_plainly("list what runs in SageMaker"):
+    with aws_errors_explained("list what runs in SageMaker"):
         found = [*_apps(client), *_endpoints(client), *_notebook_instances(client), *_training_jobs(client)]
     return sorted(found, key=lambda resource: resource.is_this)
 
@@ -91,7 +91,7 @@ def stop_sagemaker(resources: Iterable[Resource], *, confirm: bool = False, clie
         if resource.kind == "endpoint":
             delete_endpoint(resource.name, client=client)
         else:
-            with told_plainly(f"stop the {resource.kind} {resource.name}"):
+            with aws_errors_explained(f"stop the {resource.kind} {resource.name}"):
                 stop[resource.kind](**resource.request)
     return chosen
 
@@ -109,7 +109,7 @@ def stop_this_app(*, client: Any = None) -> dict[str, str]:
     if not {"DomainId", "AppType", "AppName"} <= app.keys():
         raise UserError("this is no app of SageMaker Studio", next_step="Shut the machine down another way.")
     client = client or new_client("sagemaker")
-    with told_plainly(f"shut down the app {app['AppName']}"):
+    with aws_errors_explained(f"shut down the app {app['AppName']}"):
         client.delete_app(**app)
     return app
 

@@ -23,7 +23,7 @@ from qlora_helpers.base.tarball import write_tarball
 from qlora_helpers.model.hub import is_hub_id
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.sagemaker.aws import checked_role, new_client, registry, split_s3_uri, told_plainly, upload
+from qlora_helpers.sagemaker.aws import aws_errors_explained, checked_role, new_client, registry, split_s3_uri, upload
 
 TRAINING_IMAGE = "pytorch:2.13-cu133-amzn2023-sagemaker"
 """AWS's training container with this project's PyTorch (in the SageMaker Python SDK 3.27.0: `pytorch-amzn2023`)."""
@@ -142,7 +142,7 @@ def training_job(
         max_hours=max_hours,
         environment=environment,
     )
-    with told_plainly(f"start the training job {name}"):
+    with aws_errors_explained(f"start the training job {name}"):
         client.create_training_job(**request)
     return name
 
@@ -228,7 +228,7 @@ def source_archive(out_path: Path, run_name: str, *, processes: int = 1) -> Path
     contents["requirements.txt"] = requirements
     contents["job.sh"] = _SCRIPT.format(
         name=run_name, command=_command(run_name, processes), told_to_end=sigterm.EXIT_CODE
-    ).encode()  # fmt: skip
+    ).encode()
     return write_tarball(out_path, contents)
 
 

@@ -38,7 +38,7 @@ class Trouble:
         exploded: the loss was finite all along.
         batch, batches: which forward pass of the step (from 1), of how many; None where all of them are meant.
         blocks: numbers of its blocks in the training data.
-        mend: what a person can do.
+        fix: what a person can do.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Trouble:
     batch: int | None
     batches: int
     blocks: tuple[int, ...]
-    mend: str = "Look at these rows, or lower train.learning_rate"
+    fix: str = "Look at these rows, or lower train.learning_rate"
 
 
 @dataclass
@@ -141,8 +141,8 @@ class LossWatch:
             learned = step.number - self.overflows
             found = f"float16 gradients overflowed in {self.overflows} steps in a row, first"
             what = f"nothing was learned since step {learned}: {found}"
-            mend = "Lower train.learning_rate, or give a new run model.compute_dtype=float32"
-            return Trouble(learned + 1, what, exploded=False, batch=None, batches=len(losses), blocks=(), mend=mend)
+            fix = "Lower train.learning_rate, or give a new run model.compute_dtype=float32"
+            return Trouble(learned + 1, what, exploded=False, batch=None, batches=len(losses), blocks=(), fix=fix)
         loss = sum(losses)
         limit = bound(self.recent)
         if loss <= limit:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.batches import SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.training.fast_step.loss import ChunkedLoss
 
@@ -20,8 +20,8 @@ SAME_LOSS = 0.1  # largest root mean square difference between fast and plain to
 
 
 @torch.no_grad()
-def check_rows_apart(
-    model: torch.nn.Module, collator: BlockCollator, *, leak: float = 1e-3, rounding: float = 0.1
+def check_block_diagonal(
+    model: torch.nn.Module, collator: SequenceCollator, *, leak: float = 1e-3, rounding: float = 0.1
 ) -> tuple[float, float]:
     """Proves on the loaded model that a row in a packed block is answered as if it stood alone.
 
@@ -90,7 +90,7 @@ def check_same_losses(found: torch.Tensor, plain: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def probe_losses(model: torch.nn.Module, collator: BlockCollator, chunked: ChunkedLoss | None) -> torch.Tensor:
+def probe_losses(model: torch.nn.Module, collator: SequenceCollator, chunked: ChunkedLoss | None) -> torch.Tensor:
     """Losses of the tokens of a block of two rows of random words, `(tokens,)`: the same on any path through the model."""
     vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)

@@ -17,18 +17,18 @@ import torch
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
-from qlora_helpers.data.batches import BlockCollator, most_rows, most_trained
+from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
 from qlora_helpers.model.shapes.families import draws_at_random
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.wiring import is_spread, takes_logits_to_keep
-from qlora_helpers.planning.forecast import compiled_and_recomputed
+from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import StepSettings, may_record
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
-from qlora_helpers.training.probes import check_rows_apart, check_same_losses, probe_losses
+from qlora_helpers.training.probes import check_block_diagonal, check_same_losses, probe_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def make_collator(
     *,
     fast: FastStep | None = None,
     blocks: int | None = None,
-) -> BlockCollator:
+) -> SequenceCollator:
     """The collator that fits a model and prepared data.
 
     Args:
@@ -55,14 +55,14 @@ def make_collator(
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
-    return BlockCollator(
+    return SequenceCollator(
         pad_token_id=tokenizer.pad_token_id,
         packed=data.packed,
         mask_dtype=inner.dtype if eager else None,
         pad_to=data.seq_len_tokens if data.packed else None,
         keep_trained_logits=takes_logits_to_keep(model),
         plain_positions=is_spread(model),
-        most_rows=most_rows(data.train, data.eval) if fast and fast.rows_apart else None,
+        most_rows=most_rows(data.train, data.eval) if fast and fast.block_diagonal else None,
         list_trained=fast is not None and fast.loss is not None,
         most_trained=most_trained(data.train, blocks) if blocks and fast and fast.recording else None,
         blocks=blocks if data.packed else None,
@@ -80,14 +80,21 @@ def open_fast_step(
     def check(on: FastStep) -> None:
         collator = make_collator(model, tokenizer, data, fast=on)
         if data.packed:
-            check_rows_apart(model, collator)
+            check_block_diagonal(model, collator)
         check_same_losses(probe_losses(model, collator, on.loss), plain)
 
-    compiled, recomputed = _choose(model, data, config, longest)
+    compiled, checkpointed = _choose(model, data, config, longest)
     return fast_step(
-        model, packed=data.packed, longest=longest, compiled=compiled, recomputed=recomputed, graphed=config.cuda_graph,
-        accumulation=config.gradient_accumulation_steps, offload_embeddings=config.offload_embeddings, check=check,
-    )  # fmt: skip
+        model,
+        packed=data.packed,
+        longest=longest,
+        compiled=compiled,
+        checkpointed=checkpointed,
+        captured=config.cuda_graph,
+        accumulation=config.gradient_accumulation_steps,
+        offload_embeddings=config.offload_embeddings,
+        check=check,
+    )
 
 
 def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int) -> tuple[bool, int | None]:
@@ -95,7 +102,7 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
 
     The plan chooses for one GPU. On a CPU, over several GPUs and for an architecture that can't be planned, the settings do.
     """
-    as_set = config.compile == "on", config.recompute_layers if config.activation_checkpointing else 0
+    as_set = config.compile == "on", config.checkpointed_layers if config.activation_checkpointing else 0
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
         return as_set
@@ -108,25 +115,32 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     dropout = lora.lora_dropout > 0 or draws_at_random(model.config.get_text_config().to_dict())
     settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
-        seq_len_tokens=longest, blocks=config.micro_batch_size, recomputed=0, compiled=False,
-        r=lora.r, optim=config.optim,
+        seq_len_tokens=longest,
+        blocks=config.micro_batch_size,
+        checkpointed=0,
+        compiled=False,
+        r=lora.r,
+        optim=config.optim,
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        trained_share=data.report.trained_tokens / data.report.tokens, quantized=settings is not None,
+        trained_share=data.report.trained_tokens / data.report.tokens,
+        quantized=settings is not None,
         double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
-        offloaded=config.offload_embeddings, dropout=lora.lora_dropout > 0,
-        dora=lora.use_dora, adapted=frozenset(lora.target_modules),
+        offloaded=config.offload_embeddings,
+        dropout=lora.lora_dropout > 0,
+        dora=lora.use_dora,
+        adapted=frozenset(lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
-        left_out=model.dtype != torch.float16,
-        graphed=may_record(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
+        skipped=model.dtype != torch.float16,
+        captured=may_record(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
         copies=copies,
-    )  # fmt: skip
-    if step.graphed:  # every batch is filled up to the most that are trained in any
+    )
+    if step.captured:  # every batch is filled up to the most that are trained in any
         most = most_trained(data.train, config.micro_batch_size)
         step = replace(step, trained_share=most / (config.micro_batch_size * longest))
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
     usable = gib(usable_bytes(device) + CONTEXT_BYTES)
-    return compiled_and_recomputed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+    return compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
 
 
 def usable_bytes(device: torch.device) -> float:

@@ -22,8 +22,8 @@ _FIRST_FACTOR = {
     "aten::addmm": 1,
     "aten::addmm_": 1,
     "bitsandbytes::gemm_4bit": 0,
-    "qlora_helpers::add_product_": 1,
-    "qlora_helpers::linear_unless_recomputed": 0,
+    "qlora_helpers::add_matmul_": 1,
+    "qlora_helpers::linear_unless_checkpointed": 0,
     "qlora_helpers::linear_4bit_unless_recomputed": 0,
 }
 """Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are none of them.
@@ -67,7 +67,7 @@ class StepCost:
 def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2) -> StepCost:
     """Takes a step some times over and counts; the model's weights stay as they are, its gradients are left behind.
 
-    Products are counted as PyTorch dispatches them, so layers must not be compiled; what is kept, by
+    Matmuls are counted as PyTorch dispatches them, so layers must not be compiled; what is kept, by
     `torch.autograd.graph.saved_tensors_hooks`.
 
     Args:
@@ -76,7 +76,7 @@ def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2
         repeats: timed steps, after one that is counted.
     """
     kept = _Kept(model)
-    with _Products() as products:
+    with _Matmuls() as matmuls:
         loss, gradient = loss_and_gradient(model, batch, forward=kept.watched())
     seconds = []
     for _ in range(repeats):
@@ -87,7 +87,7 @@ def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2
         if gradient.is_cuda:
             torch.cuda.synchronize(gradient.device)
         seconds.append(time.perf_counter() - started)
-    return StepCost(loss, gradient, min(seconds), products.flop / 1e9, kept.n_bytes / 1024**2)
+    return StepCost(loss, gradient, min(seconds), matmuls.flop / 1e9, kept.n_bytes / 1024**2)
 
 
 class _Kept:
@@ -111,7 +111,7 @@ class _Kept:
         return tensor
 
 
-class _Products(TorchDispatchMode):
+class _Matmuls(TorchDispatchMode):
     """While open, counts the operations of matrix products; `flop` says how many there were."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         place = _FIRST_FACTOR.get(name := func.name().partition(".")[0])
-        if place is not None and not (name.endswith("_unless_recomputed") and recomputing()):
-            product = args[0] if out is None else out
-            self.flop += 2 * product.numel() * args[place].shape[-1]
+        if place is not None and not (name.endswith("_unless_checkpointed") and recomputing()):
+            matmul = args[0] if out is None else out
+            self.flop += 2 * matmul.numel() * args[place].shape[-1]
         return out

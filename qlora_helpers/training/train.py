@@ -27,7 +27,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.callback import RunFolderCallback
-from qlora_helpers.training.probes import check_rows_apart
+from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
 
@@ -51,8 +51,8 @@ class TrainResult:
         reserved_gib: the most that PyTorch took from each GPU for that; empty on a CPU.
         stopped: whether a person, the budget or SIGTERM stopped it before the end, and `stop_reason` why.
         machine: what it ran on: the GPUs' names, or `CPU`.
-        compiled, recomputed: whether decoder layers were compiled, and how many recomputed their activations.
-        graphed: whether passes were played from CUDA graphs.
+        compiled, checkpointed: whether decoder layers were compiled, and how many recomputed their activations.
+        captured: whether passes were played from CUDA graphs.
         fast_step: what of the fast step was on, a line each; empty on the plain path.
     """
 
@@ -67,8 +67,8 @@ class TrainResult:
     machine: str
     reserved_gib: dict[str, float] = field(default_factory=dict)
     compiled: bool = False
-    graphed: bool = False
-    recomputed: int = 0
+    captured: bool = False
+    checkpointed: int = 0
     fast_step: str = ""
     stop_reason: str = ""
 
@@ -177,16 +177,19 @@ def train(
             model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
         )
         if data.packed and fast is None:
-            check_rows_apart(model, collator)
+            check_block_diagonal(model, collator)
         half = None if on_cpu else half_of(model)
         args = training_arguments(config, run, on_cpu=on_cpu, half=half, fast=fast is not None)
         args.disable_tqdm = not show_progress
         if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
             args._n_gpu = 1
         trainer = SummaryTrainer(
-            model=model, args=args, train_dataset=NumberedBlocks(data.train), eval_dataset=data.eval,
+            model=model,
+            args=args,
+            train_dataset=NumberedBlocks(data.train),
+            eval_dataset=data.eval,
             data_collator=collator,
-        )  # fmt: skip
+        )
         trainer.fast, trainer.trained_on = fast, trained_on
         opened.enter_context(_adapters_kept(model))
         if not show_progress:
@@ -252,14 +255,22 @@ def _run_session(
     losses = {key: item[key] for item in trainer.state.log_history for key in ("loss", "eval_loss") if key in item}
     tokens = int(trainer.tokens_seen) * trainer.accelerator.num_processes
     return TrainResult(
-        trainer.state.global_step, trainer.state.global_step - start, losses.get("loss"), losses.get("eval_loss"),
-        seconds, tokens / max(1e-9, seconds), peak_memory(), callback.stopped,
-        machine_name(model.get_input_embeddings().weight.device), reserved_memory(),
+        trainer.state.global_step,
+        trainer.state.global_step - start,
+        losses.get("loss"),
+        losses.get("eval_loss"),
+        seconds,
+        tokens / max(1e-9, seconds),
+        peak_memory(),
+        callback.stopped,
+        machine_name(model.get_input_embeddings().weight.device),
+        reserved_memory(),
         compiled=trainer.fast.compiled if trainer.fast else False,
-        graphed=bool(trainer.fast and trainer.fast.graphs and trainer.fast.graphs.played),
-        recomputed=trainer.fast.recomputed if trainer.fast else 0,
-        fast_step=repr(trainer.fast) if trainer.fast else "", stop_reason=callback.stop_reason,
-    )  # fmt: skip
+        captured=bool(trainer.fast and trainer.fast.graphs and trainer.fast.graphs.replayed),
+        checkpointed=trainer.fast.checkpointed if trainer.fast else 0,
+        fast_step=repr(trainer.fast) if trainer.fast else "",
+        stop_reason=callback.stop_reason,
+    )
 
 
 def planned_steps(trainer: Trainer) -> int:

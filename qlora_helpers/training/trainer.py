@@ -82,7 +82,7 @@ class SummaryTrainer(Trainer):
         where = f"; its data: {rows_in_words(trouble.blocks, rows)}" if rows else ""
         raise RunError(
             f"{trouble.what} at step {trouble.step}{passes}{where}",
-            next_step=f"{trouble.mend}; the run goes on from "
+            next_step=f"{trouble.fix}; the run goes on from "
             + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
         )
 

@@ -110,14 +110,20 @@ class Follower:
             last = self._progress.records[-1] if self._progress.records else {}
             pace = [record for record in self._paced if record.get("session") == status.session]
             return View(
-                self.run.name, status, {key: tuple(points) for key, points in self._curves.items()}, self._generation,
-                seconds_left(status, pace), max(0.0, time.time() - status.heartbeat),
+                self.run.name,
+                status,
+                {key: tuple(points) for key, points in self._curves.items()},
+                self._generation,
+                seconds_left(status, pace),
+                max(0.0, time.time() - status.heartbeat),
                 status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
                 _limits(self._unless_changed(self.run.config_path, self._train_config), status, last),
-                _newest_requests(self.run.requests, status.session), log, _trouble(status, log),
+                _newest_requests(self.run.requests, status.session),
+                log,
+                _trouble(status, log),
                 events_copy=copy_state(self.run.events_dir),
                 settings_changed=self._settings_changed(status),
-            )  # fmt: skip
+            )
 
     def _read_progress(self) -> None:
         new = self._progress.read()

@@ -79,9 +79,15 @@ def _read(run: Run) -> _Parts:
         return read_json(path) if path.exists() else {}
 
     return _Parts(
-        run, run.config(), run.status(), loss_curve(run), found(run.plan_path), found(run.evaluation_path),
-        found(run.data_dir / "prepared.json"), found(run.adapter_dir / "adapter_config.json"),
-    )  # fmt: skip
+        run,
+        run.config(),
+        run.status(),
+        loss_curve(run),
+        found(run.plan_path),
+        found(run.evaluation_path),
+        found(run.data_dir / "prepared.json"),
+        found(run.adapter_dir / "adapter_config.json"),
+    )
 
 
 def _template() -> Any:

@@ -67,7 +67,7 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
     said += [f"Tuned against {MODELS[name]}: {found['verdict']}" for name, found in comparisons.items()]
     if rows < FEW_ROWS and not comparisons:  # a file from before there were intervals
         said.append(f"{rows} dialogues are few: a difference of a point or two can be chance.")
-    if count := len(evaluation.get("left_out", ())):
+    if count := len(evaluation.get("skipped", ())):
         said.append(f"{count} held-out dialogue{'s' * (count != 1)} stood in the training set too, and did not count.")
     if evaluation["prompt_tokens_trimmed"]:
         said.append(
@@ -94,10 +94,14 @@ def outcomes(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_id = {row["id"]: row for row in evaluation["rows"]}
     said = {"wins": "closer to the reference", "ties": "as close", "losses": "further from the reference"}
     return [
-        {"what": f"{len(values[key])} answers {what} than the untuned model's".replace("as close than", "as close as"),
-         "dialogues": [_shown(by_id[name]) for name in values[key][:OUTCOMES_SHOWN]]}
+        {
+            "what": f"{len(values[key])} answers {what} than the untuned model's".replace(
+                "as close than", "as close as"
+            ),
+            "dialogues": [_shown(by_id[name]) for name in values[key][:OUTCOMES_SHOWN]],
+        }
         for key, what in said.items()
-    ]  # fmt: skip
+    ]
 
 
 def shown_dialogues(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -97,9 +97,13 @@ class TensorBoardPage:
         with tempfile.TemporaryFile() as log:
             # A process group of its own: interrupting a cell would end it too.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_environment(os.environ),
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(os.environ),
                 process_group=0,
-            )  # fmt: skip
+            )
             atexit.register(self.stop)
             self.port = self._wait_for_port(log)
         self.url = browser_url(self.port)

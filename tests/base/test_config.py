@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_helpers.base.config import (
+    RENAMED,
     SECTIONS,
     AdapterConfig,
     ModelConfig,
@@ -354,3 +355,13 @@ def test_every_section_is_part_of_a_run():
     assert names == set(SECTIONS)
     for name, kind in SECTIONS.items():
         assert type(getattr(RunConfig(), name)) is kind
+
+
+def test_a_setting_is_read_under_its_earlier_name():
+    values = RunConfig().to_dict()
+    values["train"]["recompute_layers"] = values["train"].pop("checkpointed_layers") or 3
+    assert config_from_dict(values).train.checkpointed_layers == 3
+    assert RunConfig().with_settings(["train.recompute_layers=2"]).train.checkpointed_layers == 2
+    for name in RENAMED.values():
+        section, _, key = name.partition(".")
+        assert key in RunConfig().to_dict()[section]

@@ -39,8 +39,10 @@ def test_rows_token_by_token(notebook):
     rows = page.locator(".qlora-rows")
     expect(rows).to_contain_text("train row 1 of 8")
     expect(rows).to_contain_text(ATTACK)
-    colours = [rows.locator(kind).first.evaluate("token => getComputedStyle(token).backgroundColor")
-               for kind in (".k-trained", ".k-masked", ".k-end")]  # fmt: skip
+    colours = [
+        rows.locator(kind).first.evaluate("token => getComputedStyle(token).backgroundColor")
+        for kind in (".k-trained", ".k-masked", ".k-end")
+    ]
     assert len(set(colours)) == 3
     rows.locator(".qlora-next").click()
     expect(rows).to_contain_text("train row 2 of 8")

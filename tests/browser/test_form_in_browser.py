@@ -50,7 +50,7 @@ def test_turn_a_knob_see_what_follows_and_save(form, run, picture):
     assert over.evaluate("bar => getComputedStyle(bar).color") != consequences.evaluate(
         "all => getComputedStyle(all).color"
     )
-    consequences.get_by_role("button", name="Mend it").click()
+    consequences.get_by_role("button", name="Fix it").click()
     expect(consequences).not_to_contain_text("Does not fit")
 
     assert run.config().adapter.r == 8  # nothing is saved before it is asked for

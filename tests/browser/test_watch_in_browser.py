@@ -42,7 +42,7 @@ def until_more_points(page, panel, than: int) -> None:
     page.wait_for_function(
         "than => (document.querySelector('.qlora-watch path.line')?.getAttribute('d') || '').split('L').length - 1 > than",
         arg=than,
-    )  # fmt: skip
+    )
 
 
 def test_start_watch_reload_stop_and_find_the_checkpoint(notebook, run):

@@ -168,7 +168,7 @@ def test_nothing_to_train_on():
 
 
 def test_rows_that_were_cut_or_left_out_are_named():
-    found = report([block(row())], trimmed=["r1"], left_out=[f"x{number}" for number in range(7)])
+    found = report([block(row())], trimmed=["r1"], skipped=[f"x{number}" for number in range(7)])
     lines = dict(found.lines())
     assert lines["trimmed"] == "1: r1"
     assert lines["left out"] == "7: x0, x1, x2, x3, x4 and 2 more"

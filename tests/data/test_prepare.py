@@ -78,7 +78,7 @@ def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
     assert set(texts) == {"d1", "d2", "d3", "d4", "long"}
     assert texts["long"].startswith("Summarize the chat dialogue:\nAna: really?\nAna: really?")
     assert texts["long"].endswith("\n---\nSummary:\nAna doubts it.<|endoftext|>")
-    assert (made.report.trimmed, made.report.left_out) == (("long",), ("endless",))
+    assert (made.report.trimmed, made.report.skipped) == (("long",), ("endless",))
     assert made.report.passed
     cut = len(tokenizer("Ana: really?\n" * 40)["input_ids"])
     first, *rest = made.notes
@@ -90,7 +90,7 @@ def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
 
 def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
     made = prepared_data(long_corpus, tokenizer, long_rows="drop")
-    assert made.report.left_out == ("long", "endless")
+    assert made.report.skipped == ("long", "endless")
     assert made.report.trimmed == ()
     assert "rows.csv line 7: left out, " in made.notes[1]
     assert made.notes[1].endswith(" tokens too long")
@@ -205,7 +205,7 @@ def test_the_embedded_corpus_passes_its_report(tokenizer):
     assert made.report.passed
     assert made.eval_report.passed
     assert (made.report.rows, made.eval_report.rows) == (240, 30)
-    assert made.report.left_out == ()
+    assert made.report.skipped == ()
     fill = made.report.tokens / (len(made.train) * 512)
     assert fill > 0.9
 

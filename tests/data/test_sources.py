@@ -200,7 +200,7 @@ BAD = {
     "nothing but empty texts": ("a.jsonl", jsonl([{"dialogue": " ", "summary": "s"}] * 9), "line 1", "is empty"),
     "one dialogue alone": ("a.jsonl", jsonl([rows(1)[0] | {"summary": f"{i}"} for i in range(9)]), "in test too"),
     "of another kind": ("a.txt", GOOD, "unknown kind", ".jsonl"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -278,8 +278,11 @@ def read_in_a_process(sources: list[tuple[str, str]], **environment: str) -> lis
     result = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(sources)],
         env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | environment,
-        capture_output=True, text=True, timeout=100, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
     return json.loads(result.stdout)
 
 
@@ -297,13 +300,20 @@ def test_hub_data_sets_are_read_refused_and_found_in_the_cache(tmp_path):
         "some/broken": {"train.jsonl": b'{"dialogue": \n'},
     }
     asked = [
-        "samsum", "Samsung/samsum", "some/script", "some/text", "some/broken", "some/closed", "gated/unknown",
-    ]  # fmt: skip
+        "samsum",
+        "Samsung/samsum",
+        "some/script",
+        "some/text",
+        "some/broken",
+        "some/closed",
+        "gated/unknown",
+    ]
     with hub(repositories, gated=("some/closed",)) as endpoint:
         answers = read_in_a_process(
             [*((source, "summary") for source in asked), ("samsum", "highlights")],
-            HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path),
-        )  # fmt: skip
+            HF_ENDPOINT=endpoint,
+            HF_HOME=str(tmp_path),
+        )
     read = "Corpus('knkarthick/samsum': 20 train, 5 eval, 6 test; licence: CC BY-NC-ND 4.0; 1 note)"
     for answer, source in zip(answers, asked[:2], strict=False):
         assert answer["repr"] == read
@@ -311,9 +321,12 @@ def test_hub_data_sets_are_read_refused_and_found_in_the_cache(tmp_path):
         assert answer["where"] == "knkarthick/samsum test row 1"
     errors = [answer["error"] for answer in answers[2:]]
     expected = [
-        "scripts are no longer supported", "no data files", "can't be read (JSON parse error",
-        "'some/closed' is gated. Accept its terms", "no data set 'gated/unknown', or it is private",
-    ]  # fmt: skip
+        "scripts are no longer supported",
+        "no data files",
+        "can't be read (JSON parse error",
+        "'some/closed' is gated. Accept its terms",
+        "no data set 'gated/unknown', or it is private",
+    ]
     for error, piece in zip(errors, expected, strict=False):
         assert piece in error and "To do without, set data.source to embedded" in error
         assert str(tmp_path) not in error
@@ -344,9 +357,15 @@ def test_numbered_summaries_are_more_references(tmp_path, suffix):
     import pandas
 
     rows = [
-        {"dialogue": f"Ana: {n}\nBo: ok", "summary1": f"Ana says {n}.", "summary2": f"{n}, says Ana.", "summary3": " ",
-         "summary_note": "x"} for n in range(9)
-    ]  # fmt: skip
+        {
+            "dialogue": f"Ana: {n}\nBo: ok",
+            "summary1": f"Ana says {n}.",
+            "summary2": f"{n}, says Ana.",
+            "summary3": " ",
+            "summary_note": "x",
+        }
+        for n in range(9)
+    ]
     path, table = tmp_path / f"rows.{suffix}", pandas.DataFrame(rows)
     if suffix == "jsonl":
         table.to_json(path, orient="records", lines=True)

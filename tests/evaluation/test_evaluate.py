@@ -111,8 +111,14 @@ def test_no_dropout_while_it_answers_and_the_mode_comes_back(model, tokenizer):
 
 def test_a_checkpoint_s_own_settings_don_t_change_how_it_is_asked(tokenizer):
     """Several come with a temperature, a repetition penalty or a top_k; transformers would take what is not set."""
-    settings = {"do_sample": True, "temperature": 5.0, "top_k": 1, "max_length": 3, "repetition_penalty": 3.0,
-                "no_repeat_ngram_size": 1}  # fmt: skip
+    settings = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "top_k": 1,
+        "max_length": 3,
+        "repetition_penalty": 3.0,
+        "no_repeat_ngram_size": 1,
+    }
     for config in (GREEDY, EvaluationConfig(max_new_tokens=8, do_sample=True, top_p=1.0, temperature=2.0)):
         plain, other = tiny_llama(), tiny_llama()
         for name, value in settings.items():
@@ -156,8 +162,9 @@ def test_the_loss_is_the_one_that_training_reports(run, tokenizer, corpus, data)
     from qlora_helpers.training.train import train
 
     model = tuned(tiny_llama())
-    config = TrainConfig(max_steps=1, learning_rate=1e-12, micro_batch_size=2, eval_steps=1, save_steps=1,
-                         activation_checkpointing=False)  # fmt: skip
+    config = TrainConfig(
+        max_steps=1, learning_rate=1e-12, micro_batch_size=2, eval_steps=1, save_steps=1, activation_checkpointing=False
+    )
     result = train(model, tokenizer, data, config, run, show_progress=False)
     rows = prepared_data(corpus, tokenizer, packing=False).eval.to_list()
     for size in (1, 2, 16):
@@ -179,9 +186,15 @@ def compare(model, tokenizer, corpus):
     def compare(dialogues=corpus.test, tokenizer=tokenizer, max_tokens=128, train_keys=(), **settings):
         config = EvaluationConfig(**{"batch_size": 4, "max_new_tokens": 6} | settings)
         return evaluate(
-            model, tokenizer, dialogues, config, template="recipe", max_tokens=max_tokens, train_keys=train_keys,
+            model,
+            tokenizer,
+            dialogues,
+            config,
+            template="recipe",
+            max_tokens=max_tokens,
+            train_keys=train_keys,
             progress=False,
-        )  # fmt: skip
+        )
 
     return compare
 
@@ -238,8 +251,15 @@ def test_it_is_read_back_from_json(compare):
     assert again.to_dict() == result.to_dict()
     assert repr(again) == repr(result)
     assert set(result.to_dict()["scores"]["base"]) == {
-        "rouge1", "rouge2", "rouge_l", "stop_rate", "mean_tokens", "loss", "perplexity", "repetition",
-    }  # fmt: skip
+        "rouge1",
+        "rouge2",
+        "rouge_l",
+        "stop_rate",
+        "mean_tokens",
+        "loss",
+        "perplexity",
+        "repetition",
+    }
 
 
 def test_a_terminal_is_told_what_the_rows_can_tell_and_which_do_not_count(compare, corpus):
@@ -300,10 +320,10 @@ def test_rows_that_were_trained_on_do_not_count(compare, corpus):
     first, second = corpus.test
     shouted = dialogue_key(first.dialogue.upper().replace(":", " : "))
     result = compare(train_keys={shouted, "x"})
-    assert result.left_out == (first.id,)
+    assert result.skipped == (first.id,)
     assert [row["id"] for row in result.rows] == [second.id]
     everything = compare(train_keys={dialogue_key(item.dialogue) for item in corpus.test})
-    assert len(everything.left_out) == 2 and everything.rows == ()
+    assert len(everything.skipped) == 2 and everything.rows == ()
     assert everything.comparisons["base"].differences == ()
     said = "no held-out row is left to compare"
     assert said in repr(everything) and said in repr(everything.comparisons["base"])

@@ -22,9 +22,14 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import export_run as export
 
 SETTINGS = [
-    "train.max_steps=2", "train.learning_rate=0.02", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=3",
-    "data.seq_len_tokens=256", "evaluation.max_new_tokens=6",
-]  # fmt: skip
+    "train.max_steps=2",
+    "train.learning_rate=0.02",
+    "data.train_rows=4",
+    "data.eval_rows=1",
+    "data.test_rows=3",
+    "data.seq_len_tokens=256",
+    "evaluation.max_new_tokens=6",
+]
 
 
 def quiet(text: str) -> None:
@@ -64,8 +69,10 @@ def test_the_merged_folder_is_a_model_that_answers_as_the_tuned_one(trained, exp
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 0)
     by_forms = {(drift.first, drift.second): drift for drift in exported.drift}
     assert set(by_forms) == {
-        ("adapter on 4 bits", "merged"), ("adapter on 16 bits", "merged"), ("adapter on 4 bits", "adapter on 16 bits"),
-    }  # fmt: skip
+        ("adapter on 4 bits", "merged"),
+        ("adapter on 16 bits", "merged"),
+        ("adapter on 4 bits", "adapter on 16 bits"),
+    }
     rounding, quantising = by_forms["adapter on 16 bits", "merged"], by_forms["adapter on 4 bits", "merged"]
     assert 0 < rounding.largest_difference < quantising.largest_difference
     assert 0 <= rounding.kl_nats < quantising.kl_nats
@@ -303,13 +310,17 @@ def certificate_with(folder: Path, **changes) -> None:
         ("adapter", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
         ("merged", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
         ("merged", lambda folder: certificate_with(folder, passed=False), "no certificate; expected a readable"),
-        ("merged", lambda folder: flipped_byte(folder / "model.safetensors"), "model.safetensors is not the file that sha256"),
+        (
+            "merged",
+            lambda folder: flipped_byte(folder / "model.safetensors"),
+            "model.safetensors is not the file that sha256",
+        ),
         ("merged", lambda folder: (folder / "model.safetensors").unlink(), "got no file"),
         ("merged", lambda folder: flipped_byte(folder / "config.json"), "config.json is not the file that sha256"),
         ("merged", lambda folder: write_json(folder / "sha256.json", {}), "expected sha256 none; got "),
         ("merged", lambda folder: (folder / "sha256.json").unlink(), "merged/ has no readable sha256.json"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_as_it_was_exported_is_not_published(exported, from_hub, tmp_path, part, spoil, said):
     folder = shutil.copytree(exported.folder / part, tmp_path / part)
     with writable_hub() as (endpoint, taken):

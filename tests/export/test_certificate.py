@@ -43,9 +43,14 @@ def folder(model, tmp_path):
 
 def certified(folder, model, **changes) -> Certificate:
     return certify(
-        folder, expected_tensors(model), settings=expected_settings(model), asked=ASKED | changes, base=BASE,
-        data_fingerprint="f" * 64, versions={"torch": "2"},
-    )  # fmt: skip
+        folder,
+        expected_tensors(model),
+        settings=expected_settings(model),
+        asked=ASKED | changes,
+        base=BASE,
+        data_fingerprint="f" * 64,
+        versions={"torch": "2"},
+    )
 
 
 def settings_with(folder, **changes):

@@ -130,9 +130,12 @@ def test_a_written_file_is_read_by_safetensors(tmp_path, torch):
     from safetensors.torch import load_file
 
     values = {
-        "a": torch.arange(12.0).view(4, 3), "b": torch.tensor(7), "c": torch.tensor([True, False]),
-        "d": torch.zeros(0, 3), "e": torch.arange(6).view(1, 2, 3).bfloat16(),
-    }  # fmt: skip
+        "a": torch.arange(12.0).view(4, 3),
+        "b": torch.tensor(7),
+        "c": torch.tensor([True, False]),
+        "d": torch.zeros(0, 3),
+        "e": torch.arange(6).view(1, 2, 3).bfloat16(),
+    }
     kinds = {"a": "F32", "b": "I64", "c": "BOOL", "d": "F32", "e": "BF16"}
     tensors = [TensorToWrite(name, kinds[name], tuple(value.shape), [value]) for name, value in values.items()]
     write_tensors(tmp_path / "model.safetensors", tensors)
@@ -147,12 +150,16 @@ def test_a_written_file_is_read_by_safetensors(tmp_path, torch):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\1", b"\xff" * 8 + b"{}", (2).to_bytes(8, "little") + b"[]", (2).to_bytes(8, "little") + b"{",
+        b"",
+        b"\1",
+        b"\xff" * 8 + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{",
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(60) + b"1234",
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}'.ljust(60) + b"12345678",
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[8,0]}}'.ljust(60) + b"12345678",
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_refused(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="damaged or incomplete"):
@@ -198,10 +205,14 @@ def test_memory_stays_within_what_it_says_whatever_the_model_s_size(tmp_path, to
     write_tensors(base / "model.safetensors", layers)
     (base / "config.json").write_text("{}")
     low = [("lora_A", (8, columns)), ("lora_B", (rows, 8))]
-    write_tensors(adapter / "adapter_model.safetensors", [
-        TensorToWrite(f"base_model.model.model.layers.{i}.fc.{kind}.weight", "F32", shape, [torch.randn(shape)])
-        for i in range(2) for kind, shape in low
-    ])  # fmt: skip
+    write_tensors(
+        adapter / "adapter_model.safetensors",
+        [
+            TensorToWrite(f"base_model.model.model.layers.{i}.fc.{kind}.weight", "F32", shape, [torch.randn(shape)])
+            for i in range(2)
+            for kind, shape in low
+        ],
+    )
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers import workflow
 from qlora_helpers.base.config import AdapterConfig
-from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.batches import SequenceCollator
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.training import train
 from qlora_helpers.training.fast_step import graphs
@@ -39,10 +39,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "qwen3": _GROUPED | {"model_type": "qwen3"},
 }
 CASES = (
-    ("packed", False, 2, False, False), ("packed", True, 1, False, False), ("packed", False, 1, True, False),
-    ("packed", True, 2, True, False), ("padded", False, 0, False, False), ("packed", False, 3, False, True),
+    ("packed", False, 2, False, False),
+    ("packed", True, 1, False, False),
+    ("packed", False, 1, True, False),
+    ("packed", True, 2, True, False),
+    ("padded", False, 0, False, False),
+    ("packed", False, 3, False, True),
     ("packed", True, 2, True, True),
-)  # fmt: skip
+)
 """Rows, whether layers are compiled, how many recompute, whether passes are recorded, whether linear layers are in 4 bits."""
 ROWS = {"packed": [[50, 40, 1, 30], [70, 58]], "padded": [[90], [40], [128]]}
 
@@ -72,8 +76,12 @@ def pack_weights(model: Any, exact: Any) -> None:
             continue
         plain = module.base_layer
         packed = bitsandbytes.nn.Linear4bit(
-            plain.in_features, plain.out_features, plain.bias is not None, compute_dtype=plain.weight.dtype, quant_type="nf4"
-        )  # fmt: skip
+            plain.in_features,
+            plain.out_features,
+            plain.bias is not None,
+            compute_dtype=plain.weight.dtype,
+            quant_type="nf4",
+        )
         packed.load_state_dict(plain.state_dict())
         module.base_layer = packed.to(DEVICE).requires_grad_(False)
         values = bitsandbytes.functional.dequantize_4bit(packed.weight, packed.weight.quant_state)
@@ -103,12 +111,12 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.
 
 
 def compared(
-    name: str, rows: str, compiled: bool, recomputed: int, graphed: bool, packed_weights: bool
+    name: str, rows: str, compiled: bool, checkpointed: int, captured: bool, packed_weights: bool
 ) -> dict[str, Any]:
     """Relative errors of the fast step and of the plain path, both in 16 bits; a recorded pass is played on other blocks first."""
     packed = rows == "packed"
     blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS[rows])]
-    plain = BlockCollator(0, packed, pad_to=LENGTH if packed else None, keep_trained_logits=False)(blocks)
+    plain = SequenceCollator(0, packed, pad_to=LENGTH if packed else None, keep_trained_logits=False)(blocks)
     exact_model, model = built(LAYOUTS[name], torch.float32), built(LAYOUTS[name], torch.bfloat16)
     weights = {path: tensor.float() for path, tensor in model.state_dict().items()}
     exact_model.load_state_dict(weights)
@@ -119,28 +127,32 @@ def compared(
         plain_loss, usual = gradients(model, plain)
     lengths = ROWS[rows]
     alone_exact = logits_alone(exact_model, blocks, lengths)
-    with fast_step(model, packed=packed, longest=LENGTH, compiled=False, recomputed=0):
+    with fast_step(model, packed=packed, longest=LENGTH, compiled=False, checkpointed=0):
         alone = logits_alone(model, blocks, lengths)
     with fast_step(
-        model, packed=packed, longest=LENGTH, compiled=compiled, recomputed=recomputed, graphed=graphed
+        model, packed=packed, longest=LENGTH, compiled=compiled, checkpointed=checkpointed, captured=captured
     ) as on:
-        collator = BlockCollator(
-            0, packed, pad_to=LENGTH if packed else None, most_rows=5 if on.rows_apart else None, list_trained=True,
-            most_trained=200 if graphed else None,
-        )  # fmt: skip
-        for seed in range(10, 10 + 3 * graphed):
+        collator = SequenceCollator(
+            0,
+            packed,
+            pad_to=LENGTH if packed else None,
+            most_rows=5 if on.block_diagonal else None,
+            list_trained=True,
+            most_trained=200 if captured else None,
+        )
+        for seed in range(10, 10 + 3 * captured):
             gradients(model, collator([block_of(lengths[::-1], seed) for lengths in reversed(ROWS[rows])]))
         fast_loss, fast = gradients(model, collator(blocks))
         together = logits_packed(model, collator, blocks, lengths) if packed else alone
         again_loss, again = gradients(model, collator(blocks))  # recorded anew where it was recorded before
-        played = on.graphs.played if on.graphs else 0
+        replayed = on.graphs.replayed if on.graphs else 0
         found = {
-            "rows_apart": on.rows_apart,
+            "block_diagonal": on.block_diagonal,
             "compiled": on.compiled,
-            "recomputed": on.recomputed,
-            "left_out": on.left_out,
+            "checkpointed": on.checkpointed,
+            "skipped": on.skipped,
             "in_4_bits": packed_weights,
-            "played": played,
+            "replayed": replayed,
             "reasons": on.why_off,
         }
     errors = {
@@ -167,7 +179,7 @@ def logits_alone(model: Any, blocks: list[dict[str, list[int]]], lengths: list[l
 
 
 def logits_packed(
-    model: Any, collator: BlockCollator, blocks: list[dict[str, list[int]]], lengths: list[list[int]]
+    model: Any, collator: SequenceCollator, blocks: list[dict[str, list[int]]], lengths: list[list[int]]
 ) -> torch.Tensor:
     """The same tokens' logits, the rows side by side in their blocks."""
     batch = collator(blocks)
@@ -189,14 +201,14 @@ def main() -> None:
     for name in sys.argv[2:] or LAYOUTS:
         for chosen in CASES:
             case = compared(name, *chosen)
-            *_, recomputed, graphed, _ = chosen
+            *_, checkpointed, captured, _ = chosen
             case["passed"] = (
                 case["fast_gradient_error"] <= 1.2 * case["plain_gradient_error"] + 1e-3
                 and case["fast_loss_error"] <= 1.2 * case["plain_loss_error"] + 1e-3
                 and (case["row_packed_error"] or 0) <= 1.2 * case["row_alone_error"] + 1e-3
                 and case["again_error"] <= 1e-3
-                and case["left_out"] == ((2 if "falcon" in name else 1) if recomputed else 0)
-                and case["played"] == (3 if graphed and DEVICE == "cuda" else 0)
+                and case["skipped"] == ((2 if "falcon" in name else 1) if checkpointed else 0)
+                and case["replayed"] == (3 if captured and DEVICE == "cuda" else 0)
             )
             results["cases"].append(case)
             print(json.dumps(case), flush=True)

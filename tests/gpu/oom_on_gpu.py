@@ -49,11 +49,19 @@ def measured(root: Path, model_name: str, cuda: bool) -> dict[str, Any]:
     from qlora_helpers import workflow
 
     settings = {
-        "model.name": model_name, "data.seq_len_tokens": 2048 if cuda else 192, "train.max_steps": 2,
-        "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 16 if cuda else 4, "train.save_steps": 2,
-        "train.eval_steps": 2, "train.logging_steps": 1, "train.compile": "off", "train.tensorboard": "off",
-        "data.test_rows": 2, "data.eval_rows": 4,
-    }  # fmt: skip
+        "model.name": model_name,
+        "data.seq_len_tokens": 2048 if cuda else 192,
+        "train.max_steps": 2,
+        "train.micro_batch_size": 1,
+        "train.gradient_accumulation_steps": 16 if cuda else 4,
+        "train.save_steps": 2,
+        "train.eval_steps": 2,
+        "train.logging_steps": 1,
+        "train.compile": "off",
+        "train.tensorboard": "off",
+        "data.test_rows": 2,
+        "data.eval_rows": 4,
+    }
     run = workflow.open_run("oom", profile="demo", settings=settings, root=root)
     loaded = workflow.load(run)
     model = workflow.add_adapters(run, loaded)
@@ -63,10 +71,12 @@ def measured(root: Path, model_name: str, cuda: bool) -> dict[str, Any]:
     workflow.open_run(
         run.folder,
         settings={
-            "train.micro_batch_size": together, "train.gradient_accumulation_steps": 1, "train.max_steps": 4,
+            "train.micro_batch_size": together,
+            "train.gradient_accumulation_steps": 1,
+            "train.max_steps": 4,
             "train.activation_checkpointing": False,
         },
-    )  # fmt: skip
+    )
     large = _too_large(shell, model, cuda)
     shell.run_cell("result = workflow.retry(run, model=model, loaded=loaded, show_progress=False)")
     steps = [line["step"] for line in run.progress() if "loss" in line]
@@ -102,10 +112,16 @@ def _train_in(shell: Any) -> dict[str, Any]:
     error = outcome.error_in_exec
     after = held_bytes()
     return {
-        "before_bytes": before, "after_bytes": after, "ratio": after / before, "reserved_before_bytes": reserved_before,
-        "reserved_after_bytes": _reserved(), "kind": type(error).__name__, "message": str(error),
-        "where": getattr(error, "where", None), "ranked": [repr(each) for each in getattr(error, "candidates", ())],
-    }  # fmt: skip
+        "before_bytes": before,
+        "after_bytes": after,
+        "ratio": after / before,
+        "reserved_before_bytes": reserved_before,
+        "reserved_after_bytes": _reserved(),
+        "kind": type(error).__name__,
+        "message": str(error),
+        "where": getattr(error, "where", None),
+        "ranked": [repr(each) for each in getattr(error, "candidates", ())],
+    }
 
 
 def _too_large(shell: Any, model: Any, cuda: bool) -> dict[str, Any]:

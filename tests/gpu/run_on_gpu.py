@@ -43,10 +43,17 @@ def run_one(name: str) -> dict[str, Any]:
 
     torch.cuda.reset_peak_memory_stats()
     settings = {
-        "model.name": name, "data.seq_len_tokens": 1024, "train.max_steps": 20, "train.micro_batch_size": 2,
-        "train.activation_checkpointing": True, "train.learning_rate": 2e-4, "train.eval_steps": 10, "train.save_steps": 10,
-        "data.test_rows": 4, "evaluation.max_new_tokens": 20,
-    }  # fmt: skip
+        "model.name": name,
+        "data.seq_len_tokens": 1024,
+        "train.max_steps": 20,
+        "train.micro_batch_size": 2,
+        "train.activation_checkpointing": True,
+        "train.learning_rate": 2e-4,
+        "train.eval_steps": 10,
+        "train.save_steps": 10,
+        "data.test_rows": 4,
+        "evaluation.max_new_tokens": 20,
+    }
     with tempfile.TemporaryDirectory() as root:
         run = workflow.open_run("gpu", profile="demo", settings=settings, root=root)
         started = time.monotonic()
@@ -65,13 +72,20 @@ def run_one(name: str) -> dict[str, Any]:
         assert trained.steps == 20
         assert progress[-1]["loss"] < progress[0]["loss"], "the loss did not fall"
         return {
-            "load_s": round(load_s, 1), "weights_gib": loaded.audit.gib_by_device, "parameters": loaded.audit.parameters,
-            "linear_layers_in_4_bit": loaded.audit.quantized, "compute_dtype": loaded.audit.compute_dtype,
-            "steps": trained.steps, "first_loss": progress[0]["loss"], "last_loss": progress[-1]["loss"],
-            "tokens_per_s_last": progress[-1].get("tokens_per_s"), "peak_gib": trained.peak_gib,
-            "reload_difference": check.largest_difference, "answers": len(evaluation.rows),
+            "load_s": round(load_s, 1),
+            "weights_gib": loaded.audit.gib_by_device,
+            "parameters": loaded.audit.parameters,
+            "linear_layers_in_4_bit": loaded.audit.quantized,
+            "compute_dtype": loaded.audit.compute_dtype,
+            "steps": trained.steps,
+            "first_loss": progress[0]["loss"],
+            "last_loss": progress[-1]["loss"],
+            "tokens_per_s_last": progress[-1].get("tokens_per_s"),
+            "peak_gib": trained.peak_gib,
+            "reload_difference": check.largest_difference,
+            "answers": len(evaluation.rows),
             "tokens_generated_per_answer": evaluation.scores["tuned"].mean_tokens,
-        }  # fmt: skip
+        }
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import Any
 
 COMMON = {
-    "train.logging_steps": 1, "train.tensorboard": "off", "data.test_rows": 4, "data.eval_rows": 8,
-    "evaluation.max_new_tokens": 20, "adapter.lora_dropout": 0.0,
-}  # fmt: skip
+    "train.logging_steps": 1,
+    "train.tensorboard": "off",
+    "data.test_rows": 4,
+    "data.eval_rows": 8,
+    "evaluation.max_new_tokens": 20,
+    "adapter.lora_dropout": 0.0,
+}
 SAME_LOSS = 0.005
 LIVE = ("starting", "running")
 
@@ -34,7 +38,7 @@ def spread(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     from qlora_helpers import workflow
 
     more = (
-        {"train.compile": "on", "train.activation_checkpointing": True, "train.recompute_layers": 30}
+        {"train.compile": "on", "train.activation_checkpointing": True, "train.checkpointed_layers": 30}
         if options.on_gpu
         else {}
     )
@@ -59,9 +63,10 @@ def copied(root: Path, options: argparse.Namespace, processes: int | None = None
 
     count = processes or options.gpus
     more = {
-        "train.gradient_accumulation_steps": options.gpus // count, "train.compile": "on" if options.on_gpu else "off",
+        "train.gradient_accumulation_steps": options.gpus // count,
+        "train.compile": "on" if options.on_gpu else "off",
         "train.activation_checkpointing": False,
-    }  # fmt: skip
+    }
     if options.on_gpu:  # random weights learn so fast at more that 16 bits' rounding grows with every step
         more["train.learning_rate"] = 5e-5
     run = workflow.open_run("copied", profile="demo", settings=_settings(options.copied, options) | more, root=root)
@@ -97,9 +102,13 @@ def stopped(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     _wait(run)
     steps = [line["step"] for line in run.progress() if "loss" in line]
     return {
-        "state": status.state, "stopped_at": at, "exit_reason": status.exit_reason, "then": run.status().state,
-        "gapless": steps == list(range(1, at + 6)), "steps": len(steps),
-    }  # fmt: skip
+        "state": status.state,
+        "stopped_at": at,
+        "exit_reason": status.exit_reason,
+        "then": run.status().state,
+        "gapless": steps == list(range(1, at + 6)),
+        "steps": len(steps),
+    }
 
 
 CASES = {"spread": spread, "copied": copied, "alone": alone, "stopped": stopped}
@@ -108,9 +117,13 @@ CASES = {"spread": spread, "copied": copied, "alone": alone, "stopped": stopped}
 def _settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     length, blocks = (1024, 2) if options.on_gpu else (192, 1)
     return COMMON | {
-        "model.name": name, "data.seq_len_tokens": length, "train.micro_batch_size": blocks, "train.max_steps": options.steps,
-        "train.save_steps": options.steps, "train.eval_steps": options.steps,
-    }  # fmt: skip
+        "model.name": name,
+        "data.seq_len_tokens": length,
+        "train.micro_batch_size": blocks,
+        "train.max_steps": options.steps,
+        "train.save_steps": options.steps,
+        "train.eval_steps": options.steps,
+    }
 
 
 def _losses(run: Any) -> list[float]:
@@ -123,10 +136,12 @@ def _told(run: Any) -> dict[str, Any]:
     lines = [line for line in run.progress() if "loss" in line]
     steady = sorted(line["tokens_per_s"] for line in lines[2:] if line.get("tokens_per_s"))
     return {
-        "state": run.status().state, "losses": [round(line["loss"], 4) for line in lines],
+        "state": run.status().state,
+        "losses": [round(line["loss"], 4) for line in lines],
         "tokens_per_s": steady[len(steady) // 2] if steady else None,
-        "predicted": plan.get("predicted"), "measured": plan.get("measured"),
-    }  # fmt: skip
+        "predicted": plan.get("predicted"),
+        "measured": plan.get("measured"),
+    }
 
 
 def _wait(run: Any, until: Any = lambda: False, limit_s: float = 280.0) -> None:

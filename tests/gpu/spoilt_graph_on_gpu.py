@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
+from qlora_helpers.evaluation.fast_answers.graphs import CapturedStep
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
     for attempt in range(2):
         state.zero_()
-        spoilt = GraphedStep(looks, [state])
+        spoilt = CapturedStep(looks, [state])
         spoilt(4, 4)
         spoilt(4, 4)
         assert spoilt.refusal and spoilt.recorded == 0, spoilt.refusal
@@ -38,7 +38,7 @@ def main() -> None:
         spoilt.release()
         kept = torch.nn.functional.dropout(ones, 0.5, training=True).ne(0).float().mean()
         assert 0.4 < float(kept) < 0.6
-        good = GraphedStep(plain, [state])
+        good = CapturedStep(plain, [state])
         good(4, 4)
         good(4, 4)
         torch.cuda.synchronize()

@@ -130,7 +130,7 @@ def test_report_as_json():
         "name": "a longer name",
         "level": "warning",
         "found": "<old> & odd",
-        "mend": "Do <this>.",
+        "fix": "Do <this>.",
     }
 
 
@@ -153,7 +153,7 @@ def test_works_on_a_bare_python_and_says_what_to_install():
         "name": "torch",
         "level": "failure",
         "found": "not installed",
-        "mend": "pip install -r requirements.txt",
+        "fix": "pip install -r requirements.txt",
     }
     assert checks["bitsandbytes binary"]["found"] == "bitsandbytes is not installed"
     assert checks["notebook"]["level"] == "warning"
@@ -239,7 +239,7 @@ def test_no_list_of_requirements_is_a_failure(monkeypatch):
 def test_package(pin, found, level, text):
     check = _package_check("torch", pin, found)
     assert (check.level, check.found) == (level, text)
-    assert bool(check.mend) == (level != "ok")
+    assert bool(check.fix) == (level != "ok")
 
 
 def test_gpus():
@@ -302,7 +302,7 @@ def test_bitsandbytes_binary(bitsandbytes_folder, torch, override, level, found)
     environ = {} if override is None else {"BNB_CUDA_VERSION": override}
     check = _bitsandbytes_check(bitsandbytes_folder, cuda_torch(torch), environ)
     assert (check.level, check.found) == (level, found)
-    assert bool(check.mend) == (level != "ok")
+    assert bool(check.fix) == (level != "ok")
 
 
 def test_bitsandbytes_itself_would_take_the_same_binary():
@@ -338,7 +338,7 @@ def test_disk(monkeypatch, free_gib, has_gpu, level):
     monkeypatch.setattr(environment, "read_disk", lambda path: DiskReading(100.0, free_gib))
     check = _disk_check("anywhere", has_gpu=has_gpu)
     assert (check.level, check.found) == (level, f"{free_gib:.1f} GiB free where the model cache is")
-    assert bool(check.mend) == (level != "ok")
+    assert bool(check.fix) == (level != "ok")
 
 
 @pytest.mark.parametrize(("ram_gib", "level"), [(3.8, "warning"), (7.7, "ok"), (None, "ok")])
@@ -354,8 +354,10 @@ def test_missing_requirements_are_named_as_pip_takes_them(monkeypatch):
     monkeypatch.setattr(environment, "_requirements", lambda: ["here==1.0", "old==2.0", "absent==3.0", "any-version"])
     monkeypatch.setattr(environment, "_version", found.get)
     assert [name for name in missing_requirements() if name != "qlora_helpers"] == [
-        "old==2.0", "absent==3.0", "any-version",
-    ]  # fmt: skip
+        "old==2.0",
+        "absent==3.0",
+        "any-version",
+    ]
 
 
 def test_a_checkout_that_is_only_on_the_path_is_not_installed(tmp_path):

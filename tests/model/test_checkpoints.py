@@ -169,11 +169,19 @@ def gguf(tmp_path_factory, torch):
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(1)
     names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
         if "q_proj" in name or "k_proj" in name:  # llama.cpp's order of the rotated halves
@@ -223,9 +231,12 @@ def test_another_file_of_the_same_name_is_dequantised_anew(gguf, tmp_path):
 def test_a_damaged_gguf_file_is_told_and_leaves_nothing(gguf, tmp_path, cache, damage):
     content = gguf[0].read_bytes()
     damaged = {
-        "garbage": b"\0" * 5000, "empty": b"", "header": content[:40], "half": content[: len(content) // 2],
+        "garbage": b"\0" * 5000,
+        "empty": b"",
+        "header": content[:40],
+        "half": content[: len(content) // 2],
         "end": content[:-100],
-    }[damage]  # fmt: skip
+    }[damage]
     path = tmp_path / f"{damage}.gguf"
     path.write_bytes(damaged)
     assert f"{damage}.gguf could not be read as GGUF" in refusal(path)

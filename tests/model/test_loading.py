@@ -245,14 +245,22 @@ def tokenizer_of(special: dict[str, str], more: tuple[str, ...] = (), added: tup
         ({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}, ("<|endoftext|>",), (), "<|endoftext|>"),  # SmolLM2
         ({"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}, (), (), "<unk>"),  # Mistral, Llama 2
         ({"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "pad_token": "</s>"}, (), (), "<unk>"),
-        ({"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}, ("<|finetune_right_pad_id|>",), (),
-         "<|finetune_right_pad_id|>"),  # Llama 3.1
+        (
+            {"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"},
+            ("<|finetune_right_pad_id|>",),
+            (),
+            "<|finetune_right_pad_id|>",
+        ),  # Llama 3.1
         ({"eos_token": "<|endoftext|>"}, (), (">>TITLE<<", ">>SUFFIX<<", ">>PREFIX<<"), ">>SUFFIX<<"),  # Falcon
         ({"eos_token": "</s>", "bos_token": "<s>"}, (), ("<|system|>", "<|assistant|>"), "<|assistant|>"),
-        ({"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-         ("[PAD]",), (), "[PAD]"),
+        (
+            {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+            ("[PAD]",),
+            (),
+            "[PAD]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_padding_token_is_never_the_end_of_text(special, more, added, pad):
     tokenizer = tokenizer_of(special, more, added)
     size = len(tokenizer)
@@ -536,7 +544,7 @@ def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypa
 
 def test_the_plan_s_layers_are_those_of_its_memory(torch):
     """The numbers that the plan shows are the ones a model is loaded by."""
-    config = profile_config("falcon-40b").with_settings(["train.recompute_layers=12", "train.micro_batch_size=2"])
+    config = profile_config("falcon-40b").with_settings(["train.checkpointed_layers=12", "train.micro_batch_size=2"])
     plan = look_ahead(config, SHAPES["falcon-40b"], parse_gpus("4x24GiB"), DataSize(1000, 200))
     assert layers_per_gpu(config, 4) == plan.step.layers_per_gpu
 
@@ -593,8 +601,14 @@ def test_a_random_model_is_built_as_it_would_be_loaded(torch, falcon):
 def test_random_weights_are_drawn_and_tied_as_the_shape_says(torch, family, quantization):
     from qlora_helpers.model.random_weights import STANDARD_DEVIATION, build_random_model
 
-    small = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "intermediate_size": 256, "vocab_size": 512}  # fmt: skip
+    small = {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 256,
+        "vocab_size": 512,
+    }
     shape, config = SHAPES[family] | small, ModelConfig(name="random:x", quantization=quantization)
     model, again, other = (
         build_random_model(shape, config, dtype=torch.float32, attention=None, seed=seed) for seed in (0, 0, 1)
@@ -620,8 +634,14 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)  # there is no such GPU here
     known = AutoConfig.for_model(**SHAPES["llama-3.1-8b"])
     draw = random_weights._Drawn(layer_map(known, (20, 12)), torch.bfloat16, 0)
-    for name, gpu in [("model.embed_tokens.weight", 0), ("model.layers.1.mlp.up_proj", 0), ("model.layers.19.x.y", 0),
-                      ("model.layers.20.x.y", 1), ("model.norm.weight", 1), ("lm_head.weight", 1)]:  # fmt: skip
+    for name, gpu in [
+        ("model.embed_tokens.weight", 0),
+        ("model.layers.1.mlp.up_proj", 0),
+        ("model.layers.19.x.y", 0),
+        ("model.layers.20.x.y", 1),
+        ("model.norm.weight", 1),
+        ("lm_head.weight", 1),
+    ]:
         assert draw.device(name) == torch.device("cuda", gpu), name
     assert random_weights._Drawn({"": "cpu"}, torch.bfloat16, 0).device("anything.at.all") == torch.device("cpu")
     evenly = random_weights._even_map(known, ModelConfig())

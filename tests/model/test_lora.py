@@ -68,8 +68,11 @@ def test_tied_weights_are_counted_once(torch):
 def test_the_architecture_s_layers_by_default(llama, falcon):
     assert target_modules(llama, AdapterConfig()) == LLAMA_TARGETS
     assert target_modules(falcon.model, AdapterConfig()) == (
-        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
-    )  # fmt: skip
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    )
 
 
 def test_4_bit_layers_are_found(falcon):
@@ -150,8 +153,11 @@ def test_the_scale(torch, llama, ids, rslora, scale):
 
 
 def test_dora_trains_a_magnitude_too(torch, llama):
-    trained = {name for name, weight in add_adapters(llama, AdapterConfig(use_dora=True), seed=0).named_parameters()
-               if weight.requires_grad}  # fmt: skip
+    trained = {
+        name
+        for name, weight in add_adapters(llama, AdapterConfig(use_dora=True), seed=0).named_parameters()
+        if weight.requires_grad
+    }
     assert sum("lora_magnitude_vector" in name for name in trained) == 2 * len(LLAMA_TARGETS)
 
 

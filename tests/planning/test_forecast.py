@@ -9,22 +9,22 @@ from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.shapes.catalog import known_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.memory import predict
-from qlora_helpers.planning.run_plan import outlook
+from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.planning.step_settings import step_settings
 
 FALCON = profile_config("falcon-40b")
 
 
 def look(gpus: str, *settings: str, config=FALCON):
-    return outlook(config.with_settings(settings), hardware=parse_gpus(gpus))
+    return forecast(config.with_settings(settings), hardware=parse_gpus(gpus))
 
 
 def test_the_settings_are_taken_as_they_stand():
-    found = look("H100", "train.recompute_layers=55", "train.compile=off")
+    found = look("H100", "train.checkpointed_layers=55", "train.compile=off")
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(FALCON, shape, blocks=8, recomputed=55, compiled=False, graphed=True, trained_share=0.2)
+    step = step_settings(FALCON, shape, blocks=8, checkpointed=55, compiled=False, captured=True, trained_share=0.2)
     _, memory = predict(model_sizes(shape), step)
-    assert found.step.memory == memory and found.fits and not found.mends
+    assert found.step.memory == memory and found.fits and not found.fixes
     assert found.plan.choice.blocks != 8, "the plan beside it searches"
     assert (found.adapter_parameters, found.parameters) == (55_541_760, 41_358_835_712)
 
@@ -50,38 +50,38 @@ def test_more_of_everything_takes_more():
 def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings):
     found = look(gpus, *settings)
     assert not found.fits and found.shortfall_gib > 0
-    mend = found.mends[0]
-    mended = look(gpus, *settings, *mend.settings)
+    fix = found.fixes[0]
+    mended = look(gpus, *settings, *fix.settings)
     assert mended.fits
     assert mended.step.blocks * mended.step.accumulation == found.step.blocks * found.step.accumulation
-    if any("recompute_layers" in each for each in mend.settings):
-        less = [f"train.recompute_layers={mended.step.recomputed - 1}"]
+    if any("checkpointed_layers" in each for each in fix.settings):
+        less = [f"train.checkpointed_layers={mended.step.checkpointed - 1}"]
     else:  # the trainer chooses them, and leaves a margin: then the next larger micro-batch is what must not fit
         per_step = found.step.blocks * found.step.accumulation
         more = min(count for count in range(mended.step.blocks + 1, per_step + 1) if per_step % count == 0)
         less = [f"train.micro_batch_size={more}", f"train.gradient_accumulation_steps={per_step // more}"]
-    assert not look(gpus, *settings, *mend.settings, *less).fits
+    assert not look(gpus, *settings, *fix.settings, *less).fits
 
 
 def test_an_embedding_on_the_host_is_the_mend_where_it_is_all_that_is_missing():
     llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "data.seq_len_tokens=2048", "adapter.r=16"])
-    asked = ["train.micro_batch_size=2", "train.recompute_layers=32"]
+    asked = ["train.micro_batch_size=2", "train.checkpointed_layers=32"]
     found = look("8GiB", *asked, config=llama)
-    assert found.mends[0].settings == ("train.offload_embeddings=true",)
-    mended = look("8GiB", *asked, *found.mends[0].settings, config=llama)
-    assert mended.fits and not mended.mends
+    assert found.fixes[0].settings == ("train.offload_embeddings=true",)
+    mended = look("8GiB", *asked, *found.fixes[0].settings, config=llama)
+    assert mended.fits and not mended.fixes
 
 
 def test_where_no_setting_helps_an_instance_is_named():
     found = look("4GiB")
-    assert [bool(mend.settings) for mend in found.mends] == [False]
-    assert look(found.mends[0].hardware).plan.fits
+    assert [bool(fix.settings) for fix in found.fixes] == [False]
+    assert look(found.fixes[0].hardware).plan.fits
 
 
 def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     """Both leave the trainer's margin."""
     from qlora_helpers.model.shapes.sizes import model_sizes
-    from qlora_helpers.planning.candidates import fewest_recomputed
+    from qlora_helpers.planning.candidates import fewest_checkpointed
     from qlora_helpers.planning.memory import MEMORY_MARGIN
     from qlora_helpers.planning.step_settings import step_settings
 
@@ -90,8 +90,10 @@ def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     shape = known_shape("tiiuae/falcon-40b")
     step = step_settings(config, shape, blocks=4, trained_share=0.2)
     usable = parse_gpus("H100").usable_gib
-    chosen, without = (fewest_recomputed(model_sizes(shape), step, share * usable) for share in (1 - MEMORY_MARGIN, 1))
-    assert found.step.recomputed == chosen > without
+    chosen, without = (
+        fewest_checkpointed(model_sizes(shape), step, share * usable) for share in (1 - MEMORY_MARGIN, 1)
+    )
+    assert found.step.checkpointed == chosen > without
 
 
 def test_without_the_fast_step_a_mend_recomputes_all_or_changes_the_blocks():
@@ -99,8 +101,8 @@ def test_without_the_fast_step_a_mend_recomputes_all_or_changes_the_blocks():
     asked = ["train.activation_checkpointing=false", "train.micro_batch_size=2", "train.gradient_accumulation_steps=1"]
     found = look("16GiB", *asked, config=llama)
     assert (found.fits, found.step.compiled) == (False, False)
-    assert "train.recompute_layers=32" in found.mends[0].settings
-    assert look("16GiB", *asked, *found.mends[0].settings, config=llama).fits
+    assert "train.checkpointed_layers=32" in found.fixes[0].settings
+    assert look("16GiB", *asked, *found.fixes[0].settings, config=llama).fits
 
 
 def test_a_model_that_can_not_keep_rows_apart_is_planned_on_padded_rows():

@@ -66,8 +66,8 @@ def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch
         patched.setattr(torch, "compile", lambda f, **options: real(f, backend=PARTITIONED, **options))
         if fast:
             parts.enter_context(weights_cast_in_place_of_activations(model))
-            parts.enter_context(block_diagonal.rows_attended_apart(inner, longest=TOKENS))
-            parts.enter_context(layers_changed(inner, compiled=compiled, recomputed=0, keep_random_state=False))
+            parts.enter_context(block_diagonal.block_diagonal_attention(inner, longest=TOKENS))
+            parts.enter_context(layers_changed(inner, compiled=compiled, checkpointed=0, keep_random_state=False))
         elif dtype == torch.bfloat16:  # as Trainer does it
             parts.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         (layer,) = decoder_layers(inner)
@@ -95,7 +95,7 @@ def test_a_compiled_layer_keeps_what_was_counted(name, monkeypatch):
     sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
     counted = 2 * kept_values(sizes, compiled=True, r=R)
     shared = 2 * 2 * sizes.head_dim  # the rotation's cosine and sine, one pair for all layers
-    statistics = 2 * 2 * (2 * sizes.norms_per_block + sizes.heads + sizes.kv_heads)  # of norms, in 32 bits
+    statistics = 2 * 2 * (2 * sizes.norms_per_layer + sizes.heads + sizes.kv_heads)  # of norms, in 32 bits
     assert counted <= kept_by_a_layer(shape, monkeypatch) <= counted + shared + statistics
 
 
@@ -122,10 +122,18 @@ def test_other_adapters_and_dropout_keep_what_was_counted(name, way, monkeypatch
         asked = asked | {"target_modules": ("query_key_value",)}
     sizes = model_sizes(AutoConfig.for_model(**FAMILIES[name]).to_dict())
     step = StepSettings(
-        seq_len_tokens=TOKENS, blocks=1, recomputed=0, compiled=asked.get("compiled", True), r=R, adapter_parameters=0,
-        dropout="lora_dropout" in asked, dora="use_dora" in asked, fast_adapters=asked.get("fast", True),
-        value_bytes=asked.get("dtype", torch.bfloat16).itemsize, adapted=frozenset(asked.get("target_modules", ())) or None,
-    )  # fmt: skip
+        seq_len_tokens=TOKENS,
+        blocks=1,
+        checkpointed=0,
+        compiled=asked.get("compiled", True),
+        r=R,
+        adapter_parameters=0,
+        dropout="lora_dropout" in asked,
+        dora="use_dora" in asked,
+        fast_adapters=asked.get("fast", True),
+        value_bytes=asked.get("dtype", torch.bfloat16).itemsize,
+        adapted=frozenset(asked.get("target_modules", ())) or None,
+    )
     kept = kept_by_a_layer(FAMILIES[name], monkeypatch, **asked)
     above = 1.5 if step.adapted else 1.25  # inputs of layers without an adapter are counted, though some are not kept
     assert 0.9 * kept <= kept_bytes(sizes, step) <= above * kept

@@ -19,9 +19,20 @@ from qlora_helpers.training.train import TrainResult
 from qlora_helpers.views.monitor import plan_table
 
 RESULT = TrainResult(
-    steps=5, new_steps=5, loss=1.0, eval_loss=None, seconds=10.0, tokens_per_s=2000.0, peak_gib={"cuda:0": 60.0}, stopped=False,
-    machine="1 x NVIDIA H100 80GB HBM3", reserved_gib={"cuda:0": 61.0}, compiled=True, recomputed=6, fast_step="on",
-)  # fmt: skip
+    steps=5,
+    new_steps=5,
+    loss=1.0,
+    eval_loss=None,
+    seconds=10.0,
+    tokens_per_s=2000.0,
+    peak_gib={"cuda:0": 60.0},
+    stopped=False,
+    machine="1 x NVIDIA H100 80GB HBM3",
+    reserved_gib={"cuda:0": 61.0},
+    compiled=True,
+    checkpointed=6,
+    fast_step="on",
+)
 
 
 def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
@@ -39,15 +50,15 @@ def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
 
 
 def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
-    plan, run = written(tmp_path / "mine", monkeypatch, graphed=True)
+    plan, run = written(tmp_path / "mine", monkeypatch, captured=True)
     assert plan["measured"]["reserved_gib"] == {"cuda:0": 61.0}
     expected = run_plan.predicted_step(
         run.config(),
         hardware=parse_gpus("H100"),
         compiled=True,
-        recomputed=6,
+        checkpointed=6,
         trained_share=0.15,
-        graphed=True,
+        captured=True,
         fill=0.5,
     )
     assert plan["predicted"] == expected  # of the one GPU that held the model, though the machine has two
@@ -55,11 +66,11 @@ def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
 
 
 def test_the_prediction_is_for_passes_as_they_were_taken(tmp_path, monkeypatch):
-    played, launched = (
-        written(tmp_path / str(graphed), monkeypatch, graphed=graphed)[0]["predicted"] for graphed in (True, False)
+    replayed, launched = (
+        written(tmp_path / str(captured), monkeypatch, captured=captured)[0]["predicted"] for captured in (True, False)
     )
-    assert played["tokens_per_s"] != launched["tokens_per_s"]
-    assert played["allocated_gib"] == launched["allocated_gib"]
+    assert replayed["tokens_per_s"] != launched["tokens_per_s"]
+    assert replayed["allocated_gib"] == launched["allocated_gib"]
 
 
 @pytest.mark.parametrize("changes", [{"machine": "CPU"}, {"fast_step": ""}])

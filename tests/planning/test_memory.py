@@ -15,7 +15,7 @@ from qlora_helpers.planning.step_settings import StepSettings, kept_values
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
-    values = {"seq_len_tokens": 2048, "blocks": 1, "recomputed": 0, "compiled": True, "r": r}
+    values = {"seq_len_tokens": 2048, "blocks": 1, "checkpointed": 0, "compiled": True, "r": r}
     return StepSettings(**values | {"adapter_parameters": adapter_parameters(SHAPES[name], r, None, False)} | changes)
 
 
@@ -48,7 +48,7 @@ def test_falcon_40b_in_4_bits():
     """Half a byte a weight, and 8.25 / 64 bits of constants with double quantisation (0.5 without): Dettmers et al. 2023."""
     sizes = model_sizes(SHAPES["falcon-40b"])
     _, (found,) = predict(sizes, settings("falcon-40b"))
-    linear = 60 * sizes.linear_parameters_per_block
+    linear = 60 * sizes.linear_parameters_per_layer
     assert found.weights_quantized == linear / 2
     assert found.constants == pytest.approx(linear * (8 + 32 / 256) / 64 / 8, rel=1e-6)
     assert found.weights_other == 2 * (sizes.parameters - linear)
@@ -85,7 +85,7 @@ def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
         return predict(sizes, settings(name, **changes))[1][0].total
 
     assert total(blocks=2) > total(blocks=1)
-    totals = [total(recomputed=count) for count in range(1, sizes.blocks + 1)]
+    totals = [total(checkpointed=count) for count in range(1, sizes.blocks + 1)]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == sizes.blocks
     assert total(optim="adamw_8bit") < total()
@@ -95,7 +95,7 @@ def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
 def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
     held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8))
-    whole = held.stage(layers=0, recomputed=0, first=False, last=True)
+    whole = held.stage(layers=0, checkpointed=0, first=False, last=True)
     assert gib(8 * 2048 * 128_256 * 4) > 7
     assert gib(whole.working) < 1.1
 
@@ -103,12 +103,12 @@ def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     sizes = model_sizes(SHAPES["falcon-40b"])
-    step = settings("falcon-40b", blocks=2, recomputed=20)
+    step = settings("falcon-40b", blocks=2, checkpointed=20)
     counts, memory = predict(sizes, step, gpus=gpus)
     assert sum(counts) == 60 and len(counts) == len(memory) == gpus
     assert counts == StepMemory(sizes, step, gpus).spread(20)
     totals = [each.total for each in memory]
-    a_layer = predict(sizes, replace(step, recomputed=0))[1][0].total / 60
+    a_layer = predict(sizes, replace(step, checkpointed=0))[1][0].total / 60
     assert max(totals) - min(totals) < 2 * a_layer
     one = predict(sizes, step)[1][0]
     for part in ("weights_quantized", "constants", "weights_other", "activations"):

@@ -21,10 +21,17 @@ from qlora_helpers.planning.out_of_memory import OutOfMemory, ran_out, rescued
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
-    "train.max_steps": 4, "train.save_steps": 2, "train.eval_steps": 2, "train.logging_steps": 1,
-    "train.micro_batch_size": 4, "train.tensorboard": "off", "data.train_rows": 8, "data.eval_rows": 2,
-    "data.test_rows": 1, "data.seq_len_tokens": 192,
-}  # fmt: skip
+    "train.max_steps": 4,
+    "train.save_steps": 2,
+    "train.eval_steps": 2,
+    "train.logging_steps": 1,
+    "train.micro_batch_size": 4,
+    "train.tensorboard": "off",
+    "data.train_rows": 8,
+    "data.eval_rows": 2,
+    "data.test_rows": 1,
+    "data.seq_len_tokens": 192,
+}
 
 
 def quiet(text: str) -> None:
@@ -156,9 +163,12 @@ def falcon_7b(tmp_path, monkeypatch):
     """A run of Falcon-7B on a card of 24 GiB, whose batches were too large."""
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(24.0))
     settings = {
-        "model.name": "tiiuae/falcon-7b", "train.micro_batch_size": 16, "train.gradient_accumulation_steps": 1,
-        "train.activation_checkpointing": False, "data.seq_len_tokens": 1024,
-    }  # fmt: skip
+        "model.name": "tiiuae/falcon-7b",
+        "train.micro_batch_size": 16,
+        "train.gradient_accumulation_steps": 1,
+        "train.activation_checkpointing": False,
+        "data.seq_len_tokens": 1024,
+    }
     run = open_run("large", profile="falcon-40b", settings=settings, root=tmp_path)
 
     @rescued
@@ -191,8 +201,8 @@ def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monke
     with pytest.raises(OutOfMemory) as first:
         step(run)
     held = run_plan.predicted_step(
-        run.config(), hardware=card(400.0), compiled=False, recomputed=0, trained_share=0.2
-    )["reserved_gib"]  # fmt: skip
+        run.config(), hardware=card(400.0), compiled=False, checkpointed=0, trained_share=0.2
+    )["reserved_gib"]
     assert first.value.candidates
     context = 0.5  # what PyTorch reserves is held beside it
     assert all(each.peak_gib - context < 0.91 * held["cuda:0"] for each in first.value.candidates)
@@ -256,8 +266,11 @@ def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch,
     assert said[0] == "Going on with train.micro_batch_size=2, train.gradient_accumulation_steps=2"
     assert (result.steps, result.new_steps) == (4, 2)
     assert [(line["session"], line["step"]) for line in run.progress() if "loss" in line] == [
-        (1, 1), (1, 2), (2, 3), (2, 4),
-    ]  # fmt: skip
+        (1, 1),
+        (1, 2),
+        (2, 3),
+        (2, 4),
+    ]
     assert run.config().train.micro_batch_size == 2
     assert run.config().data.seq_len_tokens == SETTINGS["data.seq_len_tokens"]
     assert run.status().state == "finished"

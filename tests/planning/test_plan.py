@@ -18,7 +18,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, parse_gpus
 from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
-from qlora_helpers.planning.candidates import candidate, fewest_recomputed
+from qlora_helpers.planning.candidates import candidate, fewest_checkpointed
 from qlora_helpers.planning.memory import RECORDING_ROOM_GIB, predict
 from qlora_helpers.planning.plan import make_plan
 from qlora_helpers.planning.speed import compile_pays, step_seconds
@@ -40,19 +40,19 @@ def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
         step = StepSettings(
             seq_len_tokens=2048,
             blocks=8,
-            recomputed=sizes.blocks,
+            checkpointed=sizes.blocks,
             compiled=True,
             r=8,
             adapter_parameters=10**7,
-            graphed=True,
+            captured=True,
         )
-        assert sizes.parameters_added_last_per_block / sizes.linear_parameters_per_block == pytest.approx(
+        assert sizes.parameters_added_last_per_layer / sizes.linear_parameters_per_layer == pytest.approx(
             share, abs=0.01
         )
-        usual, remade = (step_seconds(sizes, replace(step, left_out=each), gpu) for each in (True, False))
-        products = 2 * step.tokens * sizes.blocks * sizes.parameters_added_last_per_block / (gpu.bf16_tflops * 1e12)
-        assert products <= remade - usual <= 1.6 * products
-        dora = [step_seconds(sizes, replace(step, left_out=each, dora=True), gpu) for each in (True, False)]
+        usual, remade = (step_seconds(sizes, replace(step, skipped=each), gpu) for each in (True, False))
+        matmuls = 2 * step.tokens * sizes.blocks * sizes.parameters_added_last_per_layer / (gpu.bf16_tflops * 1e12)
+        assert matmuls <= remade - usual <= 1.6 * matmuls
+        dora = [step_seconds(sizes, replace(step, skipped=each, dora=True), gpu) for each in (True, False)]
         assert dora[0] == dora[1]
 
 
@@ -80,44 +80,53 @@ def test_the_choice_is_the_fastest_that_fits():
     assert len({each.blocks for each in fitting}) == 3
     for each in fitting:
         assert each.blocks * each.accumulation == RECIPE.train.micro_batch_size
-        if each.recomputed:  # one layer less, and it would not fit
+        if each.checkpointed:  # one layer less, and it would not fit
             shape = known_shape("meta-llama/Llama-3.1-8B")
             step = StepSettings(
-                seq_len_tokens=each.seq_len_tokens, blocks=each.blocks, recomputed=each.recomputed - 1, compiled=each.compiled,
-                r=8, adapter_parameters=plan.adapter_parameters, offloaded=each.offloaded,
-            )  # fmt: skip
+                seq_len_tokens=each.seq_len_tokens,
+                blocks=each.blocks,
+                checkpointed=each.checkpointed - 1,
+                compiled=each.compiled,
+                r=8,
+                adapter_parameters=plan.adapter_parameters,
+                offloaded=each.offloaded,
+            )
             assert gib(predict(model_sizes(shape), step)[1][0].total) > 21.99
 
 
 def test_passes_are_planned_as_recorded_where_they_can_be():
     small, model = ["adapter.lora_dropout=0"], "HuggingFaceTB/SmolLM2-135M"
-    played, launched = (planned(model, "H100", *small, f"train.cuda_graph={on}").choice for on in ("true", "false"))
-    assert played.graphed and "as CUDA graphs" in repr(played) and played.to_dict()["graphed"]
-    assert not launched.graphed and "graph" not in repr(launched)
-    assert played.tokens_per_s > 1.5 * launched.tokens_per_s
-    assert 0.05 < launched.memory[0].context / 2**30 - 0.65 < played.memory[0].context / 2**30 - 0.65 < 0.25
+    replayed, launched = (planned(model, "H100", *small, f"train.cuda_graph={on}").choice for on in ("true", "false"))
+    assert replayed.captured and "as CUDA graphs" in repr(replayed) and replayed.to_dict()["captured"]
+    assert not launched.captured and "graph" not in repr(launched)
+    assert replayed.tokens_per_s > 1.5 * launched.tokens_per_s
+    assert 0.05 < launched.memory[0].context / 2**30 - 0.65 < replayed.memory[0].context / 2**30 - 0.65 < 0.25
     for gpus, *others in (
-        ("H100", "adapter.lora_dropout=0.05"), ("H100", "data.packing=false"), ("H100", "train.fast_step=false"),
-        ("2xH100",), ("T4",), ("H100", "model.compute_dtype=float16"),
-    ):  # fmt: skip
+        ("H100", "adapter.lora_dropout=0.05"),
+        ("H100", "data.packing=false"),
+        ("H100", "train.fast_step=false"),
+        ("2xH100",),
+        ("T4",),
+        ("H100", "model.compute_dtype=float16"),
+    ):
         plan = planned(model, gpus, *small, *others)
-        assert not any(each and each.graphed for each in (plan.choice, *plan_parts(plan))), (gpus, others)
+        assert not any(each and each.captured for each in (plan.choice, *plan_parts(plan))), (gpus, others)
 
 
 def test_where_a_recording_would_not_fit_none_is_planned():
     """It needs room beside a pass's peak: one more layer recomputes for it, or passes are not recorded."""
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    step = step_settings(RECIPE, SHAPES["llama-3.1-8b"], blocks=1, compiled=True, graphed=True, trained_share=0.2)
-    (all_again,) = predict(sizes, replace(step, recomputed=32))[1]
+    step = step_settings(RECIPE, SHAPES["llama-3.1-8b"], blocks=1, compiled=True, captured=True, trained_share=0.2)
+    (all_again,) = predict(sizes, replace(step, checkpointed=32))[1]
     least = gib(all_again.allocated + all_again.context) + RECORDING_ROOM_GIB
     for spare, recorded in ((-0.01, False), (0.01, True)):
         hardware = parse_gpus(f"{least + spare:.4f}GiB")
-        count = fewest_recomputed(sizes, step, hardware.usable_gib)
-        found = candidate(sizes, replace(step, recomputed=count), hardware, 10**6, gpus=1, accumulation=1)
-        assert found.graphed is recorded and found.peak_gib <= hardware.usable_gib
+        count = fewest_checkpointed(sizes, step, hardware.usable_gib)
+        found = candidate(sizes, replace(step, checkpointed=count), hardware, 10**6, gpus=1, accumulation=1)
+        assert found.captured is recorded and found.peak_gib <= hardware.usable_gib
         assert (count == 32) is recorded  # without a recording fewer do
     plan = planned("meta-llama/Llama-3.1-8B", "1x10GiB", "adapter.r=16", "adapter.lora_dropout=0")
-    assert any(each.graphed for each in plan_parts(plan))
+    assert any(each.captured for each in plan_parts(plan))
 
 
 def test_what_is_chosen_can_be_copied():
@@ -133,12 +142,12 @@ def test_what_is_chosen_can_be_copied():
 
 def test_where_passes_are_recorded_compilation_pays_later():
     sizes = model_sizes(SHAPES["smollm2-135m"])
-    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, graphed=True, trained_share=0.2)
+    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, captured=True, trained_share=0.2)
 
     def fewest(step: StepSettings) -> int:
         return next(passes for passes in range(1, 10**6, 100) if compile_pays(sizes, step, GPUS["H100"], passes))
 
-    assert fewest(step) > 2 * fewest(replace(step, graphed=False))
+    assert fewest(step) > 2 * fewest(replace(step, captured=False))
 
 
 def test_in_a_small_card_the_embedding_goes_to_the_host():
@@ -160,9 +169,14 @@ def test_what_is_planned_can_also_be_loaded(model):
     """The embedding is on the GPU while the model is loaded and when it comes back, whatever the steps hold."""
     sizes, shape = model_sizes(known_shape(model)), known_shape(model)
     step = StepSettings(
-        seq_len_tokens=256, blocks=1, recomputed=sizes.blocks, compiled=True, r=8, offloaded=True,
+        seq_len_tokens=256,
+        blocks=1,
+        checkpointed=sizes.blocks,
+        compiled=True,
+        r=8,
+        offloaded=True,
         adapter_parameters=adapter_parameters(shape, 8, None, False),
-    )  # fmt: skip
+    )
     _, (there,) = predict(sizes, step)
     _, (here,) = predict(sizes, replace(step, offloaded=False))
     assert there.total >= here.weights + here.adapters + here.optimizer + here.context
@@ -173,7 +187,7 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would():
     assert not plan.fits
     assert plan.shortfall_gib == pytest.approx(plan.smallest.peak_gib - 14.58)
     assert plan.shortfall_gib > 5
-    (instance,) = plan.mends
+    (instance,) = plan.fixes
     name = instance.split(",")[0]
     assert planned("tiiuae/falcon-40b", name).fits
     assert "does not fit" in repr(plan) and instance in repr(plan)
@@ -184,22 +198,22 @@ def test_the_smallest_change_that_fits_is_named_and_fits():
     for asked in (2048, 1536):
         plan = planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}")
         assert not plan.fits
-        change = plan.mends[0].split(" (")[0].replace("--set ", "").split()
+        change = plan.fixes[0].split(" (")[0].replace("--set ", "").split()
         name, length = change[0].split("=")
         assert name == "data.seq_len_tokens" and len(change) == 1
         assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
         assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={int(length) + 64}").fits
         assert not planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}", "train.optim=adamw_8bit").fits
-    assert planned("tiiuae/falcon-40b", "25.1GiB").mends[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
+    assert planned("tiiuae/falcon-40b", "25.1GiB").fixes[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
 
 
 def test_changes_are_put_together_where_none_is_enough():
     plan = planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64")
-    change = plan.mends[0].split(" (")[0].replace("--set ", "").split()
+    change = plan.fixes[0].split(" (")[0].replace("--set ", "").split()
     assert {item.split("=")[0] for item in change} == {"train.optim", "adapter.r", "data.seq_len_tokens"}
     assert planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *change).fits
-    for left_out in change:
-        rest = [item for item in change if item != left_out]
+    for skipped in change:
+        rest = [item for item in change if item != skipped]
         assert not planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *rest).fits
 
 
@@ -218,7 +232,7 @@ def test_what_keeps_more_is_planned_with_more(setting, times):
     plain, other = (planned("meta-llama/Llama-3.1-8B", "H100", *more) for more in ([], [setting]))
     kept = [plan.choice.beside[0].activations_kept / plan.choice.blocks for plan in (plain, other)]
     assert kept[1] >= times * kept[0]
-    taken = [(plan.choice.blocks, -plan.choice.recomputed) for plan in (plain, other)]
+    taken = [(plan.choice.blocks, -plan.choice.checkpointed) for plan in (plain, other)]
     assert taken[1] <= taken[0] and other.choice.tokens_per_s < plain.choice.tokens_per_s
     assert other.fits and other.choice.peak_gib <= 79.11
     assert any("adapter.lora_dropout=0 would take" in note for note in other.notes) == ("dropout" in setting)
@@ -237,7 +251,9 @@ def test_what_dropout_keeps_goes_with_the_adapted_layers():
 
 def test_an_uncompiled_step_is_slower_in_what_it_computes_not_in_what_adapters_add():
     """DoRA and the plain step keep an uncompiled layer's values; their count must not be taken times the factor again."""
-    step = StepSettings(seq_len_tokens=2048, blocks=4, recomputed=0, compiled=False, r=8, adapter_parameters=20_000_000)
+    step = StepSettings(
+        seq_len_tokens=2048, blocks=4, checkpointed=0, compiled=False, r=8, adapter_parameters=20_000_000
+    )
     sizes, gpu = model_sizes(SHAPES["llama-3.1-8b"]), GPUS["H100"]
     eager, plain = (step_seconds(sizes, replace(step, fast_adapters=each), gpu) for each in (True, False))
     assert eager < plain < 1.5 * eager
@@ -247,7 +263,7 @@ def test_the_table_shows_activations_either_way_and_logits():
     plan = planned("tiiuae/falcon-40b", "4x24GiB")
     for each, memory, layers in zip(plan.choice.beside, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
         assert each.activations_kept == memory.activations  # nothing is recomputed here
-        assert each.activations_recomputed == layers * 2 * plan.choice.blocks * 2048 * 8192
+        assert each.activations_checkpointed == layers * 2 * plan.choice.blocks * 2048 * 8192
     assert [each.logits > 0 for each in plan.choice.beside] == [True, False, False, False]  # tied: with the embedding
     shown = repr(plan)
     assert "(activations, none recomputed)" in shown and "(logits in the loss)" in shown
@@ -297,8 +313,8 @@ def test_the_settings_of_a_choice_are_settings():
     choice = planned("tiiuae/falcon-40b", "H100").choice
     changed = RECIPE.with_settings(choice.settings)
     assert changed.train.micro_batch_size == choice.blocks
-    assert changed.train.recompute_layers == choice.recomputed
-    assert changed.train.activation_checkpointing == (choice.recomputed > 0)
+    assert changed.train.checkpointed_layers == choice.checkpointed
+    assert changed.train.activation_checkpointing == (choice.checkpointed > 0)
 
 
 def test_short_runs_are_not_compiled_and_fit_all_the_same():
@@ -306,7 +322,7 @@ def test_short_runs_are_not_compiled_and_fit_all_the_same():
     short = planned("tiiuae/falcon-40b", "1x24.4GiB", "data.seq_len_tokens=384", tokens=20_000)
     long = planned("tiiuae/falcon-40b", "1x24.4GiB", "data.seq_len_tokens=384", tokens=20_000_000)
     assert (short.choice.compiled, long.choice.compiled) == (False, True)
-    assert 0 < short.choice.recomputed < 60
+    assert 0 < short.choice.checkpointed < 60
     assert all(each.peak_gib <= 24.4 for plan in (short, long) for each in (plan.choice, *plan.alternatives))
     assert [each.seconds for each in (short.choice, *short.alternatives)] == sorted(
         each.seconds for each in (short.choice, *short.alternatives)
@@ -331,9 +347,14 @@ def step_of(plan, **changes):
     chosen = plan.choice
     config = RECIPE.with_settings([f"data.seq_len_tokens={chosen.seq_len_tokens}"])
     step = step_settings(
-        config, SHAPES["llama-3.1-8b"], blocks=chosen.blocks, recomputed=chosen.recomputed, compiled=chosen.compiled,
-        graphed=chosen.graphed, trained_share=0.2,
-    )  # fmt: skip
+        config,
+        SHAPES["llama-3.1-8b"],
+        blocks=chosen.blocks,
+        checkpointed=chosen.checkpointed,
+        compiled=chosen.compiled,
+        captured=chosen.captured,
+        trained_share=0.2,
+    )
     return replace(step, offloaded=chosen.offloaded, **changes)
 
 
@@ -380,16 +401,16 @@ def test_a_line_says_whether_gpus_hold_copies_or_layers():
 
 def test_the_mildest_change_is_4_bits_then_blocks_as_long_as_fit():
     whole = planned("meta-llama/Llama-3.1-70B", "H100", "model.quantization=none")
-    assert "--set model.quantization=nf4" in whole.mends[0]
+    assert "--set model.quantization=nf4" in whole.fixes[0]
     long = planned("meta-llama/Llama-3.1-8B", "1x24GiB", "data.seq_len_tokens=262144")
-    (length,) = re.findall(r"--set data.seq_len_tokens=(\d+)", long.mends[0])
+    (length,) = re.findall(r"--set data.seq_len_tokens=(\d+)", long.fixes[0])
     assert planned("meta-llama/Llama-3.1-8B", "1x24GiB", f"data.seq_len_tokens={length}").fits
     assert not planned("meta-llama/Llama-3.1-8B", "1x24GiB", f"data.seq_len_tokens={2 * int(length)}").fits
 
 
 def test_where_no_instance_with_a_price_fits_one_without_is_named():
     settings = ["data.seq_len_tokens=1024", "model.quantization=none"]
-    (named,) = planned("meta-llama/Llama-3.1-405B", "H100", *settings).mends
+    (named,) = planned("meta-llama/Llama-3.1-405B", "H100", *settings).fixes
     other, _, rest = named.partition(",")
     assert rest == " price not known"
     assert planned("meta-llama/Llama-3.1-405B", other, *settings).fits
@@ -413,7 +434,7 @@ def test_every_catalogued_model_gets_a_plan_at_once(name):
     start = time.perf_counter()
     plan = make_plan(name, SHAPES[name], parse_gpus("8xA100-80GB"), RECIPE, tokens=1_000_000)
     assert time.perf_counter() - start < 1
-    assert plan.fits or plan.mends or "405b" in name or "180b" in name
+    assert plan.fits or plan.fixes or "405b" in name or "180b" in name
     assert json.loads(json.dumps(plan.to_dict()))["model"] == name
     assert name in repr(plan)
 

@@ -79,9 +79,14 @@ def test_an_unknown_size_is_noted():
 
 def reading(index: int, name: str, total_gib: float) -> GpuReading:
     return GpuReading(
-        index=index, name=name, memory_used_gib=0.5, memory_total_gib=total_gib, utilisation_percent=0, temperature_c=30,
+        index=index,
+        name=name,
+        memory_used_gib=0.5,
+        memory_total_gib=total_gib,
+        utilisation_percent=0,
+        temperature_c=30,
         power_w=50.0,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,9 +122,7 @@ def test_an_instance_with_a_price_is_preferred(model):
     cheaper = [one for one in INSTANCES.values() if (one.price_usd_per_hour or 1e9) < found.price_usd_per_hour]
     without = [one for one in INSTANCES.values() if one.price_usd_per_hour is None]
     assert len(without) >= 10 and not any(
-        make_plan(
-            model, SHAPES[model], parse_gpus(one.name), profile_config("falcon-40b"), tokens=1000, mend=False
-        ).fits
+        make_plan(model, SHAPES[model], parse_gpus(one.name), profile_config("falcon-40b"), tokens=1000, fix=False).fits
         for one in cheaper
     )
 
@@ -242,7 +245,7 @@ def test_the_prediction_for_a_runs_own_settings():
     config = profile_config("falcon-40b").with_settings({"train.micro_batch_size": 2})
     one, two = (
         run_plan.predicted_step(
-            config, hardware=parse_gpus(gpus), compiled=True, recomputed=6, trained_share=0.15, fill=0.5
+            config, hardware=parse_gpus(gpus), compiled=True, checkpointed=6, trained_share=0.15, fill=0.5
         )
         for gpus in ("H100", "2xA100-80GB")
     )
@@ -256,11 +259,15 @@ def test_the_prediction_for_a_runs_own_settings():
 def test_several_processes_are_predicted_together():
     one, two = (
         run_plan.predicted_step(
-            profile_config("falcon-40b"), hardware=parse_gpus("H100"), compiled=True, recomputed=60, trained_share=0.2,
+            profile_config("falcon-40b"),
+            hardware=parse_gpus("H100"),
+            compiled=True,
+            checkpointed=60,
+            trained_share=0.2,
             copies=copies,
         )
         for copies in (1, 2)
-    )  # fmt: skip
+    )
     assert one["tokens_per_s"] < two["tokens_per_s"] <= 2 * one["tokens_per_s"]
     weights = adapter_parameters(SHAPES["falcon-40b"], 8, None, False)
     buckets = 4 * weights / 2**30  # in which DDP sends the gradients
@@ -279,7 +286,7 @@ def test_padding_is_said_to_come_on_top():
     config = profile_config("falcon-40b").with_settings(["data.packing=false"])
     said = plan_run(config, gpus="H100", tokens=1_000_000).notes
     assert any("comes on top" in note for note in said)
-    counted = run_plan.outlook(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
+    counted = run_plan.forecast(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
     assert not any("comes on top" in note for note in counted), "the form counts each row as long as a block"
     assert any("upper limits" in note for note in counted)
 

@@ -39,7 +39,7 @@ def test_torchrun_command():
     assert launch.torchrun_command(Run("runs/demo"), 4) == [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4",
         "-m", "qlora_helpers", "train", "demo",
-    ]  # fmt: skip
+    ]
     with pytest.raises(UserError, match="at least 1; got 0"):
         launch.torchrun_command(Run("runs/demo"), 0)
 

@@ -87,7 +87,7 @@ def test_aws_errors_are_told_plainly_with_a_next_step():
     with (
         stub,
         pytest.raises(UserError, match=r"AWS did not list them; got .*ListEndpoints for you\. Give the role"),
-        aws.told_plainly("list them"),
+        aws.aws_errors_explained("list them"),
     ):
         client.list_endpoints()
 

@@ -226,9 +226,14 @@ def test_deploy_takes_the_folder_of_a_merged_model():
         stub.add_response(*call)
     with stub:
         endpoint.deploy(
-            "s3://my-bucket/merged/", "demo", role=ROLE, instance_type="ml.g5.2xlarge", image_uri="mine",
-            environment={"OPTION_MAX_MODEL_LEN": "2048"}, client=client,
-        )  # fmt: skip
+            "s3://my-bucket/merged/",
+            "demo",
+            role=ROLE,
+            instance_type="ml.g5.2xlarge",
+            image_uri="mine",
+            environment={"OPTION_MAX_MODEL_LEN": "2048"},
+            client=client,
+        )
     stub.assert_no_pending_responses()
 
 

@@ -109,9 +109,14 @@ def start(run: Run, objects: list[str], **more):
     stub.add_response("create_training_job", {"TrainingJobArn": "arn:aws:sagemaker:us-east-1:1:x/job-1"})
     with stub, s3_stub:
         name = training_job.training_job(
-            run, role=ROLE, instance_type="ml.g5.12xlarge", s3_uri="s3://my-bucket/qlora", client=client,
-            s3_client=s3_client, **more,
-        )  # fmt: skip
+            run,
+            role=ROLE,
+            instance_type="ml.g5.12xlarge",
+            s3_uri="s3://my-bucket/qlora",
+            client=client,
+            s3_client=s3_client,
+            **more,
+        )
     stub.assert_no_pending_responses()
     s3_stub.assert_no_pending_responses()
     found = {

@@ -18,11 +18,21 @@ import pytest
 
 KILLS = 20
 SETTINGS = {
-    "train.max_steps": 56, "train.learning_rate": 0.02, "train.logging_steps": 2, "train.save_steps": 3,
-    "train.eval_steps": 14, "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 2,
-    "train.checkpoints_kept": 1, "train.tensorboard": "off", "adapter.lora_dropout": 0.1, "data.train_rows": 12,
-    "data.eval_rows": 2, "data.test_rows": 1, "data.seq_len_tokens": 192,
-}  # fmt: skip
+    "train.max_steps": 56,
+    "train.learning_rate": 0.02,
+    "train.logging_steps": 2,
+    "train.save_steps": 3,
+    "train.eval_steps": 14,
+    "train.micro_batch_size": 1,
+    "train.gradient_accumulation_steps": 2,
+    "train.checkpoints_kept": 1,
+    "train.tensorboard": "off",
+    "adapter.lora_dropout": 0.1,
+    "data.train_rows": 12,
+    "data.eval_rows": 2,
+    "data.test_rows": 1,
+    "data.seq_len_tokens": 192,
+}
 WATCHED = ("loss", "learning_rate", "grad_norm", "eval_loss")
 
 
@@ -33,9 +43,13 @@ class Warm:
         self.root, self.stderr = root, open(root / "stderr.txt", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import test_resume; test_resume.serve()", str(root)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-            stderr=self.stderr, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            stderr=self.stderr,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
         assert self._read() == "ready"
 
     def _read(self) -> str:

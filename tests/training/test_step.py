@@ -12,28 +12,28 @@ from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.step_settings import step_settings
-from qlora_helpers.training.step import compiled_and_recomputed
+from qlora_helpers.training.step import compiled_and_checkpointed
 
 SIZES = model_sizes(SHAPES["falcon-40b"])
 STEP = step_settings(profile_config("falcon-40b"), SHAPES["falcon-40b"], blocks=2, trained_share=0.2)
 
 
 def chosen(usable_gib: float, *, passes: int = 10_000, packed: bool = True, **settings):
-    return compiled_and_recomputed(
+    return compiled_and_checkpointed(
         TrainConfig(**settings), SIZES, STEP, GPUS["H100"], usable_gib, passes=passes, packed=packed
     )
 
 
-def total_gib(recomputed: int) -> float:
-    step = STEP.__class__(**vars(STEP) | {"recomputed": recomputed})
+def total_gib(checkpointed: int) -> float:
+    step = STEP.__class__(**vars(STEP) | {"checkpointed": checkpointed})
     return gib(predict(SIZES, step)[1][0].total)
 
 
 @pytest.mark.parametrize("usable_gib", [30, 45, 60, 77])
 def test_as_few_layers_recompute_as_fit(usable_gib):
-    _, recomputed = chosen(usable_gib)
-    assert total_gib(recomputed) <= usable_gib
-    assert recomputed == 0 or total_gib(recomputed - 1) > usable_gib
+    _, checkpointed = chosen(usable_gib)
+    assert total_gib(checkpointed) <= usable_gib
+    assert checkpointed == 0 or total_gib(checkpointed - 1) > usable_gib
 
 
 def test_where_nothing_fits_all_recompute():
@@ -42,7 +42,7 @@ def test_where_nothing_fits_all_recompute():
 
 def test_the_settings_have_the_last_word():
     assert chosen(30, activation_checkpointing=False)[1] == 0
-    assert chosen(30, recompute_layers=7)[1] == 7
+    assert chosen(30, checkpointed_layers=7)[1] == 7
     assert chosen(77, compile="off")[0] is False
     assert chosen(77, compile="on", passes=1)[0] is True
 

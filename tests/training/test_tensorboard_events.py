@@ -222,8 +222,14 @@ def test_a_real_client_without_a_server_never_raises(run, monkeypatch):
     from botocore.config import Config
 
     quick = Config(connect_timeout=1, retries={"max_attempts": 1})
-    client = boto3.client("s3", endpoint_url="http://127.0.0.1:9", region_name="us-east-1", aws_access_key_id="x",
-                          aws_secret_access_key="x", config=quick)  # fmt: skip
+    client = boto3.client(
+        "s3",
+        endpoint_url="http://127.0.0.1:9",
+        region_name="us-east-1",
+        aws_access_key_id="x",
+        aws_secret_access_key="x",
+        config=quick,
+    )
     write(run, [1, 2], place="s3://bucket/prefix", client=client, end=False)
     callback = write(run, [1, 2], place="s3://bucket/prefix", client=client)
     assert callback.copy.problem is not None
@@ -269,8 +275,14 @@ def test_events_that_stay_here_have_nothing_to_catch_up_with(run):
         copy_events(run)
 
 
-DAMAGES = ["", "[]", "{", '{"pending_bytes": 3}', '{"target": "s3://b/p", "last_success": "noon"}',
-           '{"target": "s3://b/p", "last_error": "x", "pending_bytes": "many"}']  # fmt: skip
+DAMAGES = [
+    "",
+    "[]",
+    "{",
+    '{"pending_bytes": 3}',
+    '{"target": "s3://b/p", "last_success": "noon"}',
+    '{"target": "s3://b/p", "last_error": "x", "pending_bytes": "many"}',
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

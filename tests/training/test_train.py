@@ -22,7 +22,7 @@ from qlora_helpers.base.config import AdapterConfig, TrainConfig
 from qlora_helpers.base.errors import ModelError, RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.data import packing as blocks
-from qlora_helpers.data.batches import BlockCollator
+from qlora_helpers.data.batches import SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.wiring import row_losses
@@ -31,7 +31,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.fast_step import loss as token_loss
-from qlora_helpers.training.probes import check_rows_apart
+from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.step import make_collator
 from qlora_helpers.training.train import SummaryTrainer, half_of, train, training_arguments
 
@@ -45,8 +45,15 @@ def tuned(base=None, **settings):
 
 
 def settings(**changes) -> TrainConfig:
-    values = {"max_steps": 4, "micro_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "eval_steps": 2,
-              "save_steps": 2, "activation_checkpointing": False}  # fmt: skip
+    values = {
+        "max_steps": 4,
+        "micro_batch_size": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "activation_checkpointing": False,
+    }
     return TrainConfig(**values | changes)
 
 
@@ -387,8 +394,14 @@ def test_the_evaluation_s_loss_is_over_tokens_whatever_the_batch_size(teach, tmp
     padded = prepared_data(corpus, tokenizer, packing=False)
     results = {}
     for size in (1, 2):
-        _, result = teach(on=Run(tmp_path / f"b{size}"), data=padded, max_steps=1, eval_steps=1, learning_rate=1e-12,
-                          micro_batch_size=size)  # fmt: skip
+        _, result = teach(
+            on=Run(tmp_path / f"b{size}"),
+            data=padded,
+            max_steps=1,
+            eval_steps=1,
+            learning_rate=1e-12,
+            micro_batch_size=size,
+        )
         results[size] = result.eval_loss
     assert results[1] == pytest.approx(results[2], rel=1e-6)
     model = tiny_llama().requires_grad_(False)
@@ -417,7 +430,7 @@ def test_packed_and_padded_rows_have_the_same_evaluation_loss(teach, tmp_path, t
 def test_row_losses_are_sums_over_trained_tokens(padded_data):
     model = tuned().eval()
     rows = padded_data.train.to_list()
-    full, kept = (BlockCollator(1, packed=False, keep_trained_logits=keep)(rows) for keep in (False, True))
+    full, kept = (SequenceCollator(1, packed=False, keep_trained_logits=keep)(rows) for keep in (False, True))
     (sums, tokens), (same, too) = row_losses(model, full), row_losses(model, kept)
     assert torch.allclose(sums, same, rtol=1e-6)
     assert tokens.tolist() == too.tolist() == [sum(label != IGNORED for label in row["labels"]) for row in rows]
@@ -442,8 +455,8 @@ def test_accumulated_gradients_are_those_of_one_batch(teach, tmp_path, tokenizer
 
 def test_recomputed_activations_change_nothing(teach, tmp_path):
     plain, _ = teach(on=Run(tmp_path / "plain"))
-    recomputed, _ = teach(on=Run(tmp_path / "recomputed"), activation_checkpointing=True)
-    assert largest_difference(plain, recomputed) < 1e-6
+    checkpointed, _ = teach(on=Run(tmp_path / "checkpointed"), activation_checkpointing=True)
+    assert largest_difference(plain, checkpointed) < 1e-6
 
 
 def test_an_embedding_on_the_host_trains_the_same_and_is_saved_as_any(teach, tmp_path):
@@ -474,14 +487,16 @@ def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded)
     monkeypatch.setattr("qlora_helpers.training.fast_step.parts.graph_refusal", lambda *args, **options: None)
     monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaRecorder", recorder)
     monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.PASSES_WORTH", 1)
-    played, result = teach(on=Run(tmp_path / "played"), **settings)
-    assert result.graphed and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.graphed
+    replayed, result = teach(on=Run(tmp_path / "replayed"), **settings)
+    assert result.captured and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.captured
     # Anew after each evaluation, and given back at the end.
     assert recorders[0].recordings == 3 == recorders[0].forgotten
-    assert largest_difference(plain, played) < 1e-6
-    lines = [[line for line in Run(tmp_path / name).progress() if "eval_loss" in line] for name in ("plain", "played")]
+    assert largest_difference(plain, replayed) < 1e-6
+    lines = [
+        [line for line in Run(tmp_path / name).progress() if "eval_loss" in line] for name in ("plain", "replayed")
+    ]
     assert [line["eval_loss"] for line in lines[0]] == pytest.approx([line["eval_loss"] for line in lines[1]], rel=1e-6)
-    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in played.parameters())
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in replayed.parameters())
 
 
 @pytest.mark.parametrize(
@@ -547,9 +562,16 @@ def test_the_batch_and_the_rows_of_such_a_loss_are_named(teach, run, padded_data
     teach(model=model, data=padded_data, max_steps=2, fast_step=fast_step)  # a good checkpoint
     with pytest.raises(RunError) as caught:
         teach(
-            At(3, spoil), model=model, data=padded_data, max_steps=20, gradient_accumulation_steps=2, logging_steps=10,
-            save_steps=20, eval_steps=20, fast_step=fast_step,
-        )  # fmt: skip
+            At(3, spoil),
+            model=model,
+            data=padded_data,
+            max_steps=20,
+            gradient_accumulation_steps=2,
+            logging_steps=10,
+            save_steps=20,
+            eval_steps=20,
+            fast_step=fast_step,
+        )
     said = str(caught.value)
     assert said.startswith("the loss is no longer a finite number (nan) at step ")
     assert f"of 2; its data: block {number} (rows {row_id})" in said
@@ -673,7 +695,7 @@ def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch, 
         return torch.tensor([0, segments.numel()], dtype=torch.int32)
 
     monkeypatch.setattr(
-        blocks, "row_starts" if fast_step else "rows_apart_mask", one_row if fast_step else leaking_mask
+        blocks, "row_starts" if fast_step else "block_diagonal_mask", one_row if fast_step else leaking_mask
     )
     with pytest.raises(ModelError, match=r"does not keep packed rows apart; expected .* Set data.packing=false"):
         teach(fast_step=fast_step)
@@ -697,9 +719,15 @@ def test_the_fast_step_trains_the_plain_steps_adapter(teach, tmp_path, packing, 
     models = {}
     for fast, each in runs.items():
         models[fast], _ = teach(
-            on=each, data=data, fast_step=fast, gradient_accumulation_steps=accumulation, max_steps=4, max_grad_norm=1e3,
-            activation_checkpointing=fast, recompute_layers=1,
-        )  # fmt: skip
+            on=each,
+            data=data,
+            fast_step=fast,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            max_grad_norm=1e3,
+            activation_checkpointing=fast,
+            checkpointed_layers=1,
+        )
     assert difference(models[True], models[False]) < 1e-3
     lines = {fast: each.progress() for fast, each in runs.items()}
     for one, other in zip(lines[True], lines[False], strict=True):
@@ -713,7 +741,7 @@ def test_the_fast_step_trains_the_plain_steps_adapter(teach, tmp_path, packing, 
 def test_rows_apart_in_16_bits(tokenizer, data, attention):
     """Rounding is no leak."""
     model = tiny_llama(attn_implementation=attention).to(torch.bfloat16)
-    changed, apart = check_rows_apart(model, make_collator(model, tokenizer, data))
+    changed, apart = check_block_diagonal(model, make_collator(model, tokenizer, data))
     assert changed == 0
     assert apart < 0.05
 
@@ -740,8 +768,14 @@ def test_a_model_that_is_dispatched_over_devices_trains(teach, tmp_path, halves)
     from accelerate import dispatch_model
 
     whole, _ = teach(on=Run(tmp_path / "whole"))
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu",
-              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     base = dispatch_model(tiny_llama(), places if halves else {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert any(hasattr(module, "_hf_hook") for module in base.modules())
     dispatched, result = teach(model=tuned(base), on=Run(tmp_path / "dispatched"))
@@ -752,10 +786,12 @@ def test_a_model_that_is_dispatched_over_devices_trains(teach, tmp_path, halves)
 @pytest.mark.parametrize(
     ("optim", "fast", "on_cpu", "taken"),
     [
-        ("adamw_torch", True, False, "adamw_torch_fused"), ("adamw_torch", False, False, "adamw_torch"),
-        ("adamw_torch", True, True, "adamw_torch"), ("adamw_8bit", True, False, "adamw_8bit"),
+        ("adamw_torch", True, False, "adamw_torch_fused"),
+        ("adamw_torch", False, False, "adamw_torch"),
+        ("adamw_torch", True, True, "adamw_torch"),
+        ("adamw_8bit", True, False, "adamw_8bit"),
     ],
-)  # fmt: skip
+)
 def test_the_fast_step_on_a_gpu_takes_a_fused_optimizer(run, optim, fast, on_cpu, taken):
     assert training_arguments(settings(optim=optim), run, on_cpu=on_cpu, half=None, fast=fast).optim == taken
 

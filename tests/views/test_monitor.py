@@ -269,9 +269,17 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.0 s"), (3.26, "3.3 s"), (9.7, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (252, "4 min 12 s"),
-     (3599.7, "1 h 00 min"), (3900, "1 h 05 min")],
-)  # fmt: skip
+    [
+        (0, "0.0 s"),
+        (3.26, "3.3 s"),
+        (9.7, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (252, "4 min 12 s"),
+        (3599.7, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+    ],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 

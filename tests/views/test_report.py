@@ -441,9 +441,14 @@ def test_speakers_are_found_and_no_text_is_lost():
     text = "Ann: hi: there\nhttps://example.org/x\nno speaker\n: empty name\n\nBo B. :trailing\n" + "x" * 50 + ": long"
     found = turns(text)
     assert found == [
-        ("Ann", "hi: there"), ("", "https://example.org/x"), ("", "no speaker"), ("", ": empty name"), ("", ""),
-        ("Bo B.", "trailing"), ("", "x" * 50 + ": long"),
-    ]  # fmt: skip
+        ("Ann", "hi: there"),
+        ("", "https://example.org/x"),
+        ("", "no speaker"),
+        ("", ": empty name"),
+        ("", ""),
+        ("Bo B.", "trailing"),
+        ("", "x" * 50 + ": long"),
+    ]
 
 
 def test_a_very_long_dialogue_is_shortened(tmp_path):
@@ -466,7 +471,7 @@ def test_differences_with_intervals_and_outcomes_to_browse(tmp_path):
     ]
     score_answers(rows)
     found = {name: compare(rows, name, "tuned").to_dict() for name in ("base", "base_chat")}
-    add_evaluation(run, rows=rows, comparisons=found, left_out=["a", "b"], form=["30 answers at once"])
+    add_evaluation(run, rows=rows, comparisons=found, skipped=["a", "b"], form=["30 answers at once"])
     page = Page(write_report(run))
     assert not page.open
     assert page.text.count("95 % interval") >= 2

@@ -128,9 +128,13 @@ def cache_bytes(model: torch.nn.Module, rows: int, tokens: int) -> int:
     stored = heads if copied else _kv_heads(text)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return answering_bytes(
-        layers=text.num_hidden_layers, cached_values=2 * stored * width, rows=rows, tokens=tokens, vocab=text.vocab_size,
+        layers=text.num_hidden_layers,
+        cached_values=2 * stored * width,
+        rows=rows,
+        tokens=tokens,
+        vocab=text.vocab_size,
         value_bytes=model.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def _kv_heads(text: Any) -> int:
@@ -141,9 +145,16 @@ def _kv_heads(text: Any) -> int:
 
 @torch.no_grad()
 def answer_fast(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, end: int, most: int, slots: int,
-    form: AnswerForm | None = None, progress: Callable[[int], Any] | None = None,
-) -> list[list[int]]:  # fmt: skip
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    end: int,
+    most: int,
+    slots: int,
+    form: AnswerForm | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
     """The greedy answer to each prompt as new tokens, in the order given; an answer that ended keeps its end-of-text token.
 
     Args:
@@ -181,9 +192,16 @@ def answer_fast(
 
 
 def _answered(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], pad: int, end: int, most: int, slots: int, capacity: int,
-    form: AnswerForm, progress: Callable[[int], None],
-) -> list[list[int]] | None:  # fmt: skip
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    end: int,
+    most: int,
+    slots: int,
+    capacity: int,
+    form: AnswerForm,
+    progress: Callable[[int], None],
+) -> list[list[int]] | None:
     """The answers, or None where memory ran out and fewer at once may fit; nothing is held then."""
     decoder = SlotDecoder(model, slots=slots, capacity=capacity, graph_refusal=_graph_refusal(model))
     done = 0

@@ -81,9 +81,14 @@ def _attention() -> Callable[..., Any]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-        scaling: float | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         if query.shape[2] != 1 or attention_mask is None or kwargs.get("position_bias") is not None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2), None
@@ -96,14 +101,25 @@ def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
     def forward(
-        self: Any, hidden_states: torch.Tensor, alibi: Any = None, attention_mask: Any = None, *args: Any,
-        layer_past: Any = None, position_embeddings: Any = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        self: Any,
+        hidden_states: torch.Tensor,
+        alibi: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
+        layer_past: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         if alibi is not None or args:
             return original(
-                hidden_states, alibi, attention_mask, *args, layer_past=layer_past, position_embeddings=position_embeddings,
+                hidden_states,
+                alibi,
+                attention_mask,
+                *args,
+                layer_past=layer_past,
+                position_embeddings=position_embeddings,
                 **kwargs,
-            )  # fmt: skip
+            )
         query, key, value = split_falcon_heads(self, self.query_key_value(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
         query, key, value = (

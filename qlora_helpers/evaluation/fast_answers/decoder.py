@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qlora_helpers.evaluation.fast_answers.cache import SlotCache
-from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
+from qlora_helpers.evaluation.fast_answers.graphs import CapturedStep
 from qlora_helpers.model.wiring import takes_logits_to_keep
 
 STEPS_BETWEEN_LOOKS = 4  # on a GPU: an answer that has ended is noticed so late at most, and the GPU rarely waits
@@ -41,7 +41,7 @@ class SlotDecoder:
             torch.zeros(slots, dtype=torch.long, device=self.device) for _ in range(3)
         )
         self.reach = torch.arange(capacity, device=self.device)
-        self.step = GraphedStep(self.grow, (self.tokens, self.places), graph_refusal)
+        self.step = CapturedStep(self.grow, (self.tokens, self.places), graph_refusal)
         self.keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
         self.steps = 0
 
@@ -54,9 +54,13 @@ class SlotDecoder:
         chosen = torch.tensor(slots, device=self.device)
         self.cache.read_prompts(chosen)
         logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=self.cache, use_cache=True, **self.keep,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.keep,
+        ).logits[:, -1]
         self.tokens[chosen] = logits.argmax(-1).to(self.device)
         self.places[chosen] = longest
         self.starts[chosen] = longest - mask.sum(1)
@@ -71,17 +75,25 @@ class SlotDecoder:
         mask = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[:, None, None]
         self.cache.take_step(places, length)
         logits = self.model(
-            input_ids=self.tokens[:rows, None], attention_mask=mask, position_ids=(places - starts)[:, None],
-            past_key_values=self.cache, use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=self.tokens[:rows, None],
+            attention_mask=mask,
+            position_ids=(places - starts)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
         self.tokens[:rows] = logits.argmax(-1).to(self.device)
         self.places[:rows] = (places + 1).clamp(max=self.capacity - 1)  # one that has ended may run on for a few steps
         return logits
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], *, pad: int, end: int, most: int,
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        pad: int,
+        end: int,
+        most: int,
         progress: Callable[[int], Any] | None = None,
-    ) -> list[list[int]]:  # fmt: skip
+    ) -> list[list[int]]:
         """The new tokens of each prompt, in the order given; the end-of-text token is the last of an answer that ended.
 
         Args:

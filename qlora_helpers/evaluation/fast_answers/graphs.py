@@ -12,7 +12,7 @@ import torch
 from qlora_helpers.model import cuda_graphs
 
 
-class GraphedStep:
+class CapturedStep:
     """Calls `step(rows, length)`, by a graph for each pair of sizes where that can be.
 
     Args:

@@ -20,31 +20,67 @@ def _rope(theta: float, **more: Any) -> dict[str, Any]:
 
 
 def _rope_llama3(factor: float) -> dict[str, Any]:
-    return _rope(500000.0, rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
-                 original_max_position_embeddings=8192)  # fmt: skip
+    return _rope(
+        500000.0,
+        rope_type="llama3",
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
 
 
 def _falcon(hidden: int, layers: int, heads: int, kv_heads: int, *, new: bool, vocab: int = 65024) -> Shape:
     return {
-        "model_type": "falcon", "architectures": ["FalconForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_kv_heads": kv_heads, "bias": False, "alibi": False,
-        "new_decoder_architecture": new, "multi_query": True, "parallel_attn": True, "ffn_hidden_size": 4 * hidden,
-        "max_position_embeddings": 2048, "rope_parameters": _rope(10000.0), "tie_word_embeddings": True,
-        "bos_token_id": 11, "eos_token_id": 11,
-    }  # fmt: skip
+        "model_type": "falcon",
+        "architectures": ["FalconForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_kv_heads": kv_heads,
+        "bias": False,
+        "alibi": False,
+        "new_decoder_architecture": new,
+        "multi_query": True,
+        "parallel_attn": True,
+        "ffn_hidden_size": 4 * hidden,
+        "max_position_embeddings": 2048,
+        "rope_parameters": _rope(10000.0),
+        "tie_word_embeddings": True,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+    }
 
 
 def _decoder(
-    model_type: str, architecture: str, sizes: tuple[int, int, int, int, int, int], *,
-    positions: int, rope: dict[str, Any], bos: int | None, eos: int, tied: bool = False, **more: Any,
-) -> Shape:  # fmt: skip
+    model_type: str,
+    architecture: str,
+    sizes: tuple[int, int, int, int, int, int],
+    *,
+    positions: int,
+    rope: dict[str, Any],
+    bos: int | None,
+    eos: int,
+    tied: bool = False,
+    **more: Any,
+) -> Shape:
     hidden, layers, heads, kv_heads, inner, vocab = sizes
     return {
-        "model_type": model_type, "architectures": [f"{architecture}ForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner,
-        "max_position_embeddings": positions, "rope_parameters": rope, "tie_word_embeddings": tied,
-        "bos_token_id": bos, "eos_token_id": eos,
-    } | more  # fmt: skip
+        "model_type": model_type,
+        "architectures": [f"{architecture}ForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": positions,
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    } | more
 
 
 def _llama(*sizes: int, **more: Any) -> Shape:
@@ -70,50 +106,137 @@ def _mistral(*sizes: int, theta: float = 1000000.0, window: int | None = None, *
 
 
 def _mixtral(*sizes: int, positions: int) -> Shape:
-    return _decoder("mixtral", "Mixtral", sizes, positions=positions, rope=_rope(1000000.0), bos=1, eos=2,
-                    sliding_window=None, num_local_experts=8, num_experts_per_tok=2)  # fmt: skip
+    return _decoder(
+        "mixtral",
+        "Mixtral",
+        sizes,
+        positions=positions,
+        rope=_rope(1000000.0),
+        bos=1,
+        eos=2,
+        sliding_window=None,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
 
 
 def _qwen25(*sizes: int, tied: bool = False) -> Shape:
-    return _decoder("qwen2", "Qwen2", sizes, positions=32768, rope=_rope(1000000.0), bos=151643, eos=151645, tied=tied,
-                    use_sliding_window=False)  # fmt: skip
+    return _decoder(
+        "qwen2",
+        "Qwen2",
+        sizes,
+        positions=32768,
+        rope=_rope(1000000.0),
+        bos=151643,
+        eos=151645,
+        tied=tied,
+        use_sliding_window=False,
+    )
 
 
 def _qwen3(*sizes: int, tied: bool = False) -> Shape:
-    return _decoder("qwen3", "Qwen3", (*sizes, 151936), positions=40960, rope=_rope(1000000.0), bos=151643, eos=151645,
-                    tied=tied, head_dim=128, use_sliding_window=False)  # fmt: skip
+    return _decoder(
+        "qwen3",
+        "Qwen3",
+        (*sizes, 151936),
+        positions=40960,
+        rope=_rope(1000000.0),
+        bos=151643,
+        eos=151645,
+        tied=tied,
+        head_dim=128,
+        use_sliding_window=False,
+    )
 
 
 def _qwen3_moe(*sizes: int, expert: int) -> Shape:
-    return _decoder("qwen3_moe", "Qwen3Moe", (*sizes, 151936), positions=40960, rope=_rope(1000000.0), bos=151643, eos=151645,
-                    head_dim=128, use_sliding_window=False, num_local_experts=128, num_experts_per_tok=8,
-                    moe_intermediate_size=expert, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])  # fmt: skip
+    return _decoder(
+        "qwen3_moe",
+        "Qwen3Moe",
+        (*sizes, 151936),
+        positions=40960,
+        rope=_rope(1000000.0),
+        bos=151643,
+        eos=151645,
+        head_dim=128,
+        use_sliding_window=False,
+        num_local_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=expert,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
 
 
 def _gemma2(*sizes: int, head_dim: int = 256, scalar: int = 256) -> Shape:
-    return _decoder("gemma2", "Gemma2", (*sizes, 256000), positions=8192, rope=_rope(10000.0), bos=2, eos=1, tied=True,
-                    head_dim=head_dim, query_pre_attn_scalar=scalar, sliding_window=4096, pad_token_id=0)  # fmt: skip
+    return _decoder(
+        "gemma2",
+        "Gemma2",
+        (*sizes, 256000),
+        positions=8192,
+        rope=_rope(10000.0),
+        bos=2,
+        eos=1,
+        tied=True,
+        head_dim=head_dim,
+        query_pre_attn_scalar=scalar,
+        sliding_window=4096,
+        pad_token_id=0,
+    )
 
 
 def _gemma3(
-    *sizes: int, head_dim: int = 256, scalar: int = 256, window: int = 1024, positions: int = 131072,
+    *sizes: int,
+    head_dim: int = 256,
+    scalar: int = 256,
+    window: int = 1024,
+    positions: int = 131072,
     far: dict[str, Any] | None = None,
-) -> Shape:  # fmt: skip
+) -> Shape:
     rope = {
         "full_attention": far or _rope(1000000.0, rope_type="linear", factor=8.0),
         "sliding_attention": _rope(10000.0),
     }
-    return _decoder("gemma3_text", "Gemma3", sizes, positions=positions, rope=rope, bos=2, eos=1, tied=True,
-                    head_dim=head_dim, query_pre_attn_scalar=scalar, sliding_window=window, pad_token_id=0)  # fmt: skip
+    return _decoder(
+        "gemma3_text",
+        "Gemma3",
+        sizes,
+        positions=positions,
+        rope=rope,
+        bos=2,
+        eos=1,
+        tied=True,
+        head_dim=head_dim,
+        query_pre_attn_scalar=scalar,
+        sliding_window=window,
+        pad_token_id=0,
+    )
 
 
 def _phi3(
-    *sizes: int, window: int | None, positions: int, theta: float = 10000.0, bos: int = 1, eos: int = 32000,
-    rotated: float = 1.0, tied: bool = False,
-) -> Shape:  # fmt: skip
-    return _decoder("phi3", "Phi3", sizes, positions=positions, rope=_rope(theta, partial_rotary_factor=rotated),
-                    bos=bos, eos=eos, pad_token_id=eos, tied=tied, sliding_window=window,
-                    original_max_position_embeddings=positions if positions < 131072 else 4096)  # fmt: skip
+    *sizes: int,
+    window: int | None,
+    positions: int,
+    theta: float = 10000.0,
+    bos: int = 1,
+    eos: int = 32000,
+    rotated: float = 1.0,
+    tied: bool = False,
+) -> Shape:
+    return _decoder(
+        "phi3",
+        "Phi3",
+        sizes,
+        positions=positions,
+        rope=_rope(theta, partial_rotary_factor=rotated),
+        bos=bos,
+        eos=eos,
+        pad_token_id=eos,
+        tied=tied,
+        sliding_window=window,
+        original_max_position_embeddings=positions if positions < 131072 else 4096,
+    )
 
 
 # hidden size, blocks, heads, key-value heads, inner size of the MLP, and vocabulary where a family has several
@@ -191,8 +314,12 @@ HUB_NAMES: dict[str, str] = {
         "meta-llama", {f"{n}B": f"llama-3-{n}b" for n in (8, 70)}, "Meta-Llama-3-{}", "Meta-Llama-3-{}-Instruct"
     ),
     **_hub_names(
-        "meta-llama", {f"{n}B": f"llama-3.1-{n}b" for n in (8, 70, 405)},
-        "Llama-3.1-{}", "Llama-3.1-{}-Instruct", "Meta-Llama-3.1-{}", "Meta-Llama-3.1-{}-Instruct",
+        "meta-llama",
+        {f"{n}B": f"llama-3.1-{n}b" for n in (8, 70, 405)},
+        "Llama-3.1-{}",
+        "Llama-3.1-{}-Instruct",
+        "Meta-Llama-3.1-{}",
+        "Meta-Llama-3.1-{}-Instruct",
     ),
     **_hub_names("meta-llama", {f"{n}B": f"llama-3.2-{n}b" for n in (1, 3)}, "Llama-3.2-{}", "Llama-3.2-{}-Instruct"),
     "meta-llama/Llama-3.3-70B-Instruct": "llama-3.1-70b",
@@ -203,8 +330,10 @@ HUB_NAMES: dict[str, str] = {
     "mistralai/Mixtral-8x22B-v0.1": "mixtral-8x22b",
     "mistralai/Mixtral-8x22B-Instruct-v0.1": "mixtral-8x22b-instruct",
     **_hub_names(
-        "Qwen", {f"{n}B": f"qwen2.5-{n}b" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
-        "Qwen2.5-{}", "Qwen2.5-{}-Instruct",
+        "Qwen",
+        {f"{n}B": f"qwen2.5-{n}b" for n in ("0.5", "1.5", "3", "7", "14", "32", "72")},
+        "Qwen2.5-{}",
+        "Qwen2.5-{}-Instruct",
     ),
     **_hub_names("Qwen", {f"{n}B": f"qwen3-{n}b" for n in ("0.6", "1.7", "4", "8", "14")}, "Qwen3-{}", "Qwen3-{}-Base"),
     "Qwen/Qwen3-32B": "qwen3-32b",
@@ -218,11 +347,16 @@ HUB_NAMES: dict[str, str] = {
     "microsoft/phi-4": "phi-4",
     "microsoft/Phi-4-mini-instruct": "phi-4-mini",
     **_hub_names(
-        "HuggingFaceTB", {n: f"smollm2-{n.lower()}" for n in ("135M", "360M", "1.7B")}, "SmolLM2-{}", "SmolLM2-{}-Instruct"
+        "HuggingFaceTB",
+        {n: f"smollm2-{n.lower()}" for n in ("135M", "360M", "1.7B")},
+        "SmolLM2-{}",
+        "SmolLM2-{}-Instruct",
     ),
-    **_hub_names("TinyLlama", {"1.1B": "tinyllama-1.1b"}, "TinyLlama-{}-Chat-v1.0", "TinyLlama-{}-intermediate-step-1431k-3T"),
+    **_hub_names(
+        "TinyLlama", {"1.1B": "tinyllama-1.1b"}, "TinyLlama-{}-Chat-v1.0", "TinyLlama-{}-intermediate-step-1431k-3T"
+    ),
     "TinyLlama/TinyLlama_v1.1": "tinyllama-1.1b",
-}  # fmt: skip
+}
 """Hub id -> key in `SHAPES`."""
 
 _KEYS = {name.lower(): key for name, key in HUB_NAMES.items()}

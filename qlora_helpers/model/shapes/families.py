@@ -39,13 +39,13 @@ def adapter_targets(config: dict[str, Any]) -> tuple[str, ...] | None:
     return ADAPTER_TARGETS.get(str(config.get("model_type")))
 
 
-def keeps_packed_rows_apart(config: dict[str, Any], seq_len_tokens: int) -> bool:
+def supports_packing(config: dict[str, Any], seq_len_tokens: int) -> bool:
     """Whether packed rows can be kept apart by a block-diagonal mask and restarted positions.
 
     False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, OPT
     counts its positions from a mask too; and where a sliding window is shorter than the block, since our mask would
     replace it. Such models are trained on padded rows. A True is proved on the loaded model before training
-    (`probes.check_rows_apart`).
+    (`probes.check_block_diagonal`).
 
     Args:
         config: a model's `config.json`.

@@ -35,9 +35,10 @@ def find_shape(config: ModelConfig) -> dict[str, Any]:
         raise ModelError(f"the folder {folder.name} holds no model", expected="config.json in it")
     if folder.suffix == ".gguf":
         raise ModelError(
-            "a .gguf file can't be planned", expected="the model's hub id, or a folder with its config.json",
+            "a .gguf file can't be planned",
+            expected="the model's hub id, or a folder with its config.json",
             next_step="Give the hub id of the model that the file was made from.",
-        )  # fmt: skip
+        )
     path = folder / "config.json" if folder.is_dir() else _from_hub(config)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -59,10 +60,13 @@ def _from_hub(config: ModelConfig) -> Path:
             try:
                 return Path(
                     hf_hub_download(
-                        config.name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S,
+                        config.name,
+                        "config.json",
+                        revision=config.revision,
+                        etag_timeout=HUB_TIMEOUT_S,
                         local_files_only=not _hub_answers(config),
                     )
-                )  # fmt: skip
+                )
             except RemoteEntryNotFoundError as error:
                 raise ModelError(f"{config.name} has no config.json") from error
     except ModelError as error:

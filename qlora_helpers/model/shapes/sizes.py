@@ -98,10 +98,21 @@ _TIED = frozenset({"falcon", "bloom", "opt", "gemma", "gemma2", "gemma3_text"})
 
 
 def _sizes(
-    family: str, config: Config, linears: tuple[LinearLayer, ...], *, intermediate: int, kv_heads: int, head_dim: int,
-    norm: str = "rms", norms: int = 2, block_extra: int = 0, embeddings: int | None = None,
-    final_norm: bool = True, head_bias: bool = False, **flags: Any,
-) -> ModelSizes:  # fmt: skip
+    family: str,
+    config: Config,
+    linears: tuple[LinearLayer, ...],
+    *,
+    intermediate: int,
+    kv_heads: int,
+    head_dim: int,
+    norm: str = "rms",
+    norms: int = 2,
+    block_extra: int = 0,
+    embeddings: int | None = None,
+    final_norm: bool = True,
+    head_bias: bool = False,
+    **flags: Any,
+) -> ModelSizes:
     """Adds up a model: `block_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
     hidden, vocab = size(config, "hidden_size", "n_embed"), size(config, "vocab_size")
     tied = flag(config, "tie_word_embeddings", family in _TIED)
@@ -109,14 +120,23 @@ def _sizes(
     norm_size = hidden * (2 if norm == "layer" else 1)
     biases = sum(layer.per_block * layer.out_features for layer in linears if layer.bias)
     return ModelSizes(
-        family=family, hidden=hidden, blocks=size(config, "num_hidden_layers", "n_layer"),
-        heads=size(config, "num_attention_heads", "n_head"), kv_heads=kv_heads, head_dim=head_dim,
-        intermediate=intermediate, vocab=vocab, tied=tied, linears=linears,
-        other_parameters_per_block=norms * norm_size + biases + block_extra,
+        family=family,
+        hidden=hidden,
+        blocks=size(config, "num_hidden_layers", "n_layer"),
+        heads=size(config, "num_attention_heads", "n_head"),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=intermediate,
+        vocab=vocab,
+        tied=tied,
+        linears=linears,
+        other_parameters_per_layer=norms * norm_size + biases + block_extra,
         other_parameters=(embedding if embeddings is None else embeddings) + final_norm * norm_size,
         head_parameters=(0 if tied else embedding) + head_bias * vocab,
-        norm=norm, norms_per_block=norms, **flags,
-    )  # fmt: skip
+        norm=norm,
+        norms_per_layer=norms,
+        **flags,
+    )
 
 
 def _attention(
@@ -126,12 +146,16 @@ def _attention(
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = optional_size(config, "num_key_value_heads", heads)
     head_dim = size(config, "head_dim") if config.get("head_dim") is not None else shared_out(config, hidden, heads)
-    return kv_heads, head_dim, (
-        LinearLayer("q_proj", hidden, heads * head_dim, bias=bias),
-        LinearLayer("k_proj", hidden, kv_heads * head_dim, bias=bias),
-        LinearLayer("v_proj", hidden, kv_heads * head_dim, bias=bias),
-        LinearLayer(out, heads * head_dim, hidden, bias=out_bias),
-    )  # fmt: skip
+    return (
+        kv_heads,
+        head_dim,
+        (
+            LinearLayer("q_proj", hidden, heads * head_dim, bias=bias),
+            LinearLayer("k_proj", hidden, kv_heads * head_dim, bias=bias),
+            LinearLayer("v_proj", hidden, kv_heads * head_dim, bias=bias),
+            LinearLayer(out, heads * head_dim, hidden, bias=out_bias),
+        ),
+    )
 
 
 # families
@@ -150,32 +174,57 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
     )
     qk_norm = family in ("qwen3", "gemma3_text")
     return _sizes(
-        family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-        norms=4 if family in ("gemma2", "gemma3_text") else 2, block_extra=2 * head_dim * qk_norm, gated_mlp=True,
-        qk_norm=qk_norm, logit_softcap=softcap(config), assumed=assumed,
-    )  # fmt: skip
+        family,
+        config,
+        attention + mlp,
+        intermediate=inner,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norms=4 if family in ("gemma2", "gemma3_text") else 2,
+        block_extra=2 * head_dim * qk_norm,
+        gated_mlp=True,
+        qk_norm=qk_norm,
+        logit_softcap=softcap(config),
+        assumed=assumed,
+    )
 
 
 def _of_experts(
-    family: str, config: Config, attended: tuple[int, int, tuple[LinearLayer, ...]], *, inner: int, experts: int,
+    family: str,
+    config: Config,
+    attended: tuple[int, int, tuple[LinearLayer, ...]],
+    *,
+    inner: int,
+    experts: int,
     qk_norm: bool = False,
-) -> ModelSizes:  # fmt: skip
+) -> ModelSizes:
     """A mixture of gated experts and their router in every block; its attention is in linear layers."""
     hidden, (kv_heads, head_dim, attention) = size(config, "hidden_size"), attended
     expert_parameters = experts * 3 * hidden * inner
     return _sizes(
-        family, config, attention, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-        block_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm, qk_norm=qk_norm,
-        gated_mlp=True, experts=experts, experts_per_token=size(config, "num_experts_per_tok"),
-        expert_parameters_per_block=expert_parameters,
-    )  # fmt: skip
+        family,
+        config,
+        attention,
+        intermediate=inner,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm,
+        qk_norm=qk_norm,
+        gated_mlp=True,
+        experts=experts,
+        experts_per_token=size(config, "num_experts_per_tok"),
+        expert_parameters_per_layer=expert_parameters,
+    )
 
 
 def _mixtral(family: str, config: Config) -> ModelSizes:
     return _of_experts(
-        family, config, _attention(config, bias=False, out_bias=False),
-        inner=size(config, "intermediate_size"), experts=size(config, "num_local_experts"),
-    )  # fmt: skip
+        family,
+        config,
+        _attention(config, bias=False, out_bias=False),
+        inner=size(config, "intermediate_size"),
+        experts=size(config, "num_local_experts"),
+    )
 
 
 def _qwen3_moe(family: str, config: Config) -> ModelSizes:
@@ -188,9 +237,13 @@ def _qwen3_moe(family: str, config: Config) -> ModelSizes:
         )
     bias = flag(config, "attention_bias", False)
     return _of_experts(
-        family, config, _attention(config, bias=bias, out_bias=bias), qk_norm=True,
-        inner=size(config, "moe_intermediate_size"), experts=size(config, "num_experts", "num_local_experts"),
-    )  # fmt: skip
+        family,
+        config,
+        _attention(config, bias=bias, out_bias=bias),
+        qk_norm=True,
+        inner=size(config, "moe_intermediate_size"),
+        experts=size(config, "num_experts", "num_local_experts"),
+    )
 
 
 def _phi3(family: str, config: Config) -> ModelSizes:
@@ -202,8 +255,7 @@ def _phi3(family: str, config: Config) -> ModelSizes:
         LinearLayer("gate_up_proj", hidden, 2 * inner),
         LinearLayer("down_proj", inner, hidden),
     )
-    return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim,
-                  gated_mlp=True)  # fmt: skip
+    return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=True)
 
 
 def _phi(family: str, config: Config) -> ModelSizes:
@@ -212,11 +264,20 @@ def _phi(family: str, config: Config) -> ModelSizes:
     mlp = (LinearLayer("fc1", hidden, inner, bias=True), LinearLayer("fc2", inner, hidden, bias=True))
     qk_norm = flag(config, "qk_layernorm", False)
     return _sizes(
-        family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
-        norm="layer", norms=1,
-        block_extra=4 * shared_out(config, hidden, size(config, "num_attention_heads")) * qk_norm, head_bias=True, qk_norm=qk_norm,
+        family,
+        config,
+        attention + mlp,
+        intermediate=inner,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        gated_mlp=False,
+        norm="layer",
+        norms=1,
+        block_extra=4 * shared_out(config, hidden, size(config, "num_attention_heads")) * qk_norm,
+        head_bias=True,
+        qk_norm=qk_norm,
         parallel_attention=True,
-    )  # fmt: skip
+    )
 
 
 def _opt(family: str, config: Config) -> ModelSizes:
@@ -234,11 +295,18 @@ def _opt(family: str, config: Config) -> ModelSizes:
     projections = 2 * width * hidden if width != hidden else 0
     final = flag(config, "do_layer_norm_before", True) and not flag(config, "_remove_final_layer_norm", False)
     return _sizes(
-        family, config, attention + mlp, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=False,
+        family,
+        config,
+        attention + mlp,
+        intermediate=inner,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        gated_mlp=False,
         norm="layer",
-        block_extra=0 if affine else -4 * hidden, final_norm=final and affine,
+        block_extra=0 if affine else -4 * hidden,
+        final_norm=final and affine,
         embeddings=size(config, "vocab_size") * width + positions + projections,
-    )  # fmt: skip
+    )
 
 
 def _fused_qkv(
@@ -253,8 +321,17 @@ def _fused_qkv(
         LinearLayer("dense_4h_to_h", inner, hidden, bias=mlp_bias),
     )
     head_dim = shared_out(config, hidden, size(config, "num_attention_heads", "n_head"))
-    return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, norm="layer",
-                  gated_mlp=False, **more)  # fmt: skip
+    return _sizes(
+        family,
+        config,
+        linears,
+        intermediate=inner,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm="layer",
+        gated_mlp=False,
+        **more,
+    )
 
 
 def _falcon(family: str, config: Config) -> ModelSizes:
@@ -266,34 +343,57 @@ def _falcon(family: str, config: Config) -> ModelSizes:
     parallel = flag(config, "parallel_attn", True)
     parallel_norms = optional_size(config, "num_ln_in_parallel_attn", 2 if new else 1)
     return _fused_qkv(
-        family, config, qkv=(heads + 2 * kv_heads) * shared_out(config, hidden, heads), kv_heads=kv_heads, bias=bias, mlp_bias=bias,
+        family,
+        config,
+        qkv=(heads + 2 * kv_heads) * shared_out(config, hidden, heads),
+        kv_heads=kv_heads,
+        bias=bias,
+        mlp_bias=bias,
         inner=optional_size(config, "ffn_hidden_size", 4 * hidden),
-        norms=parallel_norms if parallel else 2, parallel_attention=new or parallel,
-    )  # fmt: skip
+        norms=parallel_norms if parallel else 2,
+        parallel_attention=new or parallel,
+    )
 
 
 def _gpt_neox(family: str, config: Config) -> ModelSizes:
     hidden = size(config, "hidden_size")
     return _fused_qkv(
-        family, config, qkv=3 * hidden, kv_heads=size(config, "num_attention_heads"), mlp_bias=True,
-        inner=size(config, "intermediate_size"), bias=flag(config, "attention_bias", True),
+        family,
+        config,
+        qkv=3 * hidden,
+        kv_heads=size(config, "num_attention_heads"),
+        mlp_bias=True,
+        inner=size(config, "intermediate_size"),
+        bias=flag(config, "attention_bias", True),
         parallel_attention=flag(config, "use_parallel_residual", True),
-    )  # fmt: skip
+    )
 
 
 def _bloom(family: str, config: Config) -> ModelSizes:
     hidden = size(config, "hidden_size", "n_embed")
     return _fused_qkv(
-        family, config, qkv=3 * hidden, kv_heads=size(config, "num_attention_heads", "n_head"), inner=4 * hidden,
-        bias=True, mlp_bias=True, embeddings=size(config, "vocab_size") * hidden + 2 * hidden,
-    )  # fmt: skip
+        family,
+        config,
+        qkv=3 * hidden,
+        kv_heads=size(config, "num_attention_heads", "n_head"),
+        inner=4 * hidden,
+        bias=True,
+        mlp_bias=True,
+        embeddings=size(config, "vocab_size") * hidden + 2 * hidden,
+    )
 
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 _FAMILIES: dict[str, Callable[[str, Config], ModelSizes]] = dict.fromkeys(_LIKE_LLAMA, _like_llama) | {
-    "mixtral": _mixtral, "qwen3_moe": _qwen3_moe,
-    "phi": _phi, "phi3": _phi3, "opt": _opt, "falcon": _falcon, "gpt_neox": _gpt_neox, "bloom": _bloom,
-}  # fmt: skip
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "phi": _phi,
+    "phi3": _phi3,
+    "opt": _opt,
+    "falcon": _falcon,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+}
 KNOWN_FAMILIES = frozenset(_FAMILIES)
 """Values of `model_type` whose sizes are exact; each is compared with transformers' own model in the tests."""
 
@@ -316,7 +416,7 @@ class LinearLayer:
     bias: bool = False
 
     @property
-    def parameters_per_block(self) -> int:
+    def parameters_per_layer(self) -> int:
         """Weights without biases."""
         return self.per_block * self.in_features * self.out_features
 
@@ -334,18 +434,18 @@ class ModelSizes:
         vocab: rows of the embedding.
         tied: whether the output head is the embedding.
         linears: the `nn.Linear` modules of ONE block: exactly what bitsandbytes stores in 4 bits.
-        other_parameters_per_block: the rest of a block: norms, biases, a router, and experts (see below).
+        other_parameters_per_layer: the rest of a block: norms, biases, a router, and experts (see below).
         other_parameters: outside the blocks: embeddings, final norm. OPT-350M's two projections are counted here although they
             are stored in 4 bits (1 M weights).
         head_parameters: of the output head, which stays unquantised; 0 where it is tied (Phi's bias always counts).
         gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
         parallel_attention: whether attention and MLP read the same residual and are added together.
         norm: `rms` (weight alone) or `layer` (weight and bias).
-        norms_per_block: norms of width `hidden`.
+        norms_per_layer: norms of width `hidden`.
         qk_norm: whether queries and keys are normalised for each head.
         logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
         experts, experts_per_token: of a mixture of experts, else 0.
-        expert_parameters_per_block: of all experts together; they are part of `other_parameters_per_block`.
+        expert_parameters_per_layer: of all experts together; they are part of `other_parameters_per_layer`.
         assumed: the family is not known here and was taken to be wired like Llama.
 
     Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
@@ -363,33 +463,33 @@ class ModelSizes:
     vocab: int
     tied: bool
     linears: tuple[LinearLayer, ...]
-    other_parameters_per_block: int
+    other_parameters_per_layer: int
     other_parameters: int
     head_parameters: int
     gated_mlp: bool
     parallel_attention: bool = False
     norm: str = "rms"
-    norms_per_block: int = 2
+    norms_per_layer: int = 2
     qk_norm: bool = False
     logit_softcap: float | None = None
     experts: int = 0
     experts_per_token: int = 0
-    expert_parameters_per_block: int = 0
+    expert_parameters_per_layer: int = 0
     assumed: bool = False
 
     @property
-    def linear_parameters_per_block(self) -> int:
+    def linear_parameters_per_layer(self) -> int:
         """Weights of a block that are stored in 4 bits."""
-        return sum(layer.parameters_per_block for layer in self.linears)
+        return sum(layer.parameters_per_layer for layer in self.linears)
 
     @property
-    def parameters_added_last_per_block(self) -> int:
+    def parameters_added_last_per_layer(self) -> int:
         """Weights of a block whose product a recomputation need not make again."""
         names = added_to_residual({"model_type": self.family, "parallel_attn": self.parallel_attention})
-        return sum(layer.parameters_per_block for layer in self.linears if layer.name in names)
+        return sum(layer.parameters_per_layer for layer in self.linears if layer.name in names)
 
     @property
     def parameters(self) -> int:
         """All weights; tied ones count once."""
-        in_blocks = self.blocks * (self.linear_parameters_per_block + self.other_parameters_per_block)
+        in_blocks = self.blocks * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
         return in_blocks + self.other_parameters + self.head_parameters

@@ -33,9 +33,11 @@ def family_of(config: Shape) -> str:
     family = config.get("model_type")
     if family is not None and not isinstance(family, str):
         raise ModelError(
-            "the model_type of a config.json is no text", expected="a family's name such as llama", got=reprlib.repr(family),
+            "the model_type of a config.json is no text",
+            expected="a family's name such as llama",
+            got=reprlib.repr(family),
             next_step="Give the model's own config.json.",
-        )  # fmt: skip
+        )
     return plain(str(family))[:60]
 
 
@@ -90,9 +92,11 @@ def softcap(config: Shape) -> float | None:
     cap = config.get("final_logit_softcapping")
     if cap is not None and not isinstance(cap, int | float):
         raise ModelError(
-            "the final_logit_softcapping of a config.json is no number", expected="a number, or null",
-            got=reprlib.repr(cap), next_step="Give the model's own config.json.",
-        )  # fmt: skip
+            "the final_logit_softcapping of a config.json is no number",
+            expected="a number, or null",
+            got=reprlib.repr(cap),
+            next_step="Give the model's own config.json.",
+        )
     return cap
 
 

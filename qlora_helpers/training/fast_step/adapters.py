@@ -19,24 +19,34 @@ from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.wiring import is_plain
 
 NEVER_CHANGED_AFTER = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "query_key_value",
-    "dense", "dense_h_to_4h",
-)  # fmt: skip
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "query_key_value",
+    "dense",
+    "dense_h_to_4h",
+)
 """Layers whose output the tested models do not change in place."""
-torch.library.define("qlora_helpers::add_product_", "(Tensor(a!) out, Tensor low, Tensor up, float scale) -> ()")
+torch.library.define("qlora_helpers::add_matmul_", "(Tensor(a!) out, Tensor low, Tensor up, float scale) -> ()")
 
 
-@torch.library.impl("qlora_helpers::add_product_", "CompositeExplicitAutograd")
-def _add_product(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+@torch.library.impl("qlora_helpers::add_matmul_", "CompositeExplicitAutograd")
+def _add_matmul(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> None:
     out.flatten(0, -2).addmm_(low.flatten(0, -2), up.t(), alpha=scale)
 
 
-@torch.library.register_fake("qlora_helpers::add_product_")
+@torch.library.register_fake("qlora_helpers::add_matmul_")
 def _(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> None:
     return None
 
 
-class _AddedProduct(torch.autograd.Function):
+class _AddedMatmul(torch.autograd.Function):
     """`out + scale * low @ up.T`, written over `out`, for compiled layers: left to itself a compiler copies `out` for `addmm`.
 
     The result must not be changed in place after it, as Falcon does with its MLP's output (`dense_4h_to_h`).
@@ -46,7 +56,7 @@ class _AddedProduct(torch.autograd.Function):
     def forward(ctx: Any, out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(low, up)
         ctx.scale = scale
-        torch.ops.qlora_helpers.add_product_(out, low, up, scale)
+        torch.ops.qlora_helpers.add_matmul_(out, low, up, scale)
         return out
 
     @staticmethod
@@ -91,7 +101,7 @@ def _lora_forward(original: Callable[..., Any], in_place: bool) -> Callable[...,
         low = F.linear(self.lora_dropout[name](x), down)
         scale = float(self.scaling[name])
         if in_place and torch.compiler.is_compiling():
-            return _AddedProduct.apply(out, low, up, scale)
+            return _AddedMatmul.apply(out, low, up, scale)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale).view_as(out)
 
     return forward

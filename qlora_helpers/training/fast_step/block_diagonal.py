@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from qlora_helpers.model.patching import attention_replaced, replace_forward
 from qlora_helpers.model.wiring import split_falcon_heads
 
-NAME = "rows_apart"
+NAME = "block_diagonal"
 
 
 class RowStarts:
@@ -83,9 +83,17 @@ def _by_kernel(
 
     grouped = {"enable_gqa": True} if _ASKS_FOR_GROUPS and key.shape[1] != query.shape[1] else {}
     return varlen_attn(
-        query, key, value, rows.starts, rows.starts, rows.longest, rows.longest,
-        scale=scale, window_size=(-1, 0), **grouped,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        rows.starts,
+        rows.starts,
+        rows.longest,
+        rows.longest,
+        scale=scale,
+        window_size=(-1, 0),
+        **grouped,
+    )
 
 
 def _asks_for_groups() -> bool:
@@ -120,7 +128,7 @@ def _row_by_row(
 
 
 @contextmanager
-def rows_attended_apart(model: torch.nn.Module, *, longest: int) -> Iterator[None]:
+def block_diagonal_attention(model: torch.nn.Module, *, longest: int) -> Iterator[None]:
     """While open, a causal language model takes `row_starts` in place of a mask. Without them it attends as before.
 
     Args:
@@ -162,9 +170,14 @@ def _attention() -> Callable[..., Any]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-        scaling: float | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         """`(batch, heads, tokens, head_dim)` each, as transformers hands them over; `(batch, tokens, heads, head_dim)` back."""
         if module.row_starts.starts is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

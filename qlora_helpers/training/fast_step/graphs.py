@@ -67,7 +67,7 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
 
-class GraphedPasses:
+class CapturedPasses:
     """Calls a model that returns a loss, by a recording where there is one for the shapes at hand.
 
     Args:
@@ -79,18 +79,23 @@ class GraphedPasses:
 
     Attributes:
         refusal: why nothing is recorded any more, or None.
-        played: forward passes that were played.
-        recording_s: how long the last recording took, seconds; 0 where there was none.
+        replayed: forward passes that were played.
+        capture_s: how long the last recording took, seconds; 0 where there was none.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], trained: list[torch.nn.Parameter], *, passes_before: int,
-        prepare: Callable[[Kwargs], Kwargs] | None, record: Any,
-    ) -> None:  # fmt: skip
+        self,
+        forward: Callable[..., Any],
+        trained: list[torch.nn.Parameter],
+        *,
+        passes_before: int,
+        prepare: Callable[[Kwargs], Kwargs] | None,
+        record: Any,
+    ) -> None:
         self._forward, self._trained, self._passes_before = forward, trained, passes_before
         self._prepare, self._record = prepare or dict, record
         self.refusal: str | None = None
-        self.played, self.recording_s = 0, 0.0
+        self.replayed, self.capture_s = 0, 0.0
         self._shape: tuple[Any, ...] | None = None
         self._seen = 0  # passes of this shape
         self._since_release, self._between_releases = 0, PASSES_WORTH
@@ -114,7 +119,7 @@ class GraphedPasses:
             self._seen += 1
             self._since_release += 1
             if self._seen > self._passes_before and self._ready(inputs, others):
-                return {"loss": _Played.apply(self._anchor, self)}
+                return {"loss": _Replayed.apply(self._anchor, self)}
         return self._forward(**kwargs)
 
     def release(self) -> None:
@@ -147,7 +152,7 @@ class GraphedPasses:
         self._others, started = others, time.monotonic()
         try:
             self._plays = self._record(self._run_forward, self._run_backward)
-            self.recording_s = time.monotonic() - started
+            self.capture_s = time.monotonic() - started
         except Exception as error:
             self.refusal = cuda_graphs.refusal_of(error)
         if self.refusal:  # out here the error and its frames are gone, and with them what they held
@@ -167,7 +172,7 @@ class GraphedPasses:
     def _play_forward(self) -> torch.Tensor:
         self._keep_gradients()
         self._plays[0]()
-        self.played += 1
+        self.replayed += 1
         return self._loss.clone()
 
     def _play_backward(self, upstream: torch.Tensor) -> None:
@@ -188,19 +193,19 @@ class GraphedPasses:
                 weight.grad = gradient.clone()
 
 
-class _Played(torch.autograd.Function):
+class _Replayed(torch.autograd.Function):
     """The loss of a played forward pass; its backward pass plays the other recording."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, passes: GraphedPasses) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, passes: CapturedPasses) -> torch.Tensor:
         ctx.passes = passes
         loss = passes._play_forward()
-        ctx.number = passes.played
+        ctx.number = passes.replayed
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, None]:
-        if ctx.number != ctx.passes.played:
+        if ctx.number != ctx.passes.replayed:
             raise RuntimeError("a played forward pass takes its backward pass before the next forward pass")
         ctx.passes._play_backward(upstream)
         return None, None
@@ -213,9 +218,9 @@ def _parted(kwargs: Kwargs) -> tuple[dict[str, torch.Tensor], Kwargs]:
 
 
 @contextmanager
-def passes_graphed(
+def passes_captured(
     model: torch.nn.Module, *, passes_before: int, prepare: Callable[[Kwargs], Kwargs] | None = None, record: Any = None
-) -> Iterator[GraphedPasses]:
+) -> Iterator[CapturedPasses]:
     """While open, passes of a model in training that is given labels are recorded and played.
 
     Args:
@@ -226,7 +231,7 @@ def passes_graphed(
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     own = model.forward
-    passes = GraphedPasses(own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder())
+    passes = CapturedPasses(own, trained, passes_before=passes_before, prepare=prepare, record=record or CudaRecorder())
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("labels") is None or not (model.training and torch.is_grad_enabled()):

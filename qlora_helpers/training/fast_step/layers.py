@@ -21,40 +21,40 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.wiring import decoder_layers
-from qlora_helpers.planning.memory import layers_to_recompute
-from qlora_helpers.training.fast_step.matmuls import recomputation_contexts, unread_products_left_out
+from qlora_helpers.planning.memory import layers_to_checkpoint
+from qlora_helpers.training.fast_step.matmuls import recomputation_contexts, unused_outputs_skipped
 
 POINTWISE_VALUES_MADE_AGAIN = dict.fromkeys(
     ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"), False
 )
 """For `torch._functorch.config`. Its partitioner is wary of making values again where the backward pass is far away or needs them
-written out; without these bans it keeps as few bytes as it can. Products and reductions stay banned."""
+written out; without these bans it keeps as few bytes as it can. Matmuls and reductions stay banned."""
 
 
 @contextmanager
 def layers_changed(
-    model: torch.nn.Module, *, compiled: bool, recomputed: int, keep_random_state: bool
+    model: torch.nn.Module, *, compiled: bool, checkpointed: int, keep_random_state: bool
 ) -> Iterator[int]:
-    """While open, decoder layers are compiled, and `recomputed` of them recompute their activations.
+    """While open, decoder layers are compiled, and `checkpointed` of them recompute their activations.
 
     Yields how many products a layer leaves out while it recomputes.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
         compiled: whether to compile every layer; blocks must have one shape.
-        recomputed: how many layers keep their input alone, 0 to all.
+        checkpointed: how many layers keep their input alone, 0 to all.
         keep_random_state: whether the recomputation must draw the same dropout masks.
     """
     layers = decoder_layers(model)
-    chosen = set(layers_to_recompute(len(layers), min(recomputed, len(layers))))
-    left_out = 0
+    chosen = set(layers_to_checkpoint(len(layers), min(checkpointed, len(layers))))
+    skipped = 0
     with ExitStack() as undo:
         if compiled:
             undo.enter_context(torch._functorch.config.patch(POINTWISE_VALUES_MADE_AGAIN))
             # Under DDP each layer would be cut into parts, for gradients to leave sooner; theirs are small, and cuts keep values.
             undo.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         if chosen:
-            left_out = undo.enter_context(unread_products_left_out(model, layers))
+            skipped = undo.enter_context(unused_outputs_skipped(model, layers))
             text = model.config.get_text_config()
             undo.callback(setattr, text, "use_cache", text.use_cache)
             text.use_cache = False  # a layer that recomputes would add its keys to a cache twice
@@ -66,7 +66,7 @@ def layers_changed(
                 forward = _recomputing(layer, forward, keep_random_state)
             if compiled or index in chosen:
                 replace_forward(layer, _after_hook(layer, forward), undo)
-        yield left_out
+        yield skipped
 
 
 @contextmanager
@@ -107,14 +107,19 @@ def _is_hooked(module: torch.nn.Module) -> bool:
 
 def _recomputing(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=keep_random_state, context_fn=recomputation_contexts, **kwargs
-        )  # fmt: skip
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=keep_random_state,
+            context_fn=recomputation_contexts,
+            **kwargs,
+        )
 
-    return recomputed
+    return checkpointed
 
 
 def compile_refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -91,9 +91,13 @@ class ChunkedLoss:
         self.per_token: torch.Tensor | None = None
 
     def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """The mean over trained tokens, or their sum over `num_items_in_batch`; arguments as transformers passes them."""
         hidden = logits.flatten(0, -2)
         if self.trained is None:
@@ -116,8 +120,8 @@ class ChunkedLoss:
 def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
     """While open, a causal language model that is given labels computes no logits: its loss comes chunk by chunk.
 
-    It then also takes `trained_index` and `trained_labels` (`blocks.BlockCollator`). Asked without labels it answers with logits as
-    ever. The call still goes through the root module, so peft's, accelerate's and DDP's hooks see it.
+    It then also takes `trained_index` and `trained_labels` (`data.batches.SequenceCollator`). Without labels it returns logits
+    as before. The call still goes through the root module, so peft's, accelerate's and DDP's hooks see it.
 
     Args:
         model: a transformers model, without peft's wrapper around it; its output layer is frozen.

@@ -1,4 +1,4 @@
-"""Products that a recomputed layer does not make again.
+"""Matmuls that a recomputed layer does not make again.
 
 What is recomputed is what the backward pass reads. Nothing in a layer reads the value of a product that is added to the residual at
 its end: an MLP's last in a Llama, in a Falcon the attention's last too, since both are added together. A backward pass reads that
@@ -23,7 +23,7 @@ from qlora_helpers.model.shapes.families import added_to_residual
 from qlora_helpers.model.wiring import is_plain
 
 _SIGNATURES = {
-    "linear_unless_recomputed": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_unless_checkpointed": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_4bit_unless_recomputed": "(Tensor x, Tensor packed, int[] shape, Tensor absmax, int blocksize, str quant_type, "
     "Tensor? bias, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset) -> Tensor",
 }
@@ -61,7 +61,7 @@ def _unread(x: torch.Tensor, width: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
-@torch.library.impl("qlora_helpers::linear_unless_recomputed", "CompositeExplicitAutograd")
+@torch.library.impl("qlora_helpers::linear_unless_checkpointed", "CompositeExplicitAutograd")
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return _unread(x, weight.shape[0]) if _recomputing.on else F.linear(x, weight, bias)
 
@@ -73,7 +73,7 @@ def _linear_4bit(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest:
     )
 
 
-@torch.library.register_fake("qlora_helpers::linear_unless_recomputed")
+@torch.library.register_fake("qlora_helpers::linear_unless_checkpointed")
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -83,7 +83,7 @@ def _(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> to
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-class _ProductOnce(torch.autograd.Function):
+class _MatmulOnce(torch.autograd.Function):
     """A frozen linear layer's product, whose value is not made while its layer recomputes.
 
     Its gradient needs the weights alone, so nothing is saved for it that a checkpoint would have to find again.
@@ -93,13 +93,20 @@ class _ProductOnce(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: Any) -> torch.Tensor:
         ctx.weight, ctx.state = weight, state
         if state is None:
-            return torch.ops.qlora_helpers.linear_unless_recomputed(x, weight, bias)
+            return torch.ops.qlora_helpers.linear_unless_checkpointed(x, weight, bias)
         nested = state.state2 if state.nested else None
         return torch.ops.qlora_helpers.linear_4bit_unless_recomputed(
-            x, weight.view(-1, 1), state.shape, nested.absmax if nested else state.absmax, state.blocksize,
-            state.quant_type, bias, state.absmax if nested else None, nested.code if nested else None,
+            x,
+            weight.view(-1, 1),
+            state.shape,
+            nested.absmax if nested else state.absmax,
+            state.blocksize,
+            state.quant_type,
+            bias,
+            state.absmax if nested else None,
+            nested.code if nested else None,
             state.offset if nested else None,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -112,7 +119,7 @@ class _ProductOnce(torch.autograd.Function):
 
 
 @contextmanager
-def unread_products_left_out(model: torch.nn.Module, layers: list[torch.nn.Module]) -> Iterator[int]:
+def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]) -> Iterator[int]:
     """While open, those products of the layers are made once; yields how many of a layer are.
 
     Frozen linear layers in 4 bits or at full width; others, such as those whose adapter reads that value (DoRA), and families whose
@@ -131,13 +138,13 @@ def unread_products_left_out(model: torch.nn.Module, layers: list[torch.nn.Modul
                 continue
             adapted = hasattr(module, "get_base_layer")
             linear = module.get_base_layer() if adapted else module
-            if _can_be_left_out(linear) and (not adapted or is_plain(module)):
+            if _can_be_skipped(linear) and (not adapted or is_plain(module)):
                 replace_forward(linear, types.MethodType(_forward_once(linear.forward), linear), undo)
                 changed += 1
         yield changed // max(1, len(layers))
 
 
-def _can_be_left_out(linear: Any) -> bool:
+def _can_be_skipped(linear: Any) -> bool:
     if any(weight.requires_grad for weight in linear.parameters()):
         return False
     state = getattr(linear.weight, "quant_state", None)
@@ -158,6 +165,6 @@ def _forward_once(own: Callable[..., Any]) -> Callable[..., Any]:
         other = x.dtype != dtype or (self.bias is not None and self.bias.dtype != dtype)
         if lost or other or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return own(x)
-        return _ProductOnce.apply(x, self.weight, self.bias, state)
+        return _MatmulOnce.apply(x, self.weight, self.bias, state)
 
     return forward

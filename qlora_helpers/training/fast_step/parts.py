@@ -16,8 +16,8 @@ from qlora_helpers.model.host_embedding import brought_back, embeddings_on_host,
 from qlora_helpers.model.shapes.families import draws_at_random
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
-from qlora_helpers.training.fast_step.block_diagonal import kernel_refusal, rows_attended_apart
-from qlora_helpers.training.fast_step.graphs import GraphedPasses, graph_refusal, passes_graphed
+from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, kernel_refusal
+from qlora_helpers.training.fast_step.graphs import CapturedPasses, graph_refusal, passes_captured
 from qlora_helpers.training.fast_step.layers import compile_refusal, inner_hooks_set_aside, layers_changed
 from qlora_helpers.training.fast_step.loss import ChunkedLoss, loss_in_chunks
 
@@ -29,26 +29,26 @@ class FastStep:
     """What of the fast step is on.
 
     Attributes:
-        rows_apart: whether batches carry the starts of their rows in place of a mask.
+        block_diagonal: whether batches carry the starts of their rows in place of a mask.
         loss: the loss in chunks, or None where the model's own is used.
         adapters: how many adapted layers cast weights in place of activations.
         compiled: whether the decoder layers are compiled.
         graphs: the passes recorded as CUDA graphs, or None where none may be.
         offloaded: whether the input embedding lies in the host's memory.
-        recomputed, layers: how many decoder layers recompute their activations, of how many.
-        left_out: how many products of such a layer are made once.
+        checkpointed, layers: how many decoder layers recompute their activations, of how many.
+        skipped: how many products of such a layer are made once.
         reasons: why a part is off, as it was known when the step was opened.
     """
 
-    rows_apart: bool = False
+    block_diagonal: bool = False
     loss: ChunkedLoss | None = None
     adapters: int = 0
     compiled: bool = False
-    graphs: GraphedPasses | None = None
+    graphs: CapturedPasses | None = None
     offloaded: bool = False
-    recomputed: int = 0
+    checkpointed: int = 0
     layers: int = 0
-    left_out: int = 0
+    skipped: int = 0
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -63,7 +63,7 @@ class FastStep:
 
     def __repr__(self) -> str:
         parts = [
-            ("rows attended apart without a mask", self.rows_apart),
+            ("rows attended apart without a mask", self.block_diagonal),
             ("loss in chunks", self.loss is not None),
             (f"{self.adapters} adapters in 32 bits computing in the model's type", self.adapters > 0),
             ("layers compiled", self.compiled),
@@ -71,8 +71,8 @@ class FastStep:
         ]
         parts += [("input embedding in the host's memory", True)] if self.offloaded else []
         lines = [f"{'on ' if on else 'off'}  {name}" for name, on in parts]
-        once = f", {self.left_out} of the products of each made once" if self.left_out else ""
-        lines.append(f"     {self.recomputed} of {self.layers} layers recomputed{once}")
+        once = f", {self.skipped} of the products of each made once" if self.skipped else ""
+        lines.append(f"     {self.checkpointed} of {self.layers} layers recomputed{once}")
         return "\n".join(lines + [f"     ({reason})" for reason in self.why_off])
 
 
@@ -83,8 +83,8 @@ def fast_step(
     packed: bool,
     longest: int,
     compiled: bool,
-    recomputed: int | None,
-    graphed: bool = False,
+    checkpointed: int | None,
+    captured: bool = False,
     accumulation: int = 1,
     offload_embeddings: bool = False,
     check: Callable[[FastStep], None] = lambda on: None,
@@ -96,8 +96,8 @@ def fast_step(
         packed: whether blocks hold several rows, all blocks having one length.
         longest: an upper bound on a row's tokens.
         compiled: whether the run is long enough for compilation to pay.
-        recomputed: how many decoder layers recompute their activations; None for all.
-        graphed: whether passes are recorded as CUDA graphs where they can be.
+        checkpointed: how many decoder layers recompute their activations; None for all.
+        captured: whether passes are recorded as CUDA graphs where they can be.
         accumulation: forward passes per optimizer step.
         offload_embeddings: whether the input embedding goes into the host's memory.
         check: called before anything is compiled; may raise.
@@ -106,7 +106,7 @@ def fast_step(
     device, dtype = inner.get_input_embeddings().weight.device, inner.dtype
     brought_back(inner.get_input_embeddings())
     on = FastStep(layers=len(decoder_layers(inner)))
-    on.recomputed = on.layers if recomputed is None else min(recomputed, on.layers)
+    on.checkpointed = on.layers if checkpointed is None else min(checkpointed, on.layers)
     looked_up = None
     with ExitStack() as parts:
         parts.enter_context(inner_hooks_set_aside(decoder_layers(inner)))
@@ -121,8 +121,8 @@ def fast_step(
         if packed:
             refusal = kernel_refusal(device, dtype, _head_dim(inner)) or _attention_refusal(inner)
             if refusal is None:
-                parts.enter_context(rows_attended_apart(inner, longest=longest))
-                on.rows_apart = True
+                parts.enter_context(block_diagonal_attention(inner, longest=longest))
+                on.block_diagonal = True
             else:
                 on.reasons.append(refusal)
         refusal = _head_refusal(inner)
@@ -137,14 +137,14 @@ def fast_step(
             on.reasons += [refusal] if refusal else []
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
         dropout = dropout or draws_at_random(inner.config.get_text_config().to_dict())  # by functions, not modules
-        on.left_out = parts.enter_context(
-            layers_changed(inner, compiled=on.compiled, recomputed=on.recomputed, keep_random_state=dropout)
+        on.skipped = parts.enter_context(
+            layers_changed(inner, compiled=on.compiled, checkpointed=on.checkpointed, keep_random_state=dropout)
         )
-        if graphed:
+        if captured:
             refusal = graph_refusal(model, packed=packed, dropout=dropout, listed=on.loss is not None)
             if refusal is None:
                 on.graphs = parts.enter_context(
-                    passes_graphed(model, passes_before=accumulation + 1, prepare=looked_up)
+                    passes_captured(model, passes_before=accumulation + 1, prepare=looked_up)
                 )
             else:
                 on.reasons.append(refusal)

@@ -86,9 +86,7 @@ def answer_panel(
         dialogues: to pick from: texts, or objects or mappings with `dialogue` and, where there is one, `summary` and `id`.
         temperature, top_p, max_new_tokens: where the sliders start.
     """
-    return AnswerPanel(
-        answer, dialogues, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
-    )  # fmt: skip
+    return AnswerPanel(answer, dialogues, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
 
 class AnswerPanel(Panel):
@@ -128,8 +126,10 @@ class AnswerPanel(Panel):
         self._asked, self._message.value = self._dialogue.value, ""
         self.answers = {name: Given() for name in MODELS}
         settings = {
-            "temperature": self._temperature.value, "top_p": self._top_p.value, "max_new_tokens": self._length.value,
-        }  # fmt: skip
+            "temperature": self._temperature.value,
+            "top_p": self._top_p.value,
+            "max_new_tokens": self._length.value,
+        }
         self._switch(asking=True)
         self._draw()
         self._thread = threading.Thread(target=self._work, args=(settings,), name="answers", daemon=True)
@@ -193,28 +193,58 @@ class AnswerPanel(Panel):
     def _layout(self, temperature: float, top_p: float, max_new_tokens: int) -> ipywidgets.VBox:
         wide, label = {"width": "auto"}, {"description_width": "124px"}
         names = [(OWN, -1), *((each.name, index) for index, each in enumerate(self.examples))]
-        self._pick = ipywidgets.Dropdown(options=names, value=min(0, len(self.examples) - 1), description="dialogue",
-                                         layout=wide, style=label)  # fmt: skip
+        self._pick = ipywidgets.Dropdown(
+            options=names, value=min(0, len(self.examples) - 1), description="dialogue", layout=wide, style=label
+        )
         self._dialogue = ipywidgets.Textarea(
-            self.examples[0].dialogue if self.examples else "", rows=8, layout=wide, continuous_update=True,
+            self.examples[0].dialogue if self.examples else "",
+            rows=8,
+            layout=wide,
+            continuous_update=True,
             placeholder="Ann: are we still on for lunch?\nBo: yes! at one, the usual place",
             tooltip="Turns as Name: text, one a line",
-        )  # fmt: skip
-        self._temperature = ipywidgets.FloatSlider(temperature, min=0, max=2, step=0.05, description="temperature",
-            tooltip="0 takes the likeliest token each time; more draws more boldly", layout=wide, style=label)  # fmt: skip
-        self._top_p = ipywidgets.FloatSlider(top_p, min=0.01, max=1, step=0.01, description="top_p", layout=wide, style=label,
-            tooltip="Draws from the likeliest tokens that make up this share; counts where temperature is above 0")  # fmt: skip
-        self._length = ipywidgets.IntSlider(max_new_tokens, min=1, max=max(256, max_new_tokens), description="max_new_tokens",
-            tooltip="The longest answer, tokens", layout=wide, style=label)  # fmt: skip
+        )
+        self._temperature = ipywidgets.FloatSlider(
+            temperature,
+            min=0,
+            max=2,
+            step=0.05,
+            description="temperature",
+            tooltip="0 takes the likeliest token each time; more draws more boldly",
+            layout=wide,
+            style=label,
+        )
+        self._top_p = ipywidgets.FloatSlider(
+            top_p,
+            min=0.01,
+            max=1,
+            step=0.01,
+            description="top_p",
+            layout=wide,
+            style=label,
+            tooltip="Draws from the likeliest tokens that make up this share; counts where temperature is above 0",
+        )
+        self._length = ipywidgets.IntSlider(
+            max_new_tokens,
+            min=1,
+            max=max(256, max_new_tokens),
+            description="max_new_tokens",
+            tooltip="The longest answer, tokens",
+            layout=wide,
+            style=label,
+        )
         self._ask_button = button("Ask both", "The untuned model answers, then the tuned one", self.ask, "primary")
         self._stop_button = button("Stop", "Ends the answers here", self.stop)
         self._stop_button.disabled = True
         self._message, self._reference = ipywidgets.HTML(), ipywidgets.HTML()
         self._shown = {name: ipywidgets.HTML(layout={"flex": "1 1 380px", "min_width": "0"}) for name in MODELS}
         for each, name in (
-            (self._dialogue, "qlora-dialogue"), (self._ask_button, "qlora-ask"), (self._stop_button, "qlora-stop"),
-            (self._pick, "qlora-pick"), *((shown, f"qlora-answer-{name}") for name, shown in self._shown.items()),
-        ):  # fmt: skip
+            (self._dialogue, "qlora-dialogue"),
+            (self._ask_button, "qlora-ask"),
+            (self._stop_button, "qlora-stop"),
+            (self._pick, "qlora-pick"),
+            *((shown, f"qlora-answer-{name}") for name, shown in self._shown.items()),
+        ):
             each.add_class(name)
         self._pick.observe(self._on_pick, names="value")
         self._dialogue.observe(self._on_dialogue, names="value")

@@ -1,6 +1,6 @@
 """What settings lead to, for a person: a few figures, and a bar for each GPU against its limit; as HTML and as text.
 
-Owns words and colours. The figures are `outlook`'s.
+Owns words and colours. The figures are `forecast`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import html
 
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.units import duration, gib
-from qlora_helpers.planning.forecast import Mend, Outlook
+from qlora_helpers.planning.forecast import Fix, Forecast
 from qlora_helpers.planning.memory import GpuMemory
 
 # name -> (parts of `GpuMemory`, colour): told apart by the colour-blind, and seen on white as on black
@@ -46,7 +46,7 @@ def parts_gib(memory: GpuMemory) -> dict[str, float]:
     return {name: sum(each[part] for part in parts) for name, (parts, _) in PARTS.items()}
 
 
-def figures(found: Outlook) -> dict[str, str]:
+def figures(found: Forecast) -> dict[str, str]:
     """The few numbers that a person turns a knob for, by name."""
     step = found.step
     dollars = "no price known" if step.dollars is None else f"${step.dollars:,.2f}"
@@ -59,32 +59,32 @@ def figures(found: Outlook) -> dict[str, str]:
     }
 
 
-def how(found: Outlook) -> str:
+def how(found: Forecast) -> str:
     """How the step is taken, what `auto` and none came to included."""
     step = found.step
-    again = "every layer" if step.recomputed == step.layers else f"{step.recomputed} of {step.layers} layers"
-    again = "no layer" if not step.recomputed else again
+    again = "every layer" if step.checkpointed == step.layers else f"{step.checkpointed} of {step.layers} layers"
+    again = "no layer" if not step.checkpointed else again
     compiled = "compiled" if step.compiled else "not compiled"
-    compiled += ", as CUDA graphs" if step.graphed else ""
+    compiled += ", as CUDA graphs" if step.captured else ""
     return f"{step.blocks} x {step.seq_len_tokens:,} tokens at once, {step.accumulation} a step; {again} recomputed; {compiled}"
 
 
-def mend_text(mend: Mend) -> str:
+def fix_text(fix: Fix) -> str:
     """A mend as one sentence."""
-    change = ", ".join(mend.settings) or "other hardware"
-    return f"{change} ({mend.text})"
+    change = ", ".join(fix.settings) or "other hardware"
+    return f"{change} ({fix.text})"
 
 
-def verdict(found: Outlook) -> str:
+def verdict(found: Forecast) -> str:
     """Whether it fits, in a sentence; where it does not, with the smallest mend."""
     if found.fits:
         room = found.hardware.usable_gib - found.step.peak_gib
         return f"fits, {room:.1f} GiB of {found.hardware.usable_gib:.1f} free on the fullest GPU"
-    mends = "; or: ".join(map(mend_text, found.mends)) or "none is known"
-    return f"Does not fit: {found.shortfall_gib:.1f} GiB too much on the fullest GPU. Smallest mend: {mends}"
+    fixes = "; or: ".join(map(fix_text, found.fixes)) or "none is known"
+    return f"Does not fit: {found.shortfall_gib:.1f} GiB too much on the fullest GPU. Smallest mend: {fixes}"
 
 
-def plan_text(found: Outlook) -> str:
+def plan_text(found: Forecast) -> str:
     """What the plan would do instead, in a sentence or two."""
     choice, several = found.plan.choice, found.several
     text = "the plan finds nothing faster"
@@ -95,7 +95,7 @@ def plan_text(found: Outlook) -> str:
     return text + (f"; in {several.copies} processes (torchrun, notebook 07): {several!r}" if several else "")
 
 
-def consequences_html(found: Outlook) -> str:
+def consequences_html(found: Forecast) -> str:
     """Figures and bars, with JupyterLab's own colours."""
     shown = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
@@ -113,7 +113,7 @@ def consequences_html(found: Outlook) -> str:
     )
 
 
-def _bar(index: int, found: Outlook) -> str:
+def _bar(index: int, found: Forecast) -> str:
     memory, layers = found.step.memory[index], found.step.layers_per_gpu[index]
     total, usable = gib(memory.total), found.hardware.usable_gib
     scale = 100 / (1.03 * max(usable, found.step.peak_gib))
@@ -131,14 +131,14 @@ def _bar(index: int, found: Outlook) -> str:
     )
 
 
-def notes_html(found: Outlook, *more: str) -> str:
+def notes_html(found: Forecast, *more: str) -> str:
     """What a reader must know of the figures, small."""
     price = found.hardware.price_note
     notes = [*more, *found.notes, *([f"price: {price}"] if price else [])]
     return "".join(f'<div class="muted" style="font-size:11px">{html.escape(note)}</div>' for note in notes)
 
 
-def consequences_table(found: Outlook) -> Table:
+def consequences_table(found: Forecast) -> Table:
     """The same as a table, for where there are no widgets."""
     rows = [[name, value] for name, value in figures(found).items()]
     rows.append(["one step", how(found)])

@@ -44,9 +44,12 @@ STYLE = """<style>
 .qlora-form .widget-tab-contents, .qlora-form .jupyter-widget-Collapse-contents { padding: 8px 10px; }
 </style>"""
 START: dict[str, int | float] = {
-    "data.train_rows": 100, "train.max_steps": 100, "train.eval_steps": 10, "train.save_steps": 10,
+    "data.train_rows": 100,
+    "train.max_steps": 100,
+    "train.eval_steps": 10,
+    "train.save_steps": 10,
     "model.max_memory_per_gpu_gib": 20.0,
-}  # fmt: skip
+}
 """What an automatic setting starts from when a person takes it over; else the smallest number allowed."""
 
 

@@ -1,6 +1,6 @@
 """A form for a run's settings: turn a knob, and see at once what it costs and whether it fits.
 
-Edits a copy of the run's configuration until it is saved. Texts, choices and limits are `config`'s, figures `planning.outlook`'s.
+Edits a copy of the run's configuration until it is saved. Texts, choices and limits are `config`'s, figures `planning.forecast`'s.
 Imports no torch and loads no model.
 """
 
@@ -20,13 +20,13 @@ from qlora_helpers.machine.hardware import Hardware, parse_gpus
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.fixes import cheapest_instance
-from qlora_helpers.planning.forecast import Outlook
-from qlora_helpers.planning.run_plan import outlook, trained_share
+from qlora_helpers.planning.forecast import Forecast
+from qlora_helpers.planning.run_plan import forecast, trained_share
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets.consequences import consequences_table
 from qlora_helpers.views.widgets.fields import STYLE as FIELD_STYLE
 from qlora_helpers.views.widgets.fields import Field
-from qlora_helpers.views.widgets.forecast_view import OutlookView
+from qlora_helpers.views.widgets.forecast_view import ForecastView
 from qlora_helpers.views.widgets.hardware import HardwareChoice
 from qlora_helpers.views.widgets.panel import Panel, button, copyable, said, styled, wrong
 from qlora_helpers.views.widgets.settings_code import differences, settings_code, settings_command
@@ -35,9 +35,14 @@ BASIC: dict[str, tuple[str, ...]] = {
     "adapter": ("r", "lora_alpha", "lora_dropout", "target_modules"),
     "data": ("source", "seq_len_tokens", "packing", "template", "train_rows"),
     "train": (
-        "learning_rate", "epochs", "micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "optim",
+        "learning_rate",
+        "epochs",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "activation_checkpointing",
+        "optim",
     ),
-}  # fmt: skip
+}
 """What matters first; the rest of a section stands under 'more'."""
 TITLES = {"adapter": "Adapter", "data": "Data", "train": "Training", "model": "Model", "evaluation": "Evaluation"}
 USUAL = "ml.g5.xlarge"  # planned for where there is no GPU, as long as the run can be made to fit on it
@@ -56,7 +61,7 @@ class ConfigForm(Panel):
     Attributes:
         config: the settings as they are shown; the last ones without a mistake.
         saved: the settings as the run has them.
-        outlook: what `config` leads to, or None where that can't be told.
+        forecast: what `config` leads to, or None where that can't be told.
         fields: name -> the control of a setting.
 
     Raises:
@@ -77,7 +82,7 @@ class ConfigForm(Panel):
             raise UserError("no such section", expected=f"some of {', '.join(SECTIONS)}", got=repr(unknown or sections))
         self.run, self.sections, self._write = run, sections, save or run.change_config
         self.config = self.saved = run.config()
-        self.outlook: Outlook | None = None
+        self.forecast: Forecast | None = None
         self._trouble = ""  # why there is no outlook of the run's own settings
         self._hidden: dict[str, Any] = {}  # changes of settings that have no control here
         self._busy = False
@@ -160,7 +165,7 @@ class ConfigForm(Panel):
         self.save_button.add_class("qlora-save-config")
         reset = button("Reset", "Shows what the run has now; changes are lost", self.reset)
         reset.add_class("qlora-reset")
-        self.view = OutlookView(self.choice.box, self.take)
+        self.view = ForecastView(self.choice.box, self.take)
         controls = ipywidgets.VBox(
             [self._section_tabs(), self.wrong, ipywidgets.HBox([self.save_button, reset]), self.message],
             layout={"flex": "1 1 370px", "min_width": "0"},
@@ -201,16 +206,16 @@ class ConfigForm(Panel):
             text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
             self.wrong.value = wrong(f"{text}\nShown beside: the last settings without a mistake.")
             return
-        self.config, self.outlook, self.wrong.value = config, found, ""
+        self.config, self.forecast, self.wrong.value = config, found, ""
         self._draw()
 
     def _hardware_changed(self) -> None:
         """Works the consequences of the last good settings out again. The run's own settings are never refused here."""
         try:
             self._trouble = ""
-            self.outlook = self._look(self.config)
+            self.forecast = self._look(self.config)
         except UserError as error:
-            self.outlook, self._trouble = None, str(error)
+            self.forecast, self._trouble = None, str(error)
         self._draw()
 
     def _show(self, config: RunConfig) -> None:
@@ -224,14 +229,14 @@ class ConfigForm(Panel):
         self._busy = False
         self._changed()
 
-    def _look(self, config: RunConfig) -> Outlook | None:
+    def _look(self, config: RunConfig) -> Forecast | None:
         """What settings lead to; None where the trouble is the one that the run had already, so that the rest can be edited.
 
         Raises:
             UserError: a new one, such as a file that is not there.
         """
         try:
-            return outlook(config, hardware=self.hardware, shape=self._shape(config))
+            return forecast(config, hardware=self.hardware, shape=self._shape(config))
         except UserError as error:
             if str(error) == self._trouble:
                 return None
@@ -255,9 +260,9 @@ class ConfigForm(Panel):
         return found
 
     def _draw(self) -> None:
-        choice = self.outlook.plan.choice if self.outlook and self.outlook.plan_is_faster else None
+        choice = self.forecast.plan.choice if self.forecast and self.forecast.plan_is_faster else None
         takes_plan = choice is not None and self.config.with_settings(choice.settings) != self.config
-        self.view.show(self.outlook, takes_plan=takes_plan, notes=self.choice.notes(), trouble=self._trouble)
+        self.view.show(self.forecast, takes_plan=takes_plan, notes=self.choice.notes(), trouble=self._trouble)
         self.code.value = copyable("in a notebook", settings_code(self.run, self.config, self.saved)) + copyable(
             "in a terminal", settings_command(self.run, self.config, self.saved)
         )
@@ -269,7 +274,7 @@ class ConfigForm(Panel):
         usual = parse_gpus(USUAL)
         try:
             shape = self._shape(self.config)
-            if outlook(self.config, hardware=usual, shape=shape).plan.fits:
+            if forecast(self.config, hardware=usual, shape=shape).plan.fits:
                 return usual
             return cheapest_instance(shape, self.config, trained_share(self.config.data)) or usual
         except UserError:
@@ -281,8 +286,8 @@ class ConfigForm(Panel):
         tables = [settings_table(getattr(self.config, section)) for section in self.sections]
         for table, section in zip(tables, self.sections, strict=True):
             table.caption = f"{TITLES[section]}: settings of {self.run.name}"
-        if self.outlook is not None:
-            found = consequences_table(self.outlook)
+        if self.forecast is not None:
+            found = consequences_table(self.forecast)
             found.rows += [["note", note] for note in self.choice.notes()]
             found.caption = f"What they lead to on {self.hardware.label}"
             tables.append(found)

@@ -46,14 +46,22 @@ class HardwareChoice:
         self.hardware = self._find(gpus) if gpus is not None else self._machine or usual()
         names = ([THIS_MACHINE] if self._machine else []) + [*GPUS, "4x24GiB", *INSTANCES]
         self.name = ipywidgets.Combobox(
-            value=THIS_MACHINE if self.hardware is self._machine else self.hardware.label, options=names,
-            description="hardware", continuous_update=False, style=_LABEL, layout={"width": "270px"},
+            value=THIS_MACHINE if self.hardware is self._machine else self.hardware.label,
+            options=names,
+            description="hardware",
+            continuous_update=False,
+            style=_LABEL,
+            layout={"width": "270px"},
             tooltip="To plan for: this machine, 4x24GiB, 2xL4, H100, ml.g5.12xlarge",
-        )  # fmt: skip
+        )
         self.price = ipywidgets.Text(
-            placeholder="catalogue's", description="$ an hour", continuous_update=False, style=_LABEL,
-            tooltip="Price of all of it; empty takes the catalogue's", layout={"width": "170px"},
-        )  # fmt: skip
+            placeholder="catalogue's",
+            description="$ an hour",
+            continuous_update=False,
+            style=_LABEL,
+            tooltip="Price of all of it; empty takes the catalogue's",
+            layout={"width": "170px"},
+        )
         self.message = ipywidgets.HTML()
         for each, name in ((self.name, "qlora-hardware"), (self.price, "qlora-price")):
             each.add_class(name)

@@ -54,10 +54,16 @@ class LiveChart:
         self.up = bqplot.Axis(scale=self.y, side="left", grid_lines="none")
         self._most = max(3, height_px // 45)
         figure = bqplot.Figure(
-            marks=self.lines, axes=[self.across, self.up], fig_margin={"top": 6, "bottom": 24, "left": 50, "right": 12},
-            min_aspect_ratio=0.1, max_aspect_ratio=100, padding_x=0, padding_y=0, animation_duration=0,
+            marks=self.lines,
+            axes=[self.across, self.up],
+            fig_margin={"top": 6, "bottom": 24, "left": 50, "right": 12},
+            min_aspect_ratio=0.1,
+            max_aspect_ratio=100,
+            padding_x=0,
+            padding_y=0,
+            animation_duration=0,
             layout={"width": "100%", "height": f"{height_px}px", "min_width": "0"},
-        )  # fmt: skip
+        )
         self.key = ipywidgets.HTML()
         self.box = ipywidgets.VBox([self.key, figure], layout={"width": "100%", "overflow": "hidden"})
         self.box.add_class("qlora-chart")

@@ -135,15 +135,22 @@ class RowBrowser(Panel):
         )
         self._number.continuous_update = False
         self._search = ipywidgets.Text(
-            placeholder="text in a row, then Enter", description="search", continuous_update=False,
-            layout={"width": "290px"}, style={"description_width": "48px"},
-        )  # fmt: skip
+            placeholder="text in a row, then Enter",
+            description="search",
+            continuous_update=False,
+            layout={"width": "290px"},
+            style={"description_width": "48px"},
+        )
         self._whole = ipywidgets.Checkbox(False, description="whole block", indent=False, layout={"width": "110px"})
         self._head, self._found, self._tokens = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         for each, name in (
-            (previous, "qlora-previous"), (following, "qlora-next"), (self._number, "qlora-row-number"),
-            (self._search, "qlora-search"), (self._whole, "qlora-whole-block"), (self._tokens, "qlora-row-tokens"),
-        ):  # fmt: skip
+            (previous, "qlora-previous"),
+            (following, "qlora-next"),
+            (self._number, "qlora-row-number"),
+            (self._search, "qlora-search"),
+            (self._whole, "qlora-whole-block"),
+            (self._tokens, "qlora-row-tokens"),
+        ):
             each.add_class(name)
         self._number.observe(self._on_number, names="value")
         self._search.observe(lambda change: self.search(change["new"]), names="value")

@@ -115,10 +115,19 @@ class WatchPanel(Panel):
         row = ipywidgets.HBox(asked)
         row.add_class("qlora-asked")
         self.box = styled(
-            [ipywidgets.HTML(live_charts.STYLE + watch_texts.STYLE, layout={"display": "none"}), self.state, self.bar,
-             self.limits, charts, self.readings, row, self.log],
-            "qlora-watch", "qlora-card",
-        )  # fmt: skip
+            [
+                ipywidgets.HTML(live_charts.STYLE + watch_texts.STYLE, layout={"display": "none"}),
+                self.state,
+                self.bar,
+                self.limits,
+                charts,
+                self.readings,
+                row,
+                self.log,
+            ],
+            "qlora-watch",
+            "qlora-card",
+        )
 
     def _button(self, text: str, icon: str, kind: str, tooltip: str) -> ipywidgets.Button:
         button = ipywidgets.Button(description=text, icon=icon, tooltip=tooltip, layout={"width": "auto"})

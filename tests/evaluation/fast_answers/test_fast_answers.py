@@ -110,15 +110,15 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
 
     sizes = []
 
-    class Played:
+    class Replayed:
         def __init__(self, step, *size):
             self.replay = lambda: step(*size)
 
     def record(self, rows, length):
         sizes.append((rows, length))
-        return Played(self._step, rows, length)
+        return Replayed(self._step, rows, length)
 
-    monkeypatch.setattr(graphs.GraphedStep, "_recorded", record)
+    monkeypatch.setattr(graphs.CapturedStep, "_recorded", record)
     monkeypatch.setattr(decoder, "LENGTH_STEP", 32)
     monkeypatch.setattr(decoder.SlotDecoder, "_between_looks", lambda self: 4)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
@@ -138,7 +138,7 @@ def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
     def fail(self, rows, length):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs.GraphedStep, "_recorded", fail)
+    monkeypatch.setattr(graphs.CapturedStep, "_recorded", fail)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
     model, prompts = tiny_llama(), random_prompts((9, 4, 20))
     with answering_form(model, rows=2, tokens=40) as form:
@@ -153,7 +153,7 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    from qlora_helpers.evaluation.fast_answers.graphs import GraphedStep
+    from qlora_helpers.evaluation.fast_answers.graphs import CapturedStep
 
     class Generator:
         recorded = False
@@ -177,10 +177,15 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
 
     generator, pools, stream = Generator(), [], SimpleNamespace(wait_stream=lambda other: None)
     for name, stand_in in {
-        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda each: nullcontext(),
-        "synchronize": lambda: None, "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool",
-        "current_device": lambda: 0, "default_generators": (generator,),
-    }.items():  # fmt: skip
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda each: nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: 0,
+        "default_generators": (generator,),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools.remove(pool), raising=False)
     state = torch.zeros(1)
@@ -190,12 +195,12 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
         if generator.recorded:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = GraphedStep(step, [state])
-    graphed(1, 1)
-    assert "operation failed due to a previous error during capture" in graphed.refusal
+    captured = CapturedStep(step, [state])
+    captured(1, 1)
+    assert "operation failed due to a previous error during capture" in captured.refusal
     assert not generator.recorded and pools == []
     before = float(state)
-    graphed(1, 1)
+    captured(1, 1)
     assert float(state) == before + 1
 
 

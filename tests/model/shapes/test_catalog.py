@@ -98,14 +98,22 @@ def test_what_sets_a_model_apart_from_its_family():
     assert SHAPES["phi-4-mini"]["rope_parameters"]["partial_rotary_factor"] == 0.75
     sizes = model_sizes(SHAPES["qwen3-30b-a3b"])
     assert (sizes.experts, sizes.experts_per_token, sizes.intermediate, sizes.tied) == (128, 8, 768, False)
-    in_use = sizes.parameters - sizes.blocks * sizes.expert_parameters_per_block * 120 // 128
+    in_use = sizes.parameters - sizes.blocks * sizes.expert_parameters_per_layer * 120 // 128
     assert 3.3e9 < in_use < 3.4e9  # "A3B": 3.3 B of them, its publisher says
 
 
 def test_the_tiny_falcon_has_the_wiring_of_the_40b():
     tiny, large = SHAPES["falcon-tiny"], SHAPES["falcon-40b"]
-    sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_kv_heads", "ffn_hidden_size",
-             "bos_token_id", "eos_token_id"}  # fmt: skip
+    sizes = {
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "bos_token_id",
+        "eos_token_id",
+    }
     assert {key: value for key, value in tiny.items() if key not in sizes} == {
         key: value for key, value in large.items() if key not in sizes
     }

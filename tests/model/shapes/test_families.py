@@ -8,7 +8,7 @@ import pytest
 from tiny import FAMILIES, tiny_model
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, keeps_packed_rows_apart
+from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, supports_packing
 
 
 def test_every_listed_family_is_tried_here():
@@ -54,28 +54,26 @@ def test_an_unlisted_family_has_no_targets_here():
     ],
 )
 def test_which_models_keep_packed_rows_apart(config, apart):
-    assert keeps_packed_rows_apart(config, 512) is apart
+    assert supports_packing(config, 512) is apart
 
 
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if keeps_packed_rows_apart({"model_type": family}, 64)]
-)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if supports_packing({"model_type": family}, 64)])
 def test_what_is_said_to_keep_rows_apart_does(torch, family):
     """Proved on a model of each family, with weights large enough for a leak to show."""
-    changed, apart = rows_apart(tiny_model(family, initializer_range=0.5))
+    changed, apart = block_diagonal(tiny_model(family, initializer_range=0.5))
     assert changed == 0
     assert apart < 1e-4
 
 
 def test_a_model_that_does_not_is_found_out(torch):
     with pytest.raises((ModelError, ValueError, RuntimeError)):
-        rows_apart(tiny_model("bloom", initializer_range=0.5))
+        block_diagonal(tiny_model("bloom", initializer_range=0.5))
 
 
-def rows_apart(model) -> tuple[float, float]:
-    from qlora_helpers.training.probes import check_rows_apart
+def block_diagonal(model) -> tuple[float, float]:
+    from qlora_helpers.training.probes import check_block_diagonal
     from qlora_helpers.training.step import make_collator
 
     model.config.use_cache = False
     collator = make_collator(model, SimpleNamespace(pad_token_id=0), SimpleNamespace(packed=True, seq_len_tokens=32))
-    return check_rows_apart(model, collator)
+    return check_block_diagonal(model, collator)

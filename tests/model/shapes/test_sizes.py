@@ -49,7 +49,8 @@ WIRINGS = {
     "gemma, untied": ("gemma", _GROUPED | {"tie_word_embeddings": False, "attention_bias": True}),
     "gemma2, untold head size": ("gemma2", LLAMA),
     "gemma3, untold heads and vocabulary": (
-        "gemma3_text", {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+        "gemma3_text",
+        {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128},
     ),
     "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 4}),
     "mixtral, untold experts": ("mixtral", LLAMA | {"num_attention_heads": 8}),
@@ -61,27 +62,38 @@ WIRINGS = {
     "phi3, tied": ("phi3", _GROUPED | {"tie_word_embeddings": True, "pad_token_id": 0}),
     "gpt_neox": ("gpt_neox", LLAMA),
     "gpt_neox in sequence, without attention biases": (
-        "gpt_neox", LLAMA | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}
+        "gpt_neox",
+        LLAMA | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
     ),
     "opt": ("opt", _OPT | {"max_position_embeddings": 32}),
     "opt, narrow embedding, norms after (350M)": (
-        "opt", _OPT | {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+        "opt",
+        _OPT | {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     ),
     "opt without biases and norm weights": (
-        "opt", _OPT | {"max_position_embeddings": 32, "enable_bias": False, "layer_norm_elementwise_affine": False}
+        "opt",
+        _OPT | {"max_position_embeddings": 32, "enable_bias": False, "layer_norm_elementwise_affine": False},
     ),
     "opt, untied": ("opt", _OPT | {"max_position_embeddings": 32, "tie_word_embeddings": False}),
     "bloom": ("bloom", _BLOOM),
     "falcon, one key-value head (7B)": ("falcon", _FALCON | {"num_kv_heads": 4}),
     "falcon, in sequence with biases (RW)": (
-        "falcon", _FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+        "falcon",
+        _FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
     ),
     "falcon, one norm in the new decoder (11B)": (
-        "falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1,
-                             "ffn_hidden_size": 96, "tie_word_embeddings": False}
+        "falcon",
+        _FALCON
+        | {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "ffn_hidden_size": 96,
+            "tie_word_embeddings": False,
+        },
     ),
     "falcon, untold key-value heads in the new decoder": ("falcon", _FALCON | {"new_decoder_architecture": True}),
-}  # fmt: skip
+}
 
 
 def on_meta(config):
@@ -119,8 +131,8 @@ def said_sizes(sizes):
     linears = Counter(
         {(layer.name, layer.in_features, layer.out_features, layer.bias): layer.per_block for layer in sizes.linears}
     )
-    weights = sizes.linear_parameters_per_block + sizes.other_parameters_per_block
-    return linears, weights, sizes.norms_per_block, sizes.qk_norm, sizes.parameters
+    weights = sizes.linear_parameters_per_layer + sizes.other_parameters_per_layer
+    return linears, weights, sizes.norms_per_layer, sizes.qk_norm, sizes.parameters
 
 
 def assert_said_is_found(torch, config):
@@ -129,8 +141,10 @@ def assert_said_is_found(torch, config):
     assert sizes == model_sizes(model.config.to_dict())  # the same with its defaults filled in
     assert sizes.blocks == len(blocks_of(torch, model))
     assert (sizes.hidden, sizes.vocab, sizes.tied) == (
-        model.config.hidden_size, model.config.vocab_size, model.config.tie_word_embeddings
-    )  # fmt: skip
+        model.config.hidden_size,
+        model.config.vocab_size,
+        model.config.tie_word_embeddings,
+    )
     gates = {name for layer in blocks_of(torch, model) for name, _ in layer.named_modules() if "gate" in name}
     assert sizes.gated_mlp == bool(gates)
     assert not sizes.assumed
@@ -214,8 +228,8 @@ def test_the_experts_of_mixtral_stay_in_16_bits():
     sizes = model_sizes(SHAPES["mixtral-8x7b"])
     assert {layer.name for layer in sizes.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert (sizes.experts, sizes.experts_per_token) == (8, 2)
-    assert sizes.expert_parameters_per_block == 8 * 3 * 4096 * 14336
-    assert 0.97 < 1 - sizes.blocks * sizes.linear_parameters_per_block / sizes.parameters < 0.98
+    assert sizes.expert_parameters_per_layer == 8 * 3 * 4096 * 14336
+    assert 0.97 < 1 - sizes.blocks * sizes.linear_parameters_per_layer / sizes.parameters < 0.98
 
 
 # adapters
@@ -315,18 +329,51 @@ def test_a_message_about_a_stranger_s_file_is_short_and_plain():
 
 
 SIZES = (
-    "hidden_size", "n_embed", "vocab_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
-    "num_key_value_heads", "num_kv_heads", "head_dim", "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim",
-    "max_position_embeddings", "num_local_experts", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "num_ln_in_parallel_attn",
-)  # fmt: skip
+    "hidden_size",
+    "n_embed",
+    "vocab_size",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "num_ln_in_parallel_attn",
+)
 HEADS = ("num_hidden_layers", "num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads")
 KEYS = (
-    *SIZES, "tie_word_embeddings", "attention_bias", "mlp_bias", "bias", "alibi", "multi_query", "parallel_attn",
-    "new_decoder_architecture", "qk_layernorm", "enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before",
-    "_remove_final_layer_norm", "use_parallel_residual", "final_logit_softcapping", "sliding_window", "use_sliding_window",
-    "text_config", "decoder_sparse_step", "mlp_only_layers",
-)  # fmt: skip
+    *SIZES,
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "bias",
+    "alibi",
+    "multi_query",
+    "parallel_attn",
+    "new_decoder_architecture",
+    "qk_layernorm",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "use_parallel_residual",
+    "final_logit_softcapping",
+    "sliding_window",
+    "use_sliding_window",
+    "text_config",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 _likely = st.sampled_from([64, 128, 2_000, 10**7])
 _values = st.integers() | st.sampled_from([0, -1, 10**9, 10**400, -(10**400)]) | st.none() | st.booleans() | st.floats()
 _values |= (

@@ -13,11 +13,11 @@ from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.base.config import AdapterConfig
-from qlora_helpers.data.batches import BlockCollator, HostTokens, most_rows, row_starts
+from qlora_helpers.data.batches import HostTokens, SequenceCollator, most_rows, row_starts
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.shapes.families import draws_at_random
 from qlora_helpers.model.wiring import decoder_layers, row_losses
-from qlora_helpers.planning.memory import layers_to_recompute
+from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_in_rows, kernel_refusal
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.fast_step.loss import loss_in_chunks, token_losses
@@ -28,16 +28,30 @@ VOCABULARY = 97
 
 def _falcon(**more):
     return {
-        "model_type": "falcon", "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "bias": False, "alibi": False, "parallel_attn": True,
-    } | more  # fmt: skip
+        "model_type": "falcon",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "bias": False,
+        "alibi": False,
+        "parallel_attn": True,
+    } | more
 
 
 def _llama_like(family, **more):
     return {
-        "model_type": family, "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0,
-    } | more  # fmt: skip
+        "model_type": family,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    } | more
 
 
 SHAPES = {
@@ -90,27 +104,27 @@ def gradients(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fast(model, *, packed=True, compiled=False, recomputed=0, offload_embeddings=False):
+def fast(model, *, packed=True, compiled=False, checkpointed=0, offload_embeddings=False):
     return fast_step(
         model,
         packed=packed,
         longest=24,
         compiled=compiled,
-        recomputed=recomputed,
+        checkpointed=checkpointed,
         offload_embeddings=offload_embeddings,
     )
 
 
 def plain_collator(packed=True):
-    return BlockCollator(0, packed, pad_to=24 if packed else None, keep_trained_logits=False)
+    return SequenceCollator(0, packed, pad_to=24 if packed else None, keep_trained_logits=False)
 
 
 def fast_collator(on, packed=True):
-    return BlockCollator(
+    return SequenceCollator(
         0,
         packed,
         pad_to=24 if packed else None,
-        most_rows=5 if on.rows_apart else None,
+        most_rows=5 if on.block_diagonal else None,
         list_trained=on.loss is not None,
         host_tokens=on.offloaded,
     )
@@ -131,9 +145,9 @@ def test_loss_and_gradients_are_the_plain_paths(name, packed):
     model = built(SHAPES[name])
     blocks = BLOCKS if packed else PADDED
     expected = gradients(model, plain_collator(packed)(blocks))
-    with fast(model, packed=packed, recomputed=2) as on:
-        assert on.adapters and on.loss and on.recomputed == 2 and on.layers == 3
-        assert on.rows_apart == packed
+    with fast(model, packed=packed, checkpointed=2) as on:
+        assert on.adapters and on.loss and on.checkpointed == 2 and on.layers == 3
+        assert on.block_diagonal == packed
         found = gradients(model, fast_collator(on, packed)(blocks))
     # The loss is summed in float32 by design; the rest of the path is in float64 here.
     assert_same(expected, found, tolerance=3e-6)
@@ -146,9 +160,9 @@ def test_an_embedding_on_the_host_changes_nothing(packed):
     embedding = model.get_base_model().get_input_embeddings()
     weight, kept = embedding.weight, embedding.weight.detach().clone()
     blocks = BLOCKS if packed else PADDED
-    with fast(model, packed=packed, recomputed=2) as on:
+    with fast(model, packed=packed, checkpointed=2) as on:
         expected = gradients(model, fast_collator(on, packed)(blocks))
-    with fast(model, packed=packed, recomputed=2, offload_embeddings=True) as on:
+    with fast(model, packed=packed, checkpointed=2, offload_embeddings=True) as on:
         assert on.offloaded and "host's memory" in repr(on)
         assert embedding.weight.numel() == 0
         found, _, again = (gradients(model, fast_collator(on, packed)(rows)) for rows in (blocks, blocks[:1], blocks))
@@ -237,7 +251,7 @@ def test_compiled_layers_learn_the_same(name, monkeypatch):
     compile_here(monkeypatch)
     model = built(SHAPES[name])
     expected = gradients(model, plain_collator()(BLOCKS))
-    with fast(model, compiled=True, recomputed=1) as on:
+    with fast(model, compiled=True, checkpointed=1) as on:
         assert on.compiled
         found = gradients(model, fast_collator(on)(BLOCKS))
     assert_same(expected, found, tolerance=3e-6)
@@ -278,7 +292,7 @@ def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatc
     expected = gradients(model, plain_collator()(BLOCKS))
     every = len(hooks)
     hooks.clear()
-    with fast(model, compiled=compiled, recomputed=1) as on:
+    with fast(model, compiled=compiled, checkpointed=1) as on:
         found = gradients(model, fast_collator(on)(BLOCKS))
     assert_same(expected, found, tolerance=3e-6)
     layers = decoder_layers(model.get_base_model())
@@ -316,7 +330,7 @@ def test_everything_is_as_before_once_the_step_is_closed(name):
         return forwards, hooks, inner.config._attn_implementation, inner.loss_function, sorted(model.state_dict())
 
     before, logits = state(), model(input_ids=ids).logits
-    with contextlib.suppress(InterruptedError), fast(model, recomputed=3):
+    with contextlib.suppress(InterruptedError), fast(model, checkpointed=3):
         assert state() != before
         torch.testing.assert_close(model(input_ids=ids).logits, logits)
         raise InterruptedError
@@ -341,21 +355,25 @@ def test_recomputed_layers_draw_the_same_dropout(name):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(
     ("name", "drops"),
-    [("falcon-40b layout", {"hidden_dropout": 0.2}), ("falcon-40b layout", {"attention_dropout": 0.2}),
-     ("llama", {"attention_dropout": 0.2}), ("phi3", {"resid_pdrop": 0.2})],
-)  # fmt: skip
+    [
+        ("falcon-40b layout", {"hidden_dropout": 0.2}),
+        ("falcon-40b layout", {"attention_dropout": 0.2}),
+        ("llama", {"attention_dropout": 0.2}),
+        ("phi3", {"resid_pdrop": 0.2}),
+    ],
+)
 def test_recomputed_layers_draw_the_model_s_own_dropout_again(name, drops, packed):
     model = built(SHAPES[name] | drops)
     assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
     with fast(model, packed=packed) as on:
-        assert on.rows_apart == (packed and "attention_dropout" not in drops)
+        assert on.block_diagonal == (packed and "attention_dropout" not in drops)
     assert_same_dropout(model, packed)
 
 
 def assert_same_dropout(model, packed=True):
     found = []
-    for recomputed in (0, 3):
-        with fast(model, packed=packed, recomputed=recomputed) as on:
+    for checkpointed in (0, 3):
+        with fast(model, packed=packed, checkpointed=checkpointed) as on:
             torch.manual_seed(7)
             found.append(gradients(model, fast_collator(on, packed)(BLOCKS if packed else PADDED)))
     assert_same(*found, tolerance=1e-12)
@@ -463,7 +481,7 @@ def test_the_loss_divides_by_what_the_trainer_counted():
 
 
 def test_row_starts_have_one_length_and_count_padding():
-    collator = BlockCollator(
+    collator = SequenceCollator(
         0, True, pad_to=24, most_rows=most_rows({"row_ids": [[1, 2, 3, 4], [5, 6]]}, {"row_ids": [[7]]})
     )
     starts = collator(BLOCKS)["row_starts"]
@@ -507,7 +525,7 @@ def test_a_part_that_would_change_the_model_is_off_with_its_reason(change, reaso
     with fast(model) as on:
         assert any(reason in text for text in on.reasons)
         assert reason in repr(on)
-        assert on.rows_apart == ("changes its logits" in reason)
+        assert on.block_diagonal == ("changes its logits" in reason)
         assert (on.loss is None) == ("changes its logits" in reason)
 
 
@@ -515,13 +533,13 @@ def test_a_part_that_would_change_the_model_is_off_with_its_reason(change, reaso
 
 
 def test_any_number_of_layers_is_recomputed():
-    assert layers_to_recompute(8, 0) == []
-    assert layers_to_recompute(8, 8) == list(range(8))
+    assert layers_to_checkpoint(8, 0) == []
+    assert layers_to_checkpoint(8, 8) == list(range(8))
     for layers in (1, 3, 30, 60):
-        for recomputed in range(layers + 1):
-            chosen = layers_to_recompute(layers, recomputed)
-            assert len(chosen) == recomputed and all(0 <= index < layers for index in chosen)
-    gaps = torch.tensor(layers_to_recompute(60, 20)).diff()
+        for checkpointed in range(layers + 1):
+            chosen = layers_to_checkpoint(layers, checkpointed)
+            assert len(chosen) == checkpointed and all(0 <= index < layers for index in chosen)
+    gaps = torch.tensor(layers_to_checkpoint(60, 20)).diff()
     assert gaps.min() == gaps.max() == 3
 
 
@@ -529,7 +547,7 @@ def test_recomputed_layers_keep_their_input_alone():
     model = built(SHAPES["llama"])
     batch = plain_collator()(BLOCKS)
     kept = []
-    for recomputed in (0, 1, 2, 3):
+    for checkpointed in (0, 1, 2, 3):
         bytes_kept = 0
 
         def keep(tensor):
@@ -538,7 +556,7 @@ def test_recomputed_layers_keep_their_input_alone():
             return tensor
 
         with (
-            layers_changed(model.get_base_model(), compiled=False, recomputed=recomputed, keep_random_state=False),
+            layers_changed(model.get_base_model(), compiled=False, checkpointed=checkpointed, keep_random_state=False),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             model(**batch)

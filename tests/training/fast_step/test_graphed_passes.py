@@ -10,11 +10,11 @@ import torch
 from pretended_graphs import Recorder
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
-from qlora_helpers.data.batches import BlockCollator, most_trained
+from qlora_helpers.data.batches import SequenceCollator, most_trained
 from qlora_helpers.model.host_embedding import embeddings_on_host
 from qlora_helpers.model.wiring import row_losses
-from qlora_helpers.training.fast_step.block_diagonal import rows_attended_apart
-from qlora_helpers.training.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_graphed
+from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention
+from qlora_helpers.training.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_captured
 from qlora_helpers.training.fast_step.loss import loss_in_chunks
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
@@ -32,12 +32,12 @@ def opened():
         def open_(model, *, offloaded=False):
             inner, recorder = model.get_base_model(), Recorder()
             looked_up = stack.enter_context(embeddings_on_host(inner)) if offloaded else None
-            stack.enter_context(rows_attended_apart(inner, longest=24))
+            stack.enter_context(block_diagonal_attention(inner, longest=24))
             stack.enter_context(loss_in_chunks(inner))
             passes = stack.enter_context(
-                passes_graphed(model, passes_before=PASSES_BEFORE, prepare=looked_up, record=recorder)
+                passes_captured(model, passes_before=PASSES_BEFORE, prepare=looked_up, record=recorder)
             )
-            collator = BlockCollator(
+            collator = SequenceCollator(
                 0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40, host_tokens=offloaded
             )
             return passes, recorder, collator
@@ -64,7 +64,7 @@ def test_played_passes_give_the_gradients_of_the_plain_path(name, offloaded, ope
     passes, recorder, collator = opened(model, offloaded=offloaded)
     for turn in range(PASSES_BEFORE + 4):
         assert_same(of(model, collator((BLOCKS, OTHER_BLOCKS)[turn % 2])), expected[turn % 2], 1e-6)
-    assert passes.played == 4 and recorder.recordings == 1 and passes.refusal is None
+    assert passes.replayed == 4 and recorder.recordings == 1 and passes.refusal is None
 
 
 def test_gradients_add_up_over_passes(opened):
@@ -81,7 +81,7 @@ def test_gradients_add_up_over_passes(opened):
             (model(**collator(blocks))["loss"] / 3).backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert_same((0.0, found), (0.0, expected), 1e-6)
-    assert passes.played == 9 - PASSES_BEFORE
+    assert passes.replayed == 9 - PASSES_BEFORE
 
 
 def test_weights_that_change_are_seen_and_the_loss_is_a_value_of_its_own(opened):
@@ -96,7 +96,7 @@ def test_weights_that_change_are_seen_and_the_loss_is_a_value_of_its_own(opened)
             if weight.requires_grad:
                 weight.mul_(1.5)
     second = of(model, collator(BLOCKS))
-    assert passes.played == 2
+    assert passes.replayed == 2
     assert first.item() == before != second[0]
     model.eval()
     assert second[0] == pytest.approx(model(**collator(BLOCKS)).loss.item(), rel=1e-9)
@@ -108,7 +108,7 @@ def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opene
     expected = of(model, collator(BLOCKS))
     for _ in range(PASSES_BEFORE):
         of(model, collator(BLOCKS))
-    assert passes.played == 1
+    assert passes.replayed == 1
     model.eval()
     with torch.no_grad():
         losses, tokens = row_losses(model, plain_collator()(BLOCKS))
@@ -117,7 +117,7 @@ def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opene
     kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same((0.0, kept), (0.0, expected[1]))
     assert_same(of(model, collator(BLOCKS)), expected)
-    assert passes.played == 1  # three passes between two evaluations are not worth a recording
+    assert passes.replayed == 1  # three passes between two evaluations are not worth a recording
     for _ in range(PASSES_WORTH):
         of(model, collator(BLOCKS))
     model.eval()
@@ -125,7 +125,7 @@ def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opene
         row_losses(model, plain_collator()(BLOCKS))
     model.train()
     assert_same(of(model, collator(BLOCKS)), expected)  # as many as there were now are
-    assert recorder.recordings == 2 and passes.played == 2
+    assert recorder.recordings == 2 and passes.replayed == 2
     assert (losses.sum() / tokens.sum()).item() == pytest.approx(expected[0], rel=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_a_batch_of_another_shape_is_run_as_it_is(opened):
     for _ in range(PASSES_BEFORE + 1):
         of(model, collator(BLOCKS))
     assert_same(of(model, collator(BLOCKS[:1])), single, 1e-6)
-    assert passes.played == 1 and recorder.forgotten == 1
+    assert passes.replayed == 1 and recorder.forgotten == 1
 
 
 def test_what_cannot_be_recorded_is_run_and_the_reason_kept(opened):
@@ -148,11 +148,13 @@ def test_what_cannot_be_recorded_is_run_and_the_reason_kept(opened):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     passes._record = type(
-        "Fails", (), {"__call__": lambda self, *works: fails(), "forget": lambda self: None, "refusal": lambda self: None}
-    )()  # fmt: skip
+        "Fails",
+        (),
+        {"__call__": lambda self, *works: fails(), "forget": lambda self: None, "refusal": lambda self: None},
+    )()
     for _ in range(PASSES_BEFORE + 1):
         assert_same(of(model, collator(BLOCKS)), expected)
-    assert passes.played == 0
+    assert passes.replayed == 0
     assert passes.refusal.startswith("no CUDA graph: OutOfMemoryError")
     shown = repr(FastStep(graphs=passes))
     assert "off  passes recorded as CUDA graphs" in shown and passes.refusal in shown
@@ -165,16 +167,20 @@ def test_no_recording_is_tried_where_passes_fill_the_gpu(opened):
     expected = of(model, collator(BLOCKS))
     for _ in range(PASSES_BEFORE + 3):
         assert_same(of(model, collator(BLOCKS)), expected)
-    assert passes.refusal == recorder.full and passes.played == recorder.recordings == recorder.forgotten == 0
+    assert passes.refusal == recorder.full and passes.replayed == recorder.recordings == recorder.forgotten == 0
 
 
 @pytest.mark.parametrize(
     ("free", "reserved", "peak", "share", "full"),
     [
-        (60, 10.0, 9.66, 10 / 79.18, True), (60, 9.2, 8.68, 10 / 79.18, False), (60, 7.1, 6.77, 7.5 / 79.18, False),
-        (50, 24.0, 23.49, 24 / 79.18, True), (1.14, 77.3, 76.6, 1.0, False), (0.1, 78.3, 78.0, 1.0, True),
+        (60, 10.0, 9.66, 10 / 79.18, True),
+        (60, 9.2, 8.68, 10 / 79.18, False),
+        (60, 7.1, 6.77, 7.5 / 79.18, False),
+        (50, 24.0, 23.49, 24 / 79.18, True),
+        (1.14, 77.3, 76.6, 1.0, False),
+        (0.1, 78.3, 78.0, 1.0, True),
     ],
-)  # fmt: skip
+)
 def test_room_is_what_pytorch_may_take_beside_a_pass_s_peak(free, reserved, peak, share, full, monkeypatch):
     """GiB as one GPU measured them, where a recording failed (full) or was played."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 79.18 * 2**30))
@@ -201,12 +207,12 @@ def test_the_number_of_items_in_a_batch_may_change(opened):
     counts = [torch.tensor(items) for items in (8, 8, 8, 16, 32)]
     losses = [of(model, collator(BLOCKS) | {"num_items_in_batch": items})[0] for items in counts]
     assert losses == pytest.approx([losses[0], losses[0], losses[0], losses[0] / 2, losses[0] / 4])
-    assert passes.played == 3
+    assert passes.replayed == 3
 
 
 def test_the_model_is_as_it_was_afterwards():
     model = built(SHAPES["llama"])
-    with passes_graphed(model, passes_before=2, record=Recorder()):
+    with passes_captured(model, passes_before=2, record=Recorder()):
         assert "forward" in vars(model)
     assert "forward" not in vars(model)
 
@@ -248,7 +254,7 @@ def test_what_a_recording_holds_is_given_back_where_gradients_find_no_room(opene
 
 def test_a_cpu_says_why_nothing_is_recorded():
     model = built(SHAPES["llama"])
-    with fast_step(model, packed=True, longest=24, compiled=False, recomputed=0, graphed=True) as on:
+    with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0, captured=True) as on:
         assert not on.recording and any("CUDA" in reason for reason in on.why_off)
 
 
@@ -294,9 +300,9 @@ def test_several_processes_record_nothing(monkeypatch):
 
 def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
     model = built(SHAPES["llama"]).eval()
-    with fast_step(model, packed=True, longest=24, compiled=False, recomputed=0) as on, torch.no_grad():
+    with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0) as on, torch.no_grad():
         short = fast_collator(on)
-        filled = BlockCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
+        filled = SequenceCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
         batch = filled(BLOCKS)
         assert len(batch["trained_index"]) == 40 == len(set(batch["trained_index"].tolist()))
         first, second = row_losses(model, short(BLOCKS), on.loss), row_losses(model, batch, on.loss)

@@ -1,4 +1,4 @@
-"""Products that recomputed layers leave out: no gradient reads them, shown by putting NaN where they would be."""
+"""Matmuls that recomputed layers leave out: no gradient reads them, shown by putting NaN where they would be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from test_fast_step import (
     fast_collator,
     gradients,
     plain_collator,
-)  # fmt: skip
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.base.config import AdapterConfig
@@ -25,14 +25,23 @@ from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, added_to_residu
 from qlora_helpers.training.fast_step import matmuls
 
 LEFT_OUT = {
-    "falcon-40b layout": 2, "falcon-7b layout": 2, "falcon-rw layout without alibi": 2, "llama": 1, "mistral": 1, "qwen2": 1,
-    "qwen3": 1, "gemma": 0, "phi3": 1, "phi": 0, "gpt_neox": 0,
-}  # fmt: skip
+    "falcon-40b layout": 2,
+    "falcon-7b layout": 2,
+    "falcon-rw layout without alibi": 2,
+    "llama": 1,
+    "mistral": 1,
+    "qwen2": 1,
+    "qwen3": 1,
+    "gemma": 0,
+    "phi3": 1,
+    "phi": 0,
+    "gpt_neox": 0,
+}
 
 
 @pytest.fixture
-def left_out(monkeypatch):
-    """Products that were left out; NaN stands where they would."""
+def skipped(monkeypatch):
+    """Matmuls that were left out; NaN stands where they would."""
     widths = []
 
     def unread(x, width):
@@ -50,28 +59,28 @@ def compiled_here(monkeypatch):
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_no_gradient_reads_what_is_left_out(name, packed, left_out):
+def test_no_gradient_reads_what_is_left_out(name, packed, skipped):
     model = built(SHAPES[name])
     blocks = BLOCKS if packed else PADDED
     with fast(model, packed=packed) as on:
         expected = gradients(model, fast_collator(on, packed)(blocks))
-    assert not left_out
-    with fast(model, packed=packed, recomputed=2) as on:
-        assert on.left_out == LEFT_OUT[name]
+    assert not skipped
+    with fast(model, packed=packed, checkpointed=2) as on:
+        assert on.skipped == LEFT_OUT[name]
         found = gradients(model, fast_collator(on, packed)(blocks))
-    assert len(left_out) == 2 * LEFT_OUT[name]
+    assert len(skipped) == 2 * LEFT_OUT[name]
     assert_same(expected, found, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("name", ["falcon-40b layout", "falcon-7b layout", "llama", "phi3", "qwen3"])
-def test_compiled_layers_leave_out_the_same(name, left_out, compiled_here):
+def test_compiled_layers_leave_out_the_same(name, skipped, compiled_here):
     model = built(SHAPES[name])
     expected = gradients(model, plain_collator()(BLOCKS))
-    with fast(model, compiled=True, recomputed=2) as on:
+    with fast(model, compiled=True, checkpointed=2) as on:
         for _ in range(2):  # the second runs what was traced
-            left_out.clear()
+            skipped.clear()
             found = gradients(model, fast_collator(on)(BLOCKS))
-            assert len(left_out) == 2 * LEFT_OUT[name]
+            assert len(skipped) == 2 * LEFT_OUT[name]
     assert_same(expected, found, tolerance=3e-6)
 
 
@@ -81,9 +90,13 @@ def in_4_bits(model, *, double_quantization=True):
         for name, linear in module.named_children():
             if isinstance(linear, torch.nn.Linear) and name not in ("lm_head", "embed_out"):
                 packed = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
-                    compress_statistics=double_quantization, quant_type="nf4",
-                )  # fmt: skip
+                    linear.in_features,
+                    linear.out_features,
+                    linear.bias is not None,
+                    compute_dtype=linear.weight.dtype,
+                    compress_statistics=double_quantization,
+                    quant_type="nf4",
+                )
                 packed.load_state_dict(linear.state_dict())
                 setattr(module, name, packed)
     return model.to("cpu")
@@ -92,7 +105,7 @@ def in_4_bits(model, *, double_quantization=True):
 @pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
 @pytest.mark.parametrize("double_quantization", [True, False])
 @pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
-def test_4_bit_layers_leave_out_the_same(name, double_quantization, compiled, left_out, compiled_here):
+def test_4_bit_layers_leave_out_the_same(name, double_quantization, compiled, skipped, compiled_here):
     torch.manual_seed(0)
     shape = SHAPES[name]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
@@ -104,43 +117,43 @@ def test_4_bit_layers_leave_out_the_same(name, double_quantization, compiled, le
         if "lora_B" in path:
             parameter.data = torch.randn_like(parameter) * 0.1
     expected = gradients(adapted, plain_collator()(BLOCKS))
-    with fast(adapted, compiled=compiled, recomputed=3) as on:
-        assert on.left_out == LEFT_OUT[name]
+    with fast(adapted, compiled=compiled, checkpointed=3) as on:
+        assert on.skipped == LEFT_OUT[name]
         found = gradients(adapted, fast_collator(on)(BLOCKS))
-    assert len(left_out) == 3 * LEFT_OUT[name]
+    assert len(skipped) == 3 * LEFT_OUT[name]
     assert_same(expected, found, tolerance=1e-5)
 
 
-def test_a_product_that_is_read_would_show(left_out, monkeypatch):
+def test_a_product_that_is_read_would_show(skipped, monkeypatch):
     monkeypatch.setattr(matmuls, "added_to_residual", lambda config: ("o_proj",))
     model = built(SHAPES["llama"])
-    with fast(model, recomputed=2) as on:
+    with fast(model, checkpointed=2) as on:
         _, found = gradients(model, fast_collator(on)(BLOCKS))
     assert any(gradient.isnan().any() for gradient in found.values())
 
 
-def test_doras_norms_read_it(left_out):
+def test_doras_norms_read_it(skipped):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama"])).double()
     assert model.config.use_cache  # which recomputed layers must not fill twice
     adapted = add_adapters(model, AdapterConfig(use_dora=True, lora_dropout=0.0), seed=0).train()
     with fast(adapted) as on:
         expected = gradients(adapted, fast_collator(on)(BLOCKS))[1]
-    with fast(adapted, recomputed=3) as on:
-        assert on.left_out == 0
+    with fast(adapted, checkpointed=3) as on:
+        assert on.skipped == 0
         found = gradients(adapted, fast_collator(on)(BLOCKS))[1]
-    assert not left_out
+    assert not skipped
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
 
 
-def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out):
+def test_evaluation_and_the_step_after_an_interrupt_make_every_product(skipped):
     model = built(SHAPES["llama"])
 
     def interrupted(gradient):
         raise InterruptedError
 
-    with fast(model, recomputed=3) as on:
+    with fast(model, checkpointed=3) as on:
         batch = fast_collator(on)(BLOCKS)
         hook = next(p for n, p in model.named_parameters() if "layers.0" in n and "lora_B" in n).register_hook(
             interrupted
@@ -151,10 +164,10 @@ def test_evaluation_and_the_step_after_an_interrupt_make_every_product(left_out)
         assert not matmuls._recomputing.on
         expected = model(**batch)["loss"].item()
         assert expected == pytest.approx(gradients(model, batch)[0]) and expected == expected
-        left_out.clear()
+        skipped.clear()
         with torch.no_grad():
             assert model.eval()(**batch)["loss"].item() == pytest.approx(expected)
-        assert not left_out
+        assert not skipped
 
 
 def test_the_families_are_known_ones_and_their_layers_adapted_ones():
@@ -165,19 +178,19 @@ def test_the_families_are_known_ones_and_their_layers_adapted_ones():
     assert added_to_residual({"model_type": "falcon", "parallel_attn": False}) == ("dense_4h_to_h",)
 
 
-def test_under_autocast_every_product_is_made(left_out):
+def test_under_autocast_every_product_is_made(skipped):
     """float16 trains so: linear layers cast what they get."""
     half = built(SHAPES["llama"], dtype=torch.float16)
-    with fast(half, recomputed=3) as on:
-        assert on.left_out == 0
+    with fast(half, checkpointed=3) as on:
+        assert on.skipped == 0
     model = built(SHAPES["llama"], dtype=torch.float32)
-    with fast(model, recomputed=3) as on, torch.autocast("cpu", torch.bfloat16):
+    with fast(model, checkpointed=3) as on, torch.autocast("cpu", torch.bfloat16):
         assert gradients(model, fast_collator(on)(BLOCKS))[1]
-    assert not left_out
+    assert not skipped
 
 
 @pytest.mark.parametrize("spoilt", ["a bias in 32 bits", "a lost state"])
-def test_what_bitsandbytes_mends_itself_is_left_to_it(spoilt, left_out):
+def test_what_bitsandbytes_mends_itself_is_left_to_it(spoilt, skipped):
     linear = bnb.nn.Linear4bit(
         64, 32, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=torch.bfloat16
     )

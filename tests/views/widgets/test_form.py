@@ -63,10 +63,10 @@ def test_every_setting_has_a_control_with_its_text(falcon_run):
 
 
 def test_a_knob_shows_its_consequences(form):
-    base = form.outlook
+    base = form.forecast
     assert "55,541,760" in text(find(form.box, "qlora-consequences"))
     form.fields["adapter.r"].control.value = 64
-    assert form.outlook.adapter_parameters == 8 * base.adapter_parameters
+    assert form.forecast.adapter_parameters == 8 * base.adapter_parameters
     assert f"{8 * 55_541_760:,}" in text(find(form.box, "qlora-consequences"))
     assert form.saved.adapter.r == 8 and form.run.config().adapter.r == 8, "nothing is saved yet"
     assert "adapter.r 8 → 64" in text(form.box)
@@ -82,29 +82,29 @@ def test_the_slider_and_the_number_go_together(form):
 
 def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
     form.fields["train.activation_checkpointing"].control.value = False
-    assert not form.outlook.fits
+    assert not form.forecast.fits
     shown = text(find(form.box, "qlora-consequences"))
-    assert "qlora-over" in shown and "Does not fit" in shown and "train.recompute_layers=" in shown
-    assert form.view.mend_button.layout.display == ""
-    form.view.mend_button.click()
-    assert form.outlook.fits and form.config.train.activation_checkpointing
+    assert "qlora-over" in shown and "Does not fit" in shown and "train.checkpointed_layers=" in shown
+    assert form.view.fix_button.layout.display == ""
+    form.view.fix_button.click()
+    assert form.forecast.fits and form.config.train.activation_checkpointing
     assert "qlora-over" not in form.view.figures.value.split("</style>")[1]
-    assert form.view.mend_button.layout.display == "none"
+    assert form.view.fix_button.layout.display == "none"
 
 
 def test_the_plan_s_settings_are_taken_whole(form):
-    choice = form.outlook.plan.choice
-    assert form.outlook.step.blocks != choice.blocks and choice.seconds < form.outlook.step.seconds
+    choice = form.forecast.plan.choice
+    assert form.forecast.step.blocks != choice.blocks and choice.seconds < form.forecast.step.seconds
     form.view.plan_button.click()
     assert form.config == form.saved.with_settings(choice.settings)
     assert form.fields["train.micro_batch_size"].control.value == choice.blocks
-    assert form.outlook.step.seconds == pytest.approx(choice.seconds)
+    assert form.forecast.step.seconds == pytest.approx(choice.seconds)
     assert form.view.plan_button.layout.display == "none"
 
 
 def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
     form = ConfigForm(falcon_run, ("adapter",), gpus="ml.g5.12xlarge")
-    choice = form.outlook.plan.choice
+    choice = form.forecast.plan.choice
     form.view.plan_button.click()
     form.fields["adapter.lora_alpha"].control.value = 16
     assert form.save()
@@ -123,10 +123,10 @@ def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
     ],
 )
 def test_a_wrong_value_is_one_message_and_the_last_good_state_stays(form, name, value, message):
-    before, found = form.config, form.outlook
+    before, found = form.config, form.forecast
     form.fields[name].control.value = value
     assert message in form.wrong.value and form.wrong.value.count("role=") == 1
-    assert (form.config, form.outlook) == (before, found)
+    assert (form.config, form.forecast) == (before, found)
     assert not form.save() and form.run.config() == before
     form.reset()
     assert not form.wrong.value and form.config == before
@@ -140,15 +140,15 @@ def test_no_layer_chosen_is_refused_and_some_layers_are_counted(form):
     field.control.value = ()
     assert "adapter.target_modules" in form.wrong.value
     field.control.value = ("query_key_value",)
-    assert form.outlook.adapter_parameters == 60 * 8 * (8192 + 9216)
+    assert form.forecast.adapter_parameters == 60 * 8 * (8192 + 9216)
 
 
 def test_automatic_gives_the_setting_back_to_the_trainer(form):
     field = form.fields["train.max_steps"]
     field.automatic.value = False
-    assert form.config.train.max_steps == 100 and form.outlook.steps == 100
+    assert form.config.train.max_steps == 100 and form.forecast.steps == 100
     field.automatic.value = True
-    assert form.config.train.max_steps is None and form.outlook.steps == 171
+    assert form.config.train.max_steps is None and form.forecast.steps == 171
 
 
 def test_saving_writes_only_what_was_changed_here(form):
@@ -185,9 +185,17 @@ def test_code_and_command_make_the_same_settings(form, tmp_path, monkeypatch):
     made: dict = {"workflow": workflow}
     exec(code, made)
     assert made["run"].config() == form.config
-    words = json.loads(subprocess.check_output(
-        ["bash", "-c", 'python3 -c "import json,sys; print(json.dumps(sys.argv[1:]))" '
-         + settings_command(form.run, form.config).partition("train ")[2]], text=True))  # fmt: skip
+    words = json.loads(
+        subprocess.check_output(
+            [
+                "bash",
+                "-c",
+                'python3 -c "import json,sys; print(json.dumps(sys.argv[1:]))" '
+                + settings_command(form.run, form.config).partition("train ")[2],
+            ],
+            text=True,
+        )
+    )
     settings = [word for before, word in zip(words, words[1:], strict=False) if before == "--set"]
     assert profile_config("falcon-40b").with_settings(settings) == form.config
 
@@ -201,9 +209,9 @@ def test_a_value_taken_back_to_the_profile_is_told_too(falcon_run):
 
 def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
     form.choice.name.value = "H100"
-    assert form.hardware.label == "H100" and len(form.outlook.step.memory) == 1
+    assert form.hardware.label == "H100" and len(form.forecast.step.memory) == 1
     form.choice.price.value = "4.5"
-    assert form.outlook.step.dollars == pytest.approx(4.5 * form.outlook.step.seconds / 3600)
+    assert form.forecast.step.dollars == pytest.approx(4.5 * form.forecast.step.seconds / 3600)
     form.choice.name.value = "a potato"
     assert "not known" in form.choice.message.value and form.hardware.label == "H100"
     form.choice.name.value, form.choice.price.value = "4x24GiB", "cheap"
@@ -212,7 +220,7 @@ def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
 
 def test_without_a_gpu_it_plans_for_what_can_do_it_and_says_so(falcon_run):
     form = ConfigForm(falcon_run)
-    assert form.outlook.plan.fits
+    assert form.forecast.plan.fits
     assert f"this machine has no GPU: planned for {form.hardware.label}" in text(form.box)
     form.choice.name.value = "this machine"
     assert "no GPU" in form.choice.message.value
@@ -236,7 +244,7 @@ def test_with_a_gpu_it_plans_for_this_machine(falcon_run, monkeypatch):
 def test_a_model_that_can_t_be_planned_can_still_be_edited(falcon_run):
     falcon_run.save_config(profile_config("demo").with_settings(["model.name=/nowhere/model.gguf"]))
     form = ConfigForm(falcon_run, ("train",))
-    assert form.outlook is None and "gguf" in text(form.box)
+    assert form.forecast is None and "gguf" in text(form.box)
     form.fields["train.epochs"].control.value = 2
     assert form.save() and form.run.config().train.epochs == 2
     assert "epochs" in repr(form)
@@ -245,11 +253,11 @@ def test_a_model_that_can_t_be_planned_can_still_be_edited(falcon_run):
 def test_a_data_file_that_was_gone_before_does_not_lock_the_form(falcon_run):
     falcon_run.save_config(profile_config("demo").with_settings(["data.source=/gone/rows.jsonl"]))
     form = ConfigForm(falcon_run, gpus="H100")
-    assert form.outlook is None and "rows.jsonl" in form.view.notes.value
+    assert form.forecast is None and "rows.jsonl" in form.view.notes.value
     form.fields["train.epochs"].control.value = 2
     assert form.config.train.epochs == 2 and form.save()
     form.fields["data.source"].control.value = "embedded"
-    assert form.outlook is not None and "No consequences" not in text(form.box)
+    assert form.forecast is not None and "No consequences" not in text(form.box)
     form.fields["data.source"].control.value = "/also/gone.jsonl"
     assert "gone.jsonl" in form.wrong.value and form.config.data.source == "embedded"
 
@@ -257,7 +265,7 @@ def test_a_data_file_that_was_gone_before_does_not_lock_the_form(falcon_run):
 def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
     form.fields["train.micro_batch_size"].control.value = 0
     form.choice.name.value = "H100"
-    assert "micro_batch_size" in form.wrong.value and len(form.outlook.step.memory) == 1
+    assert "micro_batch_size" in form.wrong.value and len(form.forecast.step.memory) == 1
     assert not form.save()
 
 
@@ -265,13 +273,13 @@ def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
     settings = ["model.name=tiiuae/falcon-7b", "train.gradient_accumulation_steps=4"]
     falcon_run.save_config(profile_config("demo").with_settings(settings))
     form = ConfigForm(falcon_run, gpus="4xL4")
-    assert form.outlook.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
+    assert form.forecast.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
     form.view.plan_button.click()
     train = form.config.train
     assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
         "the optimizer step sees as many blocks as before"
     )
-    assert form.view.plan_button.layout.display == "none" and form.outlook.plan.choice.copies == 1
+    assert form.view.plan_button.layout.display == "none" and form.forecast.plan.choice.copies == 1
 
 
 def test_a_run_that_is_not_there_and_a_section_that_is_none_are_refused(run, falcon_run):

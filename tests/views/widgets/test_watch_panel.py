@@ -254,8 +254,10 @@ def test_the_budget_is_shown_as_far_as_it_is_used(tmp_path):
     run.append_progress({"session": 1, "step": 32, "eval_loss": 2.0, "evaluations_without_better": 2})
     panel = watch(run)
     assert [(limit.name, round(limit.share, 2)) for limit in panel.view.limits] == [
-        ("dollars", 0.5), ("time", 0.5), ("patience", 0.5),
-    ]  # fmt: skip
+        ("dollars", 0.5),
+        ("time", 0.5),
+        ("patience", 0.5),
+    ]
     text = plain_text(panel.limits)
     assert "0.50 of 1 USD" in text and "1 min 30 s of 3 min 00 s" in text
     assert "2 of 4 evaluations without a better loss" in text
