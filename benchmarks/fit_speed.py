@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from readme import CALIBRATED, measured_steps, step_of
+from records import CALIBRATED, measured_steps, step_of
 
 from qlora_helpers.machine.hardware import GPUS
 from qlora_helpers.planning.speed import FITTED, Speed, step_seconds
