@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from records import measured_steps, step_of  # noqa: E402
+from records import measured_steps, step_of
 
 __all__ = ["name_of", "planned_steps", "step_of"]
 
