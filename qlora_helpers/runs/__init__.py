@@ -1,0 +1,1 @@
+"""One run, one folder: opening it, its status, progress, requests, locks, budget, launching and clean-up."""
