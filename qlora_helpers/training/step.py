@@ -64,9 +64,9 @@ def make_collator(
         plain_positions=is_spread(model),
         most_rows=most_rows(data.train, data.eval) if fast and fast.block_diagonal else None,
         list_trained=fast is not None and fast.loss is not None,
-        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.recording else None,
+        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.capturing else None,
         blocks=blocks if data.packed else None,
-        host_tokens=fast is not None and fast.offloaded,
+        host_tokens=fast is not None and fast.offloaded is not None,
     )
 
 

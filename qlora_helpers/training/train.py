@@ -172,7 +172,7 @@ def train(
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
-        one_shape = fast is not None and (fast.compiled or fast.recording)
+        one_shape = fast is not None and (fast.compiled or fast.capturing)
         collator = make_collator(
             model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
         )

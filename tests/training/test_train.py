@@ -488,7 +488,7 @@ def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded)
     monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaRecorder", recorder)
     monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.PASSES_WORTH", 1)
     replayed, result = teach(on=Run(tmp_path / "replayed"), **settings)
-    assert result.captured and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.captured
+    assert result.captured and "on   passes captured as CUDA graphs" in result.fast_step and not expected.captured
     # Anew after each evaluation, and given back at the end.
     assert recorders[0].recordings == 3 == recorders[0].forgotten
     assert largest_difference(plain, replayed) < 1e-6

@@ -76,6 +76,26 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return None
 
 
+def block_diagonal_refusal(model: torch.nn.Module) -> str | None:
+    """Why a model's attention can't be replaced by this one, or None where it can.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+    """
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    refusal = kernel_refusal(model.get_input_embeddings().weight.device, model.dtype, head_dim)
+    if refusal is not None:
+        return refusal
+    if text._attn_implementation != "sdpa":
+        return f"attention is {text._attn_implementation}: only sdpa's is replaced"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "the model bounds its attention scores (soft-capping), which the kernel does not"
+    if getattr(text, "attention_dropout", 0.0):
+        return "the model drops attention scores while it trains, which the kernel does not"
+    return None
+
+
 def _by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, scale: float | None
 ) -> torch.Tensor:

@@ -147,3 +147,18 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
         replace_forward(head, forward, undo)
         model.loss_function = loss
         yield loss
+
+
+def chunked_loss_refusal(model: torch.nn.Module) -> str | None:
+    """Why a model needs its own loss, or None where the loss in chunks takes its place.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+    """
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(head, torch.nn.Linear) or head.weight.requires_grad:
+        return "the output layer is trained or is not a linear layer: its logits are needed whole"
+    changed = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if any(getattr(text, name, None) for name in changed):
+        return "the model changes its logits after the output layer: its own loss is used"
+    return None

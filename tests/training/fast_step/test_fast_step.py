@@ -126,7 +126,7 @@ def fast_collator(on, packed=True):
         pad_to=24 if packed else None,
         most_rows=5 if on.block_diagonal else None,
         list_trained=on.loss is not None,
-        host_tokens=on.offloaded,
+        host_tokens=on.offloaded is not None,
     )
 
 

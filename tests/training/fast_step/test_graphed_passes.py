@@ -157,7 +157,7 @@ def test_what_cannot_be_recorded_is_run_and_the_reason_kept(opened):
     assert passes.replayed == 0
     assert passes.refusal.startswith("no CUDA graph: OutOfMemoryError")
     shown = repr(FastStep(graphs=passes))
-    assert "off  passes recorded as CUDA graphs" in shown and passes.refusal in shown
+    assert "off  passes captured as CUDA graphs" in shown and passes.refusal in shown
 
 
 def test_no_recording_is_tried_where_passes_fill_the_gpu(opened):
@@ -255,7 +255,7 @@ def test_what_a_recording_holds_is_given_back_where_gradients_find_no_room(opene
 def test_a_cpu_says_why_nothing_is_recorded():
     model = built(SHAPES["llama"])
     with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0, captured=True) as on:
-        assert not on.recording and any("CUDA" in reason for reason in on.why_off)
+        assert not on.capturing and any("CUDA" in reason for reason in on.why_off)
 
 
 class OnGpus:
