@@ -237,9 +237,21 @@ def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
     assert "forward" not in vars(embedding)
 
 
+def attend_under_mask(query, key, value, rows, scale):
+    """Attention inside rows in a single operator, as the kernel of a GPU is: a loop over rows would cut a compiled layer into pieces."""
+    numbers = torch.searchsorted(rows.starts, torch.arange(len(query)), right=True)
+    mask = (numbers[:, None] == numbers[None, :]).tril()
+    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
 def compile_here(monkeypatch):
-    """Layers are compiled as for a GPU, but for the kernels: traced, split into forward and backward, values made again."""
+    """Compiles layers as for a GPU, but for the kernels: they are traced, split into forward and backward, and recompute values."""
     compiled = torch.compile
+    monkeypatch.setattr("qlora_helpers.training.fast_step.block_diagonal._row_by_row", attend_under_mask)
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
     monkeypatch.setattr("qlora_helpers.training.fast_step.parts.compile_refusal", lambda *args: None)
