@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.place import at
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def stream(
         thread.join()
         model.train(was_training)
     if errors:
-        raise errors[0]
+        with at("generation"):
+            raise errors[0]
 
 
 class _Tokens:
@@ -145,6 +147,7 @@ class Answer:
     stopped: bool
 
 
+@at("generation")
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,

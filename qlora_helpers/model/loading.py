@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.place import at
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
 from qlora_helpers.model.load_errors import _clear_load_errors
@@ -74,6 +75,7 @@ class LoadedModel:
         return f"{self.checkpoint!r}\n{self.audit!r}"
 
 
+@at("loading of the model")
 def load_model(
     config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Callable[[str], None] = print
 ) -> LoadedModel:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.training.fast_step.loss import ChunkedLoss
@@ -19,6 +20,7 @@ from qlora_helpers.training.fast_step.loss import ChunkedLoss
 SAME_LOSS = 0.1  # largest root mean square difference between fast and plain token losses, as a share of their spread
 
 
+@at("check before training")
 @torch.no_grad()
 def check_block_diagonal(
     model: torch.nn.Module, collator: SequenceCollator, *, leak: float = 1e-3, rounding: float = 0.1
@@ -89,6 +91,7 @@ def check_same_losses(found: torch.Tensor, plain: torch.Tensor) -> float:
     return apart
 
 
+@at("check before training")
 @torch.no_grad()
 def probe_losses(model: torch.nn.Module, collator: SequenceCollator, chunked: ChunkedLoss | None) -> torch.Tensor:
     """Losses of the tokens of a block of two rows of random words, `(tokens,)`: the same on any path through the model."""

@@ -19,6 +19,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.place import at
 from qlora_helpers.base.units import gib
 from qlora_helpers.data.packing import NumberedBlocks, PreparedData
 from qlora_helpers.model.host_embedding import brought_back
@@ -27,6 +28,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.callback import RunFolderCallback
+from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
@@ -165,36 +167,62 @@ def train(
         RunError: a loss or gradient is no longer finite, or a checkpoint can't be written.
     """
     brought_back(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
-    device = model.get_input_embeddings().weight.device
-    on_cpu = device.type == "cpu"
     with contextlib.ExitStack() as opened:
+        opened.enter_context(_loss_named(model))
         fast = None
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
-        one_shape = fast is not None and (fast.compiled or fast.capturing)
-        collator = make_collator(
-            model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
-        )
-        if data.packed and fast is None:
-            check_block_diagonal(model, collator)
-        half = None if on_cpu else half_of(model)
-        args = training_arguments(config, run, on_cpu=on_cpu, half=half, fast=fast is not None)
-        args.disable_tqdm = not show_progress
-        if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
-            args._n_gpu = 1
-        trainer = SummaryTrainer(
-            model=model,
-            args=args,
-            train_dataset=NumberedBlocks(data.train),
-            eval_dataset=data.eval,
-            data_collator=collator,
-        )
-        trainer.fast, trainer.trained_on = fast, trained_on
+        trainer = _make_trainer(model, tokenizer, data, config, run, fast, show_progress=show_progress)
+        trainer.trained_on = trained_on
         opened.enter_context(_adapters_kept(model))
-        if not show_progress:
-            trainer.remove_callback(PrinterCallback)  # what it prints is in the progress file and the log
         return _run_session(trainer, model, config, run, extra_callbacks)
+
+
+def _make_trainer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    config: TrainConfig,
+    run: Run,
+    fast: FastStep | None,
+    *,
+    show_progress: bool,
+) -> SummaryTrainer:
+    """The trainer with the collator and arguments that fit the step; without the fast step, packing is checked here."""
+    one_shape = fast is not None and (fast.compiled or fast.capturing)
+    collator = make_collator(model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None)
+    if data.packed and fast is None:
+        check_block_diagonal(model, collator)
+    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    half = None if on_cpu else half_of(model)
+    args = training_arguments(config, run, on_cpu=on_cpu, half=half, fast=fast is not None)
+    args.disable_tqdm = not show_progress
+    if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel
+        args._n_gpu = 1
+    trainer = SummaryTrainer(
+        model=model,
+        args=args,
+        train_dataset=NumberedBlocks(data.train),
+        eval_dataset=data.eval,
+        data_collator=collator,
+    )
+    trainer.fast = fast
+    if not show_progress:
+        trainer.remove_callback(PrinterCallback)  # what it prints is in the progress file and the log
+    return trainer
+
+
+@contextlib.contextmanager
+def _loss_named(model: torch.nn.Module) -> Iterator[None]:
+    """While open, errors of the model's own loss function say so; the fast step's loss takes its place and does the same."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.loss_function
+    inner.loss_function = at("loss")(own)
+    try:
+        yield
+    finally:
+        inner.loss_function = own
 
 
 @contextlib.contextmanager
@@ -229,8 +257,7 @@ def _run_session(
     if resume:
         saved.refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
-    total = planned_steps(trainer)
-    start = saved.step_of(resume) if resume else 0
+    total, start = planned_steps(trainer), saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0
     callback = RunFolderCallback(run, config, session, is_writer)
     callbacks = (_Resumed(trainer, resume), callback, *extra) if resume else (callback, *extra)
@@ -246,30 +273,45 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one step more
             trainer.state = saved.load_finished(model, resume)
         else:
-            with sigterm.steps():
+            with sigterm.steps(), at(facts=lambda: _facts(trainer)):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         # Trainer leaves its autocast around `forward`; the model should answer as the same adapter does when reloaded.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    seconds = time.monotonic() - started
+    return _result(trainer, start, time.monotonic() - started, callback.stop_reason)
+
+
+def _facts(trainer: SummaryTrainer) -> dict[str, Any]:
+    """What an error for want of memory must know to say what would fit: see `planning.out_of_memory.Failure`."""
+    fast = trainer.fast
+    return {
+        "step": trainer.state.global_step,
+        "checkpointed": fast.checkpointed if fast else None,
+        "compiled": fast.compiled if fast else False,
+    }
+
+
+def _result(trainer: SummaryTrainer, start: int, seconds: float, stop_reason: str) -> TrainResult:
+    """How a session ended that began at step `start`."""
+    fast, steps = trainer.fast, trainer.state.global_step
     losses = {key: item[key] for item in trainer.state.log_history for key in ("loss", "eval_loss") if key in item}
     tokens = int(trainer.tokens_seen) * trainer.accelerator.num_processes
     return TrainResult(
-        trainer.state.global_step,
-        trainer.state.global_step - start,
-        losses.get("loss"),
-        losses.get("eval_loss"),
-        seconds,
-        tokens / max(1e-9, seconds),
-        peak_memory(),
-        callback.stopped,
-        machine_name(model.get_input_embeddings().weight.device),
-        reserved_memory(),
-        compiled=trainer.fast.compiled if trainer.fast else False,
-        captured=bool(trainer.fast and trainer.fast.graphs and trainer.fast.graphs.replayed),
-        checkpointed=trainer.fast.checkpointed if trainer.fast else 0,
-        fast_step=repr(trainer.fast) if trainer.fast else "",
-        stop_reason=callback.stop_reason,
+        steps=steps,
+        new_steps=steps - start,
+        loss=losses.get("loss"),
+        eval_loss=losses.get("eval_loss"),
+        seconds=seconds,
+        tokens_per_s=tokens / max(1e-9, seconds),
+        peak_gib=peak_memory(),
+        stopped=bool(stop_reason),
+        machine=machine_name(trainer.model.get_input_embeddings().weight.device),
+        reserved_gib=reserved_memory(),
+        compiled=fast.compiled if fast else False,
+        captured=bool(fast and fast.graphs and fast.graphs.replayed),
+        checkpointed=fast.checkpointed if fast else 0,
+        fast_step=repr(fast) if fast else "",
+        stop_reason=stop_reason,
     )
 
 

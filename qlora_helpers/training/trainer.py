@@ -1,6 +1,6 @@
 """`transformers.Trainer` with what it lacks here: tokens counted, a loss over tokens, a watch over it, checkpoints whole or absent.
 
-Knows nothing of runs, people or status; `training` makes it and `training_callback` tells the run folder of it.
+Knows nothing of runs, people or status; `train` makes it and `callback` reports its progress to the run folder.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.place import at
 from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
+
+
+class _OptimizerPlace(TrainerCallback):
+    """Names the optimizer's step as the place of errors; the optimizer is there once training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer.step = at("optimizer")(optimizer.step)
 
 
 class SummaryTrainer(Trainer):
@@ -40,6 +48,9 @@ class SummaryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.watch = LossWatch(may_overflow=self.args.fp16)
         self._blocks: deque[torch.Tensor | None] = deque()
+        # Trainer has no methods of its own around these two.
+        self.accelerator.backward = at("backward")(self.accelerator.backward)
+        self.add_callback(_OptimizerPlace())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
@@ -49,12 +60,26 @@ class SummaryTrainer(Trainer):
         self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
         return batches, items
 
+    @at("transfer of a batch")
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(inputs)
+
+    @at("forward")
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass."""
+        return super().compute_loss(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, watched."""
+        """Does one forward and backward pass, and hands its loss to the watch."""
         loss = super().training_step(*args, **kwargs)
         self.watch.add(loss, self._blocks.popleft() if self._blocks else None)
         return loss
 
+    @at("clipping of the gradients")
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        return super()._clip_grad_norm(model)
+
+    @at("clipping of the gradients")
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.watch.end_step(self.state.global_step + 1, norm)
@@ -86,6 +111,7 @@ class SummaryTrainer(Trainer):
             + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
         )
 
+    @at("evaluation")
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -114,6 +140,7 @@ class SummaryTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saves_to) if self._saves_to else super()._get_output_dir(trial)
 
+    @at("saving of a checkpoint")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes a checkpoint in a folder of its own, seals it there, and only then puts it in its place.
 

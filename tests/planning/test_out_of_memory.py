@@ -7,7 +7,6 @@ import gc
 import sys
 import traceback
 import weakref
-from types import SimpleNamespace
 
 import pytest
 from out_of_memory import PLACES, exhausted_at, held_bytes
@@ -15,6 +14,7 @@ from out_of_memory import PLACES, exhausted_at, held_bytes
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json
+from qlora_helpers.base.place import at
 from qlora_helpers.machine.hardware import Hardware, find_gpu
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.out_of_memory import OutOfMemory, ran_out, rescued
@@ -173,8 +173,8 @@ def falcon_7b(tmp_path, monkeypatch):
 
     @rescued
     def step(run):
-        trainer = SimpleNamespace(fast=None, state=SimpleNamespace(global_step=3))
-        raise MemoryError(trainer)
+        with at("forward", facts=lambda: {"step": 3, "compiled": False, "checkpointed": None}):
+            raise MemoryError
 
     return run, step
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora_helpers.base.place import at
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.planning.memory import loss_chunk
@@ -90,6 +91,7 @@ class ChunkedLoss:
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self.per_token: torch.Tensor | None = None
 
+    @at("loss")
     def __call__(
         self,
         logits: torch.Tensor,

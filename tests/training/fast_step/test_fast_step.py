@@ -238,7 +238,7 @@ def test_an_embedding_that_finds_no_room_works_on_from_the_host(monkeypatch):
 
 
 def attend_under_mask(query, key, value, rows, scale):
-    """Attention inside rows in a single operator, as the kernel of a GPU is: a loop over rows would cut a compiled layer into pieces."""
+    """Block-diagonal attention in one operator, like the GPU kernel: a loop over rows would split a compiled layer."""
     numbers = torch.searchsorted(rows.starts, torch.arange(len(query)), right=True)
     mask = (numbers[:, None] == numbers[None, :]).tril()
     query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
