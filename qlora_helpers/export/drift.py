@@ -80,7 +80,7 @@ def measured_drift(
         except Exception as error:
             if not out_of_memory.ran_out(error):
                 raise
-            out_of_memory.let_go(error)
+            out_of_memory.release_frames(error)
         out_of_memory.free_memory()
         if name not in found:  # hours of merging are not thrown away for it
             return (), f"drift not measured: asking the {name} ran out of memory"

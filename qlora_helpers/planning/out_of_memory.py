@@ -1,4 +1,4 @@
-"""Out of memory: says where it happened and what would fit, and lets go of all that the failed step held.
+"""Handles running out of memory: says where it happened and what would fit, and frees all that the failed step held.
 
 An error's traceback keeps the frames it went through, and they keep their tensors: the batch, every activation, the optimizer. In
 a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are cleared;
@@ -35,9 +35,7 @@ from qlora_helpers.runs.folder import Run, add_to_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-LESS = (
-    0.9  # of what the failed settings should have held: the next ones must differ by more than the prediction's error
-)
+LESS = 0.9  # of what the failed settings were predicted to hold; the next ones must differ by more than the prediction's error
 
 
 class OutOfMemory(RunError):
@@ -45,7 +43,7 @@ class OutOfMemory(RunError):
 
     Attributes:
         where: such as `forward of layer 3 of 32`, `loss`, `backward`, `optimizer`, `evaluation`.
-        step: optimizer steps that were done by then; None outside of training.
+        step: optimizer steps done by then; None outside of training.
         candidates: settings that should fit, fastest first.
     """
 
@@ -66,8 +64,8 @@ class OutOfMemory(RunError):
             )
         else:
             next_step += (
-                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or recompute more "
-                "layers (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
+                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or give more layers "
+                "activation checkpointing (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
@@ -90,7 +88,7 @@ class Failure:
 
 
 def rescued(step: Step) -> Step:
-    """A step on a run that, where it runs out of memory, raises `OutOfMemory` and holds nothing. The run is its first argument."""
+    """Decorates a step on a run: where it runs out of memory, it raises `OutOfMemory` and holds nothing. Its first argument is the run."""
 
     @functools.wraps(step)
     def wrapper(run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -100,17 +98,16 @@ def rescued(step: Step) -> Step:
             if not ran_out(error):
                 raise
             failure = failure_of(error)
-            let_go(error)
-        # Outside of the handler, so that the new error has no context, and `error` is gone.
+            release_frames(error)
+        # Outside of the handler the new error has no context, and `error` is gone.
         free_memory()
-        told = _told(run, failure)
-        raise told
+        raise _error_for(run, failure)
 
     return wrapper
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is for want of memory."""
+    """Whether an error, or one that it came from, says that memory ran out."""
     return any(
         isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and any(sign in str(each) for sign in SIGNS))
         for each in _chain(error)
@@ -129,12 +126,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """The frames of the error at the bottom of the chain, outermost first."""
+    """Returns the frames of an error and of those it came from, the outermost of each first."""
     return [frame for each in _chain(error) for frame, _ in traceback.walk_tb(each.__traceback__)]
 
 
-def let_go(error: BaseException) -> None:
-    """Clears the frames of an error and of those it came from, and cuts the chain: nothing hangs on them any more."""
+def release_frames(error: BaseException) -> None:
+    """Clears the frames of an error and of those it came from, and cuts the chain, so that nothing holds them any more."""
     for each in _chain(error):
         if each.__traceback__ is not None:
             traceback.clear_frames(each.__traceback__)
@@ -142,26 +139,23 @@ def let_go(error: BaseException) -> None:
 
 
 def free_memory() -> None:
-    """Lets go of the last error that Python and IPython keep, of what only cycles hold, and of PyTorch's caches."""
+    """Frees what the last error that Python and IPython keep holds, what only cycles hold, and PyTorch's caches."""
     for name in ("last_exc", "last_value"):
         kept = getattr(sys, name, None)
         if isinstance(kept, BaseException) and ran_out(kept):
-            let_go(kept)
+            release_frames(kept)
             sys.last_traceback = None
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is None:
         return
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # compiled layers, with the buffers that inductor keeps for them
+        torch._dynamo.reset()  # compiled layers and the buffers that inductor keeps for them
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # an error of the device itself would come up here again
+        with contextlib.suppress(RuntimeError):  # an error of the device would be raised here again
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-# where
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -212,24 +206,21 @@ def _layer_numbers(owner: Any) -> dict[int, int]:
     return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
 
 
-# what next
-
-
-def _told(run: Run, failure: Failure) -> OutOfMemory:
-    """The error for the reader; the run's `plan.json` and status keep what it says."""
+def _error_for(run: Run, failure: Failure) -> OutOfMemory:
+    """Makes the error for the reader, and writes what it says to the run's `plan.json` and status."""
     training = failure.step is not None or failure.where.startswith("check before training")
     candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
-    told = OutOfMemory(failure.where, failure.step, candidates, fixes)
+    error = OutOfMemory(failure.where, failure.step, candidates, fixes)
     with contextlib.suppress(RunError):  # a full disk must not hide this
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
         add_to_plan(run, out_of_memory=record)
         if run.status().state == "failed":
-            run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {told}"[:2000])
-    return told
+            run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {error}"[:2000])
+    return error
 
 
 def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """Settings that should fit where these did not, fastest first; where none do, what would."""
+    """Returns settings that should fit where these did not, fastest first, and what would fit where none do."""
     try:
         hardware = run_plan.this_machine()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
@@ -254,7 +245,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
 
 
 def _usable_gib(hardware: Hardware) -> float:
-    """What is really there now, our context included: other processes may hold a part of the card."""
+    """Returns what is really available now, our CUDA context included: other processes may hold a part of the GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return hardware.usable_gib
@@ -266,9 +257,9 @@ def _usable_gib(hardware: Hardware) -> float:
 
 
 def next_settings(run: Run) -> list[str]:
-    """The fastest settings that should fit after the run was last out of memory, as `--set` takes them; none where none are known.
+    """Returns the fastest settings that should fit after the run last ran out of memory, as `--set` takes them.
 
-    The block length is left out: prepared data have theirs.
+    The list is empty where none are known. The sequence length is left out: prepared data have theirs.
     """
     plan = read_json(run.plan_path) if run.plan_path.exists() else {}
     ranked = plan.get("out_of_memory", {}).get("next") or [[]]

@@ -1,7 +1,7 @@
-"""A model with adapters and labelled blocks -> a trained adapter, through `transformers.Trainer`.
+"""Trains the adapters of a model on prepared data, through `transformers.Trainer`.
 
-The fast step (`fast_step`) is opened around a session where the settings ask for it; without it this is the plain reference path.
-Knows nothing of where model and data came from, and leaves the run's state to `workflow`.
+A session runs inside the fast step (`fast_step`) where the settings ask for it; without it this is the plain reference path. Knows
+nothing of where model and data came from, and leaves the run's state to `workflow`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.base.units import gib
 from qlora_helpers.data.packing import NumberedBlocks, PreparedData
-from qlora_helpers.model.host_embedding import brought_back
+from qlora_helpers.model.host_embedding import restore_embedding
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
@@ -45,17 +45,17 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps done in all sessions.
-        new_steps: those of this session.
-        loss, eval_loss: the last logged ones; per trained token, in nats.
-        seconds: of this session's training.
-        tokens_per_s: tokens that are not padding, of this session.
+        new_steps: optimizer steps of this session.
+        loss, eval_loss: the last logged values, nats per trained token.
+        seconds: how long this session trained.
+        tokens_per_s: tokens of this session per second, without padding.
         peak_gib: most memory held by tensors on each GPU while training; on a CPU the process's peak.
-        reserved_gib: the most that PyTorch took from each GPU for that; empty on a CPU.
-        stopped: whether a person, the budget or SIGTERM stopped it before the end, and `stop_reason` why.
-        machine: what it ran on: the GPUs' names, or `CPU`.
-        compiled, checkpointed: whether decoder layers were compiled, and how many recomputed their activations.
-        captured: whether passes were played from CUDA graphs.
-        fast_step: what of the fast step was on, a line each; empty on the plain path.
+        reserved_gib: the most that PyTorch reserved on each GPU for that; empty on a CPU.
+        stopped: whether a person, the budget or SIGTERM stopped it before the end; `stop_reason` says why.
+        machine: the names of the GPUs it ran on, or `CPU`.
+        compiled, checkpointed: whether decoder layers were compiled, and how many had activation checkpointing.
+        captured: whether passes were replayed from CUDA graphs.
+        fast_step: the parts of the fast step, a line each; empty on the plain path.
     """
 
     steps: int
@@ -87,14 +87,14 @@ class TrainResult:
 def training_arguments(
     config: TrainConfig, run: Run, *, on_cpu: bool, half: torch.dtype | None, fast: bool = False
 ) -> TrainingArguments:
-    """Our settings in `TrainingArguments`' words, for transformers 5.17 to 5.23.
+    """Translates our settings into `TrainingArguments`, for transformers 5.17 to 5.23.
 
     Args:
         config: the run's training settings.
         run: where checkpoints go.
-        on_cpu: don't touch a GPU.
+        on_cpu: whether to use no GPU.
         half: bfloat16 or float16 for autocast over float32 adapters, or None.
-        fast: the fast step is on: it recomputes activations itself, needs no autocast in bfloat16, and the host never waits.
+        fast: whether the fast step is on, which does activation checkpointing itself and needs no autocast in bfloat16.
     """
     recompute = config.activation_checkpointing and not fast
     fused = fast and not on_cpu and config.optim == "adamw_torch"
@@ -119,7 +119,7 @@ def training_arguments(
         eval_steps=config.eval_steps,
         save_strategy="steps" if config.save_steps else "epoch",
         save_steps=config.save_steps or 500,
-        save_total_limit=None,  # Trainer removes old ones before the new one is verified; we rotate after
+        save_total_limit=None,  # Trainer would remove old ones before the new one is verified; `rotate` does it afterwards
         use_cpu=on_cpu,
         bf16=half == torch.bfloat16 and not fast,
         fp16=half == torch.float16,
@@ -148,25 +148,25 @@ def train(
     show_progress: bool = True,
     trained_on: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Trains the adapters, from the newest good checkpoint in the run folder where there is one.
+    """Trains the adapters, resuming from the newest good checkpoint in the run folder where there is one.
 
-    Where that is of the last step already, its adapter is loaded and nothing is trained.
+    Where that checkpoint is of the last step, its adapter is loaded and nothing is trained.
 
     Args:
         model: a peft model.
         tokenizer: the model's.
-        data: prepared blocks.
+        data: prepared data.
         config: training settings.
         run: where progress and checkpoints go.
-        extra_callbacks: such as TensorBoard's.
+        extra_callbacks: further callbacks, such as TensorBoard's.
         show_progress: whether Trainer draws its bar or table.
-        trained_on: what can't change in later sessions, in plain values; kept in every checkpoint.
+        trained_on: plain values that can't change in later sessions; kept in every checkpoint.
 
     Raises:
-        ModelError: packed rows would see each other.
+        ModelError: packed rows would attend to each other, or the fast step's losses differ from the plain path's.
         RunError: a loss or gradient is no longer finite, or a checkpoint can't be written.
     """
-    brought_back(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
+    restore_embedding(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
         fast = None
@@ -175,7 +175,7 @@ def train(
             log.info("fast step:\n%s", fast)
         trainer = _make_trainer(model, tokenizer, data, config, run, fast, show_progress=show_progress)
         trainer.trained_on = trained_on
-        opened.enter_context(_adapters_kept(model))
+        opened.enter_context(_adapters_restored_on_failure(model))
         return _run_session(trainer, model, config, run, extra_callbacks)
 
 
@@ -226,8 +226,8 @@ def _loss_named(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _adapters_kept(model: torch.nn.Module) -> Iterator[None]:
-    """A session that fails leaves the adapters as it found them and no gradients: the run can go on, or begin, in this process."""
+def _adapters_restored_on_failure(model: torch.nn.Module) -> Iterator[None]:
+    """Restores the adapters and frees the gradients where a session fails, so that the run can continue in this process."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     before = [weight.detach().cpu().clone() for weight in trained]
     try:
@@ -241,13 +241,13 @@ def _adapters_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _Resumed(TrainerCallback):
-    """Between Trainer's own start, which forgets the loss summed since the last log, and the first step."""
+    """Restores the loss summed since the last log, which Trainer's own start forgets."""
 
     def __init__(self, trainer: SummaryTrainer, checkpoint: Path) -> None:
-        self.go_on = lambda: trainer.go_on_summing(checkpoint)
+        self.restore = lambda: trainer.restore_loss_sum(checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.go_on()
+        self.restore()
 
 
 def _run_session(
@@ -270,7 +270,7 @@ def _run_session(
             torch.cuda.reset_peak_memory_stats(index)
     started = time.monotonic()
     try:
-        if resume and start >= total:  # Trainer would do one step more
+        if resume and start >= total:  # Trainer would do one more step
             trainer.state = saved.load_finished(model, resume)
         else:
             with sigterm.steps(), at(facts=lambda: _facts(trainer)):
@@ -316,7 +316,7 @@ def _result(trainer: SummaryTrainer, start: int, seconds: float, stop_reason: st
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps of a whole run."""
+    """Returns how many optimizer steps a whole run has."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
     batches = len(trainer.get_train_dataloader())
@@ -325,14 +325,14 @@ def planned_steps(trainer: Trainer) -> int:
 
 
 def half_of(model: torch.nn.Module) -> torch.dtype | None:
-    """The 16-bit type a model computes in, or None."""
+    """Returns the 16-bit type that a model computes in, or None."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     dtype = inner.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def machine_name(device: torch.device) -> str:
-    """What a model on this device runs on: `CPU`, or the GPUs' names, such as `2 x NVIDIA L4`."""
+    """Names what a model on this device runs on: `CPU`, or the GPUs, such as `2 x NVIDIA L4`."""
     if device.type == "cpu":
         return "CPU"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -340,7 +340,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def reserved_memory() -> dict[str, float]:
-    """The most that PyTorch reserved on each GPU, GiB; empty on a CPU."""
+    """Returns the most that PyTorch reserved on each GPU, GiB; empty on a CPU."""
     if not torch.cuda.is_available():
         return {}
     gpus = range(torch.cuda.device_count())
@@ -348,7 +348,7 @@ def reserved_memory() -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Most memory held since the count was last reset: tensors on each GPU, GiB; on a CPU the process's peak."""
+    """Returns the most memory that tensors held on each GPU since the last reset, GiB; on a CPU the process's peak."""
     if torch.cuda.is_available():
         return {
             f"cuda:{index}": gib(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())

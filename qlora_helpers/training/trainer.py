@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with what it lacks here: tokens counted, a loss over tokens, a watch over it, checkpoints whole or absent.
+"""Extends `transformers.Trainer`: it counts tokens, averages losses over tokens, watches them, and saves checkpoints safely.
 
 Knows nothing of runs, people or status; `train` makes it and `callback` reports its progress to the run folder.
 """
@@ -33,10 +33,10 @@ class _OptimizerPlace(TrainerCallback):
 
 
 class SummaryTrainer(Trainer):
-    """`Trainer` with four things of ours: tokens counted, an evaluation loss over tokens, a watch over the loss, safe saving.
+    """A `Trainer` that counts tokens, evaluates the loss over tokens, watches the training loss and saves safely.
 
     Trainer's own `eval_loss` is a mean over batches, which depends on the batch size where rows differ in length. Its own
-    checkpoint grows under its final name, and forgets the loss that was summed since the last log.
+    checkpoint grows under its final name, and lacks the loss summed since the last log.
     """
 
     tokens_seen: torch.Tensor | int = 0
@@ -53,7 +53,7 @@ class SummaryTrainer(Trainer):
         self.add_callback(_OptimizerPlace())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
+        """Counts the tokens without padding; the sum stays on the device until it is logged."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._blocks = deque(batch.pop("blocks", None) for batch in batches)
         pad = self.data_collator.pad_token_id
@@ -95,9 +95,9 @@ class SummaryTrainer(Trainer):
         if trouble is None:
             return
         if trouble.exploded and not self.is_world_process_zero():
-            return  # each process sees its own share: one that ended alone would leave the others waiting, without a word
+            return  # each process sees only its own rows: if it ended alone, the others would wait for it
         folder = Path(self.args.output_dir)
-        if trouble.exploded:  # the weights before that step gave this loss already
+        if trouble.exploded:  # the weights before that step gave this loss
             saved.set_aside(folder, trouble.step - 1, f"the loss exploded at step {trouble.step}")
         last = saved.last_good_step(folder)
         passes = (
@@ -116,7 +116,7 @@ class SummaryTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Sum of the token losses over the number of trained tokens, over all processes."""
+        """Evaluates the mean loss per trained token, over all processes."""
         model = self.model
         was_training = model.training
         model.eval()
@@ -130,7 +130,7 @@ class SummaryTrainer(Trainer):
             sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
             rows += len(tokens)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            if sigterm.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
+            if sigterm.asked() and self.accelerator.num_processes == 1:  # the few seconds left are for saving
                 break
         model.train(was_training)
         done = rows >= len(dataloader.dataset) or not sigterm.asked()
@@ -142,10 +142,10 @@ class SummaryTrainer(Trainer):
 
     @at("saving of a checkpoint")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes a checkpoint in a folder of its own, seals it there, and only then puts it in its place.
+        """Writes a checkpoint in a folder of its own, seals it there, and only then moves it into place.
 
         Raises:
-            RunError: it could not be written, or is not what it should be; older checkpoints are as they were.
+            RunError: it could not be written, or is not valid; older checkpoints are as they were.
         """
         self._stop_in_trouble(wait=True)
         folder = Path(self.args.output_dir)
@@ -178,8 +178,8 @@ class SummaryTrainer(Trainer):
         }
         write_json(checkpoint / self._sum_name(), kept)
 
-    def go_on_summing(self, checkpoint: Path) -> None:
-        """Takes up the loss that was summed between the last log and a save, so that the next log is of all its steps."""
+    def restore_loss_sum(self, checkpoint: Path) -> None:
+        """Restores the loss summed between the last log and the save, so that the next log covers all its steps."""
         path = checkpoint / self._sum_name()
         if path.is_file():
             kept = read_json(path)

@@ -195,7 +195,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def main() -> None:
     """All layouts, or those that are named; fails after the last where one is off."""
-    graphs.PASSES_WORTH = 1  # so that an evaluation in between is followed by another recording
+    graphs.MIN_REPLAYS = 1  # so that an evaluation in between is followed by another recording
     results: dict[str, Any] = {"machine": train.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
     results["cases"] = []
     for name in sys.argv[2:] or LAYOUTS:

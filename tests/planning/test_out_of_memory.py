@@ -113,7 +113,7 @@ def test_in_a_notebook_s_shell(run, model, loaded):
         InteractiveShell.clear_instance()
 
 
-def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkeypatch):
+def test_an_error_that_python_keeps_from_an_earlier_cell_is_release_frames(torch, monkeypatch):
     """Such as of an answer that was asked for by hand."""
 
     def by_hand():

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from qlora_helpers.model.host_embedding import brought_back, embeddings_on_host, offload_refusal
+from qlora_helpers.model.host_embedding import embeddings_on_host, offload_refusal, restore_embedding
 from qlora_helpers.model.shapes.families import draws_at_random
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, block_diagonal_refusal
 from qlora_helpers.training.fast_step.graphs import CapturedPasses, graph_refusal, passes_captured
-from qlora_helpers.training.fast_step.layers import compile_refusal, inner_hooks_set_aside, layers_changed
+from qlora_helpers.training.fast_step.layers import compile_refusal, inner_hooks_disabled, layers_changed
 from qlora_helpers.training.fast_step.loss import ChunkedLoss, chunked_loss_refusal, loss_in_chunks
 
 __all__ = ["PARTS", "FastStep", "Part", "StepRequest", "fast_step"]
@@ -157,8 +157,8 @@ CHECK = Part("check", lambda request, on: nullcontext())
 
 PARTS = (
     Part(
-        "hooks_set_aside",
-        lambda request, on: inner_hooks_set_aside(decoder_layers(request.inner)),
+        "hooks_disabled",
+        lambda request, on: inner_hooks_disabled(decoder_layers(request.inner)),
     ),
     Part(
         "offloaded",
@@ -227,7 +227,7 @@ def fast_step(
         request: the fields of `StepRequest`.
     """
     asked = StepRequest(model, **request)
-    brought_back(asked.inner.get_input_embeddings())
+    restore_embedding(asked.inner.get_input_embeddings())
     on = FastStep(layers=len(decoder_layers(asked.inner)))
     on.checkpointed = on.layers if asked.checkpointed is None else min(asked.checkpointed, on.layers)
     with ExitStack() as opened:

@@ -18,7 +18,7 @@ from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.shapes.families import draws_at_random
 from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.planning.memory import layers_to_checkpoint
-from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_in_rows, kernel_refusal
+from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_within_rows, kernel_refusal
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.fast_step.loss import loss_in_chunks, token_losses
 from qlora_helpers.training.fast_step.parts import fast_step
@@ -513,7 +513,7 @@ def test_attention_in_rows_with_fewer_key_heads_and_a_scale():
     key_all, value_all = (part.repeat_interleave(2, dim=2).transpose(1, 2) for part in (key, value))
     scores = (query.transpose(1, 2) @ key_all.transpose(-1, -2) * 0.3).masked_fill(~mask[:, None], float("-inf"))
     expected = (scores.softmax(-1) @ value_all).transpose(1, 2)
-    torch.testing.assert_close(attend_in_rows(query, key, value, rows, scale=0.3), expected)
+    torch.testing.assert_close(attend_within_rows(query, key, value, rows, scale=0.3), expected)
 
 
 def test_what_the_kernel_can_not_take_is_said():
