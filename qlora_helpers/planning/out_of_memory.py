@@ -65,7 +65,8 @@ class OutOfMemory(RunError):
         else:
             next_step += (
                 "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or give more layers "
-                "activation checkpointing (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
+                "activation checkpointing (train.activation_checkpointing=true, train.checkpointed_layers=none); then call "
+                "workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
@@ -88,7 +89,7 @@ class Failure:
 
 
 def rescued(step: Step) -> Step:
-    """Decorates a step on a run: where it runs out of memory, it raises `OutOfMemory` and holds nothing. Its first argument is the run."""
+    """Decorates a step whose first argument is a run: where it runs out of memory, it raises `OutOfMemory` and holds nothing."""
 
     @functools.wraps(step)
     def wrapper(run: Run, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Trainer's checkpoints in a run folder: one counts once it is verified, and only then is an older one removed.
 
-A checkpoint is written under `.unfinished/`, verified there and then renamed, so an interrupted save leaves all others as they were.
+A checkpoint is written under `.unfinished/`, verified there and then renamed, so an interrupted save changes no other one.
 A verified checkpoint holds `verified.json` with the size and SHA-256 of every file. Resuming takes the newest one that still
 matches; a damaged one is skipped with a warning. `training_args.bin`, a pickle, is never read and therefore not kept.
 """

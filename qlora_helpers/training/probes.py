@@ -1,4 +1,4 @@
-"""Proves on the loaded model, before training, that packed rows don't attend to each other and that the fast step's losses are right.
+"""Proves on the loaded model that packed rows don't attend to each other and that the fast step's losses are correct.
 
 Short sequences of random tokens go through the model as the trainer would send them. Knows nothing of data, settings or runs.
 """

@@ -1,8 +1,8 @@
 """Block-diagonal attention without a mask: the rows of a packed sequence do not attend to each other.
 
 A block-diagonal mask costs work for every pair of tokens in the packed sequence, also for pairs from two rows. Here each row is a
-short sequence of its own: on a GPU, FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) takes all rows in one call;
-on a CPU, each row takes one causal call. The starts of the rows reach the layers beside the model's own arguments, so this also
+short sequence of its own: on a GPU, FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) takes all rows at once; on
+a CPU, each row takes one causal call. The starts of the rows reach the layers beside the model's own arguments, so this also
 works for models that pass nothing of the kind to their layers (Falcon).
 """
 

@@ -2,8 +2,8 @@
 
 A decoder layer starts some two hundred kernels in a forward and backward pass, each by a call from Python: with small models and
 small batches the GPU waits for Python. Packed sequences have one shape, the fast step never waits for the GPU, and no random number
-is drawn. So all kernels of a pass can be captured once and launched together (`cuda_graphs`). A replay computes on the batch at hand
-what the captured pass would.
+is drawn. So all kernels of a pass can be captured once and launched together (`cuda_graphs`). A replay does to the batch at hand
+what the captured pass does.
 
 The passes of the first optimizer step and one more run uncaptured: they compile, choose kernels, and put the optimizer's states and
 accumulated gradients where they will stay. Captured passes have memory of their own, which holds activations, and gradients until
@@ -50,7 +50,7 @@ class CudaCapture:
 
     @staticmethod
     def refusal() -> str | None:
-        """Says why there is no room: a capture allocates anew what a pass needs, and fragmentation comes on top of a pass's peak."""
+        """Says why there is no room: a capture allocates anew what a pass needs, and fragmentation comes on top of its peak."""
         free, total = torch.cuda.mem_get_info()
         most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
         peak = torch.cuda.max_memory_allocated()
@@ -60,7 +60,7 @@ class CudaCapture:
         return f"no CUDA graph: uncaptured passes hold {held}, and {RECORDING_ROOM_GIB} must be free"
 
     def free(self) -> None:
-        """Gives memory back to the GPU once the last reference to a graph is gone, workspaces of matrix multiplications included."""
+        """Frees the memory and the cuBLAS workspaces of captured passes, once the last reference to a graph is gone."""
         torch.cuda.synchronize()  # replays ran on another stream than the one that owns the memory
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()  # PyTorch keeps one for each stream and thread that ever multiplied matrices

@@ -1,7 +1,7 @@
 """Computes the loss of a frozen output layer a few tokens at a time.
 
-A vocabulary of 128,256 makes half a MiB of float32 logits per token. The output layer is frozen, so training needs only the gradient
-of its input: loss and gradient are computed chunk by chunk in the forward pass, and no chunk's logits outlive it. The matrix
+A vocabulary of 128,256 makes half a MiB of float32 logits per token. The output layer is frozen, so training needs only its
+input's gradient: loss and gradient are computed chunk by chunk in the forward pass, and no chunk's logits outlive it. The matrix
 multiplications are those of the plain path, each done once. (Liger Kernel, arXiv:2410.10989, fuses the output layer with the loss.)
 """
 
@@ -122,8 +122,8 @@ class ChunkedLoss:
 def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
     """While open, a causal language model that is given labels computes no logits, and its loss chunk by chunk.
 
-    The model then also takes `trained_index` and `trained_labels` (`data.batches.SequenceCollator`). Without labels it returns logits
-    as before. The call still goes through the root module, so the hooks of peft, accelerate and DDP run.
+    The model then also takes `trained_index` and `trained_labels` (`data.batches.SequenceCollator`). Without labels it returns
+    logits as before. The call still goes through the root module, so the hooks of peft, accelerate and DDP run.
 
     Args:
         model: a transformers model, without peft's wrapper around it; its output layer is frozen.

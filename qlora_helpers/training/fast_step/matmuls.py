@@ -2,7 +2,7 @@
 
 The backward pass needs recomputed values only where it reads them. Nothing in a layer reads the output of a linear layer that is
 added to the residual at its end: in a Llama the MLP's last one, in a Falcon also the attention's last one, since both are added
-together. The backward pass reads only that layer's frozen weights and its adapter's input. So while recomputing, such a linear layer
+together. The backward pass reads only that layer's frozen weights and its adapter's input. So during recomputation such a layer
 returns uninitialized memory: this skips a quarter of a Llama layer's matrix multiplications, and half of a Falcon layer's.
 (`torch.utils.checkpoint` stops early, but only after that multiplication, and a compiled layer does not stop.)
 """
