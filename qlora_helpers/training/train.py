@@ -11,25 +11,24 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.place import at
-from qlora_helpers.base.units import gib
 from qlora_helpers.data.packing import NumberedBlocks, PreparedData
 from qlora_helpers.model.host_embedding import restore_embedding
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.probes import check_block_diagonal
+from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
 
@@ -37,104 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a session of training ended.
-
-    Attributes:
-        steps: optimizer steps done in all sessions.
-        new_steps: optimizer steps of this session.
-        loss, eval_loss: the last logged values, nats per trained token.
-        seconds: how long this session trained.
-        tokens_per_s: tokens of this session per second, without padding.
-        peak_gib: most memory held by tensors on each GPU while training; on a CPU the process's peak.
-        reserved_gib: the most that PyTorch reserved on each GPU for that; empty on a CPU.
-        stopped: whether a person, the budget or SIGTERM stopped it before the end; `stop_reason` says why.
-        machine: the names of the GPUs it ran on, or `CPU`.
-        compiled, checkpointed: whether decoder layers were compiled, and how many had activation checkpointing.
-        captured: whether passes were replayed from CUDA graphs.
-        fast_step: the parts of the fast step, a line each; empty on the plain path.
-    """
-
-    steps: int
-    new_steps: int
-    loss: float | None
-    eval_loss: float | None
-    seconds: float
-    tokens_per_s: float
-    peak_gib: dict[str, float]
-    stopped: bool
-    machine: str
-    reserved_gib: dict[str, float] = field(default_factory=dict)
-    compiled: bool = False
-    captured: bool = False
-    checkpointed: int = 0
-    fast_step: str = ""
-    stop_reason: str = ""
-
-    def __repr__(self) -> str:
-        if self.new_steps == 0:
-            return f"nothing left to do: all {self.steps} steps were done before"
-        peak = ", ".join(f"{value:.2f} GiB on {name}" for name, value in self.peak_gib.items())
-        end = f"stopped {stopped_by(self.stop_reason)}" if self.stopped else "finished"
-        losses = f"loss {self.loss:.3f}" if self.loss is not None else "no loss logged"
-        losses += f", evaluation loss {self.eval_loss:.3f}" if self.eval_loss is not None else ""
-        return f"{end} after {self.steps} steps: {losses}\n{self.tokens_per_s:,.0f} tokens/s, peak {peak}"
-
-
-def training_arguments(
-    config: TrainConfig, run: Run, *, on_cpu: bool, half: torch.dtype | None, fast: bool = False
-) -> TrainingArguments:
-    """Translates our settings into `TrainingArguments`, for transformers 5.17 to 5.23.
-
-    Args:
-        config: the run's training settings.
-        run: where checkpoints go.
-        on_cpu: whether to use no GPU.
-        half: bfloat16 or float16 for autocast over float32 adapters, or None.
-        fast: whether the fast step is on, which does activation checkpointing itself and needs no autocast in bfloat16.
-    """
-    recompute = config.activation_checkpointing and not fast
-    fused = fast and not on_cpu and config.optim == "adamw_torch"
-    names = {item.name for item in fields(TrainingArguments)}
-    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
-    return TrainingArguments(
-        output_dir=str(run.checkpoints_dir),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused" if fused else config.optim,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,  # its default logs a NaN loss as 0.0 and goes on
-        eval_strategy="steps" if config.eval_steps else "epoch",
-        eval_steps=config.eval_steps,
-        save_strategy="steps" if config.save_steps else "epoch",
-        save_steps=config.save_steps or 500,
-        save_total_limit=None,  # Trainer would remove old ones before the new one is verified; `rotate` does it afterwards
-        use_cpu=on_cpu,
-        bf16=half == torch.bfloat16 and not fast,
-        fp16=half == torch.float16,
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        report_to="none",
-        dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=False,
-        accelerator_config={"non_blocking": not on_cpu},
-        **{
-            checkpointing: recompute,
-            f"{checkpointing}_kwargs": {"use_reentrant": False} if recompute else None,
-        },
-    )
 
 
 def train(
@@ -322,39 +223,3 @@ def planned_steps(trainer: Trainer) -> int:
     batches = len(trainer.get_train_dataloader())
     per_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
     return math.ceil(trainer.args.num_train_epochs * per_epoch)
-
-
-def half_of(model: torch.nn.Module) -> torch.dtype | None:
-    """Returns the 16-bit type that a model computes in, or None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype = inner.dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def machine_name(device: torch.device) -> str:
-    """Names what a model on this device runs on: `CPU`, or the GPUs, such as `2 x NVIDIA L4`."""
-    if device.type == "cpu":
-        return "CPU"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-
-
-def reserved_memory() -> dict[str, float]:
-    """Returns the most that PyTorch reserved on each GPU, GiB; empty on a CPU."""
-    if not torch.cuda.is_available():
-        return {}
-    gpus = range(torch.cuda.device_count())
-    return {f"cuda:{index}": gib(torch.cuda.max_memory_reserved(index)) for index in gpus}
-
-
-def peak_memory() -> dict[str, float]:
-    """Returns the most memory that tensors held on each GPU since the last reset, GiB; on a CPU the process's peak."""
-    if torch.cuda.is_available():
-        return {
-            f"cuda:{index}": gib(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())
-        }
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"cpu": gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}

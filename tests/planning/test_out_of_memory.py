@@ -1,7 +1,8 @@
-"""Out of memory: it is said where and what next, nothing keeps the memory, and the run goes on. The allocator itself refuses."""
+"""Out of memory: the error says where and what next, nothing keeps the memory, and the run goes on. The allocator refuses."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import sys
@@ -85,8 +86,108 @@ def test_the_place_is_named_and_nothing_of_the_step_is_held(run, model, loaded, 
         run.request("stop")
 
 
+class Layered:
+    """Builds a small model whose layers are checkpointed, and which fails where it is told to."""
+
+    def __init__(self, torch):
+        from torch.utils.checkpoint import checkpoint
+
+        self.fail = lambda layer: False
+        self.calls = dict.fromkeys(range(3), 0)
+        case = self
+
+        class Layer(torch.nn.Module):
+            def __init__(self, number):
+                super().__init__()
+                self.number, self.linear = number, torch.nn.Linear(4, 4)
+
+            def forward(self, x):
+                case.calls[self.number] += 1
+                if case.fail(self.number):
+                    raise MemoryError
+                return self.linear(x).tanh()
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = torch.nn.ModuleList(Layer(number) for number in range(3))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = checkpoint(layer, x, use_reentrant=False)
+                return x.sum()
+
+        self.model, self.x = Model(), torch.ones(2, 4, requires_grad=True)
+
+    def where(self, *places):
+        """What the failure of a step says, with `places` around it."""
+
+        def step(trainer):
+            with contextlib.ExitStack() as entered:
+                for place in places:
+                    entered.enter_context(at(place))
+                with at("forward"):
+                    loss = trainer.model(self.x)
+                with at("backward"):
+                    loss.backward()
+
+        try:
+            Trainer(self.model).run(step)
+        except MemoryError as error:
+            return out_of_memory.failure_of(error).where
+        return "no failure"
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model = model
+
+    def run(self, step):
+        step(self)
+
+
+def test_a_layer_that_fails_is_named_in_the_forward_pass_and_when_it_is_recomputed(torch):
+    case = Layered(torch)
+    case.fail = lambda layer: layer == 1 and case.calls[1] == 1
+    assert case.where() == "forward of layer 2 of 3"
+    case.calls[1] = 0
+    assert case.where("evaluation") == "evaluation, forward of layer 2 of 3"
+    case.calls[1] = -1
+    assert case.where() == "backward, recomputation of layer 2 of 3"
+    case.fail = lambda layer: False
+    assert case.where() == "no failure"
+
+
+def test_a_backward_pass_that_fails_outside_of_a_recomputation_names_no_layer(torch):
+    case = Layered(torch)
+    case.x.register_hook(lambda gradient: fail())
+    assert case.where() == "backward"
+
+
+def test_a_failure_outside_of_all_places_names_its_function():
+    try:
+        fail()
+    except MemoryError as error:
+        assert out_of_memory.failure_of(error) == out_of_memory.Failure("in fail")
+
+
+def test_the_place_of_the_first_error_of_a_chain_counts():
+    try:
+        try:
+            with at("optimizer"):
+                fail()
+        except MemoryError as error:
+            raise RuntimeError("the step failed") from error
+    except RuntimeError as error:
+        assert out_of_memory.failure_of(error).where == "optimizer"
+
+
+def fail():
+    raise MemoryError
+
+
 def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
-    """The measure is not blind."""
+    """So the measurement above would notice."""
     with exhausted_at("forward", model) as exhaust, pytest.raises(RuntimeError) as caught:
         workflow.train.__wrapped__(run, model=model, loaded=loaded, show_progress=False, say=quiet)
     assert ran_out(caught.value)
@@ -114,7 +215,7 @@ def test_in_a_notebook_s_shell(run, model, loaded):
 
 
 def test_an_error_that_python_keeps_from_an_earlier_cell_is_release_frames(torch, monkeypatch):
-    """Such as of an answer that was asked for by hand."""
+    """Such as one from asking the model by hand."""
 
     def by_hand():
         large = torch.ones(1000, 1000)
@@ -131,7 +232,7 @@ def test_an_error_that_python_keeps_from_an_earlier_cell_is_release_frames(torch
     assert held[0]() is None
 
 
-def test_an_error_that_came_from_one_for_want_of_memory_counts(torch):
+def test_an_error_caused_by_a_lack_of_memory_counts(torch):
     assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
     assert ran_out(MemoryError())
     assert not ran_out(RuntimeError("shapes differ"))
@@ -220,7 +321,7 @@ def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatc
 
 
 @pytest.mark.parametrize("gpus", [3, 4])
-def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypatch, gpus):
+def test_over_several_gpus_only_ways_within_one_process_are_offered(falcon_7b, monkeypatch, gpus):
     """A copy of the model on each GPU would be faster, and can't be had in this process."""
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
@@ -230,7 +331,7 @@ def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypa
     assert {(each.copies, len(each.layers_per_gpu)) for each in caught.value.candidates} == {(1, gpus)}
 
 
-def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
+def test_where_nothing_fits_the_error_says_what_would(falcon_7b, monkeypatch):
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(4.5))
     with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
@@ -306,7 +407,7 @@ def test_a_session_that_fails_before_its_first_checkpoint_leaves_the_adapters_as
     assert (run.adapter_dir / name).read_bytes() == (fresh.adapter_dir / name).read_bytes()
 
 
-def test_adapters_that_were_added_for_a_session_are_taken_off_where_it_fails(run, loaded):
+def test_adapters_added_for_a_session_are_removed_where_it_fails(run, loaded):
     names = {name for name, _ in loaded.model.named_modules()}
     for _ in range(2):
         with pytest.raises(OutOfMemory), exhausted_in_the_first_step(loaded):

@@ -1,4 +1,4 @@
-"""What a step costs, against what is known of a tiny Falcon by arithmetic."""
+"""The measured cost of a step, against what arithmetic says of a tiny Falcon."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model_and_batch():
     return model, make_collator(model, loaded.tokenizer, data)([data.train[0]])
 
 
-def test_products_are_two_operations_a_weight_and_token_in_each_direction(model_and_batch):
+def test_matmuls_are_two_operations_per_weight_and_token_in_each_direction(model_and_batch):
     """A frozen layer has no gradient of its weights, an adapter does; the first layer's input needs none."""
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
@@ -39,7 +39,7 @@ def test_products_are_two_operations_a_weight_and_token_in_each_direction(model_
     assert found.gflop * 1e9 < 2 * frozen + 2 * head + 3 * adapters
 
 
-def test_layers_that_recompute_make_half_of_their_products_again_and_keep_their_input(model_and_batch):
+def test_checkpointed_layers_recompute_half_of_their_matmuls_and_keep_their_input(model_and_batch):
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
     kept_whole = step_cost(model, batch, repeats=1)

@@ -29,11 +29,12 @@ from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.fast_step import loss as token_loss
 from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.step import make_collator
-from qlora_helpers.training.train import SummaryTrainer, half_of, train, training_arguments
+from qlora_helpers.training.train import SummaryTrainer, train
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
