@@ -186,8 +186,8 @@ def rows_in_words(blocks: Sequence[int], row_ids: Sequence[Sequence[str]], *, mo
         if named >= most:
             break
         parts.append(
-            f"block {number} (rows {', '.join(ids[: most - named])}{', ...' if len(ids) > most - named else ''})"
+            f"sequence {number} (rows {', '.join(ids[: most - named])}{', ...' if len(ids) > most - named else ''})"
         )
         named += len(ids)
     left = len(blocks) - len(parts)
-    return "; ".join(parts) + (f"; and {left} more blocks" if left else "")
+    return "; ".join(parts) + (f"; and {left} more sequences" if left else "")

@@ -78,6 +78,16 @@ def test_the_third_high_loss_in_a_row_is_an_explosion():
     assert feed(LossWatch(), [2.0] * 20 + [9.0, 9.0, 9.0]).step == 21
 
 
+def test_a_loss_two_nats_above_the_usual_is_suspect_where_losses_hardly_vary():
+    assert bound([2.0] * 12) == 4.0
+
+
+def test_the_usual_is_that_of_the_last_32_steps():
+    losses = [6.0] * 100 + [3.0] * 20  # most of the last 32 are low, most of all are high
+    trouble = feed(LossWatch(), [*losses, 6.5, 6.5, 6.5])
+    assert trouble.what == "the loss exploded to 6.50, where 3.00 was usual"
+
+
 def test_the_spread_is_that_of_one_loss_not_of_a_difference():
     """Of normal losses it estimates their standard deviation; a difference of two has sqrt(2) times as much."""
     draw = random.Random(2)
@@ -173,8 +183,8 @@ def test_without_sequence_numbers_none_are_reported():
 
 
 def test_rows_are_named_up_to_a_number():
-    assert rows_in_words([3], [["a", "b"]]) == "block 3 (rows a, b)"
+    assert rows_in_words([3], [["a", "b"]]) == "sequence 3 (rows a, b)"
     assert rows_in_words([3, 4, 5], [["a", "b"], ["c", "d"], ["e"]], most=3) == (
-        "block 3 (rows a, b); block 4 (rows c, ...); and 1 more blocks"
+        "sequence 3 (rows a, b); sequence 4 (rows c, ...); and 1 more sequences"
     )
     assert rows_in_words([], []) == ""

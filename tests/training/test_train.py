@@ -575,7 +575,7 @@ def test_the_batch_and_rows_of_a_loss_that_is_not_finite_are_named(teach, run, p
         )
     said = str(caught.value)
     assert said.startswith("the loss is no longer a finite number (nan) at step ")
-    assert f"of 2; its data: block {number} (rows {row_id})" in said
+    assert f"of 2; its data: sequence {number} (rows {row_id})" in said
     assert "the run goes on from its last good checkpoint, of step 2." in said
     assert all(bool(torch.isfinite(weight).all()) for weight in adapter(model).values())
     assert checkpoints(run) == [2]
@@ -591,7 +591,7 @@ def test_a_loss_that_explodes_stops_at_the_last_checkpoint_from_before(teach, ru
                     weight.copy_(torch.linspace(-9, 9, weight.numel()).view_as(weight))
 
     with pytest.raises(
-        RunError, match=r"the loss exploded to \d+\.\d+, where \d\.\d+ was usual at step 31; its data: block"
+        RunError, match=r"the loss exploded to \d+\.\d+, where \d\.\d+ was usual at step 31; its data: sequence"
     ):
         teach(At(31, ruin), model=model, max_steps=50, save_steps=1, eval_steps=50, micro_batch_size=2)
     assert [line["step"] for line in run.progress()][-1] == 32  # one hard batch is no explosion

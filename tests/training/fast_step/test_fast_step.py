@@ -257,6 +257,7 @@ def compile_here(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
     monkeypatch.setattr("qlora_helpers.training.fast_step.parts.compile_refusal", lambda *args: None)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def over_devices(shape):
