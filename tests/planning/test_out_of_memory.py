@@ -171,15 +171,19 @@ def test_a_failure_outside_of_all_places_names_its_function():
         assert out_of_memory.failure_of(error) == out_of_memory.Failure("in fail")
 
 
-def test_the_place_of_the_first_error_of_a_chain_counts():
-    try:
+def test_the_places_of_a_chain_of_errors_begin_with_the_first_error():
+    @at("evaluation")
+    def step():
         try:
             with at("optimizer"):
                 fail()
         except MemoryError as error:
             raise RuntimeError("the step failed") from error
+
+    try:
+        step()
     except RuntimeError as error:
-        assert out_of_memory.failure_of(error).where == "optimizer"
+        assert out_of_memory.failure_of(error).where == "evaluation, optimizer"
 
 
 def fail():

@@ -48,7 +48,7 @@ class Warm:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parent,
             stderr=self.stderr,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
@@ -186,7 +186,7 @@ def _kill(run, process: int, session: int, draw: random.Random, number: int, ste
     else:
         old = set(run.checkpoints_dir.glob("checkpoint-*"))
         assert wait_for(lambda: run.status().session > session), f"no session began: {said()}"
-        if number % 4 == 0:
+        if number % 2 == 0:
             run.request("save")
         if place == "save":
             assert wait_for(unfinished.exists), "nothing was saved"

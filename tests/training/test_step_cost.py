@@ -12,7 +12,7 @@ from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.step import make_collator
-from qlora_helpers.training.step_cost import step_cost
+from qlora_helpers.training.step_cost import _Kept, step_cost
 
 TOKENS = 128
 
@@ -60,3 +60,12 @@ def test_another_loss_or_gradient_is_not_the_same(model_and_batch):
     found = step_cost(model, batch, repeats=1)
     other = step_cost(model, batch | {"input_ids": batch["input_ids"].flip(1)}, repeats=1)
     assert not other.same_as(found) and found.seconds > 0
+
+
+def test_a_tensor_that_is_kept_twice_counts_once_and_weights_do_not_count(torch):
+    linear = torch.nn.Linear(8, 8)
+    kept, x = _Kept(linear), torch.ones(4, 8, requires_grad=True)
+    with kept.watched():
+        loss = (linear(x) * (x * x)).sum()
+    loss.backward()
+    assert kept.n_bytes == 3 * 4 * 8 * 4  # x, the layer's output and the square
