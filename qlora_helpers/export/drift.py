@@ -78,9 +78,9 @@ def measured_drift(
         try:
             found[name] = _answers_of(run, load, prepare)
         except Exception as error:
-            if not out_of_memory.ran_out(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
-            out_of_memory.let_go(error)
+            out_of_memory.release_frames(error)
         out_of_memory.free_memory()
         if name not in found:  # hours of merging are not thrown away for it
             return (), f"drift not measured: asking the {name} ran out of memory"

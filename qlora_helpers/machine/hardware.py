@@ -163,7 +163,7 @@ class Hardware:
         return f"{self.label}, ${self.price_usd_per_hour:.2f} an hour; {self.price_note}"
 
 
-MOST_GPUS = 64  # of one machine
+MAX_GPUS = 64  # of one machine
 _COUNTED = re.compile(r"(?:(\d+)\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", re.IGNORECASE)
 
@@ -196,8 +196,8 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
 def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     """How many, what one is called, its facts and its usable GiB."""
     match = _COUNTED.fullmatch(wanted)
-    count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MOST_GPUS)) else 0
-    if not 1 <= count <= MOST_GPUS:
+    count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MAX_GPUS)) else 0
+    if not 1 <= count <= MAX_GPUS:
         return None
     gpu = next((gpu for name, gpu in GPUS.items() if name.lower() == match[2].replace(" ", "-")), None)
     if gpu is not None:
@@ -222,7 +222,7 @@ def _refuse(text: str) -> tuple[int, str, Gpu | None, float]:
         )
     raise UserError(
         "these GPUs are not known",
-        expected=f"NxMGiB such as 4x24GiB, a number (1 to {MOST_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
+        expected=f"NxMGiB such as 4x24GiB, a number (1 to {MAX_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
         got=text.strip() or "nothing",
         next_step="Give the memory of one GPU as an amount if yours is not listed.",
     )

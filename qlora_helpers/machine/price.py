@@ -48,7 +48,7 @@ def machine_price(config: TrainConfig, nvml: Any = None) -> Price | None:
     return Price(dearest.price_usd_per_hour, f"{dearest.name}, {dearest.region}, {dearest.priced_on}")
 
 
-def needed_price(config: TrainConfig, nvml: Any = None) -> Price | None:
+def required_price(config: TrainConfig, nvml: Any = None) -> Price | None:
     """The same, but must be there where `stop_at_usd` is set.
 
     Raises:

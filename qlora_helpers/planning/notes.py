@@ -5,47 +5,50 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
-from qlora_helpers.planning.candidates import Candidate, blocks_per_step, copies_that_share, is_packed
-from qlora_helpers.planning.memory import MEMORY_MARGIN, predict
+from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
-from qlora_helpers.planning.step_settings import step_settings
+from qlora_helpers.planning.workload import Workload, copies_sharing
 
 SHOWN_GIB = 0.05  # what is less is 0.0 in a note
-
-
 GRACE_S = 10  # what `docker stop` gives a process to save
-
-
 PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, its speed is arithmetic"
 
-
 PADDED = "rows are padded, not packed, and nothing is compiled"
-
 
 SPREAD = "the layers are spread over the GPUs, which work one after another"
 
 
-def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trained_share: float) -> tuple[str, ...]:
-    """What is the same in every plan, with the bytes of the other way."""
-    if not config.train.fast_step:
-        return ()
-    step = step_settings(
-        config,
-        shape,
-        blocks=shown.blocks,
-        checkpointed=shown.checkpointed,
-        compiled=shown.compiled,
-        captured=shown.captured,
-        trained_share=trained_share,
+def plan_notes(
+    workload: Workload, choice: Candidate | None, smallest: Candidate, *, idle_gpus: bool
+) -> tuple[str, ...]:
+    """Lists all notes of a plan.
+
+    Args:
+        workload: what is trained, and on what.
+        choice: the fastest that fits, if anything does.
+        smallest: what holds least, fitting or not.
+        idle_gpus: whether some GPUs are idle that could hold a copy of the model.
+    """
+    return (
+        *hardware_notes(workload.hardware, workload.sizes),
+        *(_choice_notes(workload.hardware, choice) if choice else ()),
+        *settings_notes(workload),
+        *([_sharing_note(workload)] if idle_gpus else []),
+        *_fixed_choice_notes(workload, choice or smallest),
     )
 
+
+def _fixed_choice_notes(workload: Workload, shown: Candidate) -> tuple[str, ...]:
+    """Says what the other way would take where every plan makes the same choice."""
+    if not workload.config.train.fast_step:
+        return ()
+
     def peak_with(**changes: Any) -> float:
-        other = replace(step, offloaded=shown.offloaded, **changes)
-        _, memory = predict(model_sizes(shape), other, gpus=len(shown.layers_per_gpu))
+        _, memory = predict(workload.sizes, replace(shown.step, **changes), gpus=len(shown.layers_per_gpu))
         return max(gib(each.total) for each in memory)
 
     more = peak_with(chunked_loss=False) - shown.peak_gib
@@ -63,15 +66,14 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
     )
 
 
-def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
-    notes = list(hardware_notes(hardware, sizes))
-    if choice is None:
-        return tuple(notes)
+def _choice_notes(hardware: Hardware, choice: Candidate) -> list[str]:
+    """Says what a reader must know of the settings that were chosen."""
+    notes = []
     if choice.copies > 1:
         notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
     elif len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
-    if choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
+    if choice.peak_gib > usable_with_margin(hardware.usable_gib):
         notes.append("tight: little of the card is left; take the next best where it runs out of memory")
     sold = [gpu for gpu in GPUS.values() if hardware.gpu is None and gpu.memory_gib == hardware.usable_gib]
     if smaller := [gpu for gpu in sold if gpu.usable_gib < choice.peak_gib]:
@@ -84,26 +86,27 @@ def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> t
         notes.append(
             f"a stop takes effect at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, longer than docker stop waits"
         )
-    return tuple(notes)
+    return notes
 
 
-def _sharing_note(hardware: Hardware, config: RunConfig) -> str:
-    """What keeps GPUs idle that could each hold a copy of the model."""
-    blocks, gpus = blocks_per_step(config), hardware.gpus
-    sharing = copies_that_share(blocks, gpus)
+def _sharing_note(workload: Workload) -> str:
+    """Says what keeps GPUs idle that could each hold a copy of the model."""
+    blocks, gpus = workload.sequences_per_step, workload.hardware.gpus
+    sharing = copies_sharing(blocks, gpus)
     who = f"{sharing} of {gpus} GPUs, with a copy of the model on each," if sharing > 1 else f"no two of {gpus} GPUs"
     step = "an optimizer step of 1 block" if blocks == 1 else f"{blocks} blocks an optimizer step"
     return f"{who} can share {step}; all could with {max(1, round(blocks / gpus)) * gpus}"
 
 
-def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
-    """What a reader must know of figures for these settings."""
+def settings_notes(workload: Workload) -> list[str]:
+    """Says what a reader must know of figures for these settings."""
+    config = workload.config
     notes = [] if config.train.fast_step else [PLAIN_STEP]
     if config.adapter.use_dora:
         notes.append(
             "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
         )
-    if not is_packed(config, shape):
+    if not workload.packed:
         why = (
             ""
             if not config.data.packing

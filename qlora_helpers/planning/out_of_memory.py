@@ -95,10 +95,10 @@ def rescued(step: Step) -> Step:
         try:
             return step(run, *args, **kwargs)
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             failure = read_frames(error)
-            let_go(error)
+            release_frames(error)
         # Outside of the handler, so that the new error has no context, and `error` is gone.
         free_memory()
         told = _told(run, failure)
@@ -107,7 +107,7 @@ def rescued(step: Step) -> Step:
     return wrapper
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that it came from, is for want of memory."""
     return any(
         isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and any(sign in str(each) for sign in SIGNS))
@@ -131,7 +131,7 @@ def _frames(error: BaseException) -> list[FrameType]:
     return [frame for each in _chain(error) for frame, _ in traceback.walk_tb(each.__traceback__)]
 
 
-def let_go(error: BaseException) -> None:
+def release_frames(error: BaseException) -> None:
     """Clears the frames of an error and of those it came from, and cuts the chain: nothing hangs on them any more."""
     for each in _chain(error):
         if each.__traceback__ is not None:
@@ -143,8 +143,8 @@ def free_memory() -> None:
     """Lets go of the last error that Python and IPython keep, of what only cycles hold, and of PyTorch's caches."""
     for name in ("last_exc", "last_value"):
         kept = getattr(sys, name, None)
-        if isinstance(kept, BaseException) and ran_out(kept):
-            let_go(kept)
+        if isinstance(kept, BaseException) and is_out_of_memory(kept):
+            release_frames(kept)
             sys.last_traceback = None
     gc.collect()
     torch = sys.modules.get("torch")
@@ -245,14 +245,14 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
             hardware = dataclasses.replace(hardware, gpus=1)
         checkpointed = failure.checkpointed
         if checkpointed is None:
-            layers = model_sizes(find_shape(config.model)).blocks
+            layers = model_sizes(find_shape(config.model)).layers
             checkpointed = layers if config.train.activation_checkpointing else 0
         held = run_plan.predicted_step(
             config,
             hardware=hardware,
             compiled=failure.compiled,
             checkpointed=checkpointed,
-            trained_share=1.0 if config.data.loss_on == "all" else 0.2,
+            trained_share=run_plan.trained_share(config.data),
         )["reserved_gib"]
         smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
         smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)

@@ -20,13 +20,13 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
-from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.wiring import is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU
-from qlora_helpers.planning.step_settings import StepSettings, may_record
+from qlora_helpers.planning.step_settings import StepSettings, may_capture
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 from qlora_helpers.training.probes import check_block_diagonal, check_same_losses, probe_losses
 
@@ -112,11 +112,11 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         log.warning("the step is not planned: %s", error)
         return as_set
     copies, lora = int(os.environ.get("WORLD_SIZE", 1)), model.active_peft_config
-    dropout = lora.lora_dropout > 0 or draws_at_random(model.config.get_text_config().to_dict())
+    dropout = lora.lora_dropout > 0 or has_dropout(model.config.get_text_config().to_dict())
     settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest,
-        blocks=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_size,
         checkpointed=0,
         compiled=False,
         r=lora.r,
@@ -131,7 +131,7 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         adapted=frozenset(lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         skipped=model.dtype != torch.float16,
-        captured=may_record(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
+        captured=may_capture(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
         copies=copies,
     )
     if step.captured:  # every batch is filled up to the most that are trained in any

@@ -14,7 +14,6 @@ from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
 from qlora_helpers.base.config import ModelConfig, RunConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.profiles import profile_config
-from qlora_helpers.data.known import DataSize
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model import loading, nf4
 from qlora_helpers.model.checkpoints import corpus_tokenizer, find_checkpoint
@@ -30,8 +29,7 @@ from qlora_helpers.model.placement import device_map_argument, layer_map, placem
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.tokenizers import load_tokenizer, set_pad_token
-from qlora_helpers.planning.forecast import look_ahead
-from qlora_helpers.planning.run_plan import layers_per_gpu
+from qlora_helpers.planning.run_plan import forecast, layers_per_gpu
 
 FALCON = ModelConfig(name="random:falcon-tiny")
 
@@ -492,7 +490,7 @@ def test_layers_are_shared_out_by_number(torch, name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**SHAPES[name])
-    layers = model_sizes(SHAPES[name]).blocks
+    layers = model_sizes(SHAPES[name]).layers
     counts = (layers // 2 - 1, 1, layers - layers // 2)
     found = layer_map(config, counts)
     with init_empty_weights():
@@ -545,8 +543,8 @@ def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypa
 def test_the_plan_s_layers_are_those_of_its_memory(torch):
     """The numbers that the plan shows are the ones a model is loaded by."""
     config = profile_config("falcon-40b").with_settings(["train.checkpointed_layers=12", "train.micro_batch_size=2"])
-    plan = look_ahead(config, SHAPES["falcon-40b"], parse_gpus("4x24GiB"), DataSize(1000, 200))
-    assert layers_per_gpu(config, 4) == plan.step.layers_per_gpu
+    found = forecast(config, hardware=parse_gpus("4x24GiB"))
+    assert layers_per_gpu(config, 4) == found.step.layers_per_gpu
 
 
 def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, monkeypatch):

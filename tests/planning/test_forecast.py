@@ -22,10 +22,12 @@ def look(gpus: str, *settings: str, config=FALCON):
 def test_the_settings_are_taken_as_they_stand():
     found = look("H100", "train.checkpointed_layers=55", "train.compile=off")
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(FALCON, shape, blocks=8, checkpointed=55, compiled=False, captured=True, trained_share=0.2)
+    step = step_settings(
+        FALCON, shape, micro_batch_size=8, checkpointed=55, compiled=False, captured=True, trained_share=0.2
+    )
     _, memory = predict(model_sizes(shape), step)
     assert found.step.memory == memory and found.fits and not found.fixes
-    assert found.plan.choice.blocks != 8, "the plan beside it searches"
+    assert found.plan.choice.micro_batch_size != 8, "the plan beside it searches"
     assert (found.adapter_parameters, found.parameters) == (55_541_760, 41_358_835_712)
 
 
@@ -53,12 +55,15 @@ def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings
     fix = found.fixes[0]
     mended = look(gpus, *settings, *fix.settings)
     assert mended.fits
-    assert mended.step.blocks * mended.step.accumulation == found.step.blocks * found.step.accumulation
+    assert (
+        mended.step.micro_batch_size * mended.step.gradient_accumulation_steps
+        == found.step.micro_batch_size * found.step.gradient_accumulation_steps
+    )
     if any("checkpointed_layers" in each for each in fix.settings):
         less = [f"train.checkpointed_layers={mended.step.checkpointed - 1}"]
     else:  # the trainer chooses them, and leaves a margin: then the next larger micro-batch is what must not fit
-        per_step = found.step.blocks * found.step.accumulation
-        more = min(count for count in range(mended.step.blocks + 1, per_step + 1) if per_step % count == 0)
+        per_step = found.step.micro_batch_size * found.step.gradient_accumulation_steps
+        more = min(count for count in range(mended.step.micro_batch_size + 1, per_step + 1) if per_step % count == 0)
         less = [f"train.micro_batch_size={more}", f"train.gradient_accumulation_steps={per_step // more}"]
     assert not look(gpus, *settings, *fix.settings, *less).fits
 
@@ -88,7 +93,7 @@ def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     config = FALCON.with_settings(["train.micro_batch_size=4", "train.compile=on", "data.seq_len_tokens=2048"])
     found = look("H100", config=config)
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(config, shape, blocks=4, trained_share=0.2)
+    step = step_settings(config, shape, micro_batch_size=4, trained_share=0.2)
     usable = parse_gpus("H100").usable_gib
     chosen, without = (
         fewest_checkpointed(model_sizes(shape), step, share * usable) for share in (1 - MEMORY_MARGIN, 1)

@@ -123,7 +123,7 @@ def test_other_adapters_and_dropout_keep_what_was_counted(name, way, monkeypatch
     sizes = model_sizes(AutoConfig.for_model(**FAMILIES[name]).to_dict())
     step = StepSettings(
         seq_len_tokens=TOKENS,
-        blocks=1,
+        micro_batch_size=1,
         checkpointed=0,
         compiled=asked.get("compiled", True),
         r=R,

@@ -15,7 +15,7 @@ from qlora_helpers.planning.step_settings import StepSettings, kept_values
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
-    values = {"seq_len_tokens": 2048, "blocks": 1, "checkpointed": 0, "compiled": True, "r": r}
+    values = {"seq_len_tokens": 2048, "micro_batch_size": 1, "checkpointed": 0, "compiled": True, "r": r}
     return StepSettings(**values | {"adapter_parameters": adapter_parameters(SHAPES[name], r, None, False)} | changes)
 
 
@@ -84,17 +84,17 @@ def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
     def total(**changes):
         return predict(sizes, settings(name, **changes))[1][0].total
 
-    assert total(blocks=2) > total(blocks=1)
-    totals = [total(checkpointed=count) for count in range(1, sizes.blocks + 1)]
+    assert total(micro_batch_size=2) > total(micro_batch_size=1)
+    totals = [total(checkpointed=count) for count in range(1, sizes.layers + 1)]
     assert totals == sorted(totals, reverse=True)
-    assert len(set(totals)) == sizes.blocks
+    assert len(set(totals)) == sizes.layers
     assert total(optim="adamw_8bit") < total()
     assert total(compiled=False) >= total()
 
 
 def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8))
+    held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, micro_batch_size=8))
     whole = held.stage(layers=0, checkpointed=0, first=False, last=True)
     assert gib(8 * 2048 * 128_256 * 4) > 7
     assert gib(whole.working) < 1.1
@@ -103,7 +103,7 @@ def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     sizes = model_sizes(SHAPES["falcon-40b"])
-    step = settings("falcon-40b", blocks=2, checkpointed=20)
+    step = settings("falcon-40b", micro_batch_size=2, checkpointed=20)
     counts, memory = predict(sizes, step, gpus=gpus)
     assert sum(counts) == 60 and len(counts) == len(memory) == gpus
     assert counts == StepMemory(sizes, step, gpus).spread(20)

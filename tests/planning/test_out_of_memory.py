@@ -17,7 +17,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.machine.hardware import Hardware, find_gpu
 from qlora_helpers.planning import out_of_memory, run_plan
-from qlora_helpers.planning.out_of_memory import OutOfMemory, ran_out, rescued
+from qlora_helpers.planning.out_of_memory import OutOfMemory, is_out_of_memory, rescued
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
@@ -89,7 +89,7 @@ def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
     """The measure is not blind."""
     with exhausted_at("forward", model) as exhaust, pytest.raises(RuntimeError) as caught:
         workflow.train.__wrapped__(run, model=model, loaded=loaded, show_progress=False, say=quiet)
-    assert ran_out(caught.value)
+    assert is_out_of_memory(caught.value)
     assert not exhaust.freed
 
 
@@ -132,13 +132,13 @@ def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkey
 
 
 def test_an_error_that_came_from_one_for_want_of_memory_counts(torch):
-    assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    assert ran_out(MemoryError())
-    assert not ran_out(RuntimeError("shapes differ"))
-    assert not ran_out(ValueError("out of memory lane"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("out of memory lane"))
     wrapped = ValueError("the compiler failed")
     wrapped.__cause__ = RuntimeError("CUDA error: out of memory")
-    assert ran_out(wrapped)
+    assert is_out_of_memory(wrapped)
 
 
 def test_other_errors_pass_as_they_are(run):
@@ -187,7 +187,9 @@ def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
     assert len(found) == 3
     assert [each.tokens_per_s for each in found] == sorted((each.tokens_per_s for each in found), reverse=True)
     assert all(each.peak_gib <= 24.0 for each in found)
-    assert all(each.blocks * each.accumulation == 16 for each in found)  # the same optimizer step
+    assert all(
+        each.micro_batch_size * each.gradient_accumulation_steps == 16 for each in found
+    )  # the same optimizer step
     for number, each in enumerate(found, start=1):
         assert f"\n  {number}. {each!r}" in str(caught.value)
         assert f"{each.peak_gib:.1f} GiB" in str(caught.value)

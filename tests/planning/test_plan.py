@@ -19,10 +19,11 @@ from qlora_helpers.machine.hardware import GPUS, parse_gpus
 from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.planning.candidates import candidate, fewest_checkpointed
-from qlora_helpers.planning.memory import RECORDING_ROOM_GIB, predict
+from qlora_helpers.planning.memory import CAPTURE_ROOM_GIB, predict
 from qlora_helpers.planning.plan import make_plan
 from qlora_helpers.planning.speed import compile_pays, step_seconds
 from qlora_helpers.planning.step_settings import StepSettings, step_settings
+from qlora_helpers.planning.workload import Workload
 
 RECIPE = profile_config("falcon-40b")
 SAMSUM_TOKENS = 14_732 * 190
@@ -30,7 +31,8 @@ ONE_BLOCK = ("train.micro_batch_size=1", "train.gradient_accumulation_steps=1")
 
 
 def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, price: float | None = None):
-    return make_plan(model, known_shape(model), parse_gpus(gpus, price), RECIPE.with_settings(settings), tokens=tokens)
+    config = RECIPE.with_settings([f"model.name={model}", *settings])
+    return make_plan(Workload(config, known_shape(model), parse_gpus(gpus, price), round(tokens * config.train.epochs)))
 
 
 def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
@@ -39,8 +41,8 @@ def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
         sizes, gpu = model_sizes(SHAPES[name]), GPUS["H100"]
         step = StepSettings(
             seq_len_tokens=2048,
-            blocks=8,
-            checkpointed=sizes.blocks,
+            micro_batch_size=8,
+            checkpointed=sizes.layers,
             compiled=True,
             r=8,
             adapter_parameters=10**7,
@@ -50,7 +52,7 @@ def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
             share, abs=0.01
         )
         usual, remade = (step_seconds(sizes, replace(step, skipped=each), gpu) for each in (True, False))
-        matmuls = 2 * step.tokens * sizes.blocks * sizes.parameters_added_last_per_layer / (gpu.bf16_tflops * 1e12)
+        matmuls = 2 * step.tokens * sizes.layers * sizes.parameters_added_last_per_layer / (gpu.bf16_tflops * 1e12)
         assert matmuls <= remade - usual <= 1.6 * matmuls
         dora = [step_seconds(sizes, replace(step, skipped=each, dora=True), gpu) for each in (True, False)]
         assert dora[0] == dora[1]
@@ -77,14 +79,14 @@ def test_the_choice_is_the_fastest_that_fits():
     fitting = [plan.choice, *plan.alternatives]
     assert [each.tokens_per_s for each in fitting] == sorted((each.tokens_per_s for each in fitting), reverse=True)
     assert all(each.peak_gib <= 21.99 for each in fitting)
-    assert len({each.blocks for each in fitting}) == 3
+    assert len({each.micro_batch_size for each in fitting}) == 3
     for each in fitting:
-        assert each.blocks * each.accumulation == RECIPE.train.micro_batch_size
+        assert each.micro_batch_size * each.gradient_accumulation_steps == RECIPE.train.micro_batch_size
         if each.checkpointed:  # one layer less, and it would not fit
             shape = known_shape("meta-llama/Llama-3.1-8B")
             step = StepSettings(
                 seq_len_tokens=each.seq_len_tokens,
-                blocks=each.blocks,
+                micro_batch_size=each.micro_batch_size,
                 checkpointed=each.checkpointed - 1,
                 compiled=each.compiled,
                 r=8,
@@ -115,16 +117,17 @@ def test_passes_are_planned_as_recorded_where_they_can_be():
 
 def test_where_a_recording_would_not_fit_none_is_planned():
     """It needs room beside a pass's peak: one more layer recomputes for it, or passes are not recorded."""
-    sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    step = step_settings(RECIPE, SHAPES["llama-3.1-8b"], blocks=1, compiled=True, captured=True, trained_share=0.2)
+    workload = Workload(RECIPE, SHAPES["llama-3.1-8b"], parse_gpus("H100"), tokens=10**6)
+    sizes, step = workload.sizes, workload.step(micro_batch_size=1, captured=True)
     (all_again,) = predict(sizes, replace(step, checkpointed=32))[1]
-    least = gib(all_again.allocated + all_again.context) + RECORDING_ROOM_GIB
-    for spare, recorded in ((-0.01, False), (0.01, True)):
+    least = gib(all_again.allocated + all_again.context) + CAPTURE_ROOM_GIB
+    for spare, captured in ((-0.01, False), (0.01, True)):
         hardware = parse_gpus(f"{least + spare:.4f}GiB")
         count = fewest_checkpointed(sizes, step, hardware.usable_gib)
-        found = candidate(sizes, replace(step, checkpointed=count), hardware, 10**6, gpus=1, accumulation=1)
-        assert found.captured is recorded and found.peak_gib <= hardware.usable_gib
-        assert (count == 32) is recorded  # without a recording fewer do
+        chosen = replace(step, checkpointed=count)
+        found = candidate(workload.on(hardware), chosen, gpus=1, gradient_accumulation_steps=1)
+        assert found.captured is captured and found.peak_gib <= hardware.usable_gib
+        assert (count == 32) is captured  # without a capture fewer do
     plan = planned("meta-llama/Llama-3.1-8B", "1x10GiB", "adapter.r=16", "adapter.lora_dropout=0")
     assert any(each.captured for each in plan_parts(plan))
 
@@ -136,13 +139,14 @@ def test_what_is_chosen_can_be_copied():
     assert settings == plan.choice.settings
     changed = RECIPE.with_settings(settings)
     assert (
-        changed.train.micro_batch_size == plan.choice.blocks and (changed.train.compile == "on") == plan.choice.compiled
+        changed.train.micro_batch_size == plan.choice.micro_batch_size
+        and (changed.train.compile == "on") == plan.choice.compiled
     )
 
 
 def test_where_passes_are_recorded_compilation_pays_later():
     sizes = model_sizes(SHAPES["smollm2-135m"])
-    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, captured=True, trained_share=0.2)
+    step = step_settings(RECIPE, SHAPES["smollm2-135m"], micro_batch_size=1, captured=True, trained_share=0.2)
 
     def fewest(step: StepSettings) -> int:
         return next(passes for passes in range(1, 10**6, 100) if compile_pays(sizes, step, GPUS["H100"], passes))
@@ -170,8 +174,8 @@ def test_what_is_planned_can_also_be_loaded(model):
     sizes, shape = model_sizes(known_shape(model)), known_shape(model)
     step = StepSettings(
         seq_len_tokens=256,
-        blocks=1,
-        checkpointed=sizes.blocks,
+        micro_batch_size=1,
+        checkpointed=sizes.layers,
         compiled=True,
         r=8,
         offloaded=True,
@@ -230,9 +234,9 @@ def test_as_many_gpus_work_side_by_side_as_can_share_the_blocks():
 )
 def test_what_keeps_more_is_planned_with_more(setting, times):
     plain, other = (planned("meta-llama/Llama-3.1-8B", "H100", *more) for more in ([], [setting]))
-    kept = [plan.choice.beside[0].activations_kept / plan.choice.blocks for plan in (plain, other)]
+    kept = [plan.choice.details[0].activations_kept / plan.choice.micro_batch_size for plan in (plain, other)]
     assert kept[1] >= times * kept[0]
-    taken = [(plan.choice.blocks, -plan.choice.checkpointed) for plan in (plain, other)]
+    taken = [(plan.choice.micro_batch_size, -plan.choice.checkpointed) for plan in (plain, other)]
     assert taken[1] <= taken[0] and other.choice.tokens_per_s < plain.choice.tokens_per_s
     assert other.fits and other.choice.peak_gib <= 79.11
     assert any("adapter.lora_dropout=0 would take" in note for note in other.notes) == ("dropout" in setting)
@@ -252,7 +256,7 @@ def test_what_dropout_keeps_goes_with_the_adapted_layers():
 def test_an_uncompiled_step_is_slower_in_what_it_computes_not_in_what_adapters_add():
     """DoRA and the plain step keep an uncompiled layer's values; their count must not be taken times the factor again."""
     step = StepSettings(
-        seq_len_tokens=2048, blocks=4, checkpointed=0, compiled=False, r=8, adapter_parameters=20_000_000
+        seq_len_tokens=2048, micro_batch_size=4, checkpointed=0, compiled=False, r=8, adapter_parameters=20_000_000
     )
     sizes, gpu = model_sizes(SHAPES["llama-3.1-8b"]), GPUS["H100"]
     eager, plain = (step_seconds(sizes, replace(step, fast_adapters=each), gpu) for each in (True, False))
@@ -261,13 +265,13 @@ def test_an_uncompiled_step_is_slower_in_what_it_computes_not_in_what_adapters_a
 
 def test_the_table_shows_activations_either_way_and_logits():
     plan = planned("tiiuae/falcon-40b", "4x24GiB")
-    for each, memory, layers in zip(plan.choice.beside, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
+    for each, memory, layers in zip(plan.choice.details, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
         assert each.activations_kept == memory.activations  # nothing is recomputed here
-        assert each.activations_checkpointed == layers * 2 * plan.choice.blocks * 2048 * 8192
-    assert [each.logits > 0 for each in plan.choice.beside] == [True, False, False, False]  # tied: with the embedding
+        assert each.activations_checkpointed == layers * 2 * plan.choice.micro_batch_size * 2048 * 8192
+    assert [each.logits > 0 for each in plan.choice.details] == [True, False, False, False]  # tied: with the embedding
     shown = repr(plan)
     assert "(activations, none recomputed)" in shown and "(logits in the loss)" in shown
-    kept = plan.to_dict()["choice"]["beside_gib"][1]["activations_kept"]
+    kept = plan.to_dict()["choice"]["details_gib"][1]["activations_kept"]
     assert f"{kept:.2f}" in next(line for line in shown.splitlines() if "none recomputed" in line)
 
 
@@ -312,7 +316,7 @@ def test_only_a_measured_card_is_not_extrapolated():
 def test_the_settings_of_a_choice_are_settings():
     choice = planned("tiiuae/falcon-40b", "H100").choice
     changed = RECIPE.with_settings(choice.settings)
-    assert changed.train.micro_batch_size == choice.blocks
+    assert changed.train.micro_batch_size == choice.micro_batch_size
     assert changed.train.checkpointed_layers == choice.checkpointed
     assert changed.train.activation_checkpointing == (choice.checkpointed > 0)
 
@@ -349,7 +353,7 @@ def step_of(plan, **changes):
     step = step_settings(
         config,
         SHAPES["llama-3.1-8b"],
-        blocks=chosen.blocks,
+        micro_batch_size=chosen.micro_batch_size,
         checkpointed=chosen.checkpointed,
         compiled=chosen.compiled,
         captured=chosen.captured,
@@ -385,11 +389,14 @@ def test_blocks_an_optimizer_step_stay_as_asked():
     for count in (7, 8, 12, 96):
         asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
         plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)
-        assert {each.blocks * each.accumulation * each.copies for each in (plan.choice, *plan.alternatives)} == {count}
+        assert {
+            each.micro_batch_size * each.gradient_accumulation_steps * each.copies
+            for each in (plan.choice, *plan.alternatives)
+        } == {count}
     seven = planned(
         "meta-llama/Llama-3.1-8B", "H100", "train.micro_batch_size=7", "train.gradient_accumulation_steps=1"
     )
-    assert seven.choice.blocks == 7
+    assert seven.choice.micro_batch_size == 7
 
 
 def test_a_line_says_whether_gpus_hold_copies_or_layers():
@@ -432,10 +439,10 @@ def test_epochs_take_their_time():
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_every_catalogued_model_gets_a_plan_at_once(name):
     start = time.perf_counter()
-    plan = make_plan(name, SHAPES[name], parse_gpus("8xA100-80GB"), RECIPE, tokens=1_000_000)
+    plan = planned(f"random:{name}", "8xA100-80GB", tokens=1_000_000)
     assert time.perf_counter() - start < 1
     assert plan.fits or plan.fixes or "405b" in name or "180b" in name
-    assert json.loads(json.dumps(plan.to_dict()))["model"] == name
+    assert json.loads(json.dumps(plan.to_dict()))["model"] == f"random:{name}"
     assert name in repr(plan)
 
 

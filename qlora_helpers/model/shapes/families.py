@@ -83,7 +83,7 @@ def added_to_residual(config: dict[str, Any]) -> tuple[str, ...]:
     return _ADDED_LAST.get(family, ()) + (("dense",) if family == "falcon" and together else ())
 
 
-def draws_at_random(config: dict[str, Any]) -> bool:
+def has_dropout(config: dict[str, Any]) -> bool:
     """Whether a model drops some of its own values while it trains, as OPT does unasked.
 
     Args:

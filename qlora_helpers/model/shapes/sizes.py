@@ -13,7 +13,7 @@ from typing import Any
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.text import plain
 from qlora_helpers.model.shapes.families import adapter_targets, added_to_residual
-from qlora_helpers.model.shapes.values import family_of, flag, optional_size, shared_out, size, softcap
+from qlora_helpers.model.shapes.values import family_of, flag, head_width, optional_size, size, softcap
 
 Config = dict[str, Any]
 
@@ -69,8 +69,8 @@ def adapter_parameters(config: Config, r: int, target_modules: tuple[str, ...] |
             got=", ".join(sorted(wanted - available)),
             next_step="Set adapter.target_modules=none to take the architecture's own.",
         )
-    return sizes.blocks * sum(
-        layer.per_block * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
+    return sizes.layers * sum(
+        layer.per_layer * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
         for layer in sizes.linears
         if layer.name in wanted
     )
@@ -107,22 +107,22 @@ def _sizes(
     head_dim: int,
     norm: str = "rms",
     norms: int = 2,
-    block_extra: int = 0,
+    layer_extra: int = 0,
     embeddings: int | None = None,
     final_norm: bool = True,
     head_bias: bool = False,
     **flags: Any,
 ) -> ModelSizes:
-    """Adds up a model: `block_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
+    """Adds up a model: `layer_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
     hidden, vocab = size(config, "hidden_size", "n_embed"), size(config, "vocab_size")
     tied = flag(config, "tie_word_embeddings", family in _TIED)
     embedding = vocab * optional_size(config, "word_embed_proj_dim", hidden)
     norm_size = hidden * (2 if norm == "layer" else 1)
-    biases = sum(layer.per_block * layer.out_features for layer in linears if layer.bias)
+    biases = sum(layer.per_layer * layer.out_features for layer in linears if layer.bias)
     return ModelSizes(
         family=family,
         hidden=hidden,
-        blocks=size(config, "num_hidden_layers", "n_layer"),
+        layers=size(config, "num_hidden_layers", "n_layer"),
         heads=size(config, "num_attention_heads", "n_head"),
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -130,7 +130,7 @@ def _sizes(
         vocab=vocab,
         tied=tied,
         linears=linears,
-        other_parameters_per_layer=norms * norm_size + biases + block_extra,
+        other_parameters_per_layer=norms * norm_size + biases + layer_extra,
         other_parameters=(embedding if embeddings is None else embeddings) + final_norm * norm_size,
         head_parameters=(0 if tied else embedding) + head_bias * vocab,
         norm=norm,
@@ -145,7 +145,7 @@ def _attention(
     """Key-value heads, head size, and the four separate projections."""
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = optional_size(config, "num_key_value_heads", heads)
-    head_dim = size(config, "head_dim") if config.get("head_dim") is not None else shared_out(config, hidden, heads)
+    head_dim = size(config, "head_dim") if config.get("head_dim") is not None else head_width(config, hidden, heads)
     return (
         kv_heads,
         head_dim,
@@ -181,7 +181,7 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
         kv_heads=kv_heads,
         head_dim=head_dim,
         norms=4 if family in ("gemma2", "gemma3_text") else 2,
-        block_extra=2 * head_dim * qk_norm,
+        layer_extra=2 * head_dim * qk_norm,
         gated_mlp=True,
         qk_norm=qk_norm,
         logit_softcap=softcap(config),
@@ -208,7 +208,7 @@ def _of_experts(
         intermediate=inner,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        block_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm,
+        layer_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm,
         qk_norm=qk_norm,
         gated_mlp=True,
         experts=experts,
@@ -273,7 +273,7 @@ def _phi(family: str, config: Config) -> ModelSizes:
         gated_mlp=False,
         norm="layer",
         norms=1,
-        block_extra=4 * shared_out(config, hidden, size(config, "num_attention_heads")) * qk_norm,
+        layer_extra=4 * head_width(config, hidden, size(config, "num_attention_heads")) * qk_norm,
         head_bias=True,
         qk_norm=qk_norm,
         parallel_attention=True,
@@ -303,7 +303,7 @@ def _opt(family: str, config: Config) -> ModelSizes:
         head_dim=head_dim,
         gated_mlp=False,
         norm="layer",
-        block_extra=0 if affine else -4 * hidden,
+        layer_extra=0 if affine else -4 * hidden,
         final_norm=final and affine,
         embeddings=size(config, "vocab_size") * width + positions + projections,
     )
@@ -320,7 +320,7 @@ def _fused_qkv(
         LinearLayer("dense_h_to_4h", hidden, inner, bias=mlp_bias),
         LinearLayer("dense_4h_to_h", inner, hidden, bias=mlp_bias),
     )
-    head_dim = shared_out(config, hidden, size(config, "num_attention_heads", "n_head"))
+    head_dim = head_width(config, hidden, size(config, "num_attention_heads", "n_head"))
     return _sizes(
         family,
         config,
@@ -345,7 +345,7 @@ def _falcon(family: str, config: Config) -> ModelSizes:
     return _fused_qkv(
         family,
         config,
-        qkv=(heads + 2 * kv_heads) * shared_out(config, hidden, heads),
+        qkv=(heads + 2 * kv_heads) * head_width(config, hidden, heads),
         kv_heads=kv_heads,
         bias=bias,
         mlp_bias=bias,
@@ -405,20 +405,20 @@ class LinearLayer:
     Attributes:
         name: last part of the module's name, such as `q_proj`.
         in_features, out_features: the weight is `(out_features, in_features)`.
-        per_block: how many of them a block has.
+        per_layer: how many of them a block has.
         bias: whether it has a bias of `out_features`, which stays unquantised.
     """
 
     name: str
     in_features: int
     out_features: int
-    per_block: int = 1
+    per_layer: int = 1
     bias: bool = False
 
     @property
     def parameters_per_layer(self) -> int:
         """Weights without biases."""
-        return self.per_block * self.in_features * self.out_features
+        return self.per_layer * self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ class ModelSizes:
     Attributes:
         family: the `model_type` whose wiring this is.
         hidden: width of the residual stream.
-        blocks: decoder layers.
+        layers: decoder layers.
         heads, kv_heads, head_dim: of the attention; `kv_heads` after multi-query sharing (1 for Falcon-7B).
         intermediate: inner width of one MLP, or of one expert.
         vocab: rows of the embedding.
@@ -455,7 +455,7 @@ class ModelSizes:
 
     family: str
     hidden: int
-    blocks: int
+    layers: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -491,5 +491,5 @@ class ModelSizes:
     @property
     def parameters(self) -> int:
         """All weights; tied ones count once."""
-        in_blocks = self.blocks * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
+        in_blocks = self.layers * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
         return in_blocks + self.other_parameters + self.head_parameters

@@ -67,7 +67,7 @@ def optional_size(config: Shape, name: str, otherwise: int) -> int:
     return otherwise if config.get(name) is None else size(config, name)
 
 
-def shared_out(config: Shape, hidden: int, heads: int) -> int:
+def head_width(config: Shape, hidden: int, heads: int) -> int:
     """The width of a head where the heads share out the model's.
 
     Raises:

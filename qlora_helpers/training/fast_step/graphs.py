@@ -25,7 +25,7 @@ import torch
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.model import cuda_graphs
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.planning.memory import RECORDING_ROOM_GIB
+from qlora_helpers.planning.memory import CAPTURE_ROOM_GIB
 
 PASSES_WORTH = 10  # that a recording, which takes about a second, must be played
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ class CudaRecorder:
         free, total = torch.cuda.mem_get_info()
         most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
         peak = torch.cuda.max_memory_allocated()
-        if most - peak >= RECORDING_ROOM_GIB * BYTES_IN_GIB:
+        if most - peak >= CAPTURE_ROOM_GIB * BYTES_IN_GIB:
             return None
         held = f"{gib(peak):.1f} of {gib(most):.1f} GiB"
-        return f"no CUDA graph: passes as they are hold {held}, and {RECORDING_ROOM_GIB} must be free"
+        return f"no CUDA graph: passes as they are hold {held}, and {CAPTURE_ROOM_GIB} must be free"
 
     def forget(self) -> None:
         """After the last reference to a recording is gone: its memory goes back to the GPU, workspaces of products included."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_helpers.model.host_embedding import brought_back, embeddings_on_host, offload_refusal
-from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, kernel_refusal
@@ -136,7 +136,7 @@ def fast_step(
             on.compiled = refusal is None
             on.reasons += [refusal] if refusal else []
         dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-        dropout = dropout or draws_at_random(inner.config.get_text_config().to_dict())  # by functions, not modules
+        dropout = dropout or has_dropout(inner.config.get_text_config().to_dict())  # by functions, not modules
         on.skipped = parts.enter_context(
             layers_changed(inner, compiled=on.compiled, checkpointed=on.checkpointed, keep_random_state=dropout)
         )

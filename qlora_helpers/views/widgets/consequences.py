@@ -66,7 +66,8 @@ def how(found: Forecast) -> str:
     again = "no layer" if not step.checkpointed else again
     compiled = "compiled" if step.compiled else "not compiled"
     compiled += ", as CUDA graphs" if step.captured else ""
-    return f"{step.blocks} x {step.seq_len_tokens:,} tokens at once, {step.accumulation} a step; {again} recomputed; {compiled}"
+    at_once = f"{step.micro_batch_size} x {step.seq_len_tokens:,} tokens at once"
+    return f"{at_once}, {step.gradient_accumulation_steps} a step; {again} recomputed; {compiled}"
 
 
 def fix_text(fix: Fix) -> str:

@@ -21,7 +21,7 @@ from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.fixes import cheapest_instance
 from qlora_helpers.planning.forecast import Forecast
-from qlora_helpers.planning.run_plan import forecast, trained_share
+from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets.consequences import consequences_table
 from qlora_helpers.views.widgets.fields import STYLE as FIELD_STYLE
@@ -273,10 +273,8 @@ class ConfigForm(Panel):
     def _usual_hardware(self) -> Hardware:
         usual = parse_gpus(USUAL)
         try:
-            shape = self._shape(self.config)
-            if forecast(self.config, hardware=usual, shape=shape).plan.fits:
-                return usual
-            return cheapest_instance(shape, self.config, trained_share(self.config.data)) or usual
+            plan = forecast(self.config, hardware=usual, shape=self._shape(self.config)).plan
+            return usual if plan.fits else cheapest_instance(plan.workload) or usual
         except UserError:
             return usual
 

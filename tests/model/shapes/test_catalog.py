@@ -98,7 +98,7 @@ def test_what_sets_a_model_apart_from_its_family():
     assert SHAPES["phi-4-mini"]["rope_parameters"]["partial_rotary_factor"] == 0.75
     sizes = model_sizes(SHAPES["qwen3-30b-a3b"])
     assert (sizes.experts, sizes.experts_per_token, sizes.intermediate, sizes.tied) == (128, 8, 768, False)
-    in_use = sizes.parameters - sizes.blocks * sizes.expert_parameters_per_layer * 120 // 128
+    in_use = sizes.parameters - sizes.layers * sizes.expert_parameters_per_layer * 120 // 128
     assert 3.3e9 < in_use < 3.4e9  # "A3B": 3.3 B of them, its publisher says
 
 

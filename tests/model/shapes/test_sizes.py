@@ -23,6 +23,7 @@ from qlora_helpers.model.shapes import sizes as module
 from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
 from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, adapter_parameters, model_sizes
 from qlora_helpers.planning.plan import make_plan
+from qlora_helpers.planning.workload import Workload
 
 LLAMA = {
     "vocab_size": 256,
@@ -129,7 +130,7 @@ def found_sizes(torch, model):
 
 def said_sizes(sizes):
     linears = Counter(
-        {(layer.name, layer.in_features, layer.out_features, layer.bias): layer.per_block for layer in sizes.linears}
+        {(layer.name, layer.in_features, layer.out_features, layer.bias): layer.per_layer for layer in sizes.linears}
     )
     weights = sizes.linear_parameters_per_layer + sizes.other_parameters_per_layer
     return linears, weights, sizes.norms_per_layer, sizes.qk_norm, sizes.parameters
@@ -139,7 +140,7 @@ def assert_said_is_found(torch, config):
     sizes, model = model_sizes(config), on_meta(config)
     assert said_sizes(sizes) == found_sizes(torch, model)
     assert sizes == model_sizes(model.config.to_dict())  # the same with its defaults filled in
-    assert sizes.blocks == len(blocks_of(torch, model))
+    assert sizes.layers == len(blocks_of(torch, model))
     assert (sizes.hidden, sizes.vocab, sizes.tied) == (
         model.config.hidden_size,
         model.config.vocab_size,
@@ -213,7 +214,7 @@ def test_the_linear_layers_are_exactly_what_bitsandbytes_quantises(torch, family
         if isinstance(part, Linear4bit)
     )
     assert found == Counter(
-        {(layer.name, layer.in_features, layer.out_features): layer.per_block * sizes.blocks for layer in sizes.linears}
+        {(layer.name, layer.in_features, layer.out_features): layer.per_layer * sizes.layers for layer in sizes.linears}
     )
 
 
@@ -229,7 +230,7 @@ def test_the_experts_of_mixtral_stay_in_16_bits():
     assert {layer.name for layer in sizes.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert (sizes.experts, sizes.experts_per_token) == (8, 2)
     assert sizes.expert_parameters_per_layer == 8 * 3 * 4096 * 14336
-    assert 0.97 < 1 - sizes.blocks * sizes.linear_parameters_per_layer / sizes.parameters < 0.98
+    assert 0.97 < 1 - sizes.layers * sizes.linear_parameters_per_layer / sizes.parameters < 0.98
 
 
 # adapters
@@ -403,7 +404,7 @@ def test_any_config_json_is_planned_or_refused_at_once(config):
     """Nothing but a message of ours, whatever a stranger's file holds; a plan's text and JSON can be had as well."""
     try:
         assert model_sizes(config).parameters > 0
-        plan = make_plan("some/model", config, parse_gpus("H100", 2.0), RECIPE, tokens=1_000)
+        plan = make_plan(Workload(RECIPE, config, parse_gpus("H100", 2.0), tokens=1_000))
     except UserError:
         return
     assert repr(plan) and json.dumps(plan.to_dict())

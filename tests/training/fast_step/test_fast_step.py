@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.data.batches import HostTokens, SequenceCollator, most_rows, row_starts
 from qlora_helpers.model.lora import add_adapters
-from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_in_rows, kernel_refusal
@@ -364,7 +364,7 @@ def test_recomputed_layers_draw_the_same_dropout(name):
 )
 def test_recomputed_layers_draw_the_model_s_own_dropout_again(name, drops, packed):
     model = built(SHAPES[name] | drops)
-    assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
+    assert has_dropout(model.config.to_dict()) and not has_dropout(SHAPES[name])
     with fast(model, packed=packed) as on:
         assert on.block_diagonal == (packed and "attention_dropout" not in drops)
     assert_same_dropout(model, packed)

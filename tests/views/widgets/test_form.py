@@ -94,10 +94,12 @@ def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
 
 def test_the_plan_s_settings_are_taken_whole(form):
     choice = form.forecast.plan.choice
-    assert form.forecast.step.blocks != choice.blocks and choice.seconds < form.forecast.step.seconds
+    assert (
+        form.forecast.step.micro_batch_size != choice.micro_batch_size and choice.seconds < form.forecast.step.seconds
+    )
     form.view.plan_button.click()
     assert form.config == form.saved.with_settings(choice.settings)
-    assert form.fields["train.micro_batch_size"].control.value == choice.blocks
+    assert form.fields["train.micro_batch_size"].control.value == choice.micro_batch_size
     assert form.forecast.step.seconds == pytest.approx(choice.seconds)
     assert form.view.plan_button.layout.display == "none"
 
