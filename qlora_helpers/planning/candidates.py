@@ -114,7 +114,7 @@ class Candidate:
         ]
 
     def __repr__(self) -> str:
-        how = [f"{self.checkpointed} of {self.layers} layers recomputed"]
+        how = [f"{self.checkpointed} of {self.layers} layers checkpointed"]
         how += ["compiled"] if self.compiled else []
         how += ["as CUDA graphs"] if self.captured else []
         how += ["embedding on the host"] if self.offloaded else []
@@ -122,7 +122,7 @@ class Candidate:
         how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
         dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
         return (
-            f"{self.micro_batch_size} x {self.seq_len_tokens} tokens, {self.gradient_accumulation_steps} a step, "
+            f"{self.micro_batch_size} x {self.seq_len_tokens} tokens, {self.gradient_accumulation_steps} passes a step, "
             f"{', '.join(how)}: "
             f"{self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, {duration(self.seconds)}{dollars}"
         )
@@ -212,7 +212,7 @@ def fitting_candidates(candidates: Sequence[Candidate], usable_gib: float) -> li
 
 
 def micro_batch_sizes(sequences: int) -> list[int]:
-    """Micro-batch sizes that make up so many sequences."""
+    """Lists micro-batch sizes that make up so many sequences."""
     return [count for count in range(1, min(sequences, MAX_MICRO_BATCH) + 1) if sequences % count == 0]
 
 
@@ -245,13 +245,13 @@ def fewest_checkpointed(sizes: ModelSizes, step: StepSettings, usable_gib: float
 
 
 def _needed_gib(memory: Sequence[GpuMemory], step: StepSettings) -> float:
-    """What the fullest GPU must have free; with CUDA graphs also room for the capture beside a pass's peak."""
+    """Returns what the fullest GPU must have free; with CUDA graphs also room for the capture beside a pass's peak."""
     room = CAPTURE_ROOM_GIB if step.captured else 0.0
     return max(max(gib(each.total), gib(each.allocated + each.context) + room) for each in memory)
 
 
 def copies_speedup(copies: int) -> float:
-    """How many times as fast several processes are as one."""
+    """Returns how many times as fast several processes are as one."""
     return 1.0 if copies == 1 else copies * COPIES_EFFICIENCY
 
 

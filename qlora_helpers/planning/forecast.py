@@ -1,6 +1,6 @@
-"""What a run's settings lead to as they stand: memory, speed, time and price, and the smallest change where they don't fit.
+"""What a run's settings lead to as they are: memory, speed, time and price, and the smallest change where they don't fit.
 
-`plan` looks for the best settings; here the settings are given. Owns what the trainer does with a setting that says `auto` or none.
+`plan` looks for the best settings; here the settings are given. Owns what the trainer does with a setting that is `auto` or none.
 Imports no torch; knows nothing of forms, runs or files.
 """
 
@@ -251,5 +251,5 @@ def _notes(workload: Workload) -> list[str]:
     notes = settings_notes(workload)
     notes += [f"one process: {SPREAD}"] if workload.hardware.gpus > 1 else []
     if not workload.packed:
-        notes.append("each padded row is counted as long as a block: time and memory are upper limits")
+        notes.append("each padded row is counted at the full sequence length: time and memory are upper limits")
     return notes

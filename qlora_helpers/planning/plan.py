@@ -1,7 +1,6 @@
 """The fastest settings that fit, their time and price, and the next best: by arithmetic, before a byte is downloaded.
 
-Takes a model's `config.json`, the hardware and a run's settings, and chooses among `candidates`; where nothing fits it says what
-would. Imports no torch; knows nothing of runs on disk.
+Chooses among `candidates`; where nothing fits, it says what would. Imports no torch; knows nothing of runs on disk.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from qlora_helpers.planning.notes import plan_notes
 from qlora_helpers.planning.workload import Workload
 
 DETAIL_ROWS = {
-    "activations_kept": "(activations, none recomputed)",
-    "activations_checkpointed": "(activations, all recomputed)",
+    "activations_kept": "(activations, none checkpointed)",
+    "activations_checkpointed": "(activations, all checkpointed)",
     "logits": "(logits in the loss)",
 }
 """Rows below the sum that are not a part of it."""
@@ -82,7 +81,7 @@ class Plan:
         return 0.0 if self.fits else self.smallest.peak_gib - self.hardware.usable_gib
 
     def with_note(self, note: str) -> Plan:
-        """A copy that says one thing more."""
+        """Returns a copy with one more note."""
         return replace(self, notes=(*self.notes, note))
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +117,7 @@ class Plan:
             lines += [f"next best          {each!r}" for each in self.alternatives]
             lines.append("to take it         " + " ".join(f"--set {setting}" for setting in self.choice.settings))
         else:
-            lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB too much on the fullest GPU, at {shown!r}")
+            lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB are missing on the fullest GPU, with {shown!r}")
             lines += [f"would fit: {fix}" for fix in self.fixes]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 

@@ -54,7 +54,7 @@ def plan_run(
     hardware = hardware or (parse_gpus(gpus, price) if gpus else this_machine(price))
     shape = find_shape(config.model)
     if tokens is not None and tokens < 1:
-        raise UserError("that is no amount of data", expected="tokens, 1 or more", got=str(tokens))
+        raise UserError("the amount of data is not valid", expected="tokens, 1 or more", got=str(tokens))
     known = tokens if tokens is not None else estimated_tokens(config.data)
     tokens_in_all = round((known or UNKNOWN_TOKENS) * config.train.epochs)
     if config.train.max_steps is not None:  # however much data there is
@@ -63,7 +63,7 @@ def plan_run(
     workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process)
     plan = make_plan(workload)
     if not workload.packed and config.train.max_steps is None:
-        plan = plan.with_note("what pads the rows comes on top of the data's tokens: it takes longer than this")
+        plan = plan.with_note("padding comes on top of the data's tokens: training takes longer than this")
     if known is None and config.train.max_steps is None:
         plan = plan.with_note(
             f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"

@@ -85,7 +85,7 @@ def test_a_price_is_dated_and_can_be_overridden():
     assert (own.price_usd_per_hour, own.price_note) == (5.5, "as given")
     assert parse_gpus("4x24GiB", price=0).price_usd_per_hour == 0
     for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="that is no price"):
+        with pytest.raises(UserError, match="this is not a price"):
             parse_gpus("H100", price=wrong)
 
 

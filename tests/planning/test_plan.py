@@ -478,7 +478,7 @@ def test_the_command_answers_within_a_second():
         (["--gpus", "H100", "--model", "random:nothing"], "no shape is catalogued"),
         (["--gpus", "H100", "--model", "./nowhere.gguf"], "a .gguf file can't be planned"),
         (["--gpus", "H100", "--set", "adapter.target_modules=foo"], "target_modules names layers"),
-        (["--gpus", "H100", "--price", "-1"], "that is no price"),
+        (["--gpus", "H100", "--price", "-1"], "this is not a price"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message):

@@ -13,12 +13,12 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.hub import _quiet_hub, clear_hub_errors
 from qlora_helpers.model.shapes.catalog import HUB_NAMES, known_shape, unknown_shape
 
-HUB_TIMEOUT_S = 3.0  # of each connection
-HUB_DEADLINE_S = 4.0  # of looking the hub's name up and of all its addresses
+HUB_TIMEOUT_S = 3.0  # for each connection
+HUB_DEADLINE_S = 4.0  # for the name look-up and all addresses together
 
 
 def find_shape(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of the model that is named.
+    """Returns the `config.json` of a model.
 
     Args:
         config: `name` and `revision` are used.
@@ -44,10 +44,10 @@ def find_shape(config: ModelConfig) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise ModelError(
-            f"the config.json of {config.name} can't be read ({type(error).__name__})", next_step="Get it again."
+            f"the config.json of {config.name} can't be read ({type(error).__name__})", next_step="Download it again."
         ) from error
     if not isinstance(found, dict):
-        raise ModelError(f"the config.json of {config.name} is no object", next_step="Get it again.")
+        raise ModelError(f"the config.json of {config.name} is not a JSON object", next_step="Download it again.")
     return found
 
 
@@ -72,16 +72,16 @@ def _from_hub(config: ModelConfig) -> Path:
     except ModelError as error:
         known = ", ".join(sorted(HUB_NAMES)[:3])
         raise ModelError(
-            f"the shape of {config.name} is not catalogued and can't be had: {error.problem}",
+            f"the shape of {config.name} is not catalogued and can't be downloaded: {error.problem}",
             next_step=f"Give a catalogued model ({known}, ...), or a folder that holds the model's config.json.",
         ) from error
 
 
 def _hub_answers(config: ModelConfig) -> bool:
-    """Whether the hub says anything of this model, be it no: asked once.
+    """Whether the hub answers a question about this model, even with no; it is asked once.
 
-    `hf_hub_download` asks six times, for half a minute, before it says that there is no network. A firewall that drops packets
-    lets each address of the hub take its whole timeout, so the asking has a deadline and is left behind when that has passed.
+    `hf_hub_download` asks six times, for half a minute, before it says that there is no network. Behind a firewall
+    that drops packets each address of the hub takes its whole timeout, so the question has a deadline and is then abandoned.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -93,7 +93,7 @@ def _hub_answers(config: ModelConfig) -> bool:
         try:
             get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
             asked.set_result(None)
-        except Exception as error:  # raised again below, where it is judged
+        except Exception as error:  # raised again by `result` below
             asked.set_exception(error)
 
     Thread(target=ask, daemon=True).start()

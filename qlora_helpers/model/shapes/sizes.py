@@ -1,6 +1,6 @@
-"""How large a model is and what its blocks are made of, from its `config.json` alone: no torch, no download.
+"""How large a model is and what its layers are made of, from its `config.json` alone: no torch, no download.
 
-Counts what transformers 5 builds and what bitsandbytes then stores in 4 bits: the `nn.Linear` modules of the decoder blocks, and
+Counts what transformers 5 builds and what bitsandbytes then stores in 4 bits: the `nn.Linear` modules of the decoder layers, and
 nothing else. Knows nothing of bytes, devices or training; the memory planner builds on it.
 """
 
@@ -19,7 +19,7 @@ Config = dict[str, Any]
 
 
 def model_sizes(config: Config) -> ModelSizes:
-    """The sizes of a model of any listed family; another `model_type` with Llama's keys is taken for a Llama (`assumed`).
+    """Returns the sizes of a model; an unknown `model_type` with Llama's keys is assumed to be a Llama (`assumed`).
 
     Args:
         config: a model's `config.json`, raw or with its defaults filled in. Of Gemma 3 with vision the text decoder is meant:
@@ -33,11 +33,11 @@ def model_sizes(config: Config) -> ModelSizes:
         family, config = "gemma3_text", config.get("text_config") or {}
         if not isinstance(config, dict):
             raise ModelError(
-                "the text_config of a config.json is no object", next_step="Give the model's own config.json."
+                "the text_config of a config.json is not an object", next_step="Give the model's own config.json."
             )
     if family not in _FAMILIES and (surprises := [key for key in config if "expert" in key]):
         raise ModelError(
-            f"a mixture of experts of the family {family} is not known here",
+            f"a mixture of experts of the family {family} is not supported",
             expected="mixtral, qwen3_moe, or a model without experts",
             got=", ".join(plain(key)[:60] for key in sorted(surprises)[:5]),
             next_step="Choose another model, or measure this one by loading it.",
@@ -46,18 +46,18 @@ def model_sizes(config: Config) -> ModelSizes:
 
 
 def adapter_parameters(config: Config, r: int, target_modules: tuple[str, ...] | None, use_dora: bool) -> int:
-    """Trainable weights of LoRA adapters: `r * (in + out)` a layer, and with DoRA `out` magnitudes more.
+    """Counts trainable weights of LoRA adapters: `r * (in + out)` a linear layer, and `out` magnitudes more with DoRA.
 
     Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353.
 
     Args:
         config: the model's `config.json`.
         r: rank.
-        target_modules: names of linear layers; None takes the family's own (all of a block's, where it has none listed).
+        target_modules: names of linear layers; None takes the family's own, or all where none are listed.
         use_dora: whether each output also gets a magnitude.
 
     Raises:
-        ModelError: a name that no linear layer of a block has, or a size is missing.
+        ModelError: no linear layer has one of the names, or a size is missing.
     """
     sizes = model_sizes(config)
     available = {layer.name for layer in sizes.linears}
@@ -113,7 +113,7 @@ def _sizes(
     head_bias: bool = False,
     **flags: Any,
 ) -> ModelSizes:
-    """Adds up a model: `layer_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
+    """Adds up a model: `layer_extra` counts what a decoder layer holds besides linear layers, biases and norms of width `hidden`."""
     hidden, vocab = size(config, "hidden_size", "n_embed"), size(config, "vocab_size")
     tied = flag(config, "tie_word_embeddings", family in _TIED)
     embedding = vocab * optional_size(config, "word_embed_proj_dim", hidden)
@@ -142,7 +142,7 @@ def _sizes(
 def _attention(
     config: Config, *, bias: bool, out: str = "o_proj", out_bias: bool
 ) -> tuple[int, int, tuple[LinearLayer, ...]]:
-    """Key-value heads, head size, and the four separate projections."""
+    """Returns key-value heads, head size, and the four separate projections."""
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = optional_size(config, "num_key_value_heads", heads)
     head_dim = size(config, "head_dim") if config.get("head_dim") is not None else head_width(config, hidden, heads)
@@ -189,22 +189,22 @@ def _like_llama(family: str, config: Config) -> ModelSizes:
     )
 
 
-def _of_experts(
+def _mixture_of_experts(
     family: str,
     config: Config,
-    attended: tuple[int, int, tuple[LinearLayer, ...]],
+    attention: tuple[int, int, tuple[LinearLayer, ...]],
     *,
     inner: int,
     experts: int,
     qk_norm: bool = False,
 ) -> ModelSizes:
-    """A mixture of gated experts and their router in every block; its attention is in linear layers."""
-    hidden, (kv_heads, head_dim, attention) = size(config, "hidden_size"), attended
+    """A mixture of gated experts and their router in every decoder layer; its attention is in linear layers."""
+    hidden, (kv_heads, head_dim, projections) = size(config, "hidden_size"), attention
     expert_parameters = experts * 3 * hidden * inner
     return _sizes(
         family,
         config,
-        attention,
+        projections,
         intermediate=inner,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -218,7 +218,7 @@ def _of_experts(
 
 
 def _mixtral(family: str, config: Config) -> ModelSizes:
-    return _of_experts(
+    return _mixture_of_experts(
         family,
         config,
         _attention(config, bias=False, out_bias=False),
@@ -228,15 +228,15 @@ def _mixtral(family: str, config: Config) -> ModelSizes:
 
 
 def _qwen3_moe(family: str, config: Config) -> ModelSizes:
-    """Like Mixtral, with smaller experts, and queries and keys normalised; every block must have experts."""
+    """Like Mixtral, with smaller experts, and queries and keys normalised; every decoder layer must have experts."""
     if size(config, "decoder_sparse_step") != 1 or config.get("mlp_only_layers"):
         raise ModelError(
-            "blocks without experts among those with them are not known here",
+            "decoder layers without experts among those with experts are not supported",
             expected="decoder_sparse_step 1 and no mlp_only_layers",
             next_step="Choose another model, or measure this one by loading it.",
         )
     bias = flag(config, "attention_bias", False)
-    return _of_experts(
+    return _mixture_of_experts(
         family,
         config,
         _attention(config, bias=bias, out_bias=bias),
@@ -400,12 +400,12 @@ KNOWN_FAMILIES = frozenset(_FAMILIES)
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """The `nn.Linear` modules of one name in a decoder block.
+    """The `nn.Linear` modules of one name in a decoder layer.
 
     Attributes:
         name: last part of the module's name, such as `q_proj`.
         in_features, out_features: the weight is `(out_features, in_features)`.
-        per_layer: how many of them a block has.
+        per_layer: how many of them a decoder layer has.
         bias: whether it has a bias of `out_features`, which stays unquantised.
     """
 
@@ -433,11 +433,11 @@ class ModelSizes:
         intermediate: inner width of one MLP, or of one expert.
         vocab: rows of the embedding.
         tied: whether the output head is the embedding.
-        linears: the `nn.Linear` modules of ONE block: exactly what bitsandbytes stores in 4 bits.
-        other_parameters_per_layer: the rest of a block: norms, biases, a router, and experts (see below).
-        other_parameters: outside the blocks: embeddings, final norm. OPT-350M's two projections are counted here although they
+        linears: the `nn.Linear` modules of ONE decoder layer: exactly what bitsandbytes stores in 4 bits.
+        other_parameters_per_layer: the rest of a decoder layer: norms, biases, a router, and experts (see below).
+        other_parameters: outside the decoder layers: embeddings, final norm. OPT-350M's two projections are counted here although they
             are stored in 4 bits (1 M weights).
-        head_parameters: of the output head, which stays unquantised; 0 where it is tied (Phi's bias always counts).
+        head_parameters: of the output head, which is not quantised; 0 where it is tied (Phi's bias always counts).
         gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
         parallel_attention: whether attention and MLP read the same residual and are added together.
         norm: `rms` (weight alone) or `layer` (weight and bias).
@@ -448,9 +448,9 @@ class ModelSizes:
         expert_parameters_per_layer: of all experts together; they are part of `other_parameters_per_layer`.
         assumed: the family is not known here and was taken to be wired like Llama.
 
-    Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
-    bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in 16 bits whatever `load_in_4bit` says (Mixtral 8x7B
-    takes about 85 GiB), and peft's `target_modules` reaches the attention only. Of Qwen3's mixtures the same holds.
+    Mixtral: transformers 5 keeps a layer's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
+    bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in bfloat16 whatever `load_in_4bit` says (Mixtral 8x7B
+    takes about 85 GiB), and peft's `target_modules` reaches the attention only. The same holds for Qwen3's mixtures.
     """
 
     family: str
@@ -479,17 +479,17 @@ class ModelSizes:
 
     @property
     def linear_parameters_per_layer(self) -> int:
-        """Weights of a block that are stored in 4 bits."""
+        """Weights of a decoder layer that are stored in 4 bits."""
         return sum(layer.parameters_per_layer for layer in self.linears)
 
     @property
     def parameters_added_last_per_layer(self) -> int:
-        """Weights of a block whose product a recomputation need not make again."""
+        """Weights of a decoder layer whose matrix multiplications a recomputation can skip."""
         names = added_to_residual({"model_type": self.family, "parallel_attn": self.parallel_attention})
         return sum(layer.parameters_per_layer for layer in self.linears if layer.name in names)
 
     @property
     def parameters(self) -> int:
         """All weights; tied ones count once."""
-        in_blocks = self.layers * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
-        return in_blocks + self.other_parameters + self.head_parameters
+        in_layers = self.layers * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
+        return in_layers + self.other_parameters + self.head_parameters
