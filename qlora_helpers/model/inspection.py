@@ -13,7 +13,8 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.checkpoints import Checkpoint
 from qlora_helpers.model.nf4 import is_nf4, stored_bytes
-from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
 if TYPE_CHECKING:
     import torch

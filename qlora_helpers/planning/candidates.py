@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_helpers.base.units import duration, gib
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.memory import (
     CAPTURE_ROOM_GIB,
     GpuMemory,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from qlora_helpers.base.config import RunConfig, TrainConfig
 from qlora_helpers.data.known import DataSize
 from qlora_helpers.machine.hardware import Gpu, Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidates import Candidate, candidate, fastest_data_parallel, fewest_checkpointed
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.memory import usable_with_margin

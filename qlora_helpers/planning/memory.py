@@ -12,7 +12,7 @@ from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.step_settings import SINGLE, StepSettings, kept_bytes
 
 # Weights that share a constant, and constants that share one of their own with double quantisation (arXiv:2305.14314)
@@ -291,6 +291,8 @@ def memory_details(sizes: ModelSizes, settings: StepSettings, counts: tuple[int,
 
 def _checkpointed_per_gpu(checkpointed: int, counts: tuple[int, ...]) -> list[int]:
     """Counts the checkpointed layers on each GPU."""
+    if len(counts) == 1:
+        return [checkpointed]
     chosen = layers_to_checkpoint(sum(counts), checkpointed)
     before = [0, *(bisect_left(chosen, end) for end in accumulate(counts))]
     return [after - earlier for earlier, after in pairwise(before)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidates import Candidate
 from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
@@ -61,8 +61,8 @@ def _fixed_choice_notes(workload: Workload, shown: Candidate) -> tuple[str, ...]
             if masks >= SHOWN_GIB
             else []
         ),
-        f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in float32 "
-        f"(bfloat16 would take {less:.1f} GiB less)",
+        f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in "
+        f"float32 (bfloat16 would take {less:.1f} GiB less)",
     )
 
 
@@ -80,8 +80,8 @@ def _choice_notes(hardware: Hardware, choice: Candidate) -> list[str]:
         names = " or ".join(gpu.name for gpu in smaller)
         least = min(gpu.usable_gib for gpu in smaller)
         notes.append(
-            f"{hardware.usable_gib:g} GiB are taken as usable, but {names}, sold as {hardware.usable_gib:g}, offers {least:.1f}, which is "
-            "too little: name the card"
+            f"{hardware.usable_gib:g} GiB are taken as usable, but {names}, sold as {hardware.usable_gib:g}, offers {least:.1f}, "
+            "which is too little: name the card"
         )
     if choice.optimizer_step_s > GRACE_S:
         notes.append(

@@ -1,8 +1,8 @@
-"""Out of memory: says where it happened and what would fit, and lets go of all that the failed step held.
+"""Out of memory: says where it happened and what would fit, and frees all that the failed step held.
 
 An error's traceback keeps the frames it went through, and they keep their tensors: the batch, every activation, the optimizer. In
-a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are read,
-cleared and left behind; what is raised in their place holds nothing. Knows nothing of how a run is trained.
+a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are read and
+cleared, and the error that is raised instead holds nothing. Knows nothing of how a run is trained.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from qlora_helpers.planning.memory import CONTEXT_BYTES
 from qlora_helpers.runs.folder import Run, add_to_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
-SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-LESS = (
-    0.9  # of what the failed settings should have held: the next ones must differ by more than the prediction's error
-)
+MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# Of what the failed settings were predicted to hold: the next ones must differ by more than the prediction's error
+NEXT_SHARE = 0.9
 
 
 class OutOfMemory(RunError):
-    """A step that did not fit.
+    """A step ran out of memory.
 
     Attributes:
         where: such as `forward of layer 3 of 32`, `loss`, `backward`, `optimizer`, `evaluation`.
-        step: optimizer steps that were done by then; None outside of training.
+        step: optimizer steps done by then; None outside of training.
         candidates: settings that should fit, fastest first.
     """
 
@@ -53,18 +52,18 @@ class OutOfMemory(RunError):
         next_step = "Memory is free again. "
         if ranked:
             next_step += "Next, fastest first:" + "".join(ranked)
-            next_step += "\nworkflow.retry(run) goes on from the last checkpoint with the first of them."
+            next_step += "\nworkflow.retry(run) continues from the last checkpoint with the first of them."
         elif fixes:
             next_step += "What would fit: " + "; ".join(fixes)
         elif where.startswith("generation"):
             next_step += "Lower evaluation.batch_size or evaluation.max_new_tokens, and ask again."
         elif where.startswith("loading"):
             next_step += (
-                "Close what else holds it (notebook 00 shows it), or see `python -m qlora_helpers plan` for what fits."
+                "Close what else holds it (notebook 00 shows it), or see what fits with `python -m qlora_helpers plan`."
             )
         else:
             next_step += (
-                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or recompute more "
+                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or checkpoint more "
                 "layers (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
@@ -73,7 +72,7 @@ class OutOfMemory(RunError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What the frames of an error told before they were cleared.
+    """What the frames of an error showed before they were cleared.
 
     Attributes:
         where: the part of the step.
@@ -88,7 +87,7 @@ class Failure:
 
 
 def rescued(step: Step) -> Step:
-    """A step on a run that, where it runs out of memory, raises `OutOfMemory` and holds nothing. The run is its first argument."""
+    """Makes a step raise `OutOfMemory` and free its memory where it runs out of it; the run is the step's first argument."""
 
     @functools.wraps(step)
     def wrapper(run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -101,16 +100,17 @@ def rescued(step: Step) -> Step:
             release_frames(error)
         # Outside of the handler, so that the new error has no context, and `error` is gone.
         free_memory()
-        told = _told(run, failure)
-        raise told
+        clean = _out_of_memory(run, failure)
+        raise clean
 
     return wrapper
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is for want of memory."""
+    """Whether an error, or one that caused it, is for lack of memory."""
     return any(
-        isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and any(sign in str(each) for sign in SIGNS))
+        isinstance(each, MemoryError)
+        or (isinstance(each, RuntimeError) and any(message in str(each) for message in MESSAGES))
         for each in _chain(error)
     )
 
@@ -127,12 +127,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """The frames of the error at the bottom of the chain, outermost first."""
+    """Returns the frames of an error and of those that caused it, outermost first."""
     return [frame for each in _chain(error) for frame, _ in traceback.walk_tb(each.__traceback__)]
 
 
 def release_frames(error: BaseException) -> None:
-    """Clears the frames of an error and of those it came from, and cuts the chain: nothing hangs on them any more."""
+    """Clears the frames of an error and of those that caused it, and cuts the chain, so that they keep nothing alive."""
     for each in _chain(error):
         if each.__traceback__ is not None:
             traceback.clear_frames(each.__traceback__)
@@ -140,7 +140,7 @@ def release_frames(error: BaseException) -> None:
 
 
 def free_memory() -> None:
-    """Lets go of the last error that Python and IPython keep, of what only cycles hold, and of PyTorch's caches."""
+    """Frees the last error that Python and IPython keep, what only cycles hold, and PyTorch's caches."""
     for name in ("last_exc", "last_value"):
         kept = getattr(sys, name, None)
         if isinstance(kept, BaseException) and is_out_of_memory(kept):
@@ -163,7 +163,7 @@ def free_memory() -> None:
 
 
 def read_frames(error: BaseException) -> Failure:
-    """Where an error happened, by the frames it went through: by their functions' names and the modules they belong to."""
+    """Finds where an error happened from the frames it went through: their functions' names and the modules they belong to."""
     frames = _frames(error)
     layers = _layer_numbers(frames)
     total = len(layers)
@@ -180,7 +180,7 @@ def read_frames(error: BaseException) -> Failure:
         where = f"evaluation, forward of {layer}" if layer else "evaluation"
     elif backward is not None:
         again = seen and seen[-1][0] > backward
-        where = f"backward, {layer} recomputed" if again else "backward"
+        where = f"backward, recomputing {layer}" if again else "backward"
     elif any(name == "accelerate.optimizer" and function == "step" for name, function in names):
         where = "optimizer"
     elif any("clip_grad_norm" in function for _, function in names):
@@ -197,7 +197,7 @@ def read_frames(error: BaseException) -> Failure:
 
 
 def _layer_numbers(frames: list[FrameType]) -> dict[int, int]:
-    """Each decoder layer's number (from 1) by its identity, in the first model that a frame names."""
+    """Returns each decoder layer's number (from 1) by its identity, in the first model that a frame names."""
     torch = sys.modules.get("torch")
     for frame in frames if torch else []:
         for name in ("model", "self"):
@@ -224,21 +224,21 @@ def _trainer_facts(frames: list[FrameType]) -> tuple[int | None, int | None, boo
 # what next
 
 
-def _told(run: Run, failure: Failure) -> OutOfMemory:
-    """The error for the reader; the run's `plan.json` and status keep what it says."""
+def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
+    """Returns the error for the reader, and stores what it says in the run's `plan.json` and status."""
     training = failure.step is not None or failure.where.startswith("check before training")
     candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
-    told = OutOfMemory(failure.where, failure.step, candidates, fixes)
+    error = OutOfMemory(failure.where, failure.step, candidates, fixes)
     with contextlib.suppress(RunError):  # a full disk must not hide this
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
         add_to_plan(run, out_of_memory=record)
         if run.status().state == "failed":
-            run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {told}"[:2000])
-    return told
+            run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {error}"[:2000])
+    return error
 
 
 def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """Settings that should fit where these did not, fastest first; where none do, what would."""
+    """Returns settings that should fit where these did not, fastest first; and what would fit where none do."""
     try:
         hardware = run_plan.this_machine()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
@@ -254,7 +254,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
             checkpointed=checkpointed,
             trained_share=run_plan.trained_share(config.data),
         )["reserved_gib"]
-        smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
+        smaller = min(_usable_gib(hardware), NEXT_SHARE * max(held.values()) + gib(CONTEXT_BYTES))
         smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)
         plan = run_plan.plan_run(config, hardware=smaller_cards, one_process=True)
     except UserError:  # no GPU, or a shape that can't be planned
@@ -263,7 +263,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
 
 
 def _usable_gib(hardware: Hardware) -> float:
-    """What is really there now, our context included: other processes may hold a part of the card."""
+    """Returns what is really free for us now, GiB, our context included: other processes may hold a part of the card."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return hardware.usable_gib
@@ -275,9 +275,9 @@ def _usable_gib(hardware: Hardware) -> float:
 
 
 def next_settings(run: Run) -> list[str]:
-    """The fastest settings that should fit after the run was last out of memory, as `--set` takes them; none where none are known.
+    """Returns the fastest settings that should fit after the run was last out of memory, as `--set` takes them, or none.
 
-    The block length is left out: prepared data have theirs.
+    The sequence length is not one of them: the prepared data have theirs.
     """
     plan = read_json(run.plan_path) if run.plan_path.exists() else {}
     ranked = plan.get("out_of_memory", {}).get("next") or [[]]

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidates import Candidate, all_candidates, fitting_candidates
 from qlora_helpers.planning.fixes import can_fit, cheapest_instance, smallest_change
 from qlora_helpers.planning.notes import plan_notes

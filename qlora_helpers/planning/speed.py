@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_helpers.machine.hardware import GPUS, Gpu
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.step_settings import HALF, StepSettings, kept_by_adapters, kept_values
 
 LOOKUP_BYTES_S, SENT_BYTES_S = (

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
+from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
 from qlora_helpers.model.shapes.families import adapter_targets, supports_packing
-from qlora_helpers.model.shapes.sizes import LinearLayer, ModelSizes, adapter_parameters
+from qlora_helpers.model.shapes.sizes import adapter_parameters
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
 SUMMARY_SHARE = 0.2  # of a row's tokens, before they are counted: a summary is about a fifth of its row

@@ -12,8 +12,9 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.machine.hardware import Gpu, Hardware
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.families import has_dropout
-from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
+from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import (
     SUMMARY_SHARE,

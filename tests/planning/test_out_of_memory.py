@@ -1,4 +1,4 @@
-"""Out of memory: it is said where and what next, nothing keeps the memory, and the run goes on. The allocator itself refuses."""
+"""Out of memory: the error says where and what next, nothing keeps the memory, and the run can continue."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def train(run, model, loaded):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_place_is_named_and_nothing_of_the_step_is_held(run, model, loaded, place, monkeypatch):
+def test_the_place_is_named_and_the_step_s_memory_is_freed(run, model, loaded, place, monkeypatch):
     """As in a notebook, where the last error is kept."""
     gc.collect()
     before = held_bytes()
@@ -86,7 +86,7 @@ def test_the_place_is_named_and_nothing_of_the_step_is_held(run, model, loaded, 
 
 
 def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
-    """The measure is not blind."""
+    """The measurement would notice."""
     with exhausted_at("forward", model) as exhaust, pytest.raises(RuntimeError) as caught:
         workflow.train.__wrapped__(run, model=model, loaded=loaded, show_progress=False, say=quiet)
     assert is_out_of_memory(caught.value)
@@ -113,8 +113,8 @@ def test_in_a_notebook_s_shell(run, model, loaded):
         InteractiveShell.clear_instance()
 
 
-def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkeypatch):
-    """Such as of an answer that was asked for by hand."""
+def test_an_error_that_python_keeps_from_an_earlier_cell_is_released(torch, monkeypatch):
+    """Such as the error of an answer that was asked for by hand."""
 
     def by_hand():
         large = torch.ones(1000, 1000)
@@ -131,7 +131,7 @@ def test_an_error_that_python_keeps_from_an_earlier_cell_is_let_go(torch, monkey
     assert held[0]() is None
 
 
-def test_an_error_that_came_from_one_for_want_of_memory_counts(torch):
+def test_an_error_caused_by_lack_of_memory_counts(torch):
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes differ"))
@@ -141,7 +141,7 @@ def test_an_error_that_came_from_one_for_want_of_memory_counts(torch):
     assert is_out_of_memory(wrapped)
 
 
-def test_other_errors_pass_as_they_are(run):
+def test_other_errors_are_not_changed(run):
     @rescued
     def step(run):
         raise ZeroDivisionError("mine")
@@ -193,11 +193,11 @@ def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
     for number, each in enumerate(found, start=1):
         assert f"\n  {number}. {each!r}" in str(caught.value)
         assert f"{each.peak_gib:.1f} GiB" in str(caught.value)
-    assert "workflow.retry(run) goes on from the last checkpoint with the first of them" in str(caught.value)
+    assert "workflow.retry(run) continues from the last checkpoint with the first of them" in str(caught.value)
 
 
 def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monkeypatch):
-    """The prediction was wrong then; the next must hold clearly less."""
+    """The prediction was wrong for them; the next settings must hold clearly less."""
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(400.0))
     with pytest.raises(OutOfMemory) as first:
@@ -222,8 +222,8 @@ def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatc
 
 
 @pytest.mark.parametrize("gpus", [3, 4])
-def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypatch, gpus):
-    """A copy of the model on each GPU would be faster, and can't be had in this process."""
+def test_candidates_that_take_torchrun_hide_no_others(falcon_7b, monkeypatch, gpus):
+    """A copy of the model on each GPU would be faster, but is not possible in this process."""
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
     with pytest.raises(OutOfMemory) as caught:
@@ -232,7 +232,7 @@ def test_over_several_gpus_what_takes_torchrun_hides_nothing(falcon_7b, monkeypa
     assert {(each.copies, len(each.layers_per_gpu)) for each in caught.value.candidates} == {(1, gpus)}
 
 
-def test_where_nothing_fits_it_is_said_what_would(falcon_7b, monkeypatch):
+def test_the_error_names_what_would_fit(falcon_7b, monkeypatch):
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(4.5))
     with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
@@ -253,7 +253,7 @@ def test_answers_that_run_out_of_memory_get_their_own_advice(run, model, loaded)
 # retry
 
 
-def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch, tmp_path):
+def test_retry_continues_from_the_last_checkpoint(run, model, loaded, monkeypatch, tmp_path):
     offered = ["data.seq_len_tokens=64", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]
     with exhausted_at("optimizer", model, after=2), pytest.raises(OutOfMemory, match="after 2 steps"):
         train(run, model, loaded)
@@ -308,7 +308,7 @@ def test_a_session_that_fails_before_its_first_checkpoint_leaves_the_adapters_as
     assert (run.adapter_dir / name).read_bytes() == (fresh.adapter_dir / name).read_bytes()
 
 
-def test_adapters_that_were_added_for_a_session_are_taken_off_where_it_fails(run, loaded):
+def test_adapters_added_for_a_session_are_removed_when_it_fails(run, loaded):
     names = {name for name, _ in loaded.model.named_modules()}
     for _ in range(2):
         with pytest.raises(OutOfMemory), exhausted_in_the_first_step(loaded):

@@ -41,15 +41,17 @@ def test_any_other_model_is_planned_from_its_config_json(tmp_path):
     assert plan_run(config, gpus="H100").sizes.parameters == 8_030_261_248
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "can't be read"), ("[1]", "is no object"), ("{}", "lacks a size")])
-def test_a_damaged_config_json_is_said(tmp_path, text, message):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "can't be read"), ("[1]", "is not a JSON object"), ("{}", "lacks a size")]
+)
+def test_a_damaged_config_json_is_reported(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     config = profile_config("falcon-40b").with_settings({"model.name": str(tmp_path)})
     with pytest.raises(ModelError, match=message):
         plan_run(config, gpus="H100")
 
 
-def test_a_folder_without_a_config_json_is_said(tmp_path):
+def test_a_folder_without_a_config_json_is_reported(tmp_path):
     with pytest.raises(ModelError, match="holds no model"):
         find_shape(ModelConfig(name=str(tmp_path)))
 
@@ -138,17 +140,17 @@ def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("lab/unknown", "can't be had: the hub knows no model lab/unknown"),
-        ("lab/gated", "can't be had: lab/gated is gated"),
-        ("lab/empty", "can't be had: lab/empty has no config.json"),
+        ("lab/unknown", "can't be downloaded: the hub knows no model lab/unknown"),
+        ("lab/gated", "can't be downloaded: lab/gated is gated"),
+        ("lab/empty", "can't be downloaded: lab/empty has no config.json"),
     ],
 )
-def test_a_config_json_that_can_not_be_had(from_hub, name, told):
+def test_a_config_json_that_can_not_be_downloaded(from_hub, name, message):
     with hub({"lab/empty": {"README.md": b"x"}}, gated=("lab/gated",)) as endpoint:
         from_hub(endpoint)
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=message):
             find_shape(ModelConfig(name=name))
 
 
@@ -164,29 +166,34 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{one.getsockname()[1]}"
 
 
-def test_without_a_network_the_command_line_says_so_once_and_soon(tmp_path):
-    """huggingface_hub alone takes 23 s and eleven lines."""
+def test_without_a_network_the_command_line_says_so_in_one_line(tmp_path):
+    """huggingface_hub alone says it in eleven."""
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     environment |= {"HF_ENDPOINT": closed_port(), "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "qlora_helpers", "plan", "--model", "lab/new", "--gpus", "H100"]
-    started = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 10
     assert (done.returncode, done.stdout) == (2, "")
-    told = (
-        "error: the shape of lab/new is not catalogued and can't be had: lab/new is not in the cache, and the model hub"
-    )
-    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    message = "error: the shape of lab/new is not catalogued and can't be downloaded: lab/new is not in the cache, and the model hub"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_without_a_network_what_was_had_before_is_used(from_hub):
+def test_without_a_network_the_cache_is_read_at_once(from_hub, monkeypatch):
+    """Where huggingface_hub may ask the hub itself, it asks for half a minute before it reads its cache."""
+    import huggingface_hub
+
     with hub({"lab/new": {"config.json": json.dumps(SHAPES["falcon-7b"]).encode()}}) as endpoint:
         from_hub(endpoint)
         find_shape(ModelConfig(name="lab/new"))
     from_hub(closed_port())
-    started = time.monotonic()
+    real, local = huggingface_hub.hf_hub_download, []
+
+    def download(*args, **options):
+        local.append(options["local_files_only"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert find_shape(ModelConfig(name="lab/new")) == SHAPES["falcon-7b"]
-    assert time.monotonic() - started < 2
+    assert local == [True]
 
 
 @pytest.mark.parametrize("code", [429, 503])
@@ -222,10 +229,10 @@ def test_a_hub_that_never_answers_is_given_up(from_hub, limit, monkeypatch):
         started = time.monotonic()
         with pytest.raises(ModelError, match="the model hub can't be reached"):
             find_shape(ModelConfig(name="lab/new"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30, "the other limit is 60 s"
 
 
-def test_the_hub_s_own_lines_are_heard_again_afterwards(from_hub):
+def test_the_hub_s_own_log_level_is_restored(from_hub):
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -235,9 +242,9 @@ def test_the_hub_s_own_lines_are_heard_again_afterwards(from_hub):
     assert logging.get_verbosity() == before
 
 
-def test_what_is_no_hub_id_is_said(from_hub):
+def test_an_invalid_hub_id_is_reported(from_hub):
     from_hub(closed_port())
-    with pytest.raises(ModelError, match="can't be had: that is no name of a model"):
+    with pytest.raises(ModelError, match="can't be downloaded: that is no name of a model"):
         find_shape(ModelConfig(name="lab/new/newer"))
 
 
@@ -253,10 +260,10 @@ def test_the_prediction_for_a_runs_own_settings():
     assert sum(two["allocated_gib"].values()) == pytest.approx(one["allocated_gib"]["cuda:0"], rel=0.05)
     assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 40
     assert not one["extrapolated"] and two["extrapolated"]
-    assert 1000 < one["tokens_per_s"] < 2500  # half of each block is padding
+    assert 1000 < one["tokens_per_s"] < 2500  # half of each sequence is padding
 
 
-def test_several_processes_are_predicted_together():
+def test_the_speed_of_several_processes_is_predicted():
     one, two = (
         run_plan.predicted_step(
             profile_config("falcon-40b"),
@@ -282,16 +289,16 @@ def test_a_limit_on_steps_is_what_a_plan_counts():
     assert plan.tokens == 5 * per_step * config.data.seq_len_tokens
 
 
-def test_padding_is_said_to_come_on_top():
+def test_a_note_says_that_padding_comes_on_top():
     config = profile_config("falcon-40b").with_settings(["data.packing=false"])
-    said = plan_run(config, gpus="H100", tokens=1_000_000).notes
-    assert any("comes on top" in note for note in said)
+    notes = plan_run(config, gpus="H100", tokens=1_000_000).notes
+    assert any("comes on top" in note for note in notes)
     counted = run_plan.forecast(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
-    assert not any("comes on top" in note for note in counted), "the form counts each row as long as a block"
+    assert not any("comes on top" in note for note in counted), "a forecast counts each row at full length"
     assert any("upper limits" in note for note in counted)
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
-def test_an_amount_of_data_is_at_least_a_token(tokens):
-    with pytest.raises(UserError, match="no amount of data"):
+def test_fewer_than_one_token_is_refused(tokens):
+    with pytest.raises(UserError, match="the amount of data is not valid"):
         plan_run(RunConfig().with_settings(["model.name=tiiuae/falcon-7b"]), gpus="H100", tokens=tokens)

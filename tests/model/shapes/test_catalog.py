@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qlora_helpers.model.shapes.catalog import HUB_NAMES, SHAPES, known_shape
-from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
 # Of the checkpoints' safetensors headers, a tied head counted once
 PUBLISHED = {
@@ -92,7 +93,7 @@ def test_llama_3_is_as_large_as_llama_3_1_but_knows_fewer_positions():
         assert model_sizes(three) == model_sizes(later)
 
 
-def test_what_sets_a_model_apart_from_its_family():
+def test_how_models_differ_from_their_family():
     assert SHAPES["mistral-7b-v0.1"]["sliding_window"] == 4096
     assert SHAPES["mistral-7b-v0.3"]["sliding_window"] is None
     assert SHAPES["phi-4-mini"]["rope_parameters"]["partial_rotary_factor"] == 0.75
@@ -118,7 +119,7 @@ def test_the_tiny_falcon_has_the_wiring_of_the_40b():
         key: value for key, value in large.items() if key not in sizes
     }
     assert tiny["num_kv_heads"] > 1  # grouped keys and values, as in the 40B
-    assert tiny["hidden_size"] % 64 == 0  # of a block of NF4
+    assert tiny["hidden_size"] % 64 == 0  # a quantisation block of NF4
 
 
 def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
