@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LICENCES: dict[str, str] = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
-    "tiiuae/falcon-7b": "Apache-2.0",
-    "tiiuae/falcon-40b": "Apache-2.0",
+DATA_LICENCES: dict[str, str] = {
     "embedded": "CC0-1.0",
     "knkarthick/samsum": "CC BY-NC-ND 4.0",
     "knkarthick/dialogsum": "CC BY-NC-SA 4.0",

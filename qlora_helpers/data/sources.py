@@ -31,6 +31,7 @@ from qlora_helpers.data.dialogues import (
     need_rows,
     without_repeats,
 )
+from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.readers import (
     FILE_SUFFIXES,
     MAX_FILE_BYTES,
@@ -47,7 +48,6 @@ __all__ = ["Corpus", "Dialogue", "read_corpus"]
 EMBEDDED = "embedded"
 SAMSUM = "knkarthick/samsum"
 SCRIPT_ONLY = ("samsum", "Samsung/samsum")  # datasets 5 runs no loading scripts; the same rows are at SAMSUM
-LICENCES = {SAMSUM: "CC BY-NC-ND 4.0", "knkarthick/dialogsum": "CC BY-NC-SA 4.0"}
 SUFFIXES = (*FILE_SUFFIXES, ".7z")
 _NO_DATA_SUFFIXES = (".txt", ".tsv", ".ndjson", ".gz", ".zip", ".xlsx", ".arrow", ".py")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -106,7 +106,7 @@ def _embedded() -> Source:
     splits: dict[str, list[Row]] = {}
     for row in rows:
         splits.setdefault(row.values["split"], []).append(row)
-    return Source(EMBEDDED, "CC0-1.0", splits)
+    return Source(EMBEDDED, DATA_LICENCES[EMBEDDED], splits)
 
 
 def _from_archive(file: BinaryIO, name: str) -> Source:
@@ -122,7 +122,7 @@ def _from_archive(file: BinaryIO, name: str) -> Source:
             )
         parts[member.removesuffix(".json")] = splits["train"]
     splits, notes = named_splits(name, parts)
-    return Source(name, "not stated in the archive (SAMSum's is CC BY-NC-ND 4.0)", splits, notes)
+    return Source(name, f"not stated in the archive (SAMSum's is {DATA_LICENCES[SAMSUM]})", splits, notes)
 
 
 def _from_url(url: str, progress: Callable[..., Any] | None) -> Source:
@@ -185,7 +185,7 @@ def _from_hub(name: str, config: DataConfig) -> Source:
     columns = _columns(config)
     parts = {split: _table_rows(table, f"{name} {split}", columns) for split, table in _hub_tables(name).items()}
     splits, more = named_splits(name, parts)
-    return Source(name, LICENCES.get(name, "see the data set's card on the hub"), splits, notes + more)
+    return Source(name, DATA_LICENCES.get(name, "see the data set's card on the hub"), splits, notes + more)
 
 
 def _columns(config: DataConfig) -> tuple[str, str]:

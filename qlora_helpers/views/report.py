@@ -19,8 +19,9 @@ from qlora_helpers.base.config import SECTIONS, RunConfig, describe
 from qlora_helpers.base.files import read_json, write_text
 from qlora_helpers.base.text import plain, short_name
 from qlora_helpers.base.units import duration
-from qlora_helpers.data.known import LICENCES
+from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.model.shapes.catalog import MODEL_LICENCES
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.views.monitor import LossCurve, loss_curve
@@ -215,7 +216,7 @@ def _loss_notes(curve: LossCurve) -> list[str]:
 def _asked_facts(parts: _Parts) -> list[tuple[str, str]]:
     """What was asked for, by the settings and the prepared data."""
     model, data, adapter, train = (getattr(parts.config, name) for name in ("model", "data", "adapter", "train"))
-    licence = LICENCES.get(model.name, "licence: see the model's card")
+    licence = MODEL_LICENCES.get(model.name, "licence: see the model's card")
     if model.name.startswith("random:"):
         licence = "random weights"
     revision = f" at {model.revision}" if model.revision else ""
@@ -230,7 +231,7 @@ def _asked_facts(parts: _Parts) -> list[tuple[str, str]]:
         facts.append(("Data", parts.prepared["source"]))
         facts.append(("Rows", "{:,} for training, {:,} for the loss in between, {:,} held out".format(*rows)))
     else:
-        facts.append(("Data", f"{short_name(data.source)} ({LICENCES.get(data.source, 'licence not known yet')})"))
+        facts.append(("Data", f"{short_name(data.source)} ({DATA_LICENCES.get(data.source, 'licence not known yet')})"))
     targets = parts.adapter.get("target_modules") or adapter.target_modules or ["the architecture's linear layers"]
     variant = ", rank-stabilised" * adapter.use_rslora + ", DoRA" * adapter.use_dora
     unit = f"blocks of {data.seq_len_tokens:,} tokens" if parts.prepared.get("packed", data.packing) else "rows"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.shapes.catalog import known_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning import fixes
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.planning.step_settings import step_settings
@@ -66,6 +69,52 @@ def test_the_first_fix_fits_and_no_smaller_one_does(gpus, settings):
         more = min(count for count in range(fixed.step.micro_batch_size + 1, per_step + 1) if per_step % count == 0)
         less = [f"train.micro_batch_size={more}", f"train.gradient_accumulation_steps={per_step // more}"]
     assert not look(gpus, *settings, *fix.settings, *less).fits
+
+
+@pytest.mark.parametrize(
+    ("plan_seconds", "usable_gib", "faster"),
+    [(98.9, 80, True), (99.0, 80, False), (99.5, 80, False), (200.0, 80, False), (200.0, 1, True), (None, 1, False)],
+)
+def test_a_plan_is_worth_taking_from_a_hundredth_on(plan_seconds, usable_gib, faster):
+    """Or where the settings do not fit at all."""
+    found = look("H100")
+    choice = plan_seconds and dataclasses.replace(found.plan.choice, seconds=plan_seconds)
+    hardware = dataclasses.replace(found.hardware, usable_gib=usable_gib)
+    plan = dataclasses.replace(found.plan, choice=choice, workload=found.plan.workload.on(hardware))
+    found = dataclasses.replace(found, step=dataclasses.replace(found.step, seconds=100.0), plan=plan)
+    assert found.plan_is_faster is faster
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "fitting", "longest"),
+    [
+        (2048, 128, 10**6, 1984),
+        (2049, 128, 10**6, 2048),
+        (2048, 128, 1000, 960),
+        (2048, 128, 255, None),
+        (2048, 700, 10**6, 1984),
+        (2048, 700, 700, None),
+        (2048, 700, 704, 704),
+        (2048, 704, 704, None),
+        (320, 128, 10**6, 256),
+        (257, 128, 10**6, 256),
+        (256, 128, 10**6, None),
+        (512, 600, 10**6, None),
+    ],
+)
+def test_the_longest_sequence_that_fits_is_shorter_than_asked_and_longer_than_an_answer(
+    asked, answer, fitting, longest
+):
+    config = FALCON.with_settings([f"data.seq_len_tokens={asked}", "evaluation.max_new_tokens=64"])
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_new_tokens=answer))
+    tried = []
+
+    def fits(setting: str) -> bool:
+        tried.append(int(setting.removeprefix("data.seq_len_tokens=")))
+        return tried[-1] <= fitting
+
+    assert fixes._longest_fitting(config, fits) == (longest and f"data.seq_len_tokens={longest}")
+    assert all(answer < length < asked for length in tried) and len(tried) <= 6
 
 
 def test_offloading_the_embedding_is_the_fix_where_it_is_enough():

@@ -253,6 +253,13 @@ def test_dropout_masks_follow_the_adapted_layers():
     assert not any("lora_dropout" in note for note in tiny.notes)  # 0.0 GiB less
 
 
+def test_notes_on_several_processes_count_the_same_gradients_as_the_plan():
+    """DDP keeps copies of them: without dropout a note must not offer what they take."""
+    plan = planned("meta-llama/Llama-3.1-8B", "4xA10G", "adapter.lora_dropout=0", "adapter.r=64")
+    assert plan.choice.copies == 4 and plan.choice.memory[0].gradients == 2 * 4 * plan.adapter_parameters
+    assert not any("dropout" in note for note in plan.notes)
+
+
 def test_the_eager_factor_does_not_apply_to_what_adapters_add():
     """DoRA and the plain step keep an uncompiled layer's values: the factor must not apply to them a second time."""
     step = StepSettings(

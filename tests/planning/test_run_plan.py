@@ -173,7 +173,7 @@ def test_without_a_network_the_command_line_says_so_in_one_line(tmp_path):
     command = [sys.executable, "-m", "qlora_helpers", "plan", "--model", "lab/new", "--gpus", "H100"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    message = "error: the shape of lab/new is not catalogued and can't be downloaded: lab/new is not in the cache, and the model hub"
+    message = "error: the shape of lab/new is not catalogued and can't be downloaded: lab/new is not in the cache"
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 

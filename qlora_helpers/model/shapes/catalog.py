@@ -359,6 +359,13 @@ HUB_NAMES: dict[str, str] = {
 }
 """Hub id -> key in `SHAPES`."""
 
+MODEL_LICENCES: dict[str, str] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
+    "tiiuae/falcon-7b": "Apache-2.0",
+    "tiiuae/falcon-40b": "Apache-2.0",
+}
+"""Hub id -> licence, as the models' cards state it."""
+
 _KEYS = {name.lower(): key for name, key in HUB_NAMES.items()}
 
 

