@@ -50,7 +50,7 @@ def machine_price(config: TrainConfig, nvml: Any = None) -> Price | None:
     )
 
 
-def required_price(config: TrainConfig, nvml: Any = None) -> Price | None:
+def needed_price(config: TrainConfig, nvml: Any = None) -> Price | None:
     """Finds the price of this machine, which must be known where `stop_at_usd` is set.
 
     Raises:

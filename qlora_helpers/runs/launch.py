@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.machine.price import required_price
+from qlora_helpers.machine.price import needed_price
 from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.budget import refuse_spent_budget
@@ -93,7 +93,7 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"
         raise RunError(f"{run.name!r} is being trained already, {where}", next_step="Watch it: watch(run).")
     refuse_spent_budget(config.train, status)
-    required_price(config.train)
+    needed_price(config.train)
     if config.model.device_map != "cpu":
         locks.refuse_taken_gpus(locks.visible_gpus())
     # Its whole path: the process may look for runs elsewhere.

@@ -67,9 +67,9 @@ def test_the_most_expensive_instance_with_these_gpus_counts(in_studio):
 def test_elsewhere_no_price_is_known_and_a_limit_in_dollars_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(studio, "STUDIO_METADATA", tmp_path / "nothing")
     monkeypatch.delenv("SM_CURRENT_INSTANCE_TYPE", raising=False)
-    assert price.required_price(TrainConfig(), OneA10G()) is None
+    assert price.needed_price(TrainConfig(), OneA10G()) is None
     with pytest.raises(UserError, match=r"stop_at_usd is set, but .* is not known.*train.usd_per_hour=7.09"):
-        price.required_price(TrainConfig(stop_at_usd=2.0), OneA10G())
+        price.needed_price(TrainConfig(stop_at_usd=2.0), OneA10G())
 
 
 # the budget
