@@ -117,6 +117,16 @@ def test_the_longest_sequence_that_fits_is_shorter_than_asked_and_longer_than_an
     assert all(answer < length < asked for length in tried) and len(tried) <= 6
 
 
+def test_a_fix_keeps_the_layers_that_were_asked_to_be_checkpointed():
+    """They are at least as many as asked for, though a smaller micro-batch would do with fewer; more than all are all."""
+    settings = ["train.checkpointed_layers=59", "train.micro_batch_size=32", "train.compile=off"]
+    found = look("48GiB", *settings)
+    fixed = look("48GiB", *settings, *found.fixes[0].settings)
+    assert not found.fits and fixed.fits and fixed.step.micro_batch_size < 32
+    assert fixed.step.checkpointed >= 59
+    assert look("H100", "train.checkpointed_layers=100").step.checkpointed == 60
+
+
 def test_offloading_the_embedding_is_the_fix_where_it_is_enough():
     llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "data.seq_len_tokens=2048", "adapter.r=16"])
     asked = ["train.micro_batch_size=2", "train.checkpointed_layers=32"]

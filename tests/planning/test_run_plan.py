@@ -111,6 +111,16 @@ def test_this_machines_gpus_are_recognised(monkeypatch, name, total_gib, known, 
     assert (found.gpu.name if found.gpu else None) == known
 
 
+def test_the_smallest_gpu_of_this_machine_counts(monkeypatch):
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(run_plan.telemetry, "read_gpus", lambda: [reading(0, name, 79.6), reading(1, name, 40.0)])
+    assert this_machine().usable_gib == 40.0
+
+
+def test_the_share_of_trained_tokens():
+    assert [run_plan.trained_share(DataConfig(loss_on=what)) for what in ("all", "summary")] == [1.0, 0.2]
+
+
 def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
     monkeypatch.setattr(run_plan.telemetry, "read_gpus", list)
     with pytest.raises(UserError, match="this machine has no GPU.* --gpus"):
@@ -196,7 +206,7 @@ def test_without_a_network_the_cache_is_read_at_once(from_hub, monkeypatch):
     assert local == [True]
 
 
-@pytest.mark.parametrize("code", [429, 503])
+@pytest.mark.parametrize("code", [408, 429, 500, 503])
 def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
     asked = []
 

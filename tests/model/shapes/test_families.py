@@ -8,7 +8,7 @@ import pytest
 from tiny import FAMILIES, tiny_model
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, supports_packing
+from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, has_dropout, supports_packing
 
 
 def test_every_listed_family_is_tried_here():
@@ -55,6 +55,14 @@ def test_an_unlisted_family_has_no_targets_here():
 )
 def test_which_models_support_packing(config, packs):
     assert supports_packing(config, 512) is packs
+
+
+@pytest.mark.parametrize(
+    ("config", "drops"),
+    [({}, False), ({"dropout": 0.1}, True), ({"attention_dropout": 0.0}, False), ({"dropout": "much"}, False)],
+)
+def test_which_models_have_dropout_of_their_own(config, drops):
+    assert has_dropout(config) is drops
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if supports_packing({"model_type": family}, 64)])
