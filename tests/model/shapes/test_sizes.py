@@ -325,7 +325,12 @@ def test_a_config_json_that_can_not_be_sized_is_refused(config, message):
 
 
 def test_the_largest_sizes_are_accepted():
-    largest = LLAMA | {"model_type": "llama", "num_hidden_layers": 2_000, "vocab_size": 10**7, "num_attention_heads": 64}
+    largest = LLAMA | {
+        "model_type": "llama",
+        "num_hidden_layers": 2_000,
+        "vocab_size": 10**7,
+        "num_attention_heads": 64,
+    }
     assert model_sizes(largest).layers == 2_000
     assert model_sizes(largest).head_dim == 1, "as many heads as values"
 
