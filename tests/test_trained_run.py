@@ -11,6 +11,7 @@ from qlora_helpers import workflow
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.export.adapter import certify
 from qlora_helpers.export.certificate import require_certificate
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
@@ -124,8 +125,8 @@ def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained,
     weights = load_file(copy.adapter_dir / "adapter_model.safetensors")
     weights[next(name for name in weights if "lora_B" in name)] *= -9
     save_file(weights, copy.adapter_dir / "adapter_model.safetensors")
-    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
-    found = certify(copy, model, loaded, data)
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=loaded.shape, say=lambda text: None)
+    found = certify(RunModel(copy, model, loaded), data)
     assert not found.passed
     assert "logits differ" in found.problems[0]
 
@@ -136,5 +137,5 @@ def test_settings_that_are_not_the_live_adapter_s_fail_its_certificate(trained, 
     path = copy.adapter_dir / "adapter_config.json"
     settings = read_json(path)
     write_json(path, settings | {"lora_alpha": 10 * settings["lora_alpha"]})
-    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
-    assert certify(copy, model, loaded, data).settings_changed == ("lora_alpha: 32 -> 320",)
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=loaded.shape, say=lambda text: None)
+    assert certify(RunModel(copy, model, loaded), data).settings_changed == ("lora_alpha: 32 -> 320",)

@@ -1,4 +1,4 @@
-"""Base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
+"""Compares base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
 
 ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with stemming. Knows nothing of training or run folders.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import label_row
 from qlora_helpers.data.prompts import prompt_tokens
@@ -22,19 +22,19 @@ from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.evaluation.generate import generate
 from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
 from qlora_helpers.evaluation.scorecard import compare, mean_loss, rouge_rows, score_answers
-from qlora_helpers.model.wiring import is_spread, row_losses, takes_logits_to_keep
+from qlora_helpers.model.wiring import in_eval_mode, is_spread, row_losses, takes_logits_to_keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
+LOSS_ROWS = 6  # at once; with more, padding and the logits of a large vocabulary cost more than the batch saves
 
 
 def summary_loss(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> float:
-    """Mean loss over all trained tokens of labelled rows, in nats a token: weighted by tokens, whatever the batches."""
+    """The mean loss over all trained tokens of labelled rows, in nats a token, which does not depend on the batches."""
     losses = summary_losses(model, tokenizer, rows, batch_size)
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses]) or 0.0
 
@@ -43,29 +43,23 @@ def summary_loss(
 def summary_losses(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> list[tuple[float, int]]:
-    """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
-    collate = SequenceCollator(
-        tokenizer.pad_token_id,
-        packed=False,
-        keep_trained_logits=takes_logits_to_keep(model),
-        plain_positions=is_spread(model),
-    )
+    """The loss summed over each row's trained tokens, in nats, and their number; in the order of the rows."""
+    targets = KeptLogits(as_list=is_spread(model)) if takes_logits_to_keep(model) else AllLogits()
+    collate = SequenceCollator(tokenizer.pad_token_id, PaddingMask(), targets)
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     at_once = min(batch_size, LOSS_ROWS)
-    for start in range(0, len(order), at_once):
-        group = order[start : start + at_once]
-        batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in collate([rows[index] for index in group]).items()
-        }
-        losses, tokens = row_losses(model, batch)
-        for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
-            found[index] = (pair[0], pair[1])
-    model.train(was_training)
+    with in_eval_mode(model):
+        for start in range(0, len(order), at_once):
+            group = order[start : start + at_once]
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in collate([rows[index] for index in group]).items()
+            }
+            losses, tokens = row_losses(model, batch)
+            for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
+                found[index] = (pair[0], pair[1])
     return found
 
 
@@ -96,8 +90,8 @@ def evaluate(
         dialogues: held-out rows; those with one dialogue become one row with several references.
         config: generation settings.
         template: the prompt that was trained.
-        max_tokens: longest row; a longer dialogue is trimmed as in training.
-        train_keys: `scorecard.dialogue_key` of what was trained on: a held-out row that is among them is left out.
+        max_tokens: of the longest row; a longer dialogue is trimmed as in training.
+        train_keys: `dialogues.dialogue_key` of every training dialogue: a held-out row that is among them is skipped.
         only: which of `MODELS` are asked.
         progress: whether to show a bar.
     """
@@ -134,7 +128,7 @@ def evaluate(
 def _held_out(
     dialogues: Sequence[Dialogue], trained: set[str]
 ) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
-    """Rows with one dialogue as one row, and apart the ids of those that were trained on."""
+    """Merges rows with the same dialogue into one, and returns the ids of those that were trained on separately."""
     kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
     skipped = []
     for item in dialogues:
@@ -165,7 +159,7 @@ def _add_losses(
     template: str,
     max_tokens: int,
 ) -> float | None:
-    """Each row's loss beside its answer, and the mean; a row whose summary does not fit the block has none."""
+    """Adds each row's loss to its answer and returns the mean; a row whose summary exceeds `max_tokens` gets none."""
     labelled = {}
     for index, item in enumerate(items):
         row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
@@ -192,7 +186,6 @@ def _prompts(
     prompts, trimmed = [], 0
     for item in dialogues:
         tokens = prompt_tokens(item.dialogue, template, tokenizer)
-        excess = max(0, len(tokens) + room - max_tokens)
-        trimmed += excess > 0
-        prompts.append(tokens.trimmed(excess).ids)
+        trimmed += len(tokens) + room > max_tokens
+        prompts.append(tokens.fitted(max_tokens - room).ids)
     return prompts, trimmed

@@ -89,7 +89,7 @@ def test_a_good_block_passes():
     found = report([block(*rows)])
     assert found.passed
     assert found.problems == ()
-    assert (found.rows, found.blocks, found.tokens) == (2, 1, sum(map(len, rows)))
+    assert (found.rows, found.sequences, found.tokens) == (2, 1, sum(map(len, rows)))
     assert found.trained_tokens == sum(label != IGNORED for each in rows for label in each.labels)
     assert (found.eos_trained, found.prompt_masked, found.answers_whole) == (2, 2, 2)
     assert repr(found).splitlines()[-1] == "verdict        PASS"
@@ -164,14 +164,14 @@ def test_a_summary_of_another_row_is_found():
 
 def test_nothing_to_train_on():
     assert report([]).problems == ("there is nothing to train on",)
-    assert "rows           0 in 0 blocks" in repr(report([]))
+    assert "rows           0 in 0 sequences" in repr(report([]))
 
 
 def test_rows_that_were_cut_or_left_out_are_named():
     found = report([block(row())], trimmed=["r1"], skipped=[f"x{number}" for number in range(7)])
     lines = dict(found.lines())
     assert lines["trimmed"] == "1: r1"
-    assert lines["left out"] == "7: x0, x1, x2, x3, x4 and 2 more"
+    assert lines["skipped"] == "7: x0, x1, x2, x3, x4 and 2 more"
 
 
 # what a reader sees

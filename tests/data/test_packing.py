@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_falcon, tiny_llama
 
-from qlora_helpers.data.batches import SequenceCollator, block_diagonal_mask, positions_in_row
+from qlora_helpers.data.batches import (
+    AllLogits,
+    BlockDiagonalMask,
+    KeptLogits,
+    PaddingMask,
+    SequenceCollator,
+    block_diagonal_mask,
+    positions_in_row,
+)
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.packing import pack
 from qlora_helpers.model.wiring import is_spread
@@ -59,7 +67,7 @@ def block(*rows: tuple[list[int], list[int]]) -> dict:
 
 def test_a_padded_batch(torch):
     rows = [block(([5, 6, 7], [IGNORED, 6, 7])), block(([8, 9], [IGNORED, 9]))]
-    batch = SequenceCollator(PAD, packed=False)(rows)
+    batch = SequenceCollator(PAD, PaddingMask(), KeptLogits())(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, PAD]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -71,7 +79,7 @@ def test_a_padded_batch(torch):
 
 def test_a_packed_batch(torch):
     rows = [block(([5, 6, 7], [IGNORED, 6, 7]), ([8, 9], [IGNORED, 9]))]
-    batch = SequenceCollator(PAD, packed=True, pad_to=7)(rows)
+    batch = SequenceCollator(PAD, BlockDiagonalMask(), KeptLogits(), length=7)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, PAD, PAD]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     expected = [
@@ -87,7 +95,7 @@ def test_a_packed_batch(torch):
     assert batch["attention_mask"][0, 0].int().tolist() == expected
     assert batch["logits_to_keep"].tolist() == [0, 1, 3]
     assert batch["shift_labels"].tolist() == [[6, 7, 9]]
-    additive = SequenceCollator(PAD, packed=True, mask_dtype=torch.float16, pad_to=7)(rows)["attention_mask"]
+    additive = SequenceCollator(PAD, BlockDiagonalMask(torch.float16), length=7)(rows)["attention_mask"]
     assert additive.dtype == torch.float16
     assert torch.equal(additive == 0, batch["attention_mask"])
     assert additive.min() == torch.finfo(torch.float16).min
@@ -97,7 +105,9 @@ def test_a_model_on_several_gpus_gets_its_positions_as_a_list(models, torch):
     """accelerate brings tensors to the first GPU, where the last layer's output is not."""
     model = models["falcon"]
     blocks = [block(([5, 6, 7], [IGNORED, 6, 7]), ([8, 9], [IGNORED, 9]))]
-    usual, plain = (SequenceCollator(PAD, packed=True, plain_positions=plain)(blocks) for plain in (False, True))
+    usual, plain = (
+        SequenceCollator(PAD, BlockDiagonalMask(), KeptLogits(as_list=as_list))(blocks) for as_list in (False, True)
+    )
     assert plain["logits_to_keep"] == usual["logits_to_keep"].tolist() == [0, 1, 3]
     with torch.no_grad():
         assert model(**plain).loss == model(**usual).loss
@@ -110,7 +120,7 @@ def test_a_model_on_several_gpus_gets_its_positions_as_a_list(models, torch):
 
 
 def test_a_block_longer_than_asked_is_not_cut():
-    batch = SequenceCollator(PAD, packed=True, pad_to=2)([block(([5, 6, 7], [IGNORED, 6, 7]))])
+    batch = SequenceCollator(PAD, BlockDiagonalMask(), length=2)([block(([5, 6, 7], [IGNORED, 6, 7]))])
     assert batch["input_ids"].tolist() == [[5, 6, 7]]
 
 
@@ -178,7 +188,8 @@ def rows(torch) -> list[tuple[list[int], list[int]]]:
 def collate(model, blocks, *, packed: bool, keep: bool, pad_to: int | None = None) -> dict:
     eager = model.get_base_model().config._attn_implementation == "eager"
     dtype = model.get_base_model().dtype if eager else None
-    return SequenceCollator(PAD, packed=packed, mask_dtype=dtype, pad_to=pad_to, keep_trained_logits=keep)(blocks)
+    attention = BlockDiagonalMask(dtype) if packed else PaddingMask()
+    return SequenceCollator(PAD, attention, KeptLogits() if keep else AllLogits(), length=pad_to)(blocks)
 
 
 @pytest.mark.parametrize("packed", [False, True])

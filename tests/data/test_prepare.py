@@ -51,14 +51,14 @@ def test_packing_saves_blocks(corpus, tokenizer):
     made = prepared_data(corpus, tokenizer, seq_len_tokens=256)
     assert len(made.train) < len(corpus.train)
     assert "4 training, 2 evaluation and 2 test rows" in repr(made)
-    assert f"{len(made.train)} blocks of 256 tokens" in repr(made)
+    assert f"{len(made.train)} sequences of 256 tokens" in repr(made)
 
 
 def test_a_model_that_can_not_keep_rows_apart_gets_padded_ones(corpus, tokenizer):
     made = prepare(corpus, tokenizer, DataConfig(seq_len_tokens=128), can_pack=False)
     assert not made.packed
     assert len(made.train) == 4
-    assert made.notes == ("this model can't keep packed rows apart, so rows are padded instead",)
+    assert made.notes == ("packed rows of this model would attend to each other, so rows are padded instead",)
     assert prepare(corpus, tokenizer, DataConfig(packing=False, seq_len_tokens=128), can_pack=False).notes == ()
 
 
@@ -85,26 +85,26 @@ def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
     assert first == "a note of the source"
     assert rest[0].startswith("rows.csv line 7: the last ")
     assert int(rest[0].split()[5]) < cut
-    assert rest[1] == "rows.csv line 9: left out, its summary alone fills the block"
+    assert rest[1] == "rows.csv line 9: skipped, its summary alone fills the sequence"
 
 
 def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
     made = prepared_data(long_corpus, tokenizer, long_rows="drop")
     assert made.report.skipped == ("long", "endless")
     assert made.report.trimmed == ()
-    assert "rows.csv line 7: left out, " in made.notes[1]
+    assert "rows.csv line 7: skipped, " in made.notes[1]
     assert made.notes[1].endswith(" tokens too long")
 
 
 def test_long_rows_are_refused(long_corpus, tokenizer):
     with pytest.raises(
-        DataError, match=r"rows\.csv line 7: the row is longer than the block; expected at most 128 tokens"
+        DataError, match=r"rows\.csv line 7: the row is longer than a sequence; expected at most 128 tokens"
     ):
         prepared_data(long_corpus, tokenizer, long_rows="refuse")
 
 
 def test_nothing_that_fits(corpus, tokenizer):
-    with pytest.raises(DataError, match=r"no row fits into a block; got data.seq_len_tokens=32\. Raise it\."):
+    with pytest.raises(DataError, match=r"no row fits into a sequence; got data.seq_len_tokens=32\. Raise it\."):
         prepared_data(corpus, tokenizer, seq_len_tokens=32, long_rows="drop")
 
 

@@ -47,35 +47,37 @@ def everything(corpus) -> list:
         (row(99, summary=" \n\t"), "its summary is empty"),
         (row(99, summary=None), "its summary is missing"),
         ({"dialogue": "Ana: hi"}, "its summary is missing"),
-        (row(99, dialogue=["Ana: hi"]), "its dialogue is no text but list"),
-        (row(99, summary=7), "its summary is no text but int"),
+        (row(99, dialogue=["Ana: hi"]), "its dialogue is not text but list"),
+        (row(99, summary=7), "its summary is not text but int"),
         (row(99, dialogue="\x00\x1b"), "its dialogue is empty"),
         (row(99, summary="Ana laughs \ud83d"), "its summary holds half a character (an unpaired surrogate)"),
-        ("a text", "no object with columns but str"),
-        (None, "no object with columns but NoneType"),
+        ("a text", "not an object with columns but str"),
+        (None, "not an object with columns but NoneType"),
         (row(2), "a duplicate of s.jsonl line 3"),
         (row(2, dialogue=" Ana:  number 2?\n", id="other"), "a duplicate of s.jsonl line 3"),
     ],
 )
 def test_a_row_that_is_left_out_is_named_with_its_line(read, bad, note):
     corpus = read([*(row(number) for number in range(12)), bad])
-    assert f"s.jsonl line 13: left out, {note}" in corpus.notes
+    assert f"s.jsonl line 13: skipped, {note}" in corpus.notes
     assert {item.id for item in everything(corpus)} == {f"r{number}" for number in range(12)}
 
 
 def test_twenty_rows_are_named_and_the_rest_counted(read):
     bad = [row(99, summary="")] * 18 + [row(99, dialogue=None)] * 30 + [3] * 2
     corpus = read([*(row(number) for number in range(12)), *bad])
-    assert sum("left out" in note for note in corpus.notes) == 21
-    assert corpus.notes[-1] == ("and 30 more rows left out: 28 x its dialogue is missing; 2 x no object with columns")
+    assert sum("skipped" in note for note in corpus.notes) == 21
+    assert corpus.notes[-1] == (
+        "and 30 more rows skipped: 28 x its dialogue is missing; 2 x not an object with columns"
+    )
 
 
 def test_too_few_rows_say_why_the_others_were_left_out(read):
     with pytest.raises(DataError) as caught:
         read([row(1), row(2), *[row(3, summary="")] * 8])
     assert "got 2" in str(caught.value)
-    assert "s.jsonl line 3: left out, its summary is empty" in str(caught.value)
-    assert "and 3 more rows left out: 3 x its summary is empty" in str(caught.value)
+    assert "s.jsonl line 3: skipped, its summary is empty" in str(caught.value)
+    assert "and 3 more rows skipped: 3 x its summary is empty" in str(caught.value)
 
 
 # texts and ids
@@ -190,7 +192,7 @@ def test_split_names_are_mapped_and_unknown_ones_named():
     assert named_splits("d", {"val": one, "dev": two}) == ({"eval": one + two}, [])
     assert named_splits("d", {"test": one, "more": two}) == (
         {"test": one},
-        ["d: left out 'more', which is no train, val or test"],
+        ["d: skipped 'more', which is not train, val or test"],
     )
     splits, notes = named_splits("d", {"train_sft": one, "test_sft": two})
     assert splits == {"train": one + two} and "'train_sft', 'test_sft' are cut anew" in notes[0]
@@ -204,9 +206,9 @@ def test_no_dialogue_stands_in_two_splits(read):
     }
     corpus = read(values, eval_rows=None, test_rows=None)
     assert sizes(corpus) == (41, 20, 20)  # the second summary of r5 stays: both are in train
-    assert "s.json train row 41: left out, its dialogue stands in test too (s.json test row 1)" in corpus.notes
-    assert "s.json train row 42: left out, its dialogue stands in eval too (s.json val row 2)" in corpus.notes
-    assert "s.json val row 21: left out, its dialogue stands in test too (s.json test row 2)" in corpus.notes
+    assert "s.json train row 41: skipped, its dialogue is in test too (s.json test row 1)" in corpus.notes
+    assert "s.json train row 42: skipped, its dialogue is in eval too (s.json val row 2)" in corpus.notes
+    assert "s.json val row 21: skipped, its dialogue is in test too (s.json test row 2)" in corpus.notes
 
 
 def test_a_cut_never_divides_one_dialogue_over_splits(read):
@@ -214,11 +216,11 @@ def test_a_cut_never_divides_one_dialogue_over_splits(read):
     corpus = read(values, eval_rows=10, test_rows=10)
     train, evaluation, test = ({item.dialogue for item in part} for part in (corpus.train, corpus.eval, corpus.test))
     assert not (train & evaluation or train & test or evaluation & test)
-    assert len(everything(corpus)) + sum("left out" in note for note in corpus.notes) == 80
+    assert len(everything(corpus)) + sum("skipped" in note for note in corpus.notes) == 80
 
 
 def test_a_split_that_ends_up_empty_is_an_error(read):
     with pytest.raises(DataError) as caught:
         read({"train": [row(1), row(2)], "val": [row(1), row(2)], "test": [row(3), row(4)]})
     assert "0 train, 2 eval, 2 test" in str(caught.value)
-    assert "s.json train row 1: left out, its dialogue stands in eval too" in str(caught.value)
+    assert "s.json train row 1: skipped, its dialogue is in eval too" in str(caught.value)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from qlora_helpers.model.patching import attention_replaced, replace_forward
-from qlora_helpers.model.wiring import split_falcon_heads
+from qlora_helpers.model.wiring import base_model_of, split_falcon_heads
 
 NAME = "shared_keys"
 
@@ -61,7 +61,7 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
     Args:
         model: with or without adapters; another attention than sdpa is left as it is.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model_of(model)
     text = inner.config.get_text_config()
     if text._attn_implementation != "sdpa" or getattr(text, "attn_logit_softcapping", None):
         yield False
