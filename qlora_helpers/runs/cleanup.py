@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_helpers.base.files import cache_root
 from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.files import cache_root
+from qlora_helpers.base.units import gib
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.opening import find_runs
-from qlora_helpers.base.units import gib
 
 HUB, CACHE, RUN, GPU = "hub cache", "project cache", "run", "GPU memory"
 

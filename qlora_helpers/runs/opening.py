@@ -10,13 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.runs.folder import Run
-from pathlib import Path
-from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.folder import _NAME
-import os
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.folder import _NAME, Run
 
 
 def open_run(

@@ -15,8 +15,9 @@ from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.sources import Dialogue
 from qlora_helpers.evaluation.comparison import same_answers
-from qlora_helpers.evaluation.evaluate import Evaluation, Scores, evaluate, evaluation_from_dict, rouge, summary_loss
+from qlora_helpers.evaluation.evaluate import evaluate, rouge, summary_loss
 from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.result import Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
@@ -265,10 +266,10 @@ def test_it_is_read_back_from_json(compare):
 def test_a_terminal_is_told_what_the_rows_can_tell_and_which_do_not_count(compare, corpus):
     said = repr(compare())
     assert f"tuned against untuned: {len(corpus.test)} rows are too few to tell the two apart" in said
-    assert "left out" not in said and "trimmed" not in said
+    assert "skipped" not in said and "trimmed" not in said
     long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
     said = repr(compare([*corpus.test, long], train_keys=[dialogue_key(corpus.test[0].dialogue)]))
-    assert "left out: 1 held-out rows whose dialogue was trained on" in said
+    assert "skipped: 1 held-out rows whose dialogue was trained on" in said
     assert f"1 of {len(corpus.test)} dialogues were trimmed" in said
 
 
@@ -361,7 +362,7 @@ def test_each_answer_has_its_scores_and_the_comparison_its_intervals(compare, to
 
 
 def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypatch):
-    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.evaluation import generate
     from qlora_helpers.evaluation.fast_answers.answer import NotFast
 
     fast = compare()
@@ -370,7 +371,7 @@ def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypat
     def refuse(*args, **kwargs):
         raise NotFast("for the test")
 
-    monkeypatch.setattr(evaluation, "answer_fast", refuse)
+    monkeypatch.setattr(generate, "answer_fast", refuse)
     plain = compare()
     assert "(answers by model.generate: for the test)" in plain.form
     assert plain.rows == fast.rows

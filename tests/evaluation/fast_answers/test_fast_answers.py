@@ -118,7 +118,7 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
         sizes.append((rows, length))
         return Replayed(self._step, rows, length)
 
-    monkeypatch.setattr(graphs.CapturedStep, "_recorded", record)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", record)
     monkeypatch.setattr(decoder, "LENGTH_STEP", 32)
     monkeypatch.setattr(decoder.SlotDecoder, "_between_looks", lambda self: 4)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
@@ -138,7 +138,7 @@ def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
     def fail(self, rows, length):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs.CapturedStep, "_recorded", fail)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", fail)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
     model, prompts = tiny_llama(), random_prompts((9, 4, 20))
     with answering_form(model, rows=2, tokens=40) as form:
@@ -206,15 +206,15 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
 
 def test_memory_decides_the_form(monkeypatch):
     """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
-    from qlora_helpers.evaluation.fast_answers import answer as fast_answers
+    from qlora_helpers.evaluation.fast_answers import memory
     from qlora_helpers.evaluation.fast_answers.weights import dense_bytes
 
     model = tuned(tiny_falcon().model)
     prompts = random_prompts((3, 31, 12, 7, 20))
     own = [own_answers(model, prompt, 8) for prompt in prompts]
-    one = fast_answers.cache_bytes(model, 1, 64)
+    one = memory.cache_bytes(model, 1, 64)
     for free, dense, slots in ((dense_bytes(model) * 2 + 40 * one, True, 5), (40 * one, False, 5), (3 * one, False, 2)):
-        monkeypatch.setattr(fast_answers, "free_bytes", lambda model, free=free: free)
+        monkeypatch.setattr(memory, "free_bytes", lambda model, free=free: free)
         with answering_form(model, rows=5, tokens=64) as form:
             assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form) == own
         assert (form.dense, form.slots) == (dense, slots)
@@ -265,8 +265,8 @@ def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
 
 
 def test_the_cache_takes_what_arithmetic_says():
-    from qlora_helpers.evaluation.fast_answers.answer import cache_bytes
     from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder
+    from qlora_helpers.evaluation.fast_answers.memory import cache_bytes
 
     for model in (
         tiny_llama(),
