@@ -76,11 +76,11 @@ def test_ask_answers_as_the_base_model_or_as_the_tuned_one(trained):
 
 
 def test_ask_s_answer_may_be_printed_as_it_is(trained, monkeypatch):
-    from qlora_helpers.evaluation import evaluate, generate
+    from qlora_helpers.evaluation import generate
 
     run, loaded, model = trained
     given = generate.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [given])
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [given])
     assert workflow.ask(run, model, loaded, DIALOGUE) == generate.Answer("abc\nd", 4, True)
 
 
@@ -93,12 +93,12 @@ def test_ask_samples_with_its_seed(trained):
 
 
 def test_ask_trims_a_dialogue_that_is_too_long(trained, monkeypatch):
-    from qlora_helpers.evaluation import evaluate, generate
+    from qlora_helpers.evaluation import generate
 
     run, loaded, model = trained
     asked = []
     monkeypatch.setattr(
-        evaluate,
+        generate,
         "generate",
         lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [generate.Answer("", 1, True)],
     )

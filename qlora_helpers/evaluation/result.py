@@ -51,7 +51,7 @@ class Evaluation:
 
     Attributes:
         scores: `base`, `tuned` and, where it was asked, `base_chat` (the untuned model under its own chat template).
-        rows: an object for each held-out row: `id`, `dialogue`, `summary`, `references` and each model's `answers` with their scores.
+        rows: an object for each held-out row: `id`, `dialogue`, `summary`, `references`, each model's `answers` with scores.
         prompt_tokens_trimmed: rows whose dialogue was trimmed to fit.
         comparisons: the tuned model against each other model, by its name, with intervals.
         skipped: ids of held-out rows whose dialogue is in the training set too.

@@ -40,7 +40,7 @@ def archive(members: dict[str, bytes], **options) -> bytes:
 
 
 def renamed(data: bytes, old: str, new: str) -> bytes:
-    """Forges a member's name, as py7zr itself would not write it, and mends the checksums over it."""
+    """Forges a member's name, as py7zr itself would not write it, and corrects the checksums over it."""
     assert len(old) == len(new)
     start = 32 + struct.unpack_from("<Q", data, 12)[0]
     header = data[start:].replace(old.encode("utf-16-le"), new.encode("utf-16-le"))
@@ -119,14 +119,14 @@ def test_a_link_is_refused(tmp_path):
     assert "is a link or not a plain file" in str(error_of((tmp_path / "corpus.7z").read_bytes()))
 
 
-def test_a_folder_with_a_members_name_is_refused(tmp_path):
+def test_a_folder_named_like_a_member_is_refused(tmp_path):
     (tmp_path / "val.json").mkdir()
     with py7zr.SevenZipFile(tmp_path / "corpus.7z", "w") as file:
         file.write(tmp_path / "val.json", "val.json")
     assert "'val.json' is a folder" in str(error_of((tmp_path / "corpus.7z").read_bytes()))
 
 
-def test_a_member_that_is_there_twice_is_refused():
+def test_a_repeated_member_is_refused():
     data = renamed(archive({"val.json": rows(5), "vax.json": rows(5)}), "vax.json", "val.json")
     assert "is in it twice" in str(error_of(data))
 
@@ -226,7 +226,7 @@ def served(data: bytes, **said) -> Iterator[str]:
 
 
 class Bar:
-    """Records what a progress bar is told."""
+    """Records the calls of a progress bar."""
 
     def __init__(self, **options) -> None:
         self.options, self.done, self.closed = options, 0, False
@@ -283,7 +283,7 @@ def test_a_download_over_the_limit_is_stopped(monkeypatch, length):
     assert ("got 931.3 GiB" if length else "got 256.0 KiB") in str(caught.value)
 
 
-def test_an_address_that_answers_badly_or_not_at_all():
+def test_an_address_that_fails_or_does_not_answer_is_named():
     with served(b"") as address:
         assert "other.7z can't be downloaded: the server answered 404" in str(refusal(f"{address}/other.7z"))
     error = refusal(f"{address}/corpus.7z")  # nobody listens there any more
@@ -291,7 +291,7 @@ def test_an_address_that_answers_badly_or_not_at_all():
     assert "Download it by other means" in error.next_step
 
 
-def test_addresses_that_are_not_safe_or_no_archives():
+def test_unencrypted_addresses_and_other_files_are_refused():
     assert "expected an https:// address; got http://" in str(refusal("http://example.org/corpus.7z"))
     assert "got ftp://" in str(refusal("ftp://example.org/corpus.7z"))
     assert "got file://" in str(refusal("file:///tmp/corpus.7z"))
@@ -299,7 +299,7 @@ def test_addresses_that_are_not_safe_or_no_archives():
     assert "that is not an address" in str(refusal("https://[::1/corpus.7z"))
 
 
-def test_a_redirect_to_an_address_that_is_not_safe_is_refused():
+def test_a_redirect_to_an_unencrypted_address_is_refused():
     data = archive(SAMSUM)
     with served(data, host="127.0.0.2") as elsewhere, served(b"", to=f"{elsewhere}/corpus.7z") as address:
         assert "expected an https:// address" in str(refusal(f"{address}/moved.7z"))

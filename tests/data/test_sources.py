@@ -233,7 +233,7 @@ def test_parquet_values_over_the_limit_are_refused(tmp_path, monkeypatch):
     assert "a.parquet is too large" in str(error_of(tmp_path / "a.parquet", data))
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path):
+def test_other_things_than_plain_files_are_refused(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, problem in (("folder.jsonl", "is a folder"), ("pipe.jsonl", "not a plain file"), ("", "is a folder")):
@@ -353,7 +353,7 @@ def test_reading_a_file_imports_no_torch_and_no_hub(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_numbered_summaries_are_more_references(tmp_path, suffix):
-    """As in DialogSum's test split: three people summarised each dialogue; `summary_note` is no summary."""
+    """As in DialogSum's test split: three people summarised each dialogue; `summary_note` is not a summary."""
     import pandas
 
     rows = [

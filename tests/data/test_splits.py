@@ -1,4 +1,4 @@
-"""From rows to splits: what is left out is named, no dialogue stands in two splits, a seed gives the same rows."""
+"""From rows to splits: skipped rows are named, no dialogue is in two splits, a seed gives the same rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def everything(corpus) -> list:
     return [*corpus.train, *corpus.eval, *corpus.test]
 
 
-# what is left out
+# skipped rows
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def everything(corpus) -> list:
         (row(2, dialogue=" Ana:  number 2?\n", id="other"), "a duplicate of s.jsonl line 3"),
     ],
 )
-def test_a_row_that_is_left_out_is_named_with_its_line(read, bad, note):
+def test_a_skipped_row_is_named_with_its_line(read, bad, note):
     corpus = read([*(row(number) for number in range(12)), bad])
     assert f"s.jsonl line 13: skipped, {note}" in corpus.notes
     assert {item.id for item in everything(corpus)} == {f"r{number}" for number in range(12)}
@@ -72,7 +72,7 @@ def test_twenty_rows_are_named_and_the_rest_counted(read):
     )
 
 
-def test_too_few_rows_say_why_the_others_were_left_out(read):
+def test_too_few_rows_say_why_the_others_were_skipped(read):
     with pytest.raises(DataError) as caught:
         read([row(1), row(2), *[row(3, summary="")] * 8])
     assert "got 2" in str(caught.value)
@@ -83,7 +83,7 @@ def test_too_few_rows_say_why_the_others_were_left_out(read):
 # texts and ids
 
 
-def test_control_characters_are_removed_and_counted_and_line_ends_made_plain(read):
+def test_control_characters_are_removed_and_counted(read):
     dialogue = "Ana:\t\x1b[31mred\x1b[0m\r\nBo: \x07ok\rAna: 👍\x7f \x9b31m\u202eyap\u202c \u2066me\u2069 שלום\u200f"
     changed = row(0, dialogue=dialogue, summary="Ana \x00paints\x85.", summary2="Ana \x9d\u202dpaints.")
     corpus = read([changed, *(row(number) for number in range(1, 12))])
@@ -131,7 +131,7 @@ def test_a_file_without_splits_is_cut(read, count, settings, expected):
     assert any("scaled down" in note for note in corpus.notes) == scaled
 
 
-def test_the_cut_depends_on_the_seed_alone(read):
+def test_the_cut_depends_only_on_the_seed(read):
     values = [row(number) for number in range(60)]
     one, same, other = (read(values, eval_rows=5, test_rows=5, seed=seed) for seed in (1, 1, 2))
     assert one == same
@@ -169,7 +169,7 @@ SPLIT = {
         ("test", (10, 5, 5), "test"),
     ],
 )
-def test_what_a_source_has_is_kept_and_what_it_lacks_is_cut(read, present, expected, donor):
+def test_a_source_s_splits_are_kept_and_missing_ones_are_cut(read, present, expected, donor):
     values = {name: SPLIT[name] for name in present.split()}
     whole = read(values | {"version": []}, eval_rows=5, test_rows=5)
     assert sizes(whole) == tuple(min(count, limit) for count, limit in zip(expected, (40, 5, 5), strict=True))
@@ -198,7 +198,7 @@ def test_split_names_are_mapped_and_unknown_ones_named():
     assert splits == {"train": one + two} and "'train_sft', 'test_sft' are cut anew" in notes[0]
 
 
-def test_no_dialogue_stands_in_two_splits(read):
+def test_no_dialogue_is_in_two_splits(read):
     values = {
         "train": [*SPLIT["train"], row(60), row(41, summary="Another one."), row(5, summary="A second view of 5.")],
         "val": [*SPLIT["val"], row(61, dialogue="Ana:  number\n61?", summary="Spaced.")],
