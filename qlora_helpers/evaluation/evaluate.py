@@ -6,7 +6,7 @@ ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def evaluate(
     only: Collection[str] = tuple(MODELS),
     progress: bool = True,
 ) -> Evaluation:
-    """Asks the model with its adapters off and on, on the same rows and prompts.
+    """Asks the model with its adapters off and on about the same rows, in the same prompts.
 
     Args:
         model: a peft model.
@@ -98,6 +98,7 @@ def evaluate(
     from tqdm.auto import tqdm
 
     items, rows, skipped = _held_out(dialogues, set(train_keys))
+    labelled = _labelled(items, tokenizer, template, max_tokens)
     prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
     asked = {"base": prompts, "tuned": prompts}
     if config.chat_baseline and template != "chat" and tokenizer.chat_template:
@@ -118,7 +119,8 @@ def evaluate(
                     row["answers"][name] = asdict(answer)
                 losses[name] = None
                 if name != "base_chat":
-                    losses[name] = _add_losses(model, tokenizer, items, rows, name, config, template, max_tokens)
+                    found = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
+                    losses[name] = _add_losses([row["answers"][name] for row in rows], found, labelled)
     score_answers(rows)
     scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
     against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
@@ -149,25 +151,24 @@ def _held_out(
     return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(skipped)
 
 
-def _add_losses(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Dialogue],
-    rows: Sequence[dict[str, Any]],
-    name: str,
-    config: EvaluationConfig,
-    template: str,
-    max_tokens: int,
-) -> float | None:
-    """Adds each row's loss to its answer and returns the mean; a row whose summary exceeds `max_tokens` gets none."""
-    labelled = {}
+def _labelled(
+    items: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
+) -> dict[int, dict[str, Any]]:
+    """Labels each row by its index; a row whose summary alone exceeds `max_tokens` is skipped."""
+    found = {}
     for index, item in enumerate(items):
         row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
         if row is not None:
-            labelled[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
-    losses = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
-    for index, (nats, tokens) in zip(labelled, losses, strict=True):
-        rows[index]["answers"][name] |= {"nats": nats, "loss_tokens": tokens}
+            found[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
+    return found
+
+
+def _add_losses(
+    answers: Sequence[dict[str, Any]], losses: Sequence[tuple[float, int]], indices: Iterable[int]
+) -> float | None:
+    """Adds the losses of the rows with these indices to their answers, and returns the mean."""
+    for index, (nats, tokens) in zip(indices, losses, strict=True):
+        answers[index] |= {"nats": nats, "loss_tokens": tokens}
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses])
 
 

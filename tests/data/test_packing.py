@@ -42,6 +42,14 @@ def test_every_row_is_packed_once_and_no_sequence_is_too_long(data, capacity, se
     assert len(sizes) < 2 or sizes[0] + sizes[1] > capacity
 
 
+def test_the_seed_orders_the_sequences():
+    lengths = list(range(31, 61))  # each fills a sequence by itself, and no two are of one length
+    first, same, other = (pack(lengths, 60, seed=seed) for seed in (0, 0, 1))
+    assert first == same != other
+    assert sorted(first) == sorted(other) == [[index] for index in range(30)]
+    assert first != sorted(first) and first != sorted(first)[::-1]
+
+
 def test_sequences_of_typical_rows_are_nearly_full():
     import random
 

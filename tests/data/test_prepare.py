@@ -202,6 +202,24 @@ def test_the_fingerprint_depends_on_all_that_matters(tokenizer, tmp_path):
     assert fingerprint(config, chat, can_pack=True) != fingerprint(config, other_chat, can_pack=True)
 
 
+def test_the_fingerprint_depends_on_the_vocabulary_itself(tokenizer):
+    """Two vocabularies of one size."""
+
+    class Swapped:
+        eos_token_id, pad_token_id, chat_template = tokenizer.eos_token_id, tokenizer.pad_token_id, None
+
+        def __len__(self):
+            return len(tokenizer)
+
+        def get_vocab(self):
+            words = tokenizer.get_vocab()
+            first, second = sorted(words)[100:102]
+            return words | {first: words[second], second: words[first]}
+
+    marks = [fingerprint(DataConfig(), each, can_pack=True) for each in (tokenizer, Swapped())]
+    assert marks[0] != marks[1]
+
+
 def _other(item):
     if item.metadata["choices"]:
         return next(choice for choice in item.metadata["choices"] if choice != item.default)

@@ -27,9 +27,8 @@ def free_bytes(model: torch.nn.Module) -> int:
     for device in devices:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free.append(torch.cuda.mem_get_info(device)[0] + unused)
-    return min(free) * len(
-        free
-    )  # layers, and with them copies and cache, are spread evenly: the fullest GPU is the limit
+    # Layers, and with them copies and cache, are spread evenly: the fullest GPU is the limit.
+    return min(free) * len(free)
 
 
 def cache_bytes(model: torch.nn.Module, rows: int, tokens: int) -> int:
