@@ -226,6 +226,13 @@ def test_a_file_over_the_limit_is_refused_before_it_is_read(tmp_path):
         read_corpus(DataConfig(source=str(tmp_path / "huge.jsonl")))
 
 
+def test_a_file_of_the_limit_is_opened(tmp_path):
+    (tmp_path / "five.jsonl").write_bytes(b"12345")
+    readers.open_file(tmp_path / "five.jsonl", 5).close()
+    with pytest.raises(DataError, match="too large"):
+        readers.open_file(tmp_path / "five.jsonl", 4)
+
+
 def test_parquet_values_over_the_limit_are_refused(tmp_path, monkeypatch):
     data = parquet([row | {"dialogue": "x" * 10_000 + row["id"]} for row in rows(50)])
     assert len(data) < 200_000  # packed well: the file's own size does not give it away

@@ -93,6 +93,44 @@ def test_a_window_shorter_than_the_longest_row_is_refused():
     assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2) == [own_answers(model, p, 6) for p in prompts]
 
 
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"rope_parameters": {"rope_type": "default"}}, None),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "longest row"),
+        ({"rope_scaling": {"type": "longrope"}}, "longest row"),
+        ({"sliding_window": 16}, "window of fewer than 20 tokens"),
+        ({"sliding_window": 20}, None),
+        ({"sliding_window": 16, "use_sliding_window": False}, None),
+        ({"attention_chunk_size": 16}, "window"),
+    ],
+)
+def test_answers_that_depend_on_more_than_mask_and_positions_are_refused(settings, refused):
+    from types import SimpleNamespace
+
+    from qlora_helpers.evaluation.fast_answers.answer import _shape_refusal
+
+    config = SimpleNamespace(**settings)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    reason = _shape_refusal(model, 20)
+    assert reason is None if refused is None else refused in reason
+
+
+def test_the_fullest_gpu_limits_a_model_over_several(monkeypatch):
+    """With stand-ins for two GPUs: free memory, and what PyTorch holds of it without using it."""
+    from types import SimpleNamespace
+
+    from qlora_helpers.evaluation.fast_answers import memory
+
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=device) for device in devices * 2])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((50, 20)[device.index], 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 25)
+    assert memory.free_bytes(model) == 2 * (20 + 30 - 25)
+    assert memory.usable_bytes(model) == pytest.approx(0.9 * 50)
+
+
 def test_a_model_that_answers_differently_in_slots_is_refused(monkeypatch):
     """The proof on the loaded model: here every token is put one place too far."""
     from qlora_helpers.evaluation.fast_answers.cache import SlotCache
