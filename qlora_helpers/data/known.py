@@ -1,4 +1,4 @@
-"""What is known of public data sets without opening them: licences and sizes."""
+"""Licences and sizes of public data sets and models, known without opening them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DATA_LICENCES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class DataSize:
-    """How much there is to train on in a known data set.
+    """The size of a known data set.
 
     Attributes:
-        rows: of its training split.
-        tokens_per_row: with the recipe's prompt, on average; SmolLM2's tokenizer.
+        rows: rows of its training split.
+        tokens_per_row: mean over rows, with the recipe's prompt and SmolLM2's tokenizer.
     """
 
     rows: int
@@ -31,5 +31,5 @@ DATA_SIZES: dict[str, DataSize] = {
 }
 
 
-# Of dialogues with their summaries, prompt and names included: for files that are not tokenised yet
+# Of dialogues with their summaries, including prompt and names: estimates files that are not tokenised yet
 CHARACTERS_PER_TOKEN = 3.2

@@ -1,6 +1,6 @@
-"""What a comparison of base and tuned model found: scores, rows with their answers, differences with intervals.
+"""The results of comparing base and tuned model: scores, rows with their answers, differences with intervals.
 
-Plain values in and out; what made them is `evaluation`'s. Imports no torch.
+Takes and gives plain values; `evaluate` makes them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qlora_helpers.evaluation.scorecard import Comparison, comparison_from_dict
 
 @dataclass(frozen=True)
 class Scores:
-    """One model under one prompt, over all held-out rows.
+    """Scores of one model under one prompt, over all held-out rows.
 
     Attributes:
         rouge1, rouge2, rouge_l: mean F-measure, 0 to 100.
-        loss: nats a summary token; None where the model was only asked for answers.
+        loss: nats per summary token; None where the model was only asked for answers.
         stop_rate: share of the answers that ended by themselves, 0 to 1.
-        mean_tokens: length of an answer.
-        repetition: share of an answer's runs of four words that stood in it before, 0 to 1.
+        mean_tokens: mean length of an answer.
+        repetition: share of an answer's runs of four words that occurred in it before, 0 to 1.
     """
 
     rouge1: float
@@ -47,14 +47,14 @@ MODELS = {"base": "untuned", "base_chat": "untuned, chat template", "tuned": "tu
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The comparison; what `evaluation.json` holds.
+    """The comparison of base and tuned model, as `evaluation.json` holds it.
 
     Attributes:
         scores: `base`, `tuned` and, where it was asked, `base_chat` (the untuned model under its own chat template).
-        rows: one object a held-out row: `id`, `dialogue`, `summary`, `references` and each model's `answers` with their scores.
-        prompt_tokens_trimmed: rows whose dialogue was cut to fit the block.
-        comparisons: the tuned model against each other one, by its name, with intervals.
-        skipped: ids of held-out rows whose dialogue stands in the training set too.
+        rows: an object for each held-out row: `id`, `dialogue`, `summary`, `references`, each model's `answers` with scores.
+        prompt_tokens_trimmed: rows whose dialogue was trimmed to fit.
+        comparisons: the tuned model against each other model, by its name, with intervals.
+        skipped: ids of held-out rows whose dialogue is in the training set too.
         form: how the answers were made.
     """
 
@@ -67,7 +67,7 @@ class Evaluation:
 
     @property
     def rouge_l_gain(self) -> float:
-        """Points of ROUGE-L, tuned over untuned on the same prompt."""
+        """Points of ROUGE-L that the tuned model has more than the untuned one, on the same prompt."""
         return self.scores["tuned"].rouge_l - self.scores["base"].rouge_l
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -102,9 +102,9 @@ class Evaluation:
             f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
         ]
         if self.skipped:
-            found.append(f"left out: {len(self.skipped)} held-out rows whose dialogue was trained on")
+            found.append(f"skipped: {len(self.skipped)} held-out rows whose dialogue was trained on")
         if self.prompt_tokens_trimmed:
-            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit the block")
+            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit")
         return found
 
     def _repr_html_(self) -> str:
@@ -112,12 +112,12 @@ class Evaluation:
         return html_table(header, lines, numbers=range(1, len(header)), caption=f"{len(self.rows)} held-out rows")
 
     def side_by_side(self, rows: int = 5, *, outcome: str | None = None, against: str = "base") -> SideBySide:
-        """Rows to browse: dialogue, reference and each model's answer.
+        """Returns rows to browse: dialogue, reference and each model's answer.
 
         Args:
-            rows: at most so many.
+            rows: how many at most.
             outcome: `wins`, `ties` or `losses` of the tuned model, the clearest first; None takes the first rows.
-            against: the model that it is compared with.
+            against: the model that the tuned one is compared with.
         """
         if outcome is None:
             return SideBySide(self.rows[:rows])
@@ -125,7 +125,7 @@ class Evaluation:
         return SideBySide([by_id[name] for name in getattr(self.comparisons[against], outcome)[:rows]])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         scores = {name: asdict(score) | {"perplexity": score.perplexity} for name, score in self.scores.items()}
         return {
             "scores": scores,
@@ -139,7 +139,7 @@ class Evaluation:
 
 
 def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
-    """Reads back what `Evaluation.to_dict` wrote; files from before the scorecard have no comparisons."""
+    """Reads back what `Evaluation.to_dict` wrote; older files have no comparisons."""
     known = Scores.__dataclass_fields__
     scores = {
         name: Scores(**{key: item for key, item in score.items() if key in known})
@@ -157,9 +157,9 @@ def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
 
 
 class SideBySide:
-    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run.
+    """Dialogues with the reference and the answers beside them. Everything is escaped: nothing in a dialogue is ever run.
 
-    Terminal codes, control characters and overrides of the writing direction are left out, also where text is printed.
+    Terminal codes, control characters and overrides of the writing direction are removed, in printed text too.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from qlora_helpers.evaluation.comparison import answered, compared
 from qlora_helpers.export.card import _model_card
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.checkpoints import base_fingerprint
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
-    """Writes the adapter, the tokenizer and the run's settings into `adapter/`, whole or not at all."""
+def save_adapter(trained: RunModel) -> None:
+    """Writes the adapter, the tokenizer and the run's settings into the run's `adapter/`, whole or not at all."""
+    run, checkpoint = trained.run, trained.loaded.checkpoint
     config = run.config()
     with replaced_folder(run.adapter_dir) as folder:
         # 'auto' would ask the hub whether the embedding was resized; it never is here.
-        model.save_pretrained(folder, save_embedding_layers=False)
-        loaded.tokenizer.save_pretrained(folder)
+        trained.model.save_pretrained(folder, save_embedding_layers=False)
+        trained.tokenizer.save_pretrained(folder)
         settings = read_json(folder / "adapter_config.json")
-        settings["base_model_name_or_path"] = loaded.checkpoint.name
-        settings["revision"] = loaded.checkpoint.revision
+        settings["base_model_name_or_path"] = checkpoint.name
+        settings["revision"] = checkpoint.revision
         write_json(folder / "adapter_config.json", settings)
         write_json(folder / "config.json", config.to_dict())
-        (folder / "README.md").write_text(_model_card(run, config, loaded), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(run, config, trained.loaded), encoding="utf-8")
 
 
 def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
@@ -50,30 +52,29 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
-def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
     """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
 
     Args:
-        run: a run whose adapter was just saved.
-        model: the model in memory that it was saved from.
-        loaded: the base model that `model` stands on.
+        trained: the model in memory whose adapter was just saved.
         data: its held-out rows are asked.
-        prompts: how many.
+        prompts: how many of them.
     """
     from qlora_helpers.export import certificate
 
+    run, model = trained.run, trained.model
     asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
     expected = certificate.expected_tensors(model)
     try:
         with MODEL_IN_USE:
-            live = answered(run, model, loaded, data, prompts)
+            live = answered(trained, data, prompts)
             with certificate.saved_weights_in_place(model, run.adapter_dir):
-                saved = answered(run, model, loaded, data, prompts)
+                saved = answered(trained, data, prompts)
             asked = compared(live, saved)
     except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
         log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
     prepared = run.data_dir / "prepared.json"
-    checkpoint = loaded.checkpoint
+    checkpoint = trained.loaded.checkpoint
     return certificate.certify(
         run.adapter_dir,
         expected,

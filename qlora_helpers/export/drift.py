@@ -12,12 +12,11 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.evaluation.comparison import answered, compared
 from qlora_helpers.export.adapter import load_adapter
 from qlora_helpers.export.tensor_files import stored_tensors
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.planning import out_of_memory
 from qlora_helpers.runs.folder import Run
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
 
@@ -65,10 +64,10 @@ def measured_drift(
     if needed > free:
         return (), f"drift not measured: the 16-bit model takes {gib(needed):.1f} GiB, {gib(free):.1f} GiB are free"
     plain = replace(config.model, quantization="none")
-    forms: dict[str, Callable[[], tuple[LoadedModel, PeftModel]]] = {
+    forms: dict[str, Callable[[], RunModel]] = {
         "adapter on 4 bits": lambda: _with_adapter(run, config.model),
         "adapter on 16 bits": lambda: _with_adapter(run, plain),
-        "merged": lambda: _alone(replace(plain, name=str(merged), revision=None)),
+        "merged": lambda: _alone(run, replace(plain, name=str(merged), revision=None)),
     }
     if config.model.quantization == "none":
         del forms["adapter on 4 bits"]
@@ -76,7 +75,7 @@ def measured_drift(
     for name, load in forms.items():
         say(f"Asking the {name} ...")
         try:
-            found[name] = _answers_of(run, load, prepare)
+            found[name] = _answers_of(load, prepare)
         except Exception as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
@@ -89,28 +88,24 @@ def measured_drift(
     return tuple(_drift(first, second, found[first], found[second]) for first, second in pairs), ""
 
 
-def _answers_of(
-    run: Run,
-    load: Callable[[], tuple[LoadedModel, PeftModel]],
-    prepare: Callable[[LoadedModel], PreparedData],
-) -> tuple[list, list]:
+def _answers_of(load: Callable[[], RunModel], prepare: Callable[[LoadedModel], PreparedData]) -> tuple[list, list]:
     """What a form answers to the run's held-out prompts; the model is gone afterwards."""
-    loaded, model = load()
-    return answered(run, model, loaded, prepare(loaded), DRIFT_PROMPTS)
+    asked = load()
+    return answered(asked, prepare(asked.loaded), DRIFT_PROMPTS)
 
 
-def _with_adapter(run: Run, config: Any) -> tuple[LoadedModel, PeftModel]:
+def _with_adapter(run: Run, config: Any) -> RunModel:
     from qlora_helpers.model.loading import load_model
 
     loaded = load_model(config, say=lambda text: None)
-    return loaded, load_adapter(run, loaded)
+    return RunModel(run, load_adapter(run, loaded), loaded)
 
 
-def _alone(config: Any) -> tuple[LoadedModel, Any]:
+def _alone(run: Run, config: Any) -> RunModel:
     from qlora_helpers.model.loading import load_model
 
     loaded = load_model(config, say=lambda text: None)
-    return loaded, loaded.model
+    return RunModel(run, loaded.model, loaded)
 
 
 def _drift(first: str, second: str, one: tuple[list, list], other: tuple[list, list]) -> Drift:

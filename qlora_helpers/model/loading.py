@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
@@ -69,6 +69,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     audit: LoadAudit
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's `config.json`, as it is in memory."""
+        return self.model.config.to_dict()
 
     def __repr__(self) -> str:
         return f"{self.checkpoint!r}\n{self.audit!r}"

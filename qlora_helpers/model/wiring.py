@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +17,25 @@ if TYPE_CHECKING:
     from qlora_helpers.training.fast_step.loss import ChunkedLoss
 
 
+def base_model_of(model: torch.nn.Module) -> Any:
+    """The model under a peft model's adapters; a model without adapters is returned as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode while open, and then back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def takes_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether a model can compute its logits at chosen positions alone."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
 def is_spread(model: torch.nn.Module) -> bool:

@@ -17,12 +17,13 @@ import torch
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
+from qlora_helpers.data import batches
 from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.model.wiring import is_spread, takes_logits_to_keep
+from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU
@@ -42,32 +43,40 @@ def make_collator(
     data: PreparedData,
     *,
     fast: FastStep | None = None,
-    blocks: int | None = None,
+    sequences: int | None = None,
 ) -> SequenceCollator:
     """The collator that fits a model and prepared data.
 
     Args:
         model: with or without adapters.
         tokenizer: the model's.
-        data: prepared blocks.
+        data: prepared sequences.
         fast: what of the fast step is on; None takes the plain path.
-        blocks: fill every batch up to so many blocks.
+        sequences: fill every batch up to so many sequences.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
+    targets: batches.Targets = batches.KeptLogits(as_list=is_spread(model))
+    if fast and fast.loss is not None:
+        targets = batches.TrainedTokens(most_trained(data.train, sequences) if sequences and fast.recording else None)
+    elif not takes_logits_to_keep(model):
+        targets = batches.AllLogits()
     return SequenceCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        packed=data.packed,
-        mask_dtype=inner.dtype if eager else None,
-        pad_to=data.seq_len_tokens if data.packed else None,
-        keep_trained_logits=takes_logits_to_keep(model),
-        plain_positions=is_spread(model),
-        most_rows=most_rows(data.train, data.eval) if fast and fast.block_diagonal else None,
-        list_trained=fast is not None and fast.loss is not None,
-        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.recording else None,
-        blocks=blocks if data.packed else None,
+        tokenizer.pad_token_id,
+        _attention_for(model, data, fast),
+        targets,
+        length=data.seq_len_tokens if data.packed else None,
+        sequences=sequences if data.packed else None,
         host_tokens=fast is not None and fast.offloaded,
     )
+
+
+def _attention_for(model: torch.nn.Module, data: PreparedData, fast: FastStep | None) -> batches.Attention:
+    if not data.packed:
+        return batches.PaddingMask()
+    if fast and fast.block_diagonal:
+        return batches.RowBounds(most_rows(data.train, data.eval))
+    inner = base_model_of(model)
+    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
+    return batches.BlockDiagonalMask(inner.dtype if eager else None)
 
 
 def open_fast_step(

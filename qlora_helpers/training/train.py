@@ -20,8 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.units import gib
-from qlora_helpers.data.packing import NumberedBlocks, PreparedData
+from qlora_helpers.data.packing import NumberedSequences, PreparedData
 from qlora_helpers.model.host_embedding import brought_back
+from qlora_helpers.model.wiring import base_model_of
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
@@ -174,7 +175,7 @@ def train(
             log.info("fast step:\n%s", fast)
         one_shape = fast is not None and (fast.compiled or fast.recording)
         collator = make_collator(
-            model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None
+            model, tokenizer, data, fast=fast, sequences=config.micro_batch_size if one_shape else None
         )
         if data.packed and fast is None:
             check_block_diagonal(model, collator)
@@ -186,7 +187,7 @@ def train(
         trainer = SummaryTrainer(
             model=model,
             args=args,
-            train_dataset=NumberedBlocks(data.train),
+            train_dataset=NumberedSequences(data.train),
             eval_dataset=data.eval,
             data_collator=collator,
         )
@@ -284,8 +285,7 @@ def planned_steps(trainer: Trainer) -> int:
 
 def half_of(model: torch.nn.Module) -> torch.dtype | None:
     """The 16-bit type a model computes in, or None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype = inner.dtype
+    dtype = base_model_of(model).dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
-from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.fast_step.parts import FastStep
@@ -44,7 +44,7 @@ class SummaryTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._blocks = deque(batch.pop("blocks", None) for batch in batches)
+        self._blocks = deque(batch.pop("sequences", None) for batch in batches)
         pad = self.data_collator.pad_token_id
         self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
         return batches, items
@@ -92,21 +92,19 @@ class SummaryTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Sum of the token losses over the number of trained tokens, over all processes."""
         model = self.model
-        was_training = model.training
-        model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         rows = 0
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
-            losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
-            sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
-            rows += len(tokens)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            if sigterm.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
-                break
-        model.train(was_training)
+        with in_eval_mode(model):
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
+                losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
+                sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
+                rows += len(tokens)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if sigterm.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
+                    break
         done = rows >= len(dataloader.dataset) or not sigterm.asked()
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)

@@ -21,7 +21,7 @@ def notebook(lab, opened):
     cells = [
         "from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import row_browser",
         f"run = workflow.open_run('attacked', profile='tiny', settings={settings!r})\nloaded = workflow.load(run)\n"
-        "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict())",
+        "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape)",
         "row_browser(data, loaded.tokenizer)",
     ]
     notebook = opened(lab.add_notebook("dialogues.ipynb", cells))

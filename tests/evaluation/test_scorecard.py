@@ -108,14 +108,14 @@ def test_loss_and_perplexity_are_weighted_by_tokens():
     assert compare(rows, "base", "tuned")["loss"].first == pytest.approx(1.0)
 
 
-def test_a_measure_that_one_model_lacks_is_left_out():
+def test_a_measure_that_one_model_lacks_is_skipped():
     rows = rows_of([1, 2], [2, 3])
     for row in rows:
         row["answers"]["tuned"] |= {"nats": 1.0, "loss_tokens": 1}
     assert "loss" not in {item.measure for item in compare(rows, "base", "tuned").differences}
 
 
-def test_what_can_be_said():
+def test_verdicts_in_words():
     count = FEWEST_ROWS
     noise = [(-1) ** index * 3.0 for index in range(count)]
     unsure = compare(rows_of([20.0] * count, [20 + value for value in noise]), "base", "tuned")
@@ -142,7 +142,7 @@ def test_wins_ties_and_losses_the_clearest_first():
     assert empty.differences == empty.wins == ()
 
 
-def test_it_is_read_back_and_shown():
+def test_a_comparison_is_read_back_and_shown():
     found = compare(rows_of(range(30), range(1, 60, 2), nats=3.0, loss_tokens=2), "base", "tuned")
     again = comparison_from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
     assert again == found
@@ -157,7 +157,7 @@ def test_many_rows_are_drawn_less_often():
     assert (drawn.sum(axis=1) == 7).all() and (drawn[0] == 1).all()
 
 
-def test_answers_are_scored_where_they_stand():
+def test_scores_are_added_to_each_answer():
     rows = [{"summary": "Bo is late", "answers": {"base": {"text": "Bo runs"}, "tuned": {"text": "Bo is late"}}}]
     score_answers(rows)
     assert rows[0]["answers"]["tuned"]["rouge_l"] == 100

@@ -14,7 +14,7 @@ import torch
 
 from qlora_helpers.model.host_embedding import brought_back, embeddings_on_host, offload_refusal
 from qlora_helpers.model.shapes.families import has_dropout
-from qlora_helpers.model.wiring import decoder_layers
+from qlora_helpers.model.wiring import base_model_of, decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, kernel_refusal
 from qlora_helpers.training.fast_step.graphs import CapturedPasses, graph_refusal, passes_captured
@@ -102,7 +102,7 @@ def fast_step(
         offload_embeddings: whether the input embedding goes into the host's memory.
         check: called before anything is compiled; may raise.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model_of(model)
     device, dtype = inner.get_input_embeddings().weight.device, inner.dtype
     brought_back(inner.get_input_embeddings())
     on = FastStep(layers=len(decoder_layers(inner)))

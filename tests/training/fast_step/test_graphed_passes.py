@@ -10,7 +10,7 @@ import torch
 from pretended_graphs import Recorder
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
-from qlora_helpers.data.batches import SequenceCollator, most_trained
+from qlora_helpers.data.batches import RowBounds, SequenceCollator, TrainedTokens, most_trained
 from qlora_helpers.model.host_embedding import embeddings_on_host
 from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention
@@ -37,9 +37,7 @@ def opened():
             passes = stack.enter_context(
                 passes_captured(model, passes_before=PASSES_BEFORE, prepare=looked_up, record=recorder)
             )
-            collator = SequenceCollator(
-                0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40, host_tokens=offloaded
-            )
+            collator = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24, host_tokens=offloaded)
             return passes, recorder, collator
 
         yield open_
@@ -302,7 +300,7 @@ def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
     model = built(SHAPES["llama"]).eval()
     with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0) as on, torch.no_grad():
         short = fast_collator(on)
-        filled = SequenceCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
+        filled = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24)
         batch = filled(BLOCKS)
         assert len(batch["trained_index"]) == 40 == len(set(batch["trained_index"].tolist()))
         first, second = row_losses(model, short(BLOCKS), on.loss), row_losses(model, batch, on.loss)
