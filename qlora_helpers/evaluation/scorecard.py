@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 
 SAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
 FEWEST_ROWS = 20  # below, the bootstrap's intervals are too narrow to be believed
@@ -116,7 +116,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """Two models on the same held-out rows.
 
     Attributes:
@@ -135,8 +135,8 @@ class Comparison:
     def __getitem__(self, measure: str) -> Difference:
         return next(item for item in self.differences if item.measure == measure)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines."""
+    def table(self) -> Table:
+        """Returns a row for each measure: both values, the difference, its interval and what it says."""
         header = ["measure", self.first, self.second, "difference", f"{LEVEL:.0%} interval", "verdict"]
         lines = [
             [
@@ -149,7 +149,7 @@ class Comparison:
             ]
             for d in self.differences
         ]
-        return header, lines
+        return Table(header, lines, notes=[self.verdict()], numbers=range(1, 5))
 
     def verdict(self) -> str:
         """What the rows say about ROUGE-L, in a sentence that says so where they say nothing."""
@@ -166,14 +166,6 @@ class Comparison:
             f"{abs(gain.difference):.1f} points of ROUGE-L {more} ({LEVEL:.0%} interval {between}); {len(self.wins)} rows won, "
             f"{len(self.ties)} tied, {len(self.losses)} lost."
         )
-
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return f"{text_table(header, lines, numbers=range(1, 5))}\n{self.verdict()}"
-
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, 5), caption=self.verdict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
