@@ -76,9 +76,9 @@ class SpaceReport(Tabular):
 
     def table(self) -> Table:
         """Returns a row for each item, without paths, and the total below."""
-        rows = [[item.id, item.kind, f"{gib(item.n_bytes):.3f}", item.note] for item in self.items]
-        rows.append(["total", "", f"{gib(self.n_bytes):.3f}", ""])
-        return Table(["what", "kind", "GiB", "note"], rows, numbers=(2,))
+        rows = [[item.id, f"{gib(item.n_bytes):.3f} GiB", item.kind, item.note] for item in self.items]
+        rows.append(["total", f"{gib(self.n_bytes):.3f} GiB", "", ""])
+        return Table(["what", "size", "kind", "note"], rows, numbers=(1,))
 
 
 class GpuMemory(NamedTuple):

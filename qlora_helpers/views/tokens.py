@@ -57,7 +57,7 @@ class TokenView:
             if last_segment not in (None, segment):
                 parts.append(f'<hr style="{inline("between")}">')
             shown = html.escape({"end": text or "END"}.get(kind, text)).replace("\n", "↵<br>")
-            parts.append(f'<span title="{kind}" style="{inline(kind)}">{shown}</span>')
+            parts.append(f"<span title='{kind}' style='{inline(kind)}'>{shown}</span>")
             last_segment = segment
         key = " ".join(f'<span style="{inline(kind)}">{kind}</span>' for kind in KINDS)
         body = "".join(parts) + html.escape(self._rest())
