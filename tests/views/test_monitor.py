@@ -1,4 +1,4 @@
-"""Watching a run: curves, tables, and where it stands, from the run folder alone."""
+"""Watching a run from its folder alone: curves, tables and its present state."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_equal_curves_are_equal_files_and_drawing_leaves_no_state(tmp_path):
         "print(one._repr_html_() == two._repr_html_(), before == matplotlib.rcParams.copy())\n"
         "print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"
     )
-    told = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
-    assert told.split("\n")[:2] == ["True True", "[]"]
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert output.split("\n")[:2] == ["True True", "[]"]
 
 
 def test_nothing_logged_yet(tmp_path):

@@ -268,8 +268,8 @@ def test_a_failed_events_copy_is_shown(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     assert "TensorBoard" not in panel.readings.value
-    told = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
-    write_json(run.events_dir / "upload.json", told)
+    state = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
+    write_json(run.events_dir / "upload.json", state)
     panel.refresh()
     assert "s3://b/p/demo has not taken the events" in plain_text(panel.readings)
     assert "NoSuchBucket: &lt;b&gt;" in panel.readings.value and "2.0 KiB wait" in panel.readings.value
