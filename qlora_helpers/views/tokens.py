@@ -23,14 +23,14 @@ class TokenView:
     """A sequence of tokens marked by what happens to them: in colours in a notebook, in brackets where there are no colours.
 
     Args:
-        block: `input_ids`, `labels` and, for a packed sequence of several rows, `segment_ids`.
+        sequence: `input_ids`, `labels` and, for a packed sequence of several rows, `segment_ids`.
         tokenizer: the model's tokenizer.
         most: the largest number of tokens to show.
     """
 
-    def __init__(self, block: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, most: int = 400) -> None:
-        ids, labels = list(block["input_ids"]), list(block["labels"])
-        segments = list(block.get("segment_ids") or [1] * len(ids))
+    def __init__(self, sequence: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, most: int = 400) -> None:
+        ids, labels = list(sequence["input_ids"]), list(sequence["labels"])
+        segments = list(sequence.get("segment_ids") or [1] * len(ids))
         self.tokens = [
             (text, token_kind(token, label, segment, tokenizer.eos_token_id), segment)
             for text, token, label, segment in zip(

@@ -259,6 +259,30 @@ def test_it_understands_what_evaluation_writes(tmp_path):
     assert page_of(run).source == expected
 
 
+def test_a_reloaded_adapter_that_differs_is_reported(tmp_path):
+    run = finished_run(tmp_path)
+    changed(run.plan_path, reload={"prompts": 3, "same_answers": 2, "largest_difference": 0.5})
+    page = page_of(run)
+    assert "No. The adapter was saved" in page.text
+    assert "2 of 3 answers are identical, and the next-token logits differ by at most 5.0e-01." in page.text
+    assert [each for each in page.all("strong") if each.get("class") == "bad"]
+
+
+def test_a_huge_loss_has_a_perplexity(tmp_path):
+    run = finished_run(tmp_path)
+    values = evaluation_values()
+    values["scores"]["tuned"]["loss"] = 1e4
+    write_json(run.evaluation_path, values)
+    assert "10000.000" in page_of(run).text, "exp() of it would overflow"
+
+
+def test_a_loss_that_ends_at_its_lowest_is_not_remarked_on(tmp_path):
+    run = fake_run(tmp_path)
+    for step, loss in ((10, 2.4), (20, 2.1)):
+        run.append_progress({"step": step, "eval_loss": loss})
+    assert "It was lowest" not in page_of(run).text
+
+
 # what is never run
 
 

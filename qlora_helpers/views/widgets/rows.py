@@ -65,8 +65,10 @@ class RowBrowser(Panel):
         """Returns the packed sequence, the number in it (from 1) and the id of each row."""
         if split not in ("train", "eval"):
             raise DataError("there is no such split", expected="train or eval", got=repr(split))
-        blocks = getattr(self._data, split)["row_ids"]
-        rows = [(block, number, row) for block, ids in enumerate(blocks) for number, row in enumerate(ids, start=1)]
+        sequences = getattr(self._data, split)["row_ids"]
+        rows = [
+            (sequence, number, row) for sequence, ids in enumerate(sequences) for number, row in enumerate(ids, start=1)
+        ]
         if not rows:
             raise DataError(f"the split {split} has no rows")
         return rows
@@ -180,22 +182,22 @@ class RowBrowser(Panel):
         self._tokens.value = self._tokens_html(whole=self._whole.value)
 
     def _title(self) -> str:
-        block, number, row = self._rows[self.index]
-        count = sum(each[0] == block for each in self._rows)
-        where = f"row {number} of {count} in sequence {block + 1} of {self._rows[-1][0] + 1}"
+        sequence, number, row = self._rows[self.index]
+        count = sum(each[0] == sequence for each in self._rows)
+        where = f"row {number} of {count} in sequence {sequence + 1} of {self._rows[-1][0] + 1}"
         report = self._data.report if self.split == "train" else self._data.eval_report
         trimmed = ", dialogue trimmed to fit" if row in report.trimmed else ""
         return f"{self.split} row {self.index + 1} of {len(self._rows)}: {row} ({where}{trimmed})"
 
     def _tokens_html(self, *, whole: bool) -> str:
-        block_index, here, _ = self._rows[self.index]
-        block = getattr(self._data, self.split)[block_index]
-        segments, counts, parts = block["segment_ids"], Counter(), []
+        sequence_index, here, _ = self._rows[self.index]
+        sequence = getattr(self._data, self.split)[sequence_index]
+        segments, counts, parts = sequence["segment_ids"], Counter(), []
         for number in sorted(set(segments) - {0}) if whole else [here]:
-            ids, labels = _row_tokens(block, number)
+            ids, labels = _row_tokens(sequence, number)
             if whole:
                 mark = " here" if number == here else ""
-                name = html.escape(f"row {number}: {block['row_ids'][number - 1]}, {len(ids)} tokens")
+                name = html.escape(f"row {number}: {sequence['row_ids'][number - 1]}, {len(ids)} tokens")
                 parts.append(f'<div class="qlora-bound{mark}">{name}</div>')
             kinds = [
                 token_kind(token, label, number, self._tokenizer.eos_token_id)
@@ -219,16 +221,20 @@ class RowBrowser(Panel):
     def _row_texts(self) -> list[str]:
         """Returns the text of each row of the split, decoded once."""
         if self.split not in self._texts:
-            blocks = getattr(self._data, self.split)
-            rows = [_row_tokens(block, number)[0] for block in blocks for number in range(1, len(block["row_ids"]) + 1)]
+            sequences = getattr(self._data, self.split)
+            rows = [
+                _row_tokens(sequence, number)[0]
+                for sequence in sequences
+                for number in range(1, len(sequence["row_ids"]) + 1)
+            ]
             self._texts[self.split] = self._tokenizer.batch_decode(rows)
         return self._texts[self.split]
 
     # where there are no widgets
 
     def _still(self) -> TokenView:
-        block, number, _ = self._rows[self.index]
-        ids, labels = _row_tokens(getattr(self._data, self.split)[block], number)
+        sequence, number, _ = self._rows[self.index]
+        ids, labels = _row_tokens(getattr(self._data, self.split)[sequence], number)
         return TokenView({"input_ids": ids, "labels": labels}, self._tokenizer)
 
     def still_text(self) -> str:
@@ -240,10 +246,10 @@ class RowBrowser(Panel):
         return f"<b>{html.escape(self._title())}</b>{self._still()._repr_html_()}"
 
 
-def _row_tokens(block: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+def _row_tokens(sequence: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
     """Returns tokens and labels of one row of a packed sequence, counted from 1."""
-    where = [place for place, segment in enumerate(block["segment_ids"]) if segment == number]
-    return [block["input_ids"][place] for place in where], [block["labels"][place] for place in where]
+    where = [place for place, segment in enumerate(sequence["segment_ids"]) if segment == number]
+    return [sequence["input_ids"][place] for place in where], [sequence["labels"][place] for place in where]
 
 
 def _spans(ids: list[int], texts: list[str], kinds: list[str], query: str) -> str:

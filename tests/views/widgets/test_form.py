@@ -216,6 +216,8 @@ def test_an_unknown_hardware_name_keeps_the_last_choice(form):
     assert "not known" in form.choice.message.value and form.hardware.label == "H100"
     form.choice.name.value, form.choice.price.value = "4x24GiB", "cheap"
     assert "this is not a price" in form.choice.message.value
+    form.choice.price.value = "-1"
+    assert "this is not a price" in form.choice.message.value
 
 
 def test_without_a_gpu_it_plans_for_an_instance_that_fits_and_says_so(falcon_run):

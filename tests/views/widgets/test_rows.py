@@ -88,6 +88,9 @@ def test_search_goes_through_the_rows_with_the_text(rows):
         assert rows.index in rows.matches and rows.index != before
     box.value = "summarize"
     assert list(rows.matches) == everywhere and len(everywhere) == 6
+    rows.show(0)
+    find(rows.box, "qlora-previous").click()
+    assert rows.index == 5, "before the first match comes the last"
     box.value = ""
     assert rows.matches == () and "k-found" not in shown(rows)
 

@@ -276,6 +276,28 @@ def test_a_failed_events_copy_is_shown(tmp_path):
     panel.close()
 
 
+def test_values_of_an_earlier_session_are_not_shown(tmp_path):
+    """Requests and the count for patience belong to the session in which they were made."""
+    run = live_run(tmp_path)
+    run.save_config(run.config().with_settings({"train.patience": 4}))
+    run.append_progress({"session": 1, "step": 32, "eval_loss": 2.0, "evaluations_without_better": 3})
+    run.request("save")
+    run.set_status(state="stopped")
+    run.open_session()
+    panel = watch(run)
+    assert panel.view.requests == () and panel.requests.value == ""
+    assert "0 of 4 evaluations" in plain_text(panel.limits)
+    assert panel.view.seconds_left is None, "a run that is starting has no pace yet"
+    panel.close()
+
+
+def test_only_a_live_run_has_a_last_sign_of_life(tmp_path):
+    run = live_run(tmp_path, state="finished", heartbeat=time.time() - 3600)
+    panel = watch(run)
+    assert "sign of life" not in plain_text(panel.state)
+    panel.close()
+
+
 def test_a_run_that_has_not_begun(tmp_path):
     panel = watch(fake_run(tmp_path), start=print)
     assert "new" in plain_text(panel.state).split("\n")
