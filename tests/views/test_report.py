@@ -146,7 +146,7 @@ def test_a_loss_that_rose_again_is_reported(tmp_path):
     run = fake_run(tmp_path)
     for step, loss in ((10, 2.4), (20, 2.1), (30, 2.6)):
         run.append_progress({"step": step, "eval_loss": loss})
-    assert "It was lowest (2.100) at step 20: later steps did not improve it." in page_of(run).text
+    assert "It was lowest (2.100) at step 20; later steps did not improve it." in page_of(run).text
 
 
 def test_a_worse_model_is_reported(tmp_path):
