@@ -276,6 +276,14 @@ def test_a_huge_loss_has_a_perplexity(tmp_path):
     assert "10000.000" in page_of(run).text, "exp() of it would overflow"
 
 
+def test_only_few_dialogues_are_called_few():
+    values = evaluation_values()
+    row = values["rows"][0]
+    for rows, is_few in ((99, True), (100, False)):
+        sentences = report_scores.verdicts(values | {"rows": [row] * rows})
+        assert any(text.startswith(f"With only {rows} dialogues") for text in sentences) is is_few
+
+
 def test_a_loss_that_ends_at_its_lowest_is_not_remarked_on(tmp_path):
     run = fake_run(tmp_path)
     for step, loss in ((10, 2.4), (20, 2.1)):

@@ -295,6 +295,7 @@ def test_only_a_live_run_has_a_last_sign_of_life(tmp_path):
     run = live_run(tmp_path, state="finished", heartbeat=time.time() - 3600)
     panel = watch(run)
     assert "sign of life" not in plain_text(panel.state)
+    assert panel.view.seconds_left is None and "time left" not in plain_text(panel.state)
     panel.close()
 
 
