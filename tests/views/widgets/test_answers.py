@@ -101,6 +101,21 @@ def test_it_shows_pieces_as_they_come_stops_and_asks_again():
     assert "ANN: LUNCH?" in asked(panel)[1]
 
 
+def test_an_iterator_is_closed_although_somebody_still_holds_it():
+    class Pieces:
+        closed = 0
+
+        def __iter__(self):
+            return iter(["one ", "two"])
+
+        def close(self):
+            self.closed += 1
+
+    held = Pieces()
+    panel = answer_panel(lambda dialogue, **settings: held, EXAMPLES)
+    assert "one two" in asked(panel)[1] and held.closed == 2
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
