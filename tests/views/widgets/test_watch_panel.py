@@ -18,7 +18,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets import watch
-from qlora_helpers.views.widgets.live_charts import axis_end, round_ticks, thinned
+from qlora_helpers.views.widgets.live_charts import LiveChart, axis_end, round_ticks, thinned
 
 GPUS = {
     "gpus": [
@@ -442,6 +442,13 @@ def test_ticks_are_round_numbers(low, high, ticks, form):
     found, written = round_ticks(low, high, 6)
     assert found == pytest.approx(ticks)
     assert written == form
+
+
+@pytest.mark.parametrize("value", [2.0, 0.0, -3.0])
+def test_a_constant_curve_has_room_above_and_below(value):
+    chart = LiveChart(["loss"], height_px=84)
+    chart.show([((1, value), (2, value))], last_step=10)
+    assert chart.y.min < value < chart.y.max
 
 
 def test_thinned_curves_keep_their_ends_and_extremes():
