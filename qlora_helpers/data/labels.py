@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.data.prompts import answer_tokens, prompt_tokens
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def label_row(
 
 
 @dataclass(frozen=True)
-class LabelReport:
+class LabelReport(Tabular):
     """What is trained and what is not, counted over the sequences that the trainer will see.
 
     Attributes:
@@ -132,8 +133,9 @@ class LabelReport:
             ("verdict", "PASS" if self.passed else "FAIL: " + "; ".join(self.problems)),
         ]
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{name:<14} {value}" for name, value in self.lines())
+    def table(self) -> Table:
+        """Returns the lines of the report as pairs of a name and a value."""
+        return Table((), self.lines())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON, including the verdict."""

@@ -5,13 +5,12 @@ Takes and gives plain values; `evaluate` makes them. Imports no torch.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import plain
 from qlora_helpers.evaluation.scorecard import Comparison, comparison_from_dict
 
@@ -46,7 +45,7 @@ MODELS = {"base": "untuned", "base_chat": "untuned, chat template", "tuned": "tu
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Tabular):
     """The comparison of base and tuned model, as `evaluation.json` holds it.
 
     Attributes:
@@ -70,8 +69,8 @@ class Evaluation:
         """Points of ROUGE-L that the tuned model has more than the untuned one, on the same prompt."""
         return self.scores["tuned"].rouge_l - self.scores["base"].rouge_l
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines of the comparison."""
+    def table(self) -> Table:
+        """Returns a row of scores for each model, with what the rows can tell below."""
         header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "stops", "repeated", "tokens", "loss", "perplexity"]
         lines = []
         for name, score in self.scores.items():
@@ -90,11 +89,8 @@ class Evaluation:
                     perplexity,
                 ]
             )
-        return header, lines
-
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return "\n".join([text_table(header, lines, numbers=range(1, len(header))), *self.notes()])
+        caption = f"{len(self.rows)} held-out rows"
+        return Table(header, lines, caption=caption, notes=self.notes(), numbers=range(1, len(header)))
 
     def notes(self) -> list[str]:
         """What the rows can tell, and which of them do not count."""
@@ -106,10 +102,6 @@ class Evaluation:
         if self.prompt_tokens_trimmed:
             found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit")
         return found
-
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, len(header)), caption=f"{len(self.rows)} held-out rows")
 
     def side_by_side(self, rows: int = 5, *, outcome: str | None = None, against: str = "base") -> SideBySide:
         """Returns rows to browse: dialogue, reference and each model's answer.
@@ -156,7 +148,7 @@ def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
     )
 
 
-class SideBySide:
+class SideBySide(Tabular):
     """Dialogues with the reference and the answers beside them. Everything is escaped: nothing in a dialogue is ever run.
 
     Terminal codes, control characters and overrides of the writing direction are removed, in printed text too.
@@ -166,25 +158,21 @@ class SideBySide:
         self.rows = rows
 
     def __repr__(self) -> str:
+        """Returns the texts below each other: a dialogue has too many lines for a column of a terminal."""
         parts = []
         for row in self.rows:
             answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
             parts.append("\n".join([plain(row["dialogue"]), f"{'reference:':<24} {plain(row['summary'])}", *answers]))
         return "\n\n".join(parts)
 
-    def _repr_html_(self) -> str:
-        cell = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:22em;padding:6px 10px"
+    def table(self) -> Table:
+        """Returns a row for each dialogue: its turns, the reference and each model's answer."""
         names = ["dialogue", "reference", *(MODELS[name] for name in (self.rows[0]["answers"] if self.rows else ()))]
-        head = "".join(f"<th style='{cell}'>{html.escape(name)}</th>" for name in names)
-        lines = []
-        for row in self.rows:
-            texts = [
-                plain(row["dialogue"]),
-                plain(row["summary"]),
-                *(_one_line(a["text"]) for a in row["answers"].values()),
-            ]
-            lines.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in texts) + "</tr>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        rows = [
+            [plain(row["dialogue"]), plain(row["summary"]), *(_one_line(a["text"]) for a in row["answers"].values())]
+            for row in self.rows
+        ]
+        return Table(names, rows)
 
 
 def _one_line(text: str, most: int = 400) -> str:

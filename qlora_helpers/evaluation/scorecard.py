@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 
 SAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
 FEWEST_ROWS = 20  # with fewer, the bootstrap's intervals are too narrow to be trusted
@@ -118,7 +118,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """The comparison of two models on the same held-out rows.
 
     Attributes:
@@ -137,8 +137,8 @@ class Comparison:
     def __getitem__(self, measure: str) -> Difference:
         return next(item for item in self.differences if item.measure == measure)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Returns the table's header and lines."""
+    def table(self) -> Table:
+        """Returns a row for each measure: both values, the difference, its interval and what it says."""
         header = ["measure", self.first, self.second, "difference", f"{LEVEL:.0%} interval", "verdict"]
         lines = [
             [
@@ -151,7 +151,7 @@ class Comparison:
             ]
             for d in self.differences
         ]
-        return header, lines
+        return Table(header, lines, notes=[self.verdict()], numbers=range(1, 5))
 
     def verdict(self) -> str:
         """Says in a sentence what the rows tell about ROUGE-L, also where they tell nothing."""
@@ -168,14 +168,6 @@ class Comparison:
             f"{abs(gain.difference):.1f} points of ROUGE-L {more} ({LEVEL:.0%} interval {between}); {len(self.wins)} rows won, "
             f"{len(self.ties)} tied, {len(self.losses)} lost."
         )
-
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return f"{text_table(header, lines, numbers=range(1, 5))}\n{self.verdict()}"
-
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, 5), caption=self.verdict())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""

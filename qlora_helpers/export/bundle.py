@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
-from qlora_helpers.base.tables import text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.base.units import gib
 from qlora_helpers.export import vllm
@@ -40,7 +40,7 @@ PARTS = {"adapter", "merged", "model.tar.gz", "serving.json", "export.json"}
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Tabular):
     """What was written, and how far the merged model is from the one that was trained; `export.json`."""
 
     folder: Path
@@ -49,23 +49,16 @@ class ExportReport:
     drift: tuple[Drift, ...]
     notes: tuple[str, ...]
 
-    def __repr__(self) -> str:
-        lines = [f"{self.folder.name}/: " + ", ".join(sorted(item.name for item in self.folder.iterdir()))]
-        lines += [repr(self.merged)] if self.merged else []
-        if self.drift:
-            header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"]
-            rows = [
-                [
-                    d.first,
-                    d.second,
-                    f"{d.largest_difference:.3g}",
-                    f"{d.kl_nats:.2g}",
-                    f"{d.same_answers} of {d.prompts}",
-                ]
-                for d in self.drift
-            ]
-            lines.append(text_table(header, rows, numbers=range(2, 5)))
-        return "\n".join([*lines, *self.notes])
+    def table(self) -> Table:
+        """Returns the files that were written and, where a model was merged, how far each pair of models is apart."""
+        files = f"{self.folder.name}/: " + ", ".join(sorted(item.name for item in self.folder.iterdir()))
+        header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"] if self.drift else []
+        rows = [
+            [d.first, d.second, f"{d.largest_difference:.3g}", f"{d.kl_nats:.2g}", f"{d.same_answers} of {d.prompts}"]
+            for d in self.drift
+        ]
+        merged = [repr(self.merged)] if self.merged else []
+        return Table(header, rows, caption=files, notes=[*merged, *self.notes], numbers=range(2, 5))
 
 
 def export(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.tables import Table, Tabular
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +38,7 @@ BOOKKEEPING = {  # keys of the adapter's settings that change nothing of what it
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Tabular):
     """What was found of a saved adapter.
 
     Attributes:
@@ -102,7 +103,8 @@ class Certificate:
     def passed(self) -> bool:
         return not self.problems
 
-    def __repr__(self) -> str:
+    def table(self) -> Table:
+        """Returns what was checked and found, and the verdict."""
         verdict = "PASS" if self.passed else "FAIL: " + "; ".join(self.problems)
         moved = "all B moved off zero, all finite" if not (self.unmoved or self.not_finite) else "see the verdict"
         asked = (
@@ -118,7 +120,7 @@ class Certificate:
             ("sha256", self.weights_sha256[:12]),
             ("verdict", verdict),
         ]
-        return "\n".join(f"{name:<15} {value}" for name, value in lines)
+        return Table((), lines)
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 
 FIRST_CPU_READING_S = 0.1
@@ -172,15 +172,16 @@ def read_disk(path: str | os.PathLike[str]) -> DiskReading:
     return DiskReading(gib(usage.total), gib(usage.free))
 
 
-@dataclass(frozen=True, repr=False)
-class GpuTable:
+@dataclass(frozen=True)
+class GpuTable(Tabular):
     """GPUs, one process and the machine, as in `nvidia-smi`; prints as text, shows as HTML in a notebook."""
 
     gpus: tuple[GpuReading, ...]
     process: ProcessReading | None
     machine: MachineReading
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
+    def table(self) -> Table:
+        """Returns a row for each GPU, one for the process and one for the machine."""
         rows = [
             [
                 f"GPU {gpu.index} {gpu.name}",
@@ -204,15 +205,7 @@ class GpuTable:
         rows.append([f"machine (cores: {self.machine.cores})", memory, f"{self.machine.cpu_percent:.0f} %", "", ""])
         columns = 5 if self.gpus else 3
         header = ["device" if self.gpus else "no GPU", "memory", "busy", "temperature", "power"]
-        return header[:columns], [row[:columns] for row in rows]
-
-    def __repr__(self) -> str:
-        header, rows = self._table()
-        return text_table(header, rows, numbers=range(1, len(header)))
-
-    def _repr_html_(self) -> str:
-        header, rows = self._table()
-        return html_table(header, rows, numbers=range(1, len(header)))
+        return Table(header[:columns], [row[:columns] for row in rows], numbers=range(1, columns))
 
 
 def gpu_table(pid: int | None = None, nvml: Any = None) -> GpuTable:

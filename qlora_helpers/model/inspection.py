@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.checkpoints import Checkpoint
 from qlora_helpers.model.nf4 import is_nf4, stored_bytes
@@ -30,7 +31,7 @@ def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class WeightCounts:
+class WeightCounts(Tabular):
     """How many weights a model has.
 
     Attributes:
@@ -45,13 +46,15 @@ class WeightCounts:
         """GiB that the weights take at so many bits each."""
         return gib((self.linear * linear_bits + self.other * other_bits) / 8)
 
-    def __repr__(self) -> str:
+    def table(self) -> Table:
+        """Returns the counts, each with its share of all weights."""
         total = self.linear + self.other
-        return (
-            f"linear layers    {self.linear:>17,}  {self.linear / total:6.1%}\n"
-            f"everything else  {self.other:>17,}  {self.other / total:6.1%}\n"
-            f"all weights      {total:>17,}"
-        )
+        rows = [
+            ["linear layers", f"{self.linear:,}", f"{self.linear / total:.1%}"],
+            ["everything else", f"{self.other:,}", f"{self.other / total:.1%}"],
+            ["all weights", f"{total:,}", ""],
+        ]
+        return Table((), rows, numbers=(1, 2))
 
 
 def count_weights(shape: dict[str, Any]) -> WeightCounts:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.model.nf4 import unpacked_numel
 from qlora_helpers.model.shapes.families import adapter_targets
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(Tabular):
     """Parameters of a model with adapters.
 
     Attributes:
@@ -46,12 +47,18 @@ class ParameterCount:
     def published_percent(self) -> float:
         return 100 * self.trainable / self.published_total
 
-    def __repr__(self) -> str:
-        return (
-            f"trainable        {self.trainable:>17,}\n"
-            f"all parameters   {self.total:>17,}   {self.percent:.4f} % trained\n"
-            f"published way    {self.published_total:>17,}   {self.published_percent:.4f} %  (counts two 4-bit weights as one)"
-        )
+    def table(self) -> Table:
+        """Returns the counts, and the share that is trained by either way of counting."""
+        rows = [
+            ["trainable", f"{self.trainable:,}", ""],
+            ["all parameters", f"{self.total:,}", f"{self.percent:.4f} % trained"],
+            [
+                "published way",
+                f"{self.published_total:,}",
+                f"{self.published_percent:.4f} % (counts two 4-bit weights as one)",
+            ],
+        ]
+        return Table((), rows, numbers=(1,))
 
 
 def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:

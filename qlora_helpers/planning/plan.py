@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers.base.tables import Table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
@@ -26,7 +26,7 @@ DETAIL_ROWS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """What fits, how fast it is, and what to change where nothing does.
 
     Attributes:
@@ -105,13 +105,15 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def __repr__(self) -> str:
+    def table(self) -> Table:
+        """Returns the memory of each GPU, with what fits best, or what would fit, below."""
         shown = self.choice or self.smallest
-        lines = [
+        table = _memory_table(shown, self.hardware)
+        table.caption = (
             f"{self.model} on {self.hardware.label}: {self.sizes.parameters:,} parameters, "
-            f"{self.adapter_parameters:,} trained",
-            repr(_memory_table(shown, self.hardware)),
-        ]
+            f"{self.adapter_parameters:,} trained"
+        )
+        lines = []
         if self.choice:
             lines.append(f"fastest that fits  {self.choice!r}")
             lines += [f"next best          {each!r}" for each in self.alternatives]
@@ -119,7 +121,8 @@ class Plan:
         else:
             lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB are missing on the fullest GPU, with {shown!r}")
             lines += [f"would fit: {fix}" for fix in self.fixes]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        table.notes = lines + [f"note: {note}" for note in self.notes]
+        return table
 
 
 def make_plan(workload: Workload, *, fix: bool = True) -> Plan:

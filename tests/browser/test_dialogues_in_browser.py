@@ -49,6 +49,6 @@ def test_rows_token_by_token(notebook):
     rows.locator(".qlora-search input").fill("LOOK")
     rows.locator(".qlora-search input").press("Enter")
     expect(rows).to_contain_text("2 of 8 rows with")
-    rows.locator(".qlora-whole-block input").check()
+    rows.locator(".qlora-whole-sequence input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_visible()
     assert_not_attacked(page)

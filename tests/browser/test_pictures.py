@@ -50,7 +50,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
         expect(panel.locator(f".qlora-answer-{model}")).to_contain_text("done", timeout=120_000)
     picture(notebook, panel, "answers")
     rows = notebook.page.locator(".qlora-rows")
-    rows.locator(".qlora-whole-block input").check()
+    rows.locator(".qlora-whole-sequence input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_attached()
     picture(notebook, rows, "rows")
 
