@@ -108,6 +108,12 @@ def test_loss_and_perplexity_are_weighted_by_tokens():
     assert compare(rows, "base", "tuned")["loss"].first == pytest.approx(1.0)
 
 
+def test_a_huge_loss_has_a_finite_perplexity():
+    """JSON has no infinity."""
+    found = compare(rows_of([1, 2], [1, 2], nats=9000.0, loss_tokens=10), "base", "tuned")["perplexity"]
+    assert found.first == found.second == pytest.approx(math.exp(50))
+
+
 def test_a_measure_that_one_model_lacks_is_skipped():
     rows = rows_of([1, 2], [2, 3])
     for row in rows:
