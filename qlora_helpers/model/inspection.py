@@ -1,4 +1,4 @@
-"""Looking into a checkpoint, and at what 4-bit storage does to it: for a reader who wants to see.
+"""Shows what is in a checkpoint and what 4-bit storage does to it.
 
 Owns the count of a model's weights before anything is loaded, and the comparison of a quantised layer with its original. Loads no
 model, and knows nothing of adapters, data or run folders.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's `config.json` with its defaults filled in: what `count_weights` and `workflow.prepare_data` take."""
+    """Returns the model's `config.json` with defaults filled in, as `count_weights` and `workflow.prepare_data` take it."""
     from transformers import AutoConfig
 
     if checkpoint.shape is not None:
@@ -33,15 +33,15 @@ class WeightCounts:
     """How many weights a model has.
 
     Attributes:
-        linear: in the linear layers of its blocks, which QLoRA stores in 4 bits.
-        other: everything else (embedding, output head, norms), which stays as it is; tied weights count once.
+        linear: in the linear layers of its decoder layers, which QLoRA stores in 4 bits.
+        other: everything else (embedding, output head, norms), which is not quantised; tied weights count once.
     """
 
     linear: int
     other: int
 
     def gib(self, *, linear_bits: float, other_bits: float) -> float:
-        """GiB that the weights take at so many bits each."""
+        """Returns the GiB that the weights take with these numbers of bits each."""
         return gib((self.linear * linear_bits + self.other * other_bits) / 8)
 
     def __repr__(self) -> str:
@@ -54,7 +54,7 @@ class WeightCounts:
 
 
 def count_weights(shape: dict[str, Any]) -> WeightCounts:
-    """Counts a model's weights from its shape: by arithmetic for the families of `model_sizes`, on the meta device for others.
+    """Counts a model's weights from its shape: by arithmetic for known families, on the meta device for others.
 
     Args:
         shape: the model's `config.json`.
@@ -89,7 +89,8 @@ class LayerComparison:
 
     Attributes:
         name: of the weight.
-        original, restored: `(out_features, in_features)`, float32; as in the checkpoint, and as the matrix product sees it.
+        original: the weight in the checkpoint, `(out_features, in_features)`, float32.
+        restored: the weight as the matrix multiplication sees it, of the same shape and type.
         bits: stored for each weight, constants and tables included.
     """
 
@@ -100,7 +101,7 @@ class LayerComparison:
 
     @property
     def relative_error(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """Root mean square of the error, relative to that of the weights."""
         error = (self.restored - self.original).square().mean()
         return float((error / self.original.square().mean()).sqrt())
 
@@ -118,7 +119,7 @@ def compare_layer(model: torch.nn.Module, checkpoint: Checkpoint) -> LayerCompar
     """Compares the first 4-bit layer of a loaded model with its weights in the checkpoint.
 
     Raises:
-        ModelError: the model has no 4-bit layer, or its weights are in no file.
+        ModelError: the model has no 4-bit layer, or no file of the checkpoint holds its weights.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -138,7 +139,7 @@ def _read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 return file.get_tensor(name)
     raise ModelError(
         f"{checkpoint.name} has no file with the weight {name}",
