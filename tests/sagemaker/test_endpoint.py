@@ -167,6 +167,10 @@ def test_adapters_that_vllm_refuses_are_refused_here(adapter, tmp_path, change, 
         vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
+def test_the_allowed_rank_is_the_smallest_that_holds_the_adapter():
+    assert [vllm.allowed_rank(rank) for rank in (1, 8, 9, 16, 512)] == [8, 8, 16, 16, 512]
+
+
 def expected_calls(container: dict) -> list[tuple[str, dict, dict]]:
     variant = {
         "VariantName": "AllTraffic",
