@@ -128,12 +128,13 @@ def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from qlora_helpers import workflow
-    from qlora_helpers.export import publish
+    from qlora_helpers.export.publish import publish
+    from qlora_helpers.model.hub import check_repository
     from qlora_helpers.runs.opening import existing_run
 
     run = existing_run(options.run)
     if options.publish:
-        publish.check_repository(options.publish)
+        check_repository(options.publish)
     elif options.public:
         raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
@@ -141,7 +142,7 @@ def _export(options: argparse.Namespace) -> int:
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"
-        publish.publish(report.folder / part, options.publish, private=not options.public)
+        publish(report.folder / part, options.publish, private=not options.public)
     return 0
 
 

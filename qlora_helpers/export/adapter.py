@@ -1,4 +1,4 @@
-"""A run's `adapter/`: written whole, put back on a base model, and certified to be the adapter that was trained."""
+"""Writes a run's `adapter/`, loads it onto a base model, and certifies that it is the adapter that was trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
 from qlora_helpers.evaluation.comparison import answered, compared
-from qlora_helpers.export.card import _model_card
+from qlora_helpers.export.card import adapter_card
+from qlora_helpers.export.certificate import SETTINGS, WEIGHTS
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.checkpoints import base_fingerprint
 from qlora_helpers.model.run_model import RunModel
@@ -32,53 +33,53 @@ def save_adapter(trained: RunModel) -> None:
         # 'auto' would ask the hub whether the embedding was resized; it never is here.
         trained.model.save_pretrained(folder, save_embedding_layers=False)
         trained.tokenizer.save_pretrained(folder)
-        settings = read_json(folder / "adapter_config.json")
+        settings = read_json(folder / SETTINGS)
         settings["base_model_name_or_path"] = checkpoint.name
         settings["revision"] = checkpoint.revision
-        write_json(folder / "adapter_config.json", settings)
+        write_json(folder / SETTINGS, settings)
         write_json(folder / "config.json", config.to_dict())
-        (folder / "README.md").write_text(_model_card(run, config, trained.loaded), encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(run, config, trained.loaded), encoding="utf-8")
 
 
 def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
-    """Puts the run's saved adapter on a freshly loaded base model.
+    """Adds the run's saved adapter to a freshly loaded base model.
 
     Raises:
         RunError: the run has no adapter yet.
     """
     from qlora_helpers.model import lora
 
-    run.need(run.adapter_dir / "adapter_model.safetensors", "Notebook 04_train (or `python -m qlora_helpers train`)")
+    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
 def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
-    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever it finds.
 
     Args:
         trained: the model in memory whose adapter was just saved.
-        data: its held-out rows are asked.
-        prompts: how many of them.
+        data: provides the held-out rows that are asked.
+        prompts: how many rows are asked.
     """
-    from qlora_helpers.export import certificate
+    from qlora_helpers.export import certify as certifying
 
     run, model = trained.run, trained.model
     asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
-    expected = certificate.expected_tensors(model)
+    expected = certifying.expected_tensors(model)
     try:
         with MODEL_IN_USE:
             live = answered(trained, data, prompts)
-            with certificate.saved_weights_in_place(model, run.adapter_dir):
+            with certifying.saved_weights_in_place(model, run.adapter_dir):
                 saved = answered(trained, data, prompts)
             asked = compared(live, saved)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
         log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
     prepared = run.data_dir / "prepared.json"
     checkpoint = trained.loaded.checkpoint
-    return certificate.certify(
+    return certifying.certify(
         run.adapter_dir,
         expected,
-        settings=certificate.expected_settings(model),
+        settings=certifying.expected_settings(model),
         asked=asked,
         versions=versions(),
         base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},

@@ -1,4 +1,4 @@
-"""Looking into a checkpoint, and at what 4-bit storage does to it: for a reader who wants to see.
+"""Shows what is in a checkpoint and what 4-bit storage does to it.
 
 Owns the count of a model's weights before anything is loaded, and the comparison of a quantised layer with its original. Loads no
 model, and knows nothing of adapters, data or run folders.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's `config.json` with its defaults filled in: what `count_weights` and `workflow.prepare_data` take."""
+    """Returns the model's `config.json` with defaults filled in, as `count_weights` and `workflow.prepare_data` take it."""
     from transformers import AutoConfig
 
     if checkpoint.shape is not None:
@@ -35,15 +35,15 @@ class WeightCounts(Tabular):
     """How many weights a model has.
 
     Attributes:
-        linear: in the linear layers of its blocks, which QLoRA stores in 4 bits.
-        other: everything else (embedding, output head, norms), which stays as it is; tied weights count once.
+        linear: in the linear layers of its decoder layers, which QLoRA stores in 4 bits.
+        other: everything else (embedding, output head, norms), which is not quantised; tied weights count once.
     """
 
     linear: int
     other: int
 
     def gib(self, *, linear_bits: float, other_bits: float) -> float:
-        """GiB that the weights take at so many bits each."""
+        """Returns the GiB that the weights take with these numbers of bits each."""
         return gib((self.linear * linear_bits + self.other * other_bits) / 8)
 
     def table(self) -> Table:
@@ -58,7 +58,7 @@ class WeightCounts(Tabular):
 
 
 def count_weights(shape: dict[str, Any]) -> WeightCounts:
-    """Counts a model's weights from its shape: by arithmetic for the families of `model_sizes`, on the meta device for others.
+    """Counts a model's weights from its shape: by arithmetic for known families, on the meta device for others.
 
     Args:
         shape: the model's `config.json`.
@@ -93,7 +93,8 @@ class LayerComparison:
 
     Attributes:
         name: of the weight.
-        original, restored: `(out_features, in_features)`, float32; as in the checkpoint, and as the matrix product sees it.
+        original: the weight in the checkpoint, `(out_features, in_features)`, float32.
+        restored: the weight as the matrix multiplication sees it, of the same shape and type.
         bits: stored for each weight, constants and tables included.
     """
 
@@ -104,7 +105,7 @@ class LayerComparison:
 
     @property
     def relative_error(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """Root mean square of the error, relative to that of the weights."""
         error = (self.restored - self.original).square().mean()
         return float((error / self.original.square().mean()).sqrt())
 
@@ -122,7 +123,7 @@ def compare_layer(model: torch.nn.Module, checkpoint: Checkpoint) -> LayerCompar
     """Compares the first 4-bit layer of a loaded model with its weights in the checkpoint.
 
     Raises:
-        ModelError: the model has no 4-bit layer, or its weights are in no file.
+        ModelError: the model has no 4-bit layer, or no file of the checkpoint holds its weights.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -142,7 +143,7 @@ def _read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 return file.get_tensor(name)
     raise ModelError(
         f"{checkpoint.name} has no file with the weight {name}",

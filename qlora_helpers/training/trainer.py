@@ -20,6 +20,7 @@ from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
 
@@ -98,7 +99,10 @@ class SummaryTrainer(Trainer):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
+                    if self.fast and self.fast.loss:
+                        losses, tokens = chunked_row_losses(model, batch, self.fast.loss)
+                    else:
+                        losses, tokens = row_losses(model, batch)
                 losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
                 sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
                 rows += len(tokens)

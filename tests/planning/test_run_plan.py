@@ -19,7 +19,7 @@ from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import INSTANCES, parse_gpus
 from qlora_helpers.machine.telemetry import GpuReading
-from qlora_helpers.model.shapes import lookup
+from qlora_helpers.model import hub as model_hub
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters
@@ -152,7 +152,7 @@ def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lab/unknown", "can't be downloaded: the hub knows no model lab/unknown"),
+        ("lab/unknown", "can't be downloaded: the hub has no model lab/unknown"),
         ("lab/gated", "can't be downloaded: lab/gated is gated"),
         ("lab/empty", "can't be downloaded: lab/empty has no config.json"),
     ],
@@ -228,12 +228,12 @@ def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("limit", ["HUB_TIMEOUT_S", "HUB_DEADLINE_S"])
+@pytest.mark.parametrize("limit", ["CONFIG_S", "CONFIG_DEADLINE_S"])
 def test_a_hub_that_never_answers_is_given_up(from_hub, limit, monkeypatch):
     """By the timeout of its connection, or by the deadline where each of many addresses has one."""
-    monkeypatch.setattr(lookup, "HUB_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(lookup, "HUB_DEADLINE_S", 60.0)
-    monkeypatch.setattr(lookup, limit, 0.2)
+    monkeypatch.setattr(model_hub, "CONFIG_S", 60.0)
+    monkeypatch.setattr(model_hub, "CONFIG_DEADLINE_S", 60.0)
+    monkeypatch.setattr(model_hub, limit, 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         from_hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -254,7 +254,7 @@ def test_the_hub_s_own_log_level_is_restored(from_hub):
 
 def test_an_invalid_hub_id_is_reported(from_hub):
     from_hub(closed_port())
-    with pytest.raises(ModelError, match="can't be downloaded: that is no name of a model"):
+    with pytest.raises(ModelError, match="can't be downloaded: that is not the name of a model"):
         find_shape(ModelConfig(name="lab/new/newer"))
 
 

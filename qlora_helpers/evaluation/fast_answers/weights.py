@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.nf4 import is_nf4, unpacked_numel
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.model.wiring import is_plain
+from qlora_helpers.model.wiring import is_plain_lora
 
 
 def dense_bytes(model: torch.nn.Module) -> int:
@@ -82,7 +82,7 @@ def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
     dtype, changed = model.get_input_embeddings().weight.dtype, 0
     with ExitStack() as undo:
         for module in model.modules():
-            if isinstance(module, LoraLayer) and is_plain(module):
+            if isinstance(module, LoraLayer) and is_plain_lora(module):
                 replace_forward(module, types.MethodType(_lora_forward(module, dtype), module), undo)
                 changed += 1
         yield changed

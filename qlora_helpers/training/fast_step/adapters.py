@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.model.wiring import is_plain
+from qlora_helpers.model.wiring import is_plain_lora
 
 NEVER_CHANGED_AFTER = (
     "q_proj",
@@ -82,7 +82,7 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
     changed = 0
     with ExitStack() as undo:
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and is_plain(module):
+            if isinstance(module, LoraLayer) and is_plain_lora(module):
                 in_place = path.rpartition(".")[2] in NEVER_CHANGED_AFTER
                 replace_forward(module, types.MethodType(_lora_forward(module.forward, in_place), module), undo)
                 changed += 1

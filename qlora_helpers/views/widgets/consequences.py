@@ -50,7 +50,8 @@ def how(found: Forecast) -> str:
     compiled = "compiled" if step.compiled else "not compiled"
     compiled += ", with CUDA graphs" if step.captured else ""
     batches = f"{step.gradient_accumulation_steps} batch{'es' * (step.gradient_accumulation_steps != 1)} per step"
-    return f"batches of {step.micro_batch_size} x {step.seq_len_tokens:,} tokens, {batches}; activation checkpointing in {layers}; {compiled}"
+    size = f"batches of {step.micro_batch_size} x {step.seq_len_tokens:,} tokens, {batches}"
+    return f"{size}; activation checkpointing in {layers}; {compiled}"
 
 
 def fix_text(fix: Fix) -> str:

@@ -32,7 +32,7 @@ from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_in_rows, kernel_refusal
 from qlora_helpers.training.fast_step.layers import layers_changed
-from qlora_helpers.training.fast_step.loss import loss_in_chunks, token_losses
+from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks, token_losses
 from qlora_helpers.training.fast_step.parts import fast_step
 
 VOCABULARY = 97
@@ -423,7 +423,7 @@ def test_evaluation_in_chunks_gives_the_plain_losses_of_each_block():
     with torch.no_grad():
         expected = row_losses(model, plain_collator()(BLOCKS))
         with fast(model) as on:
-            found = row_losses(model, fast_collator(on)(BLOCKS), on.loss)
+            found = chunked_row_losses(model, fast_collator(on)(BLOCKS), on.loss)
     torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=1e-6, atol=0)
     assert torch.equal(found[1], expected[1])
 
@@ -436,7 +436,7 @@ def test_blocks_of_padding_change_nothing():
         batch = dataclasses.replace(collator, sequences=4)(BLOCKS)
         assert batch["input_ids"].shape == (4, 24)
         assert_same(expected, gradients(model, batch), tolerance=1e-9)
-        losses, tokens = row_losses(model, batch, on.loss)
+        losses, tokens = chunked_row_losses(model, batch, on.loss)
     assert losses[2:].tolist() == [0, 0] and tokens[2:].tolist() == [0, 0]
 
 

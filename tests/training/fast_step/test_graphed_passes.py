@@ -15,7 +15,7 @@ from qlora_helpers.model.host_embedding import embeddings_on_host
 from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention
 from qlora_helpers.training.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_captured
-from qlora_helpers.training.fast_step.loss import loss_in_chunks
+from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
 PASSES_BEFORE = 2
@@ -303,7 +303,7 @@ def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
         filled = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24)
         batch = filled(BLOCKS)
         assert len(batch["trained_index"]) == 40 == len(set(batch["trained_index"].tolist()))
-        first, second = row_losses(model, short(BLOCKS), on.loss), row_losses(model, batch, on.loss)
+        first, second = chunked_row_losses(model, short(BLOCKS), on.loss), chunked_row_losses(model, batch, on.loss)
     assert second[1].tolist() == first[1].tolist()
     assert torch.allclose(first[0], second[0])
 
