@@ -6,6 +6,7 @@ Heavy libraries are imported inside the fixtures, so that a test of a light modu
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
@@ -13,6 +14,53 @@ from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+TESTS = Path(__file__).parent
+HEAVY_FOLDERS = {
+    "browser",
+    "evaluation",
+    "export",
+    "training",
+    "test_trained_run.py",
+    "test_workflow.py",
+    "test_demo.py",
+}
+# What loads a model, torch itself, or starts a process that does: too slow for `--quick`.
+HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests that take no time: no model, no run, no torch")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes the quick tests alone where asked; keeps tests that share a fixture of their module in one process.
+
+    Those come first, since they take longest: the other tests then fill what time is left on either worker.
+    """
+    if config.getoption("--quick"):
+        heavy = [item for item in items if is_heavy(item)]
+        config.hook.pytest_deselected(items=heavy)
+        items[:] = [item for item in items if item not in set(heavy)]
+    for item in items:
+        if shares_with_its_module(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, not shares_with_its_module(item)))
+
+
+def shares_with_its_module(item: pytest.Item) -> bool:
+    """Whether a test uses a fixture that is made once for its module."""
+    found = getattr(item, "_fixtureinfo", None)
+    return bool(found) and any(each[-1].scope == "module" for each in found.name2fixturedefs.values() if each)
+
+
+def is_heavy(item: pytest.Item) -> bool:
+    """Whether a test is left out of `--quick`."""
+    names = HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+    folder = item.path.relative_to(TESTS).parts[0]
+    return bool(names) or folder in HEAVY_FOLDERS or item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)
