@@ -6,6 +6,7 @@ Heavy libraries are imported inside the fixtures, so that a test of a light modu
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -30,20 +31,38 @@ HEAVY_FOLDERS = {
 HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
 
 
+# Further architectures and settings of what another test shows of one: minutes of compiling, so in `make slow` alone.
+ONLY_SLOW = re.compile(
+    r"test_matmuls.*compiled_layers.*\[(phi3|qwen3|falcon-7b layout)\]"
+    r"|test_matmuls.*4_bit.*\[llama-.*compiled\]"
+    r"|test_matmuls.*4_bit.*\[falcon-40b layout-False-compiled\]"
+    r"|test_fast_step.*compiled_layers_learn.*\[(phi3|falcon-7b layout)"
+    r"|test_fast_step.*several_devices.*\[falcon-40b layout-compiled\]"
+    r"|test_kept_values.*compiled_layer_keeps.*\[(qwen2|qwen3|gemma3|falcon-7b)\]"
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only tests that take no time: no model, no run, no torch")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes the quick tests alone where asked; keeps tests that share a fixture of their module in one process.
+    """Takes the quick tests alone where asked, and those marked `only_slow` with QLORA_SLOW=1 alone.
 
-    Those come first, since they take longest: the other tests then fill what time is left on either worker.
+    Tests that share a fixture of their module stay in one process. They come first, since they take longest: the other tests
+    then fill what time is left on either worker.
     """
-    if config.getoption("--quick"):
-        heavy = [item for item in items if is_heavy(item)]
-        config.hook.pytest_deselected(items=heavy)
-        items[:] = [item for item in items if item not in set(heavy)]
+    for item in items:
+        if ONLY_SLOW.search(item.nodeid):
+            item.add_marker("only_slow")
+    slow, quick = os.environ.get("QLORA_SLOW") == "1", config.getoption("--quick")
+    left_out = [
+        each for each in items if (quick and is_heavy(each)) or (not slow and each.get_closest_marker("only_slow"))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    unwanted = set(left_out)
+    items[:] = [item for item in items if item not in unwanted]
     for item in items:
         if shares_with_its_module(item):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

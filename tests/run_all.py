@@ -66,7 +66,7 @@ def jobs(stage: str, options: argparse.Namespace) -> list[Job]:
         # Tests that share a fixture of their module stay in one process (conftest.py groups them).
         spread = ["-n", str(WORKERS), "--dist", "loadgroup", "--no-loadscope-reorder"]
         command = [*PYTEST, "tests", *spread, "--ignore=tests/browser", "--durations=15"]
-        command += ["--quick"] if options.quick else ["-m", "slow"] if options.slow else []
+        command += ["--quick"] if options.quick else ["-m", "slow or only_slow"] if options.slow else []
         slow = {"QLORA_SLOW": "1"} if options.slow else {}
         return [Job("unit", command, OFFLINE | COMPILED | slow | {"OMP_NUM_THREADS": "1"})]
     if stage == "notebooks":

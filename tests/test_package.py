@@ -6,7 +6,9 @@ import ast
 import configparser
 import importlib
 import importlib.metadata
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -158,3 +160,13 @@ def test_the_console_script_is_the_command_line():
 
 def test_the_version_is_the_distribution_s():
     assert importlib.metadata.version("qlora_helpers") == qlora_helpers.__version__
+
+
+def test_the_map_in_contributing_is_the_rooms_own():
+    spec = importlib.util.spec_from_file_location("map", FOLDER.parent / "tools" / "map.py")
+    maps = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maps)
+    page = (FOLDER.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert page == maps.with_map(page), "run: python tools/map.py"
+    for room in {path.parent.name for path in FOLDER.rglob("*/__init__.py")} - {"qlora_helpers"}:
+        assert re.search(rf"`(\w+/)*{room}/`", page), room

@@ -74,11 +74,11 @@ def install(venv: Path, choice: str, *, dev: bool) -> None:
     python = venv / scripts / ("python.exe" if os.name == "nt" else "python")
     if not python.exists():
         run([uv, "venv", "--quiet", "--seed", "--python", sys.executable, venv] if uv else venv_command(venv))
-    pip = [uv, "pip"] if uv else [python, "-m", "pip", "--disable-pip-version-check"]
-    into = ["--quiet", "--python", python] if uv else ["--quiet"]
+    pip: list[str | Path] = [uv, "pip"] if uv else [python, "-m", "pip", "--disable-pip-version-check"]
+    into: list[str | Path] = ["--quiet", "--python", python] if uv else ["--quiet"]
     say(f"Installing into {venv.name} with {'uv' if uv else 'pip'}; the first time takes some minutes.")
     # torch's other requirements are in the lock, so that its own index need not have them.
-    locked = [*pip, "install", *into, "--require-hashes", "--no-deps"]
+    locked: list[str | Path] = [*pip, "install", *into, "--require-hashes", "--no-deps"]
     run([*locked, "-r", ROOT / "requirements.lock"])
     install_torch(pip, into, python, choice, with_uv=bool(uv))
     if dev:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import ModelError, UserError
@@ -187,7 +187,7 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
     """How vLLM and AWS's LMI container are told of adapter and merged model; what can't be served so is said."""
     config, notes = _without_folders(run.config()), []
     longest = config.data.seq_len_tokens
-    commands = {"seq_len_tokens": longest}
+    commands: dict[str, Any] = {"seq_len_tokens": longest}
     if merged:
         commands["vllm_merged"] = (
             f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
