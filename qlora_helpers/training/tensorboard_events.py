@@ -100,8 +100,7 @@ def _outlive_disk_errors(writer: Any) -> None:
 
     tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, waits for it for ever.
     """
-    file = writer.file_writer.event_writer._ev_writer
-    told: list[Any] = []
+    file, told = writer.file_writer.event_writer._ev_writer, []
 
     def outliving(act: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any) -> Any:

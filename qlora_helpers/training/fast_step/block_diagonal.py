@@ -36,7 +36,7 @@ class RowStarts:
 
     def __init__(self, device: torch.device, longest: int) -> None:
         self.device, self.longest = device, longest
-        self.starts: Any = None
+        self.starts: torch.Tensor | None = None
 
 
 def attend_in_rows(
@@ -56,10 +56,8 @@ def attend_in_rows(
     batch = query.shape[0]
     # A view of a fused projection would keep all of it for the backward pass.
     key, value = key.contiguous(), value.contiguous()
-    query, key, value = (
-        rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)
-    )
-    out = (_by_kernel if query.is_cuda else _row_by_row)(query, key, value, rows, scale)
+    flat = [rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)]
+    out = _by_kernel(*flat, rows, scale) if query.is_cuda else _row_by_row(*flat, rows, scale)
     return rearrange(out, "(batch tokens) heads dim -> batch tokens heads dim", batch=batch)
 
 
@@ -183,10 +181,8 @@ def _attention() -> Callable[..., Any]:
         """`(batch, heads, tokens, head_dim)` each, as transformers hands them over; `(batch, tokens, heads, head_dim)` back."""
         if module.row_starts.starts is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        query, key, value = (
-            rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)
-        )
-        return attend_in_rows(query, key, value, module.row_starts, scale=scaling), None
+        by_token = [rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)]
+        return attend_in_rows(*by_token, module.row_starts, scale=scaling), None
 
     return attention
 
