@@ -98,7 +98,9 @@ def _by_name(config: RunConfig) -> dict[str, Any]:
     """The settings by their full names, such as `train.max_steps`, and the profile."""
     sections = config.to_dict()
     profile = {"profile": sections.pop("profile")}
-    return profile | {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return profile | {
+        f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
+    }
 
 
 def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:
