@@ -18,16 +18,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 TESTS = Path(__file__).parent
-HEAVY_FOLDERS = {
-    "browser",
-    "evaluation",
-    "export",
-    "training",
-    "test_trained_run.py",
-    "test_workflow.py",
-    "test_demo.py",
+# What `--quick` leaves out: folders and files that load models, train, compile or start processes, and tests by their fixtures.
+HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "training"}
+HEAVY_FILES = {
+    *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
+    *("test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory", "test_sigterm"),
+    *("test_tensorboard", "test_trained_run", "test_workflow", "test_workspace"),
 }
-# What loads a model, torch itself, or starts a process that does: too slow for `--quick`.
 HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
 
 
@@ -44,6 +41,14 @@ ONLY_SLOW = re.compile(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only tests that take no time: no model, no run, no torch")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Doesn't even import heavy files for `--quick`; None leaves the decision to pytest."""
+    if not config.getoption("--quick") or not collection_path.is_relative_to(TESTS):
+        return None
+    is_heavy_folder = HEAVY_FOLDERS.intersection(collection_path.relative_to(TESTS).parts)
+    return True if is_heavy_folder or collection_path.stem in HEAVY_FILES else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,10 +81,9 @@ def shares_with_its_module(item: pytest.Item) -> bool:
 
 
 def is_heavy(item: pytest.Item) -> bool:
-    """Whether a test is left out of `--quick`."""
+    """Whether a test of a quick file is left out of `--quick` all the same."""
     names = HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ()))
-    folder = item.path.relative_to(TESTS).parts[0]
-    return bool(names) or folder in HEAVY_FOLDERS or item.get_closest_marker("slow") is not None
+    return bool(names) or item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)
