@@ -230,8 +230,9 @@ def read_certificate(folder: Path) -> Certificate | None:
     """What `certify` wrote, or None where there is none that can be read, or one whose verdict is not that of its values."""
     try:
         values = read_json(folder / FILE)
-        read = {item.name: values[item.name] for item in fields(Certificate)}
-        found = Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        read: dict[str, Any] = {item.name: values[item.name] for item in fields(Certificate)}
+        read = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+        found = Certificate(**read)
         return found if found.passed == values["passed"] else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
