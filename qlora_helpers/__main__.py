@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
         for section, kind in SECTIONS.items()
         for row in describe(kind)
     )
-    top = argparse.ArgumentParser(prog="python -m qlora_helpers", description=__doc__.split("\n")[0])
+    prog = "qlora" if Path(sys.argv[0]).stem == "qlora" else "python -m qlora_helpers"
+    top = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="report on this machine: packages, GPUs, disk, notebook")
@@ -125,8 +127,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from qlora_helpers import workflow
     from qlora_helpers.export.publish import publish
     from qlora_helpers.model.hub import check_repository

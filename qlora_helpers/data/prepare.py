@@ -181,13 +181,13 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
     saved = read_json(folder / "prepared.json")
     if saved["fingerprint"] != mark:
         return None
-    reports = [_report_from(saved[key]) for key in ("report", "eval_report")]
     test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
         Dataset.load_from_disk(str(folder / "train")),
         Dataset.load_from_disk(str(folder / "eval")),
         test,
-        *reports,
+        _report_from(saved["report"]),
+        _report_from(saved["eval_report"]),
         saved["packed"],
         saved["seq_len_tokens"],
         tuple(saved["notes"]),

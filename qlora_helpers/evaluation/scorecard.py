@@ -204,10 +204,10 @@ def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed:
     one, other = ([row["answers"][name] for row in rows] for name in (first, second))
     differences = []
     for measure in HIGHER_IS_BETTER:
-        found = [_measured(answers, measure, drawn) for answers in (one, other)]
-        if None in (found[0], found[1]):
+        first_found, second_found = (_measured(answers, measure, drawn) for answers in (one, other))
+        if first_found is None or second_found is None:
             continue
-        (value, samples), (other_value, other_samples) = found
+        (value, samples), (other_value, other_samples) = first_found, second_found
         low, high = np.quantile(other_samples - samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         differences.append(Difference(measure, value, other_value, float(low), float(high), len(rows)))
     gains = [(b["rouge_l"] - a["rouge_l"], row["id"]) for row, a, b in zip(rows, one, other, strict=True)]

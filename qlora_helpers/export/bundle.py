@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import ModelError, UserError
@@ -185,7 +185,7 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
     """Writes what vLLM and AWS's LMI container need for adapter and merged model; returns notes on what can't be served."""
     config, notes = _without_folders(run.config()), []
     longest = config.data.seq_len_tokens
-    commands = {"seq_len_tokens": longest}
+    commands: dict[str, Any] = {"seq_len_tokens": longest}
     if merged:
         commands["vllm_merged"] = (
             f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"

@@ -119,8 +119,9 @@ def read_certificate(folder: Path) -> Certificate | None:
     """Reads what `certify` wrote; None where there is nothing readable, or where the stored verdict contradicts the values."""
     try:
         values = read_json(folder / FILE)
-        read = {item.name: values[item.name] for item in fields(Certificate)}
-        found = Certificate(**{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()})
+        read: dict[str, Any] = {item.name: values[item.name] for item in fields(Certificate)}
+        read = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+        found = Certificate(**read)
         return found if found.passed == values["passed"] else None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

@@ -101,7 +101,7 @@ def merge(
     adapters = low_ranks(adapter, stored)
     sizes = {name: (2 if t.dtype in FLOATS else BYTES[t.dtype]) * t.values for name, t in stored.items()}
     files = shards(sizes, int(shard_gib * BYTES_IN_GIB))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = [_merged(stored[each], adapters.get(each), working_gib, progress) for each in names]
@@ -152,7 +152,7 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
         up = weights.get(name.replace(".lora_A.", ".lora_B."))
         target = _target(layer, stored)
         shape = None if up is None else (up.shape[0], down.shape[1])
-        if target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
+        if up is None or target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
             raise ModelError(
                 "the adapter does not belong to this checkpoint",
                 expected=f"an unquantised weight of {layer}, {shape}",

@@ -68,7 +68,7 @@ def package_adapter(adapter_dir: Path, base_model: str, out_path: Path, *, name:
         )
     files = _adapter_files(adapter_dir)
     rank = _check_served_by_vllm(adapter_dir)
-    contents = {"serving.properties": _serving_properties(base_model, rank).encode()}
+    contents: dict[str, bytes | Path] = {"serving.properties": _serving_properties(base_model, rank).encode()}
     contents |= {f"adapters/{name}/{file.name}": file for file in files}
     return write_tarball(out_path, contents)
 

@@ -182,8 +182,10 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
     if price is not None and not 0 <= price < math.inf:
         raise UserError("this is not a price", expected="USD per hour, 0 or more", got=str(price))
     wanted = text.strip().lower()
+    gpu: Gpu | None
     if instance := INSTANCES.get(wanted):
-        label, count, gpu, known = instance.name, instance.gpus, GPUS[instance.gpu], instance.price_usd_per_hour
+        gpu = GPUS[instance.gpu]
+        label, count, known = instance.name, instance.gpus, instance.price_usd_per_hour
         usable, note = gpu.usable_gib, f"{instance.region}, {instance.priced_on} ({instance.source})" if known else ""
     else:
         if (counted := _counted_gpus(wanted)) is None:
@@ -199,7 +201,7 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     """Returns how many GPUs, the name of one, its facts and its usable GiB; None where the text is none of these."""
     match = _COUNTED.fullmatch(wanted)
     count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MAX_GPUS)) else 0
-    if not 1 <= count <= MAX_GPUS:
+    if match is None or not 1 <= count <= MAX_GPUS:
         return None
     gpu = next((gpu for name, gpu in GPUS.items() if name.lower() == match[2].replace(" ", "-")), None)
     if gpu is not None:

@@ -41,13 +41,11 @@ def machine_price(config: TrainConfig, nvml: Any = None) -> Price | None:
         return None
     named = INSTANCES.get(os.environ.get("SM_CURRENT_INSTANCE_TYPE") or f"ml.{_board_name()}")
     found = [named] if named else _with_gpus_of_this_machine(nvml)
-    priced = [instance for instance in found if instance.price_usd_per_hour is not None]
+    priced = [(each.price_usd_per_hour, each) for each in found if each.price_usd_per_hour is not None]
     if not priced:
         return None
-    most_expensive = max(priced, key=lambda instance: instance.price_usd_per_hour)
-    return Price(
-        most_expensive.price_usd_per_hour, f"{most_expensive.name}, {most_expensive.region}, {most_expensive.priced_on}"
-    )
+    price, instance = max(priced, key=lambda pair: pair[0])
+    return Price(price, f"{instance.name}, {instance.region}, {instance.priced_on}")
 
 
 def needed_price(config: TrainConfig, nvml: Any = None) -> Price | None:

@@ -7,6 +7,7 @@ keeps no history.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import threading
@@ -135,7 +136,7 @@ def read_process(pid: int | None = None) -> ProcessReading | None:
     try:
         process = _processes.get(pid)
         first = process is None or not process.is_running()
-        if first:
+        if process is None or first:
             process = _processes[pid] = psutil.Process(pid)
         cpu_percent = process.cpu_percent(FIRST_CPU_READING_S if first else None)
         return ProcessReading(gib(process.memory_info().rss), cpu_percent, process.num_threads())
@@ -227,7 +228,7 @@ def _started(nvml: Any) -> Any:
     """NVML, ready to be asked, or None. It counts its starts: all but the first are free, so it is never shut down."""
     if nvml is None:
         try:
-            import pynvml as nvml
+            nvml = importlib.import_module("pynvml")
         except ImportError:
             return None
     try:

@@ -80,7 +80,8 @@ def _even_map(known: Any, config: ModelConfig) -> dict[str, int | str]:
         return {"": 0 if gpus else "cpu"}
     layers = known.get_text_config().num_hidden_layers
     counts = [layers * (gpu + 1) // gpus - layers * gpu // gpus for gpu in range(gpus)]
-    return layer_map(known, counts) or {"": 0}
+    found: dict[str, int | str] = {**(layer_map(known, counts) or {"": 0})}
+    return found
 
 
 class _WeightDrawer:

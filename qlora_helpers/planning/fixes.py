@@ -33,7 +33,8 @@ def smallest_change(workload: Workload) -> tuple[list[str], Candidate] | None:
 
     def fastest_shorter(change: list[str]) -> tuple[list[str], Candidate] | None:
         length = _longest_fitting(workload.config, lambda item: fastest([*change, item]))
-        return ([*change, length], fastest([*change, length])) if length else None
+        found = fastest([*change, length]) if length else None
+        return ([*change, length], found) if length and found else None
 
     singles = _changes(workload.config)
     for change in [[each] for each in singles]:

@@ -141,7 +141,8 @@ def make_plan(workload: Workload, *, fix: bool = True) -> Plan:
     best: dict[int, Candidate] = {}  # of each micro-batch size the one that ends first, in the order in which they end
     for each in fitting_candidates(found, hardware.usable_gib):
         best.setdefault(each.micro_batch_size, each)
-    choice, *others = list(best.values()) or [None]
+    ways = list(best.values())
+    choice, others = (ways[0], ways[1:]) if ways else (None, [])
     smallest = min(found, key=lambda each: each.peak_gib)
     idle = not workload.one_process and workload.sequences_per_step % hardware.gpus != 0
     idle = idle and can_fit(workload.on(replace(hardware, gpus=1)))

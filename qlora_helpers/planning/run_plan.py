@@ -145,7 +145,7 @@ def this_machine(price: float | None = None) -> Hardware:
             expected="the hardware to plan for",
             next_step="Name it: --gpus 24GiB, 4xL4, ml.g5.12xlarge.",
         )
-    usable = min(gpu.memory_total_gib for gpu in found)
+    usable = min(gpu.memory_total_gib or 0.0 for gpu in found)
     known = find_gpu(found[0].name)
     label = found[0].name if len(found) == 1 else f"{len(found)}x{found[0].name}"
     if known is not None:

@@ -84,7 +84,7 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     )
     matmuls = 2 * step.tokens * weights / matrix
     dequantised = sizes.linear_parameters_per_layer * 2.5 / memory if step.quantized else 0.0
-    kept = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept: float = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_layer / memory if step.dora else 0.0

@@ -36,6 +36,7 @@ class SummaryTrainer(Trainer):
     fast: FastStep | None = None
     trained_on: dict[str, Any] | None = None  # what can't change in later sessions
     _saves_to: Path | None = None
+    control: Any  # Trainer makes it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -125,7 +125,7 @@ def _svg(panels: Sequence[Panel], columns: int, label: str) -> str:
 def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    looks = [{"color": BLUE}, {"color": ORANGE, "linestyle": (0, (4, 2)), "marker": "o"}]
+    looks: list[dict[str, Any]] = [{"color": BLUE}, {"color": ORANGE, "linestyle": (0, (4, 2)), "marker": "o"}]
     for (name, points), look in zip(panel.lines.items(), looks, strict=False):
         if points:
             dot = "o" if len(points) == 1 else None  # a single point draws no line

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) ->
     return tuple(found)
 
 
-def _newest_requests(requests: Sequence[Request], session: int) -> tuple[Request, ...]:
+def _newest_requests(requests: Iterable[Request], session: int) -> tuple[Request, ...]:
     newest = {request.kind: request for request in requests if request.session == session}
     return tuple(sorted(newest.values(), key=lambda request: request.id))
 

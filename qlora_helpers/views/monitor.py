@@ -20,7 +20,7 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.events_copy import CopyState, copy_state
 from qlora_helpers.runs.folder import Run, Status
-from qlora_helpers.runs.opening import find_runs
+from qlora_helpers.runs.opening import find_runs, runs_root
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
 from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
 
@@ -50,12 +50,13 @@ def curves(run: Run) -> Chart:
     return Chart(run.name, [Panel(title, {title: points_of(records, key)}) for title, key in names.items()], columns=3)
 
 
-def run_table(root: str | os.PathLike[str] = "runs") -> Table:
+def run_table(root: str | os.PathLike[str] | None = None) -> Table:
     """Returns a row for each run below a folder: state, step, last losses and, once evaluated, ROUGE-L with the points gained.
 
-    A run whose files are damaged is shown with the state `damaged` and does not hide the others.
+    A run whose files are damaged is shown with the state `damaged` and does not hide the others. Where no
+    folder is named, it is `$QLORA_RUNS`, else `runs`.
     """
-    rows = [_run_row(run) for run in find_runs(root)]
+    rows = [_run_row(run) for run in find_runs(runs_root(root))]
     if not rows:
         return Table((), (), caption="no runs yet")
     return Table(["run", "state", "step", "loss", "eval loss", "ROUGE-L"], rows, numbers=range(2, 6))

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-KILLS = 20
+SLOW = os.environ.get("QLORA_SLOW") == "1"  # `make slow`
+KILLS, STEPS = (20, 56) if SLOW else (6, 28)
+pytestmark = pytest.mark.slow
 SETTINGS = {
-    "train.max_steps": 56,
+    "train.max_steps": STEPS,
     "train.learning_rate": 0.02,
     "train.logging_steps": 2,
     "train.save_steps": 3,
@@ -46,7 +48,7 @@ class Warm:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parent,
             stderr=self.stderr,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
@@ -153,7 +155,7 @@ def new_run(warm, name: str, **changes):
 
 @pytest.fixture(scope="module")
 def chain(warm):
-    """Two runs of the same settings, one left alone, the other killed 20 times; and where the kills fell."""
+    """Two runs of the same settings, one left alone, the other killed again and again; and where the kills fell."""
     whole, killed = (new_run(warm, name) for name in ("whole", "killed"))
     warm.start("whole")
     assert warm.ended() == 0, warm.said()
@@ -172,7 +174,7 @@ def chain(warm):
     return whole, killed, moments
 
 
-PLACES = ("steps", "save", "later", "save", "steps", "save", "later", "start", "save", "later")
+PLACES = ("later", "save", "start", "save", "steps", "save", "later", "save", "steps", "later")
 
 
 def _kill(run, process: int, session: int, draw: random.Random, number: int, step_s: float, said) -> dict:
@@ -201,11 +203,11 @@ def _left_behind(run) -> dict:
     return {"step": run.status().step, "half a checkpoint": (run.checkpoints_dir / ".unfinished").exists()}
 
 
-def test_it_was_killed_twenty_times_also_while_saving(chain):
+def test_it_was_killed_many_times_also_while_saving(chain):
     _, killed, moments = chain
     assert len(moments) == KILLS
-    assert sum(moment["half a checkpoint"] for moment in moments) >= 3, moments
-    assert len({moment["step"] for moment in moments}) >= 5, moments  # it got on between the kills
+    assert sum(moment["half a checkpoint"] for moment in moments) >= KILLS // 6, moments
+    assert len({moment["step"] for moment in moments}) >= KILLS // 4 + 1, moments  # it got on between the kills
     assert moments[-1]["step"] < SETTINGS["train.max_steps"], moments
     # a kill may come before its session began
     assert KILLS - 2 <= killed.status().session <= KILLS + 1
@@ -232,7 +234,7 @@ def test_its_readers_see_the_same_steps_without_gaps_or_doubles(chain):
 def test_requests_to_save_were_received(chain):
     _, killed, _ = chain
     answers = [request.answer for request in killed.requests]
-    assert len(answers) >= 4
+    assert len(answers) >= KILLS // 5
     assert any(answer and answer.startswith("saved at step") for answer in answers), answers
 
 
@@ -306,7 +308,7 @@ def finds_no_space_for_the_second_checkpoint(warm, run, limit: str) -> None:
 def test_files_that_may_grow_no_further_leave_the_last_good_checkpoint(warm, chain):
     """The kernel itself refuses in the middle of `optimizer.pt` (RLIMIT_FSIZE): needs no rights."""
     whole, *_ = chain
-    limit = (whole.checkpoints_dir / "checkpoint-56" / "optimizer.pt").stat().st_size - 4096
+    limit = (whole.checkpoints_dir / f"checkpoint-{STEPS}" / "optimizer.pt").stat().st_size - 4096
     run = new_run(warm, "limited", **{"train.max_steps": 3})
     finds_no_space_for_the_second_checkpoint(warm, run, str(limit))
     warm.start("limited")
@@ -319,7 +321,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(warm, chain):
     from qlora_helpers.runs.folder import Run
 
     whole, *_ = chain
-    size = sum(path.stat().st_size for path in (whole.checkpoints_dir / "checkpoint-56").iterdir())
+    size = sum(path.stat().st_size for path in (whole.checkpoints_dir / f"checkpoint-{STEPS}").iterdir())
     run = new_run(warm, "full", **{"train.max_steps": 3})
     run.checkpoints_dir.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(run.checkpoints_dir)]

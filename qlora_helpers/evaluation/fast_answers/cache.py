@@ -6,6 +6,8 @@ whose answer has ended takes the next prompt, and the shapes of a step stay the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import Cache
 
@@ -23,8 +25,8 @@ class SlotCache(Cache):
         self.slots, self.capacity = slots, capacity
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self._chosen: torch.Tensor | None = None  # slots of the prompts being read; None while answers grow
-        self._places: torch.Tensor | None = None  # where each row's next key goes
+        self._chosen: Any = None  # slots of the prompts being read; None while answers grow
+        self._places: Any = None  # where each row's next key goes
         self._length = 0
 
     def read_prompts(self, slots: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ A step that can't be captured is run as it is, and the reason is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class CapturedStep:
     def __init__(
         self, step: Callable[[int, int], object], state: Sequence[torch.Tensor], refusal: str | None = None
     ) -> None:
-        self._step: Callable[[int, int], object] | None = step
+        self._step: Any = step
         self._state, self.refusal = state, refusal
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: object | None = None

@@ -56,7 +56,7 @@ def _falcon(hidden: int, layers: int, heads: int, kv_heads: int, *, new: bool, v
 def _decoder(
     model_type: str,
     architecture: str,
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, ...],
     *,
     positions: int,
     rope: dict[str, Any],

@@ -47,7 +47,7 @@ def size(config: Shape, *names: str) -> int:
     Raises:
         ModelError: none has one, or it is larger than any model's.
     """
-    value = next((config[name] for name in names if config.get(name) is not None), None)
+    value: Any = next((config[name] for name in names if config.get(name) is not None), None)
     most = _MAX_SIZE.get(names[0], _MAX_OTHER_SIZE)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and 1 <= value <= most:

@@ -101,7 +101,7 @@ class CapturedPasses:
         self._since_release, self._between_releases = 0, PASSES_WORTH
         self._inputs: dict[str, torch.Tensor] = {}
         self._others: Kwargs = {}
-        self._loss: torch.Tensor | None = None
+        self._loss: Any = None
         self._gradients: tuple[torch.Tensor | None, ...] = ()
         device = trained[0].device
         self._upstream = torch.ones((), device=device)

@@ -88,7 +88,7 @@ class ChunkedLoss:
     def __init__(self, head: torch.nn.Module) -> None:
         self.head = head
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.per_token: torch.Tensor | None = None
+        self.per_token: Any = None
 
     def __call__(
         self,

@@ -80,7 +80,8 @@ class Asking:
     ) -> None:
         self.answer, self.answers, self.dialogue = answer, dict[str, AnswerProgress](), ""
         self._changed, self._failed, self._ended = changed, failed, ended
-        self._stop, self._thread = threading.Event(), None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:

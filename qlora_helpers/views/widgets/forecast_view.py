@@ -28,7 +28,7 @@ class ForecastView:
     """
 
     def __init__(self, above: ipywidgets.Widget, take: Callable[[Iterable[str]], Any]) -> None:
-        self._found: Forecast | None = None
+        self._found: Any = None  # a forecast, once there is one
         self.figures, self.verdict = ipywidgets.HTML(), ipywidgets.HTML()
         self.plan, self.notes = ipywidgets.HTML(), ipywidgets.HTML()
         self.fix_button = button("Fix it", "Applies the smallest change that makes it fit", lambda: take(self._fix()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets
 
@@ -38,6 +39,7 @@ class HardwareChoice:
 
     def __init__(self, gpus: str | None, usual: Callable[[], Hardware], changed: Callable[[], None]) -> None:
         self._changed = changed
+        self._machine: Hardware | None
         try:
             self._machine, self._missing = this_machine(), ""
         except UserError as error:
@@ -88,7 +90,7 @@ class HardwareChoice:
             return parse_gpus(gpus, price)
         if self._machine is None:
             raise UserError(self._missing, next_step="Name hardware to plan for, such as 4x24GiB or ml.g5.12xlarge.")
-        given = {"price_usd_per_hour": price, "price_note": "as given"} if price is not None else {}
+        given: dict[str, Any] = {"price_usd_per_hour": price, "price_note": "as given"} if price is not None else {}
         return dataclasses.replace(self._machine, **given) if given else self._machine
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import bqplot
 import ipywidgets
@@ -35,7 +36,10 @@ class LiveChart:
     def __init__(self, names: Sequence[str], *, height_px: int) -> None:
         self.names = tuple(names)
         self.x, self.y = bqplot.LinearScale(min=0.0, max=10.0), bqplot.LinearScale()
-        looks = ({"colors": [BLUE]}, {"colors": [ORANGE], "marker": "circle", "marker_size": 24})
+        looks: tuple[dict[str, Any], ...] = (
+            {"colors": [BLUE]},
+            {"colors": [ORANGE], "marker": "circle", "marker_size": 24},
+        )
         self.lines = [
             bqplot.Lines(x=[], y=[], scales={"x": self.x, "y": self.y}, stroke_width=1.8, **look)
             for _, look in zip(names, looks, strict=False)

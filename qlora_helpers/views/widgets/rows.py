@@ -54,7 +54,8 @@ class RowBrowser(Panel):
 
     def __init__(self, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train") -> None:
         self._data, self._tokenizer = data, tokenizer
-        self.split, self.index, self.matches, self._query = split, 0, (), ""
+        self.split, self.index, self._query = split, 0, ""
+        self.matches: tuple[int, ...] = ()
         self._texts: dict[str, list[str]] = {}
         self._rows = self._row_places(split)
         self._quiet = False
@@ -192,7 +193,8 @@ class RowBrowser(Panel):
     def _tokens_html(self, *, whole: bool) -> str:
         sequence_index, here, _ = self._rows[self.index]
         sequence = getattr(self._data, self.split)[sequence_index]
-        segments, counts, parts = sequence["segment_ids"], Counter(), []
+        segments, parts = sequence["segment_ids"], []
+        counts: Counter[str] = Counter()
         for number in sorted(set(segments) - {0}) if whole else [here]:
             ids, labels = _row_tokens(sequence, number)
             if whole:
