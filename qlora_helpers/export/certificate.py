@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, write_json
