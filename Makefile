@@ -1,19 +1,30 @@
-# make demo   the whole job on a small model: runs/demo/report.html   (DATA=file.jsonl takes your own dialogues)
-# make test   every test;   make lab   JupyterLab on the notebooks
+# make demo    the whole job on a small model: runs/demo/report.html   (DATA=file.jsonl takes your own dialogues)
+# make test    every test;   make lab   JupyterLab on the notebooks
+# TORCH=cpu or TORCH=cuda chooses PyTorch's build; without it, an NVIDIA driver decides.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= auto
 BIN := $(VENV)/bin
+INSTALL = TORCH=$(TORCH) $(PYTHON) tools/install.py --venv $(VENV)
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-demo check lab notebooks clean
+.PHONY: demo test quick slow test-demo check lab notebooks install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $(if $(DATA),--data "$(DATA)")
 
+# What a change is tried with first: style, imports, and the unit tests that take no time.
+quick: $(VENV)/.installed-dev
+	$(BIN)/python tests/run_all.py --quick
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python tests/run_all.py
+
+# What `make test` does a few times is done many times here.
+slow: $(VENV)/.installed-dev
+	$(BIN)/python tests/run_all.py --slow
 
 # The notebooks in the profile whose outputs they store: minutes, and a small model really learns.
 test-demo: $(VENV)/.installed-dev
@@ -29,16 +40,26 @@ lab: $(VENV)/.installed
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tests/store_notebooks.py
 
-$(VENV)/.installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name one with PYTHON=python3.12"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $@
+# Installs again, with another TORCH for example.
+install:
+	$(INSTALL)
+	touch $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+# Resolves the requirements anew (needs uv on the PATH).
+lock:
+	$(PYTHON) tools/lock.py
+
+# tools/install.py refuses machines that can't work; Pythons too old to read it are refused here.
+OLD_PYTHON = error: Python 3.11 or newer is needed; name one with PYTHON=python3.12
+$(VENV)/.installed: requirements.lock requirements.txt pyproject.toml tools/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)" >&2; exit 2; }
+	@$(INSTALL)
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock requirements.lock requirements.txt pyproject.toml tools/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)" >&2; exit 2; }
+	@$(INSTALL) --dev
+	@touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV)

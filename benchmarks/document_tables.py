@@ -58,9 +58,9 @@ def trainers() -> str:
     for group in compared():
         for case in sorted(group, key=lambda case: case["tokens_per_s"]):
             sizes = model_sizes(SHAPES[case["model"]])
-            flop = 4 * sizes.blocks * sizes.linear_parameters_per_layer * case["tokens_per_s"]
+            flop = 4 * sizes.layers * sizes.linear_parameters_per_layer * case["tokens_per_s"]
             again = case.get("layers_checkpointed")
-            again = ("none" if case["checkpointed"] == 0 else "all") if again is None else f"{again} of {sizes.blocks}"
+            again = ("none" if case["checkpointed"] == 0 else "all") if again is None else f"{again} of {sizes.layers}"
             blocks = (
                 f"{case['blocks']} x {case['seq_len_tokens']:,}" if case["variant"] != "recipe" else "8 padded rows"
             )

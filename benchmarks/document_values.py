@@ -290,7 +290,7 @@ def missed() -> dict[str, str]:
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
     unsloth, ours = small["unsloth"], ours_beside(small["unsloth"])
     operations = 6 - 2 * sizes.parameters_added_last_per_layer / sizes.linear_parameters_per_layer
-    once = sizes.blocks * sizes.linear_parameters_per_layer / ours["matrix_tflops"] / 1e12
+    once = sizes.layers * sizes.linear_parameters_per_layer / ours["matrix_tflops"] / 1e12
     not_captured = [case for case in own_steps() if case.get("captured") is False and case["variant"] in OURS]
     return {
         "ahead_wide": f"{_ahead(wide['unsloth']):.2f}",

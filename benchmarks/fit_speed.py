@@ -46,10 +46,10 @@ def timed_kernels(cases: list[dict]) -> dict[str, float]:
         if "profile" not in case:
             continue
         (sizes, step), ms = step_of(case), case["profile"]["ms_by_kind"]
-        passes = 2 * sizes.blocks + step.checkpointed
+        passes = 2 * sizes.layers + step.checkpointed
         dequantised = passes * sizes.linear_parameters_per_layer * 2.5 / (ms["dequantisation"] / 1000)
         shares.append(dequantised / (H100.bandwidth_gb_s * 1e9))
-        tokens = step.tokens * sizes.blocks * sizes.heads
+        tokens = step.tokens * sizes.layers * sizes.heads
         points.append((sizes.head_dim, ms["attention"] / 1000 / tokens * H100.bf16_tflops * 1e12))
     slope, start = statistics.linear_regression(*zip(*points, strict=True))
     return {"memory_share": statistics.median(shares), "head_operations": start, "value_operations": slope}

@@ -9,7 +9,8 @@ from qlora_helpers.base.files import read_json
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS
 from qlora_helpers.model.shapes.catalog import SHAPES
-from qlora_helpers.model.shapes.sizes import ModelSizes, adapter_parameters, model_sizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.planning.memory import GpuMemory, predict
 from qlora_helpers.planning.speed import step_seconds
 from qlora_helpers.planning.step_settings import StepSettings
@@ -121,7 +122,7 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     sizes = model_sizes(shape)
     return sizes, StepSettings(
         seq_len_tokens=case["seq_len_tokens"],
-        blocks=case["blocks"],
+        micro_batch_size=case["blocks"],
         compiled=case["compiled"],
         r=case["r"],
         checkpointed=case["layers_checkpointed"],

@@ -38,7 +38,7 @@ from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.data.prepare import prepare
 from qlora_helpers.data.sources import read_corpus
 from qlora_helpers.model import loading, lora
-from qlora_helpers.model.loading import segments_expand, use_expandable_segments
+from qlora_helpers.model.allocator import segments_expand, use_expandable_segments
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import train

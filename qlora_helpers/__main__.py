@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
         for section, kind in SECTIONS.items()
         for row in describe(kind)
     )
-    top = argparse.ArgumentParser(prog="python -m qlora_helpers", description=__doc__.split("\n")[0])
+    prog = "qlora" if Path(sys.argv[0]).stem == "qlora" else "python -m qlora_helpers"
+    top = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="report on this machine: packages, GPUs, disk, notebook")
@@ -125,15 +127,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from qlora_helpers import workflow
-    from qlora_helpers.export import publish
+    from qlora_helpers.export.publish import publish
+    from qlora_helpers.model.hub import check_repository
     from qlora_helpers.runs.opening import existing_run
 
     run = existing_run(options.run)
     if options.publish:
-        publish.check_repository(options.publish)
+        check_repository(options.publish)
     elif options.public:
         raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
@@ -141,7 +142,7 @@ def _export(options: argparse.Namespace) -> int:
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"
-        publish.publish(report.folder / part, options.publish, private=not options.public)
+        publish(report.folder / part, options.publish, private=not options.public)
     return 0
 
 

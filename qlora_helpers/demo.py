@@ -31,7 +31,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     workflow.check_source(run)
     loaded = workflow.load(run, say=say)
     say(str(loaded))
-    say(str(workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)))
+    say(str(workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)))
     if run.status().state == "finished" and run.adapter_dir.exists():
         model = workflow.load_adapter(run, loaded)
     else:

@@ -23,6 +23,7 @@ from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.measured import write_measured
@@ -139,7 +140,7 @@ def train(
     Args:
         run: the run.
         model: the model with adapters, where it is in memory already.
-        loaded: the base model that `model` stands on, or that gets adapters here.
+        loaded: the base model under `model`, or that gets adapters here.
         show_progress: whether progress is drawn: a live panel in a notebook, Trainer's bar elsewhere.
         shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
         say: told what takes long.
@@ -171,7 +172,7 @@ def train(
             loaded = load(run, say=say)
         model = model or undone.enter_context(_adapters_on(run, loaded))
         with _main_process_first(loaded):
-            data = prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+            data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
         marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
         events = event_callback(run, config, samples=unanswered_samples(data.test)) if main else None
         with MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
@@ -189,9 +190,10 @@ def train(
             )
         if main:
             log.info("%s", result)
-            save_adapter(run, model, loaded)
+            trained = RunModel(run, model, loaded)
+            save_adapter(trained)
             if not sigterm.asked():  # seconds are left; the session that goes on certifies
-                log.info("certificate:\n%s", certify(run, model, loaded, data))
+                log.info("certificate:\n%s", certify(trained, data))
             if result.new_steps:  # nothing is measured where nothing was left to train
                 write_measured(run, lora.count_parameters(model), loaded, result, data)
             run.set_status(
@@ -252,7 +254,7 @@ def evaluate(
     Args:
         run: a run with a saved adapter.
         model: the tuned model, where it is in memory already; else the adapter is loaded onto the base.
-        loaded: the base model that `model` stands on.
+        loaded: the base model under `model`.
         say: told what takes long.
     """
     from qlora_helpers.evaluation import evaluate as evaluation
@@ -262,7 +264,7 @@ def evaluate(
     if model is None or loaded is None:
         loaded = load(run, say=say)
         model = load_adapter(run, loaded)
-    data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
+    data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
     with MODEL_IN_USE:
         result = evaluation.evaluate(
             model,
@@ -285,11 +287,11 @@ def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: in
     Raises:
         RunError: they differ.
     """
-    data = prepare_data(run, loaded.tokenizer, shape=model.config.to_dict(), say=say)
+    data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
     fresh = load(run, say=say)
     reloaded = load_adapter(run, fresh)
     with MODEL_IN_USE:
-        both = [answered(run, each, fresh, data, prompts) for each in (model, reloaded)]
+        both = [answered(RunModel(run, each, fresh), data, prompts) for each in (model, reloaded)]
     check = ReloadCheck(**compared(*both))
     add_to_plan(run, reload=dataclasses.asdict(check))
     if not check.passed:
@@ -322,7 +324,7 @@ def export_run(
     from qlora_helpers.export.bundle import export
 
     def prepare(loaded: LoadedModel) -> PreparedData:
-        return prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict(), say=say)
+        return prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
 
     return export(run, out=out, merged=merged, prepare=prepare if drift else None, shard_gib=shard_gib, say=say)
 

@@ -6,6 +6,8 @@ Heavy libraries are imported inside the fixtures, so that a test of a light modu
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
@@ -13,6 +15,75 @@ from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+TESTS = Path(__file__).parent
+# What `--quick` leaves out: folders and files that load models, train, compile or start processes, and tests by their fixtures.
+HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "training"}
+HEAVY_FILES = {
+    *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
+    *("test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory", "test_sigterm"),
+    *("test_tensorboard", "test_trained_run", "test_workflow", "test_workspace"),
+}
+HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
+
+
+# Further architectures and settings of what another test shows of one: minutes of compiling, so in `make slow` alone.
+ONLY_SLOW = re.compile(
+    r"test_matmuls.*compiled_layers.*\[(phi3|qwen3|falcon-7b layout)\]"
+    r"|test_matmuls.*4_bit.*\[llama-.*compiled\]"
+    r"|test_matmuls.*4_bit.*\[falcon-40b layout-False-compiled\]"
+    r"|test_fast_step.*compiled_layers_learn.*\[(phi3|falcon-7b layout)"
+    r"|test_fast_step.*several_devices.*\[falcon-40b layout-compiled\]"
+    r"|test_kept_values.*compiled_layer_keeps.*\[(qwen2|qwen3|gemma3|falcon-7b)\]"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests that take no time: no model, no run, no torch")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Doesn't even import heavy files for `--quick`; None leaves the decision to pytest."""
+    if not config.getoption("--quick") or not collection_path.is_relative_to(TESTS):
+        return None
+    is_heavy_folder = HEAVY_FOLDERS.intersection(collection_path.relative_to(TESTS).parts)
+    return True if is_heavy_folder or collection_path.stem in HEAVY_FILES else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes the quick tests alone where asked, and those marked `only_slow` with QLORA_SLOW=1 alone.
+
+    Tests that share a fixture of their module stay in one process. They come first, since they take longest: the other tests
+    then fill what time is left on either worker.
+    """
+    for item in items:
+        if ONLY_SLOW.search(item.nodeid):
+            item.add_marker("only_slow")
+    slow, quick = os.environ.get("QLORA_SLOW") == "1", config.getoption("--quick")
+    left_out = [
+        each for each in items if (quick and is_heavy(each)) or (not slow and each.get_closest_marker("only_slow"))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    unwanted = set(left_out)
+    items[:] = [item for item in items if item not in unwanted]
+    for item in items:
+        if shares_with_its_module(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, not shares_with_its_module(item)))
+
+
+def shares_with_its_module(item: pytest.Item) -> bool:
+    """Whether a test uses a fixture that is made once for its module."""
+    found = getattr(item, "_fixtureinfo", None)
+    return bool(found) and any(each[-1].scope == "module" for each in found.name2fixturedefs.values() if each)
+
+
+def is_heavy(item: pytest.Item) -> bool:
+    """Whether a test of a quick file is left out of `--quick` all the same."""
+    names = HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+    return bool(names) or item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -119,6 +119,7 @@ def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(fi
         assert min(losses[name]) <= loss[place] <= max(losses[name])
 
 
+@pytest.mark.only_slow
 def test_learning_can_leave_no_seed_alone(files, tmp_path, monkeypatch):
     out = tmp_path / "learning.json"
     run(

@@ -82,9 +82,9 @@ BAD_INPUT = {
     "truncated archive": (train("data.source=./cut.7z"), ["cut.7z"]),
     "too deep": (train("data.source=./deep.json"), ["deep.json"]),
     "unknown format": (train("data.source=./notes.txt"), ["notes.txt"]),
-    "row longer than the block": (
+    "row longer than a sequence": (
         train("data.source=./good.jsonl", "data.seq_len_tokens=32", "data.long_rows=refuse"),
-        ["good.jsonl line", "longer than the block", "data.seq_len_tokens"],
+        ["good.jsonl line", "longer than a sequence", "data.seq_len_tokens"],
     ),
     "unknown random model": (train("model.name=random:gpt-9"), ["random:gpt-9", "falcon-40b"]),
     "missing model folder": (train("model.name=./nowhere"), ["./nowhere"]),

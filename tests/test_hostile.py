@@ -1,4 +1,4 @@
-"""What strangers may hand in: data, settings, run folders and checkpoints. One message; nothing runs, nothing leaks."""
+"""Hostile data, settings, run folders and checkpoints: each gives one message, no code is run and no secret leaks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def copy(trained, tmp_path):
 
 
 def reseal(run) -> None:
-    """As who spoils a file would: with a seal that fits."""
+    """Seals the newest checkpoint again, as an attacker would after changing a file."""
     from qlora_helpers.training import checkpoints as saved
 
     saved.verify(saved.all_checkpoints(run.checkpoints_dir)[-1])
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(copy, tmp_path, name, write
 
 
 def test_training_arguments_are_never_read(copy, tmp_path):
-    """A pickle that Trainer itself would not trust either; the seal leaves it out, and nobody looks for it."""
+    """This pickle, which Trainer itself would not trust either, is not part of the seal and is never opened."""
     marker = tmp_path / "executed"
     old_pickle(Evil(marker), copy.checkpoints_dir / "checkpoint-2" / "training_args.bin")
     assert workflow.train(copy, show_progress=False, say=lambda text: None).steps == 4
@@ -115,7 +115,7 @@ def test_training_arguments_are_never_read(copy, tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"global_step": 2, "unknown": 1}', '{"global_step": 2, "log_history": ' + DEEP + "}"]
 )
-def test_a_trainer_s_state_that_is_damaged_is_told(copy, text):
+def test_a_damaged_trainer_state_is_reported(copy, text):
     path = copy.checkpoints_dir / "checkpoint-2"
     (path / "trainer_state.json").write_text(text)
     seal = read_json(path / "verified.json")
@@ -139,7 +139,7 @@ def test_a_rank_that_was_edited_by_hand_is_refused(copy):
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "adapter"])
-def test_it_is_known_from_the_checkpoint_and_from_the_adapter(copy, left):
+def test_changed_settings_are_noticed_by_checkpoint_or_adapter_alone(copy, left):
     shutil.rmtree(copy.folder / {"checkpoints": "adapter", "adapter": "checkpoints"}[left])
     values = read_json(copy.config_path)
     values["model"]["name"] = "random:llama-3.1-8b"
@@ -169,7 +169,7 @@ def test_a_data_file_whose_content_changed_is_refused(tmp_path, cache, torch):
 
 
 def test_base_weights_that_were_overwritten_are_refused(tmp_path, llama_folder, cache, torch):
-    """By others of the same shape, so that neither a name nor a size tells."""
+    """The new weights have the same names and shapes, so only the content differs."""
     from safetensors.torch import load_file, save_file
 
     base = shutil.copytree(llama_folder, tmp_path / "base")
@@ -205,7 +205,7 @@ def refusal(path: Path, data: bytes) -> str:
 
 
 def test_a_table_that_unfolds_to_far_more_than_its_file_is_refused(tmp_path, monkeypatch):
-    """One text of 1 MiB that stands in 40,000 rows: 40 GB, out of a file of some kilobytes."""
+    """A file of some kilobytes holds one text of 1 MiB for 40,000 rows: 40 GB."""
     import pyarrow
 
     monkeypatch.setattr(readers, "MAX_FILE_BYTES", 64 * 1024**2)
@@ -213,13 +213,13 @@ def test_a_table_that_unfolds_to_far_more_than_its_file_is_refused(tmp_path, mon
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 40_000, pyarrow.int32()), text)
     data = parquet(pyarrow.table({"dialogue": column, "summary": column}))
     assert len(data) < 1024**2
-    said = refusal(tmp_path / "bomb.parquet", data)
-    assert "bomb.parquet unfolds to more than can be held in memory; expected 64.0 MiB of values at most" in said
+    message = refusal(tmp_path / "bomb.parquet", data)
+    assert "bomb.parquet unfolds to more than can be held in memory; expected 64.0 MiB of values at most" in message
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
 def test_a_row_that_is_far_too_long_is_refused(tmp_path, monkeypatch, kind):
-    """As a gigabyte in one row; here the limit is small."""
+    """As a gigabyte in one row would be; the limit is lowered here."""
     import pyarrow
 
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
@@ -232,9 +232,9 @@ def test_a_row_that_is_far_too_long_is_refused(tmp_path, monkeypatch, kind):
         ).encode(),
         "parquet": lambda: parquet(pyarrow.Table.from_pylist(rows)),
     }[kind]()
-    said = refusal(tmp_path / f"a.{kind}", data)
-    assert "too long" in said and "1000 bytes at most" in said
-    assert any(place in said for place in ("row 4", "line 4", "line 5", "row 1 or soon after"))
+    message = refusal(tmp_path / f"a.{kind}", data)
+    assert "too long" in message and "1000 bytes at most" in message
+    assert any(place in message for place in ("row 4", "line 4", "line 5", "row 1 or soon after"))
 
 
 @many
@@ -292,14 +292,14 @@ UPWARDS = ["../out", "../../out", "a/../../out", "a/../../../out", "./../out", "
 
 @pytest.mark.parametrize("name", [*UPWARDS, "{here}/..", "x\0y", "x\n", "~", "-rf", "$(touch x)", "a;b"])
 @pytest.mark.parametrize("by", ["open_run", "existing_run", "the command line"])
-def test_no_run_s_name_leaves_its_folder(tmp_path, monkeypatch, capsys, name, by):
+def test_no_name_of_a_run_leaves_the_runs_folder(tmp_path, monkeypatch, capsys, name, by):
     """Settings and profile are right; only the name is wrong."""
     root = tmp_path / "here" / "runs"
     for folder in (
         root / "mine",
         tmp_path / "here" / "out",
         tmp_path / "out",
-    ):  # the last two are not to be found either
+    ):  # the last two must not be found either
         open_run(folder, profile="tiny")
     monkeypatch.chdir(root)
     monkeypatch.setenv("QLORA_RUNS", str(root))
@@ -307,15 +307,15 @@ def test_no_run_s_name_leaves_its_folder(tmp_path, monkeypatch, capsys, name, by
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     if by == "the command line":
         assert main(["train", "--profile", "tiny", "--", name]) == 2
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
     else:
         with pytest.raises(RunError) as caught:
             open_run(name, profile="tiny", root=root) if by == "open_run" else existing_run(name, root=root)
-        said = str(caught.value)
-    assert said.removeprefix("error: ").startswith("that is no name for a run; expected ")
+        message = str(caught.value)
+    assert message.removeprefix("error: ").startswith("that is no name for a run; expected ")
     if name in UPWARDS:
-        assert "expected a name below the runs folder, or a path without '..'; got " in said
-        assert "Give an absolute path where the run should lie elsewhere." in said
+        assert "expected a name below the runs folder, or a path without '..'; got " in message
+        assert "Give an absolute path where the run should lie elsewhere." in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -368,7 +368,7 @@ def test_any_status_file_is_read_or_refused(tmp_path, values):
 
 
 @pytest.mark.parametrize("name", ["config.json", "plan.json", "status.json"])
-def test_json_that_is_nested_too_deep_is_damaged(tmp_path, name):
+def test_json_that_is_nested_too_deeply_is_damaged(tmp_path, name):
     (tmp_path / name).write_text(DEEP)
     with pytest.raises(RunError, match="is damaged"):
         read_json(tmp_path / name)
@@ -387,7 +387,7 @@ SECRETS = {
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(tmp_path):
-    """A whole run by the command line, and one that fails: what they print and what lies in their folders."""
+    """Neither what a complete run and failing ones print, nor any file in their folders, holds a secret."""
     root = tmp_path / "runs"
     environment = os.environ | SECRETS | {"QLORA_RUNS": str(root), "PYTHONUNBUFFERED": "1"}
     code = (
@@ -431,7 +431,7 @@ def test_an_address_with_credentials_is_refused_before_anything_is_written(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_with_credentials_in_a_command_or_an_old_run_is_told_without_it(tmp_path, monkeypatch, capsys):
+def test_a_refused_address_in_a_command_or_an_old_run_is_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QLORA_RUNS", str(tmp_path))
     address = WITH_CREDENTIALS["presigned"]
     assert main(["train", "mine", "--profile", "tiny", "--set", f"data.source={address}"]) == 2

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from store_notebooks import is_worth_storing
+
+import qlora_helpers
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -35,6 +40,62 @@ def test_nothing_stored_names_a_machine(notebook):
     stored = nbformat.writes(notebook)
     assert not re.search(r"/(home|root|Users)/(?!sagemaker-user|ec2-user)\w", stored)
     assert "widget-view+json" not in stored
+
+
+def names_of(notebook) -> set[tuple[str, str]]:
+    """Module and attribute of all that a notebook's code takes from the package, such as `("qlora_helpers", "train")`."""
+    found, modules = set(), {}
+    source = "\n".join(
+        line if not line.lstrip().startswith(("%", "!")) else re.sub(r"[%!].*", "pass", line)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for line in cell.source.splitlines()
+    )
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "qlora_helpers":
+                    modules[alias.asname or alias.name] = alias.name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora_helpers":
+            for alias in node.names:
+                found.add((node.module, alias.name))
+                if is_module(f"{node.module}.{alias.name}"):
+                    modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            found.add((modules[node.value.id], node.attr))
+    return found
+
+
+def is_module(name: str) -> bool:
+    """Whether there is a module of that name; what it is in must exist."""
+    parent = importlib.import_module(name.rpartition(".")[0])
+    return hasattr(parent, "__path__") and importlib.util.find_spec(name) is not None
+
+
+def test_the_names_that_it_takes_from_the_package_exist(notebook):
+    names = names_of(notebook)
+    assert len(names) >= 5
+    faces = {("qlora_helpers", name) for name in qlora_helpers.__all__}
+    assert not [
+        f"{module}.{name}"
+        for module, name in sorted(names - faces)
+        if not is_module(f"{module}.{name}")
+        and (module == "qlora_helpers" or not hasattr(importlib.import_module(module), name))
+    ]
+
+
+def test_a_name_that_a_notebook_misspells_is_found():
+    cell = nbformat.v4.new_code_cell(
+        "%pip list\nimport qlora_helpers as ql\nfrom qlora_helpers.runs import opening\nql.trian()\nopening.open_rum()"
+    )
+    names = names_of(nbformat.v4.new_notebook(cells=[cell]))
+    assert names == {
+        ("qlora_helpers", "trian"),
+        ("qlora_helpers.runs", "opening"),
+        ("qlora_helpers.runs.opening", "open_rum"),
+    }
 
 
 def test_at_least_25_cells_are_compared_exactly():

@@ -11,6 +11,7 @@ from qlora_helpers import workflow
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.export.adapter import certify
 from qlora_helpers.export.certificate import require_certificate
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 
 DIALOGUE = "Ann: cake on friday?\nBo: sure, I bring one"
@@ -75,11 +76,11 @@ def test_ask_answers_as_the_base_model_or_as_the_tuned_one(trained):
 
 
 def test_ask_s_answer_may_be_printed_as_it_is(trained, monkeypatch):
-    from qlora_helpers.evaluation import evaluate, generate
+    from qlora_helpers.evaluation import generate
 
     run, loaded, model = trained
     given = generate.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [given])
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [given])
     assert workflow.ask(run, model, loaded, DIALOGUE) == generate.Answer("abc\nd", 4, True)
 
 
@@ -92,12 +93,12 @@ def test_ask_samples_with_its_seed(trained):
 
 
 def test_ask_trims_a_dialogue_that_is_too_long(trained, monkeypatch):
-    from qlora_helpers.evaluation import evaluate, generate
+    from qlora_helpers.evaluation import generate
 
     run, loaded, model = trained
     asked = []
     monkeypatch.setattr(
-        evaluate,
+        generate,
         "generate",
         lambda model, tokenizer, prompts, *rest, **more: asked.append(prompts) or [generate.Answer("", 1, True)],
     )
@@ -124,8 +125,8 @@ def test_a_saved_adapter_that_is_not_the_live_one_fails_its_certificate(trained,
     weights = load_file(copy.adapter_dir / "adapter_model.safetensors")
     weights[next(name for name in weights if "lora_B" in name)] *= -9
     save_file(weights, copy.adapter_dir / "adapter_model.safetensors")
-    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
-    found = certify(copy, model, loaded, data)
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=loaded.shape, say=lambda text: None)
+    found = certify(RunModel(copy, model, loaded), data)
     assert not found.passed
     assert "logits differ" in found.problems[0]
 
@@ -136,5 +137,5 @@ def test_settings_that_are_not_the_live_adapter_s_fail_its_certificate(trained, 
     path = copy.adapter_dir / "adapter_config.json"
     settings = read_json(path)
     write_json(path, settings | {"lora_alpha": 10 * settings["lora_alpha"]})
-    data = workflow.prepare_data(copy, loaded.tokenizer, shape=model.config.to_dict(), say=lambda text: None)
-    assert certify(copy, model, loaded, data).settings_changed == ("lora_alpha: 32 -> 320",)
+    data = workflow.prepare_data(copy, loaded.tokenizer, shape=loaded.shape, say=lambda text: None)
+    assert certify(RunModel(copy, model, loaded), data).settings_changed == ("lora_alpha: 32 -> 320",)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def make_once(folder: Path, proof: str, make: Callable[[], None]) -> None:
+    """Calls `make` unless the folder holds the file `proof`; processes that start together wait for the first."""
+    from filelock import FileLock
+
+    if (folder / proof).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not (folder / proof).exists():
+            make()
 
 
 def not_written(path: Path, error: OSError) -> RunError:

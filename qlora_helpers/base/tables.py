@@ -1,24 +1,30 @@
 """Small tables for results: fixed-width text where they are printed, HTML for light and dark themes in a notebook.
 
-This module owns their looks and knows nothing about what they say. Standard library alone.
+This module lays a table out; its colours and spacing are in `style.css`, its contents are the caller's. Standard library alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from html import escape
+from typing import Any
 
 from qlora_helpers.base.config import describe
+from qlora_helpers.base.style import inline
+
+BADGES = ("ok", "warning", "failure")
+"""In a column without a name, a cell that holds one of these words is shown as a coloured badge."""
 
 
 class Table:
     """Rows that print as fixed-width text and show as HTML in a notebook.
 
     Args:
-        header: the names of the columns.
-        rows: the cells; whatever is no text is shown as Python prints it.
-        caption: what the table shows (HTML alone).
-        numbers: the columns that are set flush right.
+        header: the names of the columns; empty for rows that need none, such as pairs of a name and a value.
+        rows: the cells; whatever is not text is shown as Python prints it.
+        caption: what the table shows, in a line above it.
+        notes: lines below it.
+        numbers: the columns that are aligned right.
     """
 
     def __init__(
@@ -27,41 +33,61 @@ class Table:
         rows: Sequence[Sequence[object]],
         *,
         caption: str = "",
+        notes: Sequence[str] = (),
         numbers: Collection[int] = (),
     ) -> None:
         self.header = list(header)
         self.rows = [[str(cell) for cell in row] for row in rows]
-        self.caption, self.numbers = caption, numbers
+        self.caption, self.notes, self.numbers = caption, list(notes), numbers
 
     def __repr__(self) -> str:
-        return text_table(self.header, self.rows, numbers=self.numbers)
+        table = [text_table(self.header, self.rows, numbers=self.numbers)] if self.header or self.rows else []
+        return "\n".join([*filter(None, [self.caption]), *table, *self.notes])
 
     def _repr_html_(self) -> str:
-        return html_table(self.header, self.rows, caption=self.caption, numbers=self.numbers)
+        if self.header or self.rows:
+            table = html_table(self.header, self.rows, caption=self.caption, numbers=self.numbers)
+        else:
+            table = f"<p>{escape(self.caption)}</p>"
+        return table + "".join(f'<p style="{inline("note")}">{escape(note)}</p>' for note in self.notes)
+
+
+class Tabular:
+    """A base for data classes that show as a table: the class says its `table()`, and text and HTML follow from it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # @dataclass writes a `__repr__` into every class that has none of its own, and would hide the inherited one.
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
+    def table(self) -> Table:
+        """Returns the table that is printed and shown."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def settings_table(section: object) -> Table:
-    """A configuration section as a table: each setting, its value and what it does (the configuration's own text)."""
+    """Returns a configuration section as a table: each setting, its value and what it does, in the configuration's own words."""
     rows = [(row["name"], "none" if row["value"] is None else row["value"], row["text"]) for row in describe(section)]
     return Table(["setting", "value", "what it does"], rows)
 
 
-# White text is readable on each of them, so that a badge looks the same in either theme.
-BADGES = {"ok": "#1a7f37", "warning": "#9a6700", "failure": "#cf222e"}
-_PADDING = "padding:.25em .75em"
-
-
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[int] = ()) -> str:
-    """A table in fixed-width text.
+    """Returns a table in fixed-width text.
 
     Args:
-        header: the names of the columns.
+        header: the names of the columns; empty for none.
         rows: the cells, as many in each row as in the header.
-        numbers: the columns that are set flush right.
+        numbers: the columns that are aligned right.
     """
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*([header] if header else []), *rows, strict=True)]
     lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
+    for row in [*([header, ["-" * width for width in widths]] if header else []), *rows]:
         cells = [
             cell.rjust(width) if column in numbers else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -73,38 +99,34 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers:
 def html_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", numbers: Collection[int] = ()
 ) -> str:
-    """A table in HTML; every cell is escaped, and a cell that says ok, warning or failure becomes a coloured badge.
+    """Returns a table in HTML. Every cell is escaped; those of `BADGES` become coloured badges.
 
-    Colours are the page's own but for the badges, so that it reads well in light and dark themes.
+    Apart from the badges its colours are the page's own, so that it reads well in light and dark themes.
 
     Args:
-        header: the names of the columns.
+        header: the names of the columns; empty for none.
         rows: the cells, as many in each row as in the header.
         caption: what the table shows.
-        numbers: the columns that are set flush right.
+        numbers: the columns that are aligned right.
     """
-    sides = ["right" if column in numbers else "left" for column in range(len(header))]
+    sides = ["number" if column in numbers else "left" for column in range(len(header or rows[0]))]
     head = "".join(
-        f'<th scope="col" style="text-align:{side};{_PADDING}">{escape(cell)}</th>'
-        for cell, side in zip(header, sides, strict=True)
+        f'<th scope="col" style="{inline("head", side)}">{escape(cell)}</th>'
+        for cell, side in zip(header, sides, strict=bool(header))
     )
+    head = f"<thead><tr>{head}</tr></thead>" if header else ""
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td style="text-align:{side};{_PADDING};border-top:1px solid rgba(128,128,128,.3)">{_cell(cell)}</td>'
-            for cell, side in zip(row, sides, strict=True)
+            f'<td style="{inline("cell", side)}">{_cell(cell, is_level=name == "")}</td>'
+            for cell, side, name in zip(row, sides, header or row, strict=True)
         )
         + "</tr>"
         for row in rows
     )
-    title = f'<caption style="text-align:left;{_PADDING}">{escape(caption)}</caption>' if caption else ""
-    return (
-        '<table style="border-collapse:collapse;color:inherit;background:transparent">'
-        f"{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )
+    title = f'<caption style="{inline("caption")}">{escape(caption)}</caption>' if caption else ""
+    return f'<table style="{inline("table")}">{title}{head}<tbody>{body}</tbody></table>'
 
 
-def _cell(text: str) -> str:
-    if text not in BADGES:
-        return escape(text)
-    return f'<span style="background:{BADGES[text]};color:#fff;border-radius:.75em;padding:.1em .6em">{text}</span>'
+def _cell(text: str, *, is_level: bool) -> str:
+    return f'<span style="{inline("badge", text)}">{text}</span>' if is_level and text in BADGES else escape(text)

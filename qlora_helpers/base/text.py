@@ -1,4 +1,4 @@
-"""Texts made fit for a terminal or a page: control characters, short forms, sizes."""
+"""Preparing texts for a terminal or a page: control characters, short forms, sizes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _ESCAPES = re.compile(
 )
 
 
-# What is in no text of a person's: C0 but \t and \n, DEL, C1, overrides of the writing direction
+# Never part of what a person writes: C0 except \t and \n, DEL, C1, overrides of the writing direction
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-SURROGATES = re.compile(r"[\ud800-\udfff]")  # half a character, which UTF-8 can't hold
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # half a character, which UTF-8 can't encode
 
 
 def plain(text: str) -> str:
-    """A text from elsewhere without terminal escape codes and control characters; line ends and tabs stay."""
+    """Returns a text from elsewhere without terminal escape codes and control characters; line ends and tabs stay."""
     return SURROGATES.sub("", CONTROLS.sub("", _ESCAPES.sub("", text)))
 
 
 def brief(error: BaseException) -> str:
-    """The first line of a library's message, without control characters, 200 characters at most."""
+    """Returns the first line of a library's message without control characters, at most 200 characters long."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return "".join(char if char.isprintable() else " " for char in line)[:200].rstrip(" .")
 
 
 def size_text(size: int) -> str:
-    """A number of bytes for a person."""
+    """Returns a number of bytes in the largest unit that fits, such as `1.5 GiB`."""
     for unit, factor in (("GiB", BYTES_IN_GIB), ("MiB", 1024**2), ("KiB", 1024)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -42,7 +42,7 @@ def size_text(size: int) -> str:
 
 
 def short_name(name: str, *, keep_owner: bool = False) -> str:
-    """A model or data set without the folders of this machine; a hub id keeps its owner where that is asked for."""
+    """Returns the name of a model or data set without folders of this machine; `keep_owner` keeps the owner of a hub id."""
     path = Path(name).expanduser()
     return name if keep_owner and not (path.is_absolute() or path.exists()) else path.name
 

@@ -1,1 +1,1 @@
-"""A source becomes examples, then text, tokens, labels, packed sequences and batches; the embedded corpus."""
+"""Turns a source into examples, then into text, tokens, labels, packed sequences and batches; holds the embedded corpus."""

@@ -1,8 +1,8 @@
-"""SAMSum's `corpus.7z`: fetched from an address, and opened without trusting it.
+"""Downloads SAMSum's `corpus.7z`, and reads it without trusting it.
 
 Owns the download and its limits, and which members of an archive are read. An archive is a stranger's file: only the
-three expected members are unpacked, into memory, and one with links, paths that lead elsewhere or a password is
-refused. Knows nothing of what the members hold.
+three expected members are unpacked, into memory. An archive with links, with paths that lead elsewhere or with a
+password is refused. Knows nothing of what the members hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import brief, size_text
 
 MEMBERS = ("train.json", "val.json", "test.json")
-MAX_ARCHIVE_BYTES = 256 * 1024**2  # SAMSum's own has 3 MB
+MAX_ARCHIVE_BYTES = 256 * 1024**2  # SAMSum's own takes 3 MB
 MAX_EXTRACTED_BYTES = 512 * 1024**2
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 64 * 1024
@@ -39,8 +39,8 @@ def read_archive(file: BinaryIO, name: str) -> dict[str, bytes]:
         The bytes of each member by its name.
 
     Raises:
-        DataError: it is no whole 7z archive, asks for a password, unpacks to more than `MAX_EXTRACTED_BYTES`, holds
-            links or paths that lead out of it, or none of the three members.
+        DataError: it is not a complete 7z archive, asks for a password, unpacks to more than `MAX_EXTRACTED_BYTES`, holds
+            links or paths that lead out of it, or has none of the three members.
     """
     import py7zr
     from py7zr.exceptions import DecompressionBombError, PasswordRequired
@@ -63,9 +63,9 @@ def read_archive(file: BinaryIO, name: str) -> dict[str, bytes]:
             f"{name} is over the limit: it unpacks to more than {size_text(MAX_EXTRACTED_BYTES)}",
             next_step="Unpack it by hand if you trust it, and name a file of it.",
         ) from error
-    except Exception as error:  # py7zr meets damaged bytes with any error that its parser runs into
+    except Exception as error:  # on damaged bytes py7zr raises whatever its parser runs into
         raise DataError(
-            f"{name} is no whole 7z archive: it is truncated or damaged ({brief(error)})",
+            f"{name} is not a complete 7z archive: it is truncated or damaged ({brief(error)})",
             next_step="Download or copy it again.",
         ) from error
     return {member: memory.get(member).read() for member in members}
@@ -73,14 +73,14 @@ def read_archive(file: BinaryIO, name: str) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def downloaded(url: str, progress: Callable[..., Any] | None = None) -> Iterator[BinaryIO]:
-    """Fetches an archive into a temporary file, which is gone after the block.
+    """Downloads an archive into a temporary file, which is deleted when the context ends.
 
     Args:
         url: https:// (http:// only on this machine itself).
         progress: called like `tqdm.tqdm(total=bytes, unit="B", ...)`; None shows nothing.
 
     Raises:
-        DataError: the address can't be reached, answers with an error, breaks off, or sends more than
+        DataError: the address can't be reached or answers with an error, or the download breaks off or exceeds
             `MAX_ARCHIVE_BYTES`.
     """
     with tempfile.TemporaryFile() as file:
@@ -90,15 +90,15 @@ def downloaded(url: str, progress: Callable[..., Any] | None = None) -> Iterator
 
 
 def url_name(url: str) -> str:
-    """The file's name in an address.
+    """Returns the file's name in an address.
 
     Raises:
-        DataError: it is no address.
+        DataError: it is not an address.
     """
     try:
         return PurePosixPath(urllib.parse.urlsplit(url).path).name
     except ValueError as error:
-        raise DataError(f"that is no address ({brief(error)})", got=repr(url[:100]), next_step=_BY_HAND) from error
+        raise DataError(f"that is not an address ({brief(error)})", got=repr(url[:100]), next_step=_BY_HAND) from error
 
 
 def _expected_members(archive: Any, name: str) -> list[str]:
@@ -106,17 +106,17 @@ def _expected_members(archive: Any, name: str) -> list[str]:
     for member in archive.files:
         fault = _fault(member)
         if not fault and member.filename in found:
-            fault = "is there twice"
+            fault = "is in it twice"
         if fault:
             raise DataError(
-                f"{name} is not to be trusted: its member {member.filename[:100]!r} {fault}",
+                f"{name} can't be trusted: its member {member.filename[:100]!r} {fault}",
                 next_step="Download it from the place where it was published.",
             )
         if member.filename in MEMBERS:
             found.append(member.filename)
     if not found:
         raise DataError(
-            f"{name} holds none of the members that are read",
+            f"{name} has none of the members that are read",
             expected=" or ".join(MEMBERS),
             got=", ".join(repr(member.filename[:60]) for member in list(archive.files)[:10]) or "an empty archive",
             next_step="For other contents unpack it, and name a .json, .jsonl, .csv or .parquet file.",
@@ -129,17 +129,17 @@ def _fault(member: Any) -> str:
     if path.is_absolute() or ".." in path.parts or ":" in member.filename:
         return "leads out of the archive"
     if member.is_symlink or member.is_junction or not (member.is_file or member.is_directory):
-        return "is a link or no plain file"
+        return "is a link or not a plain file"
     if member.is_directory and member.filename in MEMBERS:
         return "is a folder"
     return ""
 
 
-def _need_safe(url: str) -> None:
+def _require_encrypted(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")):
         raise DataError(
-            f"{url_name(url)} would come over an open connection",
+            f"{url_name(url)} would come over an unencrypted connection",
             expected="an https:// address",
             got=f"{parts.scheme}://",
             next_step=f"Use https. {_BY_HAND}",
@@ -148,11 +148,11 @@ def _need_safe(url: str) -> None:
 
 def _fetch(url: str, file: BinaryIO, progress: Callable[..., Any] | None) -> None:
     name = url_name(url)
-    _need_safe(url)
+    _require_encrypted(url)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "qlora-helpers"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            _need_safe(response.url)  # where redirects have led
+            _require_encrypted(response.url)  # where redirects have led
             _copy(response, file, name, progress)
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection

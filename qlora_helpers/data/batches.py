@@ -1,8 +1,14 @@
-"""Packed or padded sequences become batches of tensors, with positions, masks and what is trained."""
+"""Turns packed or padded sequences into a batch of tensors: tokens, what each may attend to, and what is trained.
+
+A `SequenceCollator` has two parts, since models read batches in several forms. `attention` keeps the rows of a batch apart:
+`PaddingMask`, `BlockDiagonalMask` or, for the fast step, `RowBounds`. `targets` says where the loss is computed: `AllLogits`,
+`KeptLogits` or, for the fast step, `TrainedTokens`. `training.step.make_collator` chooses the parts that fit a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +17,103 @@ from qlora_helpers.data.labels import IGNORED
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+NOTHING: Mapping[str, Any] = {"input_ids": [], "labels": [], "segment_ids": []}
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """Attention for one row per sequence: every token may be attended to, padding may not."""
+
+    def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
+        """Returns `attention_mask`, `(batch, tokens)`."""
+        return {"attention_mask": segments.clamp(max=1)}
+
+
+@dataclass(frozen=True)
+class BlockDiagonalMask:
+    """Attention for packed rows that do not attend to each other, by positions and a four-dimensional mask.
+
+    Args:
+        dtype: None for a boolean mask (sdpa); a float type for an additive one (eager).
+    """
+
+    dtype: torch.dtype | None = None
+
+    def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
+        """Returns `position_ids`, `(batch, tokens)`, and `attention_mask`, `(batch, 1, tokens, tokens)`."""
+        mask = _as_mask(block_diagonal_mask(segments), self.dtype)
+        return {"position_ids": positions_in_row(segments), "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """Attention for packed rows that do not attend to each other, by where rows start (`fast_step.block_diagonal`).
+
+    Args:
+        most_rows: rows in the fullest sequence, padding counted as one (`most_rows`).
+    """
+
+    most_rows: int
+
+    def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
+        """Returns `position_ids`, `(batch, tokens)`, and `row_starts`, `(batch * most_rows + 1,)`."""
+        return {"position_ids": positions_in_row(segments), "row_starts": row_starts(segments, self.most_rows)}
+
+
+@dataclass(frozen=True)
+class AllLogits:
+    """The model computes logits at every position, and its loss from `labels`."""
+
+    def tensors(self, shifted: torch.Tensor) -> dict[str, Any]:
+        """Returns nothing: `labels` are in every batch."""
+        return {}
+
+
+@dataclass(frozen=True)
+class KeptLogits:
+    """The model computes logits only where the next token is trained, for a `forward` that takes `logits_to_keep`.
+
+    The loss and the gradients are the same, at a fraction of the output layer's work.
+
+    Args:
+        as_list: give the positions as a list. With a model's layers on several GPUs, accelerate would bring a tensor to the
+            first GPU, and the last layer's output is on the last.
+    """
+
+    as_list: bool = False
+
+    def tensors(self, shifted: torch.Tensor) -> dict[str, Any]:
+        """Returns `logits_to_keep`, `(kept,)`, and `shift_labels`, `(batch, kept)`."""
+        kept = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
+        positions = kept.tolist() if self.as_list else kept
+        return {"logits_to_keep": positions, "shift_labels": shifted[:, kept].contiguous()}
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Flat lists of what is trained, for the loss in chunks (`fast_step.loss`).
+
+    Args:
+        fill_to: fills the lists up to this length with positions that are not trained, so that they have one length in all
+            batches: the trained tokens of the fullest batch (`most_trained`). None doesn't fill them.
+    """
+
+    fill_to: int | None = None
+
+    def tensors(self, shifted: torch.Tensor) -> dict[str, Any]:
+        """Returns `trained_index` and `trained_labels`, `(trained,)` each; an index counts over the flattened batch."""
+        import torch
+
+        flat = shifted.flatten()
+        index = (flat != IGNORED).nonzero().squeeze(-1)
+        if (missing := (self.fill_to or 0) - len(index)) > 0:
+            index = torch.cat([index, (flat == IGNORED).nonzero().squeeze(-1)[:missing]])
+        return {"trained_index": index, "trained_labels": flat[index]}
+
+
+Attention = PaddingMask | BlockDiagonalMask | RowBounds
+Targets = AllLogits | KeptLogits | TrainedTokens
 
 
 @dataclass(frozen=True)
@@ -24,154 +127,137 @@ class HostTokens:
     ids: torch.Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> HostTokens:
-        """Itself: what moves batches asks each part of them."""
+        """Returns itself: whatever moves a batch calls this on each of its parts."""
         return self
 
 
-@dataclass
+@dataclass(frozen=True)
 class SequenceCollator:
-    """Blocks -> one batch of tensors.
-
-    Padded rows get a two-dimensional mask. Packed blocks get positions that restart with every row and a block-diagonal causal
-    mask, so no row sees another. Where the model's `forward` takes `logits_to_keep`, logits are computed at the positions whose
-    next token is trained, and nowhere else: same loss and gradients, a fraction of the output layer's work.
+    """Turns sequences into one batch of tensors.
 
     Args:
-        pad_token_id: fills up short blocks; never trained, never attended to by a row.
-        packed: whether blocks hold several rows.
-        mask_dtype: None for a boolean mask (sdpa); a float type for an additive one (eager).
-        pad_to: length of a packed batch; None pads to the longest block in it.
-        keep_trained_logits: whether to add `logits_to_keep` and `shift_labels`.
-        plain_positions: whether `logits_to_keep` is a list: with a model's layers on several GPUs, accelerate would bring a tensor
-            to the first, and the last layer's output is on the last.
-        most_rows: rows in any block, padding counted as one; given, a packed batch carries `row_starts` in place of a mask
-            (`fast_step.rows`).
-        list_trained: whether to add `trained_index` and `trained_labels`, flat lists of what is trained, in place of
-            `logits_to_keep` and `shift_labels` (`fast_step.loss`).
-        most_trained: trained tokens in any batch; given, the lists of `list_trained` are filled up to it with positions that are
-            not trained, so that they have one length in all batches.
-        blocks: fills up a batch with blocks of padding to this number, so that all batches have one shape; None doesn't.
-        host_tokens: whether to add `host_tokens`, the tokens that stay on the host (`fast_step.embeddings`).
+        pad_token_id: fills up short sequences; it is never trained, and no row attends to it.
+        attention: how rows are kept apart.
+        targets: where the loss is computed.
+        length: tokens of a sequence; None takes the longest sequence in the batch, and so does a longer one.
+        sequences: fills up every batch to so many sequences, so that all batches have one shape; None doesn't.
+        host_tokens: whether to add `host_tokens`, the tokens that stay on the host (`model.host_embedding`).
     """
 
     pad_token_id: int
-    packed: bool
-    mask_dtype: torch.dtype | None = None
-    pad_to: int | None = None
-    keep_trained_logits: bool = True
-    plain_positions: bool = False
-    most_rows: int | None = None
-    list_trained: bool = False
-    most_trained: int | None = None
-    blocks: int | None = None
+    attention: Attention
+    targets: Targets = AllLogits()
+    length: int | None = None
+    sequences: int | None = None
     host_tokens: bool = False
 
-    def __call__(self, blocks: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `input_ids`, `labels`, `attention_mask` and, for packed blocks, `position_ids`: `(batch, tokens)` each, the
-        packed mask `(batch, 1, tokens, tokens)`, or in its place `row_starts`, `(batch * most_rows + 1,)`."""
+    @property
+    def packed(self) -> bool:
+        """Whether a sequence may hold several rows."""
+        return not isinstance(self.attention, PaddingMask)
+
+    def for_probe(self, *, targets: Targets) -> SequenceCollator:
+        """The collator of a few short sequences that go through the model as the others do, without filling up batches."""
+        return dataclasses.replace(self, targets=targets, length=None, sequences=None)
+
+    def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns `input_ids` and `labels`, `(batch, tokens)` each, and the tensors of `attention` and `targets`.
+
+        Sequences that carry their number (`packing.NumberedSequences`) also give `sequences`, `(sequences,)`.
+        """
         import torch
 
-        missing = max(0, (self.blocks or 0) - len(blocks))
-        blocks = [*blocks, *[{"input_ids": [], "labels": [], "segment_ids": []}] * missing]
-        length = max(self.pad_to or 0, *(len(block["input_ids"]) for block in blocks))
-        ids = _padded([block["input_ids"] for block in blocks], length, self.pad_token_id)
-        labels = _padded([block["labels"] for block in blocks], length, IGNORED)
-        segments = _padded([block["segment_ids"] for block in blocks], length, 0)
+        rows = [*sequences, *[NOTHING] * max(0, (self.sequences or 0) - len(sequences))]
+        length = max(self.length or 0, *(len(row["input_ids"]) for row in rows))
+        ids = _padded([row["input_ids"] for row in rows], length, self.pad_token_id)
+        labels = _padded([row["labels"] for row in rows], length, IGNORED)
+        segments = _padded([row["segment_ids"] for row in rows], length, 0)
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         batch = {"input_ids": ids, "labels": labels}
+        batch |= self.attention.tensors(segments) | self.targets.tensors(shifted)
         if self.host_tokens:
             batch["host_tokens"] = HostTokens(ids)
-        if self.packed:
-            batch["position_ids"] = positions_in_row(segments)
-            if self.most_rows is None:
-                batch["attention_mask"] = _as_mask(block_diagonal_mask(segments), self.mask_dtype)
-            else:
-                batch["row_starts"] = row_starts(segments, self.most_rows)
-        else:
-            batch["attention_mask"] = segments.clamp(max=1)
-        shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if self.list_trained:
-            flat = shifted.flatten()
-            index = (flat != IGNORED).nonzero().squeeze(-1)
-            if (missing := (self.most_trained or 0) - len(index)) > 0:
-                index = torch.cat([index, (flat == IGNORED).nonzero().squeeze(-1)[:missing]])
-            batch["trained_index"], batch["trained_labels"] = index, flat[index]
-        elif self.keep_trained_logits:
-            kept = (shifted != IGNORED).any(dim=0).nonzero().squeeze(-1)
-            batch["logits_to_keep"] = kept.tolist() if self.plain_positions else kept
-            batch["shift_labels"] = shifted[:, kept].contiguous()
-        numbers = [block["block"] for block in blocks if "block" in block]
+        numbers = [row["sequence"] for row in sequences if "sequence" in row]
         if numbers:
-            batch["blocks"] = torch.tensor(numbers)
+            batch["sequences"] = torch.tensor(numbers)
         return batch
 
 
 def most_rows(*sets: Dataset) -> int:
-    """Rows in the fullest block, the padding at its end counted as one."""
-    return 1 + max(max(map(len, blocks["row_ids"]), default=0) for blocks in sets)
+    """Rows in the fullest sequence, the padding at its end counted as one."""
+    return 1 + max(max(map(len, sequences["row_ids"]), default=0) for sequences in sets)
 
 
-def most_trained(train: Dataset, blocks: int) -> int:
-    """Trained tokens of the fullest batch of so many blocks that could come together; a block's first token has no predecessor."""
+def most_trained(train: Dataset, sequences: int) -> int:
+    """Trained tokens of the fullest batch of so many sequences that could come together.
+
+    A sequence's first token is not counted: nothing predicts it.
+    """
     import numpy as np
 
     labels = train.with_format("arrow")[:].column("labels").combine_chunks()
     trained, starts = labels.flatten().to_numpy() != IGNORED, labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
     trained[starts] = False
     counts = np.add.reduceat(trained, starts, dtype=int)
-    return int(np.sort(counts)[::-1][:blocks].sum())
+    return int(np.sort(counts)[::-1][:sequences].sum())
 
 
 def row_starts(segments: torch.Tensor, most_rows: int) -> torch.Tensor:
-    """Where rows start in a flattened batch, always equally many numbers: what attention within rows needs in place of a mask.
+    """Where rows start in a flattened batch, always as many numbers: what attention within rows needs in place of a mask.
 
     Args:
         segments: `(batch, tokens)`, the row's number at each token; padding is 0 and counts as a row of its own.
-        most_rows: rows in any block, padding counted.
+        most_rows: rows in the fullest sequence, padding counted as one.
 
     Returns:
-        `(batch * most_rows + 1,)`, int32; after the last start, the number of tokens as often as it takes.
+        `(batch * most_rows + 1,)`, int32; places after the last start hold the number of tokens.
     """
     import torch
 
     batch, tokens = segments.shape
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    found = begins.flatten().nonzero().squeeze(1)
+    found = _begins(segments).flatten().nonzero().squeeze(1)
     starts = torch.full((batch * most_rows + 1,), batch * tokens, dtype=torch.int32)
     starts[: len(found)] = found.to(torch.int32)
     return starts
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
 
 
 def positions_in_row(segments: torch.Tensor) -> torch.Tensor:
     """Positions that restart at 0 with every row.
 
     Args:
-        segments: `(batch, tokens)`, the row's number at each token; a row's tokens stand together.
+        segments: `(batch, tokens)`, the row's number at each token; the tokens of a row follow each other.
     """
     import torch
 
     index = torch.arange(segments.shape[1]).expand_as(segments)
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    return index - torch.where(_begins(segments), index, 0).cummax(dim=1).values
 
 
 def block_diagonal_mask(segments: torch.Tensor) -> torch.Tensor:
-    """True where token i may look at token j: the same row, and not later. `(batch, tokens)` -> `(batch, 1, tokens, tokens)`.
+    """True where token i may attend to token j, `(batch, tokens)` -> `(batch, 1, tokens, tokens)`: the same row, and not later.
 
-    Padding looks at padding, so that no line of the softmax is empty.
+    Padding attends to padding, so that no line of the softmax is empty.
     """
     import torch
     from einops import rearrange
 
     same_row = rearrange(segments, "batch i -> batch 1 i 1") == rearrange(segments, "batch j -> batch 1 1 j")
     return same_row & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+
+
+def _begins(segments: torch.Tensor) -> torch.Tensor:
+    """True at the first token of each row, `(batch, tokens)`."""
+    import torch
+
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return begins
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
 
 
 def _as_mask(allowed: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Dialogues as every later step sees them: from raw rows to clean text, with a note on every row that is left out.
+"""Turns raw rows into clean dialogues, with a note on every row that is skipped.
 
-Owns the columns, the cleaning of texts, and duplicates. How rows are read is in `readers` and `archives`, how they are
-divided in `splits`. Knows nothing of files, tokens or models.
+Owns the columns, the cleaning of texts, and duplicates. Rows are read in `readers` and `archives` and divided in
+`splits`. Knows nothing of files, tokens or models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_NAMED = 20
 
 @dataclass(frozen=True)
 class Row:
-    """A row as its source gives it: `values` should be a mapping of columns, `where` names its place for a person."""
+    """A row as its source gives it: `values` should be a mapping of columns, `where` tells a person where the row is."""
 
     where: str
     values: Any
@@ -35,13 +35,13 @@ class Row:
 
 @dataclass
 class Source:
-    """What a reader found.
+    """The rows that a reader found.
 
     Attributes:
         name: the file's name (no folder), or the hub's id.
         licence: the terms of the texts, in words.
-        splits: rows by `train`, `eval` and `test`; a source without splits of its own gives `train` alone.
-        notes: what a person should know of the reading.
+        splits: rows by `train`, `eval` and `test`; a source without splits of its own has only `train`.
+        notes: what a person should know about how it was read.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Source:
 class Dialogue:
     """One dialogue with its summary; `where` names the place it came from, as in `rows.jsonl line 12`.
 
-    `references` are more summaries of it by other people (`summary2`, `summary3` beside `summary1`): never trained, an answer
-    that is held against them gets the best of its scores.
+    `references` are more summaries of it by other people (`summary2`, `summary3` beside `summary1`). They are never trained; an
+    answer is scored against each of them, and the best score counts.
     """
 
     id: str
@@ -67,7 +67,7 @@ class Dialogue:
 
 @dataclass(frozen=True, repr=False)
 class Corpus:
-    """Dialogues in three splits that share none; `notes` name what was left out, cut or changed."""
+    """Dialogues in three splits that share none; `notes` name what was skipped, cut or changed."""
 
     name: str
     licence: str
@@ -83,35 +83,35 @@ class Corpus:
 
 
 def listed(names: Iterable[Any], most: int = 12) -> str:
-    """Names for a message: quoted (control characters can't reach a terminal), the first `most`, then a count."""
+    """Lists names for a message: the first `most` quoted, so that no control character reaches a terminal, then a count."""
     quoted = [repr(name if len(str(name)) <= 60 else f"{str(name)[:57]}...") for name in names]
     rest = f" and {len(quoted) - most} more" if len(quoted) > most else ""
     return ", ".join(quoted[:most]) + rest if quoted else "none"
 
 
-class LeftOut:
-    """The rows that are not used: where each stands, and why."""
+class SkippedRows:
+    """The rows that are not used: where each of them is, and why it was skipped."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
 
     def add(self, where: str, kind: str, detail: str = "") -> None:
-        """Notes a row: `kind` is what is counted, `detail` what is said of this row beyond it."""
+        """Adds a row: `kind` is a reason that rows are counted by, `detail` what else is known of this row."""
         self.rows.append((where, kind, detail))
 
     def notes(self, most: int = MAX_NAMED) -> list[str]:
-        """A line for each of the first `most` rows, and one that counts the rest by kind."""
-        named = [f"{where}: left out, {kind}{detail}" for where, kind, detail in self.rows[:most]]
+        """Returns a line for each of the first `most` rows, and one that counts the rest by kind."""
+        named = [f"{where}: skipped, {kind}{detail}" for where, kind, detail in self.rows[:most]]
         counts = Counter(kind for _, kind, _ in self.rows[most:])
         rest = "; ".join(f"{count} x {kind}" for kind, count in counts.items())
-        return named + ([f"and {counts.total()} more rows left out: {rest}"] if rest else [])
+        return named + ([f"and {counts.total()} more rows skipped: {rest}"] if rest else [])
 
 
 def need_columns(source: Source, config: DataConfig) -> None:
-    """Checks that the dialogue and summary columns stand in at least one row (ragged rows are named one by one later).
+    """Checks that at least one row has the dialogue and summary columns (single rows without them are skipped later).
 
     Raises:
-        DataError: lists the columns found and suggests the settings that name them.
+        DataError: a column is missing; the message lists those found and suggests the settings that name them.
     """
     found: dict[str, None] = {}  # a dict keeps the order of the file
     for rows in source.splits.values():
@@ -136,13 +136,12 @@ def _likely(column: str, found: Iterable[str]) -> str:
     return shlex.quote(by_lower[close[0]]) if close and by_lower[close[0]].isprintable() else "NAME"
 
 
-def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: LeftOut) -> dict[str, list[Dialogue]]:
+def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: SkippedRows) -> dict[str, list[Dialogue]]:
     """Turns the source's rows into dialogues, split by split.
 
-    Line ends become \\n, and control characters other than \\n and \\t are removed, overrides of the writing direction with them,
-    which a line in `notes` counts.
-    Rows without a text in both columns go to `skipped`. An id that is missing or was seen before becomes the row's
-    place.
+    Line ends become \\n. Control characters other than \\n and \\t are removed, including overrides of the writing direction;
+    a line in `notes` counts them. Rows without a text in both columns go to `skipped`. An id that is missing or was seen
+    before is replaced by the row's `where`.
     """
     splits: dict[str, list[Dialogue]] = {}
     ids: set[str] = set()
@@ -165,17 +164,17 @@ def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: LeftO
     return splits
 
 
-def _texts(row: Row, config: DataConfig, skipped: LeftOut) -> tuple[tuple[str, str], int] | None:
-    """Dialogue and summary of a row with the count of control characters removed, or None where it can't be used."""
+def _texts(row: Row, config: DataConfig, skipped: SkippedRows) -> tuple[tuple[str, str], int] | None:
+    """Returns a row's dialogue and summary and how many control characters were removed, or None where it can't be used."""
     if not isinstance(row.values, Mapping):
-        skipped.add(row.where, "no object with columns", f" but {type(row.values).__name__}")
+        skipped.add(row.where, "not an object with columns", f" but {type(row.values).__name__}")
         return None
     texts = []
     removed = 0
     for role, column in (("dialogue", config.dialogue_column), ("summary", config.summary_column)):
         value = row.values.get(column)
         if value is not None and not isinstance(value, str):
-            skipped.add(row.where, f"its {role} is no text", f" but {type(value).__name__}")
+            skipped.add(row.where, f"its {role} is not text", f" but {type(value).__name__}")
             return None
         text, count = _without_controls(value or "")
         if not text.strip():
@@ -190,7 +189,7 @@ def _texts(row: Row, config: DataConfig, skipped: LeftOut) -> tuple[tuple[str, s
 
 
 def _without_controls(text: str) -> tuple[str, int]:
-    """A text with plain line ends and without control characters, and how many of these there were."""
+    """Returns a text with plain line ends and without control characters, and how many of these there were."""
     return CONTROLS.subn("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -201,7 +200,7 @@ def numbered_siblings(column: str, found: Iterable[str]) -> list[str]:
 
 
 def _references(row: Row, config: DataConfig) -> tuple[str, ...]:
-    """Usable texts in the summary column's numbered siblings, cleaned like the summary."""
+    """Returns the usable texts of the summary column's numbered siblings, cleaned like the summary."""
     found = []
     for column in numbered_siblings(config.summary_column, [name for name in row.values if isinstance(name, str)]):
         value = row.values[column]
@@ -219,12 +218,12 @@ def _id(value: Any) -> str | None:
 
 
 def text_key(text: str) -> str:
-    """What two texts have in common that differ in white space alone."""
+    """A key that is the same for texts that differ only in white space."""
     return " ".join(text.split())
 
 
-def without_repeats(rows: list[Dialogue], skipped: LeftOut) -> list[Dialogue]:
-    """Keeps the first of rows with the same dialogue and the same summary, whatever their white space."""
+def without_repeats(rows: list[Dialogue], skipped: SkippedRows) -> list[Dialogue]:
+    """Keeps the first of several rows with the same dialogue and summary, ignoring white space."""
     first: dict[tuple[str, str], str] = {}
     kept = []
     for row in rows:
@@ -237,11 +236,11 @@ def without_repeats(rows: list[Dialogue], skipped: LeftOut) -> list[Dialogue]:
     return kept
 
 
-def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: LeftOut, each: bool = False) -> None:
-    """Checks that `MIN_ROWS` rows are there, and with `each` at least one in every split.
+def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: SkippedRows, each: bool = False) -> None:
+    """Checks that there are `MIN_ROWS` rows, and with `each` at least one in every split.
 
     Raises:
-        DataError: there are fewer; the message says which rows were left out, and why.
+        DataError: there are fewer; the message says which rows were skipped, and why.
     """
     counts = {split: len(splits.get(split, [])) for split in SPLITS}
     total = sum(counts.values())
@@ -252,11 +251,11 @@ def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: LeftOut, ea
         f"{name} has too few usable rows",
         expected=f"at least {MIN_ROWS}, one or more for each of train, eval and test",
         got=", ".join(f"{count} {split}" for split, count in counts.items()) if each else str(total),
-        next_step=f"Add rows, or mend those left out:{reasons}" if reasons else "Add rows.",
+        next_step=f"Add rows, or fix those that were skipped:{reasons}" if reasons else "Add rows.",
     )
 
 
 def dialogue_key(text: str) -> str:
-    """A mark that is the same for two copies of a dialogue: a hash of its words, without case, punctuation and white space."""
+    """A key that is the same for copies of a dialogue: a hash of its words, ignoring case, punctuation and white space."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
     return hashlib.sha256(" ".join(words or [text]).encode()).hexdigest()[:24]

@@ -1,13 +1,10 @@
-"""What is known of public data sets without opening them: licences and sizes."""
+"""Licences and sizes of public data sets and models, known without opening them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LICENCES: dict[str, str] = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
-    "tiiuae/falcon-7b": "Apache-2.0",
-    "tiiuae/falcon-40b": "Apache-2.0",
+DATA_LICENCES: dict[str, str] = {
     "embedded": "CC0-1.0",
     "knkarthick/samsum": "CC BY-NC-ND 4.0",
     "knkarthick/dialogsum": "CC BY-NC-SA 4.0",
@@ -16,11 +13,11 @@ LICENCES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class DataSize:
-    """How much there is to train on in a known data set.
+    """The size of a known data set.
 
     Attributes:
-        rows: of its training split.
-        tokens_per_row: with the recipe's prompt, on average; SmolLM2's tokenizer.
+        rows: rows of its training split.
+        tokens_per_row: mean over rows, with the recipe's prompt and SmolLM2's tokenizer.
     """
 
     rows: int
@@ -34,5 +31,5 @@ DATA_SIZES: dict[str, DataSize] = {
 }
 
 
-# Of dialogues with their summaries, prompt and names included: for files that are not tokenised yet
+# Of dialogues with their summaries, including prompt and names: estimates files that are not tokenised yet
 CHARACTERS_PER_TOKEN = 3.2

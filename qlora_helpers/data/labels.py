@@ -1,7 +1,7 @@
-"""Which tokens are trained, and the report on it.
+"""Decides which tokens are trained, and reports on it.
 
-A labelled row is `input_ids` and `labels` of equal length; a label is the token itself where it is trained and -100 where it is
-not (transformers' convention; the model shifts them by one). Knows nothing of files, packing or models.
+A labelled row is `input_ids` and `labels` of equal length. A label is the token itself where it is trained, and -100 where it
+is not (transformers' convention; the model shifts them by one). Knows nothing of files, packing or models.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.data.prompts import answer_tokens, prompt_tokens
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ def label_row(
     """Tokenises and labels one dialogue; the end-of-text token is always trained.
 
     Args:
-        row_id: named in reports.
+        row_id: the row's name in reports.
         dialogue, summary: texts.
         tokenizer: the model's.
         template: `recipe` or `chat`.
-        loss_on: `summary` masks the prompt, `all` trains every token but the first (which nothing predicts).
+        loss_on: `summary` masks the prompt; `all` trains every token but the first, which nothing predicts.
         max_tokens: a longer row has its dialogue trimmed; the summary stays whole.
 
     Returns:
-        The row, or None where even an empty dialogue does not make it fit.
+        The row, or None where it is too long even with an empty dialogue.
     """
     prompt = prompt_tokens(dialogue, template, tokenizer)
     answer = answer_tokens(summary, tokenizer)
@@ -72,22 +73,22 @@ def label_row(
 
 
 @dataclass(frozen=True)
-class LabelReport:
-    """What is trained and what is not, counted over the blocks that the trainer will see.
+class LabelReport(Tabular):
+    """What is trained and what is not, counted over the sequences that the trainer will see.
 
     Attributes:
-        rows, blocks, tokens: how much there is; `tokens` without padding.
+        rows, sequences, tokens: how many there are; `tokens` without padding.
         trained_tokens: tokens with a label.
         eos_trained: rows whose end-of-text token has a label.
         prompt_masked: rows in which nothing but the answer has a label.
-        answers_whole: rows whose trained end reads exactly as their summary.
+        answers_whole: rows whose trained answer is exactly their summary.
         trimmed: ids of the rows whose dialogue was cut to fit.
-        skipped: ids of the rows that could not be made to fit.
+        skipped: ids of the rows that were too long to be used.
         loss_on: `summary` or `all`.
     """
 
     rows: int
-    blocks: int
+    sequences: int
     tokens: int
     trained_tokens: int
     eos_trained: int
@@ -99,7 +100,7 @@ class LabelReport:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What would keep the model from learning the task; empty when all is well."""
+        """The reasons why the model would not learn the task; empty where there are none."""
         found = []
         if not self.rows:
             found.append("there is nothing to train on")
@@ -118,25 +119,26 @@ class LabelReport:
         return not self.problems
 
     def lines(self) -> list[tuple[str, str]]:
-        """The report as pairs of a name and a value."""
+        """Returns the report as pairs of a name and a value."""
         share = 100 * self.trained_tokens / max(1, self.tokens)
         return [
-            ("rows", f"{self.rows:,} in {self.blocks:,} blocks"),
+            ("rows", f"{self.rows:,} in {self.sequences:,} sequences"),
             ("tokens", f"{self.tokens:,}"),
             ("trained", f"{self.trained_tokens:,} ({share:.1f} %)"),
             ("end trained", f"{self.eos_trained:,} of {self.rows:,} rows"),
             ("prompt masked", f"{self.prompt_masked:,} of {self.rows:,} rows"),
             ("summary whole", f"{self.answers_whole:,} of {self.rows:,} rows"),
             ("trimmed", _named(self.trimmed)),
-            ("left out", _named(self.skipped)),
+            ("skipped", _named(self.skipped)),
             ("verdict", "PASS" if self.passed else "FAIL: " + "; ".join(self.problems)),
         ]
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{name:<14} {value}" for name, value in self.lines())
+    def table(self) -> Table:
+        """Returns the lines of the report as pairs of a name and a value."""
+        return Table((), self.lines())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the verdict included."""
+        """Returns plain values for JSON, including the verdict."""
         return dict(vars(self)) | {"passed": self.passed, "problems": list(self.problems)}
 
 
@@ -148,7 +150,7 @@ def _named(ids: Sequence[str], most: int = 5) -> str:
 
 
 def label_report(
-    blocks: Iterable[Mapping[str, Any]],
+    sequences: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     summaries: Mapping[str, str],
@@ -156,23 +158,23 @@ def label_report(
     trimmed: Sequence[str] = (),
     skipped: Sequence[str] = (),
 ) -> LabelReport:
-    """Counts what is trained in finished blocks, row by row.
+    """Counts what is trained in finished sequences, row by row.
 
     Args:
-        blocks: mappings with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each, rows numbered from 1, 0 is padding) and
-            `row_ids`, the id of each row in the block.
+        sequences: mappings with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each; rows are numbered from 1, 0 is padding)
+            and `row_ids`, the id of each row in the sequence.
         tokenizer: the model's.
         summaries: row id -> the summary that it should train.
-        loss_on: what was asked for.
+        loss_on: as in `label_row`.
         trimmed, skipped: ids to name in the report.
     """
     rows = count = tokens = trained = eos = masked = whole = 0
-    for block in blocks:
+    for sequence in sequences:
         count += 1
-        for number, row_id in enumerate(block["row_ids"], start=1):
-            where = [i for i, segment in enumerate(block["segment_ids"]) if segment == number]
-            ids = [block["input_ids"][i] for i in where]
-            labels = [block["labels"][i] for i in where]
+        for number, row_id in enumerate(sequence["row_ids"], start=1):
+            where = [i for i, segment in enumerate(sequence["segment_ids"]) if segment == number]
+            ids = [sequence["input_ids"][i] for i in where]
+            labels = [sequence["labels"][i] for i in where]
             answer = answer_tokens(summaries[row_id], tokenizer)
             start = len(ids) - len(answer)
             rows, tokens = rows + 1, tokens + len(ids)

@@ -1,7 +1,8 @@
-"""Blocks of tokens: what they are, how rows are packed into them, and how they become a batch.
+"""Packs rows into sequences, and defines what prepared data are.
 
-A block is `input_ids`, `labels` and `segment_ids` (`(tokens,)` each; rows are numbered from 1) and `row_ids`, the rows' ids. Packed
-rows are kept apart by positions that restart and a block-diagonal mask. Knows nothing of dialogues, models or files.
+A sequence is `input_ids`, `labels` and `segment_ids` (`(tokens,)` each; rows are numbered from 1) and `row_ids`, the rows' ids. It
+holds several rows where they are packed, and one row where they are padded. `batches` keeps the rows from attending to each
+other. Knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What the trainer and the evaluation take.
+    """The data that the trainer and the evaluation take.
 
     Attributes:
-        train, eval: blocks with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each) and `row_ids`.
+        train, eval: sequences with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each) and `row_ids`.
         test: dialogues held out for the final comparison.
         report, eval_report: label reports of the two sets.
-        packed: whether a block holds several rows.
-        seq_len_tokens: length of a packed block.
-        notes: what was left out, trimmed or changed on the way, each with its place.
+        packed: whether a sequence may hold several rows.
+        seq_len_tokens: length of a packed sequence.
+        notes: what was skipped, trimmed or changed, and where it is in the source.
         source: name and licence of the data.
-        train_keys: `scorecard.dialogue_key` of every training dialogue: a held-out row that is among them proves nothing.
+        train_keys: `dialogues.dialogue_key` of every training dialogue: a held-out row that is among them proves nothing.
     """
 
     train: Dataset
@@ -47,51 +48,53 @@ class PreparedData:
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
         fill = self.report.tokens / max(1, len(self.train) * self.seq_len_tokens)
-        how = f"{len(self.train)} blocks of {self.seq_len_tokens} tokens, {fill:.0%} full" if self.packed else "padded"
+        how = (
+            f"{len(self.train)} sequences of {self.seq_len_tokens} tokens, {fill:.0%} full" if self.packed else "padded"
+        )
         return f"{self.source}: {sizes}; {how}"
 
 
 def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
-    """Puts rows into as few blocks as first-fit decreasing finds (at most 11/9 of the best; Johnson 1973).
+    """Puts rows into few sequences by first-fit decreasing: at most about 11/9 of the fewest possible (Johnson 1973).
 
     Args:
         lengths: tokens of each row, none longer than `capacity`.
-        capacity: tokens of a block.
-        seed: of the order among equally long rows, and of the blocks.
+        capacity: tokens of a sequence.
+        seed: of the order among equally long rows, and of the sequences.
 
     Returns:
-        Indices of the rows in each block; every row once.
+        Indices of the rows in each sequence; every row once.
     """
     order = list(range(len(lengths)))
     shuffler = random.Random(seed)
     shuffler.shuffle(order)
     order.sort(key=lambda index: -lengths[index])
-    blocks: list[list[int]] = []
+    sequences: list[list[int]] = []
     room: list[int] = []
     for index in order:
         place = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
         if place is None:
-            blocks.append([])
+            sequences.append([])
             room.append(capacity)
-            place = len(blocks) - 1
-        blocks[place].append(index)
+            place = len(sequences) - 1
+        sequences[place].append(index)
         room[place] -= lengths[index]
-    shuffler.shuffle(blocks)
-    return blocks
+    shuffler.shuffle(sequences)
+    return sequences
 
 
-class NumberedBlocks:
-    """Blocks that carry their number, so that a batch can say which it was made of (`blocks`, `(blocks,)`)."""
+class NumberedSequences:
+    """Sequences that carry their number, so that a batch can say which it was made of (`sequences`, `(sequences,)`)."""
 
-    def __init__(self, blocks: Dataset) -> None:
-        self.blocks = blocks
+    def __init__(self, sequences: Dataset) -> None:
+        self.sequences = sequences
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.sequences)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.blocks[number] | {"block": number}
+        return self.sequences[number] | {"sequence": number}
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        found = self.blocks.__getitems__(list(numbers))
-        return [block | {"block": number} for block, number in zip(found, numbers, strict=True)]
+        found = self.sequences.__getitems__(list(numbers))
+        return [sequence | {"sequence": number} for sequence, number in zip(found, numbers, strict=True)]

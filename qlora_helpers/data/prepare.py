@@ -1,7 +1,7 @@
-"""Dialogues -> labelled blocks of tokens, packed with their rows kept apart, or padded.
+"""Turns dialogues into labelled sequences of tokens, packed or padded, and keeps them on disk.
 
-Owns the preparation and the prepared data on disk. What a dialogue looks like as tokens is `prompts`' and `labels`' business, what
-a block is `blocks`', and where dialogues come from `sources`'.
+Owns the preparation and the prepared data on disk. How a dialogue becomes tokens is in `prompts` and `labels`, what a sequence is
+in `packing`, and where dialogues come from in `sources`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def prepare(
     Args:
         corpus: dialogues in three splits.
         tokenizer: the model's, with a padding token of its own.
-        config: template, labels, block length.
-        can_pack: False for a model that can't keep packed rows apart; rows are then padded, with a note.
+        config: template, labels, `seq_len_tokens`.
+        can_pack: False for a model whose packed rows would attend to each other; rows are then padded, with a note.
 
     Raises:
-        DataError: a row is longer than the block and `long_rows` is `refuse`, or nothing is left to train on.
+        DataError: a row is longer than `seq_len_tokens` and `long_rows` is `refuse`, or nothing is left to train on.
     """
     notes = list(corpus.notes)
     packed = config.packing and can_pack
     if config.packing and not can_pack:
-        notes.append("this model can't keep packed rows apart, so rows are padded instead")
-    train, report = _blocks(corpus.train, tokenizer, config, packed, notes)
-    evaluation, eval_report = _blocks(corpus.eval, tokenizer, config, packed, notes)
+        notes.append("packed rows of this model would attend to each other, so rows are padded instead")
+    train, report = _sequences(corpus.train, tokenizer, config, packed, notes)
+    evaluation, eval_report = _sequences(corpus.eval, tokenizer, config, packed, notes)
     if not report.rows or not eval_report.rows:
         raise DataError(
-            "no row fits into a block", got=f"data.seq_len_tokens={config.seq_len_tokens}", next_step="Raise it."
+            "no row fits into a sequence", got=f"data.seq_len_tokens={config.seq_len_tokens}", next_step="Raise it."
         )
     source = f"{corpus.name} ({corpus.licence})"
     return PreparedData(
@@ -65,7 +65,7 @@ def prepare(
     )
 
 
-def _blocks(
+def _sequences(
     dialogues: Sequence[Dialogue],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
@@ -90,36 +90,36 @@ def _blocks(
         too_long = row is None or row.trimmed_tokens
         if too_long and config.long_rows == "refuse":
             raise DataError(
-                f"{item.where}: the row is longer than the block",
+                f"{item.where}: the row is longer than a sequence",
                 expected=f"at most {config.seq_len_tokens} tokens",
                 next_step="Raise data.seq_len_tokens, or set data.long_rows to trim or drop.",
             )
         if row is None or (too_long and config.long_rows == "drop"):
             skipped.append(item.id)
-            why = "its summary alone fills the block" if row is None else f"{row.trimmed_tokens} tokens too long"
-            notes.append(f"{item.where}: left out, {why}")
+            why = "its summary alone fills the sequence" if row is None else f"{row.trimmed_tokens} tokens too long"
+            notes.append(f"{item.where}: skipped, {why}")
             continue
         if row.trimmed_tokens:
             notes.append(f"{item.where}: the last {row.trimmed_tokens} tokens of its dialogue were cut off")
         rows.append(row)
     groups = pack([len(row) for row in rows], config.seq_len_tokens, seed=config.seed) if packed else _singles(rows)
-    blocks = [_block([rows[index] for index in group]) for group in groups]
+    sequences = [_sequence([rows[index] for index in group]) for group in groups]
     report = label_report(
-        blocks,
+        sequences,
         tokenizer,
         summaries={item.id: item.summary for item in dialogues},
         loss_on=config.loss_on,
         trimmed=[row.id for row in rows if row.trimmed_tokens],
         skipped=skipped,
     )
-    return Dataset.from_list(blocks), report
+    return Dataset.from_list(sequences), report
 
 
 def _singles(rows: Sequence[LabelledRow]) -> list[list[int]]:
     return [[index] for index in range(len(rows))]
 
 
-def _block(rows: Sequence[LabelledRow]) -> dict[str, Any]:
+def _sequence(rows: Sequence[LabelledRow]) -> dict[str, Any]:
     return {
         "input_ids": [token for row in rows for token in row.input_ids],
         "labels": [label for row in rows for label in row.labels],
@@ -129,7 +129,7 @@ def _block(rows: Sequence[LabelledRow]) -> dict[str, Any]:
 
 
 def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> str:
-    """Changes whenever the prepared data would: the settings, the tokenizer's vocabulary, the source file's content."""
+    """A digest that changes whenever the prepared data would: of settings, tokenizer and the source file's content."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())[:5000]).encode())
     digest.update(f"{len(tokenizer)} {tokenizer.eos_token_id} {tokenizer.pad_token_id} {can_pack}".encode())
@@ -142,7 +142,7 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_p
 
 
 def content_marks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What settings don't say of the data: digests of the source file, where it is one, and of the vocabulary."""
+    """Digests of what settings don't say about the data: the vocabulary, and the source where it is a file."""
     marks = {"the tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
     source = Path(config.source).expanduser()
     if source.is_file():
@@ -173,7 +173,7 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
 
 
 def load_prepared(folder: Path, mark: str) -> PreparedData | None:
-    """Reads prepared data back, or gives None where there is none that was made with the same fingerprint."""
+    """Reads prepared data back, or returns None where there are none that were made with the same fingerprint."""
     from datasets import Dataset
 
     if not (folder / "prepared.json").exists():
@@ -181,22 +181,25 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
     saved = read_json(folder / "prepared.json")
     if saved["fingerprint"] != mark:
         return None
-    reports = [
-        LabelReport(**saved[key] | {name: tuple(saved[key][name]) for name in ("trimmed", "skipped")})
-        for key in ("report", "eval_report")
-    ]
     test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
         Dataset.load_from_disk(str(folder / "train")),
         Dataset.load_from_disk(str(folder / "eval")),
         test,
-        *reports,
+        _report_from(saved["report"]),
+        _report_from(saved["eval_report"]),
         saved["packed"],
         saved["seq_len_tokens"],
         tuple(saved["notes"]),
         saved["source"],
         frozenset(saved.get("train_keys", ())),
     )
+
+
+def _report_from(values: dict[str, Any]) -> LabelReport:
+    """Reads a label report back; `sequences` were once called `blocks`."""
+    renamed = {("sequences" if name == "blocks" else name): value for name, value in values.items()}
+    return LabelReport(**renamed | {name: tuple(values[name]) for name in ("trimmed", "skipped")})
 
 
 def prepared(
@@ -207,7 +210,7 @@ def prepared(
     read: Callable[[DataConfig], Corpus],
     can_pack: bool = True,
 ) -> PreparedData:
-    """The run's prepared data: what is there if it still fits the settings, else made and saved.
+    """Returns the run's prepared data: those on disk if they still fit the settings, else newly made and saved.
 
     Args:
         config: the data settings.

@@ -1,8 +1,8 @@
-"""The one place where a dialogue becomes text, and text becomes tokens.
+"""Turns a dialogue into a prompt, and a prompt into tokens.
 
-Training and generation call the same function, so the model is asked exactly as it was taught. The dialogue's own text is
-tokenised as plain text: a `<|im_end|>` that somebody typed into a chat stays nine characters and never becomes a control token.
-Knows nothing of labels, packing or models.
+Training and generation call the same function, so the model is asked exactly as it was trained. The dialogue's own text is
+tokenised as plain text: a `<|im_end|>` that somebody typed into a chat never becomes a control token. Knows nothing of labels,
+packing or models.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ class PromptTokens:
         """The prompt with so many tokens cut from the dialogue's end."""
         return PromptTokens(self.prefix, self.dialogue[: max(0, len(self.dialogue) - tokens)], self.suffix)
 
+    def fitted(self, max_tokens: int) -> PromptTokens:
+        """The prompt with its dialogue trimmed as far as it takes for at most so many tokens."""
+        return self.trimmed(max(0, len(self) - max_tokens))
+
 
 def prompt_text(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """The prompt as text: up to and including the line after which the summary begins.
+    """Returns the prompt as text, up to and including the line after which the summary begins.
 
     Args:
         dialogue: turns, one a line.
@@ -57,7 +61,7 @@ def prompt_text(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase
 
 
 def prompt_tokens(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
-    """The prompt as tokens.
+    """Returns the prompt as tokens.
 
     Args:
         dialogue: turns, one a line.
@@ -76,12 +80,12 @@ def prompt_tokens(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBa
 
 
 def answer_tokens(summary: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The summary's tokens and the end-of-text token, which the model has to learn so that it stops."""
+    """Returns the summary's tokens and the end-of-text token, which the model has to learn so that it stops."""
     return [*plain_ids(summary, tokenizer), tokenizer.eos_token_id]
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a text in which nothing is a control token."""
+    """Tokenises a text in which nothing is a control token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -97,7 +101,7 @@ def _frame(template: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[st
     message = [{"role": "user", "content": INSTRUCTION + _SLOT}]
     try:
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a program that came with the model: it may raise anything
+    except Exception as error:  # a template is a program that came with the model: it may raise anything
         raise _broken_template(got=brief(error)) from error
     pieces = text.split(_SLOT)
     if len(pieces) != 2:

@@ -1,7 +1,7 @@
-"""Data files to raw rows: JSON, JSON Lines, CSV and Parquet, each row with its place in the file.
+"""Reads raw rows from data files, JSON, JSON Lines, CSV and Parquet, each row with its place in the file.
 
-Owns the formats and their damage: encoding, NUL bytes, broken syntax, sizes. Knows nothing of dialogues and summaries:
-what the columns mean, and which rows are usable, is decided in `dialogues`.
+Owns the formats and how they can be damaged: encoding, NUL bytes, broken syntax, sizes. Knows nothing of dialogues and
+summaries: what the columns mean, and which rows are usable, is decided in `dialogues`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def read_file(path: Path, columns: Collection[str]) -> Rows:
     """Reads a .json, .jsonl, .csv or .parquet file.
 
     Args:
-        path: the file; its suffix says what it holds.
-        columns: those that are needed; Parquet's others are not read.
+        path: the file; its suffix says which format it has.
+        columns: the columns that are needed; other columns of a Parquet file are not read.
 
     Returns:
-        Rows by split (`train` alone where the file has no splits), and notes.
+        Rows by split (only `train` where the file has no splits), and notes.
 
     Raises:
         DataError: the file is empty, too large, damaged or of another kind; the message names the line where there is
@@ -51,11 +51,11 @@ def open_file(path: Path, most: int = MAX_FILE_BYTES) -> BinaryIO:
     """Opens a plain file of 1 to `most` bytes.
 
     Raises:
-        DataError: it is empty, larger, no plain file, or may not be read.
+        DataError: it is empty, larger, not a plain file, or may not be read.
     """
     try:
         if not path.is_file():
-            kind = "a folder" if path.is_dir() else "no plain file"
+            kind = "a folder" if path.is_dir() else "not a plain file"
             raise DataError(f"{path.name} is {kind}", expected="a file", next_step="Name the data file itself.")
         file = path.open("rb")
         size = file.seek(0, io.SEEK_END)
@@ -83,7 +83,7 @@ def read_json(file: BinaryIO, name: str) -> Rows:
         name: the file's name, for messages.
 
     Raises:
-        DataError: the bytes are no UTF-8, no JSON, or JSON of another form.
+        DataError: the bytes are not UTF-8, not JSON, or JSON of another form.
     """
     text = _decoded(file.read(), name, line=1, offset=0)
     value = _parsed(text, name, None, _JSON_FORMS)
@@ -92,7 +92,7 @@ def read_json(file: BinaryIO, name: str) -> Rows:
         wrong = [key for key, rows in parts.items() if not isinstance(rows, list)]
         if any(key.lower() in SPLIT_NAMES for key in parts) and not wrong:
             others = [
-                f"{name}: left out {listed([key])}, which is no list of rows" for key in value if key not in parts
+                f"{name}: skipped {listed([key])}, which is not a list of rows" for key in value if key not in parts
             ]
             splits, notes = named_splits(name, {key: _numbered(rows, f"{name} {key}") for key, rows in parts.items()})
             return splits, notes + others
@@ -141,7 +141,7 @@ def _read_csv(file: BinaryIO, name: str) -> Rows:
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{name} line {start} is no valid CSV ({error})",
+            f"{name} line {start} is not valid CSV ({error})",
             next_step="Look for an unclosed or undoubled double quote in that row.",
         ) from error
     return {"train": _some(rows, name)}, []
@@ -152,7 +152,7 @@ def _header(fields: list[str], name: str, line: int) -> list[str]:
     repeated = [column for column in dict.fromkeys(fields) if fields.count(column) > 1]
     if repeated or not fields:
         raise DataError(
-            f"{name} line {line} is no header",
+            f"{name} line {line} is not a header",
             expected="the columns' names, each once",
             got=f"{listed(repeated)} repeated" if repeated else "an empty line",
             next_step="Give the first line one name for each column.",
@@ -167,7 +167,7 @@ def _read_parquet(file: BinaryIO, name: str, columns: Collection[str]) -> Rows:
     try:
         found = pyarrow.parquet.ParquetFile(file).schema_arrow.names
         needed = needed_columns(found, columns)
-        table = pyarrow.parquet.ParquetFile(file, read_dictionary=needed)  # a text that is repeated stays one
+        table = pyarrow.parquet.ParquetFile(file, read_dictionary=needed)  # a repeated text is kept once
         if not needed:
             return {"train": header_only(found, name)}, []
         groups = range(table.metadata.num_row_groups)
@@ -182,13 +182,13 @@ def _read_parquet(file: BinaryIO, name: str, columns: Collection[str]) -> Rows:
         values = _within_limits(table.iter_batches(64, columns=needed), name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{name} is no whole Parquet file ({brief(error)})", next_step="Write or download it again."
+            f"{name} is not a complete Parquet file ({brief(error)})", next_step="Write or download it again."
         ) from error
     return {"train": _some(_numbered(values, name), name)}, []
 
 
 def _within_limits(batches: Iterable[Any], name: str) -> list[Any]:
-    """The rows of a table, counted as they are unfolded: a text that stands in the file once may stand in a million rows."""
+    """Returns the rows of a table, and limits their size: a text that is in the file once may be in a million rows."""
     values: list[Any] = []
     size = 0
     for batch in batches:
@@ -204,7 +204,7 @@ def _within_limits(batches: Iterable[Any], name: str) -> list[Any]:
 
 
 def _rows_of(batch: Any, name: str, before: int) -> list[Any]:
-    """A batch's rows; one with a text that is far too long is refused before it is unfolded."""
+    """Returns a batch's rows; a text that is far too long is refused before it is unfolded."""
     import pyarrow
     import pyarrow.compute
 
@@ -218,7 +218,7 @@ def _rows_of(batch: Any, name: str, before: int) -> list[Any]:
                     f"{name} has a text that is too long, in row {before + 1} or soon after",
                     expected=f"{size_text(MAX_LINE_BYTES)} at most",
                     got=size_text(longest),
-                    next_step="Check that it is one dialogue, and leave it out if not.",
+                    next_step="Check that it is one dialogue, and remove it if not.",
                 )
     return batch.to_pylist()
 
@@ -232,7 +232,7 @@ FILE_SUFFIXES = (*_TEXT_READERS, ".parquet")
 
 
 def needed_columns(found: Collection[str], columns: Collection[str]) -> list[str]:
-    """Which columns of a table to read: those asked for, their numbered siblings and `id`; none where one asked for is missing."""
+    """The columns of a table to read: those asked for, their numbered siblings and `id`; none where one asked for is missing."""
     if not set(columns) <= set(found):
         return []
     more = {sibling for column in columns for sibling in numbered_siblings(column, found)}
@@ -240,12 +240,12 @@ def needed_columns(found: Collection[str], columns: Collection[str]) -> list[str
 
 
 def header_only(found: Collection[str], name: str) -> list[Row]:
-    """One row without values: enough to say which columns a table has, without reading it."""
+    """One row without values, which says which columns a table has without reading it."""
     return [Row(f"{name} row 1", dict.fromkeys(found))]
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    """Lines from 1 on, with their line ends. Only b'\\n' ends a line: a text may hold U+2028 and the like."""
+    """Yields numbered lines with their line ends. Only b'\\n' ends a line: a text may hold U+2028 and the like."""
     number = offset = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -253,14 +253,14 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
             raise DataError(
                 f"{name} line {number} is too long",
                 expected=f"{size_text(MAX_LINE_BYTES)} at most",
-                next_step="Check that each row stands on a line of its own.",
+                next_step="Check that each row is on a line of its own.",
             )
         yield number, _decoded(line, name, number, offset)
         offset += len(line)
 
 
 def _decoded(data: bytes, name: str, line: int, offset: int) -> str:
-    """UTF-8 text of `data`, which starts at `line` and at byte `offset` of the file; a byte order mark is dropped."""
+    """Decodes UTF-8 `data`, which starts at `line` and at byte `offset` of the file; a byte order mark is dropped."""
     if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{name} line 1 is UTF-16", expected="UTF-8", next_step=_AS_UTF8)
     nul = data.find(b"\0")
@@ -275,26 +275,26 @@ def _decoded(data: bytes, name: str, line: int, offset: int) -> str:
     except UnicodeDecodeError as error:
         at = error.start + (3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0)
         raise DataError(
-            f"{name} line {line + data.count(bytes([10]), 0, at)} is no UTF-8 (byte 0x{data[at]:02x} at {offset + at})",
+            f"{name} line {line + data.count(bytes([10]), 0, at)} is not UTF-8 (byte 0x{data[at]:02x} at {offset + at})",
             expected="text in UTF-8",
             next_step=_AS_UTF8,
         ) from error
 
 
 def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
-    """The value of JSON text: a line of the file, or all of it where `line` is None."""
+    """Parses JSON text: a line of the file, or all of it where `line` is None."""
     place = name if line is None else f"{name} line {line}"
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         many = line is None and error.msg == "Extra data"
         raise DataError(
-            f"{name} line {line or error.lineno} is no valid JSON ({error.msg}, column {error.colno})",
+            f"{name} line {line or error.lineno} is not valid JSON ({error.msg}, column {error.colno})",
             expected=expected,
             next_step="If each line is an object of its own, call the file .jsonl." if many else "Fix that line.",
         ) from error
     except RecursionError as error:
-        raise DataError(f"{place} is nested too deep", expected=expected, next_step="Flatten the objects.") from error
+        raise DataError(f"{place} is nested too deeply", expected=expected, next_step="Flatten the objects.") from error
     except ValueError as error:  # a whole number of more than 4300 digits
         raise DataError(f"{place} can't be read ({brief(error)})", next_step="Fix that value.") from error
 
@@ -306,7 +306,7 @@ def _numbered(values: list[Any], name: str) -> list[Row]:
             raise DataError(
                 f"{name} row {number} is too long",
                 expected=f"{size_text(MAX_LINE_BYTES)} at most",
-                next_step="Check that it is one dialogue, and leave it out if not.",
+                next_step="Check that it is one dialogue, and remove it if not.",
             )
     return [Row(f"{name} row {number}", value) for number, value in enumerate(values, start=1)]
 

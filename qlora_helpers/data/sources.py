@@ -1,8 +1,7 @@
-"""A data source becomes dialogues: the embedded corpus, a local file, SAMSum's archive, or a hub data set.
+"""Reads dialogues from a data source: the embedded corpus, a local file, SAMSum's archive, or a hub data set.
 
-Owns the choice of the reader by the source's name, and the licences of the known sources. Formats are in `readers`,
-archives in `archives`, cleaning in `dialogues`, splits in `splits`. Knows nothing of tokens, labels and models, and
-imports no torch.
+Owns the choice of the reader by the source's name. Formats are in `readers`, archives in `archives`, cleaning in
+`dialogues`, splits in `splits`. Knows nothing of tokens, labels and models, and imports no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from qlora_helpers.data.archives import MAX_ARCHIVE_BYTES, downloaded, read_arch
 from qlora_helpers.data.dialogues import (
     Corpus,
     Dialogue,
-    LeftOut,
     Row,
+    SkippedRows,
     Source,
     cleaned,
     listed,
@@ -31,6 +30,7 @@ from qlora_helpers.data.dialogues import (
     need_rows,
     without_repeats,
 )
+from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.readers import (
     FILE_SUFFIXES,
     MAX_FILE_BYTES,
@@ -47,7 +47,6 @@ __all__ = ["Corpus", "Dialogue", "read_corpus"]
 EMBEDDED = "embedded"
 SAMSUM = "knkarthick/samsum"
 SCRIPT_ONLY = ("samsum", "Samsung/samsum")  # datasets 5 runs no loading scripts; the same rows are at SAMSUM
-LICENCES = {SAMSUM: "CC BY-NC-ND 4.0", "knkarthick/dialogsum": "CC BY-NC-SA 4.0"}
 SUFFIXES = (*FILE_SUFFIXES, ".7z")
 _NO_DATA_SUFFIXES = (".txt", ".tsv", ".ndjson", ".gz", ".zip", ".xlsx", ".arrow", ".py")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -57,22 +56,22 @@ _WITHOUT = "To do without, set data.source to embedded or to a .json, .jsonl, .c
 def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) -> Corpus:
     """Reads `config.source` into clean dialogues in three splits.
 
-    The source's own splits are kept; what is missing is cut from what is there. A dialogue that stands in two splits
-    stays in test, else in eval. The same source, settings and seed give the same corpus.
+    The source's own splits are kept, and missing ones are cut from them. A dialogue that is in two splits stays in test,
+    else in eval. The same source, settings and seed give the same corpus.
 
     Args:
-        config: source, columns, rows a split, seed.
-        progress: what shows a download: called like `tqdm.tqdm(total=bytes, unit="B", ...)`; None shows nothing.
+        config: source, columns, rows per split, seed.
+        progress: shows a download; called like `tqdm.tqdm(total=bytes, unit="B", ...)`; None shows nothing.
 
     Returns:
-        The corpus; its `notes` name the rows that were left out, and how splits were made.
+        The corpus; its `notes` name the rows that were skipped, and say how splits were made.
 
     Raises:
-        DataError: the source can't be read or used; the message names the file and the line, and what to do.
+        DataError: the source can't be read or used; the message names the file and the line, and says what to do.
     """
     source = _source(config, progress)
     need_columns(source, config)
-    notes, skipped = list(source.notes), LeftOut()
+    notes, skipped = list(source.notes), SkippedRows()
     splits = cleaned(source, config, notes, skipped)
     splits = {split: without_repeats(rows, skipped) for split, rows in splits.items()}
     need_rows(source.name, splits, skipped)
@@ -106,7 +105,7 @@ def _embedded() -> Source:
     splits: dict[str, list[Row]] = {}
     for row in rows:
         splits.setdefault(row.values["split"], []).append(row)
-    return Source(EMBEDDED, "CC0-1.0", splits)
+    return Source(EMBEDDED, DATA_LICENCES[EMBEDDED], splits)
 
 
 def _from_archive(file: BinaryIO, name: str) -> Source:
@@ -122,7 +121,7 @@ def _from_archive(file: BinaryIO, name: str) -> Source:
             )
         parts[member.removesuffix(".json")] = splits["train"]
     splits, notes = named_splits(name, parts)
-    return Source(name, "not stated in the archive (SAMSum's is CC BY-NC-ND 4.0)", splits, notes)
+    return Source(name, f"not stated in the archive (SAMSum's is {DATA_LICENCES[SAMSUM]})", splits, notes)
 
 
 def _from_url(url: str, progress: Callable[..., Any] | None) -> Source:
@@ -138,7 +137,7 @@ def _from_url(url: str, progress: Callable[..., Any] | None) -> Source:
 
 
 def _local_path(name: str) -> Path | None:
-    """The file that a source names, or None where it names a hub data set.
+    """Returns the file that a source names, or None where it names a hub data set.
 
     Raises:
         DataError: there is no such file, or it is of a kind that can't be read.
@@ -147,7 +146,9 @@ def _local_path(name: str) -> Path | None:
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, or the home of an unknown user
-        raise DataError(f"{name[:100]!r} is no usable path ({brief(error)})", next_step="Name a data file.") from error
+        raise DataError(
+            f"{name[:100]!r} is not a usable path ({brief(error)})", next_step="Name a data file."
+        ) from error
     suffix = path.suffix.lower()
     if exists and (suffix in SUFFIXES or path.is_dir()):
         return path  # a folder is refused where it is opened: the hub's loader would read it as a data set
@@ -168,7 +169,7 @@ def _no_such_file(name: str, path: Path) -> DataError:
         return DataError(
             f"no such file: {name}", next_step=f"There is no folder {str(folder)!r} either: check the path."
         )
-    with contextlib.suppress(OSError):  # a folder that may not be listed
+    with contextlib.suppress(OSError):  # a folder that we may not list
         there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in SUFFIXES)
         found = listed(there) if there else f"no {', '.join(SUFFIXES)} file"
         return DataError(f"no such file: {name}", next_step=f"The folder {str(folder)!r} holds {found}.")
@@ -185,7 +186,7 @@ def _from_hub(name: str, config: DataConfig) -> Source:
     columns = _columns(config)
     parts = {split: _table_rows(table, f"{name} {split}", columns) for split, table in _hub_tables(name).items()}
     splits, more = named_splits(name, parts)
-    return Source(name, LICENCES.get(name, "see the data set's card on the hub"), splits, notes + more)
+    return Source(name, DATA_LICENCES.get(name, "see the data set's card on the hub"), splits, notes + more)
 
 
 def _columns(config: DataConfig) -> tuple[str, str]:
@@ -208,7 +209,7 @@ def _table_rows(table: Any, name: str, columns: tuple[str, str]) -> list[Row]:
 
 
 def _hub_tables(name: str) -> Any:
-    """The hub data set's tables by split, from its cache or the network.
+    """Loads the hub data set's tables by split, from its cache or the network.
 
     Raises:
         DataError: unreachable, unknown, private, gated, or not readable without running code.

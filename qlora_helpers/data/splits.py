@@ -1,4 +1,4 @@
-"""Three splits that share no dialogue: the source's own, and what is missing cut from what is there.
+"""Makes three splits that share no dialogue: the source's own splits, and those that are missing cut from them.
 
 Owns the names that splits have elsewhere, their sizes and the seeded choice of rows: the same rows, settings and seed
 give the same splits. Knows nothing of where rows come from and what is in them.
@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 
 from qlora_helpers.base.config import DataConfig
-from qlora_helpers.data.dialogues import SPLITS, Dialogue, LeftOut, Row, listed, text_key
+from qlora_helpers.data.dialogues import SPLITS, Dialogue, Row, SkippedRows, listed, text_key
 
 SPLIT_NAMES = {
     "train": "train",
@@ -21,7 +21,7 @@ SPLIT_NAMES = {
     "eval": "eval",
     "test": "test",
 }
-DEFAULT_SHARE = 0.1  # of the rows, for test and eval each, where no number is asked for
+DEFAULT_SHARE = 0.1  # of the rows for test, and as much for eval, where the settings give no number
 
 
 def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
@@ -32,8 +32,8 @@ def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, l
         parts: rows by the source's names.
 
     Returns:
-        The rows by our names, and notes. Parts with unknown names are left out with a note, unless none is known: then
-        all rows are taken as one.
+        The rows by our names, and notes. Parts with unknown names are skipped with a note; where no name is known, all
+        rows are taken together as train.
     """
     known = {part: SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES}
     unknown = [part for part in parts if part not in known]
@@ -43,21 +43,21 @@ def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, l
     splits: dict[str, list[Row]] = {}
     for part, split in known.items():
         splits.setdefault(split, []).extend(parts[part])
-    return splits, [f"{name}: left out {part!r}, which is no train, val or test" for part in unknown]
+    return splits, [f"{name}: skipped {part!r}, which is not train, val or test" for part in unknown]
 
 
 def cut_missing(
     name: str, splits: dict[str, list[Dialogue]], config: DataConfig, notes: list[str]
 ) -> dict[str, list[Dialogue]]:
-    """Cuts the splits that are missing or empty from train, or where there is none, from eval, else test.
+    """Cuts the splits that are missing or empty from train, or where there is no train, from eval, else from test.
 
-    Test is cut first, then eval; the rest, at least half of the rows where there are four or more, is train.
+    Test is cut first, then eval; the rest is train, at least half of the rows where there are four or more.
 
     Args:
         name: the source's name, for notes.
-        splits: the dialogues by split; at least one split holds some.
-        config: rows asked for, and the seed.
-        notes: gets a line on what was cut, and one where fewer rows could be given than were asked for.
+        splits: the dialogues by split; at least one split has some.
+        config: rows per split, and the seed.
+        notes: gets a line on what was cut, and one where fewer rows could be cut than the settings ask for.
     """
     present = [split for split in SPLITS if splits.get(split)]
     missing = [split for split in SPLITS if split not in present]
@@ -93,8 +93,8 @@ def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: 
     return scaled
 
 
-def kept_apart(splits: dict[str, list[Dialogue]], skipped: LeftOut) -> dict[str, list[Dialogue]]:
-    """Leaves out of train what stands in test or eval, and out of eval what stands in test, white space aside."""
+def kept_apart(splits: dict[str, list[Dialogue]], skipped: SkippedRows) -> dict[str, list[Dialogue]]:
+    """Skips training dialogues that are in test or eval too, and eval dialogues that are in test too, ignoring white space."""
     seen: dict[str, tuple[str, str]] = {}
     apart: dict[str, list[Dialogue]] = {}
     for split in ("test", "eval", "train"):
@@ -104,12 +104,12 @@ def kept_apart(splits: dict[str, list[Dialogue]], skipped: LeftOut) -> dict[str,
             if other == split:
                 apart[split].append(row)
             else:
-                skipped.add(row.where, f"its dialogue stands in {other} too", f" ({where})")
+                skipped.add(row.where, f"its dialogue is in {other} too", f" ({where})")
     return apart
 
 
 def sampled(rows: list[Dialogue], limit: int | None, seed: str) -> tuple[Dialogue, ...]:
-    """At most `limit` rows in their order; a smaller sample is part of every larger one of the same seed."""
+    """Draws at most `limit` rows, in their order; a smaller sample is part of every larger one with the same seed."""
     if limit is None or len(rows) <= limit:
         return tuple(rows)
     order = list(range(len(rows)))

@@ -1,1 +1,1 @@
-"""Answers, metrics, scorecard, the comparison of two models, and asking a model in a cell."""
+"""Answers, metrics and the scorecard; comparing two models, and asking one in a cell."""

@@ -1,23 +1,24 @@
-"""A run's model asked outside of training: one answer whole, or answers in pieces, in the prompt that was trained.
+"""Asks a run's model outside of training, in the prompt that it was trained with: for a whole answer, or for one in pieces.
 
-One at a time, whoever asks: whether the adapters are on is the model's own state.
+One answer is given at a time, whoever asks: whether the adapters are on is a state of the model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.text import plain
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.planning import out_of_memory
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.evaluation.generate import Answer
     from qlora_helpers.model.loading import LoadedModel
@@ -39,38 +40,41 @@ def ask(
     Args:
         run: the run; its evaluation settings say how long an answer may be, and how it is sampled.
         model: the tuned model.
-        loaded: the base model that `model` stands on.
-        dialogue: turns, one a line; its end is cut off where it is too long for the run's block.
+        loaded: the base model under `model`.
+        dialogue: turns, one a line; its end is cut off where it is too long for the run's `seq_len_tokens`.
         tuned: False switches the adapters off, so the base model answers.
         sampled: draw the tokens by their likelihood instead of taking the likeliest each time.
         seed: of the draw.
 
     Returns:
-        The answer; its text may be printed as it is: control characters that the model wrote are left out.
+        The answer. Its text is safe to print: control characters that the model wrote are removed.
     """
     from qlora_helpers.evaluation import generate
 
     config = run.config()
     settings = dataclasses.replace(config.evaluation, do_sample=sampled)
-    prompt = _prompt(config, loaded, dialogue)
-    with MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
+    prompt = _prompt(config, loaded.tokenizer, dialogue)
+    with MODEL_IN_USE, RunModel(run, model, loaded).with_adapters(tuned):
         answer = generate.generate(model, loaded.tokenizer, [prompt], settings, seed=seed)[0]
     return dataclasses.replace(answer, text=plain(answer.text))
 
 
 def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callable[..., Iterator[str]]:
-    """A function that answers dialogues in pieces, as `widgets.answer_panel` takes it: one answer at a time, whoever asks.
+    """Makes a function that answers dialogues in pieces, one at a time, as `widgets.answer_panel` takes it.
 
     Args:
-        run: the run; its template and block length hold.
+        run: the run; its template and `seq_len_tokens` are used.
         model: the tuned model; its adapters are off while the base model answers.
-        loaded: the base model that `model` stands on.
+        loaded: the base model under `model`.
 
     Returns:
         `answer(dialogue, *, tuned, temperature, top_p, max_new_tokens)`, an iterator of texts; temperature 0 takes the likeliest
-        token each time. It raises ConfigError where these settings can't be, such as an answer longer than the block.
+        token each time. It raises ConfigError where these settings are not valid, such as an answer longer than
+        `seq_len_tokens`.
     """
     from qlora_helpers.evaluation import generate
+
+    asked = RunModel(run, model, loaded)
 
     def answer(dialogue: str, *, tuned: bool, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
         sampling = (
@@ -78,17 +82,16 @@ def streaming_answers(run: Run, model: PeftModel, loaded: LoadedModel) -> Callab
         )
         settings = {f"evaluation.{key}": value for key, value in sampling.items()}
         config = run.config().with_settings(settings | {"evaluation.max_new_tokens": max_new_tokens})
-        prompt = _prompt(config, loaded, dialogue)
-        with MODEL_IN_USE, contextlib.nullcontext() if tuned else model.disable_adapter():
-            yield from generate.stream(model, loaded.tokenizer, prompt, config.evaluation)
+        prompt = _prompt(config, asked.tokenizer, dialogue)
+        with MODEL_IN_USE, asked.with_adapters(tuned):
+            yield from generate.stream(model, asked.tokenizer, prompt, config.evaluation)
 
     return answer
 
 
-def _prompt(config: RunConfig, loaded: LoadedModel, dialogue: str) -> list[int]:
-    """A dialogue's prompt as tokens, its dialogue trimmed so that prompt and answer fit into a block."""
+def _prompt(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dialogue: str) -> list[int]:
+    """A dialogue's prompt as tokens, trimmed so that prompt and answer together fit into `seq_len_tokens`."""
     from qlora_helpers.data.prompts import prompt_tokens
 
-    tokens = prompt_tokens(dialogue, config.data.template, loaded.tokenizer)
-    room = config.data.seq_len_tokens - config.evaluation.max_new_tokens
-    return tokens.trimmed(max(0, len(tokens) - room)).ids
+    tokens = prompt_tokens(dialogue, config.data.template, tokenizer)
+    return tokens.fitted(config.data.seq_len_tokens - config.evaluation.max_new_tokens).ids

@@ -1,4 +1,4 @@
-"""Whether two models are the same, by what they answer to held-out prompts: next-token logits and short greedy answers."""
+"""Finds out whether two models are the same by what they answer to held-out prompts: next-token logits and greedy answers."""
 
 from __future__ import annotations
 
@@ -7,40 +7,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.runs.folder import Run
+from qlora_helpers.model.run_model import RunModel
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.evaluation.generate import Answer
-    from qlora_helpers.model.loading import LoadedModel
 
 RELOAD_TOLERANCE = 1e-4
 
 
-def answered(
-    run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, prompts: int
-) -> tuple[list[Any], list[Answer]]:
-    """Next-token logits and short greedy answers to the first held-out prompts, in the prompt that was trained."""
+def answered(asked: RunModel, data: PreparedData, prompts: int) -> tuple[list[Any], list[Answer]]:
+    """Next-token logits and short greedy answers to the first held-out rows, in the prompt that was trained."""
     from qlora_helpers.data.prompts import prompt_tokens
     from qlora_helpers.evaluation import generate
 
-    config = run.config()
-    questions = []
-    for item in data.test[:prompts]:
-        tokens = prompt_tokens(item.dialogue, config.data.template, loaded.tokenizer)
-        questions.append(tokens.trimmed(max(0, len(tokens) - config.data.seq_len_tokens)).ids)
+    config = asked.run.config()
+    questions = [
+        prompt_tokens(item.dialogue, config.data.template, asked.tokenizer).fitted(config.data.seq_len_tokens).ids
+        for item in data.test[:prompts]
+    ]
     most = min(20, config.evaluation.max_new_tokens)
     short = dataclasses.replace(config.evaluation, do_sample=False, max_new_tokens=most)
-    logits = next_token_logits(model, questions)
-    return logits, generate.generate(model, loaded.tokenizer, questions, short)
+    logits = next_token_logits(asked.model, questions)
+    return logits, generate.generate(asked.model, asked.tokenizer, questions, short)
 
 
 def compared(first: tuple[list[Any], list[Answer]], second: tuple[list[Any], list[Answer]]) -> dict[str, Any]:
-    """What two models' `answered` have in common."""
+    """How far the answers of two models agree, as `answered` returns them: `prompts`, `largest_difference`, `same_answers`."""
     differences = [float((one - other).abs().max()) for one, other in zip(first[0], second[0], strict=True)]
     same = sum(one == other for one, other in zip(first[1], second[1], strict=True))
     worst = max(differences, key=lambda value: (value != value, value))  # not a number counts as the worst
@@ -72,20 +68,18 @@ class ReloadCheck:
 def same_answers(
     live: torch.nn.Module, reloaded: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> float:
-    """Largest difference between two models' next-token logits on the same prompts; 0.0 when they are the same model."""
+    """The largest difference between two models' next-token logits on the same prompts; 0.0 for the same model."""
     pairs = zip(next_token_logits(live, prompts), next_token_logits(reloaded, prompts), strict=True)
     return max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
 
 
 def next_token_logits(model: torch.nn.Module, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
-    """`(vocabulary,)` after each prompt, in 32 bits on the CPU."""
+    """`(vocabulary,)` after each prompt, in float32 on the CPU."""
     import torch
 
-    was_training = model.training
-    model.eval()
+    from qlora_helpers.model.wiring import in_eval_mode
+
     device = model.get_input_embeddings().weight.device
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(model):
         tensors = [torch.tensor([prompt], device=device) for prompt in prompts]
-        found = [model(input_ids=ids).logits[0, -1].float().cpu() for ids in tensors]
-    model.train(was_training)
-    return found
+        return [model(input_ids=ids).logits[0, -1].float().cpu() for ids in tensors]

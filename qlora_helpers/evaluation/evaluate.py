@@ -1,4 +1,4 @@
-"""Base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
+"""Compares base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
 
 ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with stemming. Knows nothing of training or run folders.
 """
@@ -6,7 +6,7 @@ ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 
 from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import label_row
 from qlora_helpers.data.prompts import prompt_tokens
@@ -23,19 +23,19 @@ from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.evaluation.generate import generate
 from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
 from qlora_helpers.evaluation.scorecard import compare, mean_loss, rouge_rows, score_answers
-from qlora_helpers.model.wiring import is_spread, row_losses, takes_logits_to_keep
+from qlora_helpers.model.wiring import in_eval_mode, is_spread, row_losses, takes_logits_to_keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LOSS_ROWS = 6  # more rows of unlike length at once cost more padding, and logits of a large vocabulary, than they save
+LOSS_ROWS = 6  # at once; with more, padding and the logits of a large vocabulary cost more than the batch saves
 
 
 def summary_loss(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> float:
-    """Mean loss over all trained tokens of labelled rows, in nats a token: weighted by tokens, whatever the batches."""
+    """The mean loss over all trained tokens of labelled rows, in nats a token, which does not depend on the batches."""
     losses = summary_losses(model, tokenizer, rows, batch_size)
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses]) or 0.0
 
@@ -45,29 +45,23 @@ def summary_loss(
 def summary_losses(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> list[tuple[float, int]]:
-    """Loss summed over each row's trained tokens, nats, and their number; in the order of the rows."""
-    collate = SequenceCollator(
-        tokenizer.pad_token_id,
-        packed=False,
-        keep_trained_logits=takes_logits_to_keep(model),
-        plain_positions=is_spread(model),
-    )
+    """The loss summed over each row's trained tokens, in nats, and their number; in the order of the rows."""
+    targets = KeptLogits(as_list=is_spread(model)) if takes_logits_to_keep(model) else AllLogits()
+    collate = SequenceCollator(tokenizer.pad_token_id, PaddingMask(), targets)
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     at_once = min(batch_size, LOSS_ROWS)
-    for start in range(0, len(order), at_once):
-        group = order[start : start + at_once]
-        batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in collate([rows[index] for index in group]).items()
-        }
-        losses, tokens = row_losses(model, batch)
-        for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
-            found[index] = (pair[0], pair[1])
-    model.train(was_training)
+    with in_eval_mode(model):
+        for start in range(0, len(order), at_once):
+            group = order[start : start + at_once]
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in collate([rows[index] for index in group]).items()
+            }
+            losses, tokens = row_losses(model, batch)
+            for index, *pair in zip(group, losses.tolist(), tokens.tolist(), strict=True):
+                found[index] = (pair[0], pair[1])
     return found
 
 
@@ -91,7 +85,7 @@ def evaluate(
     only: Collection[str] = tuple(MODELS),
     progress: bool = True,
 ) -> Evaluation:
-    """Asks the model with its adapters off and on, on the same rows and prompts.
+    """Asks the model with its adapters off and on about the same rows, in the same prompts.
 
     Args:
         model: a peft model.
@@ -99,14 +93,15 @@ def evaluate(
         dialogues: held-out rows; those with one dialogue become one row with several references.
         config: generation settings.
         template: the prompt that was trained.
-        max_tokens: longest row; a longer dialogue is trimmed as in training.
-        train_keys: `scorecard.dialogue_key` of what was trained on: a held-out row that is among them is left out.
+        max_tokens: of the longest row; a longer dialogue is trimmed as in training.
+        train_keys: `dialogues.dialogue_key` of every training dialogue: a held-out row that is among them is skipped.
         only: which of `MODELS` are asked.
         progress: whether to show a bar.
     """
     from tqdm.auto import tqdm
 
     items, rows, skipped = _held_out(dialogues, set(train_keys))
+    labelled = _labelled(items, tokenizer, template, max_tokens)
     prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
     asked = {"base": prompts, "tuned": prompts}
     if config.chat_baseline and template != "chat" and tokenizer.chat_template:
@@ -127,7 +122,8 @@ def evaluate(
                     row["answers"][name] = asdict(answer)
                 losses[name] = None
                 if name != "base_chat":
-                    losses[name] = _add_losses(model, tokenizer, items, rows, name, config, template, max_tokens)
+                    found = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
+                    losses[name] = _add_losses([row["answers"][name] for row in rows], found, labelled)
     score_answers(rows)
     scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
     against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
@@ -137,7 +133,7 @@ def evaluate(
 def _held_out(
     dialogues: Sequence[Dialogue], trained: set[str]
 ) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
-    """Rows with one dialogue as one row, and apart the ids of those that were trained on."""
+    """Merges rows with the same dialogue into one, and returns the ids of those that were trained on separately."""
     kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
     skipped = []
     for item in dialogues:
@@ -158,25 +154,24 @@ def _held_out(
     return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(skipped)
 
 
-def _add_losses(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Dialogue],
-    rows: Sequence[dict[str, Any]],
-    name: str,
-    config: EvaluationConfig,
-    template: str,
-    max_tokens: int,
-) -> float | None:
-    """Each row's loss beside its answer, and the mean; a row whose summary does not fit the block has none."""
-    labelled = {}
+def _labelled(
+    items: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
+) -> dict[int, dict[str, Any]]:
+    """Labels each row by its index; a row whose summary alone exceeds `max_tokens` is skipped."""
+    found = {}
     for index, item in enumerate(items):
         row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
         if row is not None:
-            labelled[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
-    losses = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
-    for index, (nats, tokens) in zip(labelled, losses, strict=True):
-        rows[index]["answers"][name] |= {"nats": nats, "loss_tokens": tokens}
+            found[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
+    return found
+
+
+def _add_losses(
+    answers: Sequence[dict[str, Any]], losses: Sequence[tuple[float, int]], indices: Iterable[int]
+) -> float | None:
+    """Adds the losses of the rows with these indices to their answers, and returns the mean."""
+    for index, (nats, tokens) in zip(indices, losses, strict=True):
+        answers[index] |= {"nats": nats, "loss_tokens": tokens}
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses])
 
 
@@ -195,7 +190,6 @@ def _prompts(
     prompts, trimmed = [], 0
     for item in dialogues:
         tokens = prompt_tokens(item.dialogue, template, tokenizer)
-        excess = max(0, len(tokens) + room - max_tokens)
-        trimmed += excess > 0
-        prompts.append(tokens.trimmed(excess).ids)
+        trimmed += len(tokens) + room > max_tokens
+        prompts.append(tokens.fitted(max_tokens - room).ids)
     return prompts, trimmed

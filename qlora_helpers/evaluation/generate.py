@@ -1,4 +1,4 @@
-"""How a model is asked: the settings of `generate`, and an answer in pieces as it is written.
+"""Asks a model: whole answers to many prompts, or one answer in pieces as it is written.
 
 Works on a loaded model and token ids. Knows nothing of prompts, scores, adapters or runs.
 """
@@ -16,17 +16,14 @@ import torch
 from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
+from qlora_helpers.model.wiring import in_eval_mode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    import torch
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> GenerationConfig:
-    """What `generate` is told: all that matters, since it takes from the checkpoint what is not set here.
+    """The settings of `model.generate`. It takes from the checkpoint what is not set here, so all that matters is set.
 
     Args:
         tokenizer: the model's.
@@ -51,7 +48,7 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationCo
 def stream(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], config: EvaluationConfig
 ) -> Iterator[str]:
-    """One answer in pieces of text, as they come; closing the iterator ends the generation after the token in hand.
+    """Yields one answer in pieces of text, as they come; closing the iterator ends the generation after the current token.
 
     Args:
         model: with or without adapters.
@@ -59,7 +56,6 @@ def stream(
         prompt: token ids.
         config: longest answer, sampling.
     """
-    import torch
     from transformers import StoppingCriteriaList
 
     device = model.get_input_embeddings().weight.device
@@ -85,23 +81,21 @@ def stream(
         finally:
             tokens.end()
 
-    was_training = model.training
-    model.eval()
-    thread = threading.Thread(target=work, name="generate", daemon=True)
-    thread.start()
-    try:
-        yield from _texts(tokens, tokenizer)
-    finally:
-        ended.set()
-        thread.join()
-        model.train(was_training)
+    with in_eval_mode(model):
+        thread = threading.Thread(target=work, name="generate", daemon=True)
+        thread.start()
+        try:
+            yield from _texts(tokens, tokenizer)
+        finally:
+            ended.set()
+            thread.join()
     if errors:
         with at("generation"):
             raise errors[0]
 
 
 class _Tokens:
-    """What `generate` calls a streamer: hands each new token on, and leaves the prompt out."""
+    """A streamer for `model.generate`: passes each new token on and skips the prompt."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -120,7 +114,7 @@ class _Tokens:
 
 
 def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text that each token adds; half a character waits for the rest of it."""
+    """Yields the text that each token adds; half a character is held back until it is whole."""
     ids, sent = [], ""
     for token in tokens:
         ids.append(token)
@@ -134,12 +128,12 @@ def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer to one prompt.
 
     Attributes:
-        text: without control tokens.
-        tokens: new tokens, the end-of-text token counted.
-        stopped: whether it ended by itself, before the limit.
+        text: the answer without control tokens.
+        tokens: new tokens, including the end-of-text token.
+        stopped: whether the answer ended by itself, before the limit.
     """
 
     text: str
@@ -167,16 +161,14 @@ def generate(
         prompts: token ids of each.
         config: batch size, longest answer, sampling.
         seed: of the sampling.
-        progress: told how many prompts were answered.
-        form: what `fast_answers.answering_form` opened: greedy answers then come the fast way, which `form` is told of; None takes
-            `model.generate`.
+        progress: called with how many more prompts were answered.
+        form: what `fast_answers.answering_form` opened. Greedy answers then come from `answer_fast`, which notes in it how they
+            were made; None takes `model.generate`.
 
     Returns:
         An answer for each prompt, in the order given.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         if form is not None and not config.do_sample:
             try:
                 lines = answer_fast(
@@ -193,8 +185,6 @@ def generate(
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
         return _generate_plainly(model, tokenizer, prompts, config, seed, progress)
-    finally:
-        model.train(was_training)
 
 
 def _generate_plainly(

@@ -1,31 +1,30 @@
-"""What a comparison of base and tuned model found: scores, rows with their answers, differences with intervals.
+"""The results of comparing base and tuned model: scores, rows with their answers, differences with intervals.
 
-Plain values in and out; what made them is `evaluation`'s. Imports no torch.
+Takes and gives plain values; `evaluate` makes them. Imports no torch.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import plain
 from qlora_helpers.evaluation.scorecard import Comparison, comparison_from_dict
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model under one prompt, over all held-out rows.
+    """Scores of one model under one prompt, over all held-out rows.
 
     Attributes:
         rouge1, rouge2, rouge_l: mean F-measure, 0 to 100.
-        loss: nats a summary token; None where the model was only asked for answers.
+        loss: nats per summary token; None where the model was only asked for answers.
         stop_rate: share of the answers that ended by themselves, 0 to 1.
-        mean_tokens: length of an answer.
-        repetition: share of an answer's runs of four words that stood in it before, 0 to 1.
+        mean_tokens: mean length of an answer.
+        repetition: share of an answer's runs of four words that occurred in it before, 0 to 1.
     """
 
     rouge1: float
@@ -46,15 +45,15 @@ MODELS = {"base": "untuned", "base_chat": "untuned, chat template", "tuned": "tu
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The comparison; what `evaluation.json` holds.
+class Evaluation(Tabular):
+    """The comparison of base and tuned model, as `evaluation.json` holds it.
 
     Attributes:
         scores: `base`, `tuned` and, where it was asked, `base_chat` (the untuned model under its own chat template).
-        rows: one object a held-out row: `id`, `dialogue`, `summary`, `references` and each model's `answers` with their scores.
-        prompt_tokens_trimmed: rows whose dialogue was cut to fit the block.
-        comparisons: the tuned model against each other one, by its name, with intervals.
-        skipped: ids of held-out rows whose dialogue stands in the training set too.
+        rows: an object for each held-out row: `id`, `dialogue`, `summary`, `references`, each model's `answers` with scores.
+        prompt_tokens_trimmed: rows whose dialogue was trimmed to fit.
+        comparisons: the tuned model against each other model, by its name, with intervals.
+        skipped: ids of held-out rows whose dialogue is in the training set too.
         form: how the answers were made.
     """
 
@@ -67,11 +66,11 @@ class Evaluation:
 
     @property
     def rouge_l_gain(self) -> float:
-        """Points of ROUGE-L, tuned over untuned on the same prompt."""
+        """Points of ROUGE-L that the tuned model has more than the untuned one, on the same prompt."""
         return self.scores["tuned"].rouge_l - self.scores["base"].rouge_l
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines of the comparison."""
+    def table(self) -> Table:
+        """Returns a row of scores for each model, with what the rows can tell below."""
         header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "stops", "repeated", "tokens", "loss", "perplexity"]
         lines = []
         for name, score in self.scores.items():
@@ -90,11 +89,8 @@ class Evaluation:
                     perplexity,
                 ]
             )
-        return header, lines
-
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return "\n".join([text_table(header, lines, numbers=range(1, len(header))), *self.notes()])
+        caption = f"{len(self.rows)} held-out rows"
+        return Table(header, lines, caption=caption, notes=self.notes(), numbers=range(1, len(header)))
 
     def notes(self) -> list[str]:
         """What the rows can tell, and which of them do not count."""
@@ -102,22 +98,18 @@ class Evaluation:
             f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
         ]
         if self.skipped:
-            found.append(f"left out: {len(self.skipped)} held-out rows whose dialogue was trained on")
+            found.append(f"skipped: {len(self.skipped)} held-out rows whose dialogue was trained on")
         if self.prompt_tokens_trimmed:
-            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit the block")
+            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit")
         return found
 
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, len(header)), caption=f"{len(self.rows)} held-out rows")
-
     def side_by_side(self, rows: int = 5, *, outcome: str | None = None, against: str = "base") -> SideBySide:
-        """Rows to browse: dialogue, reference and each model's answer.
+        """Returns rows to browse: dialogue, reference and each model's answer.
 
         Args:
-            rows: at most so many.
+            rows: how many at most.
             outcome: `wins`, `ties` or `losses` of the tuned model, the clearest first; None takes the first rows.
-            against: the model that it is compared with.
+            against: the model that the tuned one is compared with.
         """
         if outcome is None:
             return SideBySide(self.rows[:rows])
@@ -125,7 +117,7 @@ class Evaluation:
         return SideBySide([by_id[name] for name in getattr(self.comparisons[against], outcome)[:rows]])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         scores = {name: asdict(score) | {"perplexity": score.perplexity} for name, score in self.scores.items()}
         return {
             "scores": scores,
@@ -139,7 +131,7 @@ class Evaluation:
 
 
 def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
-    """Reads back what `Evaluation.to_dict` wrote; files from before the scorecard have no comparisons."""
+    """Reads back what `Evaluation.to_dict` wrote; older files have no comparisons."""
     known = Scores.__dataclass_fields__
     scores = {
         name: Scores(**{key: item for key, item in score.items() if key in known})
@@ -156,35 +148,31 @@ def evaluation_from_dict(values: dict[str, Any]) -> Evaluation:
     )
 
 
-class SideBySide:
-    """Dialogues with the reference and the answers beside them; everything is escaped, nothing in a dialogue is ever run.
+class SideBySide(Tabular):
+    """Dialogues with the reference and the answers beside them. Everything is escaped: nothing in a dialogue is ever run.
 
-    Terminal codes, control characters and overrides of the writing direction are left out, also where text is printed.
+    Terminal codes, control characters and overrides of the writing direction are removed, in printed text too.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
 
     def __repr__(self) -> str:
+        """Returns the texts below each other: a dialogue has too many lines for a column of a terminal."""
         parts = []
         for row in self.rows:
             answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
             parts.append("\n".join([plain(row["dialogue"]), f"{'reference:':<24} {plain(row['summary'])}", *answers]))
         return "\n\n".join(parts)
 
-    def _repr_html_(self) -> str:
-        cell = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:22em;padding:6px 10px"
+    def table(self) -> Table:
+        """Returns a row for each dialogue: its turns, the reference and each model's answer."""
         names = ["dialogue", "reference", *(MODELS[name] for name in (self.rows[0]["answers"] if self.rows else ()))]
-        head = "".join(f"<th style='{cell}'>{html.escape(name)}</th>" for name in names)
-        lines = []
-        for row in self.rows:
-            texts = [
-                plain(row["dialogue"]),
-                plain(row["summary"]),
-                *(_one_line(a["text"]) for a in row["answers"].values()),
-            ]
-            lines.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in texts) + "</tr>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        rows = [
+            [plain(row["dialogue"]), plain(row["summary"]), *(_one_line(a["text"]) for a in row["answers"].values())]
+            for row in self.rows
+        ]
+        return Table(names, rows)
 
 
 def _one_line(text: str, most: int = 400) -> str:

@@ -1,6 +1,6 @@
-"""Base and tuned model row by row: scores, differences with paired bootstrap intervals, wins, ties and losses.
+"""Compares two models row by row: scores, differences with paired bootstrap intervals, wins, ties and losses.
 
-Takes and gives plain values, the rows of an `evaluation.json`; how answers came about is `evaluation`'s. ROUGE: Lin 2004
+Takes and gives plain values, the rows of an `evaluation.json`; `evaluate` asks the models. ROUGE: Lin 2004
 (aclanthology.org/W04-1013), by the rouge-score package with stemming. Bootstrap: Efron 1979; in this use Koehn 2004
 (aclanthology.org/W04-3250). Imports no torch.
 """
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 
 SAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
-FEWEST_ROWS = 20  # below, the bootstrap's intervals are too narrow to be believed
-SAME_SCORE = 1e-9  # points of ROUGE-L: less is a tie
-MOST_DRAWN = 20_000_000  # numbers that the samples hold together: fewer samples of many rows
+FEWEST_ROWS = 20  # with fewer, the bootstrap's intervals are too narrow to be trusted
+SAME_SCORE = 1e-9  # points of ROUGE-L; a smaller difference is a tie
+MOST_DRAWN = 20_000_000  # numbers in all samples together; where there are many rows, fewer samples are drawn
 REPEATED_WORDS = 4
 ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
 HIGHER_IS_BETTER = {
@@ -32,7 +32,7 @@ HIGHER_IS_BETTER = {
     "repetition": False,
     "tokens": None,
 }
-"""Measures in the table's order; None where more is neither better nor worse."""
+"""The measures in the table's order; None where higher is neither better nor worse."""
 NAMES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -46,7 +46,7 @@ NAMES = {
 
 
 def rouge_rows(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of each answer, 0 to 100: of several references the best, measure by measure."""
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of each answer, 0 to 100; of several references the best counts for each measure."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(tuple(ROUGE), use_stemmer=True)
@@ -58,7 +58,7 @@ def rouge_rows(answers: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
 
 def repetition(text: str) -> float:
-    """Share of an answer's runs of four words that stood in it before, 0 to 1.
+    """The share of an answer's runs of four words that occurred in it before, 0 to 1.
 
     The seq-rep-4 of Welleck et al. 2019 (arXiv:1908.04319), over words.
     """
@@ -68,8 +68,10 @@ def repetition(text: str) -> float:
 
 
 def resamples(rows: int, *, seed: int = 0) -> np.ndarray:
-    """How often each row counts in each sample, `(1 + samples, rows)`: once in the first, which is the rows themselves; in the
-    others rows are drawn with replacement, as many as there are."""
+    """How often each row counts in each bootstrap sample, `(1 + samples, rows)`.
+
+    The first sample is the rows themselves; for the others, as many rows as there are are drawn with replacement.
+    """
     samples = min(SAMPLES, max(1000, MOST_DRAWN // rows))
     drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.int16)
     return np.concatenate([np.ones((1, rows), np.int16), drawn])
@@ -77,13 +79,13 @@ def resamples(rows: int, *, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """One measure of two models on the same rows.
+    """A measure of two models on the same rows.
 
     Attributes:
         measure: a key of `NAMES`; shares are in percent.
         first, second: the measure of each model.
         low, high: the interval of `second - first`.
-        rows: compared.
+        rows: how many were compared.
     """
 
     measure: str
@@ -99,12 +101,12 @@ class Difference:
 
     @property
     def can_tell(self) -> bool:
-        """Whether the rows are enough, and the interval leaves zero out."""
+        """Whether there are enough rows, and the interval does not contain zero."""
         return self.rows >= FEWEST_ROWS and (self.low > 0 or self.high < 0)
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `higher`, `lower`, or why nothing can be said."""
+        """`better`, `worse`, `higher`, `lower`, or why the rows can't tell."""
         if self.rows < FEWEST_ROWS:
             return f"too few rows ({self.rows} of {FEWEST_ROWS})"
         if not self.can_tell:
@@ -116,13 +118,13 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models on the same held-out rows.
+class Comparison(Tabular):
+    """The comparison of two models on the same held-out rows.
 
     Attributes:
         first, second: their names in the rows' `answers`.
-        differences: one a measure, `second - first`.
-        wins, ties, losses: ids of the rows in which `second` has the higher, the same or the lower ROUGE-L; the clearest first.
+        differences: one for each measure, `second - first`.
+        wins, ties, losses: ids of the rows in which `second` has the higher, the same or the lower ROUGE-L, clearest first.
     """
 
     first: str
@@ -135,8 +137,8 @@ class Comparison:
     def __getitem__(self, measure: str) -> Difference:
         return next(item for item in self.differences if item.measure == measure)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines."""
+    def table(self) -> Table:
+        """Returns a row for each measure: both values, the difference, its interval and what it says."""
         header = ["measure", self.first, self.second, "difference", f"{LEVEL:.0%} interval", "verdict"]
         lines = [
             [
@@ -149,10 +151,10 @@ class Comparison:
             ]
             for d in self.differences
         ]
-        return header, lines
+        return Table(header, lines, notes=[self.verdict()], numbers=range(1, 5))
 
     def verdict(self) -> str:
-        """What the rows say about ROUGE-L, in a sentence that says so where they say nothing."""
+        """Says in a sentence what the rows tell about ROUGE-L, also where they tell nothing."""
         if not self.differences:
             return "no held-out row is left to compare."
         gain, rows = self["rouge_l"], self["rouge_l"].rows
@@ -167,16 +169,8 @@ class Comparison:
             f"{len(self.ties)} tied, {len(self.losses)} lost."
         )
 
-    def __repr__(self) -> str:
-        header, lines = self.table()
-        return f"{text_table(header, lines, numbers=range(1, 5))}\n{self.verdict()}"
-
-    def _repr_html_(self) -> str:
-        header, lines = self.table()
-        return html_table(header, lines, numbers=range(1, 5), caption=self.verdict())
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self) | {
             "differences": [
                 asdict(item) | {"difference": item.difference, "can_tell": item.can_tell, "verdict": item.verdict}
@@ -200,9 +194,9 @@ def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed:
     """Compares two models that answered the same rows.
 
     Args:
-        rows: of an `evaluation.json`: each has an `id` and `answers`, and these their scores (`score_answers`).
+        rows: of an `evaluation.json`: each has an `id` and `answers`, which have their scores (`score_answers`).
         first, second: names in `answers`.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     if not rows:
         return Comparison(first, second, (), (), (), ())
@@ -210,10 +204,10 @@ def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed:
     one, other = ([row["answers"][name] for row in rows] for name in (first, second))
     differences = []
     for measure in HIGHER_IS_BETTER:
-        found = [_measured(answers, measure, drawn) for answers in (one, other)]
-        if None in (found[0], found[1]):
+        first_found, second_found = (_measured(answers, measure, drawn) for answers in (one, other))
+        if first_found is None or second_found is None:
             continue
-        (value, samples), (other_value, other_samples) = found
+        (value, samples), (other_value, other_samples) = first_found, second_found
         low, high = np.quantile(other_samples - samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         differences.append(Difference(measure, value, other_value, float(low), float(high), len(rows)))
     gains = [(b["rouge_l"] - a["rouge_l"], row["id"]) for row, a, b in zip(rows, one, other, strict=True)]
@@ -229,7 +223,7 @@ def compare(rows: Sequence[Mapping[str, Any]], first: str, second: str, *, seed:
 
 
 def _measured(answers: Sequence[Mapping[str, Any]], measure: str, drawn: np.ndarray) -> tuple[float, np.ndarray] | None:
-    """A measure over all rows, and over each sample; None where no answer has it. Loss is weighted by tokens, not by rows."""
+    """A measure over all rows and over each sample, or None where no answer has it. Loss is weighted by tokens, not by rows."""
     key = {"stop_rate": "stopped", "loss": "nats", "perplexity": "nats"}.get(measure, measure)
     if all(answer.get(key) is None for answer in answers):
         return None
@@ -268,6 +262,6 @@ def _signed(value: float) -> str:
 
 
 def mean_loss(nats: Sequence[float], tokens: Sequence[int]) -> float | None:
-    """Nats a token over rows: weighted by tokens, so that batches and rows of unlike length count as they should."""
+    """Nats per token over rows, weighted by tokens, so that rows of different length count as they should."""
     count = sum(tokens)
     return math.fsum(nats) / count if count else None

@@ -1,1 +1,1 @@
-"""What leaves a run: adapter files, certificate, merged model, drift, model card, publishing."""
+"""Writes what leaves a run: adapter files, certificate, merged model, drift, model card, publishing."""

@@ -1,4 +1,4 @@
-"""A run's `adapter/`: written whole, put back on a base model, and certified to be the adapter that was trained."""
+"""Writes a run's `adapter/`, loads it onto a base model, and certifies that it is the adapter that was trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
 from qlora_helpers.evaluation.comparison import answered, compared
-from qlora_helpers.export.card import _model_card
+from qlora_helpers.export.card import adapter_card
+from qlora_helpers.export.certificate import SETTINGS, WEIGHTS
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.checkpoints import base_fingerprint
+from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 
@@ -23,61 +25,61 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def save_adapter(run: Run, model: PeftModel, loaded: LoadedModel) -> None:
-    """Writes the adapter, the tokenizer and the run's settings into `adapter/`, whole or not at all."""
+def save_adapter(trained: RunModel) -> None:
+    """Writes the adapter, the tokenizer and the run's settings into the run's `adapter/`, whole or not at all."""
+    run, checkpoint = trained.run, trained.loaded.checkpoint
     config = run.config()
     with replaced_folder(run.adapter_dir) as folder:
         # 'auto' would ask the hub whether the embedding was resized; it never is here.
-        model.save_pretrained(folder, save_embedding_layers=False)
-        loaded.tokenizer.save_pretrained(folder)
-        settings = read_json(folder / "adapter_config.json")
-        settings["base_model_name_or_path"] = loaded.checkpoint.name
-        settings["revision"] = loaded.checkpoint.revision
-        write_json(folder / "adapter_config.json", settings)
+        trained.model.save_pretrained(folder, save_embedding_layers=False)
+        trained.tokenizer.save_pretrained(folder)
+        settings = read_json(folder / SETTINGS)
+        settings["base_model_name_or_path"] = checkpoint.name
+        settings["revision"] = checkpoint.revision
+        write_json(folder / SETTINGS, settings)
         write_json(folder / "config.json", config.to_dict())
-        (folder / "README.md").write_text(_model_card(run, config, loaded), encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(run, config, trained.loaded), encoding="utf-8")
 
 
 def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
-    """Puts the run's saved adapter on a freshly loaded base model.
+    """Adds the run's saved adapter to a freshly loaded base model.
 
     Raises:
         RunError: the run has no adapter yet.
     """
     from qlora_helpers.model import lora
 
-    run.need(run.adapter_dir / "adapter_model.safetensors", "Notebook 04_train (or `python -m qlora_helpers train`)")
+    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 
-def certify(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
-    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever was found.
+def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certificate:
+    """Compares the saved adapter with the live one and writes `adapter/certificate.json`, whatever it finds.
 
     Args:
-        run: a run whose adapter was just saved.
-        model: the model in memory that it was saved from.
-        loaded: the base model that `model` stands on.
-        data: its held-out rows are asked.
-        prompts: how many.
+        trained: the model in memory whose adapter was just saved.
+        data: provides the held-out rows that are asked.
+        prompts: how many rows are asked.
     """
-    from qlora_helpers.export import certificate
+    from qlora_helpers.export import certify as certifying
 
+    run, model = trained.run, trained.model
     asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
-    expected = certificate.expected_tensors(model)
+    expected = certifying.expected_tensors(model)
     try:
         with MODEL_IN_USE:
-            live = answered(run, model, loaded, data, prompts)
-            with certificate.saved_weights_in_place(model, run.adapter_dir):
-                saved = answered(run, model, loaded, data, prompts)
+            live = answered(trained, data, prompts)
+            with certifying.saved_weights_in_place(model, run.adapter_dir):
+                saved = answered(trained, data, prompts)
             asked = compared(live, saved)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file: the certificate names its tensors
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
         log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
     prepared = run.data_dir / "prepared.json"
-    checkpoint = loaded.checkpoint
-    return certificate.certify(
+    checkpoint = trained.loaded.checkpoint
+    return certifying.certify(
         run.adapter_dir,
         expected,
-        settings=certificate.expected_settings(model),
+        settings=certifying.expected_settings(model),
         asked=asked,
         versions=versions(),
         base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},

@@ -1,6 +1,6 @@
-"""A trained run made ready to leave the machine: adapter, merged 16-bit model, what servers take, the hub.
+"""Writes what leaves the machine of a trained run: the adapter, the merged bfloat16 model, and files for servers.
 
-Composes `workflow` and the steps below it. Refuses without a certificate that passed and still fits the files.
+Refuses without a certificate that passed and still fits the files.
 """
 
 from __future__ import annotations
@@ -10,38 +10,36 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
-from qlora_helpers.base.tables import text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.base.units import gib
 from qlora_helpers.export import vllm
-from qlora_helpers.export.card import _card
+from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
-from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge, tokenizer_files
+from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge
 from qlora_helpers.export.tensor_files import stored_tensors
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
+from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.runs.folder import Run
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
 
-SPACE_MARGIN = 1.02  # of the merged model's size, for its index and tokenizer
+SPACE_MARGIN = 1.02  # times the merged model's size: its index and tokenizer need space too
 FOLDER = "export"
 PARTS = {"adapter", "merged", "model.tar.gz", "serving.json", "export.json"}
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """What was written, and how far the merged model is from the one that was trained; `export.json`."""
+class ExportReport(Tabular):
+    """What an export wrote, and how far the merged model is from the one that was trained; stored in `export.json`."""
 
     folder: Path
     adapter_sha256: str
@@ -49,23 +47,16 @@ class ExportReport:
     drift: tuple[Drift, ...]
     notes: tuple[str, ...]
 
-    def __repr__(self) -> str:
-        lines = [f"{self.folder.name}/: " + ", ".join(sorted(item.name for item in self.folder.iterdir()))]
-        lines += [repr(self.merged)] if self.merged else []
-        if self.drift:
-            header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"]
-            rows = [
-                [
-                    d.first,
-                    d.second,
-                    f"{d.largest_difference:.3g}",
-                    f"{d.kl_nats:.2g}",
-                    f"{d.same_answers} of {d.prompts}",
-                ]
-                for d in self.drift
-            ]
-            lines.append(text_table(header, rows, numbers=range(2, 5)))
-        return "\n".join([*lines, *self.notes])
+    def table(self) -> Table:
+        """Returns the files that were written and, where a model was merged, how far each pair of models is apart."""
+        files = f"{self.folder.name}/: " + ", ".join(sorted(item.name for item in self.folder.iterdir()))
+        header = ["from", "to", "largest logit difference", "KL, nats", "equal answers"] if self.drift else []
+        rows = [
+            [d.first, d.second, f"{d.largest_difference:.3g}", f"{d.kl_nats:.2g}", f"{d.same_answers} of {d.prompts}"]
+            for d in self.drift
+        ]
+        merged = [repr(self.merged)] if self.merged else []
+        return Table(header, rows, caption=files, notes=[*merged, *self.notes], numbers=range(2, 5))
 
 
 def export(
@@ -81,17 +72,17 @@ def export(
 
     Args:
         run: a trained run.
-        out: the folder, new, empty or an earlier export; none takes `export` in the run's.
+        out: the folder: new, empty or an earlier export; None takes `export` in the run's folder.
         merged: whether to write the merged model.
-        prepare: gives the run's prepared data for a loaded model; given, the distance of the merged model from the adapter on
-            4-bit and on bfloat16 weights is measured, where memory allows.
-        shard_gib: size of a file of the merged model.
-        say: told what takes long.
+        prepare: returns the run's prepared data for a loaded model. Where it is given and memory allows, the distance of the
+            merged model from the adapter on 4-bit and on bfloat16 weights is measured.
+        shard_gib: size of a file of the merged model, GiB.
+        say: receives a line before anything that takes long.
 
     Raises:
         RunError: the run has no adapter yet.
-        ModelError: no certificate, or not this adapter's or base model's; the adapter can't be merged; no space; `out` holds
-            something else.
+        ModelError: there is no certificate that passed and fits adapter and base model, the adapter can't be merged, the disk is
+            too small, or `out` holds something else.
     """
     out = (out or run.folder / FOLDER).resolve()
     _refuse_other_content(out)
@@ -115,14 +106,14 @@ def export(
 
 
 def _refuse_other_content(out: Path) -> None:
-    """The export takes the folder's place, with all that is in it: that may be an earlier export, and nothing else."""
+    """Refuses a folder with anything but an earlier export in it, because the export replaces the whole folder."""
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     other = sorted(names - PARTS) or sorted(names if "export.json" not in names else ())
     if other:
         raise ModelError(
-            f"{out} is not written over",
+            f"{out} is not overwritten",
             expected="a new or empty folder, or an earlier export",
             got=f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''} in it",
             next_step=f"Name a folder of its own, such as {out / 'export'}.",
@@ -149,11 +140,11 @@ def _write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
         write_json(folder / "config.json", _without_folders(trained).to_dict())
     for path in tokenizer_files(run.adapter_dir):
         shutil.copyfile(path, folder / path.name)
-    (folder / "README.md").write_text(_card(run, certificate, merged=False), encoding="utf-8")
+    (folder / "README.md").write_text(export_card(run, certificate, merged=False), encoding="utf-8")
 
 
 def _without_folders(config: RunConfig) -> RunConfig:
-    """Settings that name a local model or data file by its last part: where it lies on this machine leaves with nothing."""
+    """Returns settings that name a local model or data file by its last part, so that no path of this machine is exported."""
     names = {"model.name": config.model.name, "data.source": config.data.source}
     return config.with_settings({key: short_name(name, keep_owner=True) for key, name in names.items()})
 
@@ -175,26 +166,26 @@ def _write_merged(
             got=f"{gib(free):.1f} GiB free",
             next_step="Free some (notebook 08), or name another folder with `out`.",
         )
-    say(f"Merging into {gib(needed):.2f} GiB of 16-bit weights ...")
+    say(f"Merging into {gib(needed):.2f} GiB of bfloat16 weights ...")
     folder.mkdir()
     try:
         report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
-    except OSError as error:  # what was free is so no more
+    except OSError as error:  # the space that was free is taken by now
         raise ModelError(
             f"the merged model could not be written ({error.strerror or error})",
-            next_step="Nothing is left of it: free some space (notebook 08), or name another folder with `out`.",
+            next_step="Nothing of it is left: free some space (notebook 08), or name another folder with `out`.",
         ) from error
     write_hashes(folder)
-    (folder / "README.md").write_text(_card(run, certificate, merged=True), encoding="utf-8")
+    (folder / "README.md").write_text(export_card(run, certificate, merged=True), encoding="utf-8")
     shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
     return report
 
 
 def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
-    """How vLLM and AWS's LMI container are told of adapter and merged model; what can't be served so is said."""
+    """Writes what vLLM and AWS's LMI container need for adapter and merged model; returns notes on what can't be served."""
     config, notes = _without_folders(run.config()), []
     longest = config.data.seq_len_tokens
-    commands = {"seq_len_tokens": longest}
+    commands: dict[str, Any] = {"seq_len_tokens": longest}
     if merged:
         commands["vllm_merged"] = (
             f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
@@ -211,6 +202,6 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
         with tarfile.open(archive) as opened:
             commands["lmi_archive"] = sorted(opened.getnames())
     except UserError as error:
-        notes.append(f"no archive for an endpoint with the adapter apart: {error}")
+        notes.append(f"no archive for an endpoint with a separate adapter: {error}")
     write_json(folder / "serving.json", commands)
     return notes

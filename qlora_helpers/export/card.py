@@ -1,4 +1,4 @@
-"""The model cards of an adapter and of an exported run, with both licences."""
+"""The model cards of a run's adapter and of an exported run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, template `{template}`."
 
 
-def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
-    """The model card: what it is, of what, how good on what, and what it is not."""
+def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
+    """Writes the card of an export: what it is, its base model and data, its scores, and its limits."""
     config, adapter = run.config(), run.config().adapter
     prepared = run.data_dir / "prepared.json"
     source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
@@ -52,13 +52,14 @@ def _card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
         lines += ["", *([f"Tuned against untuned: {verdict}", ""] if verdict else [])]
     lines += [
-        f"Certificate: `{FILE}` (adapter sha256 `{certificate.weights_sha256[:16]}`). It makes things up like any such model.",
+        f"Certificate: `{FILE}` (adapter sha256 `{certificate.weights_sha256[:16]}`). Like any such model it makes things up.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _model_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
+def adapter_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
+    """Writes the card of an adapter that was just trained: base model, adapter, data and prompt."""
     prepared = run.data_dir / "prepared.json"
     source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
     storage = "in 4-bit NF4 (QLoRA) " if config.model.quantization == "nf4" else ""

@@ -1,8 +1,8 @@
-"""A LoRA adapter merged into a 16-bit copy of its base model, straight from the checkpoint's files.
+"""Merges a LoRA adapter into a bfloat16 copy of its base model, straight from the checkpoint's files.
 
-W + scale * B A (Hu et al. 2021, section 4.1), a few rows at a time: summed in 32 bits, rounded once. Neither the model nor a layer
-of it is ever whole in memory, so Falcon-40B merges on a laptop. Merging into 4-bit weights would round the adapter away. Knows
-nothing of runs, and loads no model.
+W + scale * B A (Hu et al. 2021, section 4.1) is computed a few rows at a time, summed in float32 and rounded once. Neither the
+model nor a whole layer is ever in memory, so Falcon-40B merges on a laptop. Merging into 4-bit weights would round the adapter
+away. Knows nothing of runs, and loads no model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.export.certificate import SETTINGS
 from qlora_helpers.export.tensor_files import (
     BYTES,
     INDEX,
@@ -28,6 +29,7 @@ from qlora_helpers.export.tensor_files import (
     stored_tensors,
     write_tensors,
 )
+from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.planning.step_settings import HALF, SINGLE
 
 if TYPE_CHECKING:
@@ -41,13 +43,14 @@ KEPT_FILES = ("generation_config.json",)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written.
+    """What a merge wrote.
 
     Attributes:
         merged: layers whose weight changed.
-        tensors, parameters: in all.
+        tensors, parameters: how many in all.
         files: shards.
-        bound_gib: of the merging, beyond what Python and PyTorch take when they start: adapter, rows at work.
+        size_gib: of the weights.
+        bound_gib: limit on the memory of the merge, for adapter and rows, beyond what Python and PyTorch take when they start.
     """
 
     merged: int
@@ -60,13 +63,13 @@ class MergeReport:
     def __repr__(self) -> str:
         return (
             f"{self.merged} layers merged; {self.parameters:,} parameters in {self.tensors} tensors, {self.size_gib:.2f} GiB in "
-            f"{self.files} file{'s' * (self.files != 1)}; at most {self.bound_gib:.2f} GiB at work"
+            f"{self.files} file{'s' * (self.files != 1)}; merged within {self.bound_gib:.2f} GiB of memory"
         )
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's adapter: `down` `(r, in)`, `up` `(out, r)` with the scale in it, both in 32 bits."""
+    """One layer's adapter in float32: `down` is A, `(r, in)`; `up` is B times the scale, `(out, r)`."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -81,24 +84,24 @@ def merge(
     working_gib: float = WORKING_GIB,
     progress: Callable[[int], Any] | None = None,
 ) -> MergeReport:
-    """Writes the merged model in bfloat16: sharded safetensors, index, configuration, and the adapter's tokenizer.
+    """Writes the merged model in bfloat16: sharded safetensors, their index, the configuration and the adapter's tokenizer.
 
     Args:
         base: folder of the base model's checkpoint (safetensors).
         adapter: folder of the saved adapter.
         out: an empty folder.
-        shard_gib: size of a file.
-        working_gib: limit on the rows at work.
-        progress: told how many bytes were written.
+        shard_gib: size of a file, GiB.
+        working_gib: limit on the memory for the rows that are merged at once, GiB.
+        progress: receives the number of bytes after each write.
 
     Raises:
-        ModelError: the adapter is not of this model, or of a kind that can't be merged.
+        ModelError: the adapter belongs to another model, or is of a kind that can't be merged.
     """
     stored = stored_tensors(base)
     adapters = low_ranks(adapter, stored)
     sizes = {name: (2 if t.dtype in FLOATS else BYTES[t.dtype]) * t.values for name, t in stored.items()}
     files = shards(sizes, int(shard_gib * BYTES_IN_GIB))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = [_merged(stored[each], adapters.get(each), working_gib, progress) for each in names]
@@ -119,12 +122,12 @@ def merge(
 
 
 def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRank]:
-    """The adapter's matrices by the name of the base tensor that each changes.
+    """Reads the adapter's matrices, by the name of the base tensor that they change.
 
     Raises:
-        ModelError: the adapter can't be merged, or is not of this model.
+        ModelError: the adapter can't be merged, or belongs to another model.
     """
-    settings = read_json(adapter / "adapter_config.json")
+    settings = read_json(adapter / SETTINGS)
     refused = [
         name
         for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
@@ -134,7 +137,7 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
     refused += ["peft_type"] if settings.get("peft_type") != "LORA" else []
     if refused:
         raise ModelError(
-            "this kind of adapter is not merged here",
+            "this kind of adapter can't be merged here",
             expected="plain LoRA",
             got=", ".join(f"{name}={settings[name]!r}" for name in refused),
             next_step="Serve base model and adapter side by side, or merge with peft's merge_and_unload.",
@@ -149,17 +152,17 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
         up = weights.get(name.replace(".lora_A.", ".lora_B."))
         target = _target(layer, stored)
         shape = None if up is None else (up.shape[0], down.shape[1])
-        if target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
+        if up is None or target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
             raise ModelError(
-                "the adapter is not of this checkpoint",
-                expected=f"a 16- or 32-bit weight of {layer}, {shape}",
+                "the adapter does not belong to this checkpoint",
+                expected=f"an unquantised weight of {layer}, {shape}",
                 got="none" if target is None else f"{stored[target].dtype} {stored[target].shape}",
                 next_step="Merge into the base model that the adapter was trained on, not a quantised copy.",
             )
         found[target] = LowRank(down.read().float(), up.read().float() * scale)
     if 2 * len(found) != len(weights):
         raise ModelError(
-            "the adapter holds more than matrices A and B",
+            "the adapter has more than matrices A and B",
             got=f"{len(weights)} tensors for {len(found)} layers",
             next_step="Merge with peft's merge_and_unload.",
         )
@@ -167,7 +170,7 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
 
 
 def _target(layer: str, stored: dict[str, StoredTensor]) -> str | None:
-    """A layer's weight in the checkpoint, which may leave out the first part of its name (`transformer.`, `model.`)."""
+    """Finds a layer's weight in the checkpoint, where the first part of its name (`transformer.`, `model.`) may be missing."""
     for name in (f"{layer}.weight", f"{layer.partition('.')[2]}.weight"):
         if name in stored:
             return name
@@ -196,7 +199,7 @@ def _write_settings(base: Path, adapter: Path, out: Path) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
-    config.pop("_name_or_path", None)  # where the base model lay on some machine
+    config.pop("_name_or_path", None)  # a path on the machine that saved the base model
     write_json(out / "config.json", config | {"dtype": "bfloat16"})
     for name in KEPT_FILES:
         with contextlib.suppress(FileNotFoundError):
@@ -205,36 +208,18 @@ def _write_settings(base: Path, adapter: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a folder."""
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-    )
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
-MERGING_BYTES = int(0.1 * BYTES_IN_GIB)  # of what is none of the two below: 0.04 GiB were measured
-
-
-_MERGED_VALUE = 2 * SINGLE + SINGLE + HALF  # read (32 bits at most), in 32 bits, and as written
+MERGING_BYTES = int(0.1 * BYTES_IN_GIB)  # beyond the adapter and the rows; 0.04 GiB were measured
+_MERGED_VALUE = 2 * SINGLE + SINGLE + HALF  # bytes of a value while it is merged: as read, in float32, and as written
 
 
 def merging_rows(row_values: int, working_bytes: float) -> int:
-    """Rows of a weight that are merged at once within a limit; at least one."""
+    """Returns how many rows of a weight are merged at once within a limit on memory; at least one."""
     return max(1, int(working_bytes // (_MERGED_VALUE * max(1, row_values))))
 
 
 def merging_bytes(adapter_bytes: int, working_bytes: float) -> int:
-    """What merging an adapter into a checkpoint holds: the adapter in 32 bits, the rows at work, and something for the allocator.
+    """Returns the memory that a merge takes: the adapter in float32, the rows that are merged at once, and some for the allocator.
 
-    Neither the model's size nor that of a layer enters, but for the adapter: 55.5 million parameters of Falcon-40B at r=8 are
-    0.21 GiB.
+    The model's size matters only through the adapter: 55.5 million parameters of Falcon-40B at r=8 are 0.21 GiB.
     """
     return round(adapter_bytes + working_bytes + MERGING_BYTES)

@@ -1,8 +1,8 @@
-"""safetensors files read and written a few rows at a time, without mapping them into memory.
+"""Reads and writes safetensors files a few rows at a time, without mapping them into memory.
 
-The format: eight bytes with the header's length, a header in JSON with each tensor's type, shape and place, then the bytes
-(https://github.com/huggingface/safetensors#format). A mapped file counts as the process's memory as far as it was read; a bound on
-memory needs plain reads. Knows nothing of models.
+The format: eight bytes with the header's length, a header in JSON with each tensor's type, shape and offsets, then the values
+(https://github.com/huggingface/safetensors#format). Every page of a mapped file that was read counts as the process's memory, so a
+bound on memory needs plain reads. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `dtype` in the format's words, `start` from the file's first byte."""
+    """One tensor in a file: `dtype` is the format's name for its type, `start` the offset of its values in the file."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ class StoredTensor:
 
     @property
     def rows(self) -> int:
-        """Length of the first dimension; 1 for a single number."""
+        """Length of the first dimension; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -48,7 +48,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """Rows `first` to `end`, `(end - first, ...)`; a single number comes as it is."""
+        """Reads rows `first` to `end`, `(end - first, ...)`; a scalar is read as it is."""
         import torch
 
         end = self.rows if end is None else min(end, self.rows)
@@ -63,7 +63,7 @@ class StoredTensor:
 
 
 def torch_type(dtype: str) -> torch.dtype:
-    """PyTorch's type for the format's."""
+    """Returns PyTorch's type for the format's name of it."""
     import torch
 
     names = {"F": "float", "I": "int", "U": "uint"}
@@ -73,10 +73,10 @@ def torch_type(dtype: str) -> torch.dtype:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder, in the order of its files and names; sharded or not.
+    """Lists all tensors of a checkpoint folder, sharded or not, in the order of its files and names.
 
     Raises:
-        ModelError: a file is missing, damaged, or holds a type that can't be read.
+        ModelError: a file is missing or damaged, or has a type that can't be read.
     """
     index = folder / INDEX
     try:
@@ -86,13 +86,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(index, str(error)) from error
     if any(Path(name).name != name for name in names):
-        raise _damaged(index, "it names a file elsewhere")
+        raise _damaged(index, "it names a file outside its folder")
     paths = [folder / name for name in names] or sorted(folder.glob("*.safetensors"))
     found: dict[str, StoredTensor] = {}
     for path in paths:
         for tensor in _header(path):
             if tensor.name in found:
-                raise _damaged(path, f"{tensor.name} stands in two files")
+                raise _damaged(path, f"{tensor.name} is in two files")
             found[tensor.name] = tensor
     if not found:
         raise ModelError(f"{folder.name}/ holds no weights as safetensors", next_step="Get the model's files.")
@@ -105,7 +105,7 @@ def _header(path: Path) -> Iterator[StoredTensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
-                raise _damaged(path, "its header has no possible length")
+                raise _damaged(path, "the length of its header is impossible")
             entries = json.loads(file.read(length))
         for name, entry in entries.items():
             if name == "__metadata__":
@@ -129,7 +129,7 @@ def _damaged(path: Path, why: str) -> ModelError:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """One tensor of a new file: its rows come from `parts` in their order, when they are asked for."""
+    """One tensor of a new file, whose rows come from `parts` in order while the file is written."""
 
     name: str
     dtype: str
@@ -138,16 +138,16 @@ class TensorToWrite:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return BYTES[self.dtype] * math.prod(self.shape)
 
 
 def write_tensors(path: Path, tensors: Sequence[TensorToWrite]) -> None:
-    """Writes one safetensors file; no more of it is in memory than one part.
+    """Writes one safetensors file, with one part of a tensor in memory at a time.
 
     Raises:
-        ModelError: a tensor's parts are not of its size.
-        OSError: no space.
+        ModelError: a tensor's parts have another size than the tensor.
+        OSError: the disk is full.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -175,7 +175,7 @@ def _write(file: BinaryIO, part: torch.Tensor, dtype: torch.dtype) -> int:
 
 
 def shards(sizes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
-    """Names in their order, divided into files of at most so many bytes; a larger tensor has a file of its own."""
+    """Distributes names over files of at most `most_bytes`, in their order; a larger tensor has a file of its own."""
     files: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():

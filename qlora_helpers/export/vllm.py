@@ -1,7 +1,7 @@
-"""What vLLM, alone or in AWS's LMI container, reads: the archive of an adapter, and `serving.properties` of a merged model.
+"""Writes what vLLM reads, alone or in AWS's LMI container: an adapter's archive, and `serving.properties` of a merged model.
 
 The container reads `serving.properties` and `adapters/<name>/` from the model archive (https://docs.djl.ai, "vLLM Engine User
-Guide" and "Adapters"). What vLLM would refuse is refused here, before it costs money. Knows no run and no endpoint.
+Guide" and "Adapters"). What vLLM would refuse is refused here, before it costs money. Knows nothing of runs and endpoints.
 """
 
 from __future__ import annotations
@@ -14,22 +14,9 @@ from pathlib import Path
 
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.tarball import write_tarball
+from qlora_helpers.export.certificate import SETTINGS, WEIGHTS
 from qlora_helpers.model.hub import is_hub_id
-
-_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
-
-
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
+from qlora_helpers.model.tokenizers import TOKENIZER_FILES
 
 VLLM_OPTIONS = {
     "async_mode": "true",
@@ -39,11 +26,11 @@ VLLM_OPTIONS = {
 }
 
 
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of `max_lora_rank` that vLLM takes
 
-
-PLAIN_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,62}")
-
+PLAIN_NAME = re.compile(
+    r"[A-Za-z0-9](-*[A-Za-z0-9]){0,62}"
+)  # SageMaker's rule for an endpoint; here also for an adapter
 
 # Families that vLLM serves but can't add adapters to (they lack its SupportsLoRA), by the names of their weights
 _WITHOUT_LORA = {
@@ -55,8 +42,7 @@ _WITHOUT_LORA = {
 def package_adapter(adapter_dir: Path, base_model: str, out_path: Path, *, name: str = "tuned") -> Path:
     """Writes the model archive of an endpoint: `serving.properties` and `adapters/<name>/`, whole or not at all.
 
-    The same adapter gives the same bytes. Of the adapter's folder only its configuration, weights (safetensors) and
-    tokenizer go in.
+    Of the adapter's folder it takes configuration, weights (safetensors) and tokenizer. The same adapter gives the same bytes.
 
     Args:
         adapter_dir: the saved adapter, such as `runs/demo/adapter`.
@@ -69,10 +55,10 @@ def package_adapter(adapter_dir: Path, base_model: str, out_path: Path, *, name:
 
     Raises:
         ModelError: files are missing or links, or vLLM can't serve this adapter.
-        UserError: an endpoint can't reach the base model, or the name is none.
+        UserError: an endpoint can't reach the base model, or the adapter can't have that name.
     """
     if not PLAIN_NAME.fullmatch(name):
-        raise UserError("that is no name for an adapter", expected="letters, digits and '-'", got=repr(name))
+        raise UserError("an adapter can't have that name", expected="letters, digits and '-'", got=repr(name))
     if not is_hub_id(base_model) and not re.fullmatch(r"s3://\S+/\S+", base_model):
         raise UserError(
             "an endpoint can't reach that base model",
@@ -82,18 +68,18 @@ def package_adapter(adapter_dir: Path, base_model: str, out_path: Path, *, name:
         )
     files = _adapter_files(adapter_dir)
     rank = _check_served_by_vllm(adapter_dir)
-    contents = {"serving.properties": _serving_properties(base_model, rank).encode()}
+    contents: dict[str, bytes | Path] = {"serving.properties": _serving_properties(base_model, rank).encode()}
     contents |= {f"adapters/{name}/{file.name}": file for file in files}
     return write_tarball(out_path, contents)
 
 
 def allowed_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` that vLLM takes for adapters of this rank (512 at most)."""
+    """Returns the smallest `max_lora_rank` that vLLM takes for adapters of this rank (512 at most)."""
     return min(allowed for allowed in _VLLM_RANKS if allowed >= rank)
 
 
 def merged_properties(*, max_model_len: int) -> str:
-    """`serving.properties` of a folder with a merged model: the container serves the folder that the file is in.
+    """Returns `serving.properties` for a merged model: the container serves the folder that the file is in.
 
     Args:
         max_model_len: longest prompt with its answer, tokens.
@@ -102,13 +88,15 @@ def merged_properties(*, max_model_len: int) -> str:
 
 
 def _adapter_files(adapter_dir: Path) -> list[Path]:
-    missing = [name for name in _NEEDED if not (adapter_dir / name).exists()]
+    missing = [name for name in (SETTINGS, WEIGHTS) if not (adapter_dir / name).exists()]
     if missing:
         raise ModelError(
             f"{', '.join(missing)} not found in {adapter_dir.name}/",
             next_step="Train first (notebook 04_train), or name the folder of a saved adapter.",
         )
-    files = [adapter_dir / name for name in (*_NEEDED, *_TOKENIZER) if os.path.lexists(adapter_dir / name)]
+    files = [
+        adapter_dir / name for name in (SETTINGS, WEIGHTS, *TOKENIZER_FILES) if os.path.lexists(adapter_dir / name)
+    ]
     links = [file.name for file in (adapter_dir, *files) if file.is_symlink()]
     if links:
         raise ModelError(f"{', '.join(links)} is a link", expected="plain files", next_step="Copy the adapter first.")
@@ -116,19 +104,19 @@ def _adapter_files(adapter_dir: Path) -> list[Path]:
 
 
 def _check_served_by_vllm(adapter_dir: Path) -> int:
-    """Returns the adapter's largest rank; refuses what vLLM's `PEFTHelper` and models would, before it costs money."""
+    """Returns the adapter's largest rank; refuses what vLLM's `PEFTHelper` and models would refuse."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
-        with safe_open(adapter_dir / "adapter_model.safetensors", framework="numpy") as weights:
+        config = json.loads((adapter_dir / SETTINGS).read_text(encoding="utf-8"))
+        with safe_open(adapter_dir / WEIGHTS, framework="numpy") as weights:
             names = list(weights.keys())
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"{adapter_dir.name}/ holds no readable adapter ({error})", next_step="Save it again."
+            f"{adapter_dir.name}/ has no readable adapter ({error})", next_step="Save it again."
         ) from error
-    step = "Merge it into a 16-bit copy of the model, upload that folder to S3, and deploy the folder."
+    step = "Merge it into a bfloat16 copy of the model, upload that folder to S3, and deploy the folder."
     for pattern, families in _WITHOUT_LORA.items():
         if any(re.search(pattern, name) for name in names):
             raise ModelError(f"vLLM can't add adapters to models of the families {families}", next_step=step)

@@ -118,7 +118,7 @@ def find_cuda_runtime(
         None where PyTorch is missing or a CPU build, or no such libraries are there.
     """
     torch = read_torch_build(site_packages)
-    if torch is None or torch.cuda is None:
+    if torch is None or torch.cuda is None or torch.cuda_major is None:
         return None
     roots = [torch.folder.parent] + ([Path(path) for path in sys.path if path] if site_packages is None else [])
     for layout, directories in _layouts(roots, torch.cuda_major, os.environ if environ is None else environ):
@@ -139,7 +139,7 @@ def extend_library_path(
         The new value.
     """
     before = environ.get("LD_LIBRARY_PATH", "")
-    entries = [*map(os.fspath, directories), *(before.split(os.pathsep) if before else [])]
+    entries = [*(os.fspath(each) for each in directories), *(before.split(os.pathsep) if before else [])]
     value = os.pathsep.join(dict.fromkeys(entries))
     if value:
         environ["LD_LIBRARY_PATH"] = value

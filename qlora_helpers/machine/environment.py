@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.base.tables import html_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.cuda_libraries import TorchBuild, package_folder, read_torch_build
 from qlora_helpers.machine.telemetry import (
@@ -53,8 +53,8 @@ class Check:
     fix: str = ""
 
 
-@dataclass(frozen=True, repr=False)
-class MachineReport:
+@dataclass(frozen=True)
+class MachineReport(Tabular):
     """The setup report; prints as text, shows as a table in a notebook."""
 
     checks: tuple[Check, ...]
@@ -74,6 +74,7 @@ class MachineReport:
         return "Setup: " + ", ".join(f"{counts[level]} {level}" for level in LEVELS)
 
     def __repr__(self) -> str:
+        """Returns the checks as lines; a fix is too long for a column of a terminal and follows on a line of its own."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [self._summary]
         for check in self.checks:
@@ -81,9 +82,10 @@ class MachineReport:
             lines += [f"{'':7}  {'':{width}}  -> {check.fix}"] if check.fix else []
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
+    def table(self) -> Table:
+        """Returns a row for each check: its level, what was looked at, what was found and what to do."""
         rows = [[check.level, check.name, check.found, check.fix] for check in self.checks]
-        return html_table(["", "what", "found", "what to do"], rows, caption=self._summary)
+        return Table(["", "what", "found", "what to do"], rows, caption=self._summary)
 
 
 def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any = None) -> MachineReport:

@@ -1,6 +1,6 @@
-"""Plain facts about models and machines: licences, where else a checkpoint can be had, GPUs, instances and dated prices.
+"""Plain facts about hardware: GPUs, SageMaker instances and dated prices.
 
-Owns the words in which hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xlarge`). Looks at no machine and asks no price list.
+Owns how hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xlarge`). Looks at no machine and asks no price list.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Gpu:
 
     Attributes:
         name: short name, as in `GPUS`.
-        memory_gib: what it is sold as (the number on the box).
+        memory_gib: what it is sold as, the number on the box.
         usable_gib: what `torch.cuda.get_device_properties(0).total_memory` gives, in GiB: the lowest figure seen, since it varies a
-            little with the driver. ECC and the driver take the rest; the CUDA context comes off it besides.
-        bf16_tflops: dense matrix products in bfloat16 with float32 sums, by the datasheet; float16 where there is no bfloat16.
+            little with the driver. ECC and the driver take the rest; the CUDA context takes its part of this.
+        bf16_tflops: dense matrix multiplications in bfloat16 with float32 sums, by the datasheet; float16 where there is no bfloat16.
         bandwidth_gb_s: of its memory, by the datasheet.
         supports_bf16: whether it has bfloat16 tensor cores.
-        measured: whether speed was measured in this project; on all others it is extrapolated.
+        measured: whether speed was measured in this project; on all other GPUs it is extrapolated.
     """
 
     name: str
@@ -57,7 +57,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(driver_name: str) -> Gpu | None:
-    """The catalogue's entry for a name that the driver gives: `NVIDIA A100-SXM4-80GB` is an A100-80GB."""
+    """Finds the catalogue's entry for a driver's name: `NVIDIA A100-SXM4-80GB` is an A100-80GB."""
     words = driver_name.replace(" ", "-").upper().split("-")
     called = [gpu for gpu in GPUS.values() if all(part in words for part in gpu.name.upper().split("-"))]
     return max(called, key=lambda gpu: len(gpu.name), default=None)
@@ -74,7 +74,7 @@ class Instance:
         price_usd_per_hour: on demand, or None where no dated figure was found.
         region: where that price holds.
         priced_on: when it was read.
-        source: who said so.
+        source: where it was published.
     """
 
     name: str
@@ -163,7 +163,7 @@ class Hardware:
         return f"{self.label}, ${self.price_usd_per_hour:.2f} an hour; {self.price_note}"
 
 
-MOST_GPUS = 64  # of one machine
+MAX_GPUS = 64  # of one machine
 _COUNTED = re.compile(r"(?:(\d+)\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", re.IGNORECASE)
 
@@ -173,20 +173,24 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
 
     Args:
         text: an amount (`24GiB`, `4x24GiB`; GB is 1000³ bytes), GPUs of the catalogue (`H100`, `2xA100-80GB`), or a SageMaker
-            instance (`ml.g5.12xlarge`). An amount is taken as it stands; a GPU's usable memory is less than what it is sold as.
+            instance (`ml.g5.12xlarge`). An amount is taken as usable; a GPU's usable memory is less than what it is sold as.
         price: USD per hour for all of it, instead of the catalogue's.
 
     Raises:
-        UserError: it is none of these, or the price is negative or no number.
+        UserError: it is none of these, or the price is negative or not a number.
     """
     if price is not None and not 0 <= price < math.inf:
-        raise UserError("that is no price", expected="USD per hour, 0 or more", got=str(price))
+        raise UserError("this is not a price", expected="USD per hour, 0 or more", got=str(price))
     wanted = text.strip().lower()
+    gpu: Gpu | None
     if instance := INSTANCES.get(wanted):
-        label, count, gpu, known = instance.name, instance.gpus, GPUS[instance.gpu], instance.price_usd_per_hour
+        gpu = GPUS[instance.gpu]
+        label, count, known = instance.name, instance.gpus, instance.price_usd_per_hour
         usable, note = gpu.usable_gib, f"{instance.region}, {instance.priced_on} ({instance.source})" if known else ""
     else:
-        count, label, gpu, usable = _counted_gpus(wanted) or _refuse(text)
+        if (counted := _counted_gpus(wanted)) is None:
+            raise _unknown_hardware(text)
+        count, label, gpu, usable = counted
         label, known, note = f"{count}x{label}" if count > 1 else label, None, ""
     if price is not None:
         known, note = price, "as given"
@@ -194,10 +198,10 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
 
 
 def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
-    """How many, what one is called, its facts and its usable GiB."""
+    """Returns how many GPUs, the name of one, its facts and its usable GiB; None where the text is none of these."""
     match = _COUNTED.fullmatch(wanted)
-    count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MOST_GPUS)) else 0
-    if not 1 <= count <= MOST_GPUS:
+    count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MAX_GPUS)) else 0
+    if match is None or not 1 <= count <= MAX_GPUS:
         return None
     gpu = next((gpu for name, gpu in GPUS.items() if name.lower() == match[2].replace(" ", "-")), None)
     if gpu is not None:
@@ -211,18 +215,19 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     return count, f"{amount[1]}GB", None, gib(number * 1e9)
 
 
-def _refuse(text: str) -> tuple[int, str, Gpu | None, float]:
+def _unknown_hardware(text: str) -> UserError:
+    """Returns the error for hardware that is not known; for a known family of instances it names the sizes."""
     family = text.strip().lower().removeprefix("ml.").split(".")[0]
     if sizes := [name for name in INSTANCES if name.startswith(f"ml.{family}.")]:
-        raise UserError(
+        return UserError(
             f"no instance ml.{family} of that size is known",
             expected=", ".join(sizes),
             got=text.strip(),
             next_step="Choose one of these, or give its GPUs, such as 4xA10G.",
         )
-    raise UserError(
+    return UserError(
         "these GPUs are not known",
-        expected=f"NxMGiB such as 4x24GiB, a number (1 to {MOST_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
+        expected=f"NxMGiB such as 4x24GiB, a number (1 to {MAX_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
         got=text.strip() or "nothing",
         next_step="Give the memory of one GPU as an amount if yours is not listed.",
     )

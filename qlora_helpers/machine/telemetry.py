@@ -7,6 +7,7 @@ keeps no history.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import threading
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.base.tables import html_table, text_table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 
 FIRST_CPU_READING_S = 0.1
@@ -135,7 +136,7 @@ def read_process(pid: int | None = None) -> ProcessReading | None:
     try:
         process = _processes.get(pid)
         first = process is None or not process.is_running()
-        if first:
+        if process is None or first:
             process = _processes[pid] = psutil.Process(pid)
         cpu_percent = process.cpu_percent(FIRST_CPU_READING_S if first else None)
         return ProcessReading(gib(process.memory_info().rss), cpu_percent, process.num_threads())
@@ -172,15 +173,16 @@ def read_disk(path: str | os.PathLike[str]) -> DiskReading:
     return DiskReading(gib(usage.total), gib(usage.free))
 
 
-@dataclass(frozen=True, repr=False)
-class GpuTable:
+@dataclass(frozen=True)
+class GpuTable(Tabular):
     """GPUs, one process and the machine, as in `nvidia-smi`; prints as text, shows as HTML in a notebook."""
 
     gpus: tuple[GpuReading, ...]
     process: ProcessReading | None
     machine: MachineReading
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
+    def table(self) -> Table:
+        """Returns a row for each GPU, one for the process and one for the machine."""
         rows = [
             [
                 f"GPU {gpu.index} {gpu.name}",
@@ -204,15 +206,7 @@ class GpuTable:
         rows.append([f"machine (cores: {self.machine.cores})", memory, f"{self.machine.cpu_percent:.0f} %", "", ""])
         columns = 5 if self.gpus else 3
         header = ["device" if self.gpus else "no GPU", "memory", "busy", "temperature", "power"]
-        return header[:columns], [row[:columns] for row in rows]
-
-    def __repr__(self) -> str:
-        header, rows = self._table()
-        return text_table(header, rows, numbers=range(1, len(header)))
-
-    def _repr_html_(self) -> str:
-        header, rows = self._table()
-        return html_table(header, rows, numbers=range(1, len(header)))
+        return Table(header[:columns], [row[:columns] for row in rows], numbers=range(1, columns))
 
 
 def gpu_table(pid: int | None = None, nvml: Any = None) -> GpuTable:
@@ -234,7 +228,7 @@ def _started(nvml: Any) -> Any:
     """NVML, ready to be asked, or None. It counts its starts: all but the first are free, so it is never shut down."""
     if nvml is None:
         try:
-            import pynvml as nvml
+            nvml = importlib.import_module("pynvml")
         except ImportError:
             return None
     try:

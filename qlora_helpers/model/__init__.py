@@ -1,1 +1,1 @@
-"""A name becomes an audited 4-bit model with adapters: checkpoints, loading, placement, NF4, LoRA, random weights."""
+"""Turns a model's name into an audited 4-bit model with adapters: checkpoints, loading, placement, NF4, LoRA, random weights."""

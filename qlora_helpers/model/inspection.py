@@ -1,4 +1,4 @@
-"""Looking into a checkpoint, and at what 4-bit storage does to it: for a reader who wants to see.
+"""Shows what is in a checkpoint and what 4-bit storage does to it.
 
 Owns the count of a model's weights before anything is loaded, and the comparison of a quantised layer with its original. Loads no
 model, and knows nothing of adapters, data or run folders.
@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.checkpoints import Checkpoint
 from qlora_helpers.model.nf4 import is_nf4, stored_bytes
-from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
 if TYPE_CHECKING:
     import torch
 
 
 def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's `config.json` with its defaults filled in: what `count_weights` and `workflow.prepare_data` take."""
+    """Returns the model's `config.json` with defaults filled in, as `count_weights` and `workflow.prepare_data` take it."""
     from transformers import AutoConfig
 
     if checkpoint.shape is not None:
@@ -29,32 +31,34 @@ def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class WeightCounts:
+class WeightCounts(Tabular):
     """How many weights a model has.
 
     Attributes:
-        linear: in the linear layers of its blocks, which QLoRA stores in 4 bits.
-        other: everything else (embedding, output head, norms), which stays as it is; tied weights count once.
+        linear: in the linear layers of its decoder layers, which QLoRA stores in 4 bits.
+        other: everything else (embedding, output head, norms), which is not quantised; tied weights count once.
     """
 
     linear: int
     other: int
 
     def gib(self, *, linear_bits: float, other_bits: float) -> float:
-        """GiB that the weights take at so many bits each."""
+        """Returns the GiB that the weights take with these numbers of bits each."""
         return gib((self.linear * linear_bits + self.other * other_bits) / 8)
 
-    def __repr__(self) -> str:
+    def table(self) -> Table:
+        """Returns the counts, each with its share of all weights."""
         total = self.linear + self.other
-        return (
-            f"linear layers    {self.linear:>17,}  {self.linear / total:6.1%}\n"
-            f"everything else  {self.other:>17,}  {self.other / total:6.1%}\n"
-            f"all weights      {total:>17,}"
-        )
+        rows = [
+            ["linear layers", f"{self.linear:,}", f"{self.linear / total:.1%}"],
+            ["everything else", f"{self.other:,}", f"{self.other / total:.1%}"],
+            ["all weights", f"{total:,}", ""],
+        ]
+        return Table((), rows, numbers=(1, 2))
 
 
 def count_weights(shape: dict[str, Any]) -> WeightCounts:
-    """Counts a model's weights from its shape: by arithmetic for the families of `model_sizes`, on the meta device for others.
+    """Counts a model's weights from its shape: by arithmetic for known families, on the meta device for others.
 
     Args:
         shape: the model's `config.json`.
@@ -62,7 +66,7 @@ def count_weights(shape: dict[str, Any]) -> WeightCounts:
     if shape.get("model_type") not in KNOWN_FAMILIES:
         return _count_on_meta(shape)
     sizes = model_sizes(shape)
-    linear = sizes.blocks * sizes.linear_parameters_per_layer
+    linear = sizes.layers * sizes.linear_parameters_per_layer
     return WeightCounts(linear, sizes.parameters - linear)
 
 
@@ -89,7 +93,8 @@ class LayerComparison:
 
     Attributes:
         name: of the weight.
-        original, restored: `(out_features, in_features)`, float32; as in the checkpoint, and as the matrix product sees it.
+        original: the weight in the checkpoint, `(out_features, in_features)`, float32.
+        restored: the weight as the matrix multiplication sees it, of the same shape and type.
         bits: stored for each weight, constants and tables included.
     """
 
@@ -100,7 +105,7 @@ class LayerComparison:
 
     @property
     def relative_error(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """Root mean square of the error, relative to that of the weights."""
         error = (self.restored - self.original).square().mean()
         return float((error / self.original.square().mean()).sqrt())
 
@@ -118,7 +123,7 @@ def compare_layer(model: torch.nn.Module, checkpoint: Checkpoint) -> LayerCompar
     """Compares the first 4-bit layer of a loaded model with its weights in the checkpoint.
 
     Raises:
-        ModelError: the model has no 4-bit layer, or its weights are in no file.
+        ModelError: the model has no 4-bit layer, or no file of the checkpoint holds its weights.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -138,7 +143,7 @@ def _read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 return file.get_tensor(name)
     raise ModelError(
         f"{checkpoint.name} has no file with the weight {name}",

@@ -1,20 +1,16 @@
-"""Turns the libraries' errors while a model loads into one clear message each."""
+"""Turns the libraries' errors while a model loads into one `ModelError` each."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from qlora_helpers.base.errors import ModelError
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextlib.contextmanager
-def _clear_load_errors(name: str) -> Iterator[None]:
-    """What goes wrong while a checkpoint's files are read becomes one `ModelError`."""
+def load_errors_explained(name: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a checkpoint's files are read into one `ModelError`."""
     import torch
     from safetensors import SafetensorError
 
@@ -34,11 +30,13 @@ def _clear_load_errors(name: str) -> Iterator[None]:
             ) from error
         if "custom code" in text or "trust_remote_code" in text or "model type" in text.lower():
             raise ModelError(
-                f"{name} needs code that transformers does not hold itself, or is no causal language model",
-                next_step="Code that comes with a model is never run here: choose a model that is native in transformers.",
+                f"{name} needs code that transformers does not include, or is not a causal language model",
+                next_step="Code that comes with a model is never run here: choose a model that transformers supports itself.",
             ) from error
         if "attention implementation" in text:
-            raise ModelError(f"{name} has no such attention", next_step="Set model.attention=auto.") from error
+            raise ModelError(
+                f"{name} does not have that attention implementation", next_step="Set model.attention=auto."
+            ) from error
         if "You set `ignore_mismatched_sizes`" in text:
             text = "its weights have other sizes than its config.json says"
         reason = (text.strip().splitlines() or [type(error).__name__])[0]

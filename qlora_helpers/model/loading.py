@@ -1,22 +1,21 @@
-"""From a checkpoint to an audited 4-bit model and its tokenizer.
+"""Loads a checkpoint as a 4-bit model with its tokenizer, and audits what is in memory.
 
-Owns dtype and attention for the hardware, placement over GPUs, the padding token, and the audit after
-loading. Knows nothing of adapters, data or run folders.
+Owns dtype and attention for the hardware and the audit after loading. Knows nothing of adapters, data or run folders.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.place import at
+from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import gib
+from qlora_helpers.model.allocator import use_expandable_segments
 from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
-from qlora_helpers.model.load_errors import _clear_load_errors
+from qlora_helpers.model.load_errors import load_errors_explained
 from qlora_helpers.model.nf4 import (
     falcon_linears_as_plain,
     is_nf4,
@@ -25,8 +24,8 @@ from qlora_helpers.model.nf4 import (
     stored_bytes,
     unpacked_numel,
 )
-from qlora_helpers.model.placement import Spread, _limits, device_map_argument, on_a_gpu
-from qlora_helpers.model.tokenizers import _tokenizer
+from qlora_helpers.model.placement import Spread, device_map_argument, memory_limits, on_a_gpu
+from qlora_helpers.model.tokenizers import tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +37,12 @@ class LoadAudit:
     """What was found in memory after loading.
 
     Attributes:
-        quantized, expected: linear layers in 4 bits, and how many should be.
+        quantized, expected: linear layers that are in 4 bits, and how many should be.
         storage: `nf4`, or `none` where quantisation was off.
-        gib_by_device: weights and buffers on each device.
+        gib_by_device: weights and buffers on each device, GiB.
         parameters: weights, two for each byte of a 4-bit layer.
-        compute_dtype, attention: what the products and the attention run in.
+        compute_dtype: the type that matrix multiplications run in.
+        attention: the attention implementation.
     """
 
     quantized: int
@@ -58,43 +58,46 @@ class LoadAudit:
         layers = f"{self.quantized} of {self.expected} linear layers in {self.storage}"
         return (
             f"{self.parameters:,} parameters, {layers}\n"
-            f"{devices}; products in {self.compute_dtype}, attention by {self.attention}"
+            f"{devices}; matrix multiplications in {self.compute_dtype}, attention by {self.attention}"
         )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with all that belongs to it."""
+    """A model in memory with its tokenizer, checkpoint and audit."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     audit: LoadAudit
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's `config.json`, as it is in memory."""
+        return self.model.config.to_dict()
+
     def __repr__(self) -> str:
         return f"{self.checkpoint!r}\n{self.audit!r}"
 
 
 @at("loading of the model")
-def load_model(
-    config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Callable[[str], None] = print
-) -> LoadedModel:
-    """Loads a model as asked, places it over the devices and audits what is in memory.
+def load_model(config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Say = print) -> LoadedModel:
+    """Loads a model, places it on the devices and audits what is in memory.
 
     Args:
         config: name, quantisation, dtype, attention and placement.
-        spread: how many decoder layers each of several GPUs gets.
-        say: told what takes long.
+        spread: returns how many decoder layers each of so many GPUs gets, or None to leave it to accelerate.
+        say: receives a line before anything that takes long.
 
     Raises:
-        ModelError: the checkpoint can't be had, does not fit, or is not what was asked for after loading.
+        ModelError: the checkpoint can't be found or does not fit, or the loaded model is not what was asked for.
     """
     import torch
 
     if torch.cuda.is_available():
         use_expandable_segments()
     checkpoint = find_checkpoint(config, say=say)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     dtype = compute_dtype(config)
     attention = None if config.attention == "auto" else config.attention
     if checkpoint.shape is not None:
@@ -117,7 +120,7 @@ def load_model(
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
-    """The type of the matrix products: bfloat16 where the GPU has it, float16 only where it has not, float32 on a CPU."""
+    """Returns the type for matrix multiplications: bfloat16, float16 on GPUs that lack it, float32 on a CPU."""
     import torch
 
     if config.compute_dtype != "auto":
@@ -132,7 +135,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _clear_load_errors(checkpoint.name), falcon_linears_as_plain():
+    with load_errors_explained(checkpoint.name), falcon_linears_as_plain():
         shape = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -140,7 +143,7 @@ def _from_pretrained(
             dtype=dtype,
             attn_implementation=attention,
             device_map=device_map_argument(shape, config, spread),
-            max_memory=_limits(config) if on_a_gpu(config) else None,
+            max_memory=memory_limits(config) if on_a_gpu(config) else None,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -149,7 +152,7 @@ def _from_pretrained(
     if missing:
         raise ModelError(
             f"{checkpoint.name} lacks {len(missing)} of its weights, {missing[0]} first",
-            next_step="Its files are incomplete, or not of the model that its config.json describes: get it again.",
+            next_step="Its files are incomplete, or belong to another model than its config.json describes: get them again.",
         )
     return model
 
@@ -169,8 +172,8 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
     """Checks that the model in memory is the one that was asked for, and measures it.
 
-    Every linear layer but the output head has to be a 4-bit one: `is_loaded_in_4bit` alone is True even where transformers
-    skipped every layer, as it does for Falcon without the shim.
+    Every linear layer but the output head must be in 4 bits. `is_loaded_in_4bit` alone is True even where transformers skipped
+    every layer, as it does for Falcon without `falcon_linears_as_plain`.
 
     Raises:
         ModelError: a layer is not in 4 bits, or a weight is on the meta device or on disk.
@@ -196,7 +199,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
             "the model was not quantised as asked",
             expected=f"{len(linears)} linear layers in 4-bit NF4",
             got=f"{len(quantized)}; {missing[0] if missing else 'no layer'} is not",
-            next_step="Set model.quantization=none to train it in 16 bits, or choose another model.",
+            next_step="Set model.quantization=none to train it in bfloat16, or choose another model.",
         )
     by_device: dict[str, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -210,39 +213,3 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
     )
-
-
-VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
-NAME = "expandable_segments"
-
-
-def use_expandable_segments() -> bool:
-    """Turns expandable segments on, in this process and those that it starts.
-
-    Set after torch was imported, PyTorch's variable changes nothing on CUDA (torch 2.11: a step of the 2023 recipe on Falcon-40B
-    reserved 51 GiB, and 41 once the running allocator was told too, as here). Segments that are there stay as they are.
-    (PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF".)
-
-    Returns:
-        False where a variable says that they shall not be used; nothing is changed then.
-    """
-    import torch
-
-    chosen = [os.environ[name] for name in VARIABLES if os.environ.get(name)]
-    if any(f"{NAME}:false" in each.lower() for each in chosen):
-        return False
-    if not any(NAME in each for each in chosen):
-        chosen = [",".join([*chosen[:1], f"{NAME}:True"])]
-        os.environ[VARIABLES[0]] = chosen[0]
-    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-    tell(chosen[0])
-    return True
-
-
-def segments_expand() -> bool:
-    """Whether memory that PyTorch holds on a GPU lies in such segments."""
-    import torch
-
-    return any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())

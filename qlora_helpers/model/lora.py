@@ -1,6 +1,6 @@
-"""Adapters on a loaded model, and an honest count of its parameters.
+"""Adds LoRA adapters to a loaded model, and counts parameters as they were before they were packed.
 
-Takes a model and a small `AdapterConfig`, gives back peft's model. Knows nothing of data, training or run folders.
+Takes a model and a small `AdapterConfig`, and returns peft's model. Knows nothing of data, training or run folders.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.model.nf4 import unpacked_numel
 from qlora_helpers.model.shapes.families import adapter_targets
 
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(Tabular):
     """Parameters of a model with adapters.
 
     Attributes:
         trainable: adapter parameters.
         total: all parameters, two for each byte of a 4-bit layer.
-        published_total: what peft's `print_trainable_parameters` prints for some storage types and what the 2023 recipe
-            published: the stored bytes of a 4-bit layer counted as parameters, so two weights as one.
+        published_total: all parameters as the 2023 recipe published them and as peft's `print_trainable_parameters` counts for
+            some storage types: each stored byte of a 4-bit layer as one parameter, so two weights as one.
     """
 
     trainable: int
@@ -46,26 +47,32 @@ class ParameterCount:
     def published_percent(self) -> float:
         return 100 * self.trainable / self.published_total
 
-    def __repr__(self) -> str:
-        return (
-            f"trainable        {self.trainable:>17,}\n"
-            f"all parameters   {self.total:>17,}   {self.percent:.4f} % trained\n"
-            f"published way    {self.published_total:>17,}   {self.published_percent:.4f} %  (counts two 4-bit weights as one)"
-        )
+    def table(self) -> Table:
+        """Returns the counts, and the share that is trained by either way of counting."""
+        rows = [
+            ["trainable", f"{self.trainable:,}", ""],
+            ["all parameters", f"{self.total:,}", f"{self.percent:.4f} % trained"],
+            [
+                "published way",
+                f"{self.published_total:,}",
+                f"{self.published_percent:.4f} % (counts two 4-bit weights as one)",
+            ],
+        ]
+        return Table((), rows, numbers=(1,))
 
 
 def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """The names of the layers that get an adapter: the user's, else the architecture's, else discovered.
+    """Returns the names of the layers that get an adapter: the user's choice, else the architecture's, else all linear layers.
 
     Raises:
-        ModelError: a name that the user gave is no linear layer of the model, or the model has none.
+        ModelError: a name that the user gave is not a linear layer of the model, or the model has none.
     """
     available = linear_layer_names(model)
     if config.target_modules is None:
         known = adapter_targets(model.config.to_dict()) or ()
         found = tuple(name for name in known if name in available) or tuple(sorted(available))
         if not found:
-            raise ModelError("the model has no linear layers in its blocks", next_step="Choose another model.")
+            raise ModelError("the model has no linear layers in its decoder layers", next_step="Choose another model.")
         return found
     unknown = [name for name in config.target_modules if name not in available]
     if unknown:
@@ -73,13 +80,13 @@ def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, 
             "adapter.target_modules names layers that the model does not have",
             expected="some of " + ", ".join(sorted(available)),
             got=", ".join(unknown),
-            next_step="Set adapter.target_modules=none to take the architecture's own.",
+            next_step="Set adapter.target_modules=none to take the architecture's default.",
         )
     return config.target_modules
 
 
 def linear_layer_names(model: torch.nn.Module) -> set[str]:
-    """Last parts of the names of all linear layers but the output head, such as `{"q_proj", ...}`; 4-bit ones included."""
+    """Returns the last parts of the names of all linear layers but the output head, such as `{"q_proj", ...}`, 4-bit or not."""
     import torch
 
     head = model.get_output_embeddings()
@@ -97,8 +104,8 @@ class AdapterSize:
     Attributes:
         name: last part of the layers' names.
         in_features, out_features: of one layer.
-        layers: how many there are.
-        parameters: of their adapters: `r * (in + out)` a layer, and with DoRA `out` magnitudes more.
+        layers: how many layers there are.
+        parameters: of all their adapters: `r * (in + out)` per layer, and with DoRA `out` magnitudes more.
     """
 
     name: str
@@ -109,7 +116,7 @@ class AdapterSize:
 
 
 def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[AdapterSize, ...]:
-    """The adapters that a model would get, by arithmetic alone: nothing is added.
+    """Computes the sizes of the adapters that a model would get, without adding them.
 
     Raises:
         ModelError: unknown target layers.
@@ -132,12 +139,12 @@ def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[Adapte
 def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) -> PeftModel:
     """Freezes the model and adds LoRA adapters in float32 beside the chosen layers.
 
-    The adapted model answers as before until it is trained: B starts at zero (Hu et al. 2021, section 4.1).
+    B starts at zero, so the adapted model answers as before until it is trained (Hu et al. 2021, section 4.1).
 
     Args:
         model: a causal language model, 4-bit or not.
         config: rank, scale, dropout and targets.
-        seed: of the adapters' random A.
+        seed: for the random values of A.
 
     Raises:
         ModelError: unknown target layers, or the model has adapters already.
@@ -166,21 +173,21 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
 
 
 def remove_adapters(model: PeftModel) -> None:
-    """Takes the adapters off a base model again; it is as it was before `add_adapters`, but for what is frozen."""
+    """Removes the adapters from a base model, which then is as before `add_adapters` except that it stays frozen."""
     base = model.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
 
 
 def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
-    """Puts a saved adapter on a freshly loaded base model.
+    """Adds a saved adapter to a freshly loaded base model.
 
     Args:
         model: the base model, without adapters.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ModelError: the files are damaged, or of an adapter for another model.
+        ModelError: the files are damaged, or belong to an adapter for another model.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -192,12 +199,12 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the saved adapter could not be loaded ({reason})",
-            next_step="Train the run again: it takes its newest good checkpoint and saves the adapter anew.",
+            next_step="Train the run again: it takes its newest good checkpoint and saves the adapter once more.",
         ) from error
 
 
 def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> float:
-    """The largest difference between any two weights of two saved adapters; 0.0 where they are the same to the bit.
+    """Returns the largest difference between corresponding weights of two saved adapters; 0.0 if they are equal to the bit.
 
     Args:
         first, second: folders that hold `adapter_model.safetensors`.
@@ -220,14 +227,14 @@ def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[
 
 @contextlib.contextmanager
 def _without_deprecation_noise() -> Iterator[None]:
-    """peft still asks transformers by its old names for activation checkpointing; a reader can do nothing about it."""
+    """Silences a warning that a reader can do nothing about: peft uses transformers' old names for activation checkpointing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:
-    """Counts parameters; a 4-bit layer by the shape it had before it was packed, tied weights once."""
+    """Counts a model's parameters: 4-bit layers by their shape before they were packed, tied weights once."""
     trainable = total = published = 0
     for parameter in model.parameters():
         stored = parameter.numel()
@@ -238,14 +245,14 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 
 def count_from_shape(shape: dict[str, Any], config: AdapterConfig) -> ParameterCount:
-    """Counts the parameters of a model that is built on the meta device: no memory, no weights.
+    """Counts the parameters of a model from its shape, on the meta device: it needs no memory and no weights.
 
     Args:
         shape: the model's `config.json`.
         config: rank and targets of the adapters.
 
     Returns:
-        The count; `published_total` as if every linear layer in the blocks were packed two weights a byte.
+        The count; `published_total` as if every linear layer of the decoder layers were packed, two weights to a byte.
     """
     import torch
     from accelerate import init_empty_weights

@@ -1,4 +1,4 @@
-"""What 4-bit NF4 storage needs to be right: settings, the Falcon shim, exact gradients on a CPU, honest sizes.
+"""4-bit NF4 storage: its settings, Falcon's linear layers, exact gradients on a CPU, and the true sizes of packed weights.
 
 NF4 and double quantisation: Dettmers et al. 2023, arXiv:2305.14314. Knows nothing of checkpoints, adapters or devices.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def quantization_settings(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """bitsandbytes' settings (its own defaults are fp4 and float32), or None where quantisation is off."""
+    """Returns bitsandbytes' settings, or None where quantisation is off. (Its own defaults are fp4 and float32.)"""
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "none":
@@ -33,8 +33,8 @@ def quantization_settings(config: ModelConfig, dtype: torch.dtype) -> Any:
 def falcon_linears_as_plain() -> Iterator[None]:
     """Lets transformers quantise Falcon.
 
-    `replace_with_bnb_linear` takes modules whose type is exactly `torch.nn.Linear`; Falcon's layers are a subclass that computes
-    the same product, so they would silently stay in 16 bits. While a model is being built, the subclass is the plain class.
+    `replace_with_bnb_linear` takes modules whose type is exactly `torch.nn.Linear`. Falcon's layers are a subclass that computes
+    the same, so they would silently stay in bfloat16. While this is open, a model is built with the plain class instead.
     `tests/model/test_loading.py` fails once transformers no longer needs this.
     """
     import torch
@@ -51,7 +51,7 @@ def falcon_linears_as_plain() -> Iterator[None]:
 def keep_gradients_exact_on_cpu(model: torch.nn.Module) -> None:
     """Stops bitsandbytes from repacking weights for inference on CPUs with AVX512-BF16.
 
-    That layout's kernel has no backward pass: after one evaluation, gradients would be silently wrong.
+    The kernel for that layout has no backward pass, so after one evaluation gradients would be silently wrong.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -69,13 +69,13 @@ def is_nf4(module: torch.nn.Module) -> bool:
 
 
 def unpacked_numel(parameter: torch.Tensor) -> int:
-    """How many weights a parameter stands for: two a byte for packed 4-bit storage."""
+    """Returns how many weights a parameter holds: two per byte where they are packed in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that a parameter or buffer takes, its quantisation constants included."""
+    """Returns the bytes that a parameter or buffer takes, quantisation constants included."""
     size = tensor.numel() * tensor.element_size()
     state = getattr(tensor, "quant_state", None)
     while state is not None:

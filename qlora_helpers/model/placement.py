@@ -1,7 +1,8 @@
-"""Which GPU each part of a model is loaded onto, where the decoder layers are shared out by number.
+"""Decides which GPU each part of a model is loaded onto.
 
-accelerate's `device_map="auto"` shares a model out by its weights; training also holds activations, which no weight tells of. The
-plan counts both, and here its numbers become a map that `from_pretrained` takes. Knows nothing of memory or runs.
+accelerate's `device_map="auto"` distributes a model by its weights, but training also holds activations. The plan counts both and
+says how many decoder layers each GPU gets; this module turns these numbers into a map that `from_pretrained` takes. Knows nothing
+of memory needs or runs.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.model.nf4 import falcon_linears_as_plain, quantization_settings
 
-if TYPE_CHECKING:
-    pass
+SAME_FREE = 1.05  # ratio of most to least free memory of the cards up to which the plan treats them as equal
+
+Spread = Callable[[int], tuple[int, ...] | None]
+"""Number of GPUs -> decoder layers of each GPU, or None to leave it to accelerate."""
 
 
 def layer_map(config: Any, counts: Sequence[int]) -> dict[str, int] | None:
-    """A device map that gives each GPU so many decoder layers, in their order.
+    """Returns a device map that gives each GPU a number of decoder layers, in their order.
 
-    What stands before the layers (the embedding) goes to the first GPU, what stands after them (the last norm, the output layer) to
-    the last. An output layer that shares the embedding's weights stays with it, and what has no weights stands with the first.
+    Modules before the layers (the embedding) go to the first GPU, modules after them (the last norm, the output layer) to the
+    last. An output layer that shares the embedding's weights stays with it, and modules without weights go to the first GPU.
 
     Args:
         config: the model's transformers configuration.
-        counts: decoder layers of each GPU; an empty one may be 0.
+        counts: decoder layers of each GPU; 0 is allowed.
 
     Returns:
         GPU numbers by module name, or None where the model has another number of layers.
@@ -54,7 +57,15 @@ def layer_map(config: Any, counts: Sequence[int]) -> dict[str, int] | None:
 
 
 def _place(module: Any, path: str, gpu_of: dict[int, int], ends: tuple[int, int], found: dict[str, int]) -> bool:
-    """Places a module's children; whether the layers are among them. `ends`: GPUs of what stands before and after the layers."""
+    """Places a module's children, and returns whether decoder layers are among them.
+
+    Args:
+        module: whose children are placed.
+        path: the module's name with a dot at the end, or empty.
+        gpu_of: GPU of each decoder layer, by `id`.
+        ends: GPUs for modules before and after the decoder layers.
+        found: receives the GPU of each module by its name.
+    """
     reached = False
     for name, child in module.named_children():
         place = f"{path}{name}"
@@ -69,29 +80,24 @@ def _place(module: Any, path: str, gpu_of: dict[int, int], ends: tuple[int, int]
     return reached
 
 
-ALIKE = 1.05  # most free memory of a card by the least, up to which the plan takes them for the same
-
-
-Spread = Callable[[int], tuple[int, ...] | None]
-
-
 def on_a_gpu(config: ModelConfig) -> bool:
-    """Whether a model is loaded onto GPUs: there are some, and nothing else was asked for."""
+    """Whether a model is loaded onto GPUs: this machine has some, and nothing else was asked for."""
     import torch
 
     return config.device_map == "auto" and torch.cuda.is_available()
 
 
 def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
-    """One process: spread over all GPUs, by the plan where it can. Under torchrun: each process has the whole model on its GPU.
+    """Returns the `device_map` for `from_pretrained`.
 
-    The plan takes all cards alike and empty. Where they are not alike, one holds something, or a limit on the weights is set,
-    accelerate shares the model out.
+    A single process spreads the model over all GPUs; under torchrun each process has the whole model on its own GPU. The plan
+    assumes equal and empty cards, so accelerate decides where the cards differ, where one is in use, or where a limit on the
+    weights is set.
 
     Args:
         shape: the model's transformers configuration.
         config: placement and limits.
-        spread: how many decoder layers each of several GPUs gets.
+        spread: how many decoder layers each GPU gets.
     """
     import torch
 
@@ -101,13 +107,14 @@ def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
     if rank is not None:
         return {"": int(rank)}
     free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
-    if len(free) < 2 or max(free) > ALIKE * min(free) or config.max_memory_per_gpu_gib is not None:
+    if len(free) < 2 or max(free) > SAME_FREE * min(free) or config.max_memory_per_gpu_gib is not None:
         return "auto"
     counts = spread(len(free))
     return (counts and layer_map(shape, counts)) or "auto"
 
 
-def _limits(config: ModelConfig) -> dict[int, int] | None:
+def memory_limits(config: ModelConfig) -> dict[int, int] | None:
+    """Returns the limit on weights in bytes for each GPU, or None where no limit is set."""
     import torch
 
     if config.max_memory_per_gpu_gib is None:
@@ -117,7 +124,7 @@ def _limits(config: ModelConfig) -> dict[int, int] | None:
 
 
 def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str, float]:
-    """Where `device_map="auto"` would put a model's weights, computed on the meta device: no GPU and no weights needed.
+    """Computes where `device_map="auto"` would put a model's weights, on the meta device: it needs no GPU and no weights.
 
     Args:
         shape: the model's `config.json`.
@@ -128,7 +135,7 @@ def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str
         GiB of weights by GPU.
 
     Raises:
-        ModelError: they don't fit.
+        ModelError: the weights don't fit.
     """
     import torch
     from accelerate import init_empty_weights
@@ -159,7 +166,7 @@ def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str
 
 @contextlib.contextmanager
 def _without_device_warnings() -> Iterator[None]:
-    """accelerate warns that the GPUs asked about are not in this machine; that is the point of asking."""
+    """Silences accelerate's warning that this machine lacks the GPUs, which is why the placement is computed."""
     logger = logging.getLogger("accelerate.utils.modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""A catalogued model at true size with random weights, built layer by layer in 4 bits on its device.
+"""Builds a catalogued model at true size with random weights, layer by layer in 4 bits on its device.
 
-The 16-bit model never exists in memory: each layer's weights are drawn, quantised and dropped before the next is made. For
+The unquantised model is never in memory: each layer's weights are drawn, quantised and dropped before the next layer's. Used for
 rehearsals, planning and benchmarks; the model's configuration is marked so that nobody mistakes it for a trained one.
 """
 
@@ -32,10 +32,10 @@ def build_random_model(
     Args:
         shape: the model's `config.json`.
         config: quantisation.
-        dtype: of the unquantised weights and of the products.
+        dtype: of the unquantised weights and of matrix multiplications.
         attention: attention implementation; None takes transformers' choice.
-        places: a device map, as `from_pretrained` takes it; `auto` shares the layers evenly out over the GPUs.
-        seed: of the weights; each device draws its own.
+        places: a device map, as `from_pretrained` takes it; `auto` spreads the layers evenly over the GPUs.
+        seed: for the weights; each device derives its own from it.
     """
     import torch
     from accelerate import dispatch_model, init_empty_weights
@@ -43,7 +43,7 @@ def build_random_model(
     from transformers.quantizers import AutoHfQuantizer
 
     known = AutoConfig.for_model(**shape)
-    draw = _Drawn(_even_map(known, config) if isinstance(places, str) else places, dtype, seed)
+    draw = _WeightDrawer(_even_map(known, config) if isinstance(places, str) else places, dtype, seed)
     with falcon_linears_as_plain(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
@@ -70,7 +70,7 @@ def build_random_model(
 
 
 def _even_map(known: Any, config: ModelConfig) -> dict[str, int | str]:
-    """Decoder layers shared evenly out over the GPUs that there are, or everything on the CPU."""
+    """Spreads the decoder layers evenly over this machine's GPUs; without a GPU everything goes to the CPU."""
     import torch
 
     from qlora_helpers.model.placement import layer_map
@@ -80,34 +80,35 @@ def _even_map(known: Any, config: ModelConfig) -> dict[str, int | str]:
         return {"": 0 if gpus else "cpu"}
     layers = known.get_text_config().num_hidden_layers
     counts = [layers * (gpu + 1) // gpus - layers * gpu // gpus for gpu in range(gpus)]
-    return layer_map(known, counts) or {"": 0}
+    found: dict[str, int | str] = {**(layer_map(known, counts) or {"": 0})}
+    return found
 
 
-class _Drawn:
-    """Random weights, each on the device of its module."""
+class _WeightDrawer:
+    """Draws random weights, each on the device of its module."""
 
     def __init__(self, places: dict[str, int | str], dtype: torch.dtype, seed: int) -> None:
         import torch
 
         self.places, self.dtype = places, dtype
-        # The longest name first, so that a layer's own place counts before that of what holds it.
+        # The longest name comes first, so that a layer's own place takes precedence over its parent's.
         self._devices = {
             name: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
             for name, place in sorted(places.items(), key=lambda item: -len(item[0]))
         }
-        self._generators = {  # every process of a torchrun job draws the same, whichever its GPU is
+        self._generators = {  # every process of a torchrun job draws the same weights, whichever GPU it has
             device: torch.Generator(device=device).manual_seed(seed + 1000 * number)
             for number, device in enumerate(sorted(set(self._devices.values()), key=str))
         }
 
     def device(self, name: str) -> torch.device:
-        """Where what has this name belongs."""
+        """Returns the device of the module or weight with this name."""
         return next(
             device for place, device in self._devices.items() if not place or f"{name}.".startswith(f"{place}.")
         )
 
     def __call__(self, name: str, *shape: int, ones: bool = False) -> torch.Tensor:
-        """Normally distributed values, or ones."""
+        """Returns normally distributed values, or ones."""
         import torch
 
         device = self.device(name)
@@ -115,7 +116,7 @@ class _Drawn:
         return value.fill_(1.0) if ones else value.normal_(0.0, STANDARD_DEVIATION, generator=self._generators[device])
 
 
-def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _Drawn) -> None:
+def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _WeightDrawer) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 

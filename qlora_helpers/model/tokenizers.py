@@ -1,31 +1,48 @@
-"""Loads a tokenizer and gives it a padding token that is not its end-of-text token."""
+"""Loads a tokenizer and gives it a padding token that is not its end-of-text token. Owns the names of a tokenizer's files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.text import Say
 from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
-from qlora_helpers.model.load_errors import _clear_load_errors
+from qlora_helpers.model.load_errors import load_errors_explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<unk>", "[UNK]", ">>SUFFIX<<")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
-def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] = print) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token that is not its end-of-text token."""
-    return _tokenizer(find_checkpoint(config, say=say))
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the tokenizer's files that a folder holds."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, *, say: Say = print) -> PreTrainedTokenizerBase:
+    """Loads the model's tokenizer, with a padding token that is not its end-of-text token."""
+    return tokenizer_of(find_checkpoint(config, say=say))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer from a checkpoint's folder, with a padding token that is not its end-of-text token."""
     from transformers import AutoTokenizer
 
-    with _clear_load_errors(f"the tokenizer of {checkpoint.name}"):
+    with load_errors_explained(f"the tokenizer of {checkpoint.name}"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
     set_pad_token(tokenizer)
@@ -39,7 +56,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     the model never learns to stop.
 
     Raises:
-        ModelError: the vocabulary has no token to spare.
+        ModelError: the vocabulary has no spare token, or the tokenizer no end-of-text token.
     """
     if tokenizer.eos_token is None:
         raise ModelError("the tokenizer has no end-of-text token", next_step="Choose another model.")

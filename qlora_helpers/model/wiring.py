@@ -1,24 +1,37 @@
-"""How a loaded model is put together, found on the model itself: decoder layers, devices, arguments, losses by row."""
+"""How a loaded model is put together, found on the model itself: decoder layers, devices, arguments, the loss of each row."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch._functorch.config
 from einops import rearrange
 
 from qlora_helpers.data.labels import IGNORED
 
-if TYPE_CHECKING:
-    from qlora_helpers.training.fast_step.loss import ChunkedLoss
+
+def base_model_of(model: torch.nn.Module) -> Any:
+    """The model under a peft model's adapters; a model without adapters is returned as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode while open, and then back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether a model can compute its logits at chosen positions alone."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    """Whether a model can compute its logits at chosen positions only."""
+    return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
 def is_spread(model: torch.nn.Module) -> bool:
@@ -26,27 +39,16 @@ def is_spread(model: torch.nn.Module) -> bool:
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
-def row_losses(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], chunked: ChunkedLoss | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss summed over each block's trained tokens, and their number; `(batch,)` each, in nats.
+def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the loss over the trained tokens of each sequence of a batch.
 
     Args:
-        model: with or without adapters.
+        model: a causal language model that returns logits, with or without adapters.
         batch: what `SequenceCollator` made.
-        chunked: the loss that the fast step put into the model: then no logits are made.
-    """
-    import torch
 
-    if chunked is not None:
-        model(**batch)
-        rows, tokens = batch["input_ids"].shape
-        of_row = torch.zeros(2, rows, device=chunked.per_token.device)
-        index = (batch["trained_index"] // tokens).to(of_row.device)
-        trained = batch["trained_labels"].to(of_row.device) != IGNORED
-        of_row[0].index_add_(0, index, chunked.per_token)
-        of_row[1].index_add_(0, index, trained.to(of_row.dtype))
-        return of_row[0], of_row[1].long()
+    Returns:
+        The sums in nats and the numbers of trained tokens, `(batch,)` each.
+    """
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "shift_labels")}
     logits = model(**inputs).logits.float()
     shifted = batch.get("shift_labels")
@@ -59,7 +61,7 @@ def row_losses(
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decoder layers of a causal language model: the longest list of modules of one class in it."""
+    """Returns the decoder layers of a causal language model: its longest list of modules of one class."""
     lists = [
         list(module)
         for module in model.modules()
@@ -69,11 +71,14 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Falcon's fused projection -> `(batch, tokens, heads, head_dim)` of queries, and of keys and values with their own heads.
+    """Splits Falcon's fused projection into queries, keys and values.
 
     Args:
         layer: the attention layer; says which of Falcon's three layouts it has.
         fused: `(batch, tokens, features)`.
+
+    Returns:
+        Queries, keys and values, `(batch, tokens, heads, head_dim)` each, with their own numbers of heads.
     """
     dim = layer.head_dim
     if layer.new_decoder_architecture:  # groups of queries, each with one key and one value
@@ -91,8 +96,8 @@ def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, t
     return query, key, value
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a LoRA layer has one adapter without DoRA, bias or merging: two matrices beside a linear layer."""
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a LoRA layer is two matrices beside a linear layer: one adapter, not merged, without DoRA and bias."""
     names = list(layer.active_adapters)
     if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
         return False

@@ -1,1 +1,1 @@
-"""Bytes and seconds by arithmetic: the fastest settings that fit, fixes, predicted beside measured, out of memory."""
+"""Bytes and seconds by arithmetic: the fastest settings that fit, fixes, predictions beside measurements, out of memory."""

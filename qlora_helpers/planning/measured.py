@@ -1,4 +1,4 @@
-"""What a run measured, kept in its `plan.json` beside what was predicted, and the versions that it was measured with."""
+"""What a run measured, kept in its `plan.json` beside the prediction, with the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def write_measured(
     run: Run, count: ParameterCount, loaded: LoadedModel, result: TrainResult, data: PreparedData
 ) -> None:
-    """What was measured into `plan.json`, and on GPUs beside it what should have been."""
+    """Writes what was measured into `plan.json`, and on GPUs the prediction for the same step."""
     measured = {
         "weights_gib": loaded.audit.gib_by_device,
         "peak_gib": result.peak_gib,
@@ -43,7 +43,9 @@ def write_measured(
         return
     from qlora_helpers.planning.run_plan import predicted_step, this_machine
 
-    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # one a process under torchrun
+    holding = sum(
+        name.startswith("cuda") for name in loaded.audit.gib_by_device
+    )  # under torchrun, one for each process
     try:
         predicted = predicted_step(
             run.config(),

@@ -1,51 +1,54 @@
-"""The notes below a plan: what the settings and the hardware imply, in a sentence each."""
+"""The notes below a plan: what the settings and the hardware imply."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
-from qlora_helpers.planning.candidates import Candidate, blocks_per_step, copies_that_share, is_packed
-from qlora_helpers.planning.memory import MEMORY_MARGIN, predict
+from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
-from qlora_helpers.planning.step_settings import step_settings
+from qlora_helpers.planning.workload import Workload, copies_sharing
 
 SHOWN_GIB = 0.05  # what is less is 0.0 in a note
-
-
 GRACE_S = 10  # what `docker stop` gives a process to save
-
-
-PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, its speed is arithmetic"
-
+PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, and its speed is arithmetic"
 
 PADDED = "rows are padded, not packed, and nothing is compiled"
-
 
 SPREAD = "the layers are spread over the GPUs, which work one after another"
 
 
-def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trained_share: float) -> tuple[str, ...]:
-    """What is the same in every plan, with the bytes of the other way."""
-    if not config.train.fast_step:
-        return ()
-    step = step_settings(
-        config,
-        shape,
-        blocks=shown.blocks,
-        checkpointed=shown.checkpointed,
-        compiled=shown.compiled,
-        captured=shown.captured,
-        trained_share=trained_share,
+def plan_notes(
+    workload: Workload, choice: Candidate | None, smallest: Candidate, *, idle_gpus: bool
+) -> tuple[str, ...]:
+    """Lists all notes of a plan.
+
+    Args:
+        workload: what is trained, and on what.
+        choice: the fastest that fits, if anything does.
+        smallest: what holds least, fitting or not.
+        idle_gpus: whether some GPUs are idle that could hold a copy of the model.
+    """
+    return (
+        *hardware_notes(workload.hardware, workload.sizes),
+        *(_choice_notes(workload.hardware, choice) if choice else ()),
+        *settings_notes(workload),
+        *([_sharing_note(workload)] if idle_gpus else []),
+        *_fixed_choice_notes(workload, choice or smallest),
     )
 
+
+def _fixed_choice_notes(workload: Workload, shown: Candidate) -> tuple[str, ...]:
+    """Says what the other way would take where every plan makes the same choice."""
+    if not workload.config.train.fast_step:
+        return ()
+
     def peak_with(**changes: Any) -> float:
-        other = replace(step, offloaded=shown.offloaded, **changes)
-        _, memory = predict(model_sizes(shape), other, gpus=len(shown.layers_per_gpu))
+        _, memory = predict(workload.sizes, replace(shown.step, **changes), gpus=len(shown.layers_per_gpu))
         return max(gib(each.total) for each in memory)
 
     more = peak_with(chunked_loss=False) - shown.peak_gib
@@ -58,74 +61,77 @@ def _not_chosen(shape: dict[str, Any], config: RunConfig, shown: Candidate, trai
             if masks >= SHOWN_GIB
             else []
         ),
-        f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in 32 bits "
-        f"(16 would take {less:.1f} GiB less)",
+        f"the loss is always taken in chunks (the trained tokens' logits at once would {logits}), and adapters are kept in "
+        f"float32 (bfloat16 would take {less:.1f} GiB less)",
     )
 
 
-def _notes(hardware: Hardware, sizes: ModelSizes, choice: Candidate | None) -> tuple[str, ...]:
-    notes = list(hardware_notes(hardware, sizes))
-    if choice is None:
-        return tuple(notes)
+def _choice_notes(hardware: Hardware, choice: Candidate) -> list[str]:
+    """Says what a reader must know of the settings that were chosen."""
+    notes = []
     if choice.copies > 1:
         notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
     elif len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
-    if choice.peak_gib > (1 - MEMORY_MARGIN) * hardware.usable_gib:
-        notes.append("tight: little of the card is left; take the next best where it runs out of memory")
+    if choice.peak_gib > usable_with_margin(hardware.usable_gib):
+        notes.append("tight: little of the card is left; take the next best if it runs out of memory")
     sold = [gpu for gpu in GPUS.values() if hardware.gpu is None and gpu.memory_gib == hardware.usable_gib]
     if smaller := [gpu for gpu in sold if gpu.usable_gib < choice.peak_gib]:
         names = " or ".join(gpu.name for gpu in smaller)
         least = min(gpu.usable_gib for gpu in smaller)
         notes.append(
-            f"{hardware.usable_gib:g} GiB are taken as usable; {names}, sold as that, offers {least:.1f}, too little: name the card"
+            f"{hardware.usable_gib:g} GiB are taken as usable, but {names}, sold as {hardware.usable_gib:g}, offers {least:.1f}, "
+            "which is too little: name the card"
         )
     if choice.optimizer_step_s > GRACE_S:
         notes.append(
             f"a stop takes effect at the end of an optimizer step: {choice.optimizer_step_s:.0f} s, longer than docker stop waits"
         )
-    return tuple(notes)
+    return notes
 
 
-def _sharing_note(hardware: Hardware, config: RunConfig) -> str:
-    """What keeps GPUs idle that could each hold a copy of the model."""
-    blocks, gpus = blocks_per_step(config), hardware.gpus
-    sharing = copies_that_share(blocks, gpus)
+def _sharing_note(workload: Workload) -> str:
+    """Says what keeps GPUs idle that could each hold a copy of the model."""
+    sequences, gpus = workload.sequences_per_step, workload.hardware.gpus
+    sharing = copies_sharing(sequences, gpus)
     who = f"{sharing} of {gpus} GPUs, with a copy of the model on each," if sharing > 1 else f"no two of {gpus} GPUs"
-    step = "an optimizer step of 1 block" if blocks == 1 else f"{blocks} blocks an optimizer step"
-    return f"{who} can share {step}; all could with {max(1, round(blocks / gpus)) * gpus}"
+    step = "an optimizer step of 1 sequence" if sequences == 1 else f"{sequences} sequences an optimizer step"
+    return f"{who} can share {step}; all could with {max(1, round(sequences / gpus)) * gpus}"
 
 
-def settings_notes(config: RunConfig, shape: dict[str, Any]) -> list[str]:
-    """What a reader must know of figures for these settings."""
+def settings_notes(workload: Workload) -> list[str]:
+    """Says what a reader must know of figures for these settings."""
+    config = workload.config
     notes = [] if config.train.fast_step else [PLAIN_STEP]
     if config.adapter.use_dora:
         notes.append(
             "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
         )
-    if not is_packed(config, shape):
+    if not workload.packed:
         why = (
             ""
             if not config.data.packing
-            else f": this model can't keep packed rows apart in {config.data.seq_len_tokens} tokens"
+            else f": this model can't be packed in sequences of {config.data.seq_len_tokens} tokens"
         )
         notes.append(PADDED + why)
     if config.model.compute_dtype == "float32":
-        notes.append("float32: bytes are arithmetic, speed is that of 16 bits, which float32 does not reach")
+        notes.append("float32: memory is arithmetic, and the speed is that of bfloat16, which float32 does not reach")
     return notes
 
 
 def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
-    """What a reader must know of any figures for this hardware and model."""
+    """Says what a reader must know of any figures for this hardware and model."""
     notes = []
     if hardware.gpu is None:
         notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
     elif not hardware.gpu.measured:
         notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
     if hardware.gpu is not None and not hardware.gpu.supports_bf16:
-        notes.append(f"{hardware.gpu.name} has no bfloat16: products run in float16, attention without the fast kernel")
+        notes.append(
+            f"{hardware.gpu.name} has no bfloat16: matrix multiplications run in float16, and attention without the fast kernel"
+        )
     if sizes.experts:
-        notes.append("experts are not quantised when they are loaded, so most weights stay in 16 bits")
+        notes.append("experts are not quantised when they are loaded, so most weights stay in bfloat16")
     if sizes.assumed:
-        notes.append("an unknown architecture, taken to be wired like Llama")
+        notes.append("the architecture is not known and is assumed to be Llama's")
     return notes

@@ -34,12 +34,13 @@ from qlora_helpers.planning.memory import CONTEXT_BYTES
 from qlora_helpers.runs.folder import Run, add_to_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
-SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-LESS = 0.9  # of what the failed settings were predicted to hold; the next ones must differ by more than the prediction's error
+MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# Of what the failed settings were predicted to hold: the next ones must differ by more than the prediction's error
+NEXT_SHARE = 0.9
 
 
 class OutOfMemory(RunError):
-    """A step that did not fit.
+    """A step ran out of memory.
 
     Attributes:
         where: such as `forward of layer 3 of 32`, `loss`, `backward`, `optimizer`, `evaluation`.
@@ -53,20 +54,19 @@ class OutOfMemory(RunError):
         next_step = "Memory is free again. "
         if ranked:
             next_step += "Next, fastest first:" + "".join(ranked)
-            next_step += "\nworkflow.retry(run) goes on from the last checkpoint with the first of them."
+            next_step += "\nworkflow.retry(run) continues from the last checkpoint with the first of them."
         elif fixes:
             next_step += "What would fit: " + "; ".join(fixes)
         elif where.startswith("generation"):
             next_step += "Lower evaluation.batch_size or evaluation.max_new_tokens, and ask again."
         elif where.startswith("loading"):
             next_step += (
-                "Close what else holds it (notebook 00 shows it), or see `python -m qlora_helpers plan` for what fits."
+                "Close what else holds it (notebook 00 shows it), or see what fits with `python -m qlora_helpers plan`."
             )
         else:
             next_step += (
-                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or give more layers "
-                "activation checkpointing (train.activation_checkpointing=true, train.checkpointed_layers=none); then call "
-                "workflow.retry(run)."
+                "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or checkpoint more "
+                "layers (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
@@ -89,28 +89,29 @@ class Failure:
 
 
 def rescued(step: Step) -> Step:
-    """Decorates a step whose first argument is a run: where it runs out of memory, it raises `OutOfMemory` and holds nothing."""
+    """Makes a step raise `OutOfMemory` and free its memory where it runs out of it; the run is the step's first argument."""
 
     @functools.wraps(step)
     def wrapper(run: Run, *args: Any, **kwargs: Any) -> Any:
         try:
             return step(run, *args, **kwargs)
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             failure = failure_of(error)
             release_frames(error)
         # Outside of the handler the new error has no context, and `error` is gone.
         free_memory()
-        raise _error_for(run, failure)
+        raise _out_of_memory(run, failure)
 
     return wrapper
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is for lack of memory."""
     return any(
-        isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and any(sign in str(each) for sign in SIGNS))
+        isinstance(each, MemoryError)
+        or (isinstance(each, RuntimeError) and any(message in str(each) for message in MESSAGES))
         for each in _chain(error)
     )
 
@@ -127,12 +128,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """Returns the frames of an error and of those it came from, the outermost of each first."""
+    """Returns the frames of an error and of those that caused it, outermost first."""
     return [frame for each in _chain(error) for frame, _ in traceback.walk_tb(each.__traceback__)]
 
 
 def release_frames(error: BaseException) -> None:
-    """Clears the frames of an error and of those it came from, and cuts the chain, so that nothing holds them any more."""
+    """Clears the frames of an error and of those that caused it, and cuts the chain, so that they keep nothing alive."""
     for each in _chain(error):
         if each.__traceback__ is not None:
             traceback.clear_frames(each.__traceback__)
@@ -140,10 +141,10 @@ def release_frames(error: BaseException) -> None:
 
 
 def free_memory() -> None:
-    """Frees what the last error that Python and IPython keep holds, what only cycles hold, and PyTorch's caches."""
+    """Frees the last error that Python and IPython keep, what only cycles hold, and PyTorch's caches."""
     for name in ("last_exc", "last_value"):
         kept = getattr(sys, name, None)
-        if isinstance(kept, BaseException) and ran_out(kept):
+        if isinstance(kept, BaseException) and is_out_of_memory(kept):
             release_frames(kept)
             sys.last_traceback = None
     gc.collect()
@@ -207,8 +208,8 @@ def _layer_numbers(owner: Any) -> dict[int, int]:
     return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
 
 
-def _error_for(run: Run, failure: Failure) -> OutOfMemory:
-    """Makes the error for the reader, and writes what it says to the run's `plan.json` and status."""
+def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
+    """Returns the error for the reader, and stores what it says in the run's `plan.json` and status."""
     training = failure.step is not None or failure.where.startswith("check before training")
     candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
     error = OutOfMemory(failure.where, failure.step, candidates, fixes)
@@ -221,23 +222,23 @@ def _error_for(run: Run, failure: Failure) -> OutOfMemory:
 
 
 def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """Returns settings that should fit where these did not, fastest first, and what would fit where none do."""
+    """Returns settings that should fit where these did not, fastest first; and what would fit where none do."""
     try:
         hardware = run_plan.this_machine()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
             hardware = dataclasses.replace(hardware, gpus=1)
         checkpointed = failure.checkpointed
         if checkpointed is None:
-            layers = model_sizes(find_shape(config.model)).blocks
+            layers = model_sizes(find_shape(config.model)).layers
             checkpointed = layers if config.train.activation_checkpointing else 0
         held = run_plan.predicted_step(
             config,
             hardware=hardware,
             compiled=failure.compiled,
             checkpointed=checkpointed,
-            trained_share=1.0 if config.data.loss_on == "all" else 0.2,
+            trained_share=run_plan.trained_share(config.data),
         )["reserved_gib"]
-        smaller = min(_usable_gib(hardware), LESS * max(held.values()) + gib(CONTEXT_BYTES))
+        smaller = min(_usable_gib(hardware), NEXT_SHARE * max(held.values()) + gib(CONTEXT_BYTES))
         smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)
         plan = run_plan.plan_run(config, hardware=smaller_cards, one_process=True)
     except UserError:  # no GPU, or a shape that can't be planned
@@ -246,7 +247,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
 
 
 def _usable_gib(hardware: Hardware) -> float:
-    """Returns what is really available now, our CUDA context included: other processes may hold a part of the GPU."""
+    """Returns what is really free for us now, GiB, our context included: other processes may hold a part of the card."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return hardware.usable_gib
@@ -258,9 +259,9 @@ def _usable_gib(hardware: Hardware) -> float:
 
 
 def next_settings(run: Run) -> list[str]:
-    """Returns the fastest settings that should fit after the run last ran out of memory, as `--set` takes them.
+    """Returns the fastest settings that should fit after the run was last out of memory, as `--set` takes them, or none.
 
-    The list is empty where none are known. The sequence length is left out: prepared data have theirs.
+    The sequence length is not one of them: the prepared data have theirs.
     """
     plan = read_json(run.plan_path) if run.plan_path.exists() else {}
     ranked = plan.get("out_of_memory", {}).get("next") or [[]]

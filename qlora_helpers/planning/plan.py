@@ -1,7 +1,6 @@
 """The fastest settings that fit, their time and price, and the next best: by arithmetic, before a byte is downloaded.
 
-Takes a model's `config.json`, the hardware and a run's settings, and chooses among `candidates`; where nothing fits it says what
-would. Imports no torch; knows nothing of runs on disk.
+Chooses among `candidates`; where nothing fits, it says what would. Imports no torch; knows nothing of runs on disk.
 """
 
 from __future__ import annotations
@@ -9,46 +8,37 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.tables import Table
+from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
-from qlora_helpers.planning.candidates import Candidate, all_candidates, blocks_per_step, fitting_in
+from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.planning.candidates import Candidate, all_candidates, fitting_candidates
 from qlora_helpers.planning.fixes import can_fit, cheapest_instance, smallest_change
-from qlora_helpers.planning.notes import _not_chosen, _notes, _sharing_note, settings_notes
-from qlora_helpers.planning.step_settings import step_settings
+from qlora_helpers.planning.notes import plan_notes
+from qlora_helpers.planning.workload import Workload
 
-BESIDE = {
-    "activations_kept": "(activations, none recomputed)",
-    "activations_checkpointed": "(activations, all recomputed)",
+DETAIL_ROWS = {
+    "activations_kept": "(activations, none checkpointed)",
+    "activations_checkpointed": "(activations, all checkpointed)",
     "logits": "(logits in the loss)",
 }
-"""Rows below the sum, which are no part of it."""
+"""Rows below the sum that are not a part of it."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """What fits, how fast it is, and what to change where nothing does.
 
     Attributes:
-        model: the name that was asked about.
-        sizes: the model's.
-        adapter_parameters: trainable weights.
-        hardware: the GPUs.
-        tokens: of the whole training, in all epochs.
+        workload: what is trained, and on what.
         choice: the fastest that fits, or None.
-        alternatives: the next two of other micro-batch.
+        alternatives: the next two with another micro-batch size.
         smallest: the settings that hold least, fitting or not.
         fixes: where nothing fits, the smallest changes that would, each with its text.
         notes: what a reader must know of this plan.
     """
 
-    model: str
-    sizes: ModelSizes
-    adapter_parameters: int
-    hardware: Hardware
-    tokens: int
+    workload: Workload
     choice: Candidate | None
     alternatives: tuple[Candidate, ...]
     smallest: Candidate
@@ -56,7 +46,33 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def model(self) -> str:
+        """The model's name, as the settings have it."""
+        return self.workload.config.model.name
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """The model's sizes."""
+        return self.workload.sizes
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable weights."""
+        return self.smallest.step.adapter_parameters
+
+    @property
+    def hardware(self) -> Hardware:
+        """The GPUs, with their price."""
+        return self.workload.hardware
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole training, in all epochs."""
+        return self.workload.tokens
+
+    @property
     def fits(self) -> bool:
+        """Whether anything does."""
         return self.choice is not None
 
     @property
@@ -65,7 +81,7 @@ class Plan:
         return 0.0 if self.fits else self.smallest.peak_gib - self.hardware.usable_gib
 
     def with_note(self, note: str) -> Plan:
-        """A copy that says one thing more."""
+        """Returns a copy with one more note."""
         return replace(self, notes=(*self.notes, note))
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,87 +105,64 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def __repr__(self) -> str:
+    def table(self) -> Table:
+        """Returns the memory of each GPU, with what fits best, or what would fit, below."""
         shown = self.choice or self.smallest
-        lines = [
+        table = _memory_table(shown, self.hardware)
+        table.caption = (
             f"{self.model} on {self.hardware.label}: {self.sizes.parameters:,} parameters, "
-            f"{self.adapter_parameters:,} trained",
-            repr(_memory_table(shown, self.hardware)),
-        ]
+            f"{self.adapter_parameters:,} trained"
+        )
+        lines = []
         if self.choice:
             lines.append(f"fastest that fits  {self.choice!r}")
             lines += [f"next best          {each!r}" for each in self.alternatives]
             lines.append("to take it         " + " ".join(f"--set {setting}" for setting in self.choice.settings))
         else:
-            lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB too much on the fullest GPU, at {shown!r}")
+            lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB are missing on the fullest GPU, with {shown!r}")
             lines += [f"would fit: {fix}" for fix in self.fixes]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        table.notes = lines + [f"note: {note}" for note in self.notes]
+        return table
 
 
-def make_plan(
-    model: str,
-    shape: dict[str, Any],
-    hardware: Hardware,
-    config: RunConfig,
-    *,
-    tokens: int,
-    trained_share: float = 0.2,
-    one_process: bool = False,
-    fix: bool = True,
-) -> Plan:
+def make_plan(workload: Workload, *, fix: bool = True) -> Plan:
     """Plans a training run.
 
+    Sequence length, sequences an optimizer step, adapter and optimizer are the settings'; what is left is chosen.
+
     Args:
-        model: its name, for the reader.
-        shape: its `config.json`.
-        hardware: the GPUs, with their price.
-        config: adapter, optimizer, block length and blocks an optimizer step are taken from here; what is left is chosen.
-        tokens: that are trained on in one epoch.
-        trained_share: of the tokens.
-        one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
+        workload: what is trained, and on what.
         fix: whether to look for changes that fit, where nothing does.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    total = round(tokens * config.train.epochs)
-    found = all_candidates(shape, hardware, config, total, trained_share, (hardware.gpus,) if one_process else None)
-    best: dict[int, Candidate] = {}  # of each micro-batch the way that ends first, in the order in which they end
-    for each in fitting_in(hardware, found):
-        best.setdefault(each.blocks, each)
-    choice, *others = list(best.values()) or [None]
-    sizes, smallest = model_sizes(shape), min(found, key=lambda each: each.peak_gib)
-    step = step_settings(config, shape, blocks=1, trained_share=trained_share)
-    idle = not one_process and blocks_per_step(config) % hardware.gpus != 0
-    idle = idle and can_fit(shape, replace(hardware, gpus=1), config, trained_share)
+    hardware, found = workload.hardware, all_candidates(workload)
+    best: dict[int, Candidate] = {}  # of each micro-batch size the one that ends first, in the order in which they end
+    for each in fitting_candidates(found, hardware.usable_gib):
+        best.setdefault(each.micro_batch_size, each)
+    ways = list(best.values())
+    choice, others = (ways[0], ways[1:]) if ways else (None, [])
+    smallest = min(found, key=lambda each: each.peak_gib)
+    idle = not workload.one_process and workload.sequences_per_step % hardware.gpus != 0
+    idle = idle and can_fit(workload.on(replace(hardware, gpus=1)))
     return Plan(
-        model,
-        sizes,
-        step.adapter_parameters,
-        hardware,
-        total,
+        workload,
         choice,
         tuple(others[:2]),
         smallest=smallest,
-        fixes=() if choice or not fix else _fixes(shape, hardware, config, total, trained_share, one_process),
-        notes=(
-            *_notes(hardware, sizes, choice),
-            *settings_notes(config, shape),
-            *([_sharing_note(hardware, config)] if idle else []),
-            *_not_chosen(shape, config, choice or smallest, trained_share),
-        ),
+        fixes=() if choice or not fix else _fixes(workload),
+        notes=plan_notes(workload, choice, smallest, idle_gpus=idle),
     )
 
 
-def _fixes(
-    shape: dict[str, Any], hardware: Hardware, config: RunConfig, tokens: int, trained_share: float, one_process: bool
-) -> tuple[str, ...]:
-    """The smallest change of the settings that fits, and the cheapest instance that does."""
+def _fixes(workload: Workload) -> tuple[str, ...]:
+    """Names the smallest change of the settings that fits, and the cheapest instance that does."""
     found = []
-    if change := smallest_change(shape, hardware, config, tokens, trained_share, one_process):
+    if change := smallest_change(workload):
         settings, best = change
         found.append(" ".join(f"--set {item}" for item in settings) + f" ({best!r})")
-    if other := cheapest_instance(shape, config, trained_share):
+    if other := cheapest_instance(workload):
         found.append(other.priced)
     return tuple(found)
 
@@ -181,8 +174,8 @@ def _memory_table(shown: Candidate, hardware: Hardware) -> Table:
     rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in parts)])
     labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
     rows += [
-        [text, *(f"{gib(getattr(each, name)):.2f}" for each in shown.beside)]
-        for name, text in BESIDE.items()
-        if any(getattr(each, name) for each in shown.beside)
+        [text, *(f"{gib(getattr(each, name)):.2f}" for each in shown.details)]
+        for name, text in DETAIL_ROWS.items()
+        if any(getattr(each, name) for each in shown.details)
     ]
     return Table(["GiB", *labels], rows, numbers=range(1, len(labels) + 1))

@@ -1,11 +1,10 @@
 """A plan for a run's settings: finds the model's shape, the hardware and the size of the data, and asks `plan`.
 
-What notebooks, forms and the command line call. Downloads at most a config.json; imports no torch.
+Notebooks, forms and the command line call this. Downloads at most a config.json; imports no torch.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +18,13 @@ from qlora_helpers.data.sources import read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
 from qlora_helpers.model.shapes.lookup import find_shape
-from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.planning.candidates import blocks_per_step, is_packed, together
-from qlora_helpers.planning.forecast import Forecast, look_ahead
+from qlora_helpers.planning.candidates import copies_speedup
+from qlora_helpers.planning.forecast import Forecast, make_forecast, steps_and_tokens
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.plan import Plan, make_plan
-from qlora_helpers.planning.speed import UNNAMED_GPU, step_seconds
-from qlora_helpers.planning.step_settings import step_settings
+from qlora_helpers.planning.speed import step_seconds
+from qlora_helpers.planning.step_settings import SUMMARY_SHARE, is_packed, sequences_per_step
+from qlora_helpers.planning.workload import Workload
 
 UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known
 
@@ -39,15 +38,15 @@ def plan_run(
     hardware: Hardware | None = None,
     one_process: bool = False,
 ) -> Plan:
-    """What fits for these settings, how fast it is, and what it costs, before anything is downloaded.
+    """Plans a run: what fits, how fast it is and what it costs, before anything is downloaded.
 
     Args:
-        config: model, adapter, block length, blocks an optimizer step, epochs, data.
+        config: model, adapter, sequence length, sequences an optimizer step, epochs, data.
         gpus: `4x24GiB`, `H100`, `2xL4` or `ml.g5.12xlarge`; None takes this machine's GPUs.
         price: USD an hour for all of the hardware, in place of the catalogue's.
-        tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
+        tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
         hardware: in place of `gpus` and `price`.
-        one_process: leaves out a copy of the model on each of several GPUs, which takes torchrun.
+        one_process: rules out a copy of the model on each of several GPUs, which takes torchrun.
 
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
@@ -55,23 +54,17 @@ def plan_run(
     hardware = hardware or (parse_gpus(gpus, price) if gpus else this_machine(price))
     shape = find_shape(config.model)
     if tokens is not None and tokens < 1:
-        raise UserError("that is no amount of data", expected="tokens, 1 or more", got=str(tokens))
+        raise UserError("the amount of data is not valid", expected="tokens, 1 or more", got=str(tokens))
     known = tokens if tokens is not None else estimated_tokens(config.data)
-    if config.train.max_steps is not None:  # whatever there is
-        length = config.data.seq_len_tokens
-        known = math.ceil(config.train.max_steps * blocks_per_step(config) * length / config.train.epochs)
-    plan = make_plan(
-        config.model.name,
-        shape,
-        hardware,
-        config,
-        tokens=known or UNKNOWN_TOKENS,
-        trained_share=trained_share(config.data),
-        one_process=one_process,
-    )
-    if not is_packed(config, shape) and config.train.max_steps is None:
-        plan = plan.with_note("what pads the rows comes on top of the data's tokens: it takes longer than this")
-    if known is None:
+    tokens_in_all = round((known or UNKNOWN_TOKENS) * config.train.epochs)
+    if config.train.max_steps is not None:  # however much data there is
+        tokens_in_all = config.train.max_steps * sequences_per_step(config.train) * config.data.seq_len_tokens
+    share = trained_share(config.data)
+    workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process)
+    plan = make_plan(workload)
+    if not workload.packed and config.train.max_steps is None:
+        plan = plan.with_note("padding comes on top of the data's tokens: training takes longer than this")
+    if known is None and config.train.max_steps is None:
         plan = plan.with_note(
             f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"
         )
@@ -89,84 +82,70 @@ def predicted_step(
     fill: float = 1.0,
     copies: int = 1,
 ) -> dict[str, object]:
-    """What a step with these very settings should hold and how fast it should be: to stand beside what was measured.
+    """Predicts memory and speed of a step with these very settings, to compare with what was measured.
 
     Args:
         config: of the run.
         hardware: the GPUs that hold one copy of the model.
         compiled, checkpointed: of the decoder layers.
-        trained_share: of the tokens.
-        captured: whether passes were played from CUDA graphs.
-        fill: share of a block that is not padding.
+        trained_share: share of the tokens that count in the loss.
+        captured: whether passes were replayed as CUDA graphs.
+        fill: share of a sequence that is not padding.
         copies: processes that each train a copy (torchrun).
 
     Returns:
-        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` of all copies without padding, and
-        whether that is `extrapolated`.
+        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` of all copies without padding, and whether the speed is
+        `extrapolated`.
     """
-    shape = find_shape(config.model)
-    step = step_settings(
-        config,
-        shape,
-        blocks=config.train.micro_batch_size,
-        checkpointed=checkpointed,
-        compiled=compiled,
-        captured=captured,
-        trained_share=trained_share,
-    )
-    step = replace(step, copies=copies)
-    _, memory = predict(model_sizes(shape), step, gpus=hardware.gpus)
-    seconds = step_seconds(model_sizes(shape), step, hardware.gpu or UNNAMED_GPU)
+    workload = Workload(config, find_shape(config.model), hardware, tokens=0, trained_share=trained_share)
+    step = workload.step(checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies)
+    _, memory = predict(workload.sizes, step, gpus=hardware.gpus)
+    seconds = step_seconds(workload.sizes, step, workload.gpu)
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
-        "tokens_per_s": round(step.tokens * fill / seconds * together(copies), 1),
+        "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(copies), 1),
         "extrapolated": not (hardware.gpu and hardware.gpu.measured),
     }
 
 
 def layers_per_gpu(config: RunConfig, gpus: int) -> tuple[int, ...] | None:
-    """How many decoder layers each GPU gets, so that the fullest holds the least while it trains with these settings.
+    """Spreads decoder layers over GPUs so that the fullest one holds as little as possible while it trains.
 
     Returns:
-        None where the model can't be planned.
+        Decoder layers of each GPU; None where the model can't be planned.
     """
+    hardware = Hardware("", gpus, 0.0, None, None, "")  # what one GPU holds does not matter here
     try:
-        shape = find_shape(config.model)
-        sizes = model_sizes(shape)
-        again = (
-            sizes.blocks
-            if config.train.checkpointed_layers is None
-            else min(config.train.checkpointed_layers, sizes.blocks)
+        workload = Workload(
+            config, find_shape(config.model), hardware, tokens=0, trained_share=trained_share(config.data)
         )
-        step = step_settings(
-            config,
-            shape,
-            blocks=config.train.micro_batch_size,
+        layers, asked = workload.sizes.layers, config.train.checkpointed_layers
+        checkpointed = layers if asked is None else min(asked, layers)
+        step = workload.step(
             compiled=config.train.compile == "on",
-            checkpointed=again if config.train.activation_checkpointing else 0,
-            trained_share=trained_share(config.data),
+            checkpointed=checkpointed if config.train.activation_checkpointing else 0,
         )
     except UserError:
         return None
-    counts, _ = predict(sizes, step, gpus=gpus)
+    counts, _ = predict(workload.sizes, step, gpus=gpus)
     return counts
 
 
 def this_machine(price: float | None = None) -> Hardware:
-    """The GPUs of this machine; the smallest counts where they differ.
+    """Returns the GPUs of this machine; the smallest counts where they differ.
 
     Raises:
         UserError: there is none.
     """
-    found = [gpu for gpu in telemetry.read_gpus() if gpu.memory_total_gib]  # some cards don't tell
+    found = [gpu for gpu in telemetry.read_gpus() if gpu.memory_total_gib]  # some cards don't report it
     if not found:
         raise UserError(
-            "this machine has no GPU that tells its memory",
+            "this machine has no GPU that reports its memory",
             expected="the hardware to plan for",
             next_step="Name it: --gpus 24GiB, 4xL4, ml.g5.12xlarge.",
         )
-    usable = min(gpu.memory_total_gib for gpu in found)
+    usable = min(gpu.memory_total_gib or 0.0 for gpu in found)
     known = find_gpu(found[0].name)
     label = found[0].name if len(found) == 1 else f"{len(found)}x{found[0].name}"
     if known is not None:
@@ -175,13 +154,13 @@ def this_machine(price: float | None = None) -> Hardware:
 
 
 def estimated_tokens(config: DataConfig) -> int | None:
-    """Tokens of the training rows with the recipe's prompt, or None where the source would have to be downloaded to know."""
+    """Estimates the tokens of the training rows with the recipe's prompt; None where the source would have to be downloaded."""
     size = data_size(config)
     return None if size is None else round(min(size.rows, config.train_rows or size.rows) * size.tokens_per_row)
 
 
 def data_size(config: DataConfig) -> DataSize | None:
-    """Training rows of a source and tokens a row, whatever `train_rows` says; None where it would have to be downloaded to know.
+    """Estimates a source's training rows, whatever `train_rows` says, and tokens a row; None where it would have to be downloaded.
 
     A local file is read once, and again where it has changed.
 
@@ -207,26 +186,23 @@ def _file_size(config: DataConfig, changed: int) -> DataSize:
 def forecast(
     config: RunConfig, *, hardware: Hardware, shape: dict[str, Any] | None = None, tokens: int | None = None
 ) -> Forecast:
-    """What these very settings lead to on some hardware, and beside it the plan.
+    """Works out what these very settings lead to on some hardware, and the plan to compare with.
 
     Args:
         config: of the run.
         hardware: as `this_machine` or `parse_gpus` gives it.
-        shape: the model's `config.json`, where it is at hand.
-        tokens: of the training data; None counts a local file, knows the data sets of this project, and else assumes a million.
+        shape: the model's `config.json`; None looks it up.
+        tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
 
     Raises:
         UserError: no such model, or the data can't be read.
     """
     shape = find_shape(config.model) if shape is None else shape
     size = data_size(config.data) if tokens is None else DataSize(max(1, round(tokens / ROW_TOKENS)), ROW_TOKENS)
-    found = look_ahead(
-        config,
-        shape,
-        hardware,
-        size or DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS),
-        trained_share=trained_share(config.data),
-    )
+    assumed = DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS)
+    steps, total = steps_and_tokens(config, size or assumed, packed=is_packed(config, shape))
+    workload = Workload(config, shape, hardware, tokens=total, trained_share=trained_share(config.data))
+    found = make_forecast(workload, steps)
     if size is None:
         note = f"the size of {config.data.source} is not known: time is for a million tokens"
         found = replace(found, notes=(*found.notes, note))
@@ -234,5 +210,5 @@ def forecast(
 
 
 def trained_share(config: DataConfig) -> float:
-    """Of the tokens, before they are counted: a summary is about a fifth of its row."""
-    return 1.0 if config.loss_on == "all" else 0.2
+    """Estimates the share of the tokens that count in the loss, before they are counted."""
+    return 1.0 if config.loss_on == "all" else SUMMARY_SHARE

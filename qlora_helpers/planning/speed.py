@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_helpers.machine.hardware import GPUS, Gpu
-from qlora_helpers.model.shapes.sizes import ModelSizes
+from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.step_settings import HALF, StepSettings, kept_by_adapters, kept_values
 
-LOOKUP_BYTES_S, SENT_BYTES_S = 4e9, 25e9  # of embeddings in the host's memory: found there, sent to the GPU; assumed
+LOOKUP_BYTES_S, SENT_BYTES_S = (
+    4e9,
+    25e9,
+)  # of embeddings in the host's memory: looked up there, sent to the GPU; assumed
 DORA_BYTES = 30  # a parameter, for the norm of a weight and its adapter; counted, never measured
-COMPILE_S = 30.0  # what the first step takes longer
+COMPILE_S = 30.0  # that the first step takes longer
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,17 @@ class Speed:
     """Constants of the roofline, fitted on one card.
 
     Attributes:
-        matrix_share: of the datasheet's matrix rate that the frozen layers' products reach.
+        matrix_share: of the datasheet's matrix rate that the frozen layers' matrix multiplications reach.
         memory_share: of the datasheet's bandwidth that unpacking 4-bit weights reaches, and everything else that crosses the bus.
-        head_operations, value_operations: what attention takes in both directions for a token of a short row, a head and each of
-            its values, in operations at the datasheet's matrix rate; starting the kernel's many small parts is most of it.
-        forward_passes, backward_passes: how often the values that a layer keeps cross the memory bus in each direction, compiled.
+        head_operations, value_operations: what attention takes in both directions for a token of a short row, for a head and for
+            each of its values, in operations at the datasheet's matrix rate; most of it starts the kernel's many small parts.
+        forward_passes, backward_passes: how often the values that a compiled layer keeps cross the memory bus in each direction.
         eager_factor: how much longer all of that takes uncompiled.
-        forward_host_s, backward_host_s: what the host takes to start a layer's pass in each direction; a step is never faster
-            than all of these.
+        forward_host_s, backward_host_s: time of the host to launch a layer's pass in each direction; a step is never faster than
+            the sum of these.
         eager_host_factor: how much longer the host takes where layers are not compiled.
-        gaps_s: what the GPU waits between a layer's kernels in a forward pass; twice that in a backward pass, which has twice the
-            kernels.
+        gaps_s: time that the GPU waits between a layer's kernels in a forward pass; twice that in a backward pass, which has twice
+            the kernels.
     """
 
     matrix_share: float
@@ -60,21 +63,19 @@ FITTED = Speed(
     eager_host_factor=1.15,
     gaps_s=0.000319,
 )
-"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, a Llama of 8 B and SmolLM2, measured on one H100 80GB; the second to
-the fourth come from kernels that were timed.
-"""
+"""Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, Llama 8B and SmolLM2, measured on one H100 80GB; `memory_share`,
+`head_operations` and `value_operations` come from kernels that were timed."""
 ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
-LOSS_BYTES = (
-    64  # that cross the bus for each logit, as `fast_step.loss` makes them, their sum and their slopes; counted
-)
+LOSS_BYTES = 64  # that cross the bus for each logit, its part of the sum and its gradient in `fast_step.loss`; counted
 UNNAMED_GPU = GPUS["L4"]
-"""Stands in for the speed of a card of which only the memory is known."""
+"""The card whose speed is assumed where only an amount of memory is known."""
 
 
 def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
-    """One forward and backward pass over a micro-batch, seconds: products, dequantisation, attention, and what crosses the bus.
+    """Predicts the seconds of one forward and backward pass over a micro-batch.
 
-    Layers spread over several GPUs work one after another, so it is the same for any number of them.
+    Adds up matrix multiplications, dequantisation, attention and what crosses the memory bus. Layers that are spread over several
+    GPUs work one after another, so the time is the same for any number of GPUs.
     """
     matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
     memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
@@ -83,7 +84,7 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     )
     matmuls = 2 * step.tokens * weights / matrix
     dequantised = sizes.linear_parameters_per_layer * 2.5 / memory if step.quantized else 0.0
-    kept = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept: float = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_layer / memory if step.dora else 0.0
@@ -91,15 +92,15 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
     forward = matmuls + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
     skipped = step.skipped and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
-    once = sizes.parameters_added_last_per_layer if skipped else 0
-    again = forward - (matmuls + dequantised) * once / sizes.linear_parameters_per_layer
+    added_last = sizes.parameters_added_last_per_layer if skipped else 0
+    again = forward - (matmuls + dequantised) * added_last / sizes.linear_parameters_per_layer
     backward = matmuls + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory
-    gaps = (3 * sizes.blocks + step.checkpointed) * speed.gaps_s
-    on_gpu = sizes.blocks * (forward + backward) + step.checkpointed * again + head + optimizer + gaps
-    on_host = (sizes.blocks + step.checkpointed) * speed.forward_host_s + sizes.blocks * speed.backward_host_s
+    gaps = (3 * sizes.layers + step.checkpointed) * speed.gaps_s
+    on_gpu = sizes.layers * (forward + backward) + step.checkpointed * again + head + optimizer + gaps
+    on_host = (sizes.layers + step.checkpointed) * speed.forward_host_s + sizes.layers * speed.backward_host_s
     on_host *= 1.0 if step.compiled else speed.eager_host_factor
     on_host *= 0.0 if step.captured else 1.0
     if step.offloaded and not sizes.tied:
@@ -110,7 +111,7 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:
-    """Whether a training run of so many forward passes wins back the time that compilation takes."""
+    """Whether a training run of so many forward passes saves more time than compilation takes."""
     saved = step_seconds(sizes, replace(step, compiled=False), gpu) - step_seconds(
         sizes, replace(step, compiled=True), gpu
     )

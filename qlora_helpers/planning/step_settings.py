@@ -1,6 +1,6 @@
-"""What of a run's settings a training step's memory and time depend on, and what a decoder layer then keeps for its backward pass.
+"""The settings that a training step's memory and time depend on, and what a decoder layer then keeps for its backward pass.
 
-By arithmetic alone, no torch. Knows nothing of cards, of the rest of a step's bytes, or how settings are chosen.
+Arithmetic alone, no torch. Knows nothing of cards, of the rest of a step's bytes, or how settings are chosen.
 """
 
 from __future__ import annotations
@@ -9,41 +9,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
+from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
 from qlora_helpers.model.shapes.families import adapter_targets, supports_packing
-from qlora_helpers.model.shapes.sizes import LinearLayer, ModelSizes, adapter_parameters
+from qlora_helpers.model.shapes.sizes import adapter_parameters
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
+SUMMARY_SHARE = 0.2  # of a row's tokens, before they are counted: a summary is about a fifth of its row
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What of a run's settings memory depends on.
+    """The settings of one step that its memory and time depend on.
 
     Attributes:
-        seq_len_tokens: length of a block.
-        blocks: in one forward pass, on each GPU.
-        checkpointed: decoder layers that recompute their activations.
+        seq_len_tokens: length of a packed sequence, or of a padded row.
+        micro_batch_size: sequences in one forward pass, on each GPU.
+        checkpointed: decoder layers with activation checkpointing.
         compiled: whether decoder layers are compiled.
-        captured: whether passes are played from CUDA graphs.
+        captured: whether passes are captured and replayed as CUDA graphs.
         r: rank of the adapters.
         adapter_parameters: trainable weights in all.
         optim: optimizer, as in `TrainConfig.optim`.
-        trained_share: share of the tokens that are trained.
+        trained_share: share of the tokens that count in the loss.
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
-        offloaded: whether the input embedding lies in the host's memory; one that is the output layer too stays.
-        chunked_loss: whether logits exist a chunk at a time; else all trained tokens' at once.
-        dropout: whether the adapters' inputs are dropped in part: a mask for each, and what it leaves, are kept.
-        dora: whether the adapters have a magnitude of their own: peft computes them, in 32 bits.
+        offloaded: whether the input embedding is in the host's memory; one that is the output layer too stays.
+        chunked_loss: whether logits exist a chunk at a time; else those of all trained tokens at once.
+        dropout: whether the adapters have dropout: the mask of each input and what it lets through are kept.
+        dora: whether the adapters have magnitudes (DoRA): peft computes them, in float32.
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
-        skipped: whether recomputed layers make no product that nothing in them reads, as the fast step does but in float16, which
-            trains under autocast.
+        skipped: whether checkpointed layers skip matrix multiplications whose output nothing in them reads. The fast step does so
+            except in float16, which trains under autocast.
         copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
     seq_len_tokens: int
-    blocks: int
+    micro_batch_size: int
     checkpointed: int
     compiled: bool
     r: int
@@ -65,10 +67,11 @@ class StepSettings:
 
     @property
     def tokens(self) -> int:
-        return self.blocks * self.seq_len_tokens
+        """Tokens in one forward pass."""
+        return self.micro_batch_size * self.seq_len_tokens
 
     def adapted_layers(self, sizes: ModelSizes) -> tuple[LinearLayer, ...]:
-        """The linear layers of a block that get an adapter; all where none of the names is theirs."""
+        """The linear layers of a decoder layer that get an adapter; all of them where none of the names is theirs."""
         return tuple(layer for layer in sizes.linears if self.adapted and layer.name in self.adapted) or sizes.linears
 
 
@@ -76,21 +79,21 @@ def step_settings(
     config: RunConfig,
     shape: dict[str, Any],
     *,
-    blocks: int,
+    micro_batch_size: int,
     checkpointed: int = 0,
     compiled: bool = True,
     captured: bool = False,
     trained_share: float,
 ) -> StepSettings:
-    """A run's settings as memory and speed depend on them.
+    """Returns what memory and speed depend on in a run's settings.
 
     Args:
         config: of the run.
         shape: the model's `config.json`.
-        blocks: in one forward pass, on each GPU.
+        micro_batch_size: sequences in one forward pass, on each GPU.
         checkpointed, compiled: of the decoder layers.
-        captured: whether passes are played from CUDA graphs.
-        trained_share: of the tokens.
+        captured: whether passes are replayed as CUDA graphs.
+        trained_share: share of the tokens that count in the loss.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
@@ -98,7 +101,7 @@ def step_settings(
     adapter = config.adapter
     return StepSettings(
         seq_len_tokens=config.data.seq_len_tokens,
-        blocks=blocks,
+        micro_batch_size=micro_batch_size,
         checkpointed=checkpointed,
         compiled=compiled,
         r=adapter.r,
@@ -119,37 +122,42 @@ def step_settings(
     )
 
 
+def sequences_per_step(train: TrainConfig) -> int:
+    """Counts the sequences that an optimizer step learns from: the settings ask for them, however they are shared out."""
+    return train.micro_batch_size * train.gradient_accumulation_steps
+
+
 def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
-    """Whether rows will be packed: asked for, and the model can keep them apart."""
+    """Whether rows will be packed: asked for, and the model supports block-diagonal attention."""
     return config.data.packing and supports_packing(shape, config.data.seq_len_tokens)
 
 
-def may_record(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:
-    """Whether passes may be recorded as CUDA graphs on one GPU: all of one shape, and nothing in them drawn at random.
+def may_capture(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:
+    """Whether passes may be captured as CUDA graphs on one GPU: all have one shape and nothing in them is random.
 
     Args:
         train: training settings.
         packed: whether rows are packed.
         dropout: whether some values are dropped.
-        sizes: of the model; one that changes its logits takes its own loss, of as many tokens as a batch trains.
+        sizes: of the model; one that caps its logits takes its own loss, whose shape changes with the trained tokens.
     """
     return train.fast_step and train.cuda_graph and packed and not dropout and not sizes.logit_softcap
 
 
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:
-    """Values that one decoder layer keeps for its backward pass, a token, with fast adapters that drop nothing.
+    """Counts the values a token that one decoder layer keeps for its backward pass, with fast adapters and no dropout.
 
-    Compiled: what no pointwise kernel can make again. The layer's input, the residual between attention and MLP, queries, keys,
-    values and the attention's output, the MLP's inner values before their non-linearity, and what each adapter's first matrix
-    gives. Uncompiled, also what each norm gives and a root-mean-square norm's input in 32 bits, the non-linearity's output, and
-    the product of a gated MLP.
+    Compiled, it keeps what no pointwise kernel can recompute: the layer's input, the residual between attention and MLP, queries,
+    keys, values and the attention's output, the MLP's inner values before their non-linearity, and the output of each adapter's
+    first matrix. Uncompiled, it also keeps the output of each norm, an RMS norm's input in float32, the non-linearity's output,
+    and the product of a gated MLP's two branches.
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     residuals = 1 if sizes.parallel_attention else 2
     norms = sizes.norms_per_layer
     extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
     stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
-    attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in 32 bits
+    attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in float32
     if sizes.qk_norm:
         attention += queries + keys
     inner = sizes.intermediate * (2 if sizes.gated_mlp else 1)
@@ -158,12 +166,12 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
         inner += sizes.intermediate * (2 if sizes.gated_mlp else 1)
     if sizes.experts:
         inner *= sizes.experts_per_token
-    low_rank = r * sum(layer.per_block for layer in adapted or sizes.linears)
+    low_rank = r * sum(layer.per_layer for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
 
 
 def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
-    """Bytes that one decoder layer keeps for its backward pass, a token."""
+    """Counts the bytes a token that one decoder layer keeps for its backward pass."""
     fast = settings.fast_adapters and not settings.dora
     adapted = settings.adapted_layers(sizes)
     values = kept_values(sizes, compiled=settings.compiled and fast, r=settings.r, adapted=adapted)
@@ -171,15 +179,15 @@ def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
 
 
 def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> int:
-    """Bytes a token that one layer's adapters keep beyond what fast ones without dropout do, counted on a CPU.
+    """Counts the bytes a token that one layer's adapters keep beyond fast ones without dropout.
 
-    (`test_kept_values`.) DoRA: inputs in 32 bits, outputs in 32 and in part in 16. The plain step: most inputs once more, cast.
-    Dropout: masks of a byte a value and, where layers are not compiled, what they leave; where peft drops, in 32 bits. Inputs
-    that are in 32 bits anyway are kept once.
+    Counted on a CPU (`test_kept_values`). DoRA keeps inputs in float32, and outputs in float32 and in part in bfloat16. The plain
+    step keeps most inputs a second time, cast. Dropout keeps masks of a byte a value and, where layers are not compiled, what they
+    let through; peft's dropout keeps that in float32. Inputs that are in float32 anyway are kept once.
     """
     layers = settings.adapted_layers(sizes)
-    inputs = sum(layer.in_features * layer.per_block for layer in layers)
-    outputs = sum(layer.out_features * layer.per_block for layer in layers)
+    inputs = sum(layer.in_features * layer.per_layer for layer in layers)
+    outputs = sum(layer.out_features * layer.per_layer for layer in layers)
     if settings.dora:
         without = 8 * outputs if settings.value_bytes == SINGLE else SINGLE * inputs + 5 * outputs
         return without + settings.dropout * (SINGLE * inputs + 2 * outputs)

@@ -8,8 +8,8 @@ from typing import Any
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.runs.status import Status
 from qlora_helpers.base.units import duration
+from qlora_helpers.runs.status import Status
 
 
 class Budget:

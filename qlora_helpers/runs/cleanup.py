@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import gc
-import html
 import os
 import shutil
 import sys
@@ -18,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_helpers.base.files import cache_root
 from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.files import cache_root
+from qlora_helpers.base.tables import Table, Tabular
+from qlora_helpers.base.units import gib
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.opening import find_runs
-from qlora_helpers.base.units import gib
 
 HUB, CACHE, RUN, GPU = "hub cache", "project cache", "run", "GPU memory"
 
@@ -48,8 +48,8 @@ class SpaceItem:
     run: Run | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True, repr=False)
-class SpaceReport:
+@dataclass(frozen=True)
+class SpaceReport(Tabular):
     """What takes space, largest first within its kind; shows as a table without paths."""
 
     items: tuple[SpaceItem, ...]
@@ -74,20 +74,11 @@ class SpaceReport:
         chosen = [item for item in self.items if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in patterns)]
         return SpaceReport(tuple(chosen))
 
-    def __repr__(self) -> str:
-        width = max([len(item.id) for item in self.items], default=5)
-        lines = [f"{item.id:<{width}}  {gib(item.n_bytes):9.3f} GiB  {item.note}" for item in self.items]
-        return "\n".join([*lines, f"{'total':<{width}}  {gib(self.n_bytes):9.3f} GiB"])
-
-    def _repr_html_(self) -> str:
-        rows = [(item.id, item.kind, item.n_bytes, item.note) for item in self.items] + [
-            ("total", "", self.n_bytes, "")
-        ]
-        body = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{kind}</td><td>{gib(n_bytes):.3f}</td><td>{html.escape(note)}</td></tr>"
-            for name, kind, n_bytes, note in rows
-        )
-        return f"<table><tr><th>what</th><th>kind</th><th>GiB</th><th>note</th></tr>{body}</table>"
+    def table(self) -> Table:
+        """Returns a row for each item, without paths, and the total below."""
+        rows = [[item.id, f"{gib(item.n_bytes):.3f} GiB", item.kind, item.note] for item in self.items]
+        rows.append(["total", f"{gib(self.n_bytes):.3f} GiB", "", ""])
+        return Table(["what", "size", "kind", "note"], rows, numbers=(1,))
 
 
 class GpuMemory(NamedTuple):

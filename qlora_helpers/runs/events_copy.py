@@ -18,9 +18,9 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.runs.folder import Run
-from qlora_helpers.base.units import duration
 from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.units import duration
+from qlora_helpers.runs.folder import Run
 
 COPY_EVERY_S = 30.0
 LAST_COPY_S = 20.0

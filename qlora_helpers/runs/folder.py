@@ -6,7 +6,6 @@ This module knows no model and imports no torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,26 +13,20 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.runs.progress import Progress
-from qlora_helpers.runs.status import STATES, WENT_SILENT, Status, is_alive
 from qlora_helpers.base.files import not_written, read_json, write_json
-from qlora_helpers.base.files import read_json
-from qlora_helpers.base.files import write_json
+from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
-from typing import Any
+from qlora_helpers.runs.status import STATES, WENT_SILENT, Status, is_alive
 
 FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
 # The trainer's heart beats in a thread of its own; what the two write into one file must not cross.
 _WRITING = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
 
 
 class Run:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_helpers.machine import studio, telemetry
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.machine import studio, telemetry
 from qlora_helpers.runs.folder import Run
 
 LISTEN_S = 0.5

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_helpers.runs import locks
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.machine.price import needed_price
-from qlora_helpers.runs.folder import Run
 from qlora_helpers.machine.telemetry import cpu_cores
+from qlora_helpers.runs import locks
 from qlora_helpers.runs.budget import refuse_spent_budget
+from qlora_helpers.runs.folder import Run
 
 
 def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
@@ -112,7 +112,11 @@ def _start_detached(run: Run, command: list[str], processes: int) -> int:
     try:
         with open(run.log_path, "ab") as log:
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
     except OSError as error:
@@ -253,7 +257,7 @@ def _run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 lines.append(line)
                 say(line.rstrip("\n"))
         except BaseException:

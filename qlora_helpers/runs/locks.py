@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.machine import telemetry
-from qlora_helpers.base.files import cache_root
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import cache_root, read_json, write_json
+from qlora_helpers.machine import telemetry
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.base.files import read_json, write_json
 
 # Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
 MODEL_IN_USE = threading.RLock()

@@ -10,13 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.runs.folder import Run
-from pathlib import Path
-from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.folder import _NAME
-import os
+from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs.folder import _NAME, Run
 
 
 def open_run(
@@ -51,6 +48,39 @@ def open_run(
     return run
 
 
+def new_run(
+    name: str | os.PathLike[str] = "demo",
+    *,
+    profile: str | None = None,
+    settings: Iterable[str] | dict[str, Any] = (),
+    root: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Makes a run, or opens the one of that name if it asks for the same.
+
+    Args:
+        name, profile, settings, root: as for `open_run`.
+
+    Raises:
+        ConfigError: unknown or wrong settings; all of them at once.
+        RunError: there is a run of that name with other settings, and the message names them; nothing is changed.
+    """
+    run = _run_at(name, root)
+    settings = settings if isinstance(settings, dict) else list(settings)
+    wanted = profile_config(profile or os.environ.get("QLORA_PROFILE") or "demo").with_settings(settings)
+    if run.exists() and run.config() != wanted:
+        asked, has = _by_name(wanted), _by_name(run.config())
+        differing = "; ".join(f"{key}={has[key]!r}, not {asked[key]!r}" for key in has if has[key] != asked[key])
+        raise RunError(
+            f"there is a run {run.name!r} already, with other settings",
+            expected="a new name, or the settings that the run has",
+            got=differing,
+            next_step="Choose another name, or go on with this run: open_run.",
+        )
+    if not run.exists():
+        run.save_config(wanted)
+    return run
+
+
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
     """Opens a run that must be there.
 
@@ -62,6 +92,15 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
         there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
     return run
+
+
+def _by_name(config: RunConfig) -> dict[str, Any]:
+    """The settings by their full names, such as `train.max_steps`, and the profile."""
+    sections = config.to_dict()
+    profile = {"profile": sections.pop("profile")}
+    return profile | {
+        f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
+    }
 
 
 def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:

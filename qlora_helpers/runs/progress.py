@@ -48,7 +48,7 @@ class Progress:
             return []
         whole = len(text) if to_end else text.rfind(b"\n") + 1
         self._offset += whole
-        new = []
+        new: list[dict[str, Any]] = []
         for line in text[:whole].splitlines():
             record = _parsed(line)
             if record is None:

@@ -1,8 +1,11 @@
 """One training session of a run: its locks, log, price and heartbeat, and a true status at its end whatever happens."""
 
 from __future__ import annotations
-from collections.abc import Callable, Iterator
+
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
+
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
@@ -11,10 +14,9 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.heartbeat import beating
 from qlora_helpers.runs.log import logged_to
 from qlora_helpers.runs.status import INTERRUPTED
-import contextlib
-
 
 log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def session(run: Run, *, at_end: Callable[[Run], None] | None = None) -> Iterator[None]:

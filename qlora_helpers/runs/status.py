@@ -93,9 +93,18 @@ class Status:
     def next_session(self, **values: Any) -> Status:
         """The status of the session after this one, in which nothing is done yet."""
         return dataclasses.replace(
-            self, state="starting", session=self.session + 1, started_at=time.time(), spent_s=self.used_s,
-            spent_usd=self.used_usd or 0.0, usd_per_hour=None, exit_reason=None, last_error=None, readings=None,
-            host=socket.gethostname(), **values,
+            self,
+            state="starting",
+            session=self.session + 1,
+            started_at=time.time(),
+            spent_s=self.used_s,
+            spent_usd=self.used_usd or 0.0,
+            usd_per_hour=None,
+            exit_reason=None,
+            last_error=None,
+            readings=None,
+            host=socket.gethostname(),
+            **values,
         )
 
 

@@ -1,1 +1,1 @@
-"""SageMaker training jobs and endpoints, what runs there and what it costs."""
+"""Starts SageMaker training jobs and endpoints, and lists and stops what runs and costs there."""

@@ -1,6 +1,6 @@
-"""What several steps need of AWS: clients, plain words for its errors, S3 addresses, container registries, endpoints.
+"""What the other modules of this room share: AWS clients, explained errors, S3 addresses, container registries.
 
-Knows nothing of runs, models or adapters. boto3 is imported when a client is made, so importing this costs nothing.
+Knows nothing of runs, models or adapters. boto3 is imported when a client is made, so importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _REGISTRIES = {
     "us-gov-east-1": "446045086412",
     "us-gov-west-1": "442386744353",
 }
-"""Accounts of AWS's public deep learning containers, by region, where it is not the common one (no secret regions).
+"""Accounts of AWS's public deep learning containers, for regions that don't use the common one (without secret regions).
 Source: `image_uri_config/djl-lmi.json` and `pytorch-amzn2023.json` of the SageMaker Python SDK 3.27.0."""
 
 
 def new_client(service: str, region: str | None = None) -> Any:
-    """A boto3 client.
+    """Makes a boto3 client.
 
     Args:
         service: such as `sagemaker`, `sagemaker-runtime` or `s3`.
-        region: such as `us-east-1`; none takes the one that is configured.
+        region: such as `us-east-1`; None takes the configured one.
 
     Raises:
-        UserError: there is no region, or there are no credentials.
+        UserError: no region is set, or there are no credentials.
     """
     import boto3
 
@@ -72,7 +72,7 @@ def new_client(service: str, region: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def aws_errors_explained(what: str) -> Iterator[None]:
-    """Turns boto's errors within the block into one clear `UserError`.
+    """Turns boto's errors inside the block into one `UserError`.
 
     Args:
         what: what was asked of AWS, as in "AWS did not `list the endpoints`".
@@ -84,7 +84,7 @@ def aws_errors_explained(what: str) -> Iterator[None]:
     except ClientError as error:
         details = error.response.get("Error", {})
         code, message = details.get("Code", "an error"), details.get("Message", str(error)).rstrip(".")
-        step = "Put right what the message names."
+        step = "Correct what the message names."
         if "AccessDenied" in code:
             step = "Give the role that permission, or ask whoever manages the account."
         elif "ExpiredToken" in code:
@@ -99,7 +99,7 @@ def aws_errors_explained(what: str) -> Iterator[None]:
 
 
 def registry(region: str) -> str:
-    """The registry of AWS's public deep learning containers, such as `763104351884.dkr.ecr.us-east-1.amazonaws.com`.
+    """Returns the registry of AWS's public deep learning containers, such as `763104351884.dkr.ecr.us-east-1.amazonaws.com`.
 
     Raises:
         UserError: no such region.
@@ -111,21 +111,21 @@ def registry(region: str) -> str:
         partition = boto3.Session().get_partition_for_region(region)
     except UnknownRegionError:
         raise UserError(
-            "that is no AWS region", expected="such as us-east-1", got=repr(region), next_step="Name the region."
+            "that is not an AWS region", expected="such as us-east-1", got=repr(region), next_step="Name the region."
         ) from None
     suffix = {"aws-cn": "amazonaws.com.cn", "aws-eusc": "amazonaws.eu"}.get(partition, "amazonaws.com")
     return f"{_REGISTRIES.get(region, _COMMON_REGISTRY)}.dkr.ecr.{region}.{suffix}"
 
 
 def checked_role(role: str) -> str:
-    """Gives `role` back.
+    """Returns `role` if it is the ARN of an IAM role.
 
     Raises:
-        UserError: it is not the ARN of an IAM role.
+        UserError: it is something else.
     """
     if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", role):
         raise UserError(
-            "that is no IAM role",
+            "that is not an IAM role",
             expected="arn:aws:iam::123456789012:role/NAME",
             got=repr(role),
             next_step="Take the execution role from the SageMaker console (domain, user profile).",
@@ -134,15 +134,18 @@ def checked_role(role: str) -> str:
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/a/b` as `("bucket", "a/b")`; a slash at the end is kept.
+    """Splits `s3://bucket/a/b` into `("bucket", "a/b")`; a slash at the end is kept.
 
     Raises:
-        UserError: it is no such address, or names a bucket alone.
+        UserError: it is not such an address, or has no prefix.
     """
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^/\s]\S*)", uri)
     if not found:
         raise UserError(
-            "that is no place in S3", expected="s3://bucket/prefix", got=repr(uri), next_step="Name bucket and prefix."
+            "that is not an address in S3",
+            expected="s3://bucket/prefix",
+            got=repr(uri),
+            next_step="Name bucket and prefix.",
         )
     return found[1], found[2]
 
@@ -152,8 +155,8 @@ def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
 
     Args:
         path: the file.
-        s3_uri: where to; an address that ends in `/` takes the file's own name.
-        client: an S3 client; none makes one.
+        s3_uri: the destination; an address that ends in `/` is completed by the file's name.
+        client: an S3 client; None makes one.
 
     Returns:
         The address of the object.
@@ -163,27 +166,27 @@ def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
     """
     bucket, key = split_s3_uri(s3_uri)
     if not path.is_file():
-        raise UserError(f"{path.name} is not there", next_step="Make it first.")
+        raise UserError(f"there is no file {path.name}", next_step="Create it first.")
     key += path.name if key.endswith("/") else ""
     from boto3.exceptions import S3UploadFailedError
 
     client = client or new_client("s3")
     try:
-        with aws_errors_explained(f"take {path.name}"):
+        with aws_errors_explained(f"accept {path.name}"):
             client.upload_file(str(path), bucket, key)
     except S3UploadFailedError as error:
         raise UserError(
-            f"AWS did not take {path.name}", got=str(error), next_step="Check the bucket and the role's permissions."
+            f"AWS did not accept {path.name}", got=str(error), next_step="Check the bucket and the role's permissions."
         ) from error
     return f"s3://{bucket}/{key}"
 
 
 def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
-    """Deletes an endpoint with the endpoint configuration and the models behind it. What lies in S3 stays.
+    """Deletes an endpoint with its endpoint configuration and its models. Files in S3 stay.
 
     Args:
         name: the endpoint's name.
-        client: a SageMaker client; none makes one.
+        client: a SageMaker client; None makes one.
 
     Returns:
         What was deleted, such as `["endpoint demo", "endpoint configuration demo", "model demo"]`.

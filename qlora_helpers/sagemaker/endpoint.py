@@ -1,8 +1,8 @@
-"""A tuned adapter as a SageMaker real-time endpoint: AWS's LMI container serves base model and adapter in vLLM.
+"""Serves a tuned adapter from a SageMaker real-time endpoint: AWS's LMI container runs base model and adapter in vLLM.
 
 The container reads `serving.properties` and `adapters/<name>/` from the model archive and takes the base model from the
-hub (https://docs.djl.ai, "vLLM Engine User Guide" and "Adapters"). The tests check that these calls are what the
-SageMaker API takes; no endpoint was started. Knows nothing of runs or training.
+hub (https://docs.djl.ai, "vLLM Engine User Guide" and "Adapters"). The tests check the calls against the SageMaker API's
+model; no endpoint was started. Knows nothing of runs or training.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qlora_helpers.sagemaker.aws import delete_endpoint as delete_endpoint
 from qlora_helpers.sagemaker.aws import upload as upload
 
 LMI_IMAGE = "djl-inference:0.38.0-lmi29.0.0-cu130"
-"""The newest LMI container that the SageMaker Python SDK 3.27.0 names."""
+"""The newest LMI container in the SageMaker Python SDK 3.27.0."""
 
 INFERENCE_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
-"""The host image with NVIDIA driver 580: a CUDA 13 container does not start on the default one of ml.g5 and ml.g4dn."""
+"""The host image with NVIDIA driver 580: on the default image of ml.g5 and ml.g4dn a CUDA 13 container does not start."""
 
 STARTUP_TIMEOUT_S = 1800
-"""How long the container may take to download and load the base model before SageMaker gives it up (default: 480 s)."""
+"""How long the container may take to download and load the base model before SageMaker gives up (its default: 480 s)."""
 
 
 def lmi_image_uri(region: str) -> str:
-    """The LMI container (vLLM backend, CUDA 13) in AWS's public registry of that region.
+    """Returns the address of the LMI container (vLLM backend, CUDA 13) in AWS's public registry of a region.
 
     Raises:
         UserError: no such region.
@@ -46,7 +46,7 @@ def endpoint_requests(
     image_uri: str,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What `deploy` sends: the arguments of boto3's three calls, in their order. Needs no network.
+    """Returns what `deploy` sends: the arguments of boto3's three calls, in their order. Needs no network.
 
     Args:
         model_s3_uri, endpoint_name, role, instance_type, image_uri, environment: as for `deploy`.
@@ -59,7 +59,7 @@ def endpoint_requests(
     """
     if not PLAIN_NAME.fullmatch(endpoint_name):
         expected = "letters, digits and '-', 63 at most"
-        raise UserError("that is no name for an endpoint", expected=expected, got=repr(endpoint_name))
+        raise UserError("an endpoint can't have that name", expected=expected, got=repr(endpoint_name))
     split_s3_uri(model_s3_uri)
     container: dict[str, Any] = {"Image": image_uri}
     settings = {"SERVING_FAIL_FAST": "true"}
@@ -100,19 +100,19 @@ def deploy(
     wait: bool = False,
     client: Any = None,
 ) -> str:
-    """Creates model, endpoint configuration and endpoint, all named alike. It costs money until `delete_endpoint`.
+    """Creates model, endpoint configuration and endpoint under one name. It costs money until `delete_endpoint`.
 
     Args:
         model_s3_uri: the archive of `package_adapter` in S3 (see `upload`), or the folder of a merged model, with a `/`
             at the end.
         endpoint_name: letters, digits and `-`, 63 at most.
         role: ARN of the execution role.
-        instance_type: such as `ml.g5.2xlarge`; the base model in 16 bit must fit its GPUs.
-        image_uri: another container; none takes `lmi_image_uri` of the client's region.
-        environment: more for the container, such as `HF_TOKEN` for a gated model (whoever may describe the model can
+        instance_type: such as `ml.g5.2xlarge`; the base model in bfloat16 must fit its GPUs.
+        image_uri: another container; None takes `lmi_image_uri` of the client's region.
+        environment: more variables for the container, such as `HF_TOKEN` for a gated model (whoever may describe the model can
             read it) or `OPTION_MAX_MODEL_LEN` where the model's own context does not fit the GPU.
-        wait: return once the endpoint answers, 5 to 15 minutes later.
-        client: a SageMaker client; none makes one.
+        wait: whether to return only when the endpoint answers, 5 to 15 minutes later.
+        client: a SageMaker client; None makes one.
 
     Returns:
         The endpoint's name.
@@ -142,10 +142,10 @@ def deploy(
 
 
 def wait_for_endpoint(endpoint_name: str, *, client: Any = None) -> None:
-    """Returns once the endpoint answers; asks every 30 s.
+    """Waits until the endpoint answers; asks every 30 s.
 
     Raises:
-        UserError: it did not start; the message gives SageMaker's reason.
+        UserError: it did not start; the message contains SageMaker's reason.
     """
     from botocore.exceptions import WaiterError
 
@@ -165,8 +165,8 @@ def wait_for_endpoint(endpoint_name: str, *, client: Any = None) -> None:
 def question(
     prompt: str, *, adapter: str | None = "tuned", max_new_tokens: int = 80, temperature: float = 0.0
 ) -> dict[str, Any]:
-    """What `ask` sends, as JSON: the body of a request to the endpoint. The arguments are `ask`'s."""
-    # The vLLM handler takes one adapter's name, not the list that LMI's older batching took.
+    """Returns the body of a request to the endpoint, which `ask` sends as JSON. The arguments are those of `ask`."""
+    # The vLLM handler takes one adapter's name, unlike LMI's older batching, which took a list.
     request = {"inputs": prompt, "parameters": {"max_new_tokens": max_new_tokens, "temperature": temperature}}
     return request | ({"adapters": adapter} if adapter else {})
 
@@ -180,15 +180,15 @@ def ask(
     temperature: float = 0.0,
     client: Any = None,
 ) -> str:
-    """Asks a deployed model.
+    """Asks a deployed model and returns its answer.
 
     Args:
         endpoint_name: the endpoint.
-        prompt: the whole prompt, in the template that the adapter was trained with.
-        adapter: the adapter's name; None asks the base model, to compare.
+        prompt: the complete prompt, in the template that the adapter was trained with.
+        adapter: the adapter's name; None asks the base model.
         max_new_tokens: longest answer, tokens.
-        temperature: 0 takes the likeliest token each time (greedy).
-        client: a `sagemaker-runtime` client; none makes one.
+        temperature: 0 takes the most likely token each time (greedy).
+        client: a `sagemaker-runtime` client; None makes one.
 
     Returns:
         The answer without the prompt.

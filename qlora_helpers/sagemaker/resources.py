@@ -1,8 +1,8 @@
-"""What costs money in SageMaker, and stopping it: apps (JupyterLab, TensorBoard, ...), endpoints, notebook instances
-and training jobs.
+"""Lists and stops what costs money in SageMaker: apps (JupyterLab, TensorBoard, ...), endpoints, notebook instances and training
+jobs.
 
-Everything is shown before it is stopped. Data stays: a space keeps its volume, a notebook instance its disk, a job what
-it wrote to S3. Knows nothing of runs or models.
+Everything is shown before it is stopped. Data stays: a space keeps its volume, a notebook instance its disk, and a job's files stay
+in S3. Knows nothing of runs or models.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Resource:
     Attributes:
         kind: `app`, `endpoint`, `notebook instance` or `training job`.
         name: its name.
-        status: SageMaker's word, such as `InService`.
-        note: what kind of app, where, and on which instance.
+        status: as SageMaker names it, such as `InService`.
+        note: the kind of app, its owner and its instance.
         request: the arguments of the call that stops it.
         is_this: whether it is the app that this code runs in.
     """
@@ -44,13 +44,13 @@ class Resource:
 
 
 def list_sagemaker(*, client: Any = None) -> list[Resource]:
-    """What runs in SageMaker in this region; the app that this code runs in comes last.
+    """Lists what runs in SageMaker in this region; the app that this code runs in comes last.
 
     Args:
-        client: a SageMaker client; none makes one.
+        client: a SageMaker client; None makes one.
 
     Raises:
-        UserError: there is no region, there are no credentials, or the role may not list.
+        UserError: no region is set, there are no credentials, or the role may not list.
     """
     client = client or new_client("sagemaker")
     with aws_errors_explained("list what runs in SageMaker"):
@@ -59,21 +59,21 @@ def list_sagemaker(*, client: Any = None) -> list[Resource]:
 
 
 def stop_sagemaker(resources: Iterable[Resource], *, confirm: bool = False, client: Any = None) -> list[Resource]:
-    """Shows what would be stopped and, if that is confirmed, stops it.
+    """Shows what would be stopped and, if `confirm` is True, stops it.
 
-    Apps and endpoints (with their configuration and models) are deleted, notebook instances and training jobs stopped.
+    Apps and endpoints (with their configuration and models) are deleted; notebook instances and training jobs are stopped.
     SageMaker takes some minutes to finish.
 
     Args:
         resources: from `list_sagemaker()`.
         confirm: False stops nothing.
-        client: a SageMaker client; none makes one.
+        client: a SageMaker client; None makes one.
 
     Returns:
         What was stopped.
 
     Raises:
-        UserError: AWS refuses; what came before in the list is stopped.
+        UserError: AWS refuses; everything before it in the list was stopped.
     """
     chosen = list(resources)
     for resource in chosen:
@@ -100,14 +100,14 @@ def stop_this_app(*, client: Any = None) -> dict[str, str]:
     """Shuts down the Studio app that this code runs in; its space keeps its volume. Returns the app.
 
     Args:
-        client: a SageMaker client; none makes one.
+        client: a SageMaker client; None makes one.
 
     Raises:
-        UserError: this is no app of Studio, or AWS refuses.
+        UserError: this code does not run in a Studio app, or AWS refuses.
     """
     app = this_app()
     if not {"DomainId", "AppType", "AppName"} <= app.keys():
-        raise UserError("this is no app of SageMaker Studio", next_step="Shut the machine down another way.")
+        raise UserError("this is not an app of SageMaker Studio", next_step="Shut the machine down another way.")
     client = client or new_client("sagemaker")
     with aws_errors_explained(f"shut down the app {app['AppName']}"):
         client.delete_app(**app)

@@ -1,10 +1,10 @@
-"""The same run as a SageMaker training job: the code and the run's settings go to S3, the run folder comes back there.
+"""Trains a run as a SageMaker training job: code and settings go to S3, and the run folder comes back there.
 
-The job's checkpoint folder is the run folder. SageMaker copies it to S3 all the while, and into the next job of the
-same run: so a job resumes where the last one ended, and `aws s3 sync` brings the run here to be watched like any other.
+The job's checkpoint folder is the run folder. SageMaker copies it to S3 while the job runs, and into the next job of the same
+run. So a job resumes where the last one ended, and `aws s3 sync` brings the run to this machine to be watched like any other.
 
-The request goes through boto3. The SageMaker Python SDK 3 (`ModelTrainer`) makes the same call, but does not fit into
-this project's environment: 3.27 needs protobuf < 7 and rich < 15, and brings 900 MB with it.
+The request goes through boto3. The SageMaker Python SDK 3 (`ModelTrainer`) makes the same call, but does not fit into this
+project's environment: 3.27 needs protobuf < 7 and rich < 15, and brings 900 MB with it.
 """
 
 from __future__ import annotations
@@ -19,54 +19,20 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.base.tarball import write_tarball
 from qlora_helpers.model.hub import is_hub_id
-from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.sagemaker.aws import aws_errors_explained, checked_role, new_client, registry, split_s3_uri, upload
+from qlora_helpers.sagemaker.source_archive import source_archive
 
 TRAINING_IMAGE = "pytorch:2.13-cu133-amzn2023-sagemaker"
 """AWS's training container with this project's PyTorch (in the SageMaker Python SDK 3.27.0: `pytorch-amzn2023`)."""
 
 _INPUT = "/opt/ml/input/data"
-
-_SCRIPT = """\
-#!/bin/bash
-# Runs one training run in a SageMaker training job.
-set -o pipefail
-ml=${{1:-/opt/ml}}
-cd "$(dirname "$0")"
-mkdir -p runs "$ml/checkpoints" "$ml/output/tensorboard" "$ml/model"
-
-fail() {{ tail -n 20 train.out > "$ml/output/failure"; exit 1; }}  # SageMaker shows this file as the reason
-copy_events() {{ cp -ru runs/{name}/events/. "$ml/output/tensorboard/" 2> /dev/null; }}
-
-# The run folder is what SageMaker copies to S3, and back into the next job of this run.
-ln -sfn "$ml/checkpoints" runs/{name}
-cp "$ml/input/data/config/config.json" runs/{name}/config.json
-
-python3 -m pip install --quiet --disable-pip-version-check -r requirements.txt 2>&1 | tee train.out || fail
-while sleep 30; do copy_events; done > /dev/null 2>&1 &
-copier=$!
-{command} > train.out 2>&1 &
-trainer=$!
-tail -n +1 -f --pid=$trainer train.out &
-shown=$!
-trap 'kill -TERM $trainer' TERM  # a spot interruption, or the job is stopped: the trainer saves and ends
-wait $trainer
-status=$?
-while kill -0 $trainer 2> /dev/null; do wait $trainer; status=$?; done
-kill $copier
-copy_events
-wait $shown
-[ $status = 0 ] || [ $status = {told_to_end} ] || fail
-[ ! -d runs/{name}/adapter ] || cp -r runs/{name}/adapter/. "$ml/model/"
-exit $status
-"""
+_DATA_CHANNEL = "dialogues"
 
 
 def training_image_uri(region: str) -> str:
-    """The training container in AWS's public registry of that region.
+    """Returns the address of the training container in AWS's public registry of a region.
 
     Raises:
         UserError: no such region.
@@ -93,18 +59,18 @@ def training_job(
     Watch it from here with `aws s3 sync S3_URI/runs/NAME runs/NAME`; the adapter comes back the same way.
 
     Args:
-        run: the run; a data file that it names is uploaded too.
+        run: the run; a data file that its settings name is uploaded too.
         role: ARN of the execution role.
         instance_type: such as `ml.g5.12xlarge`.
         s3_uri: where code, settings, run folder and results go, such as `s3://bucket/qlora`.
-        processes: 1 spreads one model over all GPUs; as many as GPUs gives each one a model and a share of the rows.
-        image_uri: another container; none takes `training_image_uri` of the client's region.
+        processes: 1 spreads one model over all GPUs; with as many as GPUs, each has a model and a share of the rows.
+        image_uri: another container; None takes `training_image_uri` of the client's region.
         volume_gib: disk for the model cache and the run folder, GiB.
-        max_hours: the job is stopped after so long.
-        environment: more for the container, such as `HF_TOKEN` for a gated model (whoever may describe the job can
+        max_hours: the job is stopped after this time.
+        environment: more variables for the container, such as `HF_TOKEN` for a gated model (whoever may describe the job can
             read it).
-        client: a SageMaker client; none makes one.
-        s3_client: an S3 client; none makes one.
+        client: a SageMaker client; None makes one.
+        s3_client: an S3 client; None makes one.
 
     Returns:
         The job's name.
@@ -117,19 +83,8 @@ def training_job(
     split_s3_uri(s3_uri)
     config, data_file = _config_for_job(run.config())
     client = client or new_client("sagemaker")
-    s3_client = s3_client or new_client("s3")
-    name = f"{re.sub('[^A-Za-z0-9]+', '-', run.name)[:40].strip('-')}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    name = _new_job_name(run.name)
     place = f"{s3_uri.rstrip('/')}/jobs/{name}/"
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder, "config.json")
-        settings.write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
-        source = source_archive(Path(folder, "source.tar.gz"), run.name, processes=processes)
-        channels = {
-            "code": upload(source, place, client=s3_client),
-            "config": upload(settings, place, client=s3_client),
-        }
-    if data_file is not None:
-        channels["dialogues"] = upload(data_file, place, client=s3_client)
     request = training_job_request(
         name,
         run_name=run.name,
@@ -137,7 +92,7 @@ def training_job(
         instance_type=instance_type,
         s3_uri=s3_uri,
         image_uri=image_uri or training_image_uri(client.meta.region_name),
-        channels=channels,
+        channels=_upload_inputs(run.name, config, data_file, place, processes, s3_client or new_client("s3")),
         volume_gib=volume_gib,
         max_hours=max_hours,
         environment=environment,
@@ -160,16 +115,16 @@ def training_job_request(
     max_hours: float = 24.0,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of boto3's `create_training_job`; `training_job` fills them in and sends them.
+    """Returns the arguments of boto3's `create_training_job`, which `training_job` sends. Needs no network.
 
     Args:
         name: the job's name.
-        run_name: the run's name: its folder in S3 and its TensorBoard events.
+        run_name: the run's name; names its folder in S3 and its TensorBoard events.
         channels: name -> object in S3; the container finds it in `/opt/ml/input/data/<name>/`.
         role, instance_type, s3_uri, image_uri, volume_gib, max_hours, environment: as for `training_job`.
     """
     place = s3_uri.rstrip("/")
-    # A container argument holds 256 characters at most, so the script travels with the code.
+    # A container argument has 256 characters at most, so the script travels with the code.
     unpack = f"mkdir -p /tmp/code && python3 -m tarfile -e {_INPUT}/code/source.tar.gz /tmp/code"
     return {
         "TrainingJobName": name,
@@ -180,19 +135,7 @@ def training_job_request(
             "ContainerEntrypoint": ["/bin/bash", "-c"],
             "ContainerArguments": [f"{unpack} && exec bash /tmp/code/job.sh"],
         },
-        "InputDataConfig": [
-            {
-                "ChannelName": channel,
-                "DataSource": {
-                    "S3DataSource": {
-                        "S3DataType": "S3Prefix",
-                        "S3Uri": uri,
-                        "S3DataDistributionType": "FullyReplicated",
-                    }
-                },
-            }
-            for channel, uri in channels.items()
-        ],
+        "InputDataConfig": [_input_channel(channel, uri) for channel, uri in channels.items()],
         "OutputDataConfig": {"S3OutputPath": f"{place}/jobs"},
         "CheckpointConfig": {"S3Uri": f"{place}/runs/{run_name}", "LocalPath": "/opt/ml/checkpoints"},
         "TensorBoardOutputConfig": {
@@ -205,42 +148,13 @@ def training_job_request(
     }
 
 
-def source_archive(out_path: Path, run_name: str, *, processes: int = 1) -> Path:
-    """Writes what the job runs: this package, its pinned requirements, and the script that trains the run.
-
-    Args:
-        out_path: the archive.
-        run_name: the run's name.
-        processes: as for `training_job`.
-
-    Raises:
-        UserError: the package was installed without its repository, or fewer than one process.
-    """
-    package = Path(__file__).resolve().parents[1]
-    requirements = package.parent / "requirements.txt"
-    if not requirements.is_file():
-        raise UserError(
-            "requirements.txt is not beside the package",
-            next_step="Work in a clone of the repository, installed with `pip install -e .`.",
-        )
-    files = [path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-    contents: dict[str, bytes | Path] = {str(path.relative_to(package.parent)): path for path in files}
-    contents["requirements.txt"] = requirements
-    contents["job.sh"] = _SCRIPT.format(
-        name=run_name, command=_command(run_name, processes), told_to_end=sigterm.EXIT_CODE
-    ).encode()
-    return write_tarball(out_path, contents)
-
-
-def _command(run_name: str, processes: int) -> str:
-    if processes < 1:
-        raise UserError("a job needs processes", expected="at least 1", got=str(processes))
-    launcher = f"-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node={processes} "
-    return f"python3 {launcher if processes > 1 else ''}-m qlora_helpers train {run_name}"
+def _input_channel(name: str, s3_uri: str) -> dict[str, Any]:
+    source = {"S3DataType": "S3Prefix", "S3Uri": s3_uri, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
 
 
 def _config_for_job(config: RunConfig) -> tuple[RunConfig, Path | None]:
-    """The settings as the container must see them, and the data file to upload, if any."""
+    """Returns the settings as the container must see them, and the data file to upload, if any."""
     model = config.model.name
     if not model.startswith("random:") and not is_hub_id(model):
         raise UserError(
@@ -252,4 +166,25 @@ def _config_for_job(config: RunConfig) -> tuple[RunConfig, Path | None]:
     data_file = Path(config.data.source)
     if not data_file.is_file():
         return config, None
-    return config.with_settings({"data.source": f"{_INPUT}/dialogues/{data_file.name}"}), data_file
+    return config.with_settings({"data.source": f"{_INPUT}/{_DATA_CHANNEL}/{data_file.name}"}), data_file
+
+
+def _new_job_name(run_name: str) -> str:
+    """Names a job after its run and the time; SageMaker takes letters, digits and '-', 63 at most."""
+    return f"{re.sub('[^A-Za-z0-9]+', '-', run_name)[:40].strip('-')}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+
+
+def _upload_inputs(
+    run_name: str, config: RunConfig, data_file: Path | None, place: str, processes: int, s3_client: Any
+) -> dict[str, str]:
+    """Uploads code, settings and the data file to `place` in S3; returns the address of each by its channel's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "config.json")
+        settings.write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+        files = {
+            "code": source_archive(Path(folder, "source.tar.gz"), run_name, processes=processes),
+            "config": settings,
+        }
+        if data_file is not None:
+            files[_DATA_CHANNEL] = data_file
+        return {channel: upload(path, place, client=s3_client) for channel, path in files.items()}

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.model.wiring import base_model_of
 from qlora_helpers.runs.folder import Run
 
 
@@ -66,6 +67,5 @@ def training_arguments(
 
 def half_of(model: torch.nn.Module) -> torch.dtype | None:
     """Returns the 16-bit type that a model computes in, or None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype = inner.dtype
+    dtype = base_model_of(model).dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None

@@ -5,7 +5,6 @@ Short sequences of random tokens go through the model as the trainer would send 
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.place import at
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.model.wiring import in_eval_mode
 from qlora_helpers.training.fast_step.loss import ChunkedLoss
 
 SAME_LOSS = 0.1  # at most, of the root mean square difference of fast and plain token losses to their spread
@@ -45,19 +45,17 @@ def check_block_diagonal(
     vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(2, vocabulary, (n,), generator=draw).tolist() for n in (9, 9, 7))
-    probe = dataclasses.replace(collator, pad_to=None, blocks=None, keep_trained_logits=False, list_trained=False)
+    probe = collator.for_probe(targets=AllLogits())
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
     answers = []
-    for before in (first, other):
-        ids, segments = before + second, [1] * len(before) + [2] * len(second)
-        batch = probe([{"input_ids": ids, "labels": [IGNORED] * len(ids), "segment_ids": segments}])
-        del batch["labels"]
-        logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        answers.append(logits[0, len(before) :].float())
-    alone = model(input_ids=torch.tensor([second], device=device)).logits[0].float()
-    model.train(was_training)
+    with in_eval_mode(model):
+        for before in (first, other):
+            ids, segments = before + second, [1] * len(before) + [2] * len(second)
+            batch = probe([{"input_ids": ids, "labels": [IGNORED] * len(ids), "segment_ids": segments}])
+            del batch["labels"]
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            answers.append(logits[0, len(before) :].float())
+        alone = model(input_ids=torch.tensor([second], device=device)).logits[0].float()
     spread = alone.std()
     changed = float((answers[0] - answers[1]).abs().max() / spread)
     apart = float((answers[0] - alone).square().mean().sqrt() / spread)
@@ -100,20 +98,18 @@ def probe_losses(model: torch.nn.Module, collator: SequenceCollator, chunked: Ch
     first, second = (torch.randint(2, vocabulary, (n,), generator=draw).tolist() for n in (9, 7))
     rows = [(first + second, [1] * 9 + [2] * 7)] if collator.packed else [(first, [1] * 9), (second, [1] * 7)]
     blocks = [{"input_ids": ids, "labels": ids, "segment_ids": segments} for ids, segments in rows]
-    batch = dataclasses.replace(collator, pad_to=None, blocks=None, keep_trained_logits=False)(blocks)
+    batch = collator.for_probe(targets=AllLogits() if chunked is None else collator.targets)(blocks)
     device = model.get_input_embeddings().weight.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    was_training = model.training
-    model.eval()
-    if chunked is None:
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        losses = losses[labels != IGNORED]
-    else:
-        model(**batch)
-        losses = chunked.per_token
-    model.train(was_training)
+    with in_eval_mode(model):
+        if chunked is None:
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            losses = losses[labels != IGNORED]
+        else:
+            model(**batch)
+            losses = chunked.per_token
     return losses.float()
 
 

@@ -17,16 +17,17 @@ import torch
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
+from qlora_helpers.data import batches
 from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
-from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
-from qlora_helpers.model.wiring import is_spread, takes_logits_to_keep
+from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU
-from qlora_helpers.planning.step_settings import StepSettings, may_record
+from qlora_helpers.planning.step_settings import StepSettings, may_capture
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 from qlora_helpers.training.probes import check_block_diagonal, check_same_losses, probe_losses
 
@@ -42,7 +43,7 @@ def make_collator(
     data: PreparedData,
     *,
     fast: FastStep | None = None,
-    blocks: int | None = None,
+    sequences: int | None = None,
 ) -> SequenceCollator:
     """Makes the collator that fits a model and prepared data.
 
@@ -51,23 +52,31 @@ def make_collator(
         tokenizer: the model's.
         data: prepared data.
         fast: the parts of the fast step that are on; None takes the plain path.
-        blocks: how many packed sequences every batch is filled up to; None fills none.
+        sequences: how many sequences every batch is filled up to; None fills none.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
+    targets: batches.Targets = batches.KeptLogits(as_list=is_spread(model))
+    if fast and fast.loss is not None:
+        targets = batches.TrainedTokens(most_trained(data.train, sequences) if sequences and fast.capturing else None)
+    elif not takes_logits_to_keep(model):
+        targets = batches.AllLogits()
     return SequenceCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        packed=data.packed,
-        mask_dtype=inner.dtype if eager else None,
-        pad_to=data.seq_len_tokens if data.packed else None,
-        keep_trained_logits=takes_logits_to_keep(model),
-        plain_positions=is_spread(model),
-        most_rows=most_rows(data.train, data.eval) if fast and fast.block_diagonal else None,
-        list_trained=fast is not None and fast.loss is not None,
-        most_trained=most_trained(data.train, blocks) if blocks and fast and fast.capturing else None,
-        blocks=blocks if data.packed else None,
+        tokenizer.pad_token_id,
+        _attention_for(model, data, fast),
+        targets,
+        length=data.seq_len_tokens if data.packed else None,
+        sequences=sequences if data.packed else None,
         host_tokens=fast is not None and fast.offloaded is not None,
     )
+
+
+def _attention_for(model: torch.nn.Module, data: PreparedData, fast: FastStep | None) -> batches.Attention:
+    if not data.packed:
+        return batches.PaddingMask()
+    if fast and fast.block_diagonal:
+        return batches.RowBounds(most_rows(data.train, data.eval))
+    inner = base_model_of(model)
+    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
+    return batches.BlockDiagonalMask(inner.dtype if eager else None)
 
 
 def open_fast_step(
@@ -123,11 +132,11 @@ def _settings_of(
 ) -> StepSettings:
     """Describes a step of a loaded model to the plan, uncompiled and without activation checkpointing."""
     copies, lora = int(os.environ.get("WORLD_SIZE", 1)), model.active_peft_config
-    dropout = lora.lora_dropout > 0 or draws_at_random(model.config.get_text_config().to_dict())
+    dropout = lora.lora_dropout > 0 or has_dropout(model.config.get_text_config().to_dict())
     quantization = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest,
-        blocks=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_size,
         checkpointed=0,
         compiled=False,
         r=lora.r,
@@ -142,7 +151,7 @@ def _settings_of(
         adapted=frozenset(lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         skipped=model.dtype != torch.float16,
-        captured=may_record(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
+        captured=may_capture(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
         copies=copies,
     )
     if not step.captured:

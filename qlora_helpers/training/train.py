@@ -19,8 +19,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.place import at
-from qlora_helpers.data.packing import NumberedBlocks, PreparedData
+from qlora_helpers.data.packing import NumberedSequences, PreparedData
 from qlora_helpers.model.host_embedding import restore_embedding
+from qlora_helpers.model.wiring import base_model_of
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
@@ -92,7 +93,9 @@ def _make_trainer(
 ) -> SummaryTrainer:
     """The trainer with the collator and arguments that fit the step; without the fast step, packing is checked here."""
     one_shape = fast is not None and (fast.compiled or fast.capturing)
-    collator = make_collator(model, tokenizer, data, fast=fast, blocks=config.micro_batch_size if one_shape else None)
+    collator = make_collator(
+        model, tokenizer, data, fast=fast, sequences=config.micro_batch_size if one_shape else None
+    )
     if data.packed and fast is None:
         check_block_diagonal(model, collator)
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
@@ -104,7 +107,7 @@ def _make_trainer(
     trainer = SummaryTrainer(
         model=model,
         args=args,
-        train_dataset=NumberedBlocks(data.train),
+        train_dataset=NumberedSequences(data.train),
         eval_dataset=data.eval,
         data_collator=collator,
     )
@@ -117,7 +120,7 @@ def _make_trainer(
 @contextlib.contextmanager
 def _loss_named(model: torch.nn.Module) -> Iterator[None]:
     """While open, errors of the model's own loss function say so; the fast step's loss takes its place and does the same."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model_of(model)
     own = inner.loss_function
     inner.loss_function = at("loss")(own)
     try:

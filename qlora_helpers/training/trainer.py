@@ -18,9 +18,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.base.place import at
-from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
 
@@ -43,6 +44,7 @@ class SummaryTrainer(Trainer):
     fast: FastStep | None = None
     trained_on: dict[str, Any] | None = None  # what can't change in later sessions
     _saves_to: Path | None = None
+    control: Any  # Trainer makes it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +57,7 @@ class SummaryTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Counts the tokens without padding; the sum stays on the device until it is logged."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._blocks = deque(batch.pop("blocks", None) for batch in batches)
+        self._blocks = deque(batch.pop("sequences", None) for batch in batches)
         pad = self.data_collator.pad_token_id
         self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
         return batches, items
@@ -118,21 +120,22 @@ class SummaryTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluates the mean loss per trained token, over all processes."""
         model = self.model
-        was_training = model.training
-        model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         rows = 0
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                losses, tokens = row_losses(model, batch, self.fast.loss if self.fast else None)
-            losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
-            sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
-            rows += len(tokens)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            if sigterm.asked() and self.accelerator.num_processes == 1:  # the few seconds left are for saving
-                break
-        model.train(was_training)
+        with in_eval_mode(model):
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    if self.fast and self.fast.loss:
+                        losses, tokens = chunked_row_losses(model, batch, self.fast.loss)
+                    else:
+                        losses, tokens = row_losses(model, batch)
+                losses, tokens = self.accelerator.gather_for_metrics((losses, tokens))
+                sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
+                rows += len(tokens)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if sigterm.asked() and self.accelerator.num_processes == 1:  # the few seconds left are for saving
+                    break
         done = rows >= len(dataloader.dataset) or not sigterm.asked()
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)

@@ -1,6 +1,6 @@
 """Curves over the optimizer steps: an image in a notebook or a page, a table where there are no images.
 
-Owns their looks, for light and dark themes alike, and knows nothing of runs. matplotlib is imported where something is drawn.
+This module draws for light and dark themes alike and knows nothing of runs. It imports matplotlib only when it draws.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_helpers.base.tables import text_table
+from qlora_helpers.base.style import colour, inline
+from qlora_helpers.base.tables import Table, Tabular
 
-GREY = "#7a7a7a"
-"""Axes and texts: about 4.3 to 1 against white as against JupyterLab's dark background; neither is better served."""
-BLUE, ORANGE = "#3a7bd5", "#d2691e"  # told apart by the colour-blind, and 3.6 to 1 or more on light and dark
+GREY = colour("grey")
+"""Axes and texts: its contrast is about 4.3 to 1 on white and on JupyterLab's dark background, so neither theme is favoured."""
+BLUE, ORANGE = colour("blue"), colour("orange")  # distinct to colour-blind readers; at least 3.6 to 1 on light and dark
 TABLE_ROWS = 12
 Points = tuple[tuple[int, float], ...]
-"""`(step, value)` pairs, steps rising."""
+"""`(step, value)` pairs in the order of their steps."""
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,30 @@ class Panel:
 
     Attributes:
         title: what the vertical axis shows, with its unit.
-        lines: name -> `(step, value)` pairs; the first is drawn plain in blue, the second dashed with dots in orange.
+        lines: name -> `(step, value)` pairs; the first is a solid blue line, the second a dashed orange one with dots.
     """
 
     title: str
     lines: dict[str, Points]
 
 
-class Chart:
-    """Panels over the optimizer steps; an image in a notebook, a table where there are no images.
+class Chart(Tabular):
+    """Panels over the optimizer steps, shown as an image in a notebook and as a table where there are no images.
 
     Args:
-        name: the run's.
-        panels: those without a point are left out.
-        columns: panels side by side.
+        name: the run's name.
+        panels: the small charts; those without a point are skipped.
+        columns: how many panels are side by side.
     """
 
     def __init__(self, name: str, panels: Sequence[Panel], *, columns: int = 1) -> None:
         self.name, self.columns = name, columns
         self.panels = tuple(panel for panel in panels if any(panel.lines.values()))
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and lines: a line a step that was logged, thinned to `TABLE_ROWS`; steps of the shortest line stay."""
+    def table(self) -> Table:
+        """Returns a row for each logged step, thinned to `TABLE_ROWS`; the steps of the shortest line are kept."""
+        if not self.panels:
+            return Table((), (), caption=f"{self.name}: no step has been logged yet")
         lines = {name: dict(points) for panel in self.panels for name, points in panel.lines.items() if points}
         steps = sorted(set().union(*lines.values()))
         rarest = min(lines.values(), key=len, default={})
@@ -60,42 +63,36 @@ class Chart:
         if len(steps) > TABLE_ROWS:
             steps = [steps[round(i * (len(steps) - 1) / (TABLE_ROWS - 1))] for i in range(TABLE_ROWS)]
         rows = [[str(step), *(number_text(points.get(step)) for points in lines.values())] for step in steps]
-        return ["step", *lines], rows
-
-    def __repr__(self) -> str:
-        if not self.panels:
-            return f"{self.name}: no step is logged yet"
-        header, rows = self.table()
-        return text_table(header, rows, numbers=range(len(header)))
+        return Table(["step", *lines], rows, numbers=range(len(lines) + 1))
 
     def label(self) -> str:
-        """What the chart shows, in a sentence, for those who can't see it."""
+        """Returns what the chart shows in a sentence, for those who can't see it."""
         parts = []
         for name, points in (line for panel in self.panels for line in panel.lines.items() if line[1]):
             (first, start), (last, end) = points[0], points[-1]
             parts.append(f"{name} from {number_text(start)} at step {first} to {number_text(end)} at step {last}")
-        return f"{self.name}: " + ("; ".join(parts) or "no step is logged yet")
+        return f"{self.name}: " + ("; ".join(parts) or "no step has been logged yet")
 
     def svg(self, colour: str = GREY) -> str:
-        """An `<svg>` element that can stand in an HTML page; empty text where there is nothing to draw.
+        """Returns an `<svg>` element for an HTML page, or an empty text if there is nothing to draw.
 
         Args:
-            colour: of axes and texts; `currentColor` takes the page's.
+            colour: the colour of axes and texts; `currentColor` takes the page's.
         """
         return _svg(self.panels, self.columns, self.label()).replace(GREY, colour) if self.panels else ""
 
     def _repr_html_(self) -> str:
-        """An `<img>`: JupyterLab takes `<svg>` out of notebooks that it does not trust yet, such as fresh clones."""
+        """Returns an `<img>`, since JupyterLab removes `<svg>` from notebooks that it does not trust yet, such as fresh clones."""
         if not self.panels:
-            return f"<p>{html.escape(repr(self))}</p>"
+            return super()._repr_html_()
         data = base64.b64encode(self.svg().encode()).decode()
         width = 600 if self.columns == 1 else 840
         alt = html.escape(self.label())
-        return f'<img alt="{alt}" width="{width}" style="max-width:100%" src="data:image/svg+xml;base64,{data}">'
+        return f'<img alt="{alt}" width="{width}" style="{inline("picture")}" src="data:image/svg+xml;base64,{data}">'
 
 
 def number_text(value: float | None) -> str:
-    """A reading with as many digits as are worth reading; empty text for None."""
+    """Returns a value with as many digits as are worth reading, or an empty text for None."""
     if not value:
         return "" if value is None else "0"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.1e}"
@@ -105,7 +102,7 @@ def _svg(panels: Sequence[Panel], columns: int, label: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Figure alone, without pyplot, keeps no state; a fixed salt and no date make equal curves equal files.
+    # Figure without pyplot keeps no global state; with a fixed salt and no date, equal curves give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qlora_helpers", "font.size": 8}):
         rows = math.ceil(len(panels) / columns)
         size = (4.2, 2.4) if columns == 1 else (2.3 * min(columns, len(panels)), 1.9 * rows)
@@ -116,21 +113,22 @@ def _svg(panels: Sequence[Panel], columns: int, label: str) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
-    text = re.sub(
-        r"<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL
-    )  # it would style the whole page
+    # matplotlib's <style> would apply to the whole page.
+    text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
-    text = re.sub(r' id="(?!m|p)[^"]*"| id="(?:patch|matplotlib)[^"]*"', "", text)  # never referred to; would repeat
+    text = re.sub(
+        r' id="(?!m|p)[^"]*"| id="(?:patch|matplotlib)[^"]*"', "", text
+    )  # unused, and repeated on a page with two charts
     return re.sub(r'(<svg[^>]*?) width="\S+" height="\S+"', rf'\1 role="img" aria-label="{html.escape(label)}"', text)
 
 
 def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    looks = [{"color": BLUE}, {"color": ORANGE, "linestyle": (0, (4, 2)), "marker": "o"}]
+    looks: list[dict[str, Any]] = [{"color": BLUE}, {"color": ORANGE, "linestyle": (0, (4, 2)), "marker": "o"}]
     for (name, points), look in zip(panel.lines.items(), looks, strict=False):
         if points:
-            dot = "o" if len(points) == 1 else None  # one point makes no line
+            dot = "o" if len(points) == 1 else None  # a single point draws no line
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, markersize=3.5, **({"marker": dot} | look))
     axes.set_title(panel.title, loc="left", fontsize=8, color=GREY)
     axes.set_xlabel("optimizer step", color=GREY)

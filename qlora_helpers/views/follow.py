@@ -1,7 +1,7 @@
-"""Following a run from its folder alone: each look reads what is new and tells everything a panel shows.
+"""Following a run from its folder alone: each look reads what is new and returns everything that a panel shows.
 
-Works beside a trainer in another process or on another machine that shares the folder, under torchrun, and after it. Asks nothing
-of the trainer. Knows no widgets, no model, and imports no torch.
+A follower works beside a trainer in another process or on another machine that shares the folder, under torchrun, and after the
+trainer has ended. It asks nothing of the trainer, knows no widgets and no model, and imports no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ LINE_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit of the run's budget: what it is, how much of it is used (0 to 1, or more), and that in words."""
+    """One limit of the run's budget: its name, the share that is used (0 to 1, or more), and the same in words."""
 
     name: str
     share: float
@@ -46,19 +46,19 @@ class View:
     """A run at one moment.
 
     Attributes:
-        name: the run's.
-        status: as `Run.status` tells it.
-        curves: of each of `CURVES`, `(step, value)` pairs.
-        generation: as `Progress` counts it: where it differs from the last look's, points may be gone.
-        seconds_left: of the training, by the pace of this session; None where it can't be told.
+        name: the run's name.
+        status: what `Run.status` returns.
+        curves: `(step, value)` pairs for each of `CURVES`.
+        generation: the count of `Progress`; if it differs from the last look's, points may have been taken back.
+        seconds_left: time left in training, estimated from the pace of this session; None if there is no estimate.
         silent_s: seconds since the trainer's last sign of life.
-        readings: of GPUs, or process and CPU, the latest there are.
-        limits: the run's budget, where it has one.
-        requests: the newest of each kind in this session, oldest first.
+        readings: the latest values of the GPUs, the process and the CPU.
+        limits: the limits of the run's budget, if it has one.
+        requests: the newest request of each kind in this session, oldest first.
         log: the last lines that the trainer printed, without control characters.
-        trouble: why it failed or died, with what it said last; empty where all is well.
-        events_copy: how far the copy of its TensorBoard events on S3 is; None where there is none.
-        settings_changed: whether they were saved anew since the last sign of life, so that a finished run may have more to do.
+        trouble: why the run failed or died, with the last line it printed; empty if nothing is wrong.
+        events_copy: the state of the copy of the TensorBoard events on S3; None if there is no copy.
+        settings_changed: whether settings were saved since the last sign of life, so that a finished run may have more to do.
     """
 
     name: str
@@ -76,16 +76,16 @@ class View:
     settings_changed: bool = False
 
     def last(self, curve: str) -> float | None:
-        """The latest value of a curve."""
+        """Returns the latest value of a curve."""
         points = self.curves[curve]
         return points[-1][1] if points else None
 
 
 class Follower:
-    """Looks at a run again and again, and reads each time what is new.
+    """Looks at a run repeatedly and reads only what is new.
 
     Args:
-        run: need not have begun.
+        run: the run to follow; it need not have begun.
     """
 
     def __init__(self, run: Run) -> None:
@@ -98,10 +98,10 @@ class Follower:
         self._looking = threading.Lock()
 
     def look(self) -> View:
-        """The run now.
+        """Reads the run as it is now.
 
         Raises:
-            RunError: its status is damaged.
+            RunError: the status is damaged.
         """
         with self._looking:
             status = self.run.status()
@@ -139,7 +139,7 @@ class Follower:
             self._paced[1:] = [record]
 
     def _unless_changed(self, path: Path, read: Any) -> Any:
-        """What `read(path)` gave when the file last changed; None where there is none."""
+        """Returns what `read(path)` returned when the file last changed, or None if there is no file."""
         try:
             found = path.stat()
         except OSError:
@@ -158,32 +158,32 @@ class Follower:
     def _train_config(self, path: Path) -> TrainConfig | None:
         try:
             return self.run.config().train
-        except UserError:  # of another version, perhaps: the curves can be shown all the same
+        except UserError:  # perhaps written by another version; the curves can be shown without it
             return None
 
 
 def points_of(records: Sequence[dict[str, Any]], key: str) -> Points:
-    """`(step, value)` of the records that have a finite number under a key."""
+    """Returns `(step, value)` of each record that has a finite number under a key."""
     values = [(record["step"], as_number(record.get(key))) for record in records]
     return tuple((step, value) for step, value in values if value is not None)
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number out of a file that may hold anything, else None."""
+    """Returns a value as a float if it is a finite number, else None; a damaged file may hold anything."""
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
         return None
     return float(value)
 
 
 def as_readings(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Readings of the GPUs and of the process, as far as a file that may hold anything has them."""
+    """Returns the readings of the GPUs and of the process, empty where they are missing or malformed."""
     gpus, process = values.get("gpus"), values.get("process")
     gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     return gpus, process if isinstance(process, dict) else {}
 
 
 def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:
-    """Of the training, by the pace between the first and the last of this session's records; None where it can't be told."""
+    """Estimates the seconds left from the pace between the first and last record of this session; None without a pace."""
     paced = [
         record
         for record in records
@@ -196,7 +196,7 @@ def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | N
 
 
 def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
-    """The last lines of a log as a terminal would leave them: of a bar that was drawn over and over, its last state."""
+    """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state."""
     try:
         with open(path, "rb") as file:
             file.seek(0, 2)
@@ -207,7 +207,7 @@ def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
         return ()
     found = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
     if start and len(found) > 1:
-        del found[0]  # its beginning is cut off
+        del found[0]  # the read began in the middle of this line
     shown = [plain(line).rstrip() for line in found]
     cut = [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in shown if line]
     return tuple(cut[-lines:])
@@ -231,7 +231,7 @@ def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) ->
     return tuple(found)
 
 
-def _newest_requests(requests: Sequence[Request], session: int) -> tuple[Request, ...]:
+def _newest_requests(requests: Iterable[Request], session: int) -> tuple[Request, ...]:
     newest = {request.kind: request for request in requests if request.session == session}
     return tuple(sorted(newest.values(), key=lambda request: request.id))
 
@@ -240,11 +240,11 @@ def _trouble(status: Status, log: Sequence[str]) -> str:
     if status.state not in ("failed", "dead"):
         return ""
     if status.exit_reason == INTERRUPTED:
-        return "It was interrupted; training again goes on from its last good checkpoint"
+        return "It was interrupted. Resume continues from the last good checkpoint"
     parts = [status.last_error or status.exit_reason or "it ended"]
-    if status.state == "dead" and log and log[-1].startswith("error: "):  # refused by the command line before it began
+    if status.state == "dead" and log and log[-1].startswith("error: "):  # the command line refused it before it began
         return plain(log[-1].removeprefix("error: "))
     if status.state == "dead":
-        parts = ["The trainer's process ended without a word; it may have been killed for want of memory"]
-        parts += [f"Its last words: {log[-1]}"] if log else []
+        parts = ["The trainer's process ended without an error message; it may have been killed because memory ran out"]
+        parts += [f"The last line of its log: {log[-1]}"] if log else []
     return plain(". ".join(parts))

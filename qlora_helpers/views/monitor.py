@@ -1,7 +1,7 @@
-"""Watching a run: its loss curve, its other readings, several runs side by side, and where it stands now.
+"""Watching a run: its loss curve, its other readings, its present state, and several runs side by side.
 
-Reads the run folder alone, so that it works beside a trainer in another process, after it, and without a GPU (what the GPUs do is
-`telemetry.gpu_table`'s). Knows no model and imports no torch.
+This module reads nothing but the run folder, so it works beside a trainer in another process, after it, and without a GPU
+(`telemetry.gpu_table` shows what the GPUs do). It knows no model and imports no torch.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import read_json
-from qlora_helpers.base.tables import Table, html_table, text_table
+from qlora_helpers.base.tables import Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.events_copy import CopyState, copy_state
 from qlora_helpers.runs.folder import Run, Status
-from qlora_helpers.runs.opening import find_runs
+from qlora_helpers.runs.opening import find_runs, runs_root
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
 from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
 
 
 class LossCurve(Chart):
-    """Training and evaluation loss over the steps, nats a trained token.
+    """Training and evaluation loss over the steps, in nats per trained token.
 
     Attributes:
         loss, eval_loss: `(step, value)` pairs; a resumed run is one gapless curve.
@@ -34,43 +34,32 @@ class LossCurve(Chart):
 
     def __init__(self, name: str, loss: Points, eval_loss: Points) -> None:
         self.loss, self.eval_loss = loss, eval_loss
-        super().__init__(name, [Panel("loss, nats a token", {"training loss": loss, "evaluation loss": eval_loss})])
+        super().__init__(name, [Panel("loss, nats per token", {"training loss": loss, "evaluation loss": eval_loss})])
 
 
 def loss_curve(run: Run) -> LossCurve:
-    """The run's loss curve as far as it is logged; a progress file that is missing or half written is no error."""
+    """Returns the loss curve as far as it is logged; a progress file that is missing or half written is not an error."""
     records = run.progress()
     return LossCurve(run.name, points_of(records, "loss"), points_of(records, "eval_loss"))
 
 
 def curves(run: Run) -> Chart:
-    """Learning rate, gradient norm and speed of a run, as small charts side by side."""
+    """Returns learning rate, gradient norm and speed of a run as small charts side by side."""
     records = run.progress()
     names = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
     return Chart(run.name, [Panel(title, {title: points_of(records, key)}) for title, key in names.items()], columns=3)
 
 
-@dataclass(frozen=True, repr=False)
-class RunTable:
-    """Several runs side by side; prints as text, shows as HTML in a notebook."""
+def run_table(root: str | os.PathLike[str] | None = None) -> Table:
+    """Returns a row for each run below a folder: state, step, last losses and, once evaluated, ROUGE-L with the points gained.
 
-    rows: tuple[tuple[str, ...], ...]
-
-    HEADER = ("run", "state", "step", "loss", "eval loss", "ROUGE-L")
-
-    def __repr__(self) -> str:
-        return text_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "no runs yet"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self.rows, numbers=range(2, 6)) if self.rows else "<p>no runs yet</p>"
-
-
-def run_table(root: str | os.PathLike[str] = "runs") -> RunTable:
-    """All runs below a folder: state, step, last losses and, where they are evaluated, ROUGE-L with the points gained.
-
-    A run whose files are damaged has the state `damaged`, and does not hide the others.
+    A run whose files are damaged is shown with the state `damaged` and does not hide the others. Where no
+    folder is named, it is `$QLORA_RUNS`, else `runs`.
     """
-    return RunTable(tuple(map(_run_row, find_runs(root))))
+    rows = [_run_row(run) for run in find_runs(runs_root(root))]
+    if not rows:
+        return Table((), (), caption="no runs yet")
+    return Table(["run", "state", "step", "loss", "eval loss", "ROUGE-L"], rows, numbers=range(2, 6))
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
@@ -94,15 +83,15 @@ def _last(records: Sequence[dict[str, Any]], key: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Watch:
-    """Where a run stands at one moment; prints as a few lines.
+    """The state of a run at one moment; prints as a few lines.
 
     Attributes:
-        name: the run's.
-        status: as `Run.status` tells it; a trainer that no longer lives is `dead`.
-        readings: name -> text, the last that were logged; empty before the first.
-        seconds_left: of the training, by the pace of this session; None where it can't be told.
-        seconds_silent: since the trainer's last sign of life.
-        events_copy: how far the copy of the TensorBoard events on S3 is; None where there is none.
+        name: the run's name.
+        status: what `Run.status` returns; the state is `dead` if the trainer's process has ended without saying so.
+        readings: name -> text of the values logged last; empty before the first.
+        seconds_left: time left in training, estimated from the pace of this session; None if there is no estimate.
+        seconds_silent: time since the trainer's last sign of life.
+        events_copy: the state of the copy of the TensorBoard events on S3; None if there is no copy.
     """
 
     name: str
@@ -113,7 +102,7 @@ class Watch:
     events_copy: CopyState | None = None
 
     def lines(self) -> list[str]:
-        """The lines that are printed: state and step, trouble where there is any, readings."""
+        """Returns the lines that are printed: state and step, what went wrong if anything did, and readings."""
         status = self.status
         head = f"{self.name}: {status.state}"
         head += f", step {status.step} of {status.max_steps}" if status.max_steps else ""
@@ -137,7 +126,7 @@ class Watch:
 
 
 def watch_once(run: Run) -> Watch:
-    """Looks at a run once: state, step, time left, and the last readings."""
+    """Reads a run once: state, step, time left, and the last readings."""
     status, records = run.status(), run.progress()
     silent = max(0.0, time.time() - status.heartbeat)
     return Watch(
@@ -159,7 +148,7 @@ def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def plan_table(run: Run) -> Table:
-    """What `plan.json` holds of the step: measured, and on GPUs beside it what the plan predicted for the same settings."""
+    """Returns what `plan.json` says about the step: measured, and on GPUs also predicted for the same settings."""
     plan = read_json(run.plan_path)
     measured, predicted = plan["measured"], plan.get("predicted", {})
     rows = [

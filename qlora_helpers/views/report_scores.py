@@ -1,6 +1,6 @@
-"""What an `evaluation.json` says on the report's page: rows of scores, sentences about them, dialogues with their answers.
+"""The scores on the report page: rows of figures, sentences about them, and dialogues with their answers.
 
-Takes and gives plain values; how the file came about is `evaluation`'s, how it looks the page's. Imports no torch.
+Functions take the values of an `evaluation.json` and return plain values for the template. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ LONGEST_DIALOGUE, LONGEST_ANSWER = 4000, 400  # characters shown
 
 
 def has_scores(evaluation: Mapping[str, Any]) -> bool:
-    """Whether base and tuned model were compared."""
+    """Returns whether the base and the tuned model were compared."""
     return {"base", "tuned"} <= set(evaluation.get("scores", ()))
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A difference with its sign, a real minus where it fell."""
+    """Returns a difference with its sign; the minus is the typographic one."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def percent(share: float) -> str:
-    """A share of 1 in whole percent, which is 0 % and 100 % only where it really is."""
+    """Returns a share of 1 in whole percent, as 0 % or 100 % only if the share is exactly 0 or 1."""
     whole = round(100 * share)
     return f"{min(99, max(1, whole)) if 0 < share < 1 else whole} %"
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a model: its name, the cells in the table's order, and the length of its bar in percent of the longest."""
+    """Returns a row for each model: its name, the cells in the table's order, and its bar in percent of the longest bar."""
     scores = {name: evaluation["scores"][name] for name in MODELS if name in evaluation.get("scores", ())}
     top = max((score["rouge_l"] for score in scores.values()), default=0.0)
     rows = []
@@ -50,49 +50,51 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
-    """What the scores say, good or bad, in sentences."""
+    """Returns what the scores say, good or bad, in sentences."""
     if not has_scores(evaluation):
         return []
     scores, gain, rows = evaluation["scores"], evaluation["rouge_l_gain"], len(evaluation["rows"])
     change = "gained" if gain >= 0 else "lost"
-    said = [f"Asked with the same prompt, the model {change} {abs(gain):.1f} points of ROUGE-L by the tuning."]
+    sentences = [f"With the same prompt, fine-tuning {change} {abs(gain):.1f} points of ROUGE-L."]
     if "base_chat" in scores:
         ahead = scores["tuned"]["rouge_l"] - scores["base_chat"]["rouge_l"]
-        said.append(
-            "Asked in its own chat template, the way it was made to be asked, the untuned model reaches "
-            f"{scores['base_chat']['rouge_l']:.1f}; the tuned one is {abs(ahead):.1f} points "
+        sentences.append(
+            "With its own chat template, which is how it was made to be prompted, the untuned model reaches "
+            f"{scores['base_chat']['rouge_l']:.1f}; the tuned model is {abs(ahead):.1f} points "
             f"{'above' if ahead >= 0 else 'below'} that."
         )
     comparisons = evaluation.get("comparisons", {})
-    said += [f"Tuned against {MODELS[name]}: {found['verdict']}" for name, found in comparisons.items()]
-    if rows < FEW_ROWS and not comparisons:  # a file from before there were intervals
-        said.append(f"{rows} dialogues are few: a difference of a point or two can be chance.")
+    sentences += [f"Tuned against {MODELS[name]}: {found['verdict']}" for name, found in comparisons.items()]
+    if rows < FEW_ROWS and not comparisons:  # a file from before intervals were computed
+        sentences.append(f"With only {rows} dialogues, a difference of a point or two can be chance.")
     if count := len(evaluation.get("skipped", ())):
-        said.append(f"{count} held-out dialogue{'s' * (count != 1)} stood in the training set too, and did not count.")
-    if evaluation["prompt_tokens_trimmed"]:
-        said.append(
-            f"{evaluation['prompt_tokens_trimmed']} of {rows} dialogues were cut at their end to fit the model's block."
+        sentences.append(
+            f"{count} held-out dialogue{'s' * (count != 1)} also in the training set {'were' if count != 1 else 'was'} not counted."
         )
-    return said
+    if evaluation["prompt_tokens_trimmed"]:
+        sentences.append(
+            f"{evaluation['prompt_tokens_trimmed']} of {rows} dialogues were cut at the end to fit the sequence length."
+        )
+    return sentences
 
 
 def intervals(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A table for each model that the tuned one was compared with: every measure, its difference and interval, and what it says."""
+    """Returns a table for each model that the tuned one was compared with: each measure, its difference, interval and verdict."""
     found = []
     for name, values in evaluation.get("comparisons", {}).items():
-        _, lines = comparison_from_dict(values).table()
+        lines = comparison_from_dict(values).table().rows
         if lines:
             found.append({"against": MODELS[name], "lines": lines, "level": percent(values["level"])})
     return found
 
 
 def outcomes(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Dialogues that the tuned model won, tied and lost against the untuned one: how many, and the clearest."""
+    """Returns the dialogues that the tuned model won, tied and lost against the untuned one: how many, and the clearest."""
     values = evaluation.get("comparisons", {}).get("base")
     if values is None:
         return []
     by_id = {row["id"]: row for row in evaluation["rows"]}
-    said = {"wins": "closer to the reference", "ties": "as close", "losses": "further from the reference"}
+    words = {"wins": "closer to the reference", "ties": "as close", "losses": "further from the reference"}
     return [
         {
             "what": f"{len(values[key])} answers {what} than the untuned model's".replace(
@@ -100,12 +102,12 @@ def outcomes(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             ),
             "dialogues": [_shown(by_id[name]) for name in values[key][:OUTCOMES_SHOWN]],
         }
-        for key, what in said.items()
+        for key, what in words.items()
     ]
 
 
 def shown_dialogues(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first rows: turns, reference, and each model's answer on one line, the tuned one's first."""
+    """Returns the first rows: turns, reference, and each model's answer on one line, the tuned model's first."""
     return [_shown(row) for row in evaluation.get("rows", ())[:DIALOGUES_SHOWN]]
 
 
@@ -126,12 +128,12 @@ def _answer(name: str, answer: Mapping[str, Any]) -> dict[str, Any]:
         "model": MODELS[name],
         "tuned": name == "tuned",
         "text": _shortened(" ".join(answer["text"].split()), LONGEST_ANSWER),
-        "end": f"{rouge}{count}, {'ended by itself' if answer['stopped'] else 'cut off at the limit'}",
+        "end": f"{rouge}{count}, {'ended by itself' if answer['stopped'] else 'cut off at the token limit'}",
     }
 
 
 def turns(dialogue: str) -> list[tuple[str, str]]:
-    """Speaker and text of each line; no speaker where a line does not begin with one, as in `https://...`."""
+    """Returns speaker and text of each line; the speaker is empty if the line has none, as in `https://...`."""
     found = []
     for line in plain(dialogue).splitlines():
         speaker, colon, text = line.partition(":")

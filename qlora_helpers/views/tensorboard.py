@@ -1,8 +1,7 @@
-"""TensorBoard as a process beside the notebook, and the way a browser reaches its page.
+"""TensorBoard as a process beside the notebook, and the address at which a browser finds it.
 
-Owns the process, its port and the address: directly on the person's own machine, through Jupyter's proxy on JupyterHub and
-in SageMaker Studio, where the browser sees no port of the kernel's machine. Reads event files (here or on S3) through
-TensorBoard alone; no torch.
+On a person's own machine the browser reaches TensorBoard's port directly; on JupyterHub and in SageMaker Studio it can't, and goes
+through Jupyter's proxy. Only TensorBoard reads the event files, here or on S3. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import IO, Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.style import inline
 from qlora_helpers.runs.events_copy import s3_target
 from qlora_helpers.runs.folder import Run
 
@@ -33,23 +33,23 @@ _pages: dict[str, TensorBoardPage] = {}
 
 
 def tensorboard_arguments(run: Run, config: RunConfig) -> list[str]:
-    """Arguments for the `tensorboard` command (or `%tensorboard`) that show this run, from wherever its events can be read."""
+    """Returns the arguments with which the `tensorboard` command (or `%tensorboard`) shows this run, from S3 or from its folder."""
     return ["--logdir", s3_target(run, config) or str(run.events_dir)]
 
 
 def start_tensorboard(*runs: Run, from_s3: bool | None = None) -> TensorBoardPage:
-    """Starts TensorBoard on one or more runs, on a free port of this machine; the same page again where it is up already.
+    """Starts TensorBoard on one or more runs, on a free port of this machine, or returns the page if it is running already.
 
     Args:
-        runs: what is shown, such as `start_tensorboard(run)` or `start_tensorboard(*find_runs("runs"))`.
-        from_s3: whether to read the copy on S3 (with all that lies beside it there) of the one run that is given; None takes
-            the local events where there are some, as they are never behind.
+        runs: the runs to show, as in `start_tensorboard(run)` or `start_tensorboard(*find_runs("runs"))`.
+        from_s3: whether to read the copy of a single run on S3, with every run beside it; None prefers local events, which are
+            never behind the copy.
 
     Returns:
-        The page: shows itself in a notebook, prints as its address, and is ended with `stop()` (or with the kernel).
+        A page that shows itself in a notebook and prints as its address. `stop()` ends it, and so does the end of the kernel.
 
     Raises:
-        RunError: a run has no events, or TensorBoard does not start.
+        RunError: a run has no events, or TensorBoard did not start.
     """
     name = ", ".join(run.name for run in runs)
     if from_s3 is None:
@@ -58,7 +58,8 @@ def start_tensorboard(*runs: Run, from_s3: bool | None = None) -> TensorBoardPag
         place: str | dict[str, Path] | None = _bucket(runs[0])
         if place is None:
             raise RunError(
-                f"the events of {name!r} go to no bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+                f"the events of {name!r} are not copied to a bucket",
+                next_step="Set train.tensorboard=s3://bucket/prefix first.",
             )
     else:
         place = {run.name: run.need(run.events_dir, "Notebook 04_train").resolve() for run in runs}
@@ -77,17 +78,17 @@ class TensorBoardPage:
     """A running TensorBoard.
 
     Args:
-        name: of what it shows.
-        place: an `s3://` address, or name -> folder of events.
+        name: the name of what it shows.
+        place: an `s3://` address, or a folder of events for each run's name.
 
     Attributes:
-        port: the one it chose.
-        url: where a browser finds it; a path alone where it goes through Jupyter.
+        port: the port that TensorBoard chose.
+        url: where a browser finds it; only a path if Jupyter passes it on.
     """
 
     def __init__(self, name: str, place: str | Mapping[str, Path]) -> None:
         self.name = name
-        # TensorBoard names a run by its folder below the one that it is given: a folder of links has the names people know.
+        # TensorBoard names a run after its folder, so a folder of links gives runs the names that people know.
         self._links = tempfile.TemporaryDirectory(prefix="tensorboard-")
         if not isinstance(place, str):
             for run_name, folder in place.items():
@@ -95,7 +96,7 @@ class TensorBoardPage:
         command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0", "--logdir"]
         command += [place, "--reload_interval", "30"] if isinstance(place, str) else [self._links.name]
         with tempfile.TemporaryFile() as log:
-            # A process group of its own: interrupting a cell would end it too.
+            # In the kernel's own process group, interrupting a cell would end TensorBoard too.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -111,22 +112,22 @@ class TensorBoardPage:
     def _wait_for_port(self, log: IO[bytes]) -> int:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
-            said = os.pread(log.fileno(), 100_000, 0)  # the place of reading is the place of its writing
-            if found := _ADDRESS.search(said):
+            printed = os.pread(log.fileno(), 100_000, 0)  # read() would move the position at which TensorBoard writes
+            if found := _ADDRESS.search(printed):
                 return int(found[1])
             if not self.is_running or time.monotonic() > deadline:
                 self.stop()
-                last = [line for line in said.decode(errors="replace").splitlines() if line.strip()][-1:]
+                last = [line for line in printed.decode(errors="replace").splitlines() if line.strip()][-1:]
                 raise RunError("TensorBoard did not start", got=repr(*last or [""]), next_step="Is it installed here?")
             time.sleep(0.05)
 
     @property
     def is_running(self) -> bool:
-        """Whether its process lives."""
+        """Whether its process is alive."""
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """Ends it; the event files stay."""
+        """Ends the process; the event files stay."""
         atexit.unregister(self.stop)
         if self.is_running:
             self._process.terminate()
@@ -153,23 +154,23 @@ class TensorBoardPage:
             return f"<p>{html.escape(repr(self))}</p>"
         url, name = html.escape(self.url), html.escape(self.name)
         return (
-            f'<p>TensorBoard of {name}: <a href="{url}" target="_blank" rel="noopener">open it in a tab of its own</a></p>'
-            f'<iframe title="TensorBoard of {name}" src="{url}" width="100%" height="640" style="border:0"></iframe>'
+            f'<p>TensorBoard of {name}: <a href="{url}" target="_blank" rel="noopener">open it in its own tab</a></p>'
+            f'<iframe title="TensorBoard of {name}" src="{url}" width="100%" height="640" style="{inline("frame")}"></iframe>'
         )
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """TensorBoard reads another variable for an S3 that is not Amazon's than boto3 does."""
+    """Returns the environment with the variable in which TensorBoard, unlike boto3, looks for an S3 that is not Amazon's."""
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
     return ({"S3_ENDPOINT": endpoint} if endpoint else {}) | dict(environ)
 
 
 def browser_url(port: int, environ: Mapping[str, str] = os.environ) -> str:
-    """Where a browser finds a port of this machine.
+    """Returns the address at which a browser finds a port of this machine.
 
-    Through `jupyter-server-proxy` on JupyterHub, in SageMaker Studio, and wherever the Jupyter server that started this
-    kernel has it; `TENSORBOARD_PROXY_URL` (with `%PORT%` in it) overrides. Else the port itself, which a browser on the same
-    machine reaches.
+    The address goes through `jupyter-server-proxy` on JupyterHub, in SageMaker Studio, and wherever the Jupyter server that started
+    this kernel has it. Otherwise it is the port itself, which a browser on the same machine reaches. `TENSORBOARD_PROXY_URL`, with
+    `%PORT%` in it, overrides both.
     """
     if "TENSORBOARD_PROXY_URL" in environ:
         return environ["TENSORBOARD_PROXY_URL"].replace("%PORT%", str(port))
@@ -184,13 +185,13 @@ def browser_url(port: int, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _jupyter_server(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the Jupyter server that started this kernel wrote down about itself; None where there is none."""
+    """Returns what the Jupyter server that started this kernel wrote about itself, or None if there is no such server."""
     try:
         from jupyter_core.paths import jupyter_runtime_dir
 
         path = Path(jupyter_runtime_dir()) / f"jpserver-{int(environ['JPY_PARENT_PID'])}.json"
-        told = json.loads(path.read_text())
-        return told if {"url", "base_url"} <= told.keys() else None
+        server = json.loads(path.read_text())
+        return server if {"url", "base_url"} <= server.keys() else None
     except (ImportError, KeyError, ValueError, OSError):
         return None
 

@@ -1,4 +1,4 @@
-"""A row of tokens as coloured text, with what is trained and what is masked."""
+"""A row of tokens as coloured text that shows which of them are trained and which are masked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.base.style import inline
 from qlora_helpers.base.text import plain
 from qlora_helpers.data.labels import IGNORED
 
@@ -13,23 +14,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LONGEST_CHARACTER = 8  # tokens; UTF-8 has four bytes a character
+LONGEST_CHARACTER = 8  # tokens; a character has at most four bytes in UTF-8
+KINDS = ("trained", "end", "masked", "padding")
+"""What can happen to a token; each is a class in the stylesheet."""
 
 
 class TokenView:
-    """A block's tokens, marked by what happens to them: coloured in a notebook, bracketed where there are no colours.
+    """A sequence of tokens marked by what happens to them: in colours in a notebook, in brackets where there are no colours.
 
     Args:
-        block: `input_ids`, `labels` and, where there are several rows, `segment_ids`.
-        tokenizer: the model's.
-        most: show at most so many tokens.
+        sequence: `input_ids`, `labels` and, for a packed sequence of several rows, `segment_ids`.
+        tokenizer: the model's tokenizer.
+        most: the largest number of tokens to show.
     """
 
-    COLOURS = {"trained": "#1a7f37", "end": "#b35900", "masked": "#6e7781", "padding": "#afb8c1"}
-
-    def __init__(self, block: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, most: int = 400) -> None:
-        ids, labels = list(block["input_ids"]), list(block["labels"])
-        segments = list(block.get("segment_ids") or [1] * len(ids))
+    def __init__(self, sequence: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, most: int = 400) -> None:
+        ids, labels = list(sequence["input_ids"]), list(sequence["labels"])
+        segments = list(sequence.get("segment_ids") or [1] * len(ids))
         self.tokens = [
             (text, token_kind(token, label, segment, tokenizer.eos_token_id), segment)
             for text, token, label, segment in zip(
@@ -39,7 +40,7 @@ class TokenView:
         self.hidden = max(0, len(ids) - most)
 
     def __repr__(self) -> str:
-        """Trained tokens in [brackets], the trained end as [END], masked text as it is, a bar between rows."""
+        """Returns trained tokens in [brackets], the trained end as [END], masked text as it is, and a bar between rows."""
         parts, last_kind, last_segment = [], "", None
         for text, kind, segment in self.tokens:
             opens, closes = kind in ("trained", "end"), last_kind in ("trained", "end")
@@ -54,27 +55,22 @@ class TokenView:
         parts, last_segment = [], None
         for text, kind, segment in self.tokens:
             if last_segment not in (None, segment):
-                parts.append("<hr style='margin:4px 0'>")
+                parts.append(f'<hr style="{inline("between")}">')
             shown = html.escape({"end": text or "END"}.get(kind, text)).replace("\n", "↵<br>")
-            weight = "600" if kind in ("trained", "end") else "400"
-            line = "underline" if kind in ("trained", "end") else "none"
-            style = f"color:{self.COLOURS[kind]};font-weight:{weight};text-decoration:{line}"
-            parts.append(f"<span title='{kind}' style='{style}'>{shown}</span>")
+            parts.append(f"<span title='{kind}' style='{inline(kind)}'>{shown}</span>")
             last_segment = segment
-        legend = " ".join(f"<b style='color:{colour}'>{kind}</b>" for kind, colour in self.COLOURS.items())
+        key = " ".join(f'<span style="{inline(kind)}">{kind}</span>' for kind in KINDS)
         body = "".join(parts) + html.escape(self._rest())
-        return (
-            f"<div style='font-family:monospace;line-height:1.5'>{body}<div style='margin-top:6px'>{legend}</div></div>"
-        )
+        return f'<div style="{inline("tokens")}">{body}<div style="{inline("key")}">{key}</div></div>'
 
     def _rest(self) -> str:
         return f" ... and {self.hidden} more tokens" if self.hidden else ""
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds, as it may be shown: without control characters.
+    """Returns the text that each token adds, without control characters.
 
-    A character made of several tokens (an emoji) stands at its last one; the others add none.
+    A character made of several tokens, such as an emoji, is the text of its last token; the others add nothing.
     """
     texts, open_ids = [], []
     for token in ids:
@@ -89,7 +85,7 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def token_kind(token: int, label: int, segment: int, eos: int) -> str:
-    """What happens to a token: `padding`, `masked`, `end` (the trained end of the text) or `trained`."""
+    """Returns what happens to a token: `padding`, `masked`, `end` (the trained end of the text) or `trained`."""
     if segment == 0:
         return "padding"
     if label == IGNORED:

@@ -21,7 +21,7 @@ def notebook(lab, opened):
     cells = [
         "from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import row_browser",
         f"run = workflow.open_run('attacked', profile='tiny', settings={settings!r})\nloaded = workflow.load(run)\n"
-        "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.model.config.to_dict())",
+        "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape)",
         "row_browser(data, loaded.tokenizer)",
     ]
     notebook = opened(lab.add_notebook("dialogues.ipynb", cells))
@@ -49,6 +49,6 @@ def test_rows_token_by_token(notebook):
     rows.locator(".qlora-search input").fill("LOOK")
     rows.locator(".qlora-search input").press("Enter")
     expect(rows).to_contain_text("2 of 8 rows with")
-    rows.locator(".qlora-whole-block input").check()
+    rows.locator(".qlora-whole-sequence input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_visible()
     assert_not_attacked(page)

@@ -32,7 +32,7 @@ def test_turn_a_knob_see_what_follows_and_save(form, run, picture):
     page = form.page
     consequences = page.locator(".qlora-consequences")
     expect(consequences).to_contain_text("55,541,760")
-    expect(consequences).to_contain_text("fits")
+    expect(consequences).to_contain_text("Fits")
     picture(form, page.locator(".qlora-form"), "form")
 
     rank = page.locator(".qlora-field-adapter-r")
@@ -69,7 +69,7 @@ def test_a_wrong_number_is_told_and_never_saved(form, run):
     rank.fill("0")
     rank.press("Enter")
     expect(page.locator(".qlora-form")).to_contain_text("adapter.r")
-    expect(page.locator(".qlora-form")).to_contain_text("last settings without a mistake")
+    expect(page.locator(".qlora-form")).to_contain_text("last valid settings")
     page.locator(".qlora-save-config").click()
     expect(page.locator(".qlora-form")).to_contain_text("Not saved")
     assert run.config().adapter.r == 8

@@ -46,10 +46,10 @@ def test_06_asks_both_models_what_a_person_types(opened, run):
     panel.locator(".noUi-handle").first.focus()  # temperature
     page.keyboard.press("End")
     panel.locator("button.qlora-ask").click()
-    said = notebook.kernel(
-        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel._asked]))"
+    printed = notebook.kernel(
+        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel.asking.dialogue]))"
     )
-    answers, asked = json.loads(said)
+    answers, asked = json.loads(printed)
     assert ATTACK in asked and set(answers) == {"base", "tuned"} and any(answers.values())
     for model, text in answers.items():
         shown = panel.locator(f".qlora-answer-{model}")

@@ -38,7 +38,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
         "from qlora_helpers import workflow\nfrom qlora_helpers.views.widgets import answer_panel, row_browser",
         f"run = workflow.existing_run({str(DEMO_RUNS / 'demo')!r})\nloaded = workflow.load(run)\n"
         "model = workflow.load_adapter(run, loaded)\n"
-        "data = workflow.prepare_data(run, loaded.tokenizer, shape=model.config.to_dict())",
+        "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape)",
         "answer_panel(workflow.streaming_answers(run, model, loaded), data.test, max_new_tokens=60)",
         "row_browser(data, loaded.tokenizer)",
     ]
@@ -50,7 +50,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
         expect(panel.locator(f".qlora-answer-{model}")).to_contain_text("done", timeout=120_000)
     picture(notebook, panel, "answers")
     rows = notebook.page.locator(".qlora-rows")
-    rows.locator(".qlora-whole-block input").check()
+    rows.locator(".qlora-whole-sequence input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_attached()
     picture(notebook, rows, "rows")
 

@@ -40,7 +40,7 @@ def archive(members: dict[str, bytes], **options) -> bytes:
 
 
 def renamed(data: bytes, old: str, new: str) -> bytes:
-    """Forges a member's name, as py7zr itself would not write it, and mends the checksums over it."""
+    """Forges a member's name, as py7zr itself would not write it, and corrects the checksums over it."""
     assert len(old) == len(new)
     start = 32 + struct.unpack_from("<Q", data, 12)[0]
     header = data[start:].replace(old.encode("utf-16-le"), new.encode("utf-16-le"))
@@ -88,8 +88,8 @@ def test_nothing_else_is_unpacked_and_nothing_written(tmp_path, monkeypatch):
     ("members", "piece"),
     [
         ({"val.json": b""}, "corpus.7z/val.json is empty"),
-        ({"val.json": b'[{"dialogue":\n}]'}, "corpus.7z/val.json line 2 is no valid JSON"),
-        ({"val.json": b"[\n\n\xe9]"}, "corpus.7z/val.json line 3 is no UTF-8"),
+        ({"val.json": b'[{"dialogue":\n}]'}, "corpus.7z/val.json line 2 is not valid JSON"),
+        ({"val.json": b"[\n\n\xe9]"}, "corpus.7z/val.json line 3 is not UTF-8"),
         ({"val.json": b'{"train": [], "val": []}'}, "corpus.7z/val.json has splits of its own"),
         ({"val.json": b"[]"}, "corpus.7z/val.json holds no rows"),
         ({"val.json": rows(2)}, "corpus.7z has too few usable rows"),
@@ -107,7 +107,7 @@ def test_a_member_that_leads_out_is_refused(name):
     plain = "x" * len(name)
     error = error_of(renamed(archive(SAMSUM | {plain: b"x"}), plain, name))
     assert (
-        "not to be trusted" in str(error) and repr(name.replace("\\", "/")) in str(error) and "leads out" in str(error)
+        "can't be trusted" in str(error) and repr(name.replace("\\", "/")) in str(error) and "leads out" in str(error)
     )
 
 
@@ -116,19 +116,19 @@ def test_a_link_is_refused(tmp_path):
     (tmp_path / "val.json").symlink_to("train.json")
     with py7zr.SevenZipFile(tmp_path / "corpus.7z", "w") as file:
         file.write(tmp_path / "val.json", "val.json")
-    assert "is a link or no plain file" in str(error_of((tmp_path / "corpus.7z").read_bytes()))
+    assert "is a link or not a plain file" in str(error_of((tmp_path / "corpus.7z").read_bytes()))
 
 
-def test_a_folder_with_a_members_name_is_refused(tmp_path):
+def test_a_folder_named_like_a_member_is_refused(tmp_path):
     (tmp_path / "val.json").mkdir()
     with py7zr.SevenZipFile(tmp_path / "corpus.7z", "w") as file:
         file.write(tmp_path / "val.json", "val.json")
     assert "'val.json' is a folder" in str(error_of((tmp_path / "corpus.7z").read_bytes()))
 
 
-def test_a_member_that_is_there_twice_is_refused():
+def test_a_repeated_member_is_refused():
     data = renamed(archive({"val.json": rows(5), "vax.json": rows(5)}), "vax.json", "val.json")
-    assert "is there twice" in str(error_of(data))
+    assert "is in it twice" in str(error_of(data))
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -226,7 +226,7 @@ def served(data: bytes, **said) -> Iterator[str]:
 
 
 class Bar:
-    """Records what a progress bar is told."""
+    """Records the calls of a progress bar."""
 
     def __init__(self, **options) -> None:
         self.options, self.done, self.closed = options, 0, False
@@ -267,7 +267,7 @@ def test_a_download_that_breaks_off_is_named():
     with served(data[:-100], length=len(data)) as address:
         assert "corpus.7z broke off after" in str(refusal(f"{address}/corpus.7z"))
     with served(data[:-100]) as address:
-        assert "corpus.7z is no whole 7z archive: it is truncated" in str(refusal(f"{address}/corpus.7z"))
+        assert "corpus.7z is not a complete 7z archive: it is truncated" in str(refusal(f"{address}/corpus.7z"))
 
 
 @pytest.mark.parametrize("length", [10**12, None])
@@ -283,7 +283,7 @@ def test_a_download_over_the_limit_is_stopped(monkeypatch, length):
     assert ("got 931.3 GiB" if length else "got 256.0 KiB") in str(caught.value)
 
 
-def test_an_address_that_answers_badly_or_not_at_all():
+def test_an_address_that_fails_or_does_not_answer_is_named():
     with served(b"") as address:
         assert "other.7z can't be downloaded: the server answered 404" in str(refusal(f"{address}/other.7z"))
     error = refusal(f"{address}/corpus.7z")  # nobody listens there any more
@@ -291,15 +291,15 @@ def test_an_address_that_answers_badly_or_not_at_all():
     assert "Download it by other means" in error.next_step
 
 
-def test_addresses_that_are_not_safe_or_no_archives():
+def test_unencrypted_addresses_and_other_files_are_refused():
     assert "expected an https:// address; got http://" in str(refusal("http://example.org/corpus.7z"))
     assert "got ftp://" in str(refusal("ftp://example.org/corpus.7z"))
     assert "got file://" in str(refusal("file:///tmp/corpus.7z"))
     assert "rows.jsonl can't be read from the web" in str(refusal("https://example.org/rows.jsonl"))
-    assert "that is no address" in str(refusal("https://[::1/corpus.7z"))
+    assert "that is not an address" in str(refusal("https://[::1/corpus.7z"))
 
 
-def test_a_redirect_to_an_address_that_is_not_safe_is_refused():
+def test_a_redirect_to_an_unencrypted_address_is_refused():
     data = archive(SAMSUM)
     with served(data, host="127.0.0.2") as elsewhere, served(b"", to=f"{elsewhere}/corpus.7z") as address:
         assert "expected an https:// address" in str(refusal(f"{address}/moved.7z"))

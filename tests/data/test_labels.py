@@ -33,7 +33,7 @@ def test_the_summary_and_its_end_are_trained():
     assert (labelled.trimmed_tokens, len(labelled)) == (0, len(labelled.labels))
 
 
-def test_everything_is_trained_where_that_is_asked():
+def test_loss_on_all_trains_every_token():
     """All but the first token, which nothing predicts."""
     labelled = row(loss_on="all")
     assert labelled.labels == [IGNORED, *labelled.input_ids[1:]]
@@ -46,7 +46,7 @@ def test_everything_is_trained_where_that_is_asked():
     st.integers(16, 120),
     st.sampled_from(["summary", "all"]),
 )
-def test_a_row_fits_or_is_none_and_its_summary_and_frame_stay_whole(dialogue, summary, limit, loss_on):
+def test_rows_fit_or_are_none_and_keep_summary_and_prompt(dialogue, summary, limit, loss_on):
     whole, labelled = row(dialogue, summary, loss_on=loss_on), row(dialogue, summary, loss_on=loss_on, max_tokens=limit)
     frame = len(row("", summary))
     assert (labelled is None) == (frame > limit)
@@ -84,12 +84,12 @@ def two_rows(**settings):
     return row(**settings), label_row("r2", "Ana: so?", "Ana asks.", TOKENIZER, **settings)
 
 
-def test_a_good_block_passes():
+def test_a_good_sequence_passes():
     rows = two_rows()
     found = report([block(*rows)])
     assert found.passed
     assert found.problems == ()
-    assert (found.rows, found.blocks, found.tokens) == (2, 1, sum(map(len, rows)))
+    assert (found.rows, found.sequences, found.tokens) == (2, 1, sum(map(len, rows)))
     assert found.trained_tokens == sum(label != IGNORED for each in rows for label in each.labels)
     assert (found.eos_trained, found.prompt_masked, found.answers_whole) == (2, 2, 2)
     assert repr(found).splitlines()[-1] == "verdict        PASS"
@@ -105,7 +105,7 @@ def test_padding_is_not_counted():
     assert report([padded]) == report([block(*rows)])
 
 
-def test_the_recipe_s_labels_fail(torch):
+def test_the_labels_of_the_2023_recipe_fail(torch):
     """transformers' collator masks every padding token, and with pad = eos the end of text is one."""
     from transformers import DataCollatorForLanguageModeling
 
@@ -132,7 +132,7 @@ def test_the_recipe_s_labels_fail(torch):
     assert repr(found).splitlines()[-1].startswith("verdict        FAIL: 2 rows don't train their end")
 
 
-def test_everything_trained_passes_where_it_was_asked_for():
+def test_loss_on_all_passes_its_report():
     rows = two_rows(loss_on="all")
     assert report([block(*rows)], loss_on="all").passed
     assert report([block(*rows)]).problems == ("2 rows train their prompt: loss is spent on the dialogue",)
@@ -164,14 +164,14 @@ def test_a_summary_of_another_row_is_found():
 
 def test_nothing_to_train_on():
     assert report([]).problems == ("there is nothing to train on",)
-    assert "rows           0 in 0 blocks" in repr(report([]))
+    assert "rows           0 in 0 sequences" in repr(report([]))
 
 
-def test_rows_that_were_cut_or_left_out_are_named():
+def test_trimmed_and_skipped_rows_are_named():
     found = report([block(row())], trimmed=["r1"], skipped=[f"x{number}" for number in range(7)])
     lines = dict(found.lines())
     assert lines["trimmed"] == "1: r1"
-    assert lines["left out"] == "7: x0, x1, x2, x3, x4 and 2 more"
+    assert lines["skipped"] == "7: x0, x1, x2, x3, x4 and 2 more"
 
 
 # what a reader sees
@@ -186,14 +186,14 @@ def test_tokens_in_brackets():
     assert repr(TokenView({"input_ids": row().input_ids, "labels": row().labels}, TOKENIZER)) == text.split("\n| ")[0]
 
 
-def test_long_blocks_are_cut():
+def test_long_sequences_are_cut():
     view = TokenView(block(row()), TOKENIZER, most=5)
     assert len(view.tokens) == 5
     assert repr(view).endswith(f" ... and {len(row()) - 5} more tokens")
     assert f"and {len(row()) - 5} more tokens" in view._repr_html_()
 
 
-def test_what_somebody_typed_is_shown_and_not_run():
+def test_html_in_a_dialogue_is_shown_and_not_run():
     nasty = "Ana: <script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""
     page = TokenView(block(row(dialogue=nasty, summary="<b>bold</b>")), TOKENIZER)._repr_html_()
     for tag in ("<script", "<img", "<b>bold", "</script"):

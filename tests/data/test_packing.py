@@ -1,4 +1,4 @@
-"""Packing keeps every row and keeps rows apart; computing fewer logits changes neither loss nor gradient."""
+"""Packing keeps every row, packed rows don't attend to each other, and fewer logits change neither loss nor gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_falcon, tiny_llama
 
-from qlora_helpers.data.batches import SequenceCollator, block_diagonal_mask, positions_in_row
+from qlora_helpers.data.batches import (
+    AllLogits,
+    BlockDiagonalMask,
+    KeptLogits,
+    PaddingMask,
+    SequenceCollator,
+    block_diagonal_mask,
+    positions_in_row,
+)
 from qlora_helpers.data.labels import IGNORED
-from qlora_helpers.data.packing import pack
+from qlora_helpers.data.packing import NumberedSequences, pack
 from qlora_helpers.model.wiring import is_spread
 
 PAD = 1
@@ -22,7 +30,7 @@ PAD = 1
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(1, 60), st.integers(0, 3))
-def test_every_row_once_and_no_block_too_full(data, capacity, seed):
+def test_every_row_is_packed_once_and_no_sequence_is_too_long(data, capacity, seed):
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
     blocks = pack(lengths, capacity, seed=seed)
     assert sorted(index for block in blocks for index in block) == list(range(len(lengths)))
@@ -34,7 +42,15 @@ def test_every_row_once_and_no_block_too_full(data, capacity, seed):
     assert len(sizes) < 2 or sizes[0] + sizes[1] > capacity
 
 
-def test_blocks_are_full_on_rows_like_ours():
+def test_the_seed_orders_the_sequences():
+    lengths = list(range(31, 61))  # each fills a sequence by itself, and no two are of one length
+    first, same, other = (pack(lengths, 60, seed=seed) for seed in (0, 0, 1))
+    assert first == same != other
+    assert sorted(first) == sorted(other) == [[index] for index in range(30)]
+    assert first != sorted(first) and first != sorted(first)[::-1]
+
+
+def test_sequences_of_typical_rows_are_nearly_full():
     import random
 
     draw = random.Random(1)
@@ -48,7 +64,7 @@ def test_blocks_are_full_on_rows_like_ours():
 
 
 def block(*rows: tuple[list[int], list[int]]) -> dict:
-    """A block of rows of ids and labels."""
+    """A sequence of rows of ids and labels."""
     return {
         "input_ids": [token for ids, _ in rows for token in ids],
         "labels": [label for _, labels in rows for label in labels],
@@ -59,7 +75,7 @@ def block(*rows: tuple[list[int], list[int]]) -> dict:
 
 def test_a_padded_batch(torch):
     rows = [block(([5, 6, 7], [IGNORED, 6, 7])), block(([8, 9], [IGNORED, 9]))]
-    batch = SequenceCollator(PAD, packed=False)(rows)
+    batch = SequenceCollator(PAD, PaddingMask(), KeptLogits())(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, PAD]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -71,7 +87,7 @@ def test_a_padded_batch(torch):
 
 def test_a_packed_batch(torch):
     rows = [block(([5, 6, 7], [IGNORED, 6, 7]), ([8, 9], [IGNORED, 9]))]
-    batch = SequenceCollator(PAD, packed=True, pad_to=7)(rows)
+    batch = SequenceCollator(PAD, BlockDiagonalMask(), KeptLogits(), length=7)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, PAD, PAD]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     expected = [
@@ -87,7 +103,7 @@ def test_a_packed_batch(torch):
     assert batch["attention_mask"][0, 0].int().tolist() == expected
     assert batch["logits_to_keep"].tolist() == [0, 1, 3]
     assert batch["shift_labels"].tolist() == [[6, 7, 9]]
-    additive = SequenceCollator(PAD, packed=True, mask_dtype=torch.float16, pad_to=7)(rows)["attention_mask"]
+    additive = SequenceCollator(PAD, BlockDiagonalMask(torch.float16), length=7)(rows)["attention_mask"]
     assert additive.dtype == torch.float16
     assert torch.equal(additive == 0, batch["attention_mask"])
     assert additive.min() == torch.finfo(torch.float16).min
@@ -97,7 +113,9 @@ def test_a_model_on_several_gpus_gets_its_positions_as_a_list(models, torch):
     """accelerate brings tensors to the first GPU, where the last layer's output is not."""
     model = models["falcon"]
     blocks = [block(([5, 6, 7], [IGNORED, 6, 7]), ([8, 9], [IGNORED, 9]))]
-    usual, plain = (SequenceCollator(PAD, packed=True, plain_positions=plain)(blocks) for plain in (False, True))
+    usual, plain = (
+        SequenceCollator(PAD, BlockDiagonalMask(), KeptLogits(as_list=as_list))(blocks) for as_list in (False, True)
+    )
     assert plain["logits_to_keep"] == usual["logits_to_keep"].tolist() == [0, 1, 3]
     with torch.no_grad():
         assert model(**plain).loss == model(**usual).loss
@@ -109,15 +127,34 @@ def test_a_model_on_several_gpus_gets_its_positions_as_a_list(models, torch):
     del model.get_base_model().hf_device_map
 
 
-def test_a_block_longer_than_asked_is_not_cut():
-    batch = SequenceCollator(PAD, packed=True, pad_to=2)([block(([5, 6, 7], [IGNORED, 6, 7]))])
+def test_a_sequence_longer_than_asked_is_not_cut():
+    batch = SequenceCollator(PAD, BlockDiagonalMask(), length=2)([block(([5, 6, 7], [IGNORED, 6, 7]))])
     assert batch["input_ids"].tolist() == [[5, 6, 7]]
+
+
+def test_batches_are_filled_up_to_one_shape_but_for_probes():
+    rows = [block(([5, 6, 7], [IGNORED, 6, 7]))]
+    collator = SequenceCollator(PAD, BlockDiagonalMask(), KeptLogits(), length=5, sequences=3)
+    assert collator(rows)["input_ids"].tolist() == [[5, 6, 7, PAD, PAD], [PAD] * 5, [PAD] * 5]
+    probe = collator.for_probe(targets=AllLogits())(rows)
+    assert probe["input_ids"].tolist() == [[5, 6, 7]] and "logits_to_keep" not in probe
+
+
+def test_a_batch_says_which_sequences_it_was_made_of():
+    from datasets import Dataset
+
+    numbered = NumberedSequences(Dataset.from_list([block(([n], [n])) for n in (5, 6, 7)]))
+    collator = SequenceCollator(PAD, BlockDiagonalMask(), sequences=3)
+    assert len(numbered) == 3
+    assert collator(numbered.__getitems__([2, 0]))["sequences"].tolist() == [2, 0]
+    assert collator([numbered[1]])["sequences"].tolist() == [1]
+    assert "sequences" not in collator([numbered.sequences[1]])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))
-def test_masks_and_positions_by_their_meaning(lengths):
-    """Token i may look at token j where they are of one row and j is not later; a position counts within its row."""
+def test_masks_and_positions_match_their_definition(lengths):
+    """Token i may attend to token j where both are of one row and j is not later; a position counts within its row."""
     import torch
 
     width = max(map(sum, lengths)) + 1
@@ -178,7 +215,8 @@ def rows(torch) -> list[tuple[list[int], list[int]]]:
 def collate(model, blocks, *, packed: bool, keep: bool, pad_to: int | None = None) -> dict:
     eager = model.get_base_model().config._attn_implementation == "eager"
     dtype = model.get_base_model().dtype if eager else None
-    return SequenceCollator(PAD, packed=packed, mask_dtype=dtype, pad_to=pad_to, keep_trained_logits=keep)(blocks)
+    attention = BlockDiagonalMask(dtype) if packed else PaddingMask()
+    return SequenceCollator(PAD, attention, KeptLogits() if keep else AllLogits(), length=pad_to)(blocks)
 
 
 @pytest.mark.parametrize("packed", [False, True])

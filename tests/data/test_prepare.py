@@ -1,4 +1,4 @@
-"""Dialogues become blocks: every row once, nothing lost silently, and what is on disk is used while it fits."""
+"""Dialogues become sequences: every row once, nothing lost silently, and what is on disk is used while it fits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tiny import prepared_data
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError, RunError
+from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.data import prepare as data_module
 from qlora_helpers.data.prepare import fingerprint, load_prepared, prepare, prepared, save_prepared
 from qlora_helpers.data.sources import Corpus, Dialogue, read_corpus
@@ -17,7 +18,7 @@ from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 
 def rows_of(blocks, tokenizer) -> dict[str, str]:
-    """Each row's text by its id, put together again from the blocks."""
+    """Each row's text by its id, put together again from the sequences."""
     texts = {}
     for block in blocks:
         for number, row_id in enumerate(block["row_ids"], start=1):
@@ -47,18 +48,18 @@ def test_every_row_is_there_once(corpus, tokenizer, packing):
     assert made.notes == ()
 
 
-def test_packing_saves_blocks(corpus, tokenizer):
+def test_packing_saves_sequences(corpus, tokenizer):
     made = prepared_data(corpus, tokenizer, seq_len_tokens=256)
     assert len(made.train) < len(corpus.train)
     assert "4 training, 2 evaluation and 2 test rows" in repr(made)
-    assert f"{len(made.train)} blocks of 256 tokens" in repr(made)
+    assert f"{len(made.train)} sequences of 256 tokens" in repr(made)
 
 
-def test_a_model_that_can_not_keep_rows_apart_gets_padded_ones(corpus, tokenizer):
+def test_a_model_that_can_not_pack_gets_padded_rows(corpus, tokenizer):
     made = prepare(corpus, tokenizer, DataConfig(seq_len_tokens=128), can_pack=False)
     assert not made.packed
     assert len(made.train) == 4
-    assert made.notes == ("this model can't keep packed rows apart, so rows are padded instead",)
+    assert made.notes == ("packed rows of this model would attend to each other, so rows are padded instead",)
     assert prepare(corpus, tokenizer, DataConfig(packing=False, seq_len_tokens=128), can_pack=False).notes == ()
 
 
@@ -85,30 +86,30 @@ def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
     assert first == "a note of the source"
     assert rest[0].startswith("rows.csv line 7: the last ")
     assert int(rest[0].split()[5]) < cut
-    assert rest[1] == "rows.csv line 9: left out, its summary alone fills the block"
+    assert rest[1] == "rows.csv line 9: skipped, its summary alone fills the sequence"
 
 
 def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
     made = prepared_data(long_corpus, tokenizer, long_rows="drop")
     assert made.report.skipped == ("long", "endless")
     assert made.report.trimmed == ()
-    assert "rows.csv line 7: left out, " in made.notes[1]
+    assert "rows.csv line 7: skipped, " in made.notes[1]
     assert made.notes[1].endswith(" tokens too long")
 
 
 def test_long_rows_are_refused(long_corpus, tokenizer):
     with pytest.raises(
-        DataError, match=r"rows\.csv line 7: the row is longer than the block; expected at most 128 tokens"
+        DataError, match=r"rows\.csv line 7: the row is longer than a sequence; expected at most 128 tokens"
     ):
         prepared_data(long_corpus, tokenizer, long_rows="refuse")
 
 
-def test_nothing_that_fits(corpus, tokenizer):
-    with pytest.raises(DataError, match=r"no row fits into a block; got data.seq_len_tokens=32\. Raise it\."):
+def test_data_without_a_row_that_fits_is_refused(corpus, tokenizer):
+    with pytest.raises(DataError, match=r"no row fits into a sequence; got data.seq_len_tokens=32\. Raise it\."):
         prepared_data(corpus, tokenizer, seq_len_tokens=32, long_rows="drop")
 
 
-def test_the_seed_is_of_the_order_alone(corpus, tokenizer):
+def test_the_seed_changes_only_the_order(corpus, tokenizer):
     one, again, other = (prepared_data(corpus, tokenizer, seed=seed, seq_len_tokens=64) for seed in (0, 0, 5))
     assert one.train["row_ids"] == again.train["row_ids"] != other.train["row_ids"]
     assert rows_of(one.train, tokenizer) == rows_of(other.train, tokenizer)
@@ -117,7 +118,7 @@ def test_the_seed_is_of_the_order_alone(corpus, tokenizer):
 # on disk
 
 
-def test_what_was_saved_is_read_back(long_corpus, tokenizer, tmp_path):
+def test_saved_data_are_read_back(long_corpus, tokenizer, tmp_path):
     made = prepared_data(long_corpus, tokenizer)
     save_prepared(made, tmp_path / "data", "mark")
     read = load_prepared(tmp_path / "data", "mark")
@@ -128,14 +129,26 @@ def test_what_was_saved_is_read_back(long_corpus, tokenizer, tmp_path):
     assert load_prepared(tmp_path / "nothing", "mark") is None
 
 
-def test_a_damaged_note_on_it_is_told(corpus, tokenizer, tmp_path):
+def test_data_of_an_older_run_are_read(corpus, tokenizer, tmp_path):
+    """Label reports once counted `blocks`."""
+    made = prepared_data(corpus, tokenizer)
+    save_prepared(made, tmp_path / "data", "mark")
+    saved = read_json(tmp_path / "data" / "prepared.json")
+    for name in ("report", "eval_report"):
+        saved[name]["blocks"] = saved[name].pop("sequences")
+    write_json(tmp_path / "data" / "prepared.json", saved)
+    read = load_prepared(tmp_path / "data", "mark")
+    assert (read.report, read.eval_report) == (made.report, made.eval_report)
+
+
+def test_a_damaged_prepared_json_is_reported(corpus, tokenizer, tmp_path):
     save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
     (tmp_path / "data" / "prepared.json").write_text("{")
     with pytest.raises(RunError, match="is damaged"):
         load_prepared(tmp_path / "data", "mark")
 
 
-def test_it_is_made_once_and_anew_where_it_no_longer_fits(corpus, tokenizer, tmp_path):
+def test_data_are_made_once_and_again_where_settings_changed(corpus, tokenizer, tmp_path):
     reads = []
 
     def read(config):
@@ -163,7 +176,7 @@ def test_a_failed_preparation_leaves_what_was_there(corpus, tokenizer, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_the_fingerprint_follows_all_that_matters(tokenizer, tmp_path):
+def test_the_fingerprint_depends_on_all_that_matters(tokenizer, tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps({"dialogue": "a", "summary": "b"}))
     config = DataConfig(source=str(source))
@@ -189,6 +202,24 @@ def test_the_fingerprint_follows_all_that_matters(tokenizer, tmp_path):
     assert fingerprint(config, chat, can_pack=True) != fingerprint(config, other_chat, can_pack=True)
 
 
+def test_the_fingerprint_depends_on_the_vocabulary_itself(tokenizer):
+    """Two vocabularies of one size."""
+
+    class Swapped:
+        eos_token_id, pad_token_id, chat_template = tokenizer.eos_token_id, tokenizer.pad_token_id, None
+
+        def __len__(self):
+            return len(tokenizer)
+
+        def get_vocab(self):
+            words = tokenizer.get_vocab()
+            first, second = sorted(words)[100:102]
+            return words | {first: words[second], second: words[first]}
+
+    marks = [fingerprint(DataConfig(), each, can_pack=True) for each in (tokenizer, Swapped())]
+    assert marks[0] != marks[1]
+
+
 def _other(item):
     if item.metadata["choices"]:
         return next(choice for choice in item.metadata["choices"] if choice != item.default)
@@ -210,5 +241,5 @@ def test_the_embedded_corpus_passes_its_report(tokenizer):
     assert fill > 0.9
 
 
-def test_the_corpus_of_the_tests_is_one(corpus):
+def test_the_corpus_of_the_tests_is_a_corpus(corpus):
     assert isinstance(corpus, Corpus)

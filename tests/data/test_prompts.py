@@ -36,7 +36,7 @@ def test_the_model_s_own_template(chat_tokenizer):
     )
 
 
-def test_a_model_without_a_template_is_told(tokenizer):
+def test_a_model_without_a_chat_template_is_refused(tokenizer):
     for call in (prompt_text, prompt_tokens):
         with pytest.raises(ModelError, match=r"this model has no chat template\. Set data.template=recipe\."):
             call("Ana: hi", "chat", tokenizer)
@@ -60,7 +60,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("template", "found"), BROKEN.values(), ids=BROKEN)
-def test_a_template_that_does_not_work_is_told_in_one_message(template, found):
+def test_a_broken_template_is_reported_in_one_message(template, found):
     tokenizer = corpus_tokenizer()
     tokenizer.chat_template = template
     for call in (prompt_text, prompt_tokens):
@@ -103,13 +103,16 @@ def test_a_summary_ends_with_the_end_of_text_and_only_there(tokenizer):
     assert tokenizer.decode(ids[:-1]) == "Bo says <|endoftext|>."
 
 
-def test_trimming_cuts_the_dialogue_s_end_alone(tokenizer):
+def test_trimming_cuts_only_the_dialogue_s_end(tokenizer):
     tokens = prompt_tokens("Ana: one two three four five", "recipe", tokenizer)
     for cut in range(len(tokens.dialogue) + 5):
         trimmed = tokens.trimmed(cut)
         assert (trimmed.prefix, trimmed.suffix) == (tokens.prefix, tokens.suffix)
         assert trimmed.dialogue == tokens.dialogue[: max(0, len(tokens.dialogue) - cut)]
     assert tokens.trimmed(0) == tokens
+    assert tokens.fitted(len(tokens)) == tokens
+    assert tokens.fitted(len(tokens) - 2) == tokens.trimmed(2)
+    assert tokens.fitted(0) == tokens.trimmed(len(tokens))
 
 
 def with_begin_and_end(begin: bool, end: bool):

@@ -158,17 +158,17 @@ BAD = {
     "empty parquet": ("a.parquet", b"", "is empty"),
     "empty archive": ("a.7z", b"", "is empty"),
     "blank lines alone": ("a.jsonl", b"\n \n\n", "holds no rows"),
-    "byte order mark alone": ("a.json", b"\xef\xbb\xbf", "line 1", "no valid JSON"),
+    "byte order mark alone": ("a.json", b"\xef\xbb\xbf", "line 1", "not valid JSON"),
     "header alone": ("a.csv", b"dialogue,summary\n", "holds no rows"),
     "empty list": ("a.json", b"[]", "holds no rows", "empty list"),
     "a number": ("a.json", b"17", "holds no rows", "a single int"),
     "an object without rows": ("a.json", b'{"rows": [], "x": 1}', "'rows', 'x'", "train, val and test"),
     "a split that is no list": ("a.json", b'{"train": {"a": 1}}', "'train' without a list"),
-    "cut off json": ("a.json", b'[{"dialogue": "a",\n "summ', "line 2", "no valid JSON", "column 2"),
+    "cut off json": ("a.json", b'[{"dialogue": "a",\n "summ', "line 2", "not valid JSON", "column 2"),
     "jsonl called json": ("a.json", GOOD, "line 2", "Extra data", ".jsonl"),
     "json called jsonl": ("a.jsonl", json.dumps(rows(3), indent=1).encode(), "line 1", ".json file"),
-    "broken line": ("a.jsonl", GOOD + b'{"dialogue": }\n', "line 4", "no valid JSON", "column 14"),
-    "cut off jsonl": ("a.jsonl", GOOD[:-20], "line 3", "no valid JSON"),
+    "broken line": ("a.jsonl", GOOD + b'{"dialogue": }\n', "line 4", "not valid JSON", "column 14"),
+    "cut off jsonl": ("a.jsonl", GOOD[:-20], "line 3", "not valid JSON"),
     "nested too deep, jsonl": ("a.jsonl", GOOD + DEEP, "line 4", "nested too deep"),
     "nested too deep, json": ("a.json", b"[" + DEEP + b"]", "nested too deep"),
     "endless number": ("a.jsonl", b'{"dialogue": ' + b"9" * 5000 + b"}", "line 1", "4300 digits"),
@@ -185,18 +185,18 @@ BAD = {
     "too many fields": ("a.csv", CSV + b"Ana: hi, Bo,x\n", "line 3", "wrong number", "got 3", "double quotes"),
     "too few fields": ("a.csv", b'dialogue,summary\n"a\nb",c\nd\n', "line 4", "wrong number of fields", "got 1"),
     "endless field": ("a.csv", CSV + b"x" * 200_000 + b",y\n", "line 3", "field larger than field limit"),
-    "unclosed quote": ("a.csv", CSV + b'"Ana: hi,x\ny,z\n', "line 3", "no valid CSV", "quote"),
-    "text after a quote": ("a.csv", CSV + b'"Ana" says hi,x\n', "line 3", "no valid CSV"),
-    "old line ends": ("a.csv", b"dialogue,summary\ra,b\r", "line 1", "no valid CSV"),
+    "unclosed quote": ("a.csv", CSV + b'"Ana: hi,x\ny,z\n', "line 3", "not valid CSV", "quote"),
+    "text after a quote": ("a.csv", CSV + b'"Ana" says hi,x\n', "line 3", "not valid CSV"),
+    "old line ends": ("a.csv", b"dialogue,summary\ra,b\r", "line 1", "not valid CSV"),
     "repeated column": ("a.csv", b"dialogue,summary,summary\na,b,c\n", "line 1", "'summary' repeated"),
-    "empty header": ("a.csv", b"\ndialogue,summary\na,b\n", "line 1", "no header"),
+    "empty header": ("a.csv", b"\ndialogue,summary\na,b\n", "line 1", "not a header"),
     "semicolons": ("a.csv", b"dialogue;summary\na;b\n", "no column", "'dialogue;summary'"),
-    "no parquet": ("a.parquet", GOOD, "no whole Parquet file"),
-    "cut off parquet": ("a.parquet", parquet(rows(9))[:-30], "no whole Parquet file"),
-    "parquet that is no text": ("a.parquet", parquet([{"dialogue": 1, "summary": "s"}]), "row 1", "no text but int"),
+    "no parquet": ("a.parquet", GOOD, "not a complete Parquet file"),
+    "cut off parquet": ("a.parquet", parquet(rows(9))[:-30], "not a complete Parquet file"),
+    "parquet that is no text": ("a.parquet", parquet([{"dialogue": 1, "summary": "s"}]), "row 1", "not text but int"),
     "no archive": ("a.7z", GOOD, "truncated or damaged"),
     "too few rows": ("a.jsonl", jsonl(rows(2)), "too few usable rows", "at least 3", "got 2"),
-    "lists for rows": ("a.jsonl", b'["a", "b"]\n' * 4, "line 1: left out, no object with columns but list"),
+    "lists for rows": ("a.jsonl", b'["a", "b"]\n' * 4, "line 1: skipped, not an object with columns but list"),
     "nothing but empty texts": ("a.jsonl", jsonl([{"dialogue": " ", "summary": "s"}] * 9), "line 1", "is empty"),
     "one dialogue alone": ("a.jsonl", jsonl([rows(1)[0] | {"summary": f"{i}"} for i in range(9)]), "in test too"),
     "of another kind": ("a.txt", GOOD, "unknown kind", ".jsonl"),
@@ -226,6 +226,13 @@ def test_a_file_over_the_limit_is_refused_before_it_is_read(tmp_path):
         read_corpus(DataConfig(source=str(tmp_path / "huge.jsonl")))
 
 
+def test_a_file_of_the_limit_is_opened(tmp_path):
+    (tmp_path / "five.jsonl").write_bytes(b"12345")
+    readers.open_file(tmp_path / "five.jsonl", 5).close()
+    with pytest.raises(DataError, match="too large"):
+        readers.open_file(tmp_path / "five.jsonl", 4)
+
+
 def test_parquet_values_over_the_limit_are_refused(tmp_path, monkeypatch):
     data = parquet([row | {"dialogue": "x" * 10_000 + row["id"]} for row in rows(50)])
     assert len(data) < 200_000  # packed well: the file's own size does not give it away
@@ -233,10 +240,10 @@ def test_parquet_values_over_the_limit_are_refused(tmp_path, monkeypatch):
     assert "a.parquet is too large" in str(error_of(tmp_path / "a.parquet", data))
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path):
+def test_other_things_than_plain_files_are_refused(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for name, problem in (("folder.jsonl", "is a folder"), ("pipe.jsonl", "no plain file"), ("", "is a folder")):
+    for name, problem in (("folder.jsonl", "is a folder"), ("pipe.jsonl", "not a plain file"), ("", "is a folder")):
         with pytest.raises(DataError, match=problem):
             read_corpus(DataConfig(source=str(tmp_path / name)))
 
@@ -251,7 +258,7 @@ def test_no_such_file_says_what_is_there(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no folder 'nowhere'"):
         read_corpus(DataConfig(source="nowhere/mine.jsonl"))
     for source in ("~nobody-of-that-name/a.jsonl", "x" * 5000 + ".jsonl", "a b c", "a/b/c", "notes.txt", "../up"):
-        with pytest.raises(DataError, match=r"no such file|no usable path"):
+        with pytest.raises(DataError, match=r"no such file|not a usable path"):
             read_corpus(DataConfig(source=source))
 
 
@@ -353,7 +360,7 @@ def test_reading_a_file_imports_no_torch_and_no_hub(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_numbered_summaries_are_more_references(tmp_path, suffix):
-    """As in DialogSum's test split: three people summarised each dialogue; `summary_note` is no summary."""
+    """As in DialogSum's test split: three people summarised each dialogue; `summary_note` is not a summary."""
     import pandas
 
     rows = [

@@ -1,4 +1,4 @@
-"""From rows to splits: what is left out is named, no dialogue stands in two splits, a seed gives the same rows."""
+"""From rows to splits: skipped rows are named, no dialogue is in two splits, a seed gives the same rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def everything(corpus) -> list:
     return [*corpus.train, *corpus.eval, *corpus.test]
 
 
-# what is left out
+# skipped rows
 
 
 @pytest.mark.parametrize(
@@ -47,41 +47,43 @@ def everything(corpus) -> list:
         (row(99, summary=" \n\t"), "its summary is empty"),
         (row(99, summary=None), "its summary is missing"),
         ({"dialogue": "Ana: hi"}, "its summary is missing"),
-        (row(99, dialogue=["Ana: hi"]), "its dialogue is no text but list"),
-        (row(99, summary=7), "its summary is no text but int"),
+        (row(99, dialogue=["Ana: hi"]), "its dialogue is not text but list"),
+        (row(99, summary=7), "its summary is not text but int"),
         (row(99, dialogue="\x00\x1b"), "its dialogue is empty"),
         (row(99, summary="Ana laughs \ud83d"), "its summary holds half a character (an unpaired surrogate)"),
-        ("a text", "no object with columns but str"),
-        (None, "no object with columns but NoneType"),
+        ("a text", "not an object with columns but str"),
+        (None, "not an object with columns but NoneType"),
         (row(2), "a duplicate of s.jsonl line 3"),
         (row(2, dialogue=" Ana:  number 2?\n", id="other"), "a duplicate of s.jsonl line 3"),
     ],
 )
-def test_a_row_that_is_left_out_is_named_with_its_line(read, bad, note):
+def test_a_skipped_row_is_named_with_its_line(read, bad, note):
     corpus = read([*(row(number) for number in range(12)), bad])
-    assert f"s.jsonl line 13: left out, {note}" in corpus.notes
+    assert f"s.jsonl line 13: skipped, {note}" in corpus.notes
     assert {item.id for item in everything(corpus)} == {f"r{number}" for number in range(12)}
 
 
 def test_twenty_rows_are_named_and_the_rest_counted(read):
     bad = [row(99, summary="")] * 18 + [row(99, dialogue=None)] * 30 + [3] * 2
     corpus = read([*(row(number) for number in range(12)), *bad])
-    assert sum("left out" in note for note in corpus.notes) == 21
-    assert corpus.notes[-1] == ("and 30 more rows left out: 28 x its dialogue is missing; 2 x no object with columns")
+    assert sum("skipped" in note for note in corpus.notes) == 21
+    assert corpus.notes[-1] == (
+        "and 30 more rows skipped: 28 x its dialogue is missing; 2 x not an object with columns"
+    )
 
 
-def test_too_few_rows_say_why_the_others_were_left_out(read):
+def test_too_few_rows_say_why_the_others_were_skipped(read):
     with pytest.raises(DataError) as caught:
         read([row(1), row(2), *[row(3, summary="")] * 8])
     assert "got 2" in str(caught.value)
-    assert "s.jsonl line 3: left out, its summary is empty" in str(caught.value)
-    assert "and 3 more rows left out: 3 x its summary is empty" in str(caught.value)
+    assert "s.jsonl line 3: skipped, its summary is empty" in str(caught.value)
+    assert "and 3 more rows skipped: 3 x its summary is empty" in str(caught.value)
 
 
 # texts and ids
 
 
-def test_control_characters_are_removed_and_counted_and_line_ends_made_plain(read):
+def test_control_characters_are_removed_and_counted(read):
     dialogue = "Ana:\t\x1b[31mred\x1b[0m\r\nBo: \x07ok\rAna: 👍\x7f \x9b31m\u202eyap\u202c \u2066me\u2069 שלום\u200f"
     changed = row(0, dialogue=dialogue, summary="Ana \x00paints\x85.", summary2="Ana \x9d\u202dpaints.")
     corpus = read([changed, *(row(number) for number in range(1, 12))])
@@ -129,7 +131,7 @@ def test_a_file_without_splits_is_cut(read, count, settings, expected):
     assert any("scaled down" in note for note in corpus.notes) == scaled
 
 
-def test_the_cut_depends_on_the_seed_alone(read):
+def test_the_cut_depends_only_on_the_seed(read):
     values = [row(number) for number in range(60)]
     one, same, other = (read(values, eval_rows=5, test_rows=5, seed=seed) for seed in (1, 1, 2))
     assert one == same
@@ -167,7 +169,7 @@ SPLIT = {
         ("test", (10, 5, 5), "test"),
     ],
 )
-def test_what_a_source_has_is_kept_and_what_it_lacks_is_cut(read, present, expected, donor):
+def test_a_source_s_splits_are_kept_and_missing_ones_are_cut(read, present, expected, donor):
     values = {name: SPLIT[name] for name in present.split()}
     whole = read(values | {"version": []}, eval_rows=5, test_rows=5)
     assert sizes(whole) == tuple(min(count, limit) for count, limit in zip(expected, (40, 5, 5), strict=True))
@@ -190,13 +192,13 @@ def test_split_names_are_mapped_and_unknown_ones_named():
     assert named_splits("d", {"val": one, "dev": two}) == ({"eval": one + two}, [])
     assert named_splits("d", {"test": one, "more": two}) == (
         {"test": one},
-        ["d: left out 'more', which is no train, val or test"],
+        ["d: skipped 'more', which is not train, val or test"],
     )
     splits, notes = named_splits("d", {"train_sft": one, "test_sft": two})
     assert splits == {"train": one + two} and "'train_sft', 'test_sft' are cut anew" in notes[0]
 
 
-def test_no_dialogue_stands_in_two_splits(read):
+def test_no_dialogue_is_in_two_splits(read):
     values = {
         "train": [*SPLIT["train"], row(60), row(41, summary="Another one."), row(5, summary="A second view of 5.")],
         "val": [*SPLIT["val"], row(61, dialogue="Ana:  number\n61?", summary="Spaced.")],
@@ -204,9 +206,9 @@ def test_no_dialogue_stands_in_two_splits(read):
     }
     corpus = read(values, eval_rows=None, test_rows=None)
     assert sizes(corpus) == (41, 20, 20)  # the second summary of r5 stays: both are in train
-    assert "s.json train row 41: left out, its dialogue stands in test too (s.json test row 1)" in corpus.notes
-    assert "s.json train row 42: left out, its dialogue stands in eval too (s.json val row 2)" in corpus.notes
-    assert "s.json val row 21: left out, its dialogue stands in test too (s.json test row 2)" in corpus.notes
+    assert "s.json train row 41: skipped, its dialogue is in test too (s.json test row 1)" in corpus.notes
+    assert "s.json train row 42: skipped, its dialogue is in eval too (s.json val row 2)" in corpus.notes
+    assert "s.json val row 21: skipped, its dialogue is in test too (s.json test row 2)" in corpus.notes
 
 
 def test_a_cut_never_divides_one_dialogue_over_splits(read):
@@ -214,11 +216,11 @@ def test_a_cut_never_divides_one_dialogue_over_splits(read):
     corpus = read(values, eval_rows=10, test_rows=10)
     train, evaluation, test = ({item.dialogue for item in part} for part in (corpus.train, corpus.eval, corpus.test))
     assert not (train & evaluation or train & test or evaluation & test)
-    assert len(everything(corpus)) + sum("left out" in note for note in corpus.notes) == 80
+    assert len(everything(corpus)) + sum("skipped" in note for note in corpus.notes) == 80
 
 
 def test_a_split_that_ends_up_empty_is_an_error(read):
     with pytest.raises(DataError) as caught:
         read({"train": [row(1), row(2)], "val": [row(1), row(2)], "test": [row(3), row(4)]})
     assert "0 train, 2 eval, 2 test" in str(caught.value)
-    assert "s.json train row 1: left out, its dialogue stands in eval too" in str(caught.value)
+    assert "s.json train row 1: skipped, its dialogue is in eval too" in str(caught.value)

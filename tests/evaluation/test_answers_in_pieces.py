@@ -18,7 +18,7 @@ DIALOGUE = DIALOGUES[0][0]
 
 @pytest.fixture
 def asked(run, own_falcon, torch):
-    """A run, its model with adapters that change it, and what answers in pieces."""
+    """A run, its model with adapters that change it, and the function that answers in pieces."""
     run.save_config(profile_config("tiny"))
     model = workflow.add_adapters(run, own_falcon)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_the_pieces_make_up_the_whole_answer(asked):
     assert model.training
 
 
-def test_closing_ends_the_generation_and_gives_the_model_back(asked):
+def test_closing_ends_the_generation_and_releases_the_model(asked):
     _, model, _, answer = asked
     pieces = answer(DIALOGUE, tuned=False, **GREEDY | {"max_new_tokens": 400})
     next(pieces)
@@ -50,7 +50,7 @@ def test_closing_ends_the_generation_and_gives_the_model_back(asked):
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules()), "adapters are on again"
 
 
-def test_one_answer_at_a_time_whoever_asks(asked):
+def test_only_one_answer_is_given_at_a_time(asked):
     _, _, _, answer = asked
     alone = {tuned: "".join(answer(DIALOGUE, tuned=tuned, **GREEDY)) for tuned in (False, True)}
     together: dict[bool, str] = {}
@@ -66,7 +66,7 @@ def test_one_answer_at_a_time_whoever_asks(asked):
     assert together == alone
 
 
-def test_an_error_in_the_model_reaches_who_asked(asked, monkeypatch):
+def test_an_error_in_the_model_reaches_the_caller(asked, monkeypatch):
     _, model, _, answer = asked
 
     def broken(*args, **kwargs):
@@ -77,7 +77,7 @@ def test_an_error_in_the_model_reaches_who_asked(asked, monkeypatch):
         list(answer(DIALOGUE, tuned=True, **GREEDY))
 
 
-def test_an_answer_longer_than_the_block_is_refused(asked):
+def test_an_answer_longer_than_a_sequence_is_refused(asked):
     *_, answer = asked
     with pytest.raises(ConfigError, match="max_new_tokens"):
         list(answer(DIALOGUE, tuned=True, **GREEDY | {"max_new_tokens": 512}))

@@ -1,4 +1,4 @@
-"""Answers end where the model ends them, whatever stands beside them in the batch; scores are what they are called."""
+"""Answers end where the model ends them, whatever else is in the batch; scores are what their names say."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.sources import Dialogue
 from qlora_helpers.evaluation.comparison import same_answers
-from qlora_helpers.evaluation.evaluate import Evaluation, Scores, evaluate, evaluation_from_dict, rouge, summary_loss
+from qlora_helpers.evaluation.evaluate import evaluate, rouge, summary_loss
 from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.result import Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
@@ -63,7 +64,7 @@ def test_an_answer_that_ends_with_the_limit_has_stopped(tokenizer):
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
 def test_a_row_s_answer_does_not_depend_on_its_neighbours(tokenizer, kind):
-    """Shorter prompts are padded on the left; none of it is seen."""
+    """Shorter prompts are padded on the left, and no token attends to the padding."""
     base = tiny_falcon().model if kind == "falcon" else tiny_llama()
     model = tuned(base)
     draw = torch.Generator().manual_seed(1)
@@ -97,7 +98,7 @@ def test_sampling_is_reproduced_by_its_seed(model, tokenizer):
     assert first != generate(model, tokenizer, prompts, GREEDY)
 
 
-def test_no_dropout_while_it_answers_and_the_mode_comes_back(model, tokenizer):
+def test_answers_come_in_eval_mode_and_the_mode_is_restored(model, tokenizer):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, 6, 7, 8], "segment_ids": [1] * 4}]
     for training in (True, False):
         model.train(training)
@@ -244,7 +245,7 @@ def test_dialogues_that_are_too_long_are_counted(compare):
     assert result.rows[0]["dialogue"] == long.dialogue
 
 
-def test_it_is_read_back_from_json(compare):
+def test_an_evaluation_is_read_back_from_json(compare):
     result = compare()
     again = evaluation_from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
     assert again == result
@@ -262,20 +263,20 @@ def test_it_is_read_back_from_json(compare):
     }
 
 
-def test_a_terminal_is_told_what_the_rows_can_tell_and_which_do_not_count(compare, corpus):
+def test_the_text_says_what_the_rows_can_tell_and_which_were_skipped(compare, corpus):
     said = repr(compare())
     assert f"tuned against untuned: {len(corpus.test)} rows are too few to tell the two apart" in said
-    assert "left out" not in said and "trimmed" not in said
+    assert "skipped" not in said and "trimmed" not in said
     long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
     said = repr(compare([*corpus.test, long], train_keys=[dialogue_key(corpus.test[0].dialogue)]))
-    assert "left out: 1 held-out rows whose dialogue was trained on" in said
+    assert "skipped: 1 held-out rows whose dialogue was trained on" in said
     assert f"1 of {len(corpus.test)} dialogues were trimmed" in said
 
 
 NASTY = "<script>alert(1)</script> <img src=x onerror=alert(1)>"
 
 
-def test_what_is_in_a_dialogue_or_an_answer_is_shown_and_not_run():
+def test_html_in_a_dialogue_or_an_answer_is_shown_and_not_run():
     answers = {
         "base": {"text": NASTY, "tokens": 3, "stopped": False},
         "tuned": {"text": "a\n" * 400, "tokens": 3, "stopped": True},
@@ -315,8 +316,8 @@ def test_terminal_codes_and_turned_directions_are_not_shown():
         assert all(char.isprintable() or char in "\n\t" for char in text)
 
 
-def test_rows_that_were_trained_on_do_not_count(compare, corpus):
-    """Found by what they say, whatever their case, punctuation and white space."""
+def test_rows_that_were_trained_on_are_skipped(compare, corpus):
+    """They are found by their words, ignoring case, punctuation and white space."""
     first, second = corpus.test
     shouted = dialogue_key(first.dialogue.upper().replace(":", " : "))
     result = compare(train_keys={shouted, "x"})
@@ -360,8 +361,8 @@ def test_each_answer_has_its_scores_and_the_comparison_its_intervals(compare, to
     assert shown["id"] in ids
 
 
-def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypatch):
-    from qlora_helpers.evaluation import evaluate as evaluation
+def test_greedy_answers_are_fast_where_possible_and_sampled_ones_plain(compare, monkeypatch):
+    from qlora_helpers.evaluation import generate
     from qlora_helpers.evaluation.fast_answers.answer import NotFast
 
     fast = compare()
@@ -370,7 +371,7 @@ def test_the_fast_way_is_taken_and_said_and_sampling_is_plain(compare, monkeypat
     def refuse(*args, **kwargs):
         raise NotFast("for the test")
 
-    monkeypatch.setattr(evaluation, "answer_fast", refuse)
+    monkeypatch.setattr(generate, "answer_fast", refuse)
     plain = compare()
     assert "(answers by model.generate: for the test)" in plain.form
     assert plain.rows == fast.rows

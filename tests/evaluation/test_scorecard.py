@@ -81,11 +81,11 @@ def test_rows_are_drawn_together_for_both_models():
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     draw, held = np.random.default_rng(1), 0
-    for trial in range(200):
+    for trial in range(100):
         gains = draw.normal(0.5, 3, 60)
         found = compare(rows_of([50] * 60, list(50 + gains)), "base", "tuned", seed=trial)["rouge_l"]
         held += found.low <= 0.5 <= found.high
-    assert 0.90 <= held / 200 <= 0.99
+    assert 0.90 <= held / 100 <= 0.99
 
 
 def test_the_same_rows_and_seed_give_the_same_interval():
@@ -108,14 +108,20 @@ def test_loss_and_perplexity_are_weighted_by_tokens():
     assert compare(rows, "base", "tuned")["loss"].first == pytest.approx(1.0)
 
 
-def test_a_measure_that_one_model_lacks_is_left_out():
+def test_a_huge_loss_has_a_finite_perplexity():
+    """JSON has no infinity."""
+    found = compare(rows_of([1, 2], [1, 2], nats=9000.0, loss_tokens=10), "base", "tuned")["perplexity"]
+    assert found.first == found.second == pytest.approx(math.exp(50))
+
+
+def test_a_measure_that_one_model_lacks_is_skipped():
     rows = rows_of([1, 2], [2, 3])
     for row in rows:
         row["answers"]["tuned"] |= {"nats": 1.0, "loss_tokens": 1}
     assert "loss" not in {item.measure for item in compare(rows, "base", "tuned").differences}
 
 
-def test_what_can_be_said():
+def test_verdicts_in_words():
     count = FEWEST_ROWS
     noise = [(-1) ** index * 3.0 for index in range(count)]
     unsure = compare(rows_of([20.0] * count, [20 + value for value in noise]), "base", "tuned")
@@ -142,7 +148,7 @@ def test_wins_ties_and_losses_the_clearest_first():
     assert empty.differences == empty.wins == ()
 
 
-def test_it_is_read_back_and_shown():
+def test_a_comparison_is_read_back_and_shown():
     found = compare(rows_of(range(30), range(1, 60, 2), nats=3.0, loss_tokens=2), "base", "tuned")
     again = comparison_from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
     assert again == found
@@ -157,7 +163,7 @@ def test_many_rows_are_drawn_less_often():
     assert (drawn.sum(axis=1) == 7).all() and (drawn[0] == 1).all()
 
 
-def test_answers_are_scored_where_they_stand():
+def test_scores_are_added_to_each_answer():
     rows = [{"summary": "Bo is late", "answers": {"base": {"text": "Bo runs"}, "tuned": {"text": "Bo is late"}}}]
     score_answers(rows)
     assert rows[0]["answers"]["tuned"]["rouge_l"] == 100

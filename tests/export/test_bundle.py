@@ -1,4 +1,4 @@
-"""What leaves the machine: certified, whole, loadable by transformers, measured against what was trained, and without secrets."""
+"""An export is certified, complete, loadable by transformers, compared with what was trained, and free of secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.base.errors import ModelError, RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.evaluation.comparison import answered
-from qlora_helpers.export import bundle as exporting
+from qlora_helpers.export import bundle, drift
 from qlora_helpers.export.publish import publish
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import export_run as export
@@ -58,7 +58,7 @@ def copy(trained, tmp_path):
     return Run(tmp_path / "copy")
 
 
-def test_the_merged_folder_is_a_model_that_answers_as_the_tuned_one(trained, exported, torch):
+def test_the_merged_model_loads_and_is_closest_to_the_unquantised_adapter(trained, exported, torch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = exported.folder / "merged"
@@ -67,7 +67,7 @@ def test_the_merged_folder_is_a_model_that_answers_as_the_tuned_one(trained, exp
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 0)
-    by_forms = {(drift.first, drift.second): drift for drift in exported.drift}
+    by_forms = {(one.first, one.second): one for one in exported.drift}
     assert set(by_forms) == {
         ("adapter on 4 bits", "merged"),
         ("adapter on 16 bits", "merged"),
@@ -79,7 +79,7 @@ def test_the_merged_folder_is_a_model_that_answers_as_the_tuned_one(trained, exp
     assert rounding.prompts == 3
 
 
-def test_what_is_in_the_folder(trained, exported):
+def test_the_export_holds_cards_certificates_and_serving_files(trained, exported):
     folder = exported.folder
     assert {path.name for path in folder.iterdir()} >= {"adapter", "merged", "export.json", "serving.json"}
     for part in ("adapter", "merged"):
@@ -93,12 +93,12 @@ def test_what_is_in_the_folder(trained, exported):
     assert "option.dtype=bf16" in (folder / "merged" / "serving.properties").read_text()
     assert "an endpoint can't reach that base model" in exported.notes[0]  # a folder of this machine
     written = read_json(folder / "export.json")
-    assert written["drift"] == [vars(drift) for drift in exported.drift]
+    assert written["drift"] == [vars(one) for one in exported.drift]
     assert "equal answers" in repr(exported)
 
 
-def test_no_folder_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch):
-    """Only the exported copy names model and data by their last part: the run itself goes on."""
+def test_no_path_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch):
+    """Only the exported copy names model and data by their last part; the run itself can still be trained."""
     base = shutil.copytree(llama_folder, tmp_path / "base")
     write_json(base / "config.json", read_json(base / "config.json") | {"_name_or_path": str(base)})
     rows = [{"dialogue": f"Ann: hello {number}\nBo: yes", "summary": f"Hello {number}."} for number in range(12)]
@@ -126,7 +126,7 @@ def test_a_base_on_the_hub_gives_an_archive_for_the_container(copy):
     copy.save_config(config)
     (copy.folder / "export").mkdir()
     shutil.copytree(copy.adapter_dir, copy.folder / "export" / "adapter")
-    notes = exporting._write_serving(copy, copy.folder / "export", merged=False)
+    notes = bundle._write_serving(copy, copy.folder / "export", merged=False)
     assert notes == []
     serving = read_json(copy.folder / "export" / "serving.json")
     assert "--lora-modules tuned=./adapter --max-model-len 256" in serving["vllm_adapter"]
@@ -146,7 +146,7 @@ def test_no_export_without_a_certificate_that_fits(copy, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ModelError, match="not the file that the certificate speaks of"):
+    with pytest.raises(ModelError, match="not the file that the certificate describes"):
         export(copy, say=quiet)
     assert not (copy.folder / "export").exists()
     shutil.rmtree(copy.adapter_dir)
@@ -164,8 +164,8 @@ def test_another_base_than_the_one_trained_on_is_refused(copy, llama_folder, tmp
         export(copy, say=quiet)
 
 
-def test_drift_that_does_not_fit_into_memory_is_said(copy, monkeypatch):
-    monkeypatch.setattr(exporting, "_free_bytes", lambda: 1000)
+def test_drift_that_does_not_fit_into_memory_is_not_measured(copy, monkeypatch):
+    monkeypatch.setattr(drift, "_free_bytes", lambda: 1000)
     report = export(copy, say=quiet)
     assert report.drift == ()
     assert "drift not measured" in report.notes[-1]
@@ -181,14 +181,14 @@ def test_drift_that_runs_out_of_memory_leaves_the_merged_model(copy, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return answered(*args)
 
-    monkeypatch.setattr(exporting, "answered", exhausted)
+    monkeypatch.setattr(drift, "answered", exhausted)
     report = export(copy, say=quiet)
     assert report.drift == ()
     assert report.notes[-1] == "drift not measured: asking the adapter on 16 bits ran out of memory"
     assert (report.folder / "merged" / "model.safetensors").exists()
 
 
-def test_a_disk_that_fills_up_while_merging_is_one_message_and_the_last_export_stays(copy, monkeypatch):
+def test_a_disk_that_fills_up_while_merging_keeps_the_last_export(copy, monkeypatch):
     export(copy, drift=False, say=quiet)
 
     def full(path, tensors):
@@ -208,11 +208,11 @@ def test_a_disk_that_is_too_small_leaves_nothing(copy, monkeypatch):
     assert not (copy.folder / "export").exists()
 
 
-def test_a_folder_that_holds_something_else_is_not_written_over(copy, tmp_path, monkeypatch):
+def test_a_folder_with_other_content_is_not_overwritten(copy, tmp_path, monkeypatch):
     mine = tmp_path / "models" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(ModelError, match=r"is not written over; expected a new or empty folder.*got mine.txt in it"):
+    with pytest.raises(ModelError, match=r"is not overwritten; expected a new or empty folder.*got mine.txt in it"):
         export(copy, out=mine.parent, merged=False, say=quiet)
     monkeypatch.chdir(mine.parent)
     with pytest.raises(ModelError, match="got mine.txt in it"):
@@ -227,7 +227,7 @@ def test_a_folder_that_holds_something_else_is_not_written_over(copy, tmp_path, 
         export(copy, out=second.folder, merged=False, say=quiet)
 
 
-def test_the_command(copy, monkeypatch, capsys):
+def test_the_export_command(copy, monkeypatch, capsys):
     monkeypatch.setenv("QLORA_RUNS", str(copy.folder.parent))
     assert main(["export", "copy", "--no-merge"]) == 0
     assert {path.name for path in (copy.folder / "export").iterdir()} == {"adapter", "export.json", "serving.json"}
@@ -241,23 +241,23 @@ def test_the_command(copy, monkeypatch, capsys):
 TOKEN = "hf_" + "s3cr3t" * 6
 
 
-def test_a_wrong_repository_is_told_before_anything_is_merged(copy, capsys):
-    for arguments, said in (
-        (["--publish", "a/b/c"], "error: that is no name of a repository; expected owner/name; got 'a/b/c'."),
+def test_a_wrong_repository_is_refused_before_anything_is_merged(copy, capsys):
+    for arguments, message in (
+        (["--publish", "a/b/c"], "error: that is not the name of a repository; expected owner/name; got 'a/b/c'."),
         (["--public"], "error: --public is of a repository. Name it: --publish OWNER/NAME."),
     ):
         assert main(["export", str(copy.folder), *arguments]) == 2
-        assert capsys.readouterr().err.strip() == said
+        assert capsys.readouterr().err.strip() == message
     assert not (copy.folder / "export").exists()
 
 
 def test_a_folder_is_published_in_one_commit(exported, from_hub, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     caplog.set_level(logging.DEBUG)
-    said = []
+    messages = []
     with writable_hub() as (endpoint, taken):
         from_hub(endpoint)
-        address = publish(exported.folder / "merged", "someone/mine", say=said.append)
+        address = publish(exported.folder / "merged", "someone/mine", say=messages.append)
     assert address == f"{endpoint}/someone/mine"
     created = taken["created"]
     assert (created["organization"], created["name"]) == ("someone", "mine")
@@ -267,11 +267,11 @@ def test_a_folder_is_published_in_one_commit(exported, from_hub, monkeypatch, ca
     for name, data in taken["files"].items():
         assert data == (exported.folder / "merged" / name).read_bytes()
     assert taken["authorizations"] == {f"Bearer {TOKEN}"}
-    everything = caplog.text + "".join(said) + json.dumps(read_json(exported.folder / "export.json"))
+    everything = caplog.text + "".join(messages) + json.dumps(read_json(exported.folder / "export.json"))
     assert TOKEN not in everything
 
 
-def test_what_the_hub_refuses_is_one_message_without_the_token(exported, from_hub, monkeypatch, caplog):
+def test_a_refusal_of_the_hub_is_one_message_without_the_token(exported, from_hub, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with writable_hub(refuse=403) as (endpoint, _):
         from_hub(endpoint)
@@ -303,10 +303,10 @@ def certificate_with(folder: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "spoil", "said"),
+    ("part", "spoil", "message"),
     [
-        ("adapter", lambda folder: flipped_byte(folder / "adapter_model.safetensors"), "the certificate speaks of"),
-        ("adapter", lambda folder: flipped_byte(folder / "adapter_config.json"), "the certificate speaks of"),
+        ("adapter", lambda folder: flipped_byte(folder / "adapter_model.safetensors"), "the certificate describes"),
+        ("adapter", lambda folder: flipped_byte(folder / "adapter_config.json"), "the certificate describes"),
         ("adapter", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
         ("merged", lambda folder: certificate_with(folder, same_answers=0, passed=False), "did not pass"),
         ("merged", lambda folder: certificate_with(folder, passed=False), "no certificate; expected a readable"),
@@ -321,12 +321,12 @@ def certificate_with(folder: Path, **changes) -> None:
         ("merged", lambda folder: (folder / "sha256.json").unlink(), "merged/ has no readable sha256.json"),
     ],
 )
-def test_what_is_not_as_it_was_exported_is_not_published(exported, from_hub, tmp_path, part, spoil, said):
+def test_a_folder_that_changed_since_its_export_is_not_published(exported, from_hub, tmp_path, part, spoil, message):
     folder = shutil.copytree(exported.folder / part, tmp_path / part)
     with writable_hub() as (endpoint, taken):
         from_hub(endpoint)
         spoil(folder)
-        with pytest.raises(ModelError, match=f"{said}.* Export the run again"):
+        with pytest.raises(ModelError, match=f"{message}.* Export the run again"):
             publish(folder, "someone/mine", say=quiet)
     assert (taken["created"], taken["files"], taken["authorizations"]) == (None, {}, set())
 

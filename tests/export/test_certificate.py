@@ -10,15 +10,8 @@ import pytest
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.export.certificate import (
-    Certificate,
-    certify,
-    expected_settings,
-    expected_tensors,
-    read_certificate,
-    require_certificate,
-    saved_weights_in_place,
-)
+from qlora_helpers.export.certificate import Certificate, read_certificate, require_certificate
+from qlora_helpers.export.certify import certify, expected_settings, expected_tensors, saved_weights_in_place
 from qlora_helpers.model.lora import add_adapters
 
 ASKED = {"prompts": 3, "largest_difference": 0.0, "same_answers": 3}
@@ -54,7 +47,7 @@ def certified(folder, model, **changes) -> Certificate:
 
 
 def settings_with(folder, **changes):
-    """The adapter's settings rewritten; None takes a key away."""
+    """Rewrites the adapter's settings; None removes a key."""
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text()) | changes
     path.write_text(
@@ -63,7 +56,7 @@ def settings_with(folder, **changes):
 
 
 def changed(folder, change):
-    """The adapter's weights rewritten."""
+    """Rewrites the adapter's weights."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "adapter_model.safetensors")
@@ -72,7 +65,7 @@ def changed(folder, change):
 
 
 def test_a_good_adapter_passes(folder, model):
-    found = certified(folder, model)
+    found = certified(folder, model, largest_difference=1e-4)
     assert found.passed and found.problems == ()
     assert found.parameters == sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
     assert require_certificate(folder) == found == read_certificate(folder)
@@ -82,7 +75,7 @@ def test_a_good_adapter_passes(folder, model):
     assert "PASS" in repr(found)
 
 
-def test_a_tensor_that_is_missing_or_has_another_shape(folder, model):
+def test_a_tensor_that_is_missing_or_has_another_shape_fails(folder, model):
     names = list(expected_tensors(model))
     changed(folder, lambda weights: weights.pop(names[0]))
     changed(folder, lambda weights: weights.update({names[1]: weights[names[1]][:1].clone()}))
@@ -93,7 +86,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape(folder, model):
         require_certificate(folder)
 
 
-def test_b_at_zero_and_values_that_are_no_numbers(folder, model):
+def test_b_at_zero_and_values_that_are_not_finite_fail(folder, model):
     names = [name for name in expected_tensors(model) if "lora_B" in name]
     changed(folder, lambda weights: weights[names[0]].zero_())
     changed(folder, lambda weights: weights[names[1]].view(-1)[3:4].fill_(math.inf))
@@ -114,18 +107,18 @@ def test_b_at_zero_and_values_that_are_no_numbers(folder, model):
         ({"use_newer": True}, "use_newer: missing -> true"),
     ],
 )
-def test_settings_of_the_file_that_are_not_the_model_s(folder, model, spoilt, problem):
-    """The tensors are right, and whoever loads the folder gets another adapter."""
+def test_settings_that_differ_from_the_model_fail(folder, model, spoilt, problem):
+    """The tensors are right, but whoever loads the folder gets another adapter."""
     settings_with(folder, **spoilt)
     found = certified(folder, model)
     assert not found.passed and len(found.settings_changed) == 1
-    assert re.fullmatch(f"in adapter_config.json other than in the model: {problem}", found.problems[0])
-    assert "FAIL: in adapter_config.json" in repr(found)
-    with pytest.raises(ModelError, match=r"did not pass.*in adapter_config.json other than in the model"):
+    assert re.fullmatch(f"adapter_config.json differs from the model: {problem}", found.problems[0])
+    assert "FAIL: adapter_config.json differs" in repr(found)
+    with pytest.raises(ModelError, match=r"did not pass.*adapter_config.json differs from the model"):
         require_certificate(folder)
 
 
-def test_bookkeeping_and_the_order_of_names_in_the_settings_say_nothing(folder, model):
+def test_bookkeeping_and_the_order_of_names_do_not_matter(folder, model):
     names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
     assert len(names) == 7
     settings_with(
@@ -142,20 +135,21 @@ def test_bookkeeping_and_the_order_of_names_in_the_settings_say_nothing(folder, 
     ("asked", "problem"),
     [
         ({"prompts": 0, "largest_difference": None, "same_answers": 0}, "never asked"),
-        ({"largest_difference": 0.01}, "logits differ"),
-        ({"largest_difference": math.nan}, "logits differ"),
+        ({"largest_difference": 0.01}, "logits differ from the trained one's by 0.01"),
+        ({"largest_difference": 1.1e-4}, "logits differ"),
+        ({"largest_difference": math.nan}, "logits differ from the trained one's and are not finite"),
         ({"same_answers": 2}, "1 of 3 answers"),
     ],
 )
-def test_an_adapter_that_answers_otherwise(folder, model, asked, problem):
+def test_an_adapter_that_answers_differently_fails(folder, model, asked, problem):
     found = certified(folder, model, **asked)
     assert len(found.problems) == 1 and problem in found.problems[0]
 
 
-def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
+def test_a_certificate_is_valid_for_its_own_files_only(folder, model):
     certified(folder, model)
     changed(folder, lambda weights: next(iter(weights.values())).mul_(2))
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors is not the file that the certificate speaks of"):
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is not the file that the certificate describes"):
         require_certificate(folder)
     certified(folder, model)
     settings_with(folder, lora_alpha=1)
@@ -163,7 +157,7 @@ def test_it_holds_for_the_files_that_it_was_made_for(folder, model):
         require_certificate(folder)
 
 
-def test_none_or_an_unreadable_one(folder, model):
+def test_a_missing_or_unreadable_certificate_is_refused(folder, model):
     with pytest.raises(ModelError, match="no certificate"):
         require_certificate(folder)
     certified(folder, model)
@@ -177,7 +171,7 @@ def test_none_or_an_unreadable_one(folder, model):
         certified(folder, model)
 
 
-def test_the_live_model_answers_with_the_saved_weights_and_gets_its_own_back(folder, model, torch):
+def test_the_live_model_answers_with_the_saved_weights_and_is_restored(folder, model, torch):
     ids = torch.tensor([[5, 6, 7]])
     before = model(ids).logits
     with saved_weights_in_place(model, folder):
@@ -187,5 +181,5 @@ def test_the_live_model_answers_with_the_saved_weights_and_gets_its_own_back(fol
         assert (model(ids).logits - before).abs().max() > 1e-3
     changed(folder, lambda weights: weights.pop(next(name for name in weights if "lora_A" in name)))
     with saved_weights_in_place(model, folder):
-        assert model(ids).logits.isnan().all()  # what is missing does not answer with the live weights
+        assert model(ids).logits.isnan().all()  # a missing tensor is not replaced by the live one
     assert torch.equal(model(ids).logits, before)

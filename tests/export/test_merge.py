@@ -1,4 +1,4 @@
-"""A merged checkpoint is the base with the adapter added, file by file, and takes no more memory than it says."""
+"""A merged checkpoint is the base plus the adapter, and merging takes no more memory than it reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cache", "torch")
 
 
 def saved(model, folder, torch, **settings):
-    """A base checkpoint in bfloat16 and an adapter for it on disk; gives the peft model too."""
+    """Saves a base checkpoint in bfloat16 and an adapter for it; returns the peft model."""
     model = model.to(torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="100KB")
     tuned = add_adapters(model, AdapterConfig(**{"r": 4, "lora_dropout": 0.0} | settings), seed=0)
@@ -54,8 +54,11 @@ MODELS = {
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 16}], ids=["lora", "rslora"])
 def test_the_merged_model_is_base_plus_adapter(kind, settings, tmp_path, torch):
     tuned = saved(MODELS[kind](), tmp_path, torch, **settings)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}, "_name_or_path": "/here"}))
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", shard_gib=1e-4, working_gib=1e-5)
     assert report.merged == sum("lora_A" in name for name, _ in tuned.named_parameters())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": None}))
     base = loaded(tmp_path / "base", torch).state_dict()
     merged = loaded(tmp_path / "merged", torch).state_dict()
     expected = tuned.float().merge_and_unload().state_dict()
@@ -71,11 +74,11 @@ def test_the_merged_model_is_base_plus_adapter(kind, settings, tmp_path, torch):
     names = {path.name for path in (tmp_path / "merged").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == names
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    assert config["dtype"] == "bfloat16" and not {"quantization_config", "_name_or_path"} & set(config)
 
 
-def test_names_without_the_model_s_own_prefix(tmp_path, torch):
-    """Some checkpoints were saved from the inner model: `h.0...` in place of `transformer.h.0...`."""
+def test_names_without_the_models_prefix_are_merged(tmp_path, torch):
+    """Some checkpoints were saved from the inner model, with names such as `h.0...` in place of `transformer.h.0...`."""
     tuned = saved(tiny_model("falcon"), tmp_path, torch)
     stored = stored_tensors(tmp_path / "base")
     for path in (tmp_path / "base").glob("*.safetensors*"):
@@ -97,6 +100,10 @@ def test_names_without_the_model_s_own_prefix(tmp_path, torch):
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
     ],
@@ -109,13 +116,13 @@ def test_other_kinds_of_adapters_are_refused(tmp_path, torch, change, message):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_an_adapter_of_another_model_or_with_something_more(tmp_path, torch):
+def test_an_adapter_of_another_model_or_with_more_tensors_is_refused(tmp_path, torch):
     from safetensors.torch import load_file, save_file
 
     saved(tiny_llama(), tmp_path, torch)
     other = tmp_path / "other"
     saved(tiny_llama(hidden_size=96), other, torch)
-    with pytest.raises(ModelError, match="not of this checkpoint"):
+    with pytest.raises(ModelError, match="does not belong to this checkpoint"):
         merge(tmp_path / "base", other / "adapter", tmp_path / "merged")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.extra": torch.ones(2)}, path)
@@ -166,14 +173,36 @@ def test_a_damaged_file_is_refused(tmp_path, data):
         stored_tensors(tmp_path)
 
 
-def test_an_index_does_not_reach_out_of_its_folder(tmp_path):
-    index = {"weight_map": {"a": "../model.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="elsewhere"):
+def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path, torch):
+    values = torch.arange(12.0).view(4, 3)
+    write_tensors(tmp_path / "model.safetensors", [TensorToWrite("a", "F32", (4, 3), [values])])
+    (tensor,) = stored_tensors(tmp_path).values()
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-4])
+    with pytest.raises(ModelError, match="it ends too early"):
+        tensor.read()
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path, torch):
+    for name in ("one", "two"):
+        write_tensors(tmp_path / f"{name}.safetensors", [TensorToWrite("a", "F32", (3,), [torch.ones(3)])])
+    with pytest.raises(ModelError, match="a is in two files"):
         stored_tensors(tmp_path)
 
 
-def test_files_are_filled_in_order():
+def test_a_tensor_that_is_smaller_than_announced_is_not_written(tmp_path, torch):
+    with pytest.raises(ModelError, match="a has another size than its header says"):
+        write_tensors(tmp_path / "model.safetensors", [TensorToWrite("a", "F32", (4,), [torch.ones(3)])])
+
+
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
+    index = {"weight_map": {"a": "../model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside its folder"):
+        stored_tensors(tmp_path)
+
+
+def test_shards_are_filled_in_order():
     assert shards({"a": 3, "b": 3, "c": 9, "d": 1, "e": 1}, 6) == [["a", "b"], ["c"], ["d", "e"]]
 
 
@@ -195,8 +224,8 @@ print(before, peak_kib(), report.bound_gib)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_within_what_it_says_whatever_the_model_s_size(tmp_path, torch):
-    """A checkpoint of 0.38 GiB, of which one tensor has 0.19, is merged with 0.03 GiB at work."""
+def test_merging_stays_within_its_memory_bound(tmp_path, torch):
+    """A checkpoint of 0.38 GiB, of which one tensor has 0.19, is merged with 0.03 GiB for its rows."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir(), (tmp_path / "merged").mkdir()
     rows, columns = 25_000, 4096

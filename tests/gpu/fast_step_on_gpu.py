@@ -21,7 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers import workflow
 from qlora_helpers.base.config import AdapterConfig
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import (
+    AllLogits,
+    BlockDiagonalMask,
+    PaddingMask,
+    RowBounds,
+    SequenceCollator,
+    TrainedTokens,
+)
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.training.fast_step import graphs
 from qlora_helpers.training.fast_step.parts import fast_step
@@ -116,7 +123,8 @@ def compared(
     """Relative errors of the fast step and of the plain path, both in 16 bits; a recorded pass is played on other blocks first."""
     packed = rows == "packed"
     blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS[rows])]
-    plain = SequenceCollator(0, packed, pad_to=LENGTH if packed else None, keep_trained_logits=False)(blocks)
+    length, masked = (LENGTH, BlockDiagonalMask()) if packed else (None, PaddingMask())
+    plain = SequenceCollator(0, masked, AllLogits(), length=length)(blocks)
     exact_model, model = built(LAYOUTS[name], torch.float32), built(LAYOUTS[name], torch.bfloat16)
     weights = {path: tensor.float() for path, tensor in model.state_dict().items()}
     exact_model.load_state_dict(weights)
@@ -132,14 +140,8 @@ def compared(
     with fast_step(
         model, packed=packed, longest=LENGTH, compiled=compiled, checkpointed=checkpointed, captured=captured
     ) as on:
-        collator = SequenceCollator(
-            0,
-            packed,
-            pad_to=LENGTH if packed else None,
-            most_rows=5 if on.block_diagonal else None,
-            list_trained=True,
-            most_trained=200 if captured else None,
-        )
+        attention = RowBounds(5) if packed and on.block_diagonal else masked
+        collator = SequenceCollator(0, attention, TrainedTokens(200 if captured else None), length=length)
         for seed in range(10, 10 + 3 * captured):
             gradients(model, collator([block_of(lengths[::-1], seed) for lengths in reversed(ROWS[rows])]))
         fast_loss, fast = gradients(model, collator(blocks))

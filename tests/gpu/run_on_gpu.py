@@ -39,7 +39,7 @@ def run_one(name: str) -> dict[str, Any]:
     import torch
 
     from qlora_helpers import workflow
-    from qlora_helpers.model.loading import segments_expand
+    from qlora_helpers.model.allocator import segments_expand
 
     torch.cuda.reset_peak_memory_stats()
     settings = {

@@ -1,4 +1,4 @@
-"""A CUDA graph that can't be recorded, on a real GPU: the step is taken as it is, and what comes after is not spoilt by it.
+"""A CUDA graph that can't be captured, on a real GPU: the step is taken as it is, and what comes after is not spoiled by it.
 
     python tests/gpu/spoilt_graph_on_gpu.py
 
@@ -33,7 +33,7 @@ def main() -> None:
         spoilt = CapturedStep(looks, [state])
         spoilt(4, 4)
         spoilt(4, 4)
-        assert spoilt.refusal and spoilt.recorded == 0, spoilt.refusal
+        assert spoilt.refusal and spoilt.captured == 0, spoilt.refusal
         assert state.tolist() == [2.0] * 4, state
         spoilt.release()
         kept = torch.nn.functional.dropout(ones, 0.5, training=True).ne(0).float().mean()
@@ -42,7 +42,7 @@ def main() -> None:
         good(4, 4)
         good(4, 4)
         torch.cuda.synchronize()
-        assert good.recorded == 1, good.refusal
+        assert good.captured == 1, good.refusal
         assert state.tolist() == [4.0] * 4, state
         good.release()
         print(f"{attempt + 1}: {spoilt.refusal}; dropout and the next graph work")

@@ -30,7 +30,7 @@ def test_hardware_is_read_as_people_write_it(text, gpus, usable_gib, name):
     hardware = parse_gpus(text)
     assert (hardware.gpus, hardware.gpu and hardware.gpu.name) == (gpus, name)
     assert math.isclose(hardware.usable_gib, usable_gib)
-    assert parse_gpus(hardware.label) == hardware  # a label can be typed again
+    assert parse_gpus(hardware.label) == hardware  # a label can be parsed again
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_hardware_is_read_as_people_write_it(text, gpus, usable_gib, name):
         "4xml.g5.xlarge",
     ],
 )
-def test_anything_else_is_one_clear_message(text):
+def test_other_hardware_is_refused_with_one_message(text):
     with pytest.raises(UserError) as caught:
         parse_gpus(text)
     message = str(caught.value)
@@ -85,18 +85,18 @@ def test_a_price_is_dated_and_can_be_overridden():
     assert (own.price_usd_per_hour, own.price_note) == (5.5, "as given")
     assert parse_gpus("4x24GiB", price=0).price_usd_per_hour == 0
     for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="that is no price"):
+        with pytest.raises(UserError, match="this is not a price"):
             parse_gpus("H100", price=wrong)
 
 
-def test_a_machine_has_a_few_gpus_at_most():
+def test_a_machine_has_at_most_64_gpus():
     assert parse_gpus("64xH100").gpus == 64
     for text in ("65xH100", "0xH100", "100000xH100", "9" * 5000 + "xH100"):
         with pytest.raises(UserError, match="these GPUs are not known"):
             parse_gpus(text)
 
 
-def test_what_has_no_price_says_nothing_of_one():
+def test_hardware_without_a_price_has_no_price_note():
     for text in ("4x24GiB", "2xL4", "ml.p5en.48xlarge", "ml.g6e.16xlarge"):
         hardware = parse_gpus(text)
         assert (hardware.price_usd_per_hour, hardware.price_note) == (None, "")
@@ -133,7 +133,7 @@ def test_every_instance_has_a_known_gpu_and_more_of_them_cost_more():
 
 @pytest.mark.parametrize(("family", "gpu"), [("g4dn", "T4"), ("g5", "A10G"), ("g6", "L4"), ("g6e", "L40S")])
 def test_every_size_of_a_family_is_known_with_its_gpus(family, gpu):
-    """As in AWS' tables of accelerated instances; g4dn.metal is not offered by SageMaker."""
+    """As in AWS' tables of accelerated instances; SageMaker does not offer g4dn.metal."""
     gpus = {"xlarge": 1, "2xlarge": 1, "4xlarge": 1, "8xlarge": 1, "12xlarge": 4, "16xlarge": 1}
     gpus |= {"24xlarge": 4, "48xlarge": 8} if family != "g4dn" else {}
     found = {name: (one.gpu, one.gpus) for name, one in INSTANCES.items() if name.startswith(f"ml.{family}.")}

@@ -1,4 +1,4 @@
-"""What an hour costs, and who says so."""
+"""The price of an hour, and its source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def in_studio(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_setting_goes_before_the_catalogue(in_studio):
+def test_the_setting_overrides_the_catalogue(in_studio):
     assert price.machine_price(TrainConfig(usd_per_hour=1.5), FourA10G()) == price.Price(1.5, "as given")
 
 
@@ -53,7 +53,7 @@ def test_inside_sagemaker_the_instance_s_name_decides(in_studio, monkeypatch):
     assert price.machine_price(TrainConfig(), OneA10G()) is None
 
 
-def test_by_its_gpus_the_dearest_instance_counts(in_studio):
+def test_the_most_expensive_instance_with_these_gpus_counts(in_studio):
     with_one = [item.price_usd_per_hour for item in INSTANCES.values() if (item.gpu, item.gpus) == ("A10G", 1)]
     assert None in with_one and len(with_one) > 2  # those without a price don't count
     found = price.machine_price(TrainConfig(), OneA10G())
@@ -75,7 +75,7 @@ def test_elsewhere_no_price_is_known_and_a_limit_in_dollars_says_so(monkeypatch,
 # the budget
 
 
-def test_what_is_used_and_when_it_is_enough():
+def test_the_budget_counts_what_is_used():
     status = Status(started_at=1000.0, spent_usd=1.0, usd_per_hour=3.6)
     budget = Budget(TrainConfig(stop_at_usd=1.5, stop_at_minutes=10), status)
     assert budget.used(1100.0) == {"seconds": 100.0, "usd": 1.1}

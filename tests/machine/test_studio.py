@@ -93,7 +93,7 @@ def test_this_app_is_shut_down(in_studio, client):
     assert resources.stop_this_app() == APP
     assert client.deleted == [APP]
     studio.STUDIO_METADATA.unlink()
-    with pytest.raises(UserError, match="this is no app of SageMaker Studio"):
+    with pytest.raises(UserError, match="this is not an app of SageMaker Studio"):
         resources.stop_this_app()
 
 

@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
+import psutil
 import pytest
 from fake_nvml import FakeNvml, LostCard, NoDriver
 
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.telemetry import (
+    FIRST_CPU_READING_S,
     GpuReading,
     gpu_table,
     read_disk,
@@ -93,22 +95,19 @@ def test_own_process_memory_grows_by_what_it_takes():
     assert int(threads) >= 1
 
 
-def test_cpu_of_a_busy_process_and_of_a_sleeping_one():
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        time.sleep(0.3)  # both have started up
-        first = read_process(busy.pid)
-        read_process(idle.pid)
-        time.sleep(0.3)
-        assert first.cpu_percent > 5  # even the first reading says something
-        assert read_process(busy.pid).cpu_percent > 5
-        assert read_process(idle.pid).cpu_percent < 5
-    finally:
-        for process in (busy, idle):
-            process.kill()
-            process.wait()
-    assert read_process(busy.pid) is None
+def test_cpu_is_counted_from_one_reading_to_the_next(monkeypatch):
+    """The first reading of a process waits for a moment, so that it says something; later ones count since the one before."""
+    waited = []
+    monkeypatch.setattr(psutil.Process, "cpu_percent", lambda process, interval: waited.append(interval) or 42.0)
+    monkeypatch.setattr(telemetry, "_processes", {})
+    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with running:
+        assert [read_process(running.pid).cpu_percent for _ in range(3)] == [42.0] * 3
+        assert read_process().cpu_percent == 42.0
+        running.communicate(b"\n")
+    assert waited == [FIRST_CPU_READING_S, None, None, FIRST_CPU_READING_S]
+    assert read_process(running.pid) is None
+    assert list(telemetry._processes) == [os.getpid()], "a process that has ended is forgotten"
 
 
 def test_machine():

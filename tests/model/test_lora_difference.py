@@ -1,4 +1,4 @@
-"""Two saved adapters compared, weight by weight."""
+"""Two saved adapters are compared weight by weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def saved(tmp_path):
     return save
 
 
-def test_largest_difference_of_two_adapters(saved):
+def test_the_largest_difference_of_two_adapters_is_found(saved):
     first = saved("first", a=[1.0, 2.0], b=[[0.5]])
     assert adapter_difference(first, first) == 0.0
     second = saved("second", a=[1.0, 1.75], b=[[0.625]])
@@ -32,6 +32,6 @@ def test_largest_difference_of_two_adapters(saved):
 @pytest.mark.parametrize(
     "weights", [{"a": [1.0, 2.0, 3.0], "b": [[0.5]]}, {"a": [1.0, 2.0]}, {"a": [1.0, 2.0], "c": [[0.5]]}]
 )
-def test_adapters_of_other_shapes_are_refused(saved, weights):
+def test_adapters_of_different_shapes_are_refused(saved, weights):
     with pytest.raises(ModelError, match="can't be compared; expected the same layers and ranks"):
         adapter_difference(saved("first", a=[1.0, 2.0], b=[[0.5]]), saved("second", **weights))

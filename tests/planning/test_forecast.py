@@ -1,6 +1,8 @@
-"""What settings lead to as they stand, and how they are mended."""
+"""What settings lead to as they are, and what makes them fit."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 
@@ -8,6 +10,7 @@ from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.shapes.catalog import known_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning import fixes
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.planning.step_settings import step_settings
@@ -19,13 +22,15 @@ def look(gpus: str, *settings: str, config=FALCON):
     return forecast(config.with_settings(settings), hardware=parse_gpus(gpus))
 
 
-def test_the_settings_are_taken_as_they_stand():
+def test_the_settings_are_taken_as_they_are():
     found = look("H100", "train.checkpointed_layers=55", "train.compile=off")
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(FALCON, shape, blocks=8, checkpointed=55, compiled=False, captured=True, trained_share=0.2)
+    step = step_settings(
+        FALCON, shape, micro_batch_size=8, checkpointed=55, compiled=False, captured=True, trained_share=0.2
+    )
     _, memory = predict(model_sizes(shape), step)
     assert found.step.memory == memory and found.fits and not found.fixes
-    assert found.plan.choice.blocks != 8, "the plan beside it searches"
+    assert found.plan.choice.micro_batch_size != 8, "the plan searches"
     assert (found.adapter_parameters, found.parameters) == (55_541_760, 41_358_835_712)
 
 
@@ -47,39 +52,98 @@ def test_more_of_everything_takes_more():
         ("24GiB", []),
     ],
 )
-def test_the_first_mend_fits_and_nothing_smaller_of_its_kind_does(gpus, settings):
+def test_the_first_fix_fits_and_no_smaller_one_does(gpus, settings):
     found = look(gpus, *settings)
     assert not found.fits and found.shortfall_gib > 0
     fix = found.fixes[0]
-    mended = look(gpus, *settings, *fix.settings)
-    assert mended.fits
-    assert mended.step.blocks * mended.step.accumulation == found.step.blocks * found.step.accumulation
+    fixed = look(gpus, *settings, *fix.settings)
+    assert fixed.fits
+    assert (
+        fixed.step.micro_batch_size * fixed.step.gradient_accumulation_steps
+        == found.step.micro_batch_size * found.step.gradient_accumulation_steps
+    )
     if any("checkpointed_layers" in each for each in fix.settings):
-        less = [f"train.checkpointed_layers={mended.step.checkpointed - 1}"]
-    else:  # the trainer chooses them, and leaves a margin: then the next larger micro-batch is what must not fit
-        per_step = found.step.blocks * found.step.accumulation
-        more = min(count for count in range(mended.step.blocks + 1, per_step + 1) if per_step % count == 0)
+        less = [f"train.checkpointed_layers={fixed.step.checkpointed - 1}"]
+    else:  # the trainer chooses the layers and leaves a margin: then the next larger micro-batch must not fit
+        per_step = found.step.micro_batch_size * found.step.gradient_accumulation_steps
+        more = min(count for count in range(fixed.step.micro_batch_size + 1, per_step + 1) if per_step % count == 0)
         less = [f"train.micro_batch_size={more}", f"train.gradient_accumulation_steps={per_step // more}"]
     assert not look(gpus, *settings, *fix.settings, *less).fits
 
 
-def test_an_embedding_on_the_host_is_the_mend_where_it_is_all_that_is_missing():
+@pytest.mark.parametrize(
+    ("plan_seconds", "usable_gib", "faster"),
+    [(98.9, 80, True), (99.0, 80, False), (99.5, 80, False), (200.0, 80, False), (200.0, 1, True), (None, 1, False)],
+)
+def test_a_plan_is_worth_taking_from_a_hundredth_on(plan_seconds, usable_gib, faster):
+    """Or where the settings do not fit at all."""
+    found = look("H100")
+    choice = plan_seconds and dataclasses.replace(found.plan.choice, seconds=plan_seconds)
+    hardware = dataclasses.replace(found.hardware, usable_gib=usable_gib)
+    plan = dataclasses.replace(found.plan, choice=choice, workload=found.plan.workload.on(hardware))
+    found = dataclasses.replace(found, step=dataclasses.replace(found.step, seconds=100.0), plan=plan)
+    assert found.plan_is_faster is faster
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "fitting", "longest"),
+    [
+        (2048, 128, 10**6, 1984),
+        (2049, 128, 10**6, 2048),
+        (2048, 128, 1000, 960),
+        (2048, 128, 255, None),
+        (2048, 700, 10**6, 1984),
+        (2048, 700, 700, None),
+        (2048, 700, 704, 704),
+        (2048, 704, 704, None),
+        (320, 128, 10**6, 256),
+        (257, 128, 10**6, 256),
+        (256, 128, 10**6, None),
+        (512, 600, 10**6, None),
+    ],
+)
+def test_the_longest_sequence_that_fits_is_shorter_than_asked_and_longer_than_an_answer(
+    asked, answer, fitting, longest
+):
+    config = FALCON.with_settings([f"data.seq_len_tokens={asked}", "evaluation.max_new_tokens=64"])
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_new_tokens=answer))
+    tried = []
+
+    def fits(setting: str) -> bool:
+        tried.append(int(setting.removeprefix("data.seq_len_tokens=")))
+        return tried[-1] <= fitting
+
+    assert fixes._longest_fitting(config, fits) == (longest and f"data.seq_len_tokens={longest}")
+    assert all(answer < length < asked for length in tried) and len(tried) <= 6
+
+
+def test_a_fix_keeps_the_layers_that_were_asked_to_be_checkpointed():
+    """They are at least as many as asked for, though a smaller micro-batch would do with fewer; more than all are all."""
+    settings = ["train.checkpointed_layers=59", "train.micro_batch_size=32", "train.compile=off"]
+    found = look("48GiB", *settings)
+    fixed = look("48GiB", *settings, *found.fixes[0].settings)
+    assert not found.fits and fixed.fits and fixed.step.micro_batch_size < 32
+    assert fixed.step.checkpointed >= 59
+    assert look("H100", "train.checkpointed_layers=100").step.checkpointed == 60
+
+
+def test_offloading_the_embedding_is_the_fix_where_it_is_enough():
     llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "data.seq_len_tokens=2048", "adapter.r=16"])
     asked = ["train.micro_batch_size=2", "train.checkpointed_layers=32"]
     found = look("8GiB", *asked, config=llama)
     assert found.fixes[0].settings == ("train.offload_embeddings=true",)
-    mended = look("8GiB", *asked, *found.fixes[0].settings, config=llama)
-    assert mended.fits and not mended.fixes
+    fixed = look("8GiB", *asked, *found.fixes[0].settings, config=llama)
+    assert fixed.fits and not fixed.fixes
 
 
-def test_where_no_setting_helps_an_instance_is_named():
+def test_an_instance_is_named_where_no_setting_helps():
     found = look("4GiB")
     assert [bool(fix.settings) for fix in found.fixes] == [False]
     assert look(found.fixes[0].hardware).plan.fits
 
 
-def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
-    """Both leave the trainer's margin."""
+def test_a_forecast_checkpoints_as_many_layers_as_the_trainer():
+    """Both leave the trainer's margin free."""
     from qlora_helpers.model.shapes.sizes import model_sizes
     from qlora_helpers.planning.candidates import fewest_checkpointed
     from qlora_helpers.planning.memory import MEMORY_MARGIN
@@ -88,7 +152,7 @@ def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     config = FALCON.with_settings(["train.micro_batch_size=4", "train.compile=on", "data.seq_len_tokens=2048"])
     found = look("H100", config=config)
     shape = known_shape("tiiuae/falcon-40b")
-    step = step_settings(config, shape, blocks=4, trained_share=0.2)
+    step = step_settings(config, shape, micro_batch_size=4, trained_share=0.2)
     usable = parse_gpus("H100").usable_gib
     chosen, without = (
         fewest_checkpointed(model_sizes(shape), step, share * usable) for share in (1 - MEMORY_MARGIN, 1)
@@ -96,7 +160,7 @@ def test_the_form_recomputes_as_many_layers_as_the_trainer_will():
     assert found.step.checkpointed == chosen > without
 
 
-def test_without_the_fast_step_a_mend_recomputes_all_or_changes_the_blocks():
+def test_a_fix_without_the_fast_step_checkpoints_all_layers():
     llama = FALCON.with_settings(["model.name=meta-llama/Llama-3.1-8B", "train.fast_step=false"])
     asked = ["train.activation_checkpointing=false", "train.micro_batch_size=2", "train.gradient_accumulation_steps=1"]
     found = look("16GiB", *asked, config=llama)
@@ -105,26 +169,26 @@ def test_without_the_fast_step_a_mend_recomputes_all_or_changes_the_blocks():
     assert look("16GiB", *asked, *found.fixes[0].settings, config=llama).fits
 
 
-def test_a_model_that_can_not_keep_rows_apart_is_planned_on_padded_rows():
+def test_a_model_that_can_not_be_packed_is_planned_on_padded_rows():
     phi = ["model.name=microsoft/Phi-3-mini-4k-instruct", "data.seq_len_tokens=2048"]
     found = look("H100", *phi)
     assert not found.step.compiled and not found.plan.choice.compiled
     assert found.steps == 1842
     for notes in (found.notes, found.plan.notes):
-        assert any("can't keep packed rows apart" in note for note in notes)
+        assert any("can't be packed in sequences of 2048 tokens" in note for note in notes)
     shorter = look("H100", *phi, "data.seq_len_tokens=1024")
     assert shorter.steps < 1842
     assert not any("packed" in note for note in (*shorter.notes, *shorter.plan.notes))
 
 
-def test_padded_rows_count_as_long_as_a_block():
+def test_padded_rows_count_at_full_length():
     packed = look("H100", "train.activation_checkpointing=true")
     padded = look("H100", "data.packing=false")
-    assert padded.steps == 1842 and packed.steps == 171  # 14,732 rows by 8, and 1,366 blocks by 8
+    assert padded.steps == 1842 and packed.steps == 171  # 14,732 rows by 8, and 1,366 packed sequences by 8
     assert any("padded" in note for note in padded.notes)
 
 
-def test_an_unknown_size_is_said_and_a_file_is_read_once(tmp_path, monkeypatch):
+def test_an_unknown_size_is_noted_and_a_file_is_read_once(tmp_path, monkeypatch):
     from qlora_helpers.planning import run_plan
 
     found = look("H100", "data.source=somebody/something")

@@ -1,4 +1,4 @@
-"""What a compiled decoder layer keeps for its backward pass is what `memory` says: counted in the tensors that autograd saves."""
+"""A decoder layer keeps what `step_settings` counts for its backward pass: compared with the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAMILIES = {
 
 
 def attended_at_once(query, key, value, starts, scale):
-    """Stands in for the GPU's kernel, which keeps the same values: queries, keys, values, output and the softmax's sums."""
+    """Replaces the GPU's kernel, which keeps the same values: queries, keys, values, output and the softmax's sums."""
     query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key.contiguous(), value.contiguous(), is_causal=True, scale=scale, enable_gqa=True
@@ -43,7 +43,7 @@ def attended_at_once(query, key, value, starts, scale):
 
 
 def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch.bfloat16, **adapter) -> float:
-    """Bytes a token, of the tensors that a layer saves, each storage once."""
+    """Counts bytes a token of the tensors that a layer saves, each storage once."""
     monkeypatch.setattr(block_diagonal, "_row_by_row", attended_at_once)
     torch._dynamo.reset()
     config = AutoConfig.for_model(**shape)
@@ -86,7 +86,7 @@ def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch
     return sum(kept.values()) / TOKENS
 
 
-PARTITIONED = "aot_eager_decomp_partition"  # splits the graph as inductor does, and runs it without compiling kernels
+PARTITIONED = "aot_eager_decomp_partition"  # splits the graph as inductor does, without compiling kernels
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,7 +95,7 @@ def test_a_compiled_layer_keeps_what_was_counted(name, monkeypatch):
     sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
     counted = 2 * kept_values(sizes, compiled=True, r=R)
     shared = 2 * 2 * sizes.head_dim  # the rotation's cosine and sine, one pair for all layers
-    statistics = 2 * 2 * (2 * sizes.norms_per_layer + sizes.heads + sizes.kv_heads)  # of norms, in 32 bits
+    statistics = 2 * 2 * (2 * sizes.norms_per_layer + sizes.heads + sizes.kv_heads)  # of norms, in float32
     assert counted <= kept_by_a_layer(shape, monkeypatch) <= counted + shared + statistics
 
 
@@ -107,10 +107,10 @@ WAYS = {
     "DoRA": {"use_dora": True, "compiled": False},
     "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.05, "compiled": False},
     "DoRA, few layers": {"use_dora": True, "compiled": False, "target_modules": FEW},
-    "DoRA in 32 bits": {"use_dora": True, "compiled": False, "dtype": torch.float32},
+    "DoRA in float32": {"use_dora": True, "compiled": False, "dtype": torch.float32},
     "plain": {"fast": False, "compiled": False},
     "plain with dropout": {"fast": False, "lora_dropout": 0.05, "compiled": False},
-    "plain in 32 bits": {"fast": False, "compiled": False, "dtype": torch.float32},
+    "plain in float32": {"fast": False, "compiled": False, "dtype": torch.float32},
 }
 
 
@@ -123,7 +123,7 @@ def test_other_adapters_and_dropout_keep_what_was_counted(name, way, monkeypatch
     sizes = model_sizes(AutoConfig.for_model(**FAMILIES[name]).to_dict())
     step = StepSettings(
         seq_len_tokens=TOKENS,
-        blocks=1,
+        micro_batch_size=1,
         checkpointed=0,
         compiled=asked.get("compiled", True),
         r=R,

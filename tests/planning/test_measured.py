@@ -1,4 +1,4 @@
-"""What a run on a GPU measured is written beside what was predicted for the step that it really took."""
+"""What a run on a GPU measured is written beside the prediction for the step that it really took."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def written(folder, monkeypatch, **changes) -> tuple[dict, Run]:
     return read_json(run.plan_path), run
 
 
-def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
+def test_the_prediction_is_stored_beside_the_measurement(tmp_path, monkeypatch):
     plan, run = written(tmp_path / "mine", monkeypatch, captured=True)
     assert plan["measured"]["reserved_gib"] == {"cuda:0": 61.0}
     expected = run_plan.predicted_step(
@@ -65,7 +65,7 @@ def test_predicted_and_measured_stand_beside_each_other(tmp_path, monkeypatch):
     assert [row[0] for row in plan_table(run).rows][-1] == "tokens/s"
 
 
-def test_the_prediction_is_for_passes_as_they_were_taken(tmp_path, monkeypatch):
+def test_the_prediction_is_for_the_step_that_was_taken(tmp_path, monkeypatch):
     replayed, launched = (
         written(tmp_path / str(captured), monkeypatch, captured=captured)[0]["predicted"] for captured in (True, False)
     )

@@ -1,4 +1,4 @@
-"""Bytes by arithmetic: against what the parts are defined to be, and against what a real GPU measured."""
+"""Bytes by arithmetic, compared with how the parts are defined and with what a real GPU measured."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from qlora_helpers.planning.step_settings import StepSettings, kept_values
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
-    values = {"seq_len_tokens": 2048, "blocks": 1, "checkpointed": 0, "compiled": True, "r": r}
+    values = {"seq_len_tokens": 2048, "micro_batch_size": 1, "checkpointed": 0, "compiled": True, "r": r}
     return StepSettings(**values | {"adapter_parameters": adapter_parameters(SHAPES[name], r, None, False)} | changes)
 
 
 @pytest.mark.parametrize("case", [case for case in planned_steps() if not case.get("after")], ids=name_of)
-def test_the_prediction_is_what_a_gpu_measured(case):
-    """Not where another trainer had run in the process before, which keeps memory of its own."""
+def test_predicted_memory_matches_the_gpu(case):
+    """Except where another trainer had run in the process before, which keeps memory of its own."""
     sizes, step = step_of(case)
     _, (found,) = predict(sizes, step)
     weights = gib(found.weights + found.adapters)
     measured = case["weights_gib"]
-    if case.get("offloaded"):  # it was weighed before the embedding left the GPU
+    if case.get("offloaded"):  # measured before the embedding left the GPU
         measured -= gib(2 * sizes.vocab * sizes.hidden)
-    # Where several models were measured in one process, handles of its libraries stay from the model before; in call 15 each case
-    # left workspaces behind.
+    # Where several models were measured in one process, library handles stay from the model before; in call 15 each case left
+    # workspaces behind.
     assert weights == pytest.approx(measured, rel=0.015, abs=0.2 if case["call"] == 15 else 0.1)
     assert gib(found.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.05)
     within = 0.05 if case.get("segments_expand", True) else 0.06  # segments that did not grow: the JSON's note
@@ -37,7 +37,7 @@ def test_the_prediction_is_what_a_gpu_measured(case):
     assert gib(found.allocated) - weights == pytest.approx(case["peak_allocated_gib"] - measured, rel=0.15)
 
 
-def test_an_embedding_on_the_host_frees_its_bytes_where_the_output_layer_has_its_own():
+def test_offloading_frees_an_embedding_that_is_not_tied():
     for name, freed in (("llama-3.1-8b", 2 * 128_256 * 4096), ("smollm2-135m", 0)):
         sizes = model_sizes(SHAPES[name])
         (_, (here,)), (_, (there,)) = (predict(sizes, settings(name, offloaded=each)) for each in (False, True))
@@ -60,9 +60,9 @@ def test_falcon_40b_in_4_bits():
     assert whole.weights_other == 2 * sizes.parameters
 
 
-def test_what_a_llama_layer_keeps():
+def test_values_that_a_llama_layer_keeps():
     """11.5 times its width for Llama 8B: input and the residual between (2), queries and output (2), keys and values (1/2), two
-    inner values (7). Uncompiled also two norms, two inputs of norms in 32 bits (2 + 2), and two more inner values (7)."""
+    inner values (7). Uncompiled also two norms, two inputs of norms in float32 (2 + 2), and two more inner values (7)."""
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
     expected = 4096 * (2 + 2 + 0.5 + 7) + 2 * 32 + 16 * 7
     assert kept_values(sizes, compiled=True, r=16) == expected
@@ -78,23 +78,23 @@ def test_parts_add_up():
 
 
 @pytest.mark.parametrize("name", ["falcon-40b", "llama-3.1-8b", "smollm2-135m"])
-def test_memory_grows_with_blocks_and_falls_with_recomputation(name):
+def test_memory_grows_with_the_micro_batch_and_falls_with_checkpointing(name):
     sizes = model_sizes(SHAPES[name])
 
     def total(**changes):
         return predict(sizes, settings(name, **changes))[1][0].total
 
-    assert total(blocks=2) > total(blocks=1)
-    totals = [total(checkpointed=count) for count in range(1, sizes.blocks + 1)]
+    assert total(micro_batch_size=2) > total(micro_batch_size=1)
+    totals = [total(checkpointed=count) for count in range(1, sizes.layers + 1)]
     assert totals == sorted(totals, reverse=True)
-    assert len(set(totals)) == sizes.blocks
+    assert len(set(totals)) == sizes.layers
     assert total(optim="adamw_8bit") < total()
     assert total(compiled=False) >= total()
 
 
 def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
     sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, blocks=8))
+    held = StepMemory(sizes, settings("llama-3.1-8b", trained_share=1.0, micro_batch_size=8))
     whole = held.stage(layers=0, checkpointed=0, first=False, last=True)
     assert gib(8 * 2048 * 128_256 * 4) > 7
     assert gib(whole.working) < 1.1
@@ -103,7 +103,7 @@ def test_a_long_vocabulary_costs_a_chunk_and_not_its_logits():
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     sizes = model_sizes(SHAPES["falcon-40b"])
-    step = settings("falcon-40b", blocks=2, checkpointed=20)
+    step = settings("falcon-40b", micro_batch_size=2, checkpointed=20)
     counts, memory = predict(sizes, step, gpus=gpus)
     assert sum(counts) == 60 and len(counts) == len(memory) == gpus
     assert counts == StepMemory(sizes, step, gpus).spread(20)
@@ -116,7 +116,7 @@ def test_layers_are_spread_so_that_no_gpu_is_much_fuller(gpus):
     assert sum(each.adapters for each in memory) == pytest.approx(one.adapters, rel=1e-6)
 
 
-def test_a_tied_output_layer_is_held_once_beside_its_embedding():
+def test_a_tied_output_layer_is_held_once_with_its_embedding():
     sizes = model_sizes(SHAPES["smollm2-135m"])
     assert sizes.tied
     one = predict(sizes, settings("smollm2-135m"))[1][0]

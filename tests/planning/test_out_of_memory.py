@@ -1,4 +1,4 @@
-"""Out of memory: the error says where and what next, nothing keeps the memory, and the run goes on. The allocator refuses."""
+"""Out of memory: the error says where and what next, nothing keeps the memory, and the run can continue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_helpers.base.files import read_json
 from qlora_helpers.base.place import at
 from qlora_helpers.machine.hardware import Hardware, find_gpu
 from qlora_helpers.planning import out_of_memory, run_plan
-from qlora_helpers.planning.out_of_memory import OutOfMemory, ran_out, rescued
+from qlora_helpers.planning.out_of_memory import OutOfMemory, is_out_of_memory, rescued
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
@@ -66,7 +66,7 @@ def train(run, model, loaded):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_place_is_named_and_nothing_of_the_step_is_held(run, model, loaded, place, monkeypatch):
+def test_the_place_is_named_and_the_step_s_memory_is_freed(run, model, loaded, place, monkeypatch):
     """As in a notebook, where the last error is kept."""
     gc.collect()
     before = held_bytes()
@@ -191,10 +191,10 @@ def fail():
 
 
 def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
-    """So the measurement above would notice."""
+    """The measurement would notice."""
     with exhausted_at("forward", model) as exhaust, pytest.raises(RuntimeError) as caught:
         workflow.train.__wrapped__(run, model=model, loaded=loaded, show_progress=False, say=quiet)
-    assert ran_out(caught.value)
+    assert is_out_of_memory(caught.value)
     assert not exhaust.freed
 
 
@@ -218,8 +218,8 @@ def test_in_a_notebook_s_shell(run, model, loaded):
         InteractiveShell.clear_instance()
 
 
-def test_an_error_that_python_keeps_from_an_earlier_cell_is_release_frames(torch, monkeypatch):
-    """Such as one from asking the model by hand."""
+def test_an_error_that_python_keeps_from_an_earlier_cell_is_released(torch, monkeypatch):
+    """Such as the error of an answer that was asked for by hand."""
 
     def by_hand():
         large = torch.ones(1000, 1000)
@@ -236,17 +236,17 @@ def test_an_error_that_python_keeps_from_an_earlier_cell_is_release_frames(torch
     assert held[0]() is None
 
 
-def test_an_error_caused_by_a_lack_of_memory_counts(torch):
-    assert ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    assert ran_out(MemoryError())
-    assert not ran_out(RuntimeError("shapes differ"))
-    assert not ran_out(ValueError("out of memory lane"))
+def test_an_error_caused_by_lack_of_memory_counts(torch):
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("out of memory lane"))
     wrapped = ValueError("the compiler failed")
     wrapped.__cause__ = RuntimeError("CUDA error: out of memory")
-    assert ran_out(wrapped)
+    assert is_out_of_memory(wrapped)
 
 
-def test_other_errors_pass_as_they_are(run):
+def test_other_errors_are_not_changed(run):
     @rescued
     def step(run):
         raise ZeroDivisionError("mine")
@@ -292,15 +292,17 @@ def test_the_next_settings_are_ranked_by_speed_with_their_gib(falcon_7b):
     assert len(found) == 3
     assert [each.tokens_per_s for each in found] == sorted((each.tokens_per_s for each in found), reverse=True)
     assert all(each.peak_gib <= 24.0 for each in found)
-    assert all(each.blocks * each.accumulation == 16 for each in found)  # the same optimizer step
+    assert all(
+        each.micro_batch_size * each.gradient_accumulation_steps == 16 for each in found
+    )  # the same optimizer step
     for number, each in enumerate(found, start=1):
         assert f"\n  {number}. {each!r}" in str(caught.value)
         assert f"{each.peak_gib:.1f} GiB" in str(caught.value)
-    assert "workflow.retry(run) goes on from the last checkpoint with the first of them" in str(caught.value)
+    assert "workflow.retry(run) continues from the last checkpoint with the first of them" in str(caught.value)
 
 
 def test_settings_that_should_have_fitted_are_not_offered_again(falcon_7b, monkeypatch):
-    """The prediction was wrong then; the next must hold clearly less."""
+    """The prediction was wrong for them; the next settings must hold clearly less."""
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(400.0))
     with pytest.raises(OutOfMemory) as first:
@@ -325,8 +327,8 @@ def test_under_torchrun_each_process_plans_for_its_own_gpu(falcon_7b, monkeypatc
 
 
 @pytest.mark.parametrize("gpus", [3, 4])
-def test_over_several_gpus_only_ways_within_one_process_are_offered(falcon_7b, monkeypatch, gpus):
-    """A copy of the model on each GPU would be faster, and can't be had in this process."""
+def test_candidates_that_take_torchrun_hide_no_others(falcon_7b, monkeypatch, gpus):
+    """A copy of the model on each GPU would be faster, but is not possible in this process."""
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=gpus))
     with pytest.raises(OutOfMemory) as caught:
@@ -335,7 +337,7 @@ def test_over_several_gpus_only_ways_within_one_process_are_offered(falcon_7b, m
     assert {(each.copies, len(each.layers_per_gpu)) for each in caught.value.candidates} == {(1, gpus)}
 
 
-def test_where_nothing_fits_the_error_says_what_would(falcon_7b, monkeypatch):
+def test_the_error_names_what_would_fit(falcon_7b, monkeypatch):
     run, step = falcon_7b
     monkeypatch.setattr(run_plan, "this_machine", lambda price=None: card(4.5))
     with pytest.raises(OutOfMemory, match=r"What would fit: .*ml\.") as caught:
@@ -356,7 +358,7 @@ def test_answers_that_run_out_of_memory_get_their_own_advice(run, model, loaded)
 # retry
 
 
-def test_retry_goes_on_from_the_last_checkpoint(run, model, loaded, monkeypatch, tmp_path):
+def test_retry_continues_from_the_last_checkpoint(run, model, loaded, monkeypatch, tmp_path):
     offered = ["data.seq_len_tokens=64", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]
     with exhausted_at("optimizer", model, after=2), pytest.raises(OutOfMemory, match="after 2 steps"):
         train(run, model, loaded)
@@ -411,7 +413,7 @@ def test_a_session_that_fails_before_its_first_checkpoint_leaves_the_adapters_as
     assert (run.adapter_dir / name).read_bytes() == (fresh.adapter_dir / name).read_bytes()
 
 
-def test_adapters_added_for_a_session_are_removed_where_it_fails(run, loaded):
+def test_adapters_added_for_a_session_are_removed_when_it_fails(run, loaded):
     names = {name for name, _ in loaded.model.named_modules()}
     for _ in range(2):
         with pytest.raises(OutOfMemory), exhausted_in_the_first_step(loaded):

@@ -1,4 +1,4 @@
-"""What fits, how fast and for how much: the choice is the best of all, and where nothing fits it says what would."""
+"""What fits, how fast it is and what it costs: the choice is the fastest, and where nothing fits a plan says what would."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -19,28 +18,31 @@ from qlora_helpers.machine.hardware import GPUS, parse_gpus
 from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.planning.candidates import candidate, fewest_checkpointed
-from qlora_helpers.planning.memory import RECORDING_ROOM_GIB, predict
+from qlora_helpers.planning.memory import CAPTURE_ROOM_GIB, StepMemory, predict
 from qlora_helpers.planning.plan import make_plan
+from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.planning.speed import compile_pays, step_seconds
 from qlora_helpers.planning.step_settings import StepSettings, step_settings
+from qlora_helpers.planning.workload import Workload
 
 RECIPE = profile_config("falcon-40b")
 SAMSUM_TOKENS = 14_732 * 190
-ONE_BLOCK = ("train.micro_batch_size=1", "train.gradient_accumulation_steps=1")
+ONE_SEQUENCE = ("train.micro_batch_size=1", "train.gradient_accumulation_steps=1")
 
 
 def planned(model: str, gpus: str, *settings: str, tokens: int = SAMSUM_TOKENS, price: float | None = None):
-    return make_plan(model, known_shape(model), parse_gpus(gpus, price), RECIPE.with_settings(settings), tokens=tokens)
+    config = RECIPE.with_settings([f"model.name={model}", *settings])
+    return make_plan(Workload(config, known_shape(model), parse_gpus(gpus, price), round(tokens * config.train.epochs)))
 
 
-def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
-    """By arithmetic: half of Falcon's products, a quarter of a Llama's, none of a Gemma's; DoRA needs them all."""
+def test_skipped_matmuls_of_a_checkpointed_layer_take_no_time():
+    """Half of Falcon's matrix multiplications, a quarter of a Llama's, none of a Gemma's; DoRA needs them all."""
     for name, share in (("falcon-40b", 0.49), ("llama-3.1-8b", 0.27), ("gemma-2-9b", 0.0)):
         sizes, gpu = model_sizes(SHAPES[name]), GPUS["H100"]
         step = StepSettings(
             seq_len_tokens=2048,
-            blocks=8,
-            checkpointed=sizes.blocks,
+            micro_batch_size=8,
+            checkpointed=sizes.layers,
             compiled=True,
             r=8,
             adapter_parameters=10**7,
@@ -49,15 +51,15 @@ def test_a_recomputed_layer_takes_no_time_for_what_it_leaves_out():
         assert sizes.parameters_added_last_per_layer / sizes.linear_parameters_per_layer == pytest.approx(
             share, abs=0.01
         )
-        usual, remade = (step_seconds(sizes, replace(step, skipped=each), gpu) for each in (True, False))
-        matmuls = 2 * step.tokens * sizes.blocks * sizes.parameters_added_last_per_layer / (gpu.bf16_tflops * 1e12)
-        assert matmuls <= remade - usual <= 1.6 * matmuls
+        skipping, repeating = (step_seconds(sizes, replace(step, skipped=each), gpu) for each in (True, False))
+        matmuls = 2 * step.tokens * sizes.layers * sizes.parameters_added_last_per_layer / (gpu.bf16_tflops * 1e12)
+        assert matmuls <= repeating - skipping <= 1.6 * matmuls
         dora = [step_seconds(sizes, replace(step, skipped=each, dora=True), gpu) for each in (True, False)]
         assert dora[0] == dora[1]
 
 
 @pytest.mark.parametrize("case", planned_steps(), ids=name_of)
-def test_the_speed_is_what_the_gpu_measured(case):
+def test_predicted_speed_matches_the_gpu(case):
     sizes, step = measured_step(case)
     assert step_seconds(sizes, step, GPUS["H100"]) == pytest.approx(case["step_s"], rel=0.2)
 
@@ -77,14 +79,14 @@ def test_the_choice_is_the_fastest_that_fits():
     fitting = [plan.choice, *plan.alternatives]
     assert [each.tokens_per_s for each in fitting] == sorted((each.tokens_per_s for each in fitting), reverse=True)
     assert all(each.peak_gib <= 21.99 for each in fitting)
-    assert len({each.blocks for each in fitting}) == 3
+    assert len({each.micro_batch_size for each in fitting}) == 3
     for each in fitting:
-        assert each.blocks * each.accumulation == RECIPE.train.micro_batch_size
+        assert each.micro_batch_size * each.gradient_accumulation_steps == RECIPE.train.micro_batch_size
         if each.checkpointed:  # one layer less, and it would not fit
             shape = known_shape("meta-llama/Llama-3.1-8B")
             step = StepSettings(
                 seq_len_tokens=each.seq_len_tokens,
-                blocks=each.blocks,
+                micro_batch_size=each.micro_batch_size,
                 checkpointed=each.checkpointed - 1,
                 compiled=each.compiled,
                 r=8,
@@ -94,7 +96,7 @@ def test_the_choice_is_the_fastest_that_fits():
             assert gib(predict(model_sizes(shape), step)[1][0].total) > 21.99
 
 
-def test_passes_are_planned_as_recorded_where_they_can_be():
+def test_cuda_graphs_are_planned_where_they_are_possible():
     small, model = ["adapter.lora_dropout=0"], "HuggingFaceTB/SmolLM2-135M"
     replayed, launched = (planned(model, "H100", *small, f"train.cuda_graph={on}").choice for on in ("true", "false"))
     assert replayed.captured and "as CUDA graphs" in repr(replayed) and replayed.to_dict()["captured"]
@@ -113,36 +115,38 @@ def test_passes_are_planned_as_recorded_where_they_can_be():
         assert not any(each and each.captured for each in (plan.choice, *plan_parts(plan))), (gpus, others)
 
 
-def test_where_a_recording_would_not_fit_none_is_planned():
-    """It needs room beside a pass's peak: one more layer recomputes for it, or passes are not recorded."""
-    sizes = model_sizes(SHAPES["llama-3.1-8b"])
-    step = step_settings(RECIPE, SHAPES["llama-3.1-8b"], blocks=1, compiled=True, captured=True, trained_share=0.2)
+def test_no_cuda_graph_is_planned_without_room_for_its_capture():
+    """A capture needs room beside a pass's peak: one more layer is checkpointed for it, or passes are not captured."""
+    workload = Workload(RECIPE, SHAPES["llama-3.1-8b"], parse_gpus("H100"), tokens=10**6)
+    sizes, step = workload.sizes, workload.step(micro_batch_size=1, captured=True)
     (all_again,) = predict(sizes, replace(step, checkpointed=32))[1]
-    least = gib(all_again.allocated + all_again.context) + RECORDING_ROOM_GIB
-    for spare, recorded in ((-0.01, False), (0.01, True)):
+    least = gib(all_again.allocated + all_again.context) + CAPTURE_ROOM_GIB
+    for spare, captured in ((-0.01, False), (0.01, True)):
         hardware = parse_gpus(f"{least + spare:.4f}GiB")
         count = fewest_checkpointed(sizes, step, hardware.usable_gib)
-        found = candidate(sizes, replace(step, checkpointed=count), hardware, 10**6, gpus=1, accumulation=1)
-        assert found.captured is recorded and found.peak_gib <= hardware.usable_gib
-        assert (count == 32) is recorded  # without a recording fewer do
+        chosen = replace(step, checkpointed=count)
+        found = candidate(workload.on(hardware), chosen, gpus=1, gradient_accumulation_steps=1)
+        assert found.captured is captured and found.peak_gib <= hardware.usable_gib
+        assert (count == 32) is captured  # without a capture fewer do
     plan = planned("meta-llama/Llama-3.1-8B", "1x10GiB", "adapter.r=16", "adapter.lora_dropout=0")
     assert any(each.captured for each in plan_parts(plan))
 
 
-def test_what_is_chosen_can_be_copied():
+def test_the_printed_settings_can_be_copied():
     plan = planned("HuggingFaceTB/SmolLM2-135M", "H100")
     (line,) = [line for line in repr(plan).splitlines() if line.startswith("to take it")]
     settings = [part for part in line.split()[3:] if part != "--set"]
     assert settings == plan.choice.settings
     changed = RECIPE.with_settings(settings)
     assert (
-        changed.train.micro_batch_size == plan.choice.blocks and (changed.train.compile == "on") == plan.choice.compiled
+        changed.train.micro_batch_size == plan.choice.micro_batch_size
+        and (changed.train.compile == "on") == plan.choice.compiled
     )
 
 
-def test_where_passes_are_recorded_compilation_pays_later():
+def test_compilation_pays_later_with_cuda_graphs():
     sizes = model_sizes(SHAPES["smollm2-135m"])
-    step = step_settings(RECIPE, SHAPES["smollm2-135m"], blocks=1, captured=True, trained_share=0.2)
+    step = step_settings(RECIPE, SHAPES["smollm2-135m"], micro_batch_size=1, captured=True, trained_share=0.2)
 
     def fewest(step: StepSettings) -> int:
         return next(passes for passes in range(1, 10**6, 100) if compile_pays(sizes, step, GPUS["H100"], passes))
@@ -150,7 +154,7 @@ def test_where_passes_are_recorded_compilation_pays_later():
     assert fewest(step) > 2 * fewest(replace(step, captured=False))
 
 
-def test_in_a_small_card_the_embedding_goes_to_the_host():
+def test_the_embedding_is_offloaded_on_a_small_card():
     small, large = (planned("meta-llama/Llama-3.1-8B", gpus, "adapter.r=16").choice for gpus in ("8GiB", "H100"))
     assert small.offloaded and "embedding on the host" in repr(small)
     assert not large.offloaded
@@ -165,13 +169,13 @@ def plan_parts(plan):
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "mistralai/Mistral-Nemo-Base-2407"])
-def test_what_is_planned_can_also_be_loaded(model):
-    """The embedding is on the GPU while the model is loaded and when it comes back, whatever the steps hold."""
+def test_a_planned_model_can_also_be_loaded(model):
+    """The embedding is on the GPU while the model is loaded and when training ends, whatever the steps hold."""
     sizes, shape = model_sizes(known_shape(model)), known_shape(model)
     step = StepSettings(
         seq_len_tokens=256,
-        blocks=1,
-        checkpointed=sizes.blocks,
+        micro_batch_size=1,
+        checkpointed=sizes.layers,
         compiled=True,
         r=8,
         offloaded=True,
@@ -182,7 +186,7 @@ def test_what_is_planned_can_also_be_loaded(model):
     assert there.total >= here.weights + here.adapters + here.optimizer + here.context
 
 
-def test_where_nothing_fits_it_says_by_how_much_and_what_would():
+def test_the_shortfall_and_what_would_fit_are_named():
     plan = planned("tiiuae/falcon-40b", "T4")
     assert not plan.fits
     assert plan.shortfall_gib == pytest.approx(plan.smallest.peak_gib - 14.58)
@@ -194,7 +198,7 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would():
 
 
 def test_the_smallest_change_that_fits_is_named_and_fits():
-    """The longest block that fits, in steps of 64 tokens; where an optimizer of 8 bits is enough, that alone."""
+    """The longest sequence that fits, in steps of 64 tokens; where an 8-bit optimizer is enough, that alone."""
     for asked in (2048, 1536):
         plan = planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}")
         assert not plan.fits
@@ -207,7 +211,7 @@ def test_the_smallest_change_that_fits_is_named_and_fits():
     assert planned("tiiuae/falcon-40b", "25.1GiB").fixes[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
 
 
-def test_changes_are_put_together_where_none_is_enough():
+def test_changes_are_combined_where_none_is_enough():
     plan = planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64")
     change = plan.fixes[0].split(" (")[0].replace("--set ", "").split()
     assert {item.split("=")[0] for item in change} == {"train.optim", "adapter.r", "data.seq_len_tokens"}
@@ -217,7 +221,7 @@ def test_changes_are_put_together_where_none_is_enough():
         assert not planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *rest).fits
 
 
-def test_as_many_gpus_work_side_by_side_as_can_share_the_blocks():
+def test_as_many_gpus_work_in_parallel_as_can_share_the_sequences():
     speeds = [planned("tiiuae/falcon-40b", f"{count}xH100").choice for count in (1, 2, 3, 4, 5, 7, 8)]
     assert [each.copies for each in speeds] == [1, 2, 2, 4, 4, 4, 8]
     assert [each.tokens_per_s for each in speeds] == sorted(each.tokens_per_s for each in speeds)
@@ -228,62 +232,69 @@ def test_as_many_gpus_work_side_by_side_as_can_share_the_blocks():
     ("setting", "times"),
     [("adapter.use_dora=true", 2.5), ("adapter.lora_dropout=0.05", 1.4), ("model.compute_dtype=float32", 2)],
 )
-def test_what_keeps_more_is_planned_with_more(setting, times):
+def test_settings_that_keep_more_are_planned_with_more_memory(setting, times):
     plain, other = (planned("meta-llama/Llama-3.1-8B", "H100", *more) for more in ([], [setting]))
-    kept = [plan.choice.beside[0].activations_kept / plan.choice.blocks for plan in (plain, other)]
+    kept = [plan.choice.details[0].activations_kept / plan.choice.micro_batch_size for plan in (plain, other)]
     assert kept[1] >= times * kept[0]
-    taken = [(plan.choice.blocks, -plan.choice.checkpointed) for plan in (plain, other)]
+    taken = [(plan.choice.micro_batch_size, -plan.choice.checkpointed) for plan in (plain, other)]
     assert taken[1] <= taken[0] and other.choice.tokens_per_s < plain.choice.tokens_per_s
     assert other.fits and other.choice.peak_gib <= 79.11
     assert any("adapter.lora_dropout=0 would take" in note for note in other.notes) == ("dropout" in setting)
 
 
-def test_what_dropout_keeps_goes_with_the_adapted_layers():
+def test_dropout_masks_follow_the_adapted_layers():
     def masks(*settings):
-        notes = planned("meta-llama/Llama-3.1-8B", "H100", *ONE_BLOCK, "adapter.lora_dropout=0.05", *settings).notes
+        notes = planned("meta-llama/Llama-3.1-8B", "H100", *ONE_SEQUENCE, "adapter.lora_dropout=0.05", *settings).notes
         (note,) = [note for note in notes if "adapter.lora_dropout=0" in note]
         return float(re.search(r"([\d.]+) GiB less", note)[1])
 
     assert masks() > 4 * masks("adapter.target_modules=q_proj,v_proj") > 0
-    tiny = planned("random:falcon-tiny", "H100", *ONE_BLOCK, "adapter.lora_dropout=0.05")
+    tiny = planned("random:falcon-tiny", "H100", *ONE_SEQUENCE, "adapter.lora_dropout=0.05")
     assert not any("lora_dropout" in note for note in tiny.notes)  # 0.0 GiB less
 
 
-def test_an_uncompiled_step_is_slower_in_what_it_computes_not_in_what_adapters_add():
-    """DoRA and the plain step keep an uncompiled layer's values; their count must not be taken times the factor again."""
+def test_notes_on_several_processes_count_the_same_gradients_as_the_plan():
+    """DDP keeps copies of them: without dropout a note must not offer what they take."""
+    plan = planned("meta-llama/Llama-3.1-8B", "4xA10G", "adapter.lora_dropout=0", "adapter.r=64")
+    assert plan.choice.copies == 4 and plan.choice.memory[0].gradients == 2 * 4 * plan.adapter_parameters
+    assert not any("dropout" in note for note in plan.notes)
+
+
+def test_the_eager_factor_does_not_apply_to_what_adapters_add():
+    """DoRA and the plain step keep an uncompiled layer's values: the factor must not apply to them a second time."""
     step = StepSettings(
-        seq_len_tokens=2048, blocks=4, checkpointed=0, compiled=False, r=8, adapter_parameters=20_000_000
+        seq_len_tokens=2048, micro_batch_size=4, checkpointed=0, compiled=False, r=8, adapter_parameters=20_000_000
     )
     sizes, gpu = model_sizes(SHAPES["llama-3.1-8b"]), GPUS["H100"]
     eager, plain = (step_seconds(sizes, replace(step, fast_adapters=each), gpu) for each in (True, False))
     assert eager < plain < 1.5 * eager
 
 
-def test_the_table_shows_activations_either_way_and_logits():
+def test_the_table_shows_activations_with_and_without_checkpointing():
     plan = planned("tiiuae/falcon-40b", "4x24GiB")
-    for each, memory, layers in zip(plan.choice.beside, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
-        assert each.activations_kept == memory.activations  # nothing is recomputed here
-        assert each.activations_checkpointed == layers * 2 * plan.choice.blocks * 2048 * 8192
-    assert [each.logits > 0 for each in plan.choice.beside] == [True, False, False, False]  # tied: with the embedding
+    for each, memory, layers in zip(plan.choice.details, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
+        assert each.activations_kept == memory.activations  # nothing is checkpointed here
+        assert each.activations_checkpointed == layers * 2 * plan.choice.micro_batch_size * 2048 * 8192
+    assert [each.logits > 0 for each in plan.choice.details] == [True, False, False, False]  # tied: with the embedding
     shown = repr(plan)
-    assert "(activations, none recomputed)" in shown and "(logits in the loss)" in shown
-    kept = plan.to_dict()["choice"]["beside_gib"][1]["activations_kept"]
-    assert f"{kept:.2f}" in next(line for line in shown.splitlines() if "none recomputed" in line)
+    assert "(activations, none checkpointed)" in shown and "(logits in the loss)" in shown
+    kept = plan.to_dict()["choice"]["details_gib"][1]["activations_kept"]
+    assert f"{kept:.2f}" in next(line for line in shown.splitlines() if "none checkpointed" in line)
 
 
-def test_an_amount_that_cards_are_sold_as_is_told_from_what_they_offer():
+def test_a_note_says_that_cards_offer_less_than_they_are_sold_as():
     assert any("A10G or L4" in note and "22.0" in note for note in planned("tiiuae/falcon-40b", "4x24GiB").notes)
     assert not any("sold as" in note for note in planned("tiiuae/falcon-40b", "4xL4").notes)
     assert not any("sold as" in note for note in planned("tiiuae/falcon-7b", "24GiB", "data.seq_len_tokens=512").notes)
 
 
-def test_a_step_longer_than_docker_waits_is_told():
+def test_a_note_says_that_a_step_takes_longer_than_docker_waits():
     slow, fast = (planned("tiiuae/falcon-40b", gpus) for gpus in ("4xA10G", "H100"))
     assert slow.choice.optimizer_step_s > 10 > fast.choice.optimizer_step_s
     assert [any("docker stop" in note for note in plan.notes) for plan in (slow, fast)] == [True, False]
 
 
-def test_a_price_makes_dollars():
+def test_a_price_gives_dollars():
     plan = planned("tiiuae/falcon-40b", "ml.g5.12xlarge")
     assert plan.choice.dollars == pytest.approx(7.09 * plan.choice.seconds / 3600)
     assert "mid 2026" in plan.to_dict()["price_note"]
@@ -292,7 +303,7 @@ def test_a_price_makes_dollars():
     assert given.choice.dollars == pytest.approx(2.0 * given.choice.seconds / 3600)
 
 
-def test_several_cards_that_each_hold_the_model_work_side_by_side():
+def test_cards_that_each_hold_the_model_work_in_parallel():
     one, four = planned("meta-llama/Llama-3.1-8B", "A10G"), planned("meta-llama/Llama-3.1-8B", "4xA10G")
     assert four.choice.copies == 4
     assert four.choice.tokens_per_s == pytest.approx(4 * 0.95 * one.choice.tokens_per_s, rel=0.3)
@@ -312,13 +323,13 @@ def test_only_a_measured_card_is_not_extrapolated():
 def test_the_settings_of_a_choice_are_settings():
     choice = planned("tiiuae/falcon-40b", "H100").choice
     changed = RECIPE.with_settings(choice.settings)
-    assert changed.train.micro_batch_size == choice.blocks
+    assert changed.train.micro_batch_size == choice.micro_batch_size
     assert changed.train.checkpointed_layers == choice.checkpointed
     assert changed.train.activation_checkpointing == (choice.checkpointed > 0)
 
 
 def test_short_runs_are_not_compiled_and_fit_all_the_same():
-    """What an uncompiled layer keeps is more: as few layers are recomputed as that leaves room for."""
+    """An uncompiled layer keeps more: as few layers are checkpointed as that leaves room for."""
     short = planned("tiiuae/falcon-40b", "1x24.4GiB", "data.seq_len_tokens=384", tokens=20_000)
     long = planned("tiiuae/falcon-40b", "1x24.4GiB", "data.seq_len_tokens=384", tokens=20_000_000)
     assert (short.choice.compiled, long.choice.compiled) == (False, True)
@@ -335,21 +346,21 @@ def test_without_the_fast_step_logits_are_whole_and_nothing_is_compiled():
     assert fast.choice.compiled
     assert not any(each.compiled or each.offloaded for each in (plain.choice, *plain.alternatives, plain.smallest))
     assert any("fast_step is off" in note for note in plain.notes)
-    (said,) = [note for note in fast.notes if "in chunks" in note]
-    (more,) = re.findall(r"([\d.]+) GiB more", said)
+    (note,) = [note for note in fast.notes if "in chunks" in note]
+    (more,) = re.findall(r"([\d.]+) GiB more", note)
     step = step_of(fast, chunked_loss=False)
     _, (whole,) = predict(fast.sizes, step)
     assert float(more) == pytest.approx(gib(whole.total) - fast.choice.peak_gib, abs=0.051)
 
 
 def step_of(plan, **changes):
-    """The choice of a plan for Llama 3.1 8B as memory sees it."""
+    """The step that a plan for Llama 3.1 8B chose."""
     chosen = plan.choice
     config = RECIPE.with_settings([f"data.seq_len_tokens={chosen.seq_len_tokens}"])
     step = step_settings(
         config,
         SHAPES["llama-3.1-8b"],
-        blocks=chosen.blocks,
+        micro_batch_size=chosen.micro_batch_size,
         checkpointed=chosen.checkpointed,
         compiled=chosen.compiled,
         captured=chosen.captured,
@@ -360,8 +371,8 @@ def step_of(plan, **changes):
 
 @pytest.mark.parametrize("model", ["falcon-7b", "llama-3.1-8b", "falcon-40b"])
 @pytest.mark.parametrize("tokens", [50_000, 200_000, 5_000_000])
-def test_nothing_that_fits_ends_earlier_than_the_choice(model, tokens):
-    """Also for short runs, where compiling does not pay and uncompiled layers hold more; more memory is never slower."""
+def test_nothing_that_fits_is_faster_than_the_choice(model, tokens):
+    """This holds for short runs too, where compiling does not pay; and more memory is never slower."""
     seconds = [
         found.choice.seconds
         for gib_there in (22, 25, 26, 32, 48, 80)
@@ -375,31 +386,33 @@ def test_nothing_that_fits_ends_earlier_than_the_choice(model, tokens):
     )
 
 
-def test_blocks_an_optimizer_step_stay_as_asked():
-    """A copy on each GPU takes blocks that the copies can share; any micro-batch that divides them may be chosen."""
-    spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *ONE_BLOCK)
+def test_sequences_per_optimizer_step_stay_as_asked():
+    """Copies on several GPUs need sequences that they can share; any micro-batch size that divides them may be chosen."""
+    spread = planned("meta-llama/Llama-3.1-8B", "ml.p5.48xlarge", *ONE_SEQUENCE)
     assert spread.choice.copies == 1
-    told = "no two of 8 GPUs can share an optimizer step of 1 block; all could with 8"
-    assert told in spread.notes
+    assert "no two of 8 GPUs can share an optimizer step of 1 sequence; all could with 8" in spread.notes
     assert not any("share" in note for note in planned("tiiuae/falcon-40b", "3x24GiB").notes)  # none holds a copy
     for count in (7, 8, 12, 96):
         asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
         plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)
-        assert {each.blocks * each.accumulation * each.copies for each in (plan.choice, *plan.alternatives)} == {count}
+        assert {
+            each.micro_batch_size * each.gradient_accumulation_steps * each.copies
+            for each in (plan.choice, *plan.alternatives)
+        } == {count}
     seven = planned(
         "meta-llama/Llama-3.1-8B", "H100", "train.micro_batch_size=7", "train.gradient_accumulation_steps=1"
     )
-    assert seven.choice.blocks == 7
+    assert seven.choice.micro_batch_size == 7
 
 
 def test_a_line_says_whether_gpus_hold_copies_or_layers():
     plan = planned("tiiuae/falcon-7b", "4x24GiB")
-    said = {each.copies: repr(each) for each in (plan.choice, *plan.alternatives)}
-    assert "a copy on each of 4 GPUs" in said[4]
+    lines = {each.copies: repr(each) for each in (plan.choice, *plan.alternatives)}
+    assert "a copy on each of 4 GPUs" in lines[4]
     assert "over 4 GPUs" in repr(planned("tiiuae/falcon-40b", "4x24GiB").choice)
 
 
-def test_the_mildest_change_is_4_bits_then_blocks_as_long_as_fit():
+def test_the_mildest_change_is_4_bits_then_shorter_sequences():
     whole = planned("meta-llama/Llama-3.1-70B", "H100", "model.quantization=none")
     assert "--set model.quantization=nf4" in whole.fixes[0]
     long = planned("meta-llama/Llama-3.1-8B", "1x24GiB", "data.seq_len_tokens=262144")
@@ -408,7 +421,7 @@ def test_the_mildest_change_is_4_bits_then_blocks_as_long_as_fit():
     assert not planned("meta-llama/Llama-3.1-8B", "1x24GiB", f"data.seq_len_tokens={2 * int(length)}").fits
 
 
-def test_where_no_instance_with_a_price_fits_one_without_is_named():
+def test_an_instance_without_a_price_is_the_last_resort():
     settings = ["data.seq_len_tokens=1024", "model.quantization=none"]
     (named,) = planned("meta-llama/Llama-3.1-405B", "H100", *settings).fixes
     other, _, rest = named.partition(",")
@@ -416,27 +429,51 @@ def test_where_no_instance_with_a_price_fits_one_without_is_named():
     assert planned("meta-llama/Llama-3.1-405B", other, *settings).fits
 
 
-def test_a_plan_with_little_to_spare_says_so():
+def test_a_tight_plan_says_so():
     tight = planned("meta-llama/Llama-3.1-8B", "1x7.5GiB", "adapter.r=16")
     assert tight.choice.peak_gib > 0.97 * 7.5
     assert any("tight" in note for note in tight.notes)
     assert not any("tight" in note for note in planned("meta-llama/Llama-3.1-8B", "H100").notes)
 
 
-def test_epochs_take_their_time():
+def test_twice_the_epochs_take_twice_the_time():
     once, twice = planned("tiiuae/falcon-7b", "H100"), planned("tiiuae/falcon-7b", "H100", "train.epochs=2")
     assert twice.tokens == 2 * once.tokens
     assert twice.choice.seconds > 1.8 * once.choice.seconds
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
-def test_every_catalogued_model_gets_a_plan_at_once(name):
-    start = time.perf_counter()
-    plan = make_plan(name, SHAPES[name], parse_gpus("8xA100-80GB"), RECIPE, tokens=1_000_000)
-    assert time.perf_counter() - start < 1
+def test_every_catalogued_model_gets_a_plan(name):
+    plan = planned(f"random:{name}", "8xA100-80GB", tokens=1_000_000)
     assert plan.fits or plan.fixes or "405b" in name or "180b" in name
-    assert json.loads(json.dumps(plan.to_dict()))["model"] == name
+    assert json.loads(json.dumps(plan.to_dict()))["model"] == f"random:{name}"
     assert name in repr(plan)
+
+
+def stages_counted(monkeypatch) -> list[int]:
+    """A list that grows by one with each GPU whose memory is worked out: what a plan's time goes into."""
+    counted, real = [], StepMemory.stage
+    monkeypatch.setattr(StepMemory, "stage", lambda *args, **options: counted.append(1) or real(*args, **options))
+    return counted
+
+
+def test_thirty_changes_in_a_form_are_little_arithmetic(monkeypatch):
+    """Where nothing fits and other settings are searched, a change still takes a few thousand times the memory of one GPU."""
+    counted = stages_counted(monkeypatch)
+    for change in range(30):
+        settings = [f"adapter.r={change + 1}", "model.name=random:llama-3.1-70b", "train.micro_batch_size=16"]
+        forecast(RECIPE.with_settings(settings), hardware=parse_gpus("24GiB"), tokens=10**6)
+    assert 30 * 100 < len(counted) < 30 * 4_000
+
+
+def test_a_plan_s_work_grows_with_the_logarithm_of_the_layers(monkeypatch):
+    counted, work = stages_counted(monkeypatch), []
+    for layers in (32, 1024):
+        shape = SHAPES["llama-3.1-8b"] | {"num_hidden_layers": layers}
+        before = len(counted)
+        make_plan(Workload(RECIPE, shape, parse_gpus("24GiB"), tokens=10**6), fix=False)
+        work.append(len(counted) - before)
+    assert work[1] <= 2 * work[0]
 
 
 def test_mixtral_is_planned_as_it_is_loaded():
@@ -454,11 +491,17 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_command_answers_within_a_second():
-    command("--model", "tiiuae/falcon-40b", "--gpus", "4x24GiB")  # once, so that files are in the cache
-    start = time.perf_counter()
-    done = command("--model", "tiiuae/falcon-40b", "--gpus", "4x24GiB", "--json")
-    assert time.perf_counter() - start < 1.5  # a second on an idle machine
+def test_the_command_answers_without_heavy_imports():
+    """They take seconds; the answer takes milliseconds."""
+    program = (
+        "import sys\n"
+        "from qlora_helpers.__main__ import main\n"
+        "code = main(['plan', '--model', 'tiiuae/falcon-40b', '--gpus', '4x24GiB', '--json'])\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)), file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
     found = json.loads(done.stdout)
     assert found["fits"] and found["tokens"] == round(14_732 * 189.9)
     assert found["choice"]["tokens_per_s"] > 0
@@ -471,7 +514,7 @@ def test_the_command_answers_within_a_second():
         (["--gpus", "H100", "--model", "random:nothing"], "no shape is catalogued"),
         (["--gpus", "H100", "--model", "./nowhere.gguf"], "a .gguf file can't be planned"),
         (["--gpus", "H100", "--set", "adapter.target_modules=foo"], "target_modules names layers"),
-        (["--gpus", "H100", "--price", "-1"], "that is no price"),
+        (["--gpus", "H100", "--price", "-1"], "this is not a price"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message):

@@ -19,7 +19,7 @@ from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import INSTANCES, parse_gpus
 from qlora_helpers.machine.telemetry import GpuReading
-from qlora_helpers.model.shapes import lookup
+from qlora_helpers.model import hub as model_hub
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters
@@ -27,6 +27,7 @@ from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.fixes import cheapest_instance
 from qlora_helpers.planning.plan import make_plan
 from qlora_helpers.planning.run_plan import estimated_tokens, plan_run, this_machine
+from qlora_helpers.planning.workload import Workload
 
 
 def test_a_catalogued_model_needs_no_file():
@@ -40,15 +41,17 @@ def test_any_other_model_is_planned_from_its_config_json(tmp_path):
     assert plan_run(config, gpus="H100").sizes.parameters == 8_030_261_248
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "can't be read"), ("[1]", "is no object"), ("{}", "lacks a size")])
-def test_a_damaged_config_json_is_said(tmp_path, text, message):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "can't be read"), ("[1]", "is not a JSON object"), ("{}", "lacks a size")]
+)
+def test_a_damaged_config_json_is_reported(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     config = profile_config("falcon-40b").with_settings({"model.name": str(tmp_path)})
     with pytest.raises(ModelError, match=message):
         plan_run(config, gpus="H100")
 
 
-def test_a_folder_without_a_config_json_is_said(tmp_path):
+def test_a_folder_without_a_config_json_is_reported(tmp_path):
     with pytest.raises(ModelError, match="holds no model"):
         find_shape(ModelConfig(name=str(tmp_path)))
 
@@ -108,6 +111,16 @@ def test_this_machines_gpus_are_recognised(monkeypatch, name, total_gib, known, 
     assert (found.gpu.name if found.gpu else None) == known
 
 
+def test_the_smallest_gpu_of_this_machine_counts(monkeypatch):
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(run_plan.telemetry, "read_gpus", lambda: [reading(0, name, 79.6), reading(1, name, 40.0)])
+    assert this_machine().usable_gib == 40.0
+
+
+def test_the_share_of_trained_tokens():
+    assert [run_plan.trained_share(DataConfig(loss_on=what)) for what in ("all", "summary")] == [1.0, 0.2]
+
+
 def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
     monkeypatch.setattr(run_plan.telemetry, "read_gpus", list)
     with pytest.raises(UserError, match="this machine has no GPU.* --gpus"):
@@ -117,14 +130,13 @@ def test_a_machine_without_a_gpu_asks_for_a_name(monkeypatch):
 @pytest.mark.parametrize("model", ["falcon-7b", "falcon-40b", "llama-3.1-70b", "mixtral-8x7b"])
 def test_an_instance_with_a_price_is_preferred(model):
     """However small one without a price is; mixtral-8x7b takes 85 GiB."""
-    found = cheapest_instance(SHAPES[model], profile_config("falcon-40b"), 0.2)
+    workload = Workload(profile_config("falcon-40b"), SHAPES[model], parse_gpus("T4"), tokens=1000)
+    found = cheapest_instance(workload)
     assert found.price_usd_per_hour is not None
     cheaper = [one for one in INSTANCES.values() if (one.price_usd_per_hour or 1e9) < found.price_usd_per_hour]
     without = [one for one in INSTANCES.values() if one.price_usd_per_hour is None]
-    assert len(without) >= 10 and not any(
-        make_plan(model, SHAPES[model], parse_gpus(one.name), profile_config("falcon-40b"), tokens=1000, fix=False).fits
-        for one in cheaper
-    )
+    assert len(without) >= 10
+    assert not any(make_plan(workload.on(parse_gpus(one.name)), fix=False).fits for one in cheaper)
 
 
 def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
@@ -138,17 +150,17 @@ def test_the_hub_is_asked_for_the_config_json_alone(from_hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("lab/unknown", "can't be had: the hub knows no model lab/unknown"),
-        ("lab/gated", "can't be had: lab/gated is gated"),
-        ("lab/empty", "can't be had: lab/empty has no config.json"),
+        ("lab/unknown", "can't be downloaded: the hub has no model lab/unknown"),
+        ("lab/gated", "can't be downloaded: lab/gated is gated"),
+        ("lab/empty", "can't be downloaded: lab/empty has no config.json"),
     ],
 )
-def test_a_config_json_that_can_not_be_had(from_hub, name, told):
+def test_a_config_json_that_can_not_be_downloaded(from_hub, name, message):
     with hub({"lab/empty": {"README.md": b"x"}}, gated=("lab/gated",)) as endpoint:
         from_hub(endpoint)
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=message):
             find_shape(ModelConfig(name=name))
 
 
@@ -164,32 +176,37 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{one.getsockname()[1]}"
 
 
-def test_without_a_network_the_command_line_says_so_once_and_soon(tmp_path):
-    """huggingface_hub alone takes 23 s and eleven lines."""
+def test_without_a_network_the_command_line_says_so_in_one_line(tmp_path):
+    """huggingface_hub alone says it in eleven."""
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     environment |= {"HF_ENDPOINT": closed_port(), "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "qlora_helpers", "plan", "--model", "lab/new", "--gpus", "H100"]
-    started = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 10
     assert (done.returncode, done.stdout) == (2, "")
-    told = (
-        "error: the shape of lab/new is not catalogued and can't be had: lab/new is not in the cache, and the model hub"
-    )
-    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    message = "error: the shape of lab/new is not catalogued and can't be downloaded: lab/new is not in the cache"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_without_a_network_what_was_had_before_is_used(from_hub):
+def test_without_a_network_the_cache_is_read_at_once(from_hub, monkeypatch):
+    """Where huggingface_hub may ask the hub itself, it asks for half a minute before it reads its cache."""
+    import huggingface_hub
+
     with hub({"lab/new": {"config.json": json.dumps(SHAPES["falcon-7b"]).encode()}}) as endpoint:
         from_hub(endpoint)
         find_shape(ModelConfig(name="lab/new"))
     from_hub(closed_port())
-    started = time.monotonic()
+    real, local = huggingface_hub.hf_hub_download, []
+
+    def download(*args, **options):
+        local.append(options["local_files_only"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert find_shape(ModelConfig(name="lab/new")) == SHAPES["falcon-7b"]
-    assert time.monotonic() - started < 2
+    assert local == [True]
 
 
-@pytest.mark.parametrize("code", [429, 503])
+@pytest.mark.parametrize("code", [408, 429, 500, 503])
 def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
     asked = []
 
@@ -211,21 +228,21 @@ def test_a_hub_that_is_too_busy_is_asked_once(from_hub, code, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("limit", ["HUB_TIMEOUT_S", "HUB_DEADLINE_S"])
+@pytest.mark.parametrize("limit", ["CONFIG_S", "CONFIG_DEADLINE_S"])
 def test_a_hub_that_never_answers_is_given_up(from_hub, limit, monkeypatch):
     """By the timeout of its connection, or by the deadline where each of many addresses has one."""
-    monkeypatch.setattr(lookup, "HUB_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(lookup, "HUB_DEADLINE_S", 60.0)
-    monkeypatch.setattr(lookup, limit, 0.2)
+    monkeypatch.setattr(model_hub, "CONFIG_S", 60.0)
+    monkeypatch.setattr(model_hub, "CONFIG_DEADLINE_S", 60.0)
+    monkeypatch.setattr(model_hub, limit, 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         from_hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(ModelError, match="the model hub can't be reached"):
             find_shape(ModelConfig(name="lab/new"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30, "the other limit is 60 s"
 
 
-def test_the_hub_s_own_lines_are_heard_again_afterwards(from_hub):
+def test_the_hub_s_own_log_level_is_restored(from_hub):
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -235,9 +252,9 @@ def test_the_hub_s_own_lines_are_heard_again_afterwards(from_hub):
     assert logging.get_verbosity() == before
 
 
-def test_what_is_no_hub_id_is_said(from_hub):
+def test_an_invalid_hub_id_is_reported(from_hub):
     from_hub(closed_port())
-    with pytest.raises(ModelError, match="can't be had: that is no name of a model"):
+    with pytest.raises(ModelError, match="can't be downloaded: that is not the name of a model"):
         find_shape(ModelConfig(name="lab/new/newer"))
 
 
@@ -253,10 +270,10 @@ def test_the_prediction_for_a_runs_own_settings():
     assert sum(two["allocated_gib"].values()) == pytest.approx(one["allocated_gib"]["cuda:0"], rel=0.05)
     assert one["reserved_gib"]["cuda:0"] > one["allocated_gib"]["cuda:0"] > 40
     assert not one["extrapolated"] and two["extrapolated"]
-    assert 1000 < one["tokens_per_s"] < 2500  # half of each block is padding
+    assert 1000 < one["tokens_per_s"] < 2500  # half of each sequence is padding
 
 
-def test_several_processes_are_predicted_together():
+def test_the_speed_of_several_processes_is_predicted():
     one, two = (
         run_plan.predicted_step(
             profile_config("falcon-40b"),
@@ -279,19 +296,19 @@ def test_a_limit_on_steps_is_what_a_plan_counts():
     config = RunConfig().with_settings(["model.name=tiiuae/falcon-7b", "train.max_steps=5", "train.epochs=3"])
     plan = plan_run(config, gpus="H100", tokens=1_000_000)
     per_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
-    assert plan.tokens == pytest.approx(5 * per_step * config.data.seq_len_tokens, abs=3)
+    assert plan.tokens == 5 * per_step * config.data.seq_len_tokens
 
 
-def test_padding_is_said_to_come_on_top():
+def test_a_note_says_that_padding_comes_on_top():
     config = profile_config("falcon-40b").with_settings(["data.packing=false"])
-    said = plan_run(config, gpus="H100", tokens=1_000_000).notes
-    assert any("comes on top" in note for note in said)
+    notes = plan_run(config, gpus="H100", tokens=1_000_000).notes
+    assert any("comes on top" in note for note in notes)
     counted = run_plan.forecast(config, hardware=parse_gpus("H100"), tokens=1_000_000).notes
-    assert not any("comes on top" in note for note in counted), "the form counts each row as long as a block"
+    assert not any("comes on top" in note for note in counted), "a forecast counts each row at full length"
     assert any("upper limits" in note for note in counted)
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
-def test_an_amount_of_data_is_at_least_a_token(tokens):
-    with pytest.raises(UserError, match="no amount of data"):
+def test_fewer_than_one_token_is_refused(tokens):
+    with pytest.raises(UserError, match="the amount of data is not valid"):
         plan_run(RunConfig().with_settings(["model.name=tiiuae/falcon-7b"]), gpus="H100", tokens=tokens)

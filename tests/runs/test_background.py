@@ -15,8 +15,15 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.training.checkpoints import newest_good
 
 SETTINGS = [
-    "data.train_rows=4", "data.eval_rows=1", "data.test_rows=1", "data.seq_len_tokens=128", "train.micro_batch_size=1",
-    "train.max_steps=2000", "train.eval_steps=1000", "train.save_steps=1000", "train.tensorboard=off",
+    "data.train_rows=4",
+    "data.eval_rows=1",
+    "data.test_rows=1",
+    "data.seq_len_tokens=128",
+    "train.micro_batch_size=1",
+    "train.max_steps=2000",
+    "train.eval_steps=1000",
+    "train.save_steps=1000",
+    "train.tensorboard=off",
 ]
 
 

@@ -84,7 +84,7 @@ def test_tables_show_no_path(machine):
     for text in (repr(report), report._repr_html_(), repr(report.items[0])):
         assert str(machine) not in text
         assert "hub:models/org/large" in text
-    assert repr(report).splitlines()[0].split()[1:3] == ["0.000", "GiB"]
+    assert repr(report).splitlines()[2].split()[1:3] == ["0.000", "GiB"]
     assert "&lt;b&gt;" in SpaceReport((SpaceItem("cache:<b>/x", "project cache", 1),))._repr_html_()
 
 

@@ -18,8 +18,14 @@ from qlora_helpers.training import tensorboard_events
 from qlora_helpers.views.tensorboard import start_tensorboard
 
 SMALL = {
-    "data.train_rows": 8, "data.eval_rows": 1, "data.test_rows": 2, "data.seq_len_tokens": 256, "train.max_steps": 6,
-    "train.logging_steps": 1, "train.eval_steps": 3, "train.tensorboard": "s3://bucket/some/prefix",
+    "data.train_rows": 8,
+    "data.eval_rows": 1,
+    "data.test_rows": 2,
+    "data.seq_len_tokens": 256,
+    "train.max_steps": 6,
+    "train.logging_steps": 1,
+    "train.eval_steps": 3,
+    "train.tensorboard": "s3://bucket/some/prefix",
 }
 
 
@@ -48,8 +54,10 @@ def s3(monkeypatch):
     """The server, with the usual AWS variables pointing there, and copies every twentieth of a second."""
     server = S3()
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
@@ -139,8 +147,13 @@ def test_a_bucket_that_goes_away_in_the_middle_of_training(s3, tmp_path, monkeyp
         assert [text["step"] for text in texts] == [0, 6]
         assert "answer of tuned" in texts[1]["text"] and "answer of tuned" not in texts[0]["text"]
 
-        asked = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
-                 "colParams": [], "startIndex": 0, "sliceSize": 10}
+        asked = {
+            "experimentName": "",
+            "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
+            "colParams": [],
+            "startIndex": 0,
+            "sliceSize": 10,
+        }
         (group,) = api.get("plugin/hparams/session_groups", body=asked)["sessionGroups"]
         assert group["hparams"]["adapter.r"] == run.config().adapter.r
         assert group["hparams"]["train.learning_rate"] == run.config().train.learning_rate

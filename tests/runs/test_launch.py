@@ -37,8 +37,16 @@ def test_the_command_line_takes_what_is_sent_to_it():
 
 def test_torchrun_command():
     assert launch.torchrun_command(Run("runs/demo"), 4) == [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4",
-        "-m", "qlora_helpers", "train", "demo",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=4",
+        "-m",
+        "qlora_helpers",
+        "train",
+        "demo",
     ]
     with pytest.raises(UserError, match="at least 1; got 0"):
         launch.torchrun_command(Run("runs/demo"), 0)

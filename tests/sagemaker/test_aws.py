@@ -26,14 +26,14 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-def test_without_a_region_or_credentials_one_sentence_says_so(no_account):
+def test_a_missing_region_or_missing_credentials_are_reported(no_account):
     with pytest.raises(UserError, match="no AWS region is set. Set AWS_DEFAULT_REGION"):
         aws.new_client("sagemaker")
     with pytest.raises(UserError, match="no AWS credentials on this machine. Run this in SageMaker Studio"):
         aws.new_client("sagemaker", "us-east-1")
 
 
-def test_a_profile_that_does_not_exist_is_told(no_account, monkeypatch):
+def test_a_profile_that_does_not_exist_is_named(no_account, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UserError, match="nobody"):
         aws.new_client("sagemaker", "us-east-1")
@@ -57,8 +57,8 @@ def test_registry(region, expected):
     assert aws.registry(region) == expected
 
 
-def test_registry_of_no_region():
-    with pytest.raises(UserError, match="no AWS region; expected such as us-east-1; got 'frankfurt'"):
+def test_registry_refuses_an_unknown_region():
+    with pytest.raises(UserError, match="not an AWS region; expected such as us-east-1; got 'frankfurt'"):
         aws.registry("frankfurt")
 
 
@@ -81,7 +81,7 @@ def test_checked_role():
             aws.checked_role(wrong)
 
 
-def test_aws_errors_are_told_plainly_with_a_next_step():
+def test_aws_errors_are_explained_with_a_next_step():
     client, stub = stubbed("sagemaker")
     stub.add_client_error("list_endpoints", "AccessDeniedException", "no sagemaker:ListEndpoints for you.", 403)
     with (
@@ -92,7 +92,30 @@ def test_aws_errors_are_told_plainly_with_a_next_step():
         client.list_endpoints()
 
 
-def test_upload_takes_the_files_name_for_a_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "step"),
+    [
+        ("AccessDenied", "Give the role that permission"),
+        ("ExpiredTokenException", "Log in again."),
+        ("ValidationException", "Correct what the message names."),
+    ],
+)
+def test_each_kind_of_aws_error_has_its_next_step(code, step):
+    client, stub = stubbed("sagemaker")
+    stub.add_client_error("list_endpoints", code, "no", 400)
+    with stub, pytest.raises(UserError, match=f"got {code}: no. {step}"), aws.aws_errors_explained("list them"):
+        client.list_endpoints()
+
+
+def test_an_unreachable_aws_is_reported():
+    from botocore.exceptions import EndpointConnectionError
+
+    message = "AWS could not be asked to list them; got .*Check the arguments, the network"
+    with pytest.raises(UserError, match=message), aws.aws_errors_explained("list them"):
+        raise EndpointConnectionError(endpoint_url="https://nowhere")
+
+
+def test_upload_to_a_folder_keeps_the_files_name(tmp_path):
     path = tmp_path / "model.tar.gz"
     path.write_bytes(b"data")
     client, stub = stubbed("s3")
@@ -104,13 +127,13 @@ def test_upload_takes_the_files_name_for_a_folder(tmp_path):
     stub.assert_no_pending_responses()
 
 
-def test_upload_of_a_missing_file_and_to_a_missing_bucket(tmp_path):
+def test_upload_of_a_missing_file_or_to_a_missing_bucket_is_refused(tmp_path):
     client, stub = stubbed("s3")
-    with pytest.raises(UserError, match="model.tar.gz is not there"):
+    with pytest.raises(UserError, match="there is no file model.tar.gz"):
         aws.upload(tmp_path / "model.tar.gz", "s3://my-bucket/a/", client=client)
     (tmp_path / "model.tar.gz").write_bytes(b"data")
     stub.add_client_error("put_object", "NoSuchBucket", "The specified bucket does not exist", 404)
-    with stub, pytest.raises(UserError, match="did not take model.tar.gz.*NoSuchBucket"):
+    with stub, pytest.raises(UserError, match="did not accept model.tar.gz.*NoSuchBucket"):
         aws.upload(tmp_path / "model.tar.gz", "s3://my-bucket/a/", client=client)
 
 

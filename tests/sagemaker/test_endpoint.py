@@ -58,7 +58,7 @@ def stubbed(service: str):
     return client, Stubber(client)
 
 
-def test_the_archive_is_what_the_container_reads(adapter, tmp_path):
+def test_the_archive_holds_what_the_container_reads(adapter, tmp_path):
     out = vllm.package_adapter(adapter, "org/model-1B", tmp_path / "model.tar.gz", name="tuned-2")
     with tarfile.open(out) as archive:
         assert sorted(archive.getnames()) == [
@@ -116,7 +116,7 @@ def test_damaged_files_are_refused(adapter, tmp_path):
 @pytest.mark.parametrize(
     "base", ["adapter", "/models/falcon", "./model", "random:falcon-7b", "model.gguf", "org/model\noption.x=1", "a/b/c"]
 )
-def test_a_base_model_out_of_the_endpoints_reach_is_refused(adapter, tmp_path, monkeypatch, base):
+def test_a_base_model_that_the_endpoint_cannot_reach_is_refused(adapter, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="can't reach that base model"):
         vllm.package_adapter(adapter, base, tmp_path / "model.tar.gz")
@@ -138,19 +138,19 @@ def test_a_base_model_in_s3_is_taken(adapter, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", "x" * 64])
 def test_adapter_names_are_plain(adapter, tmp_path, name):
-    with pytest.raises(UserError, match="no name for an adapter"):
+    with pytest.raises(UserError, match="an adapter can't have that name"):
         vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz", name=name)
 
 
 @pytest.mark.parametrize(("model_type", "family"), [("falcon", "Falcon"), ("bloom", "BLOOM"), ("gpt_neox", "GPT-NeoX")])
-def test_families_that_vllm_serves_without_adapters_are_refused_before_it_costs_money(tmp_path, model_type, family):
+def test_families_that_vllm_serves_without_adapters_are_refused(tmp_path, model_type, family):
     adapter = save_adapter(tmp_path / "adapter", model_type)
     with pytest.raises(ModelError, match=f"vLLM can't add adapters to .*{family}.*Merge it"):
         vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
@@ -160,11 +160,15 @@ def test_families_that_vllm_serves_without_adapters_are_refused_before_it_costs_
         ({"rank_pattern": {"q_proj": 600}}, "r=12"),
     ],
 )
-def test_adapters_that_vllm_refuses_are_refused_here(adapter, tmp_path, change, told):
+def test_adapters_that_vllm_refuses_are_refused_here(adapter, tmp_path, change, expected):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ModelError, match=f"expected plain LoRA; got {told}"):
+    with pytest.raises(ModelError, match=f"expected plain LoRA; got {expected}"):
         vllm.package_adapter(adapter, "org/model", tmp_path / "model.tar.gz")
+
+
+def test_the_allowed_rank_is_the_smallest_that_holds_the_adapter():
+    assert [vllm.allowed_rank(rank) for rank in (1, 8, 9, 16, 512)] == [8, 8, 16, 16, 512]
 
 
 def expected_calls(container: dict) -> list[tuple[str, dict, dict]]:
@@ -251,14 +255,14 @@ def test_a_refused_endpoint_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
-        ({"role": "Studio"}, "no IAM role"),
-        ({"endpoint_name": "my_endpoint"}, "no name for an endpoint"),
-        ({"model_s3_uri": "model.tar.gz"}, "no place in S3"),
+        ({"role": "Studio"}, "not an IAM role"),
+        ({"endpoint_name": "my_endpoint"}, "an endpoint can't have that name"),
+        ({"model_s3_uri": "model.tar.gz"}, "not an address in S3"),
     ],
 )
-def test_wrong_arguments_reach_no_network(change, told):
+def test_wrong_arguments_reach_no_network(change, expected):
     client, stub = stubbed("sagemaker")
     arguments = {
         "model_s3_uri": "s3://my-bucket/a",
@@ -266,7 +270,7 @@ def test_wrong_arguments_reach_no_network(change, told):
         "role": ROLE,
         "instance_type": "ml.g5.xlarge",
     }
-    with stub, pytest.raises(UserError, match=told):
+    with stub, pytest.raises(UserError, match=expected):
         endpoint.deploy(**(arguments | change), client=client)
 
 
@@ -287,7 +291,7 @@ def test_waiting_returns_when_the_endpoint_answers():
     stub.assert_no_pending_responses()
 
 
-def test_waiting_tells_why_an_endpoint_did_not_start():
+def test_waiting_reports_why_an_endpoint_did_not_start():
     client, stub = stubbed("sagemaker")
     failed = described("Failed", FailureReason="The primary container did not pass the ping health check.")
     stub.add_response("describe_endpoint", failed, {"EndpointName": "demo"})
@@ -330,15 +334,15 @@ def test_ask_can_ask_the_base_model_and_takes_a_list():
         assert endpoint.ask("demo", "hi", adapter=None, client=client) == "hello"
 
 
-@pytest.mark.parametrize("text", ['{"error": "LoRA adapter x not found", "code": 424}', "<html>", "[]"])
-def test_an_answer_without_text_is_told(text):
+@pytest.mark.parametrize("text", ['{"error": "LoRA adapter x not found", "code": 424}', "<html>" + "x" * 1000, "[]"])
+def test_an_answer_without_text_is_an_error(text):
     client, stub = stubbed("sagemaker-runtime")
     stub.add_response("invoke_endpoint", answer(text))
-    with stub, pytest.raises(UserError, match="demo gave no answer; got"):
+    with stub, pytest.raises(UserError, match="demo gave no answer; got .{1,300}\\. Read its log"):
         endpoint.ask("demo", "hi", client=client)
 
 
-def test_an_endpoint_that_is_not_there_is_told():
+def test_an_endpoint_that_does_not_exist_is_reported():
     client, stub = stubbed("sagemaker-runtime")
     stub.add_client_error("invoke_endpoint", "ValidationError", "Endpoint demo of account 1 not found.", 400)
     with stub, pytest.raises(UserError, match="did not ask the endpoint demo; got ValidationError: Endpoint demo"):
@@ -349,11 +353,11 @@ def test_lmi_image_uri():
     assert endpoint.lmi_image_uri("eu-central-1").startswith(
         "763104351884.dkr.ecr.eu-central-1.amazonaws.com/djl-inference:"
     )
-    with pytest.raises(UserError, match="no AWS region"):
+    with pytest.raises(UserError, match="not an AWS region"):
         endpoint.lmi_image_uri("nowhere")
 
 
-def test_upload_and_delete_endpoint_are_here_too():
+def test_upload_and_delete_endpoint_are_available_here():
     from qlora_helpers.sagemaker import aws
 
     assert (endpoint.upload, endpoint.delete_endpoint) == (aws.upload, aws.delete_endpoint)

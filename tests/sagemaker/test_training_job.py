@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,11 +14,13 @@ import boto3
 import pytest
 from botocore.stub import ANY, Stubber
 
+import qlora_helpers
 from qlora_helpers.base.config import config_from_dict
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.sagemaker import training_job
+from qlora_helpers.sagemaker.source_archive import source_archive
 
 ROLE = "arn:aws:iam::123456789012:role/Studio"
 
@@ -72,7 +75,7 @@ REQUEST = {
 }
 
 
-def test_the_request_word_for_word():
+def test_the_complete_request():
     request = training_job.training_job_request(
         "job-1",
         run_name="demo",
@@ -95,7 +98,7 @@ def test_the_request_word_for_word():
 
 
 def start(run: Run, objects: list[str], **more):
-    """Starts a job with both clients stubbed; returns its name and the request that SageMaker got."""
+    """Starts a job with both clients stubbed; returns its name and the request that SageMaker received."""
     client, stub = stubbed("sagemaker")
     s3_client, s3_stub = stubbed("s3")
     seen = {}
@@ -135,6 +138,12 @@ def test_a_job_uploads_code_and_settings_and_starts(run):
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
 
 
+def test_a_job_name_fits_sagemaker_whatever_the_run_is_called():
+    for run_name in ("x" * 200, "my_run.1", "_a b_", "-" * 39 + "ab"):
+        name = training_job._new_job_name(run_name)
+        assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", name), name
+
+
 def test_a_data_file_is_uploaded_and_the_settings_point_to_it(run, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text("{}")
@@ -146,24 +155,24 @@ def test_a_data_file_is_uploaded_and_the_settings_point_to_it(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
-        ({"role": "Studio"}, "no IAM role"),
-        ({"s3_uri": "s3://my-bucket"}, "no place in S3"),
-        ({"s3_uri": "my-bucket/x"}, "no place in S3"),
+        ({"role": "Studio"}, "not an IAM role"),
+        ({"s3_uri": "s3://my-bucket"}, "not an address in S3"),
+        ({"s3_uri": "my-bucket/x"}, "not an address in S3"),
         ({"processes": 0}, "at least 1; got 0"),
     ],
 )
-def test_wrong_arguments_reach_no_network(run, change, told):
+def test_wrong_arguments_reach_no_network(run, change, expected):
     client, stub = stubbed("sagemaker")
     s3_client, s3_stub = stubbed("s3")
     arguments = {"role": ROLE, "instance_type": "ml.g5.xlarge", "s3_uri": "s3://my-bucket/q"} | change
-    with stub, s3_stub, pytest.raises(UserError, match=told):
+    with stub, s3_stub, pytest.raises(UserError, match=expected):
         training_job.training_job(run, client=client, s3_client=s3_client, **arguments)
 
 
 @pytest.mark.parametrize("model", ["/models/falcon", "./model", "model.gguf"])
-def test_a_model_out_of_the_jobs_reach_is_refused(run, model):
+def test_a_model_that_the_job_cannot_reach_is_refused(run, model):
     run.save_config(run.config().with_settings({"model.name": model}))
     with pytest.raises(UserError, match="can't reach that model"):
         training_job.training_job(run, role=ROLE, instance_type="ml.g5.xlarge", s3_uri="s3://my-bucket/q")
@@ -176,7 +185,7 @@ def test_a_run_without_settings_is_refused(tmp_path):
         )
 
 
-def test_a_quota_of_zero_is_told(run):
+def test_a_quota_of_zero_is_reported(run):
     client, stub = stubbed("sagemaker")
     s3_client, s3_stub = stubbed("s3")
     for _ in range(2):
@@ -206,13 +215,13 @@ with open(os.environ["CALLS"], "a") as calls:
 if "qlora_helpers" in sys.argv:
     run = Path("runs", sys.argv[-1])
     assert json.loads((run / "config.json").read_text())["profile"] == "tiny"
-    assert Path("qlora_helpers/config.py").exists()
+    assert Path("qlora_helpers/base/config.py").exists()
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_config.json").write_text("{{}}")
     (run / "events").mkdir()
     (run / "events" / "events.1").write_text("curve")
     print("expected this; got that. Do so.")
-    if os.environ.get("SAVES_WHEN_TOLD"):
+    if os.environ.get("SAVES_WHEN_STOPPED"):
         import signal, time
         def save(*args):
             (run / "saved").touch()
@@ -225,9 +234,9 @@ if "qlora_helpers" in sys.argv:
 
 
 def run_job(tmp_path: Path, processes: int = 1, **environment: str) -> tuple[int, Path, list[list[str]]]:
-    """Unpacks what a job gets and runs its script, with a stand-in for python3 that notes how it is called."""
+    """Unpacks a job's archive and runs its script, with a stand-in for python3 that records its calls."""
     code, ml, tools = tmp_path / "code", tmp_path / "ml", tmp_path / "bin"
-    archive = training_job.source_archive(tmp_path / "source.tar.gz", "demo", processes=processes)
+    archive = source_archive(tmp_path / "source.tar.gz", "demo", processes=processes)
     with tarfile.open(archive) as unpacked:
         unpacked.extractall(code, filter="data")
     (ml / "input/data/config").mkdir(parents=True)
@@ -241,7 +250,7 @@ def run_job(tmp_path: Path, processes: int = 1, **environment: str) -> tuple[int
     return done.returncode, ml, [json.loads(line) for line in calls.read_text().splitlines()]
 
 
-def test_the_script_installs_trains_and_hands_the_adapter_over(tmp_path):
+def test_the_script_installs_trains_and_delivers_the_adapter(tmp_path):
     code, ml, calls = run_job(tmp_path)
     assert code == 0
     assert calls[0][:3] == ["-m", "pip", "install"]
@@ -260,31 +269,76 @@ def test_the_script_starts_several_processes(tmp_path):
     assert calls[1] == ["-m", *launcher, "-m", "qlora_helpers", "train", "demo"]
 
 
-def test_a_failed_job_says_why_and_fails(tmp_path):
+def test_a_failed_job_reports_its_last_lines(tmp_path):
     code, ml, _ = run_job(tmp_path, CODE="2")
     assert code == 1
     assert (ml / "output" / "failure").read_text() == "expected this; got that. Do so.\n"
     assert not (ml / "model" / "adapter_config.json").exists()
 
 
-def test_a_job_that_is_told_to_end_lets_its_trainer_save(tmp_path):
-    """A spot interruption sends SIGTERM to the script; the trainer must hear it."""
-    code, ml, _ = run_job(tmp_path, SAVES_WHEN_TOLD="1")
+def test_a_job_that_is_stopped_lets_its_trainer_save(tmp_path):
+    """A spot interruption sends SIGTERM to the script, which must pass it on to the trainer."""
+    code, ml, _ = run_job(tmp_path, SAVES_WHEN_STOPPED="1")
     assert code == 143
     assert (ml / "checkpoints" / "saved").exists()
     assert (ml / "model" / "adapter_config.json").exists()
     assert not (ml / "output" / "failure").exists()
 
 
-def test_the_archive_holds_the_package_alone(tmp_path):
-    archive = training_job.source_archive(tmp_path / "source.tar.gz", "demo")
-    with tarfile.open(archive) as unpacked:
-        names = unpacked.getnames()
-    assert {"job.sh", "requirements.txt", "qlora_helpers/__init__.py", "qlora_helpers/config.py"} <= set(names)
-    assert any(name.startswith("qlora_helpers/corpus/") for name in names)
-    assert not [name for name in names if "__pycache__" in name or name.startswith((".", "tests", "/"))]
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """The folder that a job unpacks its archive into."""
+    folder = tmp_path_factory.mktemp("archive")
+    archive = source_archive(folder / "source.tar.gz", "demo")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "code", filter="data")
+    return folder / "code"
 
 
-def test_the_settings_survive_the_journey(run):
+def test_the_archive_holds_the_whole_package_and_nothing_else(unpacked):
+    package = Path(qlora_helpers.__file__).parent
+    shipped = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert shipped == {str(path.relative_to(package.parent)) for path in files} | {"job.sh", "requirements.txt"}
+    rooms = {path.name for path in package.iterdir() if any(path.glob("*.py"))}
+    assert {path.name for path in (unpacked / "qlora_helpers").iterdir() if path.is_dir()} == rooms >= {"base", "views"}
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+from pathlib import Path
+import qlora_helpers
+here = Path.cwd()
+assert Path(qlora_helpers.__file__).is_relative_to(here), qlora_helpers.__file__
+rooms = [module.name for module in pkgutil.iter_modules(qlora_helpers.__path__, "qlora_helpers.") if module.ispkg]
+for name in rooms:
+    importlib.import_module(name)
+from qlora_helpers import workflow
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.views import report
+print(len(rooms), len(read_corpus(DataConfig()).train), Path(report.__file__).with_name("report.html").is_file())
+"""
+
+
+def test_the_unpacked_archive_is_imported_with_its_packaged_files(unpacked):
+    """In a process that sees only the archive: every room, the run's entry point, the corpus and the report's page."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], cwd=unpacked, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rooms, rows, has_page = done.stdout.split()
+    assert int(rooms) >= 10 and int(rows) > 100 and has_page == "True"
+
+
+def test_a_package_without_its_repository_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "qlora_helpers").mkdir()
+    monkeypatch.setattr(qlora_helpers, "__file__", str(tmp_path / "qlora_helpers" / "__init__.py"))
+    with pytest.raises(UserError, match="requirements.txt is not beside the package"):
+        source_archive(tmp_path / "source.tar.gz", "demo")
+
+
+def test_settings_are_unchanged_by_json(run):
     config, _ = training_job._config_for_job(run.config())
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == run.config()

@@ -15,7 +15,7 @@ from qlora_helpers.planning.step_settings import step_settings
 from qlora_helpers.training.step import compiled_and_checkpointed
 
 SIZES = model_sizes(SHAPES["falcon-40b"])
-STEP = step_settings(profile_config("falcon-40b"), SHAPES["falcon-40b"], blocks=2, trained_share=0.2)
+STEP = step_settings(profile_config("falcon-40b"), SHAPES["falcon-40b"], micro_batch_size=2, trained_share=0.2)
 
 
 def chosen(usable_gib: float, *, passes: int = 10_000, packed: bool = True, **settings):

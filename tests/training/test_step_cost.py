@@ -31,7 +31,7 @@ def test_matmuls_are_two_operations_per_weight_and_token_in_each_direction(model
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
     trained = batch["shift_labels"].numel()
-    frozen = 2 * TOKENS * sizes.blocks * sizes.linear_parameters_per_layer
+    frozen = 2 * TOKENS * sizes.layers * sizes.linear_parameters_per_layer
     head = 2 * trained * sizes.vocab * sizes.hidden
     adapters = 2 * TOKENS * adapter_parameters(model.config.to_dict(), 8, None, False)
     found = step_cost(model, batch, repeats=1)
@@ -43,14 +43,14 @@ def test_checkpointed_layers_recompute_half_of_their_matmuls_and_keep_their_inpu
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
     kept_whole = step_cost(model, batch, repeats=1)
-    with layers_changed(model.get_base_model(), compiled=False, checkpointed=sizes.blocks, keep_random_state=False):
+    with layers_changed(model.get_base_model(), compiled=False, checkpointed=sizes.layers, keep_random_state=False):
         again = step_cost(model, batch, repeats=1)
     once = sizes.linear_parameters_per_layer - sizes.parameters_added_last_per_layer
     assert 0.4 < once / sizes.linear_parameters_per_layer < 0.6
-    more = 2 * TOKENS * sizes.blocks * once
+    more = 2 * TOKENS * sizes.layers * once
     adapters = 2 * TOKENS * adapter_parameters(model.config.to_dict(), 8, None, False)
     assert more < (again.gflop - kept_whole.gflop) * 1e9 < more + adapters
-    inputs = sizes.blocks * TOKENS * sizes.hidden * 4 / 1024**2
+    inputs = sizes.layers * TOKENS * sizes.hidden * 4 / 1024**2
     assert inputs < again.kept_mib < inputs + 0.25 * kept_whole.kept_mib
     assert again.same_as(kept_whole) and str(again).count("GFLOP") == 1
 

@@ -22,7 +22,7 @@ from qlora_helpers.base.config import AdapterConfig, TrainConfig
 from qlora_helpers.base.errors import ModelError, RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.data import packing as blocks
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, BlockDiagonalMask, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.wiring import row_losses
@@ -431,7 +431,7 @@ def test_packed_and_padded_rows_have_the_same_evaluation_loss(teach, tmp_path, t
 def test_row_losses_are_sums_over_trained_tokens(padded_data):
     model = tuned().eval()
     rows = padded_data.train.to_list()
-    full, kept = (SequenceCollator(1, packed=False, keep_trained_logits=keep)(rows) for keep in (False, True))
+    full, kept = (SequenceCollator(1, PaddingMask(), targets)(rows) for targets in (AllLogits(), KeptLogits()))
     (sums, tokens), (same, too) = row_losses(model, full), row_losses(model, kept)
     assert torch.allclose(sums, same, rtol=1e-6)
     assert tokens.tolist() == too.tolist() == [sum(label != IGNORED for label in row["labels"]) for row in rows]
@@ -818,11 +818,10 @@ def test_adapters_train_in_float32_beside_16_bits():
 
 def test_the_collator_fits_the_model(tokenizer, data, padded_data):
     packed = make_collator(tuned(), tokenizer, data)
-    assert (packed.packed, packed.pad_to, packed.pad_token_id, packed.mask_dtype) == (True, 128, 1, None)
-    assert packed.keep_trained_logits
-    assert make_collator(tuned(), tokenizer, padded_data).pad_to is None
+    assert packed == SequenceCollator(1, BlockDiagonalMask(), KeptLogits(), length=128)
+    assert make_collator(tuned(), tokenizer, padded_data) == SequenceCollator(1, PaddingMask(), KeptLogits())
     eager = tiny_llama(attn_implementation="eager").to(torch.bfloat16)
-    assert make_collator(tuned(eager), tokenizer, data).mask_dtype == torch.bfloat16
+    assert make_collator(tuned(eager), tokenizer, data).attention == BlockDiagonalMask(torch.bfloat16)
 
 
 def test_an_eager_model_trains_as_an_sdpa_one(teach, tmp_path):

@@ -1,4 +1,4 @@
-"""Watching a run: curves, tables, and where it stands, from the run folder alone."""
+"""Watching a run from its folder alone: curves, tables and its present state."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_loss_curve_as_an_image_that_says_what_it_shows(tmp_path):
     root = ElementTree.fromstring(image(curve))
     texts = {element.text for element in root.iter() if element.tag.endswith("}text")}
     assert {"training loss", "evaluation loss", "optimizer step"} <= texts
-    told = "training loss from 3.059 at step 2 to 2.165 at step 30; evaluation loss from 2.463 at step 10 to 2.229"
-    assert told in root.get("aria-label")
-    assert told in curve._repr_html_()
+    label = "training loss from 3.059 at step 2 to 2.165 at step 30; evaluation loss from 2.463 at step 10 to 2.229"
+    assert label in root.get("aria-label")
+    assert label in curve._repr_html_()
 
 
 @pytest.mark.parametrize("background", ["#ffffff", "#111111"])
-def test_every_colour_can_be_seen_on_light_and_dark(tmp_path, background):
+def test_every_colour_has_contrast_on_light_and_dark(tmp_path, background):
     run = finished_run(tmp_path)
     for chart in (loss_curve(run), curves(run)):
         used = set(re.findall(r"(?:fill|stroke): ?(#\w{6})", image(chart)))
@@ -80,7 +80,7 @@ def test_every_colour_can_be_seen_on_light_and_dark(tmp_path, background):
         assert min(contrast(colour, background) for colour in used) > 3.5
 
 
-def test_an_svg_in_a_page_touches_nothing_else_of_the_page(tmp_path):
+def test_an_svg_affects_nothing_else_on_its_page(tmp_path):
     run = finished_run(tmp_path)
     for chart in (loss_curve(run), curves(run)):
         text = chart.svg("currentColor")
@@ -103,15 +103,15 @@ def test_equal_curves_are_equal_files_and_drawing_leaves_no_state(tmp_path):
         "print(one._repr_html_() == two._repr_html_(), before == matplotlib.rcParams.copy())\n"
         "print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"
     )
-    told = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
-    assert told.split("\n")[:2] == ["True True", "[]"]
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert output.split("\n")[:2] == ["True True", "[]"]
 
 
 def test_nothing_logged_yet(tmp_path):
     run = fake_run(tmp_path)
     for chart in (loss_curve(run), curves(run), loss_curve(Run(tmp_path / "never-made"))):
-        assert "no step is logged yet" in repr(chart)
-        assert chart._repr_html_() == f"<p>{chart.name}: no step is logged yet</p>"
+        assert "no step has been logged yet" in repr(chart)
+        assert chart._repr_html_() == f"<p>{chart.name}: no step has been logged yet</p>"
         assert chart.svg() == ""
 
 
@@ -151,10 +151,10 @@ def test_what_is_no_number_is_left_out(tmp_path):
 
 def test_a_long_table_is_thinned_and_keeps_its_ends_and_its_evaluations():
     loss = tuple((step, 1.0 * step) for step in range(1, 201))
-    rows = Chart("run", [Panel("loss", {"loss": loss})]).table()[1]
+    rows = Chart("run", [Panel("loss", {"loss": loss})]).table().rows
     assert len(rows) == charts.TABLE_ROWS
     assert (rows[0][0], rows[-1][0]) == ("1", "200")
-    rows = Chart("run", [Panel("loss", {"loss": loss, "eval": ((50, 3.0), (100, 2.0))})]).table()[1]
+    rows = Chart("run", [Panel("loss", {"loss": loss, "eval": ((50, 3.0), (100, 2.0))})]).table().rows
     assert [row[0] for row in rows] == ["1", "50", "100", "200"]
     assert rows[1] == ["50", "50.000", "3.000"]
 
@@ -209,7 +209,7 @@ def test_a_running_run(tmp_path):
     assert readings.endswith("process 1.31 GiB")
 
 
-def test_a_bucket_that_is_away_is_seen(tmp_path):
+def test_a_failed_events_copy_is_shown(tmp_path):
     run = finished_run(tmp_path)
     assert "TensorBoard" not in repr(watch_once(run))
     write_json(
@@ -222,7 +222,7 @@ def test_a_bucket_that_is_away_is_seen(tmp_path):
     assert "NoSuchBucket: &lt;b&gt;" in watch_once(run)._repr_html_()
 
 
-def test_the_time_left_goes_by_the_pace_of_this_session(tmp_path):
+def test_time_left_uses_the_pace_of_this_session(tmp_path):
     run = fake_run(tmp_path)
     run.start_session(30, 0)
     add_progress(run, last=20)  # 8 s a step, long ago
@@ -264,7 +264,7 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_error(tmp_path):
     assert "OSError: &lt;disk&gt; is full" in watch_once(run)._repr_html_()
 
 
-# how things are said
+# numbers and texts
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_texts_from_elsewhere_are_plain(text, clean):
     assert plain(text) == clean
 
 
-def test_predicted_stands_beside_measured(tmp_path):
+def test_predicted_values_are_beside_measured_ones(tmp_path):
     run = Run(tmp_path / "mine")
     measured = {"peak_gib": {"cuda:0": 65.63}, "reserved_gib": {"cuda:0": 68.68}, "tokens_per_s": 2783.0}
     predicted = {"allocated_gib": {"cuda:0": 63.2}, "reserved_gib": {"cuda:0": 66.3}, "tokens_per_s": 2800.4}

@@ -1,4 +1,4 @@
-"""The page at the end: what it says, what it never runs, and what it does where parts are missing."""
+"""The report page: what it says, what it never runs, and what it does when parts are missing."""
 
 from __future__ import annotations
 
@@ -82,33 +82,33 @@ def test_the_page_says_what_ran_and_how_good_it_became(tmp_path):
         "SmolLM2-135M-Instruct learned to summarise chat dialogues from 240 examples, in 30 steps on a CPU.",
         "HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0)",
         "embedded (CC0-1.0)",
-        "240 for training, 30 for the loss in between, 30 held out",
+        "240 for training, 30 for the evaluation loss, 30 held out",
         "the recipe's plain text",
         "LoRA, r=8, alpha=32, dropout 0.05",
         "down_proj, k_proj, q_proj, v_proj",
-        "4 blocks of 512 tokens a step",
+        "4 packed sequences of 512 tokens per step and process",
         "252 seconds",
         "torch 2.13.0, transformers 5.23.0",
         "2026-01-01 00:00 UTC",
-        "untuned 9.2 → tuned 27.3 +18.1 points by the tuning",
-        "untuned 3 % → tuned 100 % +97 points by the tuning",
+        "untuned 9.2 → tuned 27.3 +18.1 points by fine-tuning",
+        "untuned 3 % → tuned 100 % +97 points by fine-tuning",
         "Training time 4 min 12 s 834 tokens/s",
         "Peak memory 1.42 GiB the whole process",
-        "gained 18.1 points of ROUGE-L",
-        "reaches 17.6; the tuned one is 9.7 points above that",
-        "30 dialogues are few",
+        "fine-tuning gained 18.1 points of ROUGE-L",
+        "reaches 17.6; the tuned model is 9.7 points above that",
+        "With only 30 dialogues",
         "1 of 30 dialogues were cut",
         "Training loss: 3.059 → 2.165, steps 2 to 30.",
         "Evaluation loss: 2.463 → 2.229, steps 10 to 30.",
         "2,442,240 of 136,957,248 parameters were trained, 1.78 %.",
-        "counts stored bytes, and with them two 4-bit weights as one",
+        "published stored bytes instead, in which two 4-bit weights count as one",
         "cpu 0.16 GiB 1.42 GiB",
         "9,642 (20.0 %)",
         "verdict PASS PASS",
         "dialogues.jsonl line 17: the last 31 tokens of its dialogue were cut off",
-        "Yes. Saved, loaded again onto a fresh base model",
-        "3 of 3 answers are the same to the letter, the next-token logits are equal",
-        "6 min 42 s, loading and evaluation included",
+        "Yes. The adapter was saved, loaded onto a fresh base model",
+        "3 of 3 answers are identical, and the next-token logits are equal",
+        "6 min 42 s, including loading and evaluation",
     ):
         assert expected in text, expected
     assert "a-secret-host" not in Page(path).source
@@ -131,10 +131,10 @@ def test_five_dialogues_with_every_answer(tmp_path):
     assert "a sixth row" not in page.text
     assert "an empty answer" in page.text
     assert "1 token, ended by itself" in page.text
-    assert "80 tokens, cut off at the limit" in page.text
+    assert "80 tokens, cut off at the token limit" in page.text
 
 
-def test_every_setting_with_what_it_is(tmp_path):
+def test_every_setting_is_listed_and_described(tmp_path):
     page = page_of(finished_run(tmp_path))
     names = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.__dataclass_fields__]
     assert all(name in page.text for name in names)
@@ -142,22 +142,22 @@ def test_every_setting_with_what_it_is(tmp_path):
     assert "train.warmup_steps 0 Steps in which" in page.text
 
 
-def test_a_loss_that_rose_again_is_told(tmp_path):
+def test_a_loss_that_rose_again_is_reported(tmp_path):
     run = fake_run(tmp_path)
     for step, loss in ((10, 2.4), (20, 2.1), (30, 2.6)):
         run.append_progress({"step": step, "eval_loss": loss})
-    assert "It was lowest (2.100) at step 20: the steps after that did not help." in page_of(run).text
+    assert "It was lowest (2.100) at step 20; later steps did not improve it." in page_of(run).text
 
 
-def test_a_model_that_became_worse_is_told(tmp_path):
+def test_a_worse_model_is_reported(tmp_path):
     run = finished_run(tmp_path)
     values = evaluation_values()
     values["scores"]["tuned"] |= {"rouge_l": 8.1, "stop_rate": 0.0}
     write_json(run.evaluation_path, values | {"rouge_l_gain": -1.1})
     page = page_of(run)
-    assert "untuned 9.2 → tuned 8.1 −1.1 points by the tuning" in page.text
+    assert "untuned 9.2 → tuned 8.1 −1.1 points by fine-tuning" in page.text
     assert "untuned 3 % → tuned 0 % −3 points" in page.text
-    assert "the model lost 1.1 points" in page.text
+    assert "fine-tuning lost 1.1 points" in page.text
     assert "9.5 points below that" in page.text
     assert [span["class"] for span in page.all("span") if "change" in (span.get("class") or "")] == ["change bad"] * 2
 
@@ -165,7 +165,7 @@ def test_a_model_that_became_worse_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("share", "text"), [(1.0, "100 %"), (0.999, "99 %"), (0.5, "50 %"), (0.001, "1 %"), (0.0, "0 %")]
 )
-def test_a_share_is_whole_only_where_it_is(share, text):
+def test_percent_is_0_or_100_only_if_exact(share, text):
     assert percent(share) == text
 
 
@@ -190,16 +190,16 @@ def test_folders_of_this_machine_stay_out_of_what_is_shown_first(tmp_path):
     )
     (run.data_dir / "prepared.json").unlink()
     before_settings = page_of(run).text.split("All settings")[0]
-    assert "mine (licence: see the model's card)" in before_settings
+    assert "mine (licence: see the model card)" in before_settings
     assert "chats.jsonl (licence not known yet)" in before_settings
     assert "somebody" not in before_settings
 
 
-def test_random_weights_are_told(tmp_path):
+def test_random_weights_are_reported(tmp_path):
     run = finished_run(tmp_path)
     add_evaluation(run, random_weights=True)
     page = page_of(run)
-    assert "random weights: its answers and their scores mean nothing" in page.text
+    assert "random weights, so its answers and scores mean nothing" in page.text
     assert "gained" not in page.text
     assert "change good" not in page.source
     assert "mean nothing" in page_of(fake_run(tmp_path, "tiny", profile="tiny")).text
@@ -208,9 +208,9 @@ def test_random_weights_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "sentence"),
     [
-        ({"state": "running", "pid": None, "heartbeat": 9e12}, "Training is still going on, at step 30 of 30"),
+        ({"state": "running", "pid": None, "heartbeat": 9e12}, "Training is at step 30 of 30 and still running"),
         ({"state": "stopped"}, "Training was stopped by request at step 30 of 30"),
         (
             {
@@ -221,7 +221,7 @@ def test_random_weights_are_told(tmp_path):
         ),
         (
             {"state": "stopped", "exit_reason": sigterm.REASON},
-            "Training was stopped by SIGTERM at step 30 of 30; the figures are those of the adapter as it was then.",
+            "Training was stopped by SIGTERM at step 30 of 30; the figures are for the adapter at that step.",
         ),
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
         (
@@ -230,19 +230,19 @@ def test_random_weights_are_told(tmp_path):
         ),
     ],
 )
-def test_a_run_that_is_not_finished_says_so(tmp_path, status, said):
+def test_an_unfinished_run_says_so(tmp_path, status, sentence):
     run = finished_run(tmp_path)
     changed(run.status_path, **status)
-    assert said in page_of(run).text
+    assert sentence in page_of(run).text
     changed(run.status_path, state="finished", last_error=None)
-    assert said not in page_of(run).text
+    assert sentence not in page_of(run).text
 
 
 def test_many_notes_are_counted(tmp_path):
     run = finished_run(tmp_path)
-    changed(run.data_dir / "prepared.json", notes=[f"line {number}: left out" for number in range(1, 101)])
+    changed(run.data_dir / "prepared.json", notes=[f"line {number}: skipped" for number in range(1, 101)])
     text = page_of(run).text
-    assert "line 20: left out and 80 more" in text
+    assert "line 20: skipped and 80 more" in text
     assert "line 21:" not in text
 
 
@@ -257,6 +257,38 @@ def test_it_understands_what_evaluation_writes(tmp_path):
     expected = page_of(run).source
     write_json(run.evaluation_path, written | {"rows": evaluation_values()["rows"]})
     assert page_of(run).source == expected
+
+
+def test_a_reloaded_adapter_that_differs_is_reported(tmp_path):
+    run = finished_run(tmp_path)
+    changed(run.plan_path, reload={"prompts": 3, "same_answers": 2, "largest_difference": 0.5})
+    page = page_of(run)
+    assert "No. The adapter was saved" in page.text
+    assert "2 of 3 answers are identical, and the next-token logits differ by at most 5.0e-01." in page.text
+    assert [each for each in page.all("strong") if each.get("class") == "bad"]
+
+
+def test_a_huge_loss_has_a_perplexity(tmp_path):
+    run = finished_run(tmp_path)
+    values = evaluation_values()
+    values["scores"]["tuned"]["loss"] = 1e4
+    write_json(run.evaluation_path, values)
+    assert "10000.000" in page_of(run).text, "exp() of it would overflow"
+
+
+def test_only_few_dialogues_are_called_few():
+    values = evaluation_values()
+    row = values["rows"][0]
+    for rows, is_few in ((99, True), (100, False)):
+        sentences = report_scores.verdicts(values | {"rows": [row] * rows})
+        assert any(text.startswith(f"With only {rows} dialogues") for text in sentences) is is_few
+
+
+def test_a_loss_that_ends_at_its_lowest_is_not_remarked_on(tmp_path):
+    run = fake_run(tmp_path)
+    for step, loss in ((10, 2.4), (20, 2.1)):
+        run.append_progress({"step": step, "eval_loss": loss})
+    assert "It was lowest" not in page_of(run).text
 
 
 # what is never run
@@ -283,7 +315,7 @@ def poisoned(value: Any) -> Any:
     return value + HOSTILE if isinstance(value, str) else value
 
 
-def test_no_text_of_any_file_reaches_the_page_as_anything_but_text(tmp_path):
+def test_texts_of_files_are_never_markup(tmp_path):
     run = finished_run(tmp_path)
     clean = page_of(run)
     for path in (
@@ -309,7 +341,7 @@ def test_no_text_of_any_file_reaches_the_page_as_anything_but_text(tmp_path):
     assert {(tag, *sorted(attributes)) for tag, attributes in page.tags} <= known
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_the_page_needs_no_network_and_no_script(tmp_path):
     page = page_of(finished_run(tmp_path))
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "base")
@@ -345,8 +377,9 @@ def test_the_page_is_well_built(tmp_path):
 
 def test_every_text_has_contrast_in_light_and_dark(tmp_path):
     source = page_of(finished_run(tmp_path)).source
-    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{([^}]+)\}", source)]
-    light, dark = schemes[:2]
+    schemes = [dict(re.findall(r"--([\w-]+): ([^;]+)", block)) for block in re.findall(r":root \{([^}]+)\}", source)]
+    colours, light, dark = schemes[:3]
+    light = {name: colours.get(value[len("var(--") : -1], value) for name, value in light.items()}
     assert contrast(light["page"], dark["page"]) > 15
     for scheme in (light, dark):
         for name in ("ink", "quiet", "good", "bad", "accent"):
@@ -367,7 +400,7 @@ def test_a_run_that_does_not_exist(tmp_path):
 def test_a_run_that_was_never_trained_names_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = page_of(fake_run(Path("runs"))).text
-    assert "SmolLM2-135M-Instruct is to learn to summarise chat dialogues." in text
+    assert "SmolLM2-135M-Instruct will learn to summarise chat dialogues." in text
     assert text.count("not measured yet") == 4
     train = "Run python -m qlora_helpers train demo , then python -m qlora_helpers report demo ."
     evaluate = "Run python -m qlora_helpers evaluate demo , then python -m qlora_helpers report demo ."
@@ -384,7 +417,7 @@ def test_commands_name_a_run_elsewhere_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     "missing", ["plan.json", "evaluation.json", "data", "adapter", "status.json", "progress.jsonl"]
 )
-def test_a_part_may_be_missing(tmp_path, missing):
+def test_any_part_may_be_missing(tmp_path, missing):
     run = finished_run(tmp_path)
     path = run.folder / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -476,8 +509,8 @@ def test_differences_with_intervals_and_outcomes_to_browse(tmp_path):
     assert not page.open
     assert page.text.count("95 % interval") >= 2
     assert f"Tuned against untuned: {found['base']['verdict']}" in page.text
-    assert "2 held-out dialogues stood in the training set too" in page.text
-    assert "dialogues are few" not in page.text
+    assert "2 held-out dialogues also in the training set were not counted" in page.text
+    assert "With only" not in page.text
     assert f"{len(found['base']['wins'])} answers closer to the reference than the untuned model's" in page.text
     assert "How the answers were made: 30 answers at once." in page.text
     assert not page.all("script") and "<script>alert" not in page.source

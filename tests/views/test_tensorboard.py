@@ -109,8 +109,12 @@ def test_through_the_jupyter_server_where_it_has_a_proxy(has_proxy, tmp_path, mo
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-        told = {"url": f"http://127.0.0.1:{server.server_port}/lab/base/", "base_url": "/lab/base/", "token": "secret"}
-        (tmp_path / "jpserver-42.json").write_text(json.dumps(told))
+        server_info = {
+            "url": f"http://127.0.0.1:{server.server_port}/lab/base/",
+            "base_url": "/lab/base/",
+            "token": "secret",
+        }
+        (tmp_path / "jpserver-42.json").write_text(json.dumps(server_info))
         expected = "/lab/base/proxy/6007/" if has_proxy else "http://127.0.0.1:6007/"
         assert browser_url(6007, {"JPY_PARENT_PID": "42"}) == expected
     finally:

@@ -1,1 +1,1 @@
-"""Many greedy answers in a short time, a part a file; `answer` puts them together."""
+"""Many greedy answers in a short time; each part has a file, and `answer` puts them together."""

@@ -1,8 +1,8 @@
 """Attention of one new token to the keys before it, without a copy of the keys for every query head.
 
-Where several query heads share a key (grouped and multi-query attention), transformers repeats keys and values before it attends,
-at every layer and token. The heads of a group are one token's queries to the same keys: as several queries of one head they need
-no copy. Falcon stores the copies in its cache, too; here it does not.
+Where several query heads share keys (grouped and multi-query attention), transformers repeats keys and values before attention, at
+every layer and token. The heads of a group query the same keys: taken as several queries of one head they need no copy. Falcon
+also stores the copies in its cache; here it does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from qlora_helpers.model.patching import attention_replaced, replace_forward
-from qlora_helpers.model.wiring import split_falcon_heads
+from qlora_helpers.model.wiring import base_model_of, split_falcon_heads
 
 NAME = "shared_keys"
 
@@ -35,8 +35,8 @@ def attend(
     Args:
         query: `(batch, heads, tokens, head_dim)`.
         key, value: `(batch, kv_heads, places, head_dim)`; `heads` is a multiple of `kv_heads`.
-        mask: `(batch, 1, tokens, places)`, added or boolean; None is causal.
-        scale: of the products; None takes `head_dim ** -0.5`.
+        mask: `(batch, 1, tokens, places)`, additive or boolean; None is causal.
+        scale: of queries times keys; None takes `head_dim ** -0.5`.
 
     Returns:
         `(batch, heads, tokens, head_dim)`.
@@ -56,12 +56,12 @@ def attend(
 
 @contextmanager
 def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
-    """While open, a causal language model attends as above; yields whether it does.
+    """While open, a causal language model uses `attend`; yields whether it does.
 
     Args:
-        model: with or without adapters; another attention than sdpa is left as it is.
+        model: with or without adapters; attention other than sdpa is left as it is.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model_of(model)
     text = inner.config.get_text_config()
     if text._attn_implementation != "sdpa" or getattr(text, "attn_logit_softcapping", None):
         yield False
@@ -77,7 +77,7 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
 
 
 def _attention() -> Callable[..., Any]:
-    """For transformers' registry of attention functions."""
+    """Makes the function for transformers' registry of attention functions."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(
@@ -97,7 +97,7 @@ def _attention() -> Callable[..., Any]:
 
 
 def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Falcon's attention layer, whose cache holds as many heads of keys as the model has."""
+    """Makes a forward of Falcon's attention layer whose cache holds only as many heads of keys as the model has."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
     def forward(

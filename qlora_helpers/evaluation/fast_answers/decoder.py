@@ -1,14 +1,14 @@
 """Greedy answers in a fixed number of slots: a slot whose answer has ended takes the next prompt.
 
-Prompts go in by length, the longest first, padded on the left as `model.generate` pads them. Rows take their steps together but
-stand at places of their own (iteration-level scheduling: Yu et al. 2022, Orca). Knows nothing of text, settings or scores.
+Prompts are read by length, the longest first, padded on the left as `model.generate` pads them. All slots take a step together,
+each at a position of its own (iteration-level scheduling: Yu et al. 2022, Orca). Knows nothing of text, settings or scores.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -16,20 +16,48 @@ from qlora_helpers.evaluation.fast_answers.cache import SlotCache
 from qlora_helpers.evaluation.fast_answers.graphs import CapturedStep
 from qlora_helpers.model.wiring import takes_logits_to_keep
 
-STEPS_BETWEEN_LOOKS = 4  # on a GPU: an answer that has ended is noticed so late at most, and the GPU rarely waits
-LENGTH_STEP = 256  # places seen by a recorded step grow by so many
-FEWEST_ROWS = 8  # of a recorded step
-PROMPT_TOKENS = 16_384  # of prompts read in one pass; an eighth where the model gives logits at every token
+STEPS_BETWEEN_LOOKS = 4  # on a GPU, which then rarely waits; an answer that has ended is noticed this late at most
+LENGTH_STEP = 256  # the places that a captured step sees grow by so many
+FEWEST_ROWS = 8  # of a captured step
+PROMPT_TOKENS = 16_384  # of prompts read in one pass; an eighth where the model computes logits at every token
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts to be answered greedily.
+
+    Attributes:
+        prompts: token ids of each.
+        pad, end: the padding and the end-of-text token.
+        most: longest answer, tokens.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    pad: int
+    end: int
+    most: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(map(len, self.prompts)) + self.most
+
+    def trim(self, answer: list[int]) -> bool:
+        """Cuts an answer after its end-of-text token and at the longest answer; returns whether it is finished."""
+        if self.end in answer:
+            del answer[answer.index(self.end) + 1 :]
+        del answer[self.most :]
+        return len(answer) == self.most or (bool(answer) and answer[-1] == self.end)
 
 
 class SlotDecoder:
-    """Answers prompts greedily.
+    """Answers prompts greedily in slots.
 
     Args:
         model: a causal language model in eval mode, with or without adapters.
         slots: answers that grow at once.
         capacity: tokens of the longest prompt with its answer.
-        graph_refusal: why steps may not be recorded as CUDA graphs, or None.
+        graph_refusal: why steps can't be captured as CUDA graphs, or None.
     """
 
     def __init__(self, model: torch.nn.Module, *, slots: int, capacity: int, graph_refusal: str | None) -> None:
@@ -47,7 +75,7 @@ class SlotDecoder:
 
     @torch.no_grad()
     def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-        """Reads prompts into slots and gives the logits of their next tokens, `(prompts, vocabulary)`."""
+        """Reads prompts into slots and returns the logits of their next tokens, `(prompts, vocabulary)`."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
@@ -68,7 +96,7 @@ class SlotDecoder:
 
     @torch.no_grad()
     def grow(self, rows: int, length: int) -> torch.Tensor:
-        """Adds a token to each of the first slots, which see so many places; gives the logits, `(rows, vocabulary)`."""
+        """Adds a token to each of the first slots, which see `length` places; returns the logits, `(rows, vocabulary)`."""
         places, starts, reach = self.places[:rows], self.starts[:rows], self.reach[:length]
         seen = (reach >= starts[:, None]) & (reach <= places[:, None])
         mask = torch.zeros(rows, length, dtype=self.dtype, device=self.device)
@@ -82,26 +110,19 @@ class SlotDecoder:
             use_cache=True,
         ).logits[:, -1]
         self.tokens[:rows] = logits.argmax(-1).to(self.device)
-        self.places[:rows] = (places + 1).clamp(max=self.capacity - 1)  # one that has ended may run on for a few steps
+        self.places[:rows] = (places + 1).clamp(
+            max=self.capacity - 1
+        )  # a slot whose answer has ended may go on for a few steps
         return logits
 
-    def answer(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        pad: int,
-        end: int,
-        most: int,
-        progress: Callable[[int], Any] | None = None,
-    ) -> list[list[int]]:
-        """The new tokens of each prompt, in the order given; the end-of-text token is the last of an answer that ended.
+    def answer(self, questions: Questions, *, progress: Callable[[int], None]) -> list[list[int]]:
+        """Returns the new tokens of each prompt, in the order given; an answer that ended keeps its end-of-text token.
 
         Args:
-            prompts: token ids of each.
-            pad, end: the padding and the end-of-text token.
-            most: longest answer, tokens.
-            progress: told how many prompts were answered.
+            questions: the prompts.
+            progress: called with how many prompts are answered by now.
         """
+        prompts = questions.prompts
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         answers: list[list[int]] = [[] for _ in prompts]
         held: dict[int, int] = {}  # slot -> prompt
@@ -110,26 +131,25 @@ class SlotDecoder:
             free = [slot for slot in range(self.slots) if slot not in held]
             if waiting and (not held or len(free) >= min(max(1, self.slots // 4), len(waiting))):
                 for slots, group in self._groups(free, waiting, prompts):
-                    self.read(slots, [prompts[index] for index in group], pad)
+                    self.read(slots, [prompts[index] for index in group], questions.pad)
                     held |= dict(zip(slots, group, strict=True))
                     ends |= dict.fromkeys(slots, len(prompts[group[0]]))
                     self._take([self.tokens.tolist()], slots, held, answers)
             else:
                 rows = self._rows(held, ends, refill=bool(waiting))
-                steps = min(self._between_looks(), max(most - len(answers[index]) for index in held.values()))
+                steps = min(self._between_looks(), max(questions.most - len(answers[index]) for index in held.values()))
                 found = self._steps(rows, steps, max(ends[slot] for slot in held) + steps)
                 for slot in held:
                     ends[slot] += steps
                 self._take(found, list(held), held, answers)
-            done = [slot for slot, index in held.items() if _trim(answers[index], end, most)]
+            done = [slot for slot, index in held.items() if questions.trim(answers[index])]
             for slot in done:
                 del held[slot]
-            if done and progress is not None:
-                progress(len(done))
+            progress(len(prompts) - len(waiting) - len(held))
         return answers
 
     def release(self) -> None:
-        """Frees cache and graphs at once: the recorded step refers back to this object, and a collector may come late."""
+        """Frees cache and graphs at once: the captured step refers back to this object, so they would wait for the collector."""
         self.step.release()
         self.cache.keys.clear()
         self.cache.values.clear()
@@ -137,7 +157,7 @@ class SlotDecoder:
     def _groups(
         self, free: list[int], waiting: deque[int], prompts: Sequence[Sequence[int]]
     ) -> list[tuple[list[int], list[int]]]:
-        """Prompts for the free slots, in groups that are read in one pass each."""
+        """Takes waiting prompts for the free slots, in groups that are each read in one pass."""
         limit = PROMPT_TOKENS if self.keep else PROMPT_TOKENS // 8
         groups = []
         while free and waiting:
@@ -151,7 +171,7 @@ class SlotDecoder:
         return STEPS_BETWEEN_LOOKS if self.device.type == "cuda" else 1
 
     def _rows(self, held: dict[int, int], ends: dict[int, int], *, refill: bool) -> int:
-        """How many of the first slots take the next step; slots further up move down where that makes the step smaller."""
+        """Returns how many of the first slots take the next step; higher slots move down where that makes the step smaller."""
         rows = len(held)
         if self.step.refusal is None:
             rows = self.slots
@@ -169,7 +189,7 @@ class SlotDecoder:
         return rows
 
     def _steps(self, rows: int, steps: int, length: int) -> list[list[int]]:
-        """Takes steps and gives the tokens of each, `[steps][rows]`."""
+        """Takes steps and returns the tokens of each, `[steps][rows]`."""
         if self.step.refusal is None:
             length = -(-length // LENGTH_STEP) * LENGTH_STEP
         found = torch.empty(steps, rows, dtype=torch.long, device=self.device)
@@ -185,11 +205,3 @@ class SlotDecoder:
         for tokens in found:
             for slot in slots:
                 answers[held[slot]].append(tokens[slot])
-
-
-def _trim(answer: list[int], end: int, most: int) -> bool:
-    """Cuts an answer after its end or at the limit; gives whether it is finished."""
-    if end in answer:
-        del answer[answer.index(end) + 1 :]
-    del answer[most:]
-    return len(answer) == most or (bool(answer) and answer[-1] == end)

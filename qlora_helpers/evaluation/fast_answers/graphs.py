@@ -1,11 +1,12 @@
-"""A step recorded once as a CUDA graph and played again, so that a small model does not wait for Python.
+"""A step that is captured once as a CUDA graph and then replayed, so that a small model does not wait for Python.
 
-A step that can't be recorded is run as it is, and the reason kept.
+A step that can't be captured is run as it is, and the reason is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,18 +14,18 @@ from qlora_helpers.model import cuda_graphs
 
 
 class CapturedStep:
-    """Calls `step(rows, length)`, by a graph for each pair of sizes where that can be.
+    """Calls `step(rows, length)`, where possible by replaying a graph for each pair of sizes.
 
     Args:
-        step: changes tensors in place, without waiting for the GPU and without a look at their values.
-        state: tensors that the step changes and reads; they are put back after a trial run.
-        refusal: why no graph may be recorded, or None.
+        step: changes tensors in place; it never waits for the GPU and never looks at their values.
+        state: tensors that the step reads and changes; they are restored after a trial run.
+        refusal: why no graph can be captured, or None.
     """
 
     def __init__(
         self, step: Callable[[int, int], object], state: Sequence[torch.Tensor], refusal: str | None = None
     ) -> None:
-        self._step: Callable[[int, int], object] | None = step
+        self._step: Any = step
         self._state, self.refusal = state, refusal
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: object | None = None
@@ -32,7 +33,7 @@ class CapturedStep:
     def __call__(self, rows: int, length: int) -> None:
         if self.refusal is None and (rows, length) not in self._graphs:
             try:
-                self._graphs[rows, length] = self._recorded(rows, length)
+                self._graphs[rows, length] = self._capture(rows, length)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -44,23 +45,23 @@ class CapturedStep:
             graph.replay()
 
     @property
-    def recorded(self) -> int:
-        """How many graphs there are."""
+    def captured(self) -> int:
+        """How many graphs were captured."""
         return len(self._graphs)
 
     def release(self) -> None:
-        """Drops the graphs with the memory that they hold; no step can be taken after that."""
+        """Frees the graphs with the memory that they hold; after that no step can be taken."""
         self._graphs.clear()
         self._pool, self._step = None, None
 
-    def _recorded(self, rows: int, length: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: int, length: int) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         if self._pool is None:
             self._pool = cuda_graphs.new_pool()
         with torch.cuda.stream(stream):
-            self._step(rows, length)  # libraries make their workspaces and choose kernels now, not while recording
+            self._step(rows, length)  # libraries make their workspaces and choose kernels now, not during the capture
             for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
             torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""The frozen layers' weights in 16 (or 32) bits while a model answers: nothing is unpacked again at every token.
+"""The frozen layers' weights in bfloat16 (or float32) while a model answers, so that no token unpacks them again.
 
-A 4-bit layer unpacks its weight for every product of several rows. Unpacked once, the very same numbers are multiplied. Adapters
-stay apart, in the model's type, so that nothing is rounded anew; merged into the copy they cost nothing at a token and round once.
+A 4-bit layer unpacks its weight for every matrix multiplication of several rows. Unpacked once, the same numbers are multiplied.
+Adapters stay apart, in the model's type: merged into the copies they would be faster, but rounded once more.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.nf4 import is_nf4, unpacked_numel
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.model.wiring import is_plain
+from qlora_helpers.model.wiring import is_plain_lora
 
 
 def dense_bytes(model: torch.nn.Module) -> int:
-    """Bytes that copies of all 4-bit layers take, unpacked; 0 where none is in 4 bits."""
+    """Bytes that unpacked copies of all 4-bit layers take; 0 where there are none."""
     return sum(unpacked_numel(m.weight) * _type(m).itemsize for m in model.modules() if is_packed(m))
 
 
 def is_packed(module: torch.nn.Module) -> bool:
-    """Whether a module is a linear layer in 4 bits."""
+    """Whether a module is a 4-bit linear layer."""
     return isinstance(module, torch.nn.Linear) and is_nf4(module)
 
 
 def unpacked(layer: Any) -> torch.Tensor:
-    """A 4-bit layer's weight as its products see it, `(out_features, in_features)`."""
+    """Unpacks a 4-bit layer's weight as its matrix multiplications use it, `(out_features, in_features)`."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(_type(layer))
@@ -44,7 +44,7 @@ def _type(layer: Any) -> torch.dtype:
 def dense_weights(model: torch.nn.Module) -> Iterator[int]:
     """While open, 4-bit layers multiply by unpacked copies of their weights; yields how many do.
 
-    The copies serve products in eval mode alone: there is no reason to train with them.
+    The copies are for eval mode only: there is no reason to train with them.
 
     Args:
         model: with or without adapters.
@@ -72,7 +72,7 @@ def _dense_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[
 def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
     """While open, plain LoRA layers multiply by copies of A and B in the model's type; yields how many do.
 
-    peft casts the activations to the adapters' 32 bits and back at every layer and token. `disable_adapter` still works.
+    peft casts the activations to the adapters' float32 and back at every layer and token. `disable_adapter` still works.
 
     Args:
         model: with or without adapters.
@@ -82,7 +82,7 @@ def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
     dtype, changed = model.get_input_embeddings().weight.dtype, 0
     with ExitStack() as undo:
         for module in model.modules():
-            if isinstance(module, LoraLayer) and is_plain(module):
+            if isinstance(module, LoraLayer) and is_plain_lora(module):
                 replace_forward(module, types.MethodType(_lora_forward(module, dtype), module), undo)
                 changed += 1
         yield changed

@@ -1,7 +1,7 @@
 """The `config.json` of well-known models, so that one can be planned or built with random weights before anything is downloaded.
 
-Plain data, in the form that transformers 5 reads (`AutoConfig.for_model(**shape)`). What a shape means in weights and layers is
-`model_sizes`' business; each is tested against the parameter total that its publisher states.
+Plain data, in the form that transformers 5 reads (`AutoConfig.for_model(**shape)`). `model_sizes` says what a shape
+means in weights and layers; each is tested against the parameter total that its publisher states.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _falcon(hidden: int, layers: int, heads: int, kv_heads: int, *, new: bool, v
 def _decoder(
     model_type: str,
     architecture: str,
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: tuple[int, ...],
     *,
     positions: int,
     rope: dict[str, Any],
@@ -88,7 +88,7 @@ def _llama(*sizes: int, **more: Any) -> Shape:
 
 
 def _llama3(*sizes: int, factor: float | None = 8.0, **more: Any) -> Shape:
-    """Llama 3 has no `factor`: its positions are as they were trained, 8,192 of them."""
+    """Llama 3 has no `factor`: it was trained with 8,192 positions and does not stretch them."""
     rope = _rope_llama3(factor) if factor else _rope(500000.0)
     return _llama(*sizes, 128256, positions=131072 if factor else 8192, rope=rope, bos=128000, eos=128001, **more)
 
@@ -239,7 +239,7 @@ def _phi3(
     )
 
 
-# hidden size, blocks, heads, key-value heads, inner size of the MLP, and vocabulary where a family has several
+# hidden size, layers, heads, key-value heads, inner size of the MLP, and vocabulary where a family has several
 SHAPES: dict[str, Shape] = {
     "falcon-tiny": _falcon(256, 4, 8, 2, new=True, vocab=2048) | {"bos_token_id": 0, "eos_token_id": 0},
     "falcon-7b": _falcon(4544, 32, 71, 71, new=False),
@@ -298,7 +298,7 @@ SHAPES: dict[str, Shape] = {
     "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 32000, positions=2048, rope=_rope(10000.0), bos=1, eos=2),
 }
 """`config.json` of models that can be planned, and built with random weights (`random:NAME`). falcon-tiny has the wiring of
-Falcon-40B. gemma-3-4b, -12b and -27b are the text decoders: the published checkpoints hold a vision tower besides. phi-3.5-mini
+Falcon-40B. gemma-3-4b, -12b and -27b are the text decoders: the published checkpoints also hold a vision tower. phi-3.5-mini
 and phi-4-mini have plain rotary positions where the published models have LongRoPE, which changes no size."""
 
 
@@ -359,11 +359,18 @@ HUB_NAMES: dict[str, str] = {
 }
 """Hub id -> key in `SHAPES`."""
 
+MODEL_LICENCES: dict[str, str] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
+    "tiiuae/falcon-7b": "Apache-2.0",
+    "tiiuae/falcon-40b": "Apache-2.0",
+}
+"""Hub id -> licence, as the models' cards state it."""
+
 _KEYS = {name.lower(): key for name, key in HUB_NAMES.items()}
 
 
 def known_shape(name: str) -> Shape | None:
-    """The `config.json` of a catalogued model, or None: a copy that the caller may change.
+    """Returns the `config.json` of a catalogued model, as a copy that the caller may change; None for other models.
 
     Args:
         name: a hub id in any case (`tiiuae/falcon-40b`), `random:KEY`, or a key of `SHAPES`.
@@ -374,7 +381,7 @@ def known_shape(name: str) -> Shape | None:
 
 
 def unknown_shape(name: str) -> ModelError:
-    """The error for a `random:NAME` that is not catalogued: names what is closest."""
+    """Returns the error for a `random:NAME` that is not catalogued, with the closest names."""
     key = name.strip().lower().removeprefix("random:")
     close = difflib.get_close_matches(key, SHAPES, n=3, cutoff=0.5) or ["falcon-tiny", "falcon-40b", "llama-3.1-8b"]
     return ModelError(

@@ -1,7 +1,6 @@
-"""What is known of model families without loading anything: adapter targets, how rows are kept apart, and what
-its sizes are called.
+"""What is known of model families without loading anything: adapter targets, packing, and layers that end in the residual.
 
-A model's `config.json` as a plain dict goes in, plain facts come out. Imports no torch, so a form or a plan may ask it at once.
+Takes a model's `config.json` as a plain dict. Imports no torch, so a form or a plan gets its answer at once.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 }
-"""Every linear layer of a decoder block, by `model_type`. QLoRA found adapters on all of them to matter (Dettmers et al. 2023,
+"""Every linear layer of a decoder layer, by `model_type`. QLoRA found adapters on all of them to matter (Dettmers et al. 2023,
 arXiv:2305.14314, section 4); peft's own default for Falcon is `query_key_value` alone."""
 
 
 def adapter_targets(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """Names of the linear layers that get an adapter, or None for a family that is not listed (they are then discovered).
+    """Returns names of the linear layers that get an adapter, or None for a family that is not listed (they are then discovered).
 
     Args:
         config: a model's `config.json`.
@@ -40,16 +39,15 @@ def adapter_targets(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def supports_packing(config: dict[str, Any], seq_len_tokens: int) -> bool:
-    """Whether packed rows can be kept apart by a block-diagonal mask and restarted positions.
+    """Whether packed rows can be isolated by block-diagonal attention and restarted positions.
 
-    False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, OPT
-    counts its positions from a mask too; and where a sliding window is shorter than the block, since our mask would
-    replace it. Such models are trained on padded rows. A True is proved on the loaded model before training
-    (`probes.check_block_diagonal`).
+    False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, and OPT counts its
+    positions from a mask. False also where a sliding window is shorter than the packed sequence, since our mask would replace it.
+    Such models are trained on padded rows. A True is proved on the loaded model before training (`probes.check_block_diagonal`).
 
     Args:
         config: a model's `config.json`.
-        seq_len_tokens: length of a block.
+        seq_len_tokens: length of a packed sequence.
     """
     family = str(config.get("model_type"))
     if family not in ADAPTER_TARGETS or family in ("bloom", "opt") or config.get("alibi"):
@@ -71,20 +69,20 @@ _ADDED_LAST = {
 
 
 def added_to_residual(config: dict[str, Any]) -> tuple[str, ...]:
-    """Linear layers of a decoder block whose product is added to the residual and read by nothing else in the block.
+    """Returns the linear layers whose output is added to the residual and read by nothing else in their decoder layer.
 
-    Empty for families that are not listed, such as Gemma, which normalises what its MLP gives.
+    Empty for families that are not listed, such as Gemma, which normalises the output of its MLP.
 
     Args:
         config: a model's `config.json`.
     """
     family = str(config.get("model_type"))
-    together = config.get("new_decoder_architecture") or config.get("parallel_attn", True)
-    return _ADDED_LAST.get(family, ()) + (("dense",) if family == "falcon" and together else ())
+    parallel = config.get("new_decoder_architecture") or config.get("parallel_attn", True)
+    return _ADDED_LAST.get(family, ()) + (("dense",) if family == "falcon" and parallel else ())
 
 
-def draws_at_random(config: dict[str, Any]) -> bool:
-    """Whether a model drops some of its own values while it trains, as OPT does unasked.
+def has_dropout(config: dict[str, Any]) -> bool:
+    """Whether a model's own `config.json` asks for dropout in training, as OPT's does.
 
     Args:
         config: a model's `config.json`.

@@ -1,25 +1,21 @@
-"""How large a model is and what its blocks are made of, from its `config.json` alone: no torch, no download.
+"""How large a model is and what its layers are made of, from its `config.json` alone: no torch, no download.
 
-Counts what transformers 5 builds and what bitsandbytes then stores in 4 bits: the `nn.Linear` modules of the decoder blocks, and
-nothing else. Knows nothing of bytes, devices or training; the memory planner builds on it.
+Counts what transformers 5 builds and what bitsandbytes then stores in 4 bits: the `nn.Linear` modules of the decoder layers and
+nothing else. How a family is wired is in `wirings`. Knows nothing of bytes, devices or training; the memory planner builds on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.text import plain
-from qlora_helpers.model.shapes.families import adapter_targets, added_to_residual
-from qlora_helpers.model.shapes.values import family_of, flag, optional_size, shared_out, size, softcap
+from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.model.shapes.families import adapter_targets
+from qlora_helpers.model.shapes.values import Shape, family_of
+from qlora_helpers.model.shapes.wirings import DEFAULTS, WIRINGS, like_llama
 
-Config = dict[str, Any]
 
-
-def model_sizes(config: Config) -> ModelSizes:
-    """The sizes of a model of any listed family; another `model_type` with Llama's keys is taken for a Llama (`assumed`).
+def model_sizes(config: Shape) -> ModelSizes:
+    """Returns the sizes of a model; an unknown `model_type` with Llama's keys is assumed to be a Llama (`assumed`).
 
     Args:
         config: a model's `config.json`, raw or with its defaults filled in. Of Gemma 3 with vision the text decoder is meant:
@@ -33,31 +29,31 @@ def model_sizes(config: Config) -> ModelSizes:
         family, config = "gemma3_text", config.get("text_config") or {}
         if not isinstance(config, dict):
             raise ModelError(
-                "the text_config of a config.json is no object", next_step="Give the model's own config.json."
+                "the text_config of a config.json is not an object", next_step="Give the model's own config.json."
             )
-    if family not in _FAMILIES and (surprises := [key for key in config if "expert" in key]):
+    if family not in WIRINGS and (surprises := [key for key in config if "expert" in key]):
         raise ModelError(
-            f"a mixture of experts of the family {family} is not known here",
+            f"a mixture of experts of the family {family} is not supported",
             expected="mixtral, qwen3_moe, or a model without experts",
             got=", ".join(plain(key)[:60] for key in sorted(surprises)[:5]),
             next_step="Choose another model, or measure this one by loading it.",
         )
-    return _FAMILIES.get(family, _like_llama)(family, _DEFAULTS.get(family, {}) | config | {"model_type": family})
+    return WIRINGS.get(family, like_llama)(family, DEFAULTS.get(family, {}) | config | {"model_type": family})
 
 
-def adapter_parameters(config: Config, r: int, target_modules: tuple[str, ...] | None, use_dora: bool) -> int:
-    """Trainable weights of LoRA adapters: `r * (in + out)` a layer, and with DoRA `out` magnitudes more.
+def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | None, use_dora: bool) -> int:
+    """Counts trainable weights of LoRA adapters: `r * (in + out)` a linear layer, and `out` magnitudes more with DoRA.
 
     Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353.
 
     Args:
         config: the model's `config.json`.
         r: rank.
-        target_modules: names of linear layers; None takes the family's own (all of a block's, where it has none listed).
+        target_modules: names of linear layers; None takes the family's own, or all where none are listed.
         use_dora: whether each output also gets a magnitude.
 
     Raises:
-        ModelError: a name that no linear layer of a block has, or a size is missing.
+        ModelError: no linear layer has one of the names, or a size is missing.
     """
     sizes = model_sizes(config)
     available = {layer.name for layer in sizes.linears}
@@ -69,427 +65,14 @@ def adapter_parameters(config: Config, r: int, target_modules: tuple[str, ...] |
             got=", ".join(sorted(wanted - available)),
             next_step="Set adapter.target_modules=none to take the architecture's own.",
         )
-    return sizes.blocks * sum(
-        layer.per_block * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
+    return sizes.layers * sum(
+        layer.per_layer * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
         for layer in sizes.linears
         if layer.name in wanted
-    )
-
-
-# What transformers' classes assume where a published config.json leaves a size out
-_DEFAULTS: dict[str, Config] = {
-    "mistral": {"num_key_value_heads": 8},
-    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 8,
-        "decoder_sparse_step": 1,
-    },
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": 30.0},
-    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208},
-    "opt": {"max_position_embeddings": 2048},
-}
-_TIED = frozenset({"falcon", "bloom", "opt", "gemma", "gemma2", "gemma3_text"})
-
-
-def _sizes(
-    family: str,
-    config: Config,
-    linears: tuple[LinearLayer, ...],
-    *,
-    intermediate: int,
-    kv_heads: int,
-    head_dim: int,
-    norm: str = "rms",
-    norms: int = 2,
-    block_extra: int = 0,
-    embeddings: int | None = None,
-    final_norm: bool = True,
-    head_bias: bool = False,
-    **flags: Any,
-) -> ModelSizes:
-    """Adds up a model: `block_extra` is what a block holds besides linear layers, biases and norms of width `hidden`."""
-    hidden, vocab = size(config, "hidden_size", "n_embed"), size(config, "vocab_size")
-    tied = flag(config, "tie_word_embeddings", family in _TIED)
-    embedding = vocab * optional_size(config, "word_embed_proj_dim", hidden)
-    norm_size = hidden * (2 if norm == "layer" else 1)
-    biases = sum(layer.per_block * layer.out_features for layer in linears if layer.bias)
-    return ModelSizes(
-        family=family,
-        hidden=hidden,
-        blocks=size(config, "num_hidden_layers", "n_layer"),
-        heads=size(config, "num_attention_heads", "n_head"),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=intermediate,
-        vocab=vocab,
-        tied=tied,
-        linears=linears,
-        other_parameters_per_layer=norms * norm_size + biases + block_extra,
-        other_parameters=(embedding if embeddings is None else embeddings) + final_norm * norm_size,
-        head_parameters=(0 if tied else embedding) + head_bias * vocab,
-        norm=norm,
-        norms_per_layer=norms,
-        **flags,
-    )
-
-
-def _attention(
-    config: Config, *, bias: bool, out: str = "o_proj", out_bias: bool
-) -> tuple[int, int, tuple[LinearLayer, ...]]:
-    """Key-value heads, head size, and the four separate projections."""
-    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    kv_heads = optional_size(config, "num_key_value_heads", heads)
-    head_dim = size(config, "head_dim") if config.get("head_dim") is not None else shared_out(config, hidden, heads)
-    return (
-        kv_heads,
-        head_dim,
-        (
-            LinearLayer("q_proj", hidden, heads * head_dim, bias=bias),
-            LinearLayer("k_proj", hidden, kv_heads * head_dim, bias=bias),
-            LinearLayer("v_proj", hidden, kv_heads * head_dim, bias=bias),
-            LinearLayer(out, heads * head_dim, hidden, bias=out_bias),
-        ),
     )
 
 
 # families
 
 
-def _like_llama(family: str, config: Config) -> ModelSizes:
-    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
-    assumed = family not in _FAMILIES
-    out_bias = family not in ("mistral", "qwen2") and flag(config, "attention_bias", False)
-    kv_heads, head_dim, attention = _attention(config, bias=out_bias or family == "qwen2", out_bias=out_bias)
-    mlp_bias = (family == "llama" or assumed) and flag(config, "mlp_bias", False)
-    mlp = (
-        LinearLayer("gate_proj", hidden, inner, bias=mlp_bias),
-        LinearLayer("up_proj", hidden, inner, bias=mlp_bias),
-        LinearLayer("down_proj", inner, hidden, bias=mlp_bias),
-    )
-    qk_norm = family in ("qwen3", "gemma3_text")
-    return _sizes(
-        family,
-        config,
-        attention + mlp,
-        intermediate=inner,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        norms=4 if family in ("gemma2", "gemma3_text") else 2,
-        block_extra=2 * head_dim * qk_norm,
-        gated_mlp=True,
-        qk_norm=qk_norm,
-        logit_softcap=softcap(config),
-        assumed=assumed,
-    )
-
-
-def _of_experts(
-    family: str,
-    config: Config,
-    attended: tuple[int, int, tuple[LinearLayer, ...]],
-    *,
-    inner: int,
-    experts: int,
-    qk_norm: bool = False,
-) -> ModelSizes:
-    """A mixture of gated experts and their router in every block; its attention is in linear layers."""
-    hidden, (kv_heads, head_dim, attention) = size(config, "hidden_size"), attended
-    expert_parameters = experts * 3 * hidden * inner
-    return _sizes(
-        family,
-        config,
-        attention,
-        intermediate=inner,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        block_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm,
-        qk_norm=qk_norm,
-        gated_mlp=True,
-        experts=experts,
-        experts_per_token=size(config, "num_experts_per_tok"),
-        expert_parameters_per_layer=expert_parameters,
-    )
-
-
-def _mixtral(family: str, config: Config) -> ModelSizes:
-    return _of_experts(
-        family,
-        config,
-        _attention(config, bias=False, out_bias=False),
-        inner=size(config, "intermediate_size"),
-        experts=size(config, "num_local_experts"),
-    )
-
-
-def _qwen3_moe(family: str, config: Config) -> ModelSizes:
-    """Like Mixtral, with smaller experts, and queries and keys normalised; every block must have experts."""
-    if size(config, "decoder_sparse_step") != 1 or config.get("mlp_only_layers"):
-        raise ModelError(
-            "blocks without experts among those with them are not known here",
-            expected="decoder_sparse_step 1 and no mlp_only_layers",
-            next_step="Choose another model, or measure this one by loading it.",
-        )
-    bias = flag(config, "attention_bias", False)
-    return _of_experts(
-        family,
-        config,
-        _attention(config, bias=bias, out_bias=bias),
-        qk_norm=True,
-        inner=size(config, "moe_intermediate_size"),
-        experts=size(config, "num_experts", "num_local_experts"),
-    )
-
-
-def _phi3(family: str, config: Config) -> ModelSizes:
-    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
-    kv_heads, head_dim, (query, key, value, out) = _attention(config, bias=False, out_bias=False)
-    linears = (
-        LinearLayer("qkv_proj", hidden, query.out_features + key.out_features + value.out_features),
-        out,
-        LinearLayer("gate_up_proj", hidden, 2 * inner),
-        LinearLayer("down_proj", inner, hidden),
-    )
-    return _sizes(family, config, linears, intermediate=inner, kv_heads=kv_heads, head_dim=head_dim, gated_mlp=True)
-
-
-def _phi(family: str, config: Config) -> ModelSizes:
-    hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
-    kv_heads, head_dim, attention = _attention(config, bias=True, out="dense", out_bias=True)
-    mlp = (LinearLayer("fc1", hidden, inner, bias=True), LinearLayer("fc2", inner, hidden, bias=True))
-    qk_norm = flag(config, "qk_layernorm", False)
-    return _sizes(
-        family,
-        config,
-        attention + mlp,
-        intermediate=inner,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        gated_mlp=False,
-        norm="layer",
-        norms=1,
-        block_extra=4 * shared_out(config, hidden, size(config, "num_attention_heads")) * qk_norm,
-        head_bias=True,
-        qk_norm=qk_norm,
-        parallel_attention=True,
-    )
-
-
-def _opt(family: str, config: Config) -> ModelSizes:
-    hidden, inner, heads = size(config, "hidden_size"), size(config, "ffn_dim"), size(config, "num_attention_heads")
-    bias, affine = flag(config, "enable_bias", True), flag(config, "layer_norm_elementwise_affine", True)
-    kv_heads, head_dim, attention = _attention(
-        {"model_type": family, "hidden_size": hidden, "num_attention_heads": heads},
-        bias=bias,
-        out="out_proj",
-        out_bias=bias,
-    )
-    mlp = (LinearLayer("fc1", hidden, inner, bias=bias), LinearLayer("fc2", inner, hidden, bias=bias))
-    width = optional_size(config, "word_embed_proj_dim", hidden)
-    positions = (size(config, "max_position_embeddings") + 2) * hidden  # the table has two rows more than positions
-    projections = 2 * width * hidden if width != hidden else 0
-    final = flag(config, "do_layer_norm_before", True) and not flag(config, "_remove_final_layer_norm", False)
-    return _sizes(
-        family,
-        config,
-        attention + mlp,
-        intermediate=inner,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        gated_mlp=False,
-        norm="layer",
-        block_extra=0 if affine else -4 * hidden,
-        final_norm=final and affine,
-        embeddings=size(config, "vocab_size") * width + positions + projections,
-    )
-
-
-def _fused_qkv(
-    family: str, config: Config, *, qkv: int, kv_heads: int, inner: int, bias: bool, mlp_bias: bool, **more: Any
-) -> ModelSizes:
-    """Falcon, GPT-NeoX, BLOOM: one projection for queries, keys and values, and a plain MLP."""
-    hidden = size(config, "hidden_size", "n_embed")
-    linears = (
-        LinearLayer("query_key_value", hidden, qkv, bias=bias),
-        LinearLayer("dense", hidden, hidden, bias=bias),
-        LinearLayer("dense_h_to_4h", hidden, inner, bias=mlp_bias),
-        LinearLayer("dense_4h_to_h", inner, hidden, bias=mlp_bias),
-    )
-    head_dim = shared_out(config, hidden, size(config, "num_attention_heads", "n_head"))
-    return _sizes(
-        family,
-        config,
-        linears,
-        intermediate=inner,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm="layer",
-        gated_mlp=False,
-        **more,
-    )
-
-
-def _falcon(family: str, config: Config) -> ModelSizes:
-    """Falcon-7B shares one key-value head whatever `num_kv_heads` says; the new decoder (40B, 180B, 11B) reads it."""
-    hidden, heads = size(config, "hidden_size", "n_embed"), size(config, "num_attention_heads", "n_head")
-    new, bias = flag(config, "new_decoder_architecture", False), flag(config, "bias", False)
-    shared = 1 if flag(config, "multi_query", True) else heads
-    kv_heads = optional_size(config, "num_kv_heads", heads) if new else shared
-    parallel = flag(config, "parallel_attn", True)
-    parallel_norms = optional_size(config, "num_ln_in_parallel_attn", 2 if new else 1)
-    return _fused_qkv(
-        family,
-        config,
-        qkv=(heads + 2 * kv_heads) * shared_out(config, hidden, heads),
-        kv_heads=kv_heads,
-        bias=bias,
-        mlp_bias=bias,
-        inner=optional_size(config, "ffn_hidden_size", 4 * hidden),
-        norms=parallel_norms if parallel else 2,
-        parallel_attention=new or parallel,
-    )
-
-
-def _gpt_neox(family: str, config: Config) -> ModelSizes:
-    hidden = size(config, "hidden_size")
-    return _fused_qkv(
-        family,
-        config,
-        qkv=3 * hidden,
-        kv_heads=size(config, "num_attention_heads"),
-        mlp_bias=True,
-        inner=size(config, "intermediate_size"),
-        bias=flag(config, "attention_bias", True),
-        parallel_attention=flag(config, "use_parallel_residual", True),
-    )
-
-
-def _bloom(family: str, config: Config) -> ModelSizes:
-    hidden = size(config, "hidden_size", "n_embed")
-    return _fused_qkv(
-        family,
-        config,
-        qkv=3 * hidden,
-        kv_heads=size(config, "num_attention_heads", "n_head"),
-        inner=4 * hidden,
-        bias=True,
-        mlp_bias=True,
-        embeddings=size(config, "vocab_size") * hidden + 2 * hidden,
-    )
-
-
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-_FAMILIES: dict[str, Callable[[str, Config], ModelSizes]] = dict.fromkeys(_LIKE_LLAMA, _like_llama) | {
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
-    "phi": _phi,
-    "phi3": _phi3,
-    "opt": _opt,
-    "falcon": _falcon,
-    "gpt_neox": _gpt_neox,
-    "bloom": _bloom,
-}
-KNOWN_FAMILIES = frozenset(_FAMILIES)
 """Values of `model_type` whose sizes are exact; each is compared with transformers' own model in the tests."""
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """The `nn.Linear` modules of one name in a decoder block.
-
-    Attributes:
-        name: last part of the module's name, such as `q_proj`.
-        in_features, out_features: the weight is `(out_features, in_features)`.
-        per_block: how many of them a block has.
-        bias: whether it has a bias of `out_features`, which stays unquantised.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    per_block: int = 1
-    bias: bool = False
-
-    @property
-    def parameters_per_layer(self) -> int:
-        """Weights without biases."""
-        return self.per_block * self.in_features * self.out_features
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """What a causal language model is made of; every count is in weights, not bytes.
-
-    Attributes:
-        family: the `model_type` whose wiring this is.
-        hidden: width of the residual stream.
-        blocks: decoder layers.
-        heads, kv_heads, head_dim: of the attention; `kv_heads` after multi-query sharing (1 for Falcon-7B).
-        intermediate: inner width of one MLP, or of one expert.
-        vocab: rows of the embedding.
-        tied: whether the output head is the embedding.
-        linears: the `nn.Linear` modules of ONE block: exactly what bitsandbytes stores in 4 bits.
-        other_parameters_per_layer: the rest of a block: norms, biases, a router, and experts (see below).
-        other_parameters: outside the blocks: embeddings, final norm. OPT-350M's two projections are counted here although they
-            are stored in 4 bits (1 M weights).
-        head_parameters: of the output head, which stays unquantised; 0 where it is tied (Phi's bias always counts).
-        gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
-        parallel_attention: whether attention and MLP read the same residual and are added together.
-        norm: `rms` (weight alone) or `layer` (weight and bias).
-        norms_per_layer: norms of width `hidden`.
-        qk_norm: whether queries and keys are normalised for each head.
-        logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
-        experts, experts_per_token: of a mixture of experts, else 0.
-        expert_parameters_per_layer: of all experts together; they are part of `other_parameters_per_layer`.
-        assumed: the family is not known here and was taken to be wired like Llama.
-
-    Mixtral: transformers 5 keeps a block's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
-    bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in 16 bits whatever `load_in_4bit` says (Mixtral 8x7B
-    takes about 85 GiB), and peft's `target_modules` reaches the attention only. Of Qwen3's mixtures the same holds.
-    """
-
-    family: str
-    hidden: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    linears: tuple[LinearLayer, ...]
-    other_parameters_per_layer: int
-    other_parameters: int
-    head_parameters: int
-    gated_mlp: bool
-    parallel_attention: bool = False
-    norm: str = "rms"
-    norms_per_layer: int = 2
-    qk_norm: bool = False
-    logit_softcap: float | None = None
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_parameters_per_layer: int = 0
-    assumed: bool = False
-
-    @property
-    def linear_parameters_per_layer(self) -> int:
-        """Weights of a block that are stored in 4 bits."""
-        return sum(layer.parameters_per_layer for layer in self.linears)
-
-    @property
-    def parameters_added_last_per_layer(self) -> int:
-        """Weights of a block whose product a recomputation need not make again."""
-        names = added_to_residual({"model_type": self.family, "parallel_attn": self.parallel_attention})
-        return sum(layer.parameters_per_layer for layer in self.linears if layer.name in names)
-
-    @property
-    def parameters(self) -> int:
-        """All weights; tied ones count once."""
-        in_blocks = self.blocks * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
-        return in_blocks + self.other_parameters + self.head_parameters

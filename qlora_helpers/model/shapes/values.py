@@ -1,4 +1,4 @@
-"""Values of a `config.json` that a stranger wrote: each as what it must be, or one clear message.
+"""Checked values of a `config.json` that may come from anywhere: each has the right type, or one clear error says so.
 
 Knows what a size may be, nothing of families and their wiring. No message holds control characters or more than a line of the file.
 """
@@ -13,27 +13,27 @@ from qlora_helpers.base.text import plain
 
 Shape = dict[str, Any]
 
-# Several times what any published model has; a plan for more would take for ever, and say nothing
-_MOST = {
+# Several times what any published model has: planning much larger ones would take for ever
+_MAX_SIZE = {
     "num_hidden_layers": 2_000,
     "num_local_experts": 100_000,
     "num_experts": 100_000,
     "num_experts_per_tok": 100_000,
     "max_position_embeddings": 10**9,
 }
-_MOST_OF_OTHERS = 10**7
+_MAX_OTHER_SIZE = 10**7
 
 
 def family_of(config: Shape) -> str:
-    """The `model_type`, fit for a message.
+    """Returns the `model_type`, safe for a message.
 
     Raises:
-        ModelError: it is no text.
+        ModelError: it is not a string.
     """
     family = config.get("model_type")
     if family is not None and not isinstance(family, str):
         raise ModelError(
-            "the model_type of a config.json is no text",
+            "the model_type of a config.json is not a string",
             expected="a family's name such as llama",
             got=reprlib.repr(family),
             next_step="Give the model's own config.json.",
@@ -42,13 +42,13 @@ def family_of(config: Shape) -> str:
 
 
 def size(config: Shape, *names: str) -> int:
-    """The first of some keys that holds a value, a whole number from 1 on; older files use older names.
+    """Returns the first of some keys that has a value, a whole number of at least 1; older files use older names.
 
     Raises:
-        ModelError: there is none, or it is larger than any model's.
+        ModelError: none has one, or it is larger than any model's.
     """
-    value = next((config[name] for name in names if config.get(name) is not None), None)
-    most = _MOST.get(names[0], _MOST_OF_OTHERS)
+    value: Any = next((config[name] for name in names if config.get(name) is not None), None)
+    most = _MAX_SIZE.get(names[0], _MAX_OTHER_SIZE)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and 1 <= value <= most:
         return value
@@ -62,16 +62,16 @@ def size(config: Shape, *names: str) -> int:
     )
 
 
-def optional_size(config: Shape, name: str, otherwise: int) -> int:
-    """The same, with a value for a file that leaves it out."""
-    return otherwise if config.get(name) is None else size(config, name)
+def optional_size(config: Shape, name: str, default: int) -> int:
+    """Returns a size, or a default where the file has none."""
+    return default if config.get(name) is None else size(config, name)
 
 
-def shared_out(config: Shape, hidden: int, heads: int) -> int:
-    """The width of a head where the heads share out the model's.
+def head_width(config: Shape, hidden: int, heads: int) -> int:
+    """Returns the width of a head where the heads share the model's width.
 
     Raises:
-        ModelError: nothing is left for one.
+        ModelError: there are more heads than the width has values.
     """
     if heads > hidden:
         raise ModelError(
@@ -84,15 +84,15 @@ def shared_out(config: Shape, hidden: int, heads: int) -> int:
 
 
 def softcap(config: Shape) -> float | None:
-    """The tanh cap on the logits, or None.
+    """Returns the tanh cap on the logits, or None.
 
     Raises:
-        ModelError: it is no number.
+        ModelError: it is not a number.
     """
     cap = config.get("final_logit_softcapping")
     if cap is not None and not isinstance(cap, int | float):
         raise ModelError(
-            "the final_logit_softcapping of a config.json is no number",
+            "the final_logit_softcapping of a config.json is not a number",
             expected="a number, or null",
             got=reprlib.repr(cap),
             next_step="Give the model's own config.json.",
@@ -100,6 +100,6 @@ def softcap(config: Shape) -> float | None:
     return cap
 
 
-def flag(config: Shape, name: str, otherwise: bool) -> bool:
-    """A yes or no, with a value for a file that leaves it out."""
-    return otherwise if config.get(name) is None else bool(config[name])
+def flag(config: Shape, name: str, default: bool) -> bool:
+    """Returns a boolean, or a default where the file has none."""
+    return default if config.get(name) is None else bool(config[name])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.model.wiring import is_plain
+from qlora_helpers.model.wiring import is_plain_lora
 
 OUTPUT_NOT_CHANGED_IN_PLACE = (
     "q_proj",
@@ -83,7 +83,7 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
     changed = 0
     with ExitStack() as undo:
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and is_plain(module):
+            if isinstance(module, LoraLayer) and is_plain_lora(module):
                 in_place = path.rpartition(".")[2] in OUTPUT_NOT_CHANGED_IN_PLACE
                 replace_forward(module, types.MethodType(_lora_forward(module.forward, in_place), module), undo)
                 changed += 1

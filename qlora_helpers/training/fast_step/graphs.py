@@ -25,7 +25,7 @@ import torch
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.model import cuda_graphs
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.planning.memory import RECORDING_ROOM_GIB
+from qlora_helpers.planning.memory import CAPTURE_ROOM_GIB
 
 MIN_REPLAYS = 10  # the least that pay for a capture, which takes about a second
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ class CudaCapture:
         free, total = torch.cuda.mem_get_info()
         most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
         peak = torch.cuda.max_memory_allocated()
-        if most - peak >= RECORDING_ROOM_GIB * BYTES_IN_GIB:
+        if most - peak >= CAPTURE_ROOM_GIB * BYTES_IN_GIB:
             return None
         held = f"{gib(peak):.1f} of {gib(most):.1f} GiB"
-        return f"no CUDA graph: uncaptured passes hold {held}, and {RECORDING_ROOM_GIB} must be free"
+        return f"no CUDA graph: uncaptured passes hold {held}, and {CAPTURE_ROOM_GIB} must be free"
 
     def free(self) -> None:
         """Frees the memory and the cuBLAS workspaces of captured passes, once the last reference to a graph is gone."""
@@ -101,7 +101,7 @@ class CapturedPasses:
         self._since_release, self._between_releases = 0, MIN_REPLAYS
         self._inputs: dict[str, torch.Tensor] = {}
         self._others: Kwargs = {}
-        self._loss: torch.Tensor | None = None
+        self._loss: Any = None
         self._gradients: tuple[torch.Tensor | None, ...] = ()
         device = trained[0].device
         self._upstream = torch.ones((), device=device)

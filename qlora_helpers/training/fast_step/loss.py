@@ -89,7 +89,7 @@ class ChunkedLoss:
     def __init__(self, head: torch.nn.Module) -> None:
         self.head = head
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.per_token: torch.Tensor | None = None
+        self.per_token: Any = None
 
     @at("loss")
     def __call__(
@@ -116,6 +116,29 @@ class ChunkedLoss:
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(losses.device)
         return losses.sum() / num_items_in_batch
+
+
+def chunked_row_losses(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], chunked: ChunkedLoss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Does what `model.wiring.row_losses` does, for a model that computes its loss in chunks and so returns no logits.
+
+    Args:
+        model: with `loss_in_chunks` open on it.
+        batch: what `SequenceCollator` made with `list_trained`.
+        chunked: the loss that `loss_in_chunks` yielded.
+
+    Returns:
+        The sums in nats and the numbers of trained tokens, `(batch,)` each.
+    """
+    model(**batch)
+    rows, tokens = batch["input_ids"].shape
+    of_row = torch.zeros(2, rows, device=chunked.per_token.device)
+    index = (batch["trained_index"] // tokens).to(of_row.device)
+    trained = batch["trained_labels"].to(of_row.device) != IGNORED
+    of_row[0].index_add_(0, index, chunked.per_token)
+    of_row[1].index_add_(0, index, trained.to(of_row.dtype))
+    return of_row[0], of_row[1].long()
 
 
 @contextmanager

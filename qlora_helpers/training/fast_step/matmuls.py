@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.shapes.families import added_to_residual
-from qlora_helpers.model.wiring import is_plain
+from qlora_helpers.model.wiring import is_plain_lora
 
 _SIGNATURES = {
     "linear_unless_recomputing": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -140,7 +140,7 @@ def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]
                 continue
             adapted = hasattr(module, "get_base_layer")
             linear = module.get_base_layer() if adapted else module
-            if _can_be_skipped(linear) and (not adapted or is_plain(module)):
+            if _can_be_skipped(linear) and (not adapted or is_plain_lora(module)):
                 replace_forward(linear, types.MethodType(_skippable_forward(linear.forward), linear), undo)
                 changed += 1
         yield changed // max(1, len(layers))

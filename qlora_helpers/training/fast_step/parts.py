@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from qlora_helpers.model.host_embedding import embeddings_on_host, offload_refusal, restore_embedding
-from qlora_helpers.model.shapes.families import draws_at_random
-from qlora_helpers.model.wiring import decoder_layers
+from qlora_helpers.model.shapes.families import has_dropout
+from qlora_helpers.model.wiring import base_model_of, decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, block_diagonal_refusal
 from qlora_helpers.training.fast_step.graphs import CapturedPasses, graph_refusal, passes_captured
@@ -116,13 +116,13 @@ class StepRequest:
     @cached_property
     def inner(self) -> torch.nn.Module:
         """The transformers model, without peft's wrapper around it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_model_of(self.model)
 
     @property
     def dropout(self) -> bool:
         """Whether a pass draws random numbers, by modules or by functions."""
         by_modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
-        return by_modules or draws_at_random(self.inner.config.get_text_config().to_dict())
+        return by_modules or has_dropout(self.inner.config.get_text_config().to_dict())
 
 
 @dataclass(frozen=True)

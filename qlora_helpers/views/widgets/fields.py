@@ -1,7 +1,7 @@
 """A control for each setting, made from the configuration's own text, choices and limits.
 
-Owns how a kind of setting is turned: choices are buttons or a list, two limits a slider, a wide range a slider over round numbers
-beside the number itself, an optional setting has an 'automatic' state. Knows nothing of runs, models or consequences.
+Choices become buttons or a list, a setting with two limits a slider, and a wide range a number beside a slider over round numbers.
+An optional setting has an 'automatic' state. This module knows nothing of runs, models or consequences.
 """
 
 from __future__ import annotations
@@ -26,23 +26,9 @@ STOPS: dict[str, tuple[int, ...]] = {
     "train.micro_batch_size": (1, 2, 4, 8, 16, 32, 64),
     "train.gradient_accumulation_steps": (1, 2, 4, 8, 16, 32, 64),
 }
-"""Where a slider rests, for whole numbers of a wide range; any other number can be typed."""
+"""The stops of a slider for whole numbers in a wide range; any other number can be typed."""
 LOGARITHMIC = ("train.learning_rate",)
 _LABEL = {"description_width": "initial"}
-STYLE = """<style>
-.qlora-field .widget-inline-hbox { display: grid; grid-template-columns: 1fr auto; height: auto; align-items: center; }
-.qlora-field .widget-inline-hbox > .widget-label { grid-column: 1 / -1; text-align: left; line-height: 18px; height: auto;
-  font-weight: 600; overflow: visible; white-space: nowrap; max-width: none; }
-.qlora-field .widget-dropdown > select { height: 28px; }
-.qlora-field .widget-hslider { min-height: 32px; }
-.qlora-field .widget-toggle-buttons > .widget-label { text-align: left; font-weight: 600; padding: 0; margin-left: 2px; }
-.qlora-field .widget-inline-hbox > :is(input, select, .widget-toggle-buttons, .widget-button) { grid-column: 1 / -1; }
-.qlora-field .widget-checkbox { display: flex; }
-.qlora-field .widget-checkbox .widget-label { font-weight: 600; }
-.qlora-field .qlora-automatic .widget-label { font-weight: 400; }
-.qlora-field .qlora-help { font-size: 11px; line-height: 1.35; margin: 0 4px 4px; color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-form .widget-tab-contents, .qlora-form .jupyter-widget-Collapse-contents { padding: 8px 10px; }
-</style>"""
 START: dict[str, int | float] = {
     "data.train_rows": 100,
     "train.max_steps": 100,
@@ -50,7 +36,7 @@ START: dict[str, int | float] = {
     "train.save_steps": 10,
     "model.max_memory_per_gpu_gib": 20.0,
 }
-"""What an automatic setting starts from when a person takes it over; else the smallest number allowed."""
+"""Where an automatic setting starts when a person switches automatic off; otherwise it starts at the smallest number allowed."""
 
 
 class Field:
@@ -58,14 +44,14 @@ class Field:
 
     Args:
         name: `section.key`.
-        row: of `config.describe`: value, text, choices, low, high.
+        row: a row of `config.describe`: value, text, choices, low, high.
         changed: called after each change that a person makes.
-        options: names to choose from, for a list of names.
+        options: the names to choose from, for a list of names.
 
     Attributes:
-        box: what is shown.
+        box: the widget to show.
         control: the widget that holds the value.
-        automatic: the box that takes the value away, for an optional setting, or None.
+        automatic: the check box that leaves an optional setting to the trainer, or None.
     """
 
     def __init__(self, name: str, row: dict[str, Any], changed: Changed, *, options: Sequence[str] = ()) -> None:
@@ -78,7 +64,7 @@ class Field:
             self.automatic = ipywidgets.Checkbox(row["value"] is None, description="automatic", indent=False)
             self.automatic.layout.width, self.automatic.tooltip = "96px", row["text"]
             self.automatic.add_class("qlora-automatic")
-            self.automatic.observe(self._heard, names="value")
+            self.automatic.observe(self._on_change, names="value")
             parts = [*parts, self.automatic]
         self.control.tooltip = row["text"]
         line = ipywidgets.HBox(parts, layout={"align_items": "flex-end", "overflow": "visible"})
@@ -86,16 +72,16 @@ class Field:
         self.box = ipywidgets.VBox([line, help_text], layout={"overflow": "visible"})
         self.box.add_class("qlora-field")
         self.box.add_class("qlora-field-" + name.replace(".", "-"))
-        self.control.observe(self._heard, names="value")
+        self.control.observe(self._on_change, names="value")
         self.show(row["value"])
 
     @property
     def value(self) -> Any:
-        """As the configuration takes it: None where the setting is left to the trainer."""
+        """The value as the configuration takes it; None if the setting is left to the trainer."""
         if self.automatic is not None and self.automatic.value:
             return None
         if self.control.value == self._shown:
-            return self._value  # to the last digit, however a slider rounds
+            return self._value  # exact, although a slider may round it
         return _read(self.control, _kind(self.name)[0])
 
     @value.setter
@@ -104,7 +90,7 @@ class Field:
         self._changed()
 
     def show(self, value: Any) -> None:
-        """Puts a value into the control, without calling `changed`."""
+        """Puts a value into the control without calling `changed`."""
         self._quiet, self._value = True, value
         try:
             if self.automatic is not None:
@@ -116,7 +102,7 @@ class Field:
         finally:
             self._quiet = False
 
-    def _heard(self, change: dict[str, Any]) -> None:
+    def _on_change(self, change: dict[str, Any]) -> None:
         if self._quiet:
             return
         if self.automatic is not None:
@@ -125,12 +111,12 @@ class Field:
 
 
 class _Nothing:
-    """Equal to no value of a control."""
+    """A marker that equals no value of a control."""
 
 
 @functools.cache
 def _kind(name: str) -> tuple[type, bool]:
-    """The type of a setting, and whether it may be none."""
+    """Returns the type of a setting, and whether it may be none."""
     section, _, key = name.partition(".")
     hint = typing.get_type_hints(SECTIONS[section])[key]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -141,7 +127,7 @@ def _kind(name: str) -> tuple[type, bool]:
 def _control(
     name: str, kind: type, row: dict[str, Any], options: Sequence[str]
 ) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
-    """The widget that holds the value, and all that stand in its line."""
+    """Returns the widget that holds the value, and all widgets of its line."""
     label = {"description": name.partition(".")[2], "style": _LABEL}
     wide, low, high = {"layout": {"flex": "1 1 auto", "width": "auto"}}, row["low"], row["high"]
     if kind is bool:
@@ -175,7 +161,7 @@ def _control(
 def _number_and_slider(
     stops: Sequence[int], label: dict[str, Any]
 ) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
-    """A number to type, and a slider that goes from one round number to the next."""
+    """Returns a number to type, and that number with a slider that moves from one round number to the next."""
     number = ipywidgets.IntText(**label, layout={"width": "100px", "flex": "0 0 auto", "overflow": "visible"})
     slider = ipywidgets.IntSlider(max=len(stops) - 1, readout=False, layout={"flex": "1 1 auto", "width": "auto"})
     quiet = False

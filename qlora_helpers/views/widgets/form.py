@@ -1,7 +1,7 @@
-"""A form for a run's settings: turn a knob, and see at once what it costs and whether it fits.
+"""A form for a run's settings that shows at once what a change costs and whether the run still fits.
 
-Edits a copy of the run's configuration until it is saved. Texts, choices and limits are `config`'s, figures `planning.forecast`'s.
-Imports no torch and loads no model.
+It edits a copy of the run's configuration until that is saved. Texts, choices and limits come from `config`, figures from
+`planning.forecast`. It imports no torch and loads no model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets
 
-from qlora_helpers.base.config import SECTIONS, RunConfig, describe
+from qlora_helpers.base.config import SECTIONS, RunConfig
 from qlora_helpers.base.errors import ConfigError, UserError
 from qlora_helpers.base.tables import Table, settings_table
 from qlora_helpers.machine.hardware import Hardware, parse_gpus
@@ -21,31 +21,16 @@ from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.fixes import cheapest_instance
 from qlora_helpers.planning.forecast import Forecast
-from qlora_helpers.planning.run_plan import forecast, trained_share
+from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets.consequences import consequences_table
-from qlora_helpers.views.widgets.fields import STYLE as FIELD_STYLE
-from qlora_helpers.views.widgets.fields import Field
 from qlora_helpers.views.widgets.forecast_view import ForecastView
+from qlora_helpers.views.widgets.form_pages import TITLES, make_fields, section_pages
 from qlora_helpers.views.widgets.hardware import HardwareChoice
-from qlora_helpers.views.widgets.panel import Panel, button, copyable, said, styled, wrong
+from qlora_helpers.views.widgets.panel import Panel, add_classes, button, copyable, error_html, styled, success_html
 from qlora_helpers.views.widgets.settings_code import differences, settings_code, settings_command
 
-BASIC: dict[str, tuple[str, ...]] = {
-    "adapter": ("r", "lora_alpha", "lora_dropout", "target_modules"),
-    "data": ("source", "seq_len_tokens", "packing", "template", "train_rows"),
-    "train": (
-        "learning_rate",
-        "epochs",
-        "micro_batch_size",
-        "gradient_accumulation_steps",
-        "activation_checkpointing",
-        "optim",
-    ),
-}
-"""What matters first; the rest of a section stands under 'more'."""
-TITLES = {"adapter": "Adapter", "data": "Data", "train": "Training", "model": "Model", "evaluation": "Evaluation"}
-USUAL = "ml.g5.xlarge"  # planned for where there is no GPU, as long as the run can be made to fit on it
+USUAL = "ml.g5.xlarge"  # the forecast on a machine without a GPU is for this one, if the run can be made to fit on it
 
 
 class ConfigForm(Panel):
@@ -53,20 +38,20 @@ class ConfigForm(Panel):
 
     Args:
         run: a run with settings (`workflow.open_run` makes one).
-        sections: of `adapter`, `data`, `train`, `model`, `evaluation`.
-        gpus: the hardware to plan for, as `4x24GiB`, `H100` or `ml.g5.12xlarge`; None takes this machine's GPUs, and where there
-            is none `ml.g5.xlarge`, or the cheapest instance on which the run can be made to fit.
-        save: what writes the settings; None takes `run.change_config`.
+        sections: some of `adapter`, `data`, `train`, `model`, `evaluation`.
+        gpus: the hardware to plan for, such as `4x24GiB`, `H100` or `ml.g5.12xlarge`; None takes this machine's GPUs, or without
+            a GPU `ml.g5.xlarge` or else the cheapest instance on which the run can be made to fit.
+        save: writes the settings; None takes `run.change_config`.
 
     Attributes:
-        config: the settings as they are shown; the last ones without a mistake.
+        config: the last valid settings that were shown.
         saved: the settings as the run has them.
-        forecast: what `config` leads to, or None where that can't be told.
+        forecast: what `config` leads to, or None if there is no forecast.
         fields: name -> the control of a setting.
 
     Raises:
         RunError: the run has no settings yet.
-        UserError: no such hardware, or no such section.
+        UserError: the hardware or a section is unknown.
     """
 
     def __init__(
@@ -79,78 +64,73 @@ class ConfigForm(Panel):
     ) -> None:
         sections = (sections,) if isinstance(sections, str) else tuple(sections)
         if unknown := [name for name in sections if name not in SECTIONS] or not sections:
-            raise UserError("no such section", expected=f"some of {', '.join(SECTIONS)}", got=repr(unknown or sections))
+            raise UserError(
+                "there is no such section", expected=f"some of {', '.join(SECTIONS)}", got=repr(unknown or sections)
+            )
         self.run, self.sections, self._write = run, sections, save or run.change_config
         self.config = self.saved = run.config()
         self.forecast: Forecast | None = None
-        self._trouble = ""  # why there is no outlook of the run's own settings
-        self._hidden: dict[str, Any] = {}  # changes of settings that have no control here
+        self._trouble = ""  # why there is no forecast for the run's own settings
+        self._hidden: dict[str, Any] = {}  # changes of settings without a control here
         self._busy = False
         self._shapes: dict[tuple[str, str | None], dict[str, Any] | UserError] = {}
         self.choice = HardwareChoice(gpus, self._usual_hardware, self._hardware_changed)
-        self.fields = self._make_fields()
+        self.fields = make_fields(self.config, self.sections, self._changed, self._layer_names())
         self.box = self._layout()
         self._hardware_changed()
 
     @property
     def hardware(self) -> Hardware:
-        """What is planned for."""
+        """The hardware that the form plans for."""
         return self.choice.hardware
 
     # what a person does
 
     def take(self, settings: Iterable[str]) -> None:
-        """Puts settings into the form, as `--set` takes them; nothing is saved.
+        """Puts settings in the form of `--set` into the controls without saving them.
 
         Raises:
-            ConfigError: one is unknown or wrong; nothing is changed.
+            ConfigError: a setting is unknown or wrong; nothing is changed.
         """
         self._show(self.config.with_settings(list(settings)))
 
     def reset(self) -> None:
-        """Throws the changes away: shows what the run has now."""
+        """Discards the changes and shows the settings that the run has now."""
         try:
             self.saved = self.run.config()
         except UserError as error:
-            self.message.value = wrong(str(error))
+            self.message.value = error_html(str(error))
             return
         self._show(self.saved)
 
     def save(self) -> bool:
-        """Writes what was changed to the run, beside what others changed meanwhile; says so in the form.
+        """Writes the changes to the run without undoing what others changed meanwhile, and reports the result in the form.
 
         Returns:
-            Whether it was written. Where it was not, the form says why and keeps every value.
+            Whether they were written. If not, the form says why and keeps every value.
         """
         changes = differences(self.config, self.saved)
-        if self.wrong.value:
-            self.message.value = wrong("Not saved: first put right what is marked above, or press Reset.")
+        if self.problems.value:
+            self.message.value = error_html("Not saved. Correct what is marked above first, or press Reset.")
             return False
         try:
             config = self.run.config().with_settings({name: value for name, (value, _) in changes.items()})
             self._write(config)
         except UserError as error:
-            self.message.value = wrong(f"Not saved. {error}")
+            self.message.value = error_html(f"Not saved. {error}")
             return False
         self.saved = config
         self._show(config)
         later = ""
         with contextlib.suppress(UserError):
             if self.run.status().state == "running":
-                later = " A trainer is running: they count from its next start."
-        self.message.value = said(f"Saved to {self.run.name}: {_change_text(changes) or 'nothing was changed'}.{later}")
+                later = " A trainer is running; it uses the new settings from its next start."
+        self.message.value = success_html(
+            f"Saved to {self.run.name}: {_change_text(changes) or 'there was nothing to change'}.{later}"
+        )
         return True
 
     # what it looks like
-
-    def _make_fields(self) -> dict[str, Field]:
-        fields = {}
-        for section in self.sections:
-            for row in describe(getattr(self.config, section)):
-                name = f"{section}.{row['name']}"
-                options = self._layer_names() if name == "adapter.target_modules" else ()
-                fields[name] = Field(name, row, self._changed, options=options)
-        return fields
 
     def _layer_names(self) -> list[str]:
         try:
@@ -159,44 +139,30 @@ class ConfigForm(Panel):
             return []
 
     def _layout(self) -> ipywidgets.VBox:
-        self.wrong, self.message, self.code = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-        self.code.add_class("qlora-code")
+        self.problems, self.message, self.code = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        add_classes(self.code, "qlora-code")
         self.save_button = button("Save", f"Writes the settings to the run {self.run.name}", self.save, "primary")
-        self.save_button.add_class("qlora-save-config")
-        reset = button("Reset", "Shows what the run has now; changes are lost", self.reset)
-        reset.add_class("qlora-reset")
+        add_classes(self.save_button, "qlora-save-config")
+        reset = button("Reset", "Discards the changes and shows the settings that the run has now", self.reset)
+        add_classes(reset, "qlora-reset")
         self.view = ForecastView(self.choice.box, self.take)
         controls = ipywidgets.VBox(
-            [self._section_tabs(), self.wrong, ipywidgets.HBox([self.save_button, reset]), self.message],
+            [
+                section_pages(self.fields, self.sections),
+                self.problems,
+                ipywidgets.HBox([self.save_button, reset]),
+                self.message,
+            ],
             layout={"flex": "1 1 370px", "min_width": "0"},
         )
-        controls.add_class("qlora-controls")
-        controls.add_class("qlora-card")
-        columns = ipywidgets.HBox([controls, self.view.box])
-        columns.add_class("qlora-columns")
-        return styled([ipywidgets.HTML(FIELD_STYLE, layout={"display": "none"}), columns, self.code], "qlora-form")
-
-    def _section_tabs(self) -> ipywidgets.Widget:
-        pages = []
-        for section in self.sections:
-            names = [name for name in self.fields if name.startswith(f"{section}.")]
-            first = [f"{section}.{key}" for key in BASIC.get(section, ())] or names
-            rest = [name for name in names if name not in first]
-            page = [self.fields[name].box for name in first]
-            if rest:
-                more = ipywidgets.Accordion([ipywidgets.VBox([self.fields[name].box for name in rest])])
-                more.titles, more.selected_index = ("more",), None
-                more.add_class("qlora-more")
-                page.append(more)
-            pages.append(ipywidgets.VBox(page, layout={"overflow": "visible"}))
-        if len(pages) == 1:
-            return pages[0]
-        return ipywidgets.Tab(pages, titles=[TITLES[section] for section in self.sections], selected_index=0)
+        add_classes(controls, "qlora-controls", "qlora-card")
+        columns = add_classes(ipywidgets.HBox([controls, self.view.box]), "qlora-columns")
+        return styled([columns, self.code], "qlora-form")
 
     # what happens
 
     def _changed(self) -> None:
-        """A control was moved: takes the values if they are good together, else says what is wrong and keeps the last good ones."""
+        """Takes the values of the controls if they are valid together, else says what is wrong and keeps the last valid ones."""
         if self._busy:
             return
         try:
@@ -204,13 +170,13 @@ class ConfigForm(Panel):
             found = self._look(config)
         except UserError as error:
             text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
-            self.wrong.value = wrong(f"{text}\nShown beside: the last settings without a mistake.")
+            self.problems.value = error_html(f"{text}\nThe forecast beside is for the last valid settings.")
             return
-        self.config, self.forecast, self.wrong.value = config, found, ""
+        self.config, self.forecast, self.problems.value = config, found, ""
         self._draw()
 
     def _hardware_changed(self) -> None:
-        """Works the consequences of the last good settings out again. The run's own settings are never refused here."""
+        """Computes the forecast for the last valid settings again; the run's own settings are never refused here."""
         try:
             self._trouble = ""
             self.forecast = self._look(self.config)
@@ -230,10 +196,10 @@ class ConfigForm(Panel):
         self._changed()
 
     def _look(self, config: RunConfig) -> Forecast | None:
-        """What settings lead to; None where the trouble is the one that the run had already, so that the rest can be edited.
+        """Returns the forecast, or None for a problem that the run had already, so that the rest can be edited.
 
         Raises:
-            UserError: a new one, such as a file that is not there.
+            UserError: a new problem, such as a missing file.
         """
         try:
             return forecast(config, hardware=self.hardware, shape=self._shape(config))
@@ -243,10 +209,10 @@ class ConfigForm(Panel):
             raise
 
     def _shape(self, config: RunConfig) -> dict[str, Any]:
-        """The model's `config.json`, asked for once.
+        """Returns the model's `config.json`, which is looked up once.
 
         Raises:
-            ModelError: it can't be had.
+            ModelError: it is not available.
         """
         key = config.model.name, config.model.revision
         if key not in self._shapes:
@@ -273,10 +239,8 @@ class ConfigForm(Panel):
     def _usual_hardware(self) -> Hardware:
         usual = parse_gpus(USUAL)
         try:
-            shape = self._shape(self.config)
-            if forecast(self.config, hardware=usual, shape=shape).plan.fits:
-                return usual
-            return cheapest_instance(shape, self.config, trained_share(self.config.data)) or usual
+            plan = forecast(self.config, hardware=usual, shape=self._shape(self.config)).plan
+            return usual if plan.fits else cheapest_instance(plan.workload) or usual
         except UserError:
             return usual
 
@@ -294,12 +258,11 @@ class ConfigForm(Panel):
         return tables
 
     def still_text(self) -> str:
-        """Settings and consequences as tables, and the command that takes them."""
-        shown = [f"{table.caption}\n{table!r}" for table in self._tables()]
-        return "\n\n".join([*shown, settings_command(self.run, self.config, self.saved)])
+        """Returns settings and consequences as tables, and the command that uses the settings."""
+        return "\n\n".join([*map(repr, self._tables()), settings_command(self.run, self.config, self.saved)])
 
     def still_html(self) -> str:
-        """The same in HTML."""
+        """Returns the same in HTML."""
         code = f"<pre>{html.escape(settings_command(self.run, self.config, self.saved))}</pre>"
         return "".join(table._repr_html_() for table in self._tables()) + code
 

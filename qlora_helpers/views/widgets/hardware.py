@@ -1,6 +1,6 @@
-"""The choice of hardware that a form plans for: this machine, or what a person types, with a price of their own.
+"""The hardware that a form plans for: this machine, or what a person types, optionally with their own price.
 
-Owns the words on GPUs that are there or missing. Knows nothing of settings.
+This module knows nothing of settings.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.hardware import GPUS, INSTANCES, Hardware, parse_gpus
 from qlora_helpers.planning.run_plan import this_machine
-from qlora_helpers.views.widgets.panel import wrong
+from qlora_helpers.views.widgets.panel import add_classes, error_html
 
 THIS_MACHINE = "this machine"
 _LABEL = {"description_width": "70px"}
@@ -24,21 +25,21 @@ class HardwareChoice:
     """A box to type hardware into, and one for its price.
 
     Args:
-        gpus: to begin with, as `parse_gpus` takes it, or `this machine`; None takes this machine, and where it has no GPU what
-            `usual` says.
-        usual: asked for the hardware to plan for on a machine without a GPU.
-        changed: called after a change that is good.
+        gpus: the first choice, in the form of `parse_gpus` or `this machine`; None takes this machine, or `usual` if it has no GPU.
+        usual: returns the hardware to plan for on a machine without a GPU.
+        changed: called after a valid change.
 
     Attributes:
-        box: what is shown.
-        hardware: the last that was good.
+        box: the widget to show.
+        hardware: the last valid choice.
 
     Raises:
-        UserError: no such hardware, or `this machine` has none.
+        UserError: the hardware is unknown, or this machine was asked for and has no GPU.
     """
 
     def __init__(self, gpus: str | None, usual: Callable[[], Hardware], changed: Callable[[], None]) -> None:
         self._changed = changed
+        self._machine: Hardware | None
         try:
             self._machine, self._missing = this_machine(), ""
         except UserError as error:
@@ -52,34 +53,34 @@ class HardwareChoice:
             continuous_update=False,
             style=_LABEL,
             layout={"width": "270px"},
-            tooltip="To plan for: this machine, 4x24GiB, 2xL4, H100, ml.g5.12xlarge",
+            tooltip="The hardware to plan for, such as this machine, 4x24GiB, 2xL4, H100 or ml.g5.12xlarge",
         )
         self.price = ipywidgets.Text(
-            placeholder="catalogue's",
-            description="$ an hour",
+            placeholder="list price",
+            description="$ per hour",
             continuous_update=False,
             style=_LABEL,
-            tooltip="Price of all of it; empty takes the catalogue's",
+            tooltip="The price of all GPUs together; leave empty for the list price",
             layout={"width": "170px"},
         )
         self.message = ipywidgets.HTML()
         for each, name in ((self.name, "qlora-hardware"), (self.price, "qlora-price")):
-            each.add_class(name)
-            each.observe(lambda _: self._heard(), names="value")
+            add_classes(each, name)
+            each.observe(lambda _: self._on_change(), names="value")
         row = ipywidgets.HBox([self.name, self.price], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([row, self.message])
 
     def notes(self) -> list[str]:
-        """What a reader must know of the choice."""
+        """Returns what a reader must know about the choice."""
         if self._machine is not None:
             return []
-        return [f"this machine has no GPU: planned for {self.hardware.label}; a CPU takes far longer"]
+        return [f"this machine has no GPU; the forecast is for {self.hardware.label}, and a CPU takes far longer"]
 
-    def _heard(self) -> None:
+    def _on_change(self) -> None:
         try:
             self.hardware = self._find(self.name.value, _price(self.price.value))
         except UserError as error:
-            self.message.value = wrong(f"{error} Still shown: {self.hardware.label}.")
+            self.message.value = error_html(f"{error} The forecast is still for {self.hardware.label}.")
             return
         self.message.value = ""
         self._changed()
@@ -89,7 +90,7 @@ class HardwareChoice:
             return parse_gpus(gpus, price)
         if self._machine is None:
             raise UserError(self._missing, next_step="Name hardware to plan for, such as 4x24GiB or ml.g5.12xlarge.")
-        given = {"price_usd_per_hour": price, "price_note": "as given"} if price is not None else {}
+        given: dict[str, Any] = {"price_usd_per_hour": price, "price_note": "as given"} if price is not None else {}
         return dataclasses.replace(self._machine, **given) if given else self._machine
 
 
@@ -101,5 +102,5 @@ def _price(text: str) -> float | None:
     except ValueError:
         price = math.nan
     if not 0 <= price < math.inf:
-        raise UserError("that is no price", expected="USD an hour, such as 7.09", got=text)
+        raise UserError("this is not a price", expected="USD per hour, such as 7.09", got=text)
     return price

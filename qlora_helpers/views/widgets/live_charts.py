@@ -1,6 +1,6 @@
-"""Charts that grow while a run trains, drawn by bqplot in the browser; only what changed is sent there.
+"""Charts that grow while a run trains. bqplot draws them in the browser, and only changes are sent there.
 
-Owns their looks. `charts` draws the same curves as still pictures, in the same colours.
+`charts` draws the same curves as still pictures in the same colours.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import bqplot
 import ipywidgets
@@ -17,35 +18,28 @@ from qlora_helpers.views.charts import BLUE, ORANGE, Points, number_text
 
 MOST_POINTS = 500
 COLOURS = (BLUE, ORANGE)
-STYLE = """<style>
-.qlora-chart .bqplot {
-  --bq-axis-tick-text-fill: var(--jp-ui-font-color2, #666); --bq-axislabel-fill: var(--jp-ui-font-color2, #666);
-  --bq-axis-path-stroke: var(--jp-border-color1, #bbb); --bq-axis-tick-stroke: var(--jp-border-color2, #ddd);
-  --bq-axis-tick-text-font: 11px var(--jp-ui-font-family, sans-serif); --bq-background: transparent;
-  --bq-plotarea-background-fill: transparent; }
-.qlora-chart .qlora-key { font-size: 12px; color: var(--jp-ui-font-color2, #666); white-space: nowrap; }
-.qlora-chart .qlora-key b { color: var(--jp-ui-font-color1, inherit); font-variant-numeric: tabular-nums; font-weight: 600; }
-.qlora-chart .qlora-key i { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 0; vertical-align: middle; }
-</style>"""
 
 
 class LiveChart:
     """One chart with one or two lines over the optimizer steps.
 
     Args:
-        names: of the lines, as its key shows them.
-        height_px: of the drawing.
+        names: the names of the lines, as the key shows them.
+        height_px: the height of the drawing.
 
     Attributes:
-        box: the widget.
-        lines: bqplot's marks, in the order of the names.
+        box: the widget to show.
+        lines: bqplot's marks in the order of the names.
         key: the names with their latest values.
     """
 
     def __init__(self, names: Sequence[str], *, height_px: int) -> None:
         self.names = tuple(names)
         self.x, self.y = bqplot.LinearScale(min=0.0, max=10.0), bqplot.LinearScale()
-        looks = ({"colors": [BLUE]}, {"colors": [ORANGE], "marker": "circle", "marker_size": 24})
+        looks: tuple[dict[str, Any], ...] = (
+            {"colors": [BLUE]},
+            {"colors": [ORANGE], "marker": "circle", "marker_size": 24},
+        )
         self.lines = [
             bqplot.Lines(x=[], y=[], scales={"x": self.x, "y": self.y}, stroke_width=1.8, **look)
             for _, look in zip(names, looks, strict=False)
@@ -71,12 +65,12 @@ class LiveChart:
         self._generation = -1
 
     def show(self, lines: Sequence[Points], *, last_step: int, generation: int = 0) -> None:
-        """Draws what is new; where nothing is, nothing is sent.
+        """Draws what is new, and sends nothing if nothing is.
 
         Args:
-            lines: in the order of the names.
-            last_step: of the whole run; the axis grows towards it.
-            generation: where it changes, points may have been taken back.
+            lines: the points of each line in the order of the names.
+            last_step: the last step of the whole run; the axis grows towards it.
+            generation: a count; when it changes, points may have been taken back.
         """
         ends = [points[-1] if points else None for points in lines]
         if ends == self._drawn and generation == self._generation:
@@ -90,11 +84,11 @@ class LiveChart:
                 mark.x = np.array([step for step, _ in points], dtype=float)
                 mark.y = np.array([value for _, value in points], dtype=float)
                 if mark is self.lines[0]:
-                    mark.marker = "circle" if len(points) == 1 else None  # one point makes no line
+                    mark.marker = "circle" if len(points) == 1 else None  # a single point draws no line
         self.key.value = "&emsp;".join(map(_key, self.names, COLOURS, ends))
 
     def _scale(self, end: int, values: Sequence[float]) -> None:
-        """Axes that hold the values, with round numbers at their ticks."""
+        """Fits the axes to the values, with round numbers at their ticks."""
         low, high = min(values, default=0.0), max(values, default=1.0)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         for scale, axis, ends, most in (
@@ -116,11 +110,11 @@ def _key(name: str, colour: str, end: tuple[int, float] | None) -> str:
 
 
 def axis_end(step: int, last_step: int) -> int:
-    """Where the axis of steps ends: a little past what is drawn, at a round number, and never past the run's end.
+    """Returns where the axis of steps ends: at a round number a little past the last point, and never past the run's end.
 
     Args:
-        step: the last one drawn.
-        last_step: of the whole run; 0 where it is not known.
+        step: the last step drawn.
+        last_step: the last step of the whole run; 0 if it is not known.
     """
     room = max(10.0, 1.25 * step)
     size = 10 ** math.floor(math.log10(room))
@@ -129,7 +123,7 @@ def axis_end(step: int, last_step: int) -> int:
 
 
 def round_ticks(low: float, high: float, most: int) -> tuple[list[float], str]:
-    """Round numbers from `low` to `high`, about `most` of them, and how d3 is to write them."""
+    """Returns about `most` round numbers from `low` to `high`, and the format in which d3 writes them."""
     size = 10 ** math.floor(math.log10((high - low) / most))
     step = next(factor * size for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * size) <= most)
     ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -138,11 +132,11 @@ def round_ticks(low: float, high: float, most: int) -> tuple[list[float], str]:
     if step >= 1e-3:
         return ticks, f".{math.ceil(-math.log10(step) - 1e-9)}f"
     digits = math.floor(math.log10(max(map(abs, ticks), default=step)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
-    return ticks, f".{max(0, digits)}~e"  # as many as tell two ticks apart
+    return ticks, f".{max(0, digits)}~e"  # enough digits to distinguish two ticks
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points that look the same: of each stretch the lowest and the highest, and both ends."""
+    """Returns at most `most` points that look the same: the lowest and highest of each stretch, and both ends."""
     if len(points) <= most:
         return points
     stretches = (most - 2) // 2

@@ -1,6 +1,6 @@
-"""A browser of prepared rows: each token coloured by what happens to it, rows of a block kept apart, search and jump.
+"""A browser for prepared rows: each token is coloured by what happens to it, and a person can search and jump.
 
-Shows what the trainer will see. The tokens' kinds and texts are `labels`'; everything from a dialogue is escaped.
+It shows what the trainer will see. `tokens` decides kinds and texts of the tokens; everything from a dialogue is escaped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ipywidgets
 
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.views.tokens import TokenView, token_kind, token_texts
-from qlora_helpers.views.widgets.panel import Panel, button, said, styled, wrong
+from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled, success_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,58 +22,40 @@ if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
 
 KINDS = {
-    "trained": "trained: the model learns to say it",
-    "end": "END, the end-of-text token, trained",
-    "masked": "masked: read, never learned",
-    "padding": "padding: fills the block",
+    "trained": "trained: the model learns to write it",
+    "end": "END: the end-of-text token, trained",
+    "masked": "masked: the model reads it and does not learn to write it",
+    "padding": "padding: fills the sequence",
 }
-STYLE = """<style>
-.qlora-tokens { font: 13px/1.75 var(--jp-code-font-family, monospace); max-height: 420px; }
-.qlora-tokens s { text-decoration: none; border-right: 1px solid var(--jp-border-color3, rgba(128,128,128,.25)); }
-.qlora-panel .k-masked { color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-panel .k-trained { background: rgba(46,160,67,.25); box-shadow: inset 0 -2px 0 #2ea043; }
-.qlora-panel .k-end { background: #b35900; color: #fff; border-radius: 3px; padding: 0 4px; font-weight: 600; }
-.qlora-panel .k-padding { color: var(--jp-ui-font-color2, #6e7781); background: repeating-linear-gradient(45deg,
-  rgba(128,128,128,.12) 0 4px, transparent 4px 8px); padding: 0 6px; }
-.qlora-panel .k-found { outline: 2px solid var(--jp-warn-color1, #d29922); }
-.qlora-bound { font-size: 11px; border-top: 1px dashed var(--jp-border-color1, #999); margin: 8px 0 2px; white-space: normal;
-  color: var(--jp-ui-font-color2, #6e7781); }
-.qlora-bound.here { border-top: 2px solid var(--jp-brand-color1, #2196f3); color: var(--jp-ui-font-color1, inherit); }
-.qlora-key { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 12px; margin-top: 6px; }
-</style>"""
 
 
 def row_browser(data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train") -> RowBrowser:
-    """Looks through prepared rows.
+    """Makes a browser for prepared rows.
 
     Args:
-        data: as `workflow.prepare_data` gives it.
-        tokenizer: the model's.
-        split: `train` or `eval` first.
+        data: the result of `workflow.prepare_data`.
+        tokenizer: the model's tokenizer.
+        split: the split to begin with, `train` or `eval`.
+
+    Raises:
+        DataError: there is no such split, or it is empty.
     """
     return RowBrowser(data, tokenizer, split=split)
 
 
 class RowBrowser(Panel):
-    """One row at a time, or the block that it is packed into.
-
-    Args:
-        data: prepared blocks.
-        tokenizer: the model's.
-        split: `train` or `eval`.
+    """Shows one row at a time, or the packed sequence that it is part of; the arguments are those of `row_browser`.
 
     Attributes:
-        split: what is browsed.
+        split: the split that is shown.
         index: the row that is shown, from 0.
-        matches: rows that hold the text that is searched for; empty where nothing is.
-
-    Raises:
-        DataError: no such split, or it is empty.
+        matches: the rows that contain the text searched for; empty without a search.
     """
 
     def __init__(self, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train") -> None:
         self._data, self._tokenizer = data, tokenizer
-        self.split, self.index, self.matches, self._query = split, 0, (), ""
+        self.split, self.index, self._query = split, 0, ""
+        self.matches: tuple[int, ...] = ()
         self._texts: dict[str, list[str]] = {}
         self._rows = self._row_places(split)
         self._quiet = False
@@ -81,11 +63,13 @@ class RowBrowser(Panel):
         self._draw()
 
     def _row_places(self, split: str) -> list[tuple[int, int, str]]:
-        """Block, number in the block (from 1) and id of each row."""
+        """Returns the packed sequence, the number in it (from 1) and the id of each row."""
         if split not in ("train", "eval"):
-            raise DataError("no such split", expected="train or eval", got=repr(split))
-        blocks = getattr(self._data, split)["row_ids"]
-        rows = [(block, number, row) for block, ids in enumerate(blocks) for number, row in enumerate(ids, start=1)]
+            raise DataError("there is no such split", expected="train or eval", got=repr(split))
+        sequences = getattr(self._data, split)["row_ids"]
+        rows = [
+            (sequence, number, row) for sequence, ids in enumerate(sequences) for number, row in enumerate(ids, start=1)
+        ]
         if not rows:
             raise DataError(f"the split {split} has no rows")
         return rows
@@ -93,12 +77,12 @@ class RowBrowser(Panel):
     # what a person does
 
     def show(self, index: int) -> None:
-        """Goes to a row, counted from 0; past an end it goes on at the other."""
+        """Goes to a row, counted from 0; after the last row comes the first."""
         self.index = index % len(self._rows)
         self._draw()
 
     def next(self, step: int = 1) -> None:
-        """Goes to the next row (or with -1 the one before); while a text is searched for, among the rows that hold it."""
+        """Goes to the next row, or with -1 to the one before; during a search it skips rows without the text."""
         if not self.matches:
             return self.show(self.index + step)
         later = [row for row in self.matches if (row - self.index) * step > 0]
@@ -106,10 +90,10 @@ class RowBrowser(Panel):
         return self.show((later[0] if step > 0 else later[-1]) if later else wrapped)
 
     def search(self, text: str) -> int:
-        """Goes to the next row whose text holds these words, capitals or not; an empty text ends the search.
+        """Goes to the next row that contains a text, ignoring case; an empty text ends the search.
 
         Returns:
-            How many rows hold it.
+            The number of rows that contain it.
         """
         self._query = text.strip()
         wanted = self._query.casefold()
@@ -128,8 +112,10 @@ class RowBrowser(Panel):
         narrow = {"width": "auto"}
         self._split = ipywidgets.ToggleButtons(options=("train", "eval"), value=self.split, layout=narrow)
         self._split.style.button_width = "auto"
-        previous = button("Previous", "The row before, or the one before with the text", lambda: self.next(-1))
-        following = button("Next", "The next row, or the next with the text", self.next)
+        previous = button(
+            "Previous", "The row before; during a search, the one before with the text", lambda: self.next(-1)
+        )
+        following = button("Next", "The next row; during a search, the next one with the text", self.next)
         self._number = ipywidgets.IntText(
             1, description="row", layout={"width": "120px"}, style={"description_width": "30px"}
         )
@@ -141,17 +127,17 @@ class RowBrowser(Panel):
             layout={"width": "290px"},
             style={"description_width": "48px"},
         )
-        self._whole = ipywidgets.Checkbox(False, description="whole block", indent=False, layout={"width": "110px"})
+        self._whole = ipywidgets.Checkbox(False, description="whole sequence", indent=False, layout={"width": "140px"})
         self._head, self._found, self._tokens = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         for each, name in (
             (previous, "qlora-previous"),
             (following, "qlora-next"),
             (self._number, "qlora-row-number"),
             (self._search, "qlora-search"),
-            (self._whole, "qlora-whole-block"),
+            (self._whole, "qlora-whole-sequence"),
             (self._tokens, "qlora-row-tokens"),
         ):
-            each.add_class(name)
+            add_classes(each, name)
         self._number.observe(self._on_number, names="value")
         self._search.observe(lambda change: self.search(change["new"]), names="value")
         self._whole.observe(lambda _: self._draw(), names="value")
@@ -159,8 +145,7 @@ class RowBrowser(Panel):
         parts = [self._split, previous, self._number, following, self._search, self._whole]
         line = ipywidgets.HBox(parts, layout={"flex_flow": "row wrap", "align_items": "center", "overflow": "visible"})
         panel = ipywidgets.VBox([line, self._found, self._head, self._tokens])
-        panel.add_class("qlora-card")
-        return styled([panel], "qlora-rows")
+        return styled([add_classes(panel, "qlora-card")], "qlora-rows")
 
     def _on_number(self, change: dict[str, Any]) -> None:
         if self._quiet:
@@ -168,13 +153,15 @@ class RowBrowser(Panel):
         if 1 <= change["new"] <= len(self._rows):
             self.show(change["new"] - 1)
         else:
-            self._found.value = wrong(f"There are rows 1 to {len(self._rows)}; row {self.index + 1} is still shown.")
+            self._found.value = error_html(
+                f"The rows are numbered 1 to {len(self._rows)}; row {self.index + 1} is still shown."
+            )
 
     def _on_split(self, change: dict[str, Any]) -> None:
         try:
             self._rows = self._row_places(change["new"])
         except DataError as error:
-            self._found.value = wrong(str(error))
+            self._found.value = error_html(str(error))
             return
         self.split, self.index = change["new"], 0
         self.search(self._query)
@@ -186,30 +173,33 @@ class RowBrowser(Panel):
         count = len(self.matches)
         self._found.value = ""
         if self._query and not count:
-            self._found.value = wrong(f"No row of {self.split} holds “{self._query}”.")
+            self._found.value = error_html(f"No row of {self.split} contains “{self._query}”.")
         elif self._query:
             place = f"{self.matches.index(self.index) + 1} of " if self.index in self.matches else ""
-            self._found.value = said(f"{place}{count} row{'s' * (count != 1)} with “{self._query}”: Next goes on")
+            self._found.value = success_html(
+                f"{place}{count} row{'s' * (count != 1)} with “{self._query}”; Next goes to the next one"
+            )
         self._head.value = f"<b>{html.escape(self._title())}</b>"
-        self._tokens.value = STYLE + self._tokens_html(whole=self._whole.value)
+        self._tokens.value = self._tokens_html(whole=self._whole.value)
 
     def _title(self) -> str:
-        block, number, row = self._rows[self.index]
-        count = sum(each[0] == block for each in self._rows)
-        where = f"row {number} of {count} in block {block + 1} of {self._rows[-1][0] + 1}"
+        sequence, number, row = self._rows[self.index]
+        count = sum(each[0] == sequence for each in self._rows)
+        where = f"row {number} of {count} in sequence {sequence + 1} of {self._rows[-1][0] + 1}"
         report = self._data.report if self.split == "train" else self._data.eval_report
-        trimmed = ", its dialogue trimmed to fit" if row in report.trimmed else ""
+        trimmed = ", dialogue trimmed to fit" if row in report.trimmed else ""
         return f"{self.split} row {self.index + 1} of {len(self._rows)}: {row} ({where}{trimmed})"
 
     def _tokens_html(self, *, whole: bool) -> str:
-        block_index, here, _ = self._rows[self.index]
-        block = getattr(self._data, self.split)[block_index]
-        segments, counts, parts = block["segment_ids"], Counter(), []
+        sequence_index, here, _ = self._rows[self.index]
+        sequence = getattr(self._data, self.split)[sequence_index]
+        segments, parts = sequence["segment_ids"], []
+        counts: Counter[str] = Counter()
         for number in sorted(set(segments) - {0}) if whole else [here]:
-            ids, labels = _row_tokens(block, number)
+            ids, labels = _row_tokens(sequence, number)
             if whole:
                 mark = " here" if number == here else ""
-                name = html.escape(f"row {number}: {block['row_ids'][number - 1]}, {len(ids)} tokens")
+                name = html.escape(f"row {number}: {sequence['row_ids'][number - 1]}, {len(ids)} tokens")
                 parts.append(f'<div class="qlora-bound{mark}">{name}</div>')
             kinds = [
                 token_kind(token, label, number, self._tokenizer.eos_token_id)
@@ -228,40 +218,44 @@ class RowBrowser(Panel):
             for kind, text in KINDS.items()
             if counts[kind]
         )
-        return f'<div class="qlora-text qlora-tokens" tabindex="0">{"".join(parts)}</div><div class="qlora-key">{key}</div>'
+        return f'<div class="qlora-text qlora-tokens" tabindex="0">{"".join(parts)}</div><div class="qlora-kinds">{key}</div>'
 
     def _row_texts(self) -> list[str]:
-        """The text of each row of the split, decoded once."""
+        """Returns the text of each row of the split, decoded once."""
         if self.split not in self._texts:
-            blocks = getattr(self._data, self.split)
-            rows = [_row_tokens(block, number)[0] for block in blocks for number in range(1, len(block["row_ids"]) + 1)]
+            sequences = getattr(self._data, self.split)
+            rows = [
+                _row_tokens(sequence, number)[0]
+                for sequence in sequences
+                for number in range(1, len(sequence["row_ids"]) + 1)
+            ]
             self._texts[self.split] = self._tokenizer.batch_decode(rows)
         return self._texts[self.split]
 
     # where there are no widgets
 
     def _still(self) -> TokenView:
-        block, number, _ = self._rows[self.index]
-        ids, labels = _row_tokens(getattr(self._data, self.split)[block], number)
+        sequence, number, _ = self._rows[self.index]
+        ids, labels = _row_tokens(getattr(self._data, self.split)[sequence], number)
         return TokenView({"input_ids": ids, "labels": labels}, self._tokenizer)
 
     def still_text(self) -> str:
-        """The row with its trained tokens in brackets."""
+        """Returns the row with its trained tokens in brackets."""
         return f"{self._title()}\n{self._still()!r}"
 
     def still_html(self) -> str:
-        """The row in colours."""
+        """Returns the row in colours."""
         return f"<b>{html.escape(self._title())}</b>{self._still()._repr_html_()}"
 
 
-def _row_tokens(block: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
-    """Tokens and labels of one row of a block, counted from 1."""
-    where = [place for place, segment in enumerate(block["segment_ids"]) if segment == number]
-    return [block["input_ids"][place] for place in where], [block["labels"][place] for place in where]
+def _row_tokens(sequence: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+    """Returns tokens and labels of one row of a packed sequence, counted from 1."""
+    where = [place for place, segment in enumerate(sequence["segment_ids"]) if segment == number]
+    return [sequence["input_ids"][place] for place in where], [sequence["labels"][place] for place in where]
 
 
 def _spans(ids: list[int], texts: list[str], kinds: list[str], query: str) -> str:
-    """A row as HTML: a span for each token, and a frame around those that hold the text searched for."""
+    """Returns a row as HTML: an element for each token, with a frame around those that contain the text searched for."""
     found, place = set(), 0
     if query:
         ends = [match.span() for match in re.finditer(re.escape(query), "".join(texts), re.IGNORECASE)]
@@ -272,7 +266,7 @@ def _spans(ids: list[int], texts: list[str], kinds: list[str], query: str) -> st
     parts = []
     for index, (token, text, kind) in enumerate(zip(ids, texts, kinds, strict=True)):
         if not text and kind != "end":
-            continue  # the rest of its character comes with a later token
+            continue  # part of a character whose text is that of a later token
         shown = "END" if kind == "end" else html.escape(text).replace("\n", "↵\n")
         mark = " k-found" if index in found else ""
         parts.append(f'<s class="k-{kind}{mark}" title="{kind}, token {token}">{shown}</s>')

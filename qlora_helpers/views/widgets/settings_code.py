@@ -1,6 +1,6 @@
-"""The code and the command that make a run with given settings: what a person copies out of a form.
+"""The code and the command that make a run with given settings, for a person to copy out of a form.
 
-Settings are told as differences from the profile that they started from. Knows nothing of widgets.
+Settings are written as differences from the profile that they started from. This module knows nothing of widgets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlora_helpers.runs.opening import runs_root
 
 
 def differences(config: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings in which two configurations differ: `section.key` -> the first one's value and the other's."""
+    """Returns the settings in which two configurations differ: `section.key` -> the first value and the other."""
     before, after = config.to_dict(), other.to_dict()
     return {
         f"{section}.{key}": (value, after[section][key])
@@ -28,19 +28,19 @@ def differences(config: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any
 
 
 def as_setting(name: str, value: Any) -> str:
-    """`name=value` as `--set` and `open_run` take it."""
+    """Returns `name=value` in the form of `--set` and `open_run`."""
     if isinstance(value, list | tuple):
         return f"{name}={','.join(value)}"
     return f"{name}={value if isinstance(value, str) else json.dumps(value).replace('null', 'none')}"
 
 
 def settings_code(run: Run, config: RunConfig, saved: RunConfig | None = None) -> str:
-    """Python that opens the run with these settings, whether it is there yet or not.
+    """Returns Python that opens the run with these settings, whether it exists yet or not.
 
     Args:
-        run: says the name.
+        run: the run to name.
         config: the settings.
-        saved: what `config.json` holds; what differs from it is told too.
+        saved: the settings in `config.json`; differences from them are written too.
     """
     start = f"run = workflow.open_run({_name(run)!r}, profile={_profile(config)!r}"
     settings = _settings(config, saved)
@@ -51,7 +51,7 @@ def settings_code(run: Run, config: RunConfig, saved: RunConfig | None = None) -
 
 
 def settings_command(run: Run, config: RunConfig, saved: RunConfig | None = None) -> str:
-    """The command that trains with these settings; arguments as for `settings_code`."""
+    """Returns the command that trains with these settings; the arguments are those of `settings_code`."""
     words = ["python", "-m", "qlora_helpers", "train", _name(run), "--profile", _profile(config)]
     lines = [shlex.join(words), *(f"--set {shlex.quote(item)}" for item in _settings(config, saved))]
     return " \\\n    ".join(lines)
@@ -67,6 +67,6 @@ def _profile(config: RunConfig) -> str:
 
 
 def _name(run: Run) -> str:
-    """The run's name where it lies in the usual folder, else its path."""
+    """Returns the run's name if it is in the usual folder, else its path."""
     usual = runs_root().resolve() / run.name
     return run.name if run.folder.resolve() == usual else str(run.folder)

@@ -1,7 +1,7 @@
-"""A panel that watches a run from its folder alone, and passes on what a person asks of its trainer.
+"""A panel that watches a run from its folder alone and passes a person's requests to the trainer.
 
-Reads in a thread and draws on the kernel's own loop, so that other cells run meanwhile. Knows no step: what starts a run is a
-function that it is handed.
+It reads in a thread and draws on the kernel's own loop, so other cells run meanwhile. It knows no step of a run: it is handed the
+function that starts one.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import Status
 from qlora_helpers.views import monitor
 from qlora_helpers.views.follow import CURVES, Follower, View
-from qlora_helpers.views.widgets import live_charts, watch_texts
+from qlora_helpers.views.widgets import watch_texts
 from qlora_helpers.views.widgets.live_charts import LiveChart
-from qlora_helpers.views.widgets.panel import Panel, said, styled, wrong
+from qlora_helpers.views.widgets.panel import Panel, add_classes, error_html, styled, success_html
 
 LIVE_S, QUIET_S = 1.0, 3.0
-"""Seconds between two looks at a run that trains, and at one that does not."""
+"""Seconds between two looks at a run while it trains, and while it does not."""
 _open: dict[str, WatchPanel] = {}  # by the notebook cell that shows it
 
 
 def watch(run: Run, start: Callable[[Run], Any] | None = None) -> WatchPanel:
-    """A live panel on a run: its curves, readings, budget and log, with buttons for its trainer.
+    """Shows a live panel for a run: its curves, readings, budget and log, with buttons for its trainer.
 
-    As many as you like may watch a run, from any notebook, before, while and after it trains; `panel.close()` ends one, and so does
-    running its cell again.
+    Any number of panels may watch a run from any notebook, before, during and after training. `panel.close()` ends a panel, and so
+    does running its cell again.
 
     Args:
-        run: need not have begun, and may train on another machine that shares the folder.
-        start: what the Resume button calls, such as `launch.start`; without it the button is off.
+        run: the run to watch; it need not have begun, and may train on another machine that shares the folder.
+        start: the function that the Resume button calls, such as `launch.start`; without it the button is disabled.
     """
     cell = _this_cell()
     if cell in _open:
@@ -49,9 +49,9 @@ def watch(run: Run, start: Callable[[Run], Any] | None = None) -> WatchPanel:
 
 @contextlib.contextmanager
 def shown_in_cell(run: Run) -> Iterator[Callable[[], None]]:
-    """Shows a panel below the notebook cell that trains in the kernel itself; yields what draws it anew.
+    """Shows a panel below the notebook cell that trains in the kernel itself, and yields a function that draws it again.
 
-    It has no buttons, as the kernel hears none while it trains; interrupting the cell ends the training.
+    The panel has no buttons, because the kernel can't react to them while it trains; interrupting the cell ends the training.
     """
     from IPython.display import display
 
@@ -65,27 +65,27 @@ def shown_in_cell(run: Run) -> Iterator[Callable[[], None]]:
 
 
 class WatchPanel(Panel):
-    """What `watch` returns.
+    """The panel that `watch` returns.
 
     Attributes:
-        box: the widget.
-        stop_button, save_button, resume_button: what a person may ask.
-        state, bar, readings, requests, limits, log: what is shown, as widgets.
+        box: the widget to show.
+        stop_button, save_button, resume_button: the requests that a person can make.
+        state, bar, readings, requests, limits, log: the widgets that show the run.
         charts: name -> `LiveChart`.
-        view: the last look.
-        closed: whether it was closed.
+        view: the last look at the run.
+        closed: whether the panel was closed.
     """
 
     def __init__(self, run: Run, start: Callable[[Run], Any] | None = None, *, buttons: bool = True) -> None:
         self.run, self._start, self._buttons = run, start, buttons
         self._follower = Follower(run)
         self.view = View(run.name, Status(), dict.fromkeys(CURVES, ()))
-        self._note = ""  # what came of the last click, where the trainer has no word in it
+        self._note = ""  # the result of the last click, if the trainer does not report one
         self._task: asyncio.Task[None] | None = None
         self.closed = False
         self._make_widgets()
         self.refresh()
-        with contextlib.suppress(RuntimeError):  # no loop: a terminal; it then shows what refresh() finds
+        with contextlib.suppress(RuntimeError):  # a terminal has no loop and shows what refresh() finds
             self._task = asyncio.get_running_loop().create_task(self._keep_fresh())
 
     def _make_widgets(self) -> None:
@@ -99,24 +99,24 @@ class WatchPanel(Panel):
             "grad_norm": LiveChart(["gradient norm"], height_px=84),
             "tokens_per_s": LiveChart(["tokens/s"], height_px=84),
         }
-        self.stop_button = self._button("Stop and save", "stop", "stop", "Ends after this step, saved; frees the GPU.")
-        self.save_button = self._button("Save now", "save", "save", "Saves a checkpoint and goes on.")
+        self.stop_button = self._button(
+            "Stop and save", "stop", "stop", "Saves after this step and ends, which frees the GPU."
+        )
+        self.save_button = self._button("Save now", "save", "save", "Saves a checkpoint and continues.")
         self.resume_button = self._button(
-            "Resume", "play", "resume", "Trains in a process of its own, from the newest good checkpoint."
+            "Resume", "play", "resume", "Continues in a separate process from the newest good checkpoint."
         )
         for widget, name in ((self.state, "qlora-state"), (self.requests, "qlora-requests"), (self.log, "qlora-log")):
-            widget.add_class(name)
+            add_classes(widget, name)
         beside = {"flex": "1 1 260px", "min_width": "0", "overflow": "hidden"}
         small = ipywidgets.VBox([self.charts[key].box for key in list(self.charts)[1:]], layout=beside)
         self.charts["loss"].box.layout.flex = "2 1 420px"
         charts = ipywidgets.HBox([self.charts["loss"].box, small])
-        charts.add_class("qlora-columns")
-        asked = [self.stop_button, self.save_button, self.resume_button, self.requests] if self._buttons else []
-        row = ipywidgets.HBox(asked)
-        row.add_class("qlora-asked")
+        add_classes(charts, "qlora-columns")
+        buttons = [self.stop_button, self.save_button, self.resume_button, self.requests] if self._buttons else []
+        row = add_classes(ipywidgets.HBox(buttons), "qlora-buttons")
         self.box = styled(
             [
-                ipywidgets.HTML(live_charts.STYLE + watch_texts.STYLE, layout={"display": "none"}),
                 self.state,
                 self.bar,
                 self.limits,
@@ -132,26 +132,26 @@ class WatchPanel(Panel):
     def _button(self, text: str, icon: str, kind: str, tooltip: str) -> ipywidgets.Button:
         button = ipywidgets.Button(description=text, icon=icon, tooltip=tooltip, layout={"width": "auto"})
         button.add_class(f"qlora-{kind}")
-        button.on_click(lambda _: self._asked(kind))
+        button.on_click(lambda _: self._request(kind))
         return button
 
-    def _asked(self, kind: str) -> None:
+    def _request(self, kind: str) -> None:
         self._note = ""
         try:
             if kind != "resume":
                 self.run.request(kind)
             elif self._start is not None:
-                self._note = said(str(self._start(self.run)))
+                self._note = success_html(str(self._start(self.run)))
         except UserError as error:
-            self._note = wrong(str(error))
+            self._note = error_html(str(error))
         self.refresh()
 
     def refresh(self) -> None:
-        """Looks at the run now and shows it."""
+        """Reads the run now and shows it."""
         try:
             self._show(self._follower.look())
-        except (UserError, OSError) as error:  # a damaged status, say; the curves from before stay
-            self.state.value = wrong(str(error))
+        except (UserError, OSError) as error:  # such as a damaged status; the earlier curves stay
+            self.state.value = error_html(str(error))
 
     def _show(self, view: View) -> None:
         self.view = view
@@ -183,17 +183,20 @@ class WatchPanel(Panel):
                         self._note = ""
                     self._show(view)
             except (UserError, OSError) as error:
-                self.state.value = wrong(str(error))
-            except Exception as error:  # the task's end: the panel would stand still, and nobody hear of it
-                self.state.value = wrong(f"{type(error).__name__}: {error}")
+                self.state.value = error_html(str(error))
+            except Exception as error:  # this is the top of the task, where nobody else would see the error
+                self.state.value = error_html(f"{type(error).__name__}: {error}")
             await asyncio.sleep(LIVE_S if self.view.status.is_live else QUIET_S)
 
     async def wait(self, *, step: int | None = None, timeout_s: float = 600.0) -> Status:
-        """Waits until the run has done a step, or its session has ended; the panel goes on meanwhile. For cells, with `await`.
+        """Waits, with `await` in a cell, until the run has done a step or its session has ended; the panel stays live.
 
         Args:
-            step: none waits for the end.
-            timeout_s: seconds to wait at most.
+            step: the step to wait for; None waits for the end.
+            timeout_s: the longest wait, in seconds.
+
+        Returns:
+            The run's status then.
 
         Raises:
             RunError: the time is over.
@@ -207,23 +210,23 @@ class WatchPanel(Panel):
         return status
 
     def close(self) -> None:
-        """Ends the panel; the run goes on."""
+        """Closes the panel; the run continues."""
         self.closed = True
         if self._task is not None:
             self._task.cancel()
         _close_all(self.box)
 
     def still_text(self) -> str:
-        """State, readings and curves as text."""
+        """Returns state, readings and curves as text."""
         return f"{monitor.watch_once(self.run)}\n{monitor.loss_curve(self.run)}"
 
     def still_html(self) -> str:
-        """State, readings and a picture of the curves."""
+        """Returns state, readings and a picture of the curves."""
         return monitor.watch_once(self.run)._repr_html_() + monitor.loss_curve(self.run)._repr_html_()
 
 
 def _close_all(widget: ipywidgets.Widget) -> None:
-    """Closes a widget and all that it holds; closing a box alone leaves the rest behind, in kernel and browser."""
+    """Closes a widget and everything in it; closing only a box leaves the rest in kernel and browser."""
     if widget.comm is None:
         return
     held = [getattr(widget, name) for name in widget.keys]
@@ -236,7 +239,7 @@ def _close_all(widget: ipywidgets.Widget) -> None:
 
 
 def _this_cell() -> str:
-    """The notebook cell that runs now, where Jupyter tells; else empty text."""
+    """Returns the id of the notebook cell that is running, or an empty text if Jupyter does not say."""
     try:
         from IPython import get_ipython
 

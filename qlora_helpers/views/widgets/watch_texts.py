@@ -1,4 +1,4 @@
-"""The texts of the watching panel as HTML: state, budget, readings, requests and log. All that comes from files is escaped."""
+"""The texts of the watch panel as HTML: state, budget, readings, requests and log. Everything that comes from files is escaped."""
 
 from __future__ import annotations
 
@@ -10,55 +10,19 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.requests import Request
 from qlora_helpers.views.follow import View, as_number, as_readings
-from qlora_helpers.views.widgets.panel import wrong
-
-STYLE = """<style>
-.qlora-watch { gap: 4px; }
-.qlora-watch .qlora-state { width: 100%; }
-.qlora-watch .widget-hprogress { height: 10px; }
-.qlora-watch .widget-hprogress .progress { position: static; width: 100%; height: 8px; margin: 0; border-radius: 4px;
-  overflow: hidden; background: var(--jp-layout-color3, #ddd); }
-.qlora-head { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; font-variant-numeric: tabular-nums; }
-.qlora-head strong { font-size: 16px; }
-.qlora-head .what { color: var(--jp-ui-font-color2, #666); }
-.qlora-badge { border-radius: 10px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: #fff; background: #6e7781; }
-.qlora-badge.running, .qlora-badge.starting { background: #2c6bc9; }
-.qlora-badge.finished { background: #1a7f37; }
-.qlora-badge.failed, .qlora-badge.dead { background: #c4262e; }
-.qlora-badge.stopped { background: #9a6700; }
-.qlora-bars { display: flex; flex-wrap: wrap; gap: 2px 24px; font-size: 12px; }
-.qlora-bars > div { display: grid; grid-template-columns: max-content 90px max-content; gap: 8px; align-items: center;
-  font-variant-numeric: tabular-nums; }
-.qlora-bars > .plain { grid-template-columns: max-content max-content; }
-.qlora-meter { height: 8px; border-radius: 4px; overflow: hidden; background: var(--jp-layout-color3, #ddd); }
-.qlora-meter > div { height: 100%; background: #3a7bd5; }
-.qlora-meter.full > div { background: #d2691e; }
-.qlora-copied { font-size: 12px; color: var(--jp-ui-font-color2, #666); }
-.qlora-copied.away { color: inherit; border-left: 4px solid var(--jp-warn-color1, #d29922); padding: 1px 8px; }
-.qlora-asked { align-items: center; flex-wrap: wrap; overflow: visible; }
-.qlora-requests { flex: 1 1 300px; }
-.qlora-steps { font-size: 12px; margin-left: 12px; }
-.qlora-steps span { color: var(--jp-ui-font-color3, #999); }
-.qlora-steps span.now { color: var(--jp-ui-font-color1, inherit); font-weight: 600; }
-.qlora-tail { display: flex; flex-direction: column-reverse; max-height: 118px; overflow: auto; border-radius: 4px;
-  background: var(--jp-layout-color2, #f5f5f5); }
-.qlora-watch .qlora-tail pre { margin: 0; padding: 4px 8px; font: 11px/1.45 var(--jp-code-font-family, monospace); white-space: pre;
-  color: var(--jp-ui-font-color2, #555); background: transparent; overflow: visible; flex: none; }
-.qlora-watch .qlora-log { width: 100%; }
-.qlora-watch .qlora-log > .widget-html-content { width: 100%; min-width: 0; overflow: hidden; }
-</style>"""
+from qlora_helpers.views.widgets.panel import error_html
 
 
 def state(view: View) -> str:
-    """Name, state, step, time left, money, and what went wrong."""
+    """Returns name, state, step, time left, cost, and what went wrong."""
     status = view.status
     facts = []
     if status.max_steps:
         facts.append(("step", f"{status.step:,} of {status.max_steps:,}"))
     if view.seconds_left is not None:
-        facts.append(("left", f"about {duration(view.seconds_left)}"))
+        facts.append(("time left", f"about {duration(view.seconds_left)}"))
     if status.used_s:
-        facts.append(("so far", duration(status.used_s)))
+        facts.append(("time so far", duration(status.used_s)))
     if status.used_usd is not None:
         facts.append(("cost so far", f"{status.used_usd:,.2f} USD"))
     if status.is_live and view.silent_s >= 15:
@@ -68,16 +32,16 @@ def state(view: View) -> str:
     ended = f'<span class="what">{html.escape(ended)}</span>' if ended else ""
     badge = f'<span class="qlora-badge {html.escape(status.state)}" role="status">{html.escape(status.state)}</span>'
     head = f'<div class="qlora-head"><strong>{html.escape(view.name)}</strong>{badge}{shown}{ended}</div>'
-    return head + wrong(view.trouble)
+    return head + error_html(view.trouble)
 
 
 def limits(view: View) -> str:
-    """How far the budget is used, a bar a limit; empty where there is none."""
+    """Returns how much of the budget is used, with a bar for each limit; empty without a budget."""
     return _bars([(f"limit: {limit.name}", limit.share, limit.text) for limit in view.limits])
 
 
 def readings(view: View) -> str:
-    """Memory and load of each GPU; of process and CPU where there is no GPU."""
+    """Returns memory and load of each GPU, or of process and CPU if there is no GPU."""
     rows: list[tuple[str, float | None, str]] = []
     gpus, process = as_readings(view.readings)
     for index, gpu in enumerate(gpus):
@@ -95,15 +59,15 @@ def readings(view: View) -> str:
 
 
 def events_copy(view: View) -> str:
-    """How far the copy of the TensorBoard events on S3 is; a bucket that does not take them is a warning, never red."""
+    """Returns the state of the copy of the TensorBoard events on S3; a failed copy is a warning, not an error."""
     if view.events_copy is None:
         return ""
     line = html.escape(plain(f"TensorBoard: {view.events_copy.line()}"))
-    return f'<div class="qlora-copied{" away" if view.events_copy.last_error else ""}" role="status">{line}</div>'
+    return f'<div class="qlora-copied{" failed" if view.events_copy.last_error else ""}" role="status">{line}</div>'
 
 
 def requests(view: View) -> str:
-    """What was asked, and how far it is: asked, received, done."""
+    """Returns each request and its stage: asked, received, done."""
     return "".join(_request(request, view) for request in view.requests)
 
 
@@ -115,7 +79,7 @@ def _request(request: Request, view: View) -> str:
         steps, now = ["asked", f"not received: the trainer is {view.status.state}"], 1
     elif request.stage == "received":
         waits = "once the model is loaded" if view.status.state == "starting" else "after this step or evaluation"
-        steps, now = ["asked", f"received, will be done {waits}", "done"], 1
+        steps, now = ["asked", f"received, follows {waits}", "done"], 1
     else:
         steps, now = [f"asked {duration(max(0, time.time() - request.asked_at))} ago", "received", "done"], 0
     shown = " → ".join(
@@ -126,7 +90,7 @@ def _request(request: Request, view: View) -> str:
 
 
 def log(view: View) -> str:
-    """The last lines of the log."""
+    """Returns the last lines of the log."""
     if not view.log:
         return ""
     lines = html.escape("\n".join(view.log))
@@ -143,6 +107,6 @@ def _bar(name: str, share: float | None, text: str) -> str:
     label, value = f"<span>{html.escape(name)}</span>", f"<span>{html.escape(text)}</span>"
     if share is None:
         return f'<div class="plain">{label}{value}</div>'
-    full = " full" if share >= 0.95 and not name.endswith("load") else ""  # a busy GPU is as it should be
+    full = " full" if share >= 0.95 and not name.endswith("load") else ""  # a GPU should be busy
     width = 100 * min(1.0, max(0.0, share))
     return f'<div>{label}<div class="qlora-meter{full}"><div style="width:{width:.1f}%"></div></div>{value}</div>'

@@ -1,4 +1,4 @@
-"""Answers in slots are those of `model.generate`, whatever stands beside them, however many slots there are."""
+"""Answers in slots are those of `model.generate`, whatever else is in the batch, however many slots there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAD, END = 1, 0
 
 
 def own_answers(model, prompt, most):
-    """What `model.generate` says to a prompt alone."""
+    """The answer of `model.generate` to a prompt alone."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=PAD, eos_token_id=END)
@@ -41,8 +41,8 @@ def test_answers_are_those_of_generate_in_any_number_of_slots(slots):
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
-def test_tuned_and_untuned_in_dense_form(kind):
-    """Falcon is in 4 bits: its weights are unpacked; the adapters act, and are off where peft switches them off."""
+def test_tuned_and_untuned_answers_with_unpacked_weights(kind):
+    """Falcon is in 4 bits, so its weights are unpacked; the adapters work, and peft can switch them off."""
     model = tuned(tiny_falcon().model if kind == "falcon" else tiny_llama())
     prompts = random_prompts((3, 31, 12, 7, 20))
     own = [own_answers(model, prompt, 8) for prompt in prompts]
@@ -60,7 +60,7 @@ def test_tuned_and_untuned_in_dense_form(kind):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_is_answered_fast_or_says_why_not(family):
+def test_every_family_answers_fast_or_says_why_not(family):
     """Grouped, shared and own keys, Falcon's three layouts, rotary and learned positions; windows and alibi are refused."""
     model = tiny_model(family)
     prompts = random_prompts((3, 17, 9, 6), vocabulary=256)
@@ -93,8 +93,46 @@ def test_a_window_shorter_than_the_longest_row_is_refused():
     assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=2) == [own_answers(model, p, 6) for p in prompts]
 
 
-def test_a_model_that_answers_otherwise_in_slots_is_refused(monkeypatch):
-    """The proof on the loaded model: here every token is told to stand one place further on."""
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"rope_parameters": {"rope_type": "default"}}, None),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "longest row"),
+        ({"rope_scaling": {"type": "longrope"}}, "longest row"),
+        ({"sliding_window": 16}, "window of fewer than 20 tokens"),
+        ({"sliding_window": 20}, None),
+        ({"sliding_window": 16, "use_sliding_window": False}, None),
+        ({"attention_chunk_size": 16}, "window"),
+    ],
+)
+def test_answers_that_depend_on_more_than_mask_and_positions_are_refused(settings, refused):
+    from types import SimpleNamespace
+
+    from qlora_helpers.evaluation.fast_answers.answer import _shape_refusal
+
+    config = SimpleNamespace(**settings)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    reason = _shape_refusal(model, 20)
+    assert reason is None if refused is None else refused in reason
+
+
+def test_the_fullest_gpu_limits_a_model_over_several(monkeypatch):
+    """With stand-ins for two GPUs: free memory, and what PyTorch holds of it without using it."""
+    from types import SimpleNamespace
+
+    from qlora_helpers.evaluation.fast_answers import memory
+
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=device) for device in devices * 2])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((50, 20)[device.index], 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 25)
+    assert memory.free_bytes(model) == 2 * (20 + 30 - 25)
+    assert memory.usable_bytes(model) == pytest.approx(0.9 * 50)
+
+
+def test_a_model_that_answers_differently_in_slots_is_refused(monkeypatch):
+    """The proof on the loaded model: here every token is put one place too far."""
     from qlora_helpers.evaluation.fast_answers.cache import SlotCache
 
     take = SlotCache.take_step
@@ -104,8 +142,8 @@ def test_a_model_that_answers_otherwise_in_slots_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("slots", [8, 16, 40])
-def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch):
-    """As on a GPU: fixed numbers of rows, a look every few steps, slots refilled by the quarter; a graph is played by its step."""
+def test_captured_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch):
+    """As on a GPU: fixed numbers of rows, a look every few steps, slots refilled by the quarter; a replay runs its step."""
     from qlora_helpers.evaluation.fast_answers import decoder, graphs
 
     sizes = []
@@ -118,7 +156,7 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
         sizes.append((rows, length))
         return Replayed(self._step, rows, length)
 
-    monkeypatch.setattr(graphs.CapturedStep, "_recorded", record)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", record)
     monkeypatch.setattr(decoder, "LENGTH_STEP", 32)
     monkeypatch.setattr(decoder.SlotDecoder, "_between_looks", lambda self: 4)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
@@ -132,13 +170,13 @@ def test_recorded_steps_of_fewer_sizes_give_the_same_answers(slots, monkeypatch)
     assert all(length % 32 == 0 for _, length in sizes)
 
 
-def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
+def test_a_step_that_can_t_be_captured_is_run_as_it_is(monkeypatch):
     from qlora_helpers.evaluation.fast_answers import graphs
 
     def fail(self, rows, length):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs.CapturedStep, "_recorded", fail)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", fail)
     monkeypatch.setattr("qlora_helpers.evaluation.fast_answers.answer._graph_refusal", lambda model: None)
     model, prompts = tiny_llama(), random_prompts((9, 4, 20))
     with answering_form(model, rows=2, tokens=40) as form:
@@ -148,8 +186,8 @@ def test_a_step_that_can_t_be_recorded_is_taken_as_it_is(monkeypatch):
     assert "no CUDA graph: RuntimeError: operation not permitted when stream is capturing" in repr(form)
 
 
-def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monkeypatch):
-    """With stand-ins for CUDA, which behave as PyTorch's parts do: the end of a spoilt recording raises and undoes nothing."""
+def test_a_failed_capture_leaves_generator_and_allocator_as_they_were(monkeypatch):
+    """With stand-ins for CUDA, which behave as PyTorch's parts do: ending a failed capture raises and undoes nothing."""
     from contextlib import nullcontext
     from types import SimpleNamespace
 
@@ -205,16 +243,16 @@ def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monk
 
 
 def test_memory_decides_the_form(monkeypatch):
-    """Too little for unpacked copies: weights as loaded. Too little for all slots: fewer, and the answers stay."""
-    from qlora_helpers.evaluation.fast_answers import answer as fast_answers
+    """With too little for unpacked copies, the weights stay as loaded; with too little for all slots, fewer are taken."""
+    from qlora_helpers.evaluation.fast_answers import memory
     from qlora_helpers.evaluation.fast_answers.weights import dense_bytes
 
     model = tuned(tiny_falcon().model)
     prompts = random_prompts((3, 31, 12, 7, 20))
     own = [own_answers(model, prompt, 8) for prompt in prompts]
-    one = fast_answers.cache_bytes(model, 1, 64)
+    one = memory.cache_bytes(model, 1, 64)
     for free, dense, slots in ((dense_bytes(model) * 2 + 40 * one, True, 5), (40 * one, False, 5), (3 * one, False, 2)):
-        monkeypatch.setattr(fast_answers, "free_bytes", lambda model, free=free: free)
+        monkeypatch.setattr(memory, "free_bytes", lambda model, free=free: free)
         with answering_form(model, rows=5, tokens=64) as form:
             assert answer_fast(model, prompts, pad=PAD, end=END, most=8, slots=5, form=form) == own
         assert (form.dense, form.slots) == (dense, slots)
@@ -222,7 +260,7 @@ def test_memory_decides_the_form(monkeypatch):
 
 
 def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
-    """On a GPU reading prompts takes more than the cache: whatever does not fit, the answers stay."""
+    """On a GPU reading prompts takes more memory than the cache; the answers are the same all the same."""
     from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder
 
     model, prompts = tiny_llama(), random_prompts((3, 31, 12, 7, 20, 1, 12, 40, 5, 5, 18))
@@ -244,7 +282,7 @@ def test_running_out_of_memory_takes_fewer_answers_at_once(monkeypatch):
     assert sum(told) == len(prompts) and min(told) > 0
 
 
-def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
+def test_unpacked_weights_that_do_not_fit_after_all_are_given_up(monkeypatch):
     from qlora_helpers.evaluation.fast_answers import weights
 
     model, prompts = tuned(tiny_falcon().model), random_prompts((3, 12))
@@ -264,9 +302,9 @@ def test_unpacked_weights_that_do_not_fit_after_all_are_left(monkeypatch):
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-def test_the_cache_takes_what_arithmetic_says():
-    from qlora_helpers.evaluation.fast_answers.answer import cache_bytes
+def test_the_cache_takes_as_much_memory_as_computed():
     from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder
+    from qlora_helpers.evaluation.fast_answers.memory import cache_bytes
 
     for model in (
         tiny_llama(),
@@ -281,7 +319,7 @@ def test_the_cache_takes_what_arithmetic_says():
         assert held + logits == cache_bytes(model, 2, 64)
 
 
-def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
+def test_cache_and_copies_are_freed_after_the_answers(monkeypatch):
     """Without the garbage collector's help: on a GPU they are gigabytes, and the next model's answers need the room."""
     import gc
     import weakref
@@ -315,8 +353,8 @@ def test_cache_and_copies_are_gone_when_it_has_answered(monkeypatch):
         gc.enable()
 
 
-def test_16_bits_lose_no_more_than_the_plain_way_does():
-    """As on a GPU: cache, mask and adapters in bfloat16, held against the same model in 32 bits."""
+def test_bfloat16_loses_no_more_than_on_the_plain_path():
+    """As on a GPU: cache, mask and adapters in bfloat16, compared with the same model in float32."""
     exact, model = tuned(tiny_llama()), tuned(tiny_llama().to(torch.bfloat16))
     assert next(weight for name, weight in model.named_parameters() if "lora_A" in name).dtype == torch.float32
     prompts = random_prompts((3, 31, 12, 7, 20, 9, 15, 26))

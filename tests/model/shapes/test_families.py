@@ -8,7 +8,7 @@ import pytest
 from tiny import FAMILIES, tiny_model
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, supports_packing
+from qlora_helpers.model.shapes.families import ADAPTER_TARGETS, adapter_targets, has_dropout, supports_packing
 
 
 def test_every_listed_family_is_tried_here():
@@ -17,8 +17,8 @@ def test_every_listed_family_is_tried_here():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_targets_are_all_linear_layers_of_a_block(torch, family):
-    """None that the model lacks, and none left out: QLoRA found adapters on all of them to matter."""
+def test_targets_are_all_linear_layers_of_a_decoder_layer(torch, family):
+    """No more and no fewer: QLoRA found adapters on all of them to matter."""
     model = tiny_model(family)
     head = model.get_output_embeddings()
     found = {
@@ -35,7 +35,7 @@ def test_an_unlisted_family_has_no_targets_here():
 
 
 @pytest.mark.parametrize(
-    ("config", "apart"),
+    ("config", "packs"),
     [
         ({"model_type": "falcon"}, True),
         ({"model_type": "falcon", "alibi": True}, False),  # Falcon-RW
@@ -53,19 +53,27 @@ def test_an_unlisted_family_has_no_targets_here():
         ({}, False),
     ],
 )
-def test_which_models_keep_packed_rows_apart(config, apart):
-    assert supports_packing(config, 512) is apart
+def test_which_models_support_packing(config, packs):
+    assert supports_packing(config, 512) is packs
+
+
+@pytest.mark.parametrize(
+    ("config", "drops"),
+    [({}, False), ({"dropout": 0.1}, True), ({"attention_dropout": 0.0}, False), ({"dropout": "much"}, False)],
+)
+def test_which_models_have_dropout_of_their_own(config, drops):
+    assert has_dropout(config) is drops
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if supports_packing({"model_type": family}, 64)])
-def test_what_is_said_to_keep_rows_apart_does(torch, family):
+def test_models_that_support_packing_isolate_rows(torch, family):
     """Proved on a model of each family, with weights large enough for a leak to show."""
-    changed, apart = block_diagonal(tiny_model(family, initializer_range=0.5))
+    changed, difference = block_diagonal(tiny_model(family, initializer_range=0.5))
     assert changed == 0
-    assert apart < 1e-4
+    assert difference < 1e-4
 
 
-def test_a_model_that_does_not_is_found_out(torch):
+def test_a_model_that_leaks_between_rows_is_found(torch):
     with pytest.raises((ModelError, ValueError, RuntimeError)):
         block_diagonal(tiny_model("bloom", initializer_range=0.5))
 

@@ -10,12 +10,12 @@ import torch
 from pretended_captures import PretendedCapture
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
-from qlora_helpers.data.batches import SequenceCollator, most_trained
+from qlora_helpers.data.batches import RowBounds, SequenceCollator, TrainedTokens, most_trained
 from qlora_helpers.model.host_embedding import embeddings_on_host
 from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention
 from qlora_helpers.training.fast_step.graphs import MIN_REPLAYS, CudaCapture, graph_refusal, passes_captured
-from qlora_helpers.training.fast_step.loss import loss_in_chunks
+from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
 PASSES_BEFORE = 2
@@ -37,9 +37,7 @@ def opened():
             passes = stack.enter_context(
                 passes_captured(model, passes_before=PASSES_BEFORE, prepare=looked_up, capture=capture)
             )
-            collator = SequenceCollator(
-                0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40, host_tokens=offloaded
-            )
+            collator = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24, host_tokens=offloaded)
             return passes, capture, collator
 
         yield open_
@@ -302,10 +300,10 @@ def test_lists_of_trained_tokens_have_one_length_and_count_only_trained_tokens()
     model = built(SHAPES["llama"]).eval()
     with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0) as on, torch.no_grad():
         short = fast_collator(on)
-        filled = SequenceCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
+        filled = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24)
         batch = filled(BLOCKS)
         assert len(batch["trained_index"]) == 40 == len(set(batch["trained_index"].tolist()))
-        first, second = row_losses(model, short(BLOCKS), on.loss), row_losses(model, batch, on.loss)
+        first, second = chunked_row_losses(model, short(BLOCKS), on.loss), chunked_row_losses(model, batch, on.loss)
     assert second[1].tolist() == first[1].tolist()
     assert torch.allclose(first[0], second[0])
 

@@ -6,6 +6,7 @@ On a CPU, in float64: the kernel of a GPU takes 16 bits alone, and is compared o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -13,15 +14,26 @@ from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.base.config import AdapterConfig
-from qlora_helpers.data.batches import HostTokens, SequenceCollator, most_rows, row_starts
+from qlora_helpers.data.batches import (
+    AllLogits,
+    BlockDiagonalMask,
+    HostTokens,
+    KeptLogits,
+    PaddingMask,
+    RowBounds,
+    SequenceCollator,
+    TrainedTokens,
+    most_rows,
+    row_starts,
+)
 from qlora_helpers.model.lora import add_adapters
-from qlora_helpers.model.shapes.families import draws_at_random
+from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step import parts
 from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_within_rows, kernel_refusal
 from qlora_helpers.training.fast_step.layers import layers_changed
-from qlora_helpers.training.fast_step.loss import loss_in_chunks, token_losses
+from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks, token_losses
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
 VOCABULARY = 97
@@ -117,16 +129,20 @@ def fast(model, *, packed=True, compiled=False, checkpointed=0, offload_embeddin
 
 
 def plain_collator(packed=True):
-    return SequenceCollator(0, packed, pad_to=24 if packed else None, keep_trained_logits=False)
+    return SequenceCollator(
+        0, BlockDiagonalMask() if packed else PaddingMask(), AllLogits(), length=24 if packed else None
+    )
 
 
 def fast_collator(on, packed=True):
+    attention = PaddingMask()
+    if packed:
+        attention = RowBounds(5) if on.block_diagonal else BlockDiagonalMask()
     return SequenceCollator(
         0,
-        packed,
-        pad_to=24 if packed else None,
-        most_rows=5 if on.block_diagonal else None,
-        list_trained=on.loss is not None,
+        attention,
+        KeptLogits() if on.loss is None else TrainedTokens(),
+        length=24 if packed else None,
         host_tokens=on.offloaded is not None,
     )
 
@@ -367,7 +383,7 @@ def test_checkpointed_layers_draw_the_same_dropout(name):
 )
 def test_checkpointed_layers_draw_the_dropout_of_the_model_again(name, drops, packed):
     model = built(SHAPES[name] | drops)
-    assert draws_at_random(model.config.to_dict()) and not draws_at_random(SHAPES[name])
+    assert has_dropout(model.config.to_dict()) and not has_dropout(SHAPES[name])
     with fast(model, packed=packed) as on:
         assert on.block_diagonal == (packed and "attention_dropout" not in drops)
     assert_same_dropout(model, packed)
@@ -410,7 +426,7 @@ def test_evaluation_in_chunks_gives_the_plain_losses_of_each_block():
     with torch.no_grad():
         expected = row_losses(model, plain_collator()(BLOCKS))
         with fast(model) as on:
-            found = row_losses(model, fast_collator(on)(BLOCKS), on.loss)
+            found = chunked_row_losses(model, fast_collator(on)(BLOCKS), on.loss)
     torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=1e-6, atol=0)
     assert torch.equal(found[1], expected[1])
 
@@ -420,11 +436,10 @@ def test_sequences_of_padding_change_nothing():
     with fast(model) as on:
         collator = fast_collator(on)
         expected = gradients(model, collator(BLOCKS))
-        collator.blocks = 4
-        batch = collator(BLOCKS)
+        batch = dataclasses.replace(collator, sequences=4)(BLOCKS)
         assert batch["input_ids"].shape == (4, 24)
         assert_same(expected, gradients(model, batch), tolerance=1e-9)
-        losses, tokens = row_losses(model, batch, on.loss)
+        losses, tokens = chunked_row_losses(model, batch, on.loss)
     assert losses[2:].tolist() == [0, 0] and tokens[2:].tolist() == [0, 0]
 
 
@@ -484,9 +499,8 @@ def test_the_loss_divides_by_what_the_trainer_counted():
 
 
 def test_row_starts_have_one_length_and_count_padding():
-    collator = SequenceCollator(
-        0, True, pad_to=24, most_rows=most_rows({"row_ids": [[1, 2, 3, 4], [5, 6]]}, {"row_ids": [[7]]})
-    )
+    attention = RowBounds(most_rows({"row_ids": [[1, 2, 3, 4], [5, 6]]}, {"row_ids": [[7]]}))
+    collator = SequenceCollator(0, attention, length=24)
     starts = collator(BLOCKS)["row_starts"]
     assert starts.tolist() == [0, 9, 14, 15, 22, 24, 36, 44, 48, 48, 48]
     assert starts.dtype == torch.int32

@@ -97,8 +97,23 @@ def test_it_shows_pieces_as_they_come_stops_and_asks_again():
     assert panel.wait(10) and slow.closed.is_set()
     assert [given.state for given in panel.answers.values()] == ["stopped", "stopped"]
     assert panel.answers["base"].text and not panel.answers["tuned"].text
-    panel._answer = echo
+    panel.asking.answer = echo
     assert "ANN: LUNCH?" in asked(panel)[1]
+
+
+def test_an_iterator_is_closed_although_somebody_still_holds_it():
+    class Pieces:
+        closed = 0
+
+        def __iter__(self):
+            return iter(["one ", "two"])
+
+        def close(self):
+            self.closed += 1
+
+    held = Pieces()
+    panel = answer_panel(lambda dialogue, **settings: held, EXAMPLES)
+    assert "one two" in asked(panel)[1] and held.closed == 2
 
 
 @pytest.mark.parametrize(
@@ -117,11 +132,11 @@ def test_an_error_is_shown_and_the_panel_lives_on(error, message):
     base, tuned = asked(panel)
     assert message in panel._message.value
     assert "so far" in base and "failed" in base and "failed" in tuned
-    panel._answer = echo
+    panel.asking.answer = echo
     assert "LUNCH" in asked(panel)[0] and panel._message.value == ""
 
 
-def test_nothing_to_ask_about_is_said():
+def test_an_empty_dialogue_is_one_message():
     panel = answer_panel(echo)
     find(panel.box, "qlora-ask").click()
     assert "nothing to ask" in panel._message.value and not panel.answers
@@ -135,11 +150,11 @@ def test_html_is_shown_not_run():
 
 
 def test_an_object_without_a_dialogue_is_refused():
-    with pytest.raises(UserError, match="no dialogue"):
+    with pytest.raises(UserError, match="not a dialogue"):
         answer_panel(echo, [7])
 
 
-def test_still_it_is_the_answers_given_so_far():
+def test_without_widgets_it_is_the_answers_so_far():
     panel = answer_panel(echo, EXAMPLES)
     assert "not asked yet" in repr(panel) and "have lunch at one" in repr(panel)
     asked(panel)

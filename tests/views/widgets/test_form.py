@@ -1,4 +1,4 @@
-"""The form without a browser: controls are turned, and their consequences, the saved file and the messages looked at."""
+"""The form without a browser: controls are changed, and their consequences, the saved file and the messages checked."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def form(falcon_run):
 
 
 def text(widget) -> str:
-    """All that the HTML parts below a widget say."""
+    """Returns the text of all HTML widgets in a widget."""
     own = widget.value if type(widget).__name__ == "HTML" and widget.layout.display != "none" else ""
     return own + "".join(text(child) for child in getattr(widget, "children", ()))
 
 
 def find(widget, name):
-    """The widget with a CSS class."""
+    """Returns the widget with a CSS class."""
     if name in getattr(widget, "_dom_classes", ()):
         return widget
     return next((hit for child in getattr(widget, "children", ()) if (hit := find(child, name))), None)
@@ -62,7 +62,7 @@ def test_every_setting_has_a_control_with_its_text(falcon_run):
         assert find(form.box, name)
 
 
-def test_a_knob_shows_its_consequences(form):
+def test_a_change_shows_its_consequences(form):
     base = form.forecast
     assert "55,541,760" in text(find(form.box, "qlora-consequences"))
     form.fields["adapter.r"].control.value = 64
@@ -72,7 +72,7 @@ def test_a_knob_shows_its_consequences(form):
     assert "adapter.r 8 → 64" in text(form.box)
 
 
-def test_the_slider_and_the_number_go_together(form):
+def test_slider_and_number_follow_each_other(form):
     slider = find(form.box, "qlora-field-adapter-r").children[0].children[1]
     slider.value += 2
     assert form.fields["adapter.r"].control.value == form.config.adapter.r == 32
@@ -80,7 +80,7 @@ def test_the_slider_and_the_number_go_together(form):
     assert form.config.adapter.r == 12, "a number between the stops can be typed"
 
 
-def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
+def test_a_plan_that_does_not_fit_is_red_with_a_fix_that_fits(form):
     form.fields["train.activation_checkpointing"].control.value = False
     assert not form.forecast.fits
     shown = text(find(form.box, "qlora-consequences"))
@@ -88,21 +88,23 @@ def test_what_does_not_fit_is_red_with_a_mend_that_fits(form):
     assert form.view.fix_button.layout.display == ""
     form.view.fix_button.click()
     assert form.forecast.fits and form.config.train.activation_checkpointing
-    assert "qlora-over" not in form.view.figures.value.split("</style>")[1]
+    assert "qlora-over" not in form.view.figures.value
     assert form.view.fix_button.layout.display == "none"
 
 
-def test_the_plan_s_settings_are_taken_whole(form):
+def test_the_plan_button_applies_all_its_settings(form):
     choice = form.forecast.plan.choice
-    assert form.forecast.step.blocks != choice.blocks and choice.seconds < form.forecast.step.seconds
+    assert (
+        form.forecast.step.micro_batch_size != choice.micro_batch_size and choice.seconds < form.forecast.step.seconds
+    )
     form.view.plan_button.click()
     assert form.config == form.saved.with_settings(choice.settings)
-    assert form.fields["train.micro_batch_size"].control.value == choice.blocks
+    assert form.fields["train.micro_batch_size"].control.value == choice.micro_batch_size
     assert form.forecast.step.seconds == pytest.approx(choice.seconds)
     assert form.view.plan_button.layout.display == "none"
 
 
-def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
+def test_a_form_of_one_section_still_applies_the_whole_plan(falcon_run):
     form = ConfigForm(falcon_run, ("adapter",), gpus="ml.g5.12xlarge")
     choice = form.forecast.plan.choice
     form.view.plan_button.click()
@@ -122,23 +124,23 @@ def test_a_form_of_one_section_still_takes_the_whole_plan(falcon_run):
         ("data.source", "/nowhere/rows.jsonl", "rows.jsonl"),
     ],
 )
-def test_a_wrong_value_is_one_message_and_the_last_good_state_stays(form, name, value, message):
+def test_an_invalid_value_is_one_message_and_keeps_the_last_valid_state(form, name, value, message):
     before, found = form.config, form.forecast
     form.fields[name].control.value = value
-    assert message in form.wrong.value and form.wrong.value.count("role=") == 1
+    assert message in form.problems.value and form.problems.value.count("role=") == 1
     assert (form.config, form.forecast) == (before, found)
     assert not form.save() and form.run.config() == before
     form.reset()
-    assert not form.wrong.value and form.config == before
+    assert not form.problems.value and form.config == before
 
 
-def test_no_layer_chosen_is_refused_and_some_layers_are_counted(form):
+def test_choosing_no_layer_is_refused_and_some_layers_are_counted(form):
     field = form.fields["adapter.target_modules"]
     assert field.value is None and field.control.disabled
     field.automatic.value = False
     assert form.config.adapter.target_modules == field.control.options, "taken over from automatic: the same layers"
     field.control.value = ()
-    assert "adapter.target_modules" in form.wrong.value
+    assert "adapter.target_modules" in form.problems.value
     field.control.value = ("query_key_value",)
     assert form.forecast.adapter_parameters == 60 * 8 * (8192 + 9216)
 
@@ -200,14 +202,14 @@ def test_code_and_command_make_the_same_settings(form, tmp_path, monkeypatch):
     assert profile_config("falcon-40b").with_settings(settings) == form.config
 
 
-def test_a_value_taken_back_to_the_profile_is_told_too(falcon_run):
+def test_a_value_changed_back_to_the_profile_is_written_too(falcon_run):
     falcon_run.save_config(profile_config("falcon-40b").with_settings(["adapter.r=64"]))
     form = ConfigForm(falcon_run, ("adapter",), gpus="H100")
     form.fields["adapter.r"].control.value = 8
     assert "adapter.r=8" in find(form.box, "qlora-code").value
 
 
-def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
+def test_an_unknown_hardware_name_keeps_the_last_choice(form):
     form.choice.name.value = "H100"
     assert form.hardware.label == "H100" and len(form.forecast.step.memory) == 1
     form.choice.price.value = "4.5"
@@ -215,13 +217,15 @@ def test_hardware_is_typed_and_a_wrong_name_keeps_the_last(form):
     form.choice.name.value = "a potato"
     assert "not known" in form.choice.message.value and form.hardware.label == "H100"
     form.choice.name.value, form.choice.price.value = "4x24GiB", "cheap"
-    assert "that is no price" in form.choice.message.value
+    assert "this is not a price" in form.choice.message.value
+    form.choice.price.value = "-1"
+    assert "this is not a price" in form.choice.message.value
 
 
-def test_without_a_gpu_it_plans_for_what_can_do_it_and_says_so(falcon_run):
+def test_without_a_gpu_it_plans_for_an_instance_that_fits_and_says_so(falcon_run):
     form = ConfigForm(falcon_run)
     assert form.forecast.plan.fits
-    assert f"this machine has no GPU: planned for {form.hardware.label}" in text(form.box)
+    assert f"this machine has no GPU; the forecast is for {form.hardware.label}" in text(form.box)
     form.choice.name.value = "this machine"
     assert "no GPU" in form.choice.message.value
     with pytest.raises(UserError, match="no GPU"):
@@ -257,19 +261,19 @@ def test_a_data_file_that_was_gone_before_does_not_lock_the_form(falcon_run):
     form.fields["train.epochs"].control.value = 2
     assert form.config.train.epochs == 2 and form.save()
     form.fields["data.source"].control.value = "embedded"
-    assert form.forecast is not None and "No consequences" not in text(form.box)
+    assert form.forecast is not None and "There is no forecast" not in text(form.box)
     form.fields["data.source"].control.value = "/also/gone.jsonl"
-    assert "gone.jsonl" in form.wrong.value and form.config.data.source == "embedded"
+    assert "gone.jsonl" in form.problems.value and form.config.data.source == "embedded"
 
 
 def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
     form.fields["train.micro_batch_size"].control.value = 0
     form.choice.name.value = "H100"
-    assert "micro_batch_size" in form.wrong.value and len(form.forecast.step.memory) == 1
+    assert "micro_batch_size" in form.problems.value and len(form.forecast.step.memory) == 1
     assert not form.save()
 
 
-def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
+def test_a_plan_of_several_processes_is_shown_but_not_applied(falcon_run):
     settings = ["model.name=tiiuae/falcon-7b", "train.gradient_accumulation_steps=4"]
     falcon_run.save_config(profile_config("demo").with_settings(settings))
     form = ConfigForm(falcon_run, gpus="4xL4")
@@ -277,12 +281,12 @@ def test_a_plan_of_several_processes_is_told_but_not_taken(falcon_run):
     form.view.plan_button.click()
     train = form.config.train
     assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
-        "the optimizer step sees as many blocks as before"
+        "the optimizer step sees as many sequences as before"
     )
     assert form.view.plan_button.layout.display == "none" and form.forecast.plan.choice.copies == 1
 
 
-def test_a_run_that_is_not_there_and_a_section_that_is_none_are_refused(run, falcon_run):
+def test_an_unknown_run_or_section_is_refused(run, falcon_run):
     with pytest.raises(UserError, match="no such section"):
         ConfigForm(falcon_run, ("adaptor",))
     with pytest.raises(RunError, match="does not exist yet"):
@@ -304,11 +308,11 @@ def test_thirty_random_changes_take_under_100_ms_in_the_median(form):
         start = time.thread_time()
         control.value = value
         seconds.append(time.thread_time() - start)
-        assert form.fields[name].value == value and not form.wrong.value
+        assert form.fields[name].value == value and not form.problems.value
     assert statistics.median(seconds) < 0.1
 
 
-def test_still_it_is_tables(form):
+def test_without_widgets_it_is_tables(form):
     bundle = form._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     for shown in (bundle["text/plain"], bundle["text/html"], repr(form)):
@@ -316,7 +320,7 @@ def test_still_it_is_tables(form):
     assert "<table" in bundle["text/html"] and "GPU 3" in bundle["text/plain"]
 
 
-def test_what_a_setting_says_is_never_run(falcon_run):
+def test_html_in_a_setting_is_never_run(falcon_run):
     falcon_run.save_config(profile_config("demo").with_settings({"data.source": "<img src=x onerror=alert(1)>.csv"}))
     form = ConfigForm(falcon_run, gpus="H100")
     form.fields["data.dialogue_column"].control.value = "<script>alert(1)</script>"
@@ -324,7 +328,7 @@ def test_what_a_setting_says_is_never_run(falcon_run):
     assert "<script>" not in text(form.box) + form._repr_mimebundle_()["text/html"]
 
 
-def test_making_and_turning_it_imports_no_torch(falcon_run):
+def test_the_form_imports_no_torch(falcon_run):
     code = (
         "import sys; from qlora_helpers.runs.folder import Run; from qlora_helpers.views.widgets import ConfigForm\n"
         f"form = ConfigForm(Run({str(falcon_run.folder)!r}), gpus='H100')\n"

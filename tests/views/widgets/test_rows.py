@@ -8,6 +8,7 @@ import pytest
 from tiny import prepared_data
 
 from qlora_helpers.base.errors import DataError
+from qlora_helpers.base.style import inline
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.sources import Corpus, Dialogue
 from qlora_helpers.views.tokens import token_texts
@@ -33,16 +34,16 @@ def find(widget, name):
 
 
 def shown(rows) -> str:
-    return find(rows.box, "qlora-row-tokens").value.split("</style>")[1]
+    return find(rows.box, "qlora-row-tokens").value
 
 
 def of_kind(page: str, kind: str) -> str:
     """What the tokens of a kind say together, in a page's text without its key."""
-    body = page.split('<div class="qlora-key">')[0]
+    body = page.split('<div class="qlora-kinds">')[0]
     return "".join(re.findall(rf'<s class="k-{kind}[^"]*"[^>]*>(.*?)</s>', body, re.DOTALL))
 
 
-def test_colours_say_what_the_labels_say(rows, packed, tokenizer, dialogues):
+def test_colours_agree_with_the_labels(rows, packed, tokenizer, dialogues):
     summaries = {item.id: item.summary for item in dialogues}
     seen = set()
     for _ in range(6):
@@ -56,14 +57,14 @@ def test_colours_say_what_the_labels_say(rows, packed, tokenizer, dialogues):
     assert len(seen) == 6 and rows.index == 0, "past the last it begins again"
 
 
-def test_the_whole_block_shows_where_rows_begin_and_what_is_padding(rows, packed):
+def test_a_whole_sequence_shows_where_rows_begin_and_what_is_padding(rows, packed):
     block = max(range(len(packed.train)), key=lambda index: len(packed.train[index]["row_ids"]))
     ids = packed.train[block]["row_ids"]
     assert len(ids) > 1
     rows.search("")
     rows.show(next(index for index, place in enumerate(rows._rows) if place[0] == block))
     assert shown(rows).count('class="qlora-bound') == 0
-    find(rows.box, "qlora-whole-block").value = True
+    find(rows.box, "qlora-whole-sequence").value = True
     page = shown(rows)
     padding = 256 - len(packed.train[block]["input_ids"])
     assert page.count('class="qlora-bound') == len(ids) + 1 and all(row in page for row in ids)
@@ -73,7 +74,7 @@ def test_the_whole_block_shows_where_rows_begin_and_what_is_padding(rows, packed
     assert f"({trained - len(ids)} tokens" in page and f"({len(ids)} tokens" in page
 
 
-def test_search_goes_from_row_to_row_that_holds_it(rows):
+def test_search_goes_through_the_rows_with_the_text(rows):
     box = find(rows.box, "qlora-search")
     box.value = "KEYS"
     everywhere = [index for index, row in enumerate(rows._row_texts()) if "summarize" in row.lower()]
@@ -87,16 +88,19 @@ def test_search_goes_from_row_to_row_that_holds_it(rows):
         assert rows.index in rows.matches and rows.index != before
     box.value = "summarize"
     assert list(rows.matches) == everywhere and len(everywhere) == 6
+    rows.show(0)
+    find(rows.box, "qlora-previous").click()
+    assert rows.index == 5, "before the first match comes the last"
     box.value = ""
     assert rows.matches == () and "k-found" not in shown(rows)
 
 
-def test_a_number_jumps_and_a_wrong_one_is_one_message(rows):
+def test_a_row_number_jumps_and_an_invalid_one_is_one_message(rows):
     number = find(rows.box, "qlora-row-number")
     number.value = 5
     assert rows.index == 4
     number.value = 99
-    assert "rows 1 to 6" in rows._found.value and rows.index == 4
+    assert "numbered 1 to 6" in rows._found.value and rows.index == 4
     find(rows.box, "qlora-previous").click()
     assert (rows.index, number.value) == (3, 4)
 
@@ -115,18 +119,18 @@ def test_html_in_a_dialogue_is_shown_not_run(tokenizer):
     corpus = Corpus("x", "CC0-1.0", rows[:1], rows[1:2], rows[2:], notes=())
     browser = row_browser(prepared_data(corpus, tokenizer, packing=False), tokenizer)
     browser.search(bad)
-    find(browser.box, "qlora-whole-block").value = True
+    find(browser.box, "qlora-whole-sequence").value = True
     everything = browser._found.value + browser._head.value + shown(browser) + browser.still_html()
     ours = re.sub(r"</?(s|b|div|span|hr)( [^<>]*)?/?>|<br>", "", everything)
     assert "<" not in ours and "&lt;" in shown(browser) and "&lt;b&gt;" in browser._head.value
     assert len(browser.matches) == 1
 
 
-def test_still_it_is_the_row_with_brackets(rows, dialogues):
+def test_without_widgets_it_is_the_row_with_brackets(rows, dialogues):
     bundle = rows._repr_mimebundle_()
     first = next(item for item in dialogues if f" {item.id} " in rows._head.value)
     assert f"[{first.summary}END]" in bundle["text/plain"] == repr(rows)
-    assert "underline" in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
+    assert inline("trained") in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
 
 
 def test_an_emoji_of_several_tokens_is_shown_whole(tokenizer):

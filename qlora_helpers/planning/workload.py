@@ -1,0 +1,123 @@
+"""A training run as the planner sees it: the model, its settings, the GPUs, and how much there is to train on.
+
+Built once and passed on. Owns what the settings allow on this hardware; knows nothing of bytes, seconds or choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.machine.hardware import Gpu, Hardware
+from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.model.shapes.families import has_dropout
+from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.speed import UNNAMED_GPU
+from qlora_helpers.planning.step_settings import (
+    SUMMARY_SHARE,
+    StepSettings,
+    is_packed,
+    may_capture,
+    sequences_per_step,
+    step_settings,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, with which settings, on which GPUs.
+
+    Attributes:
+        config: settings of the run.
+        shape: the model's `config.json`.
+        hardware: the GPUs, with their price.
+        tokens: of the whole training, in all epochs.
+        trained_share: share of the tokens that count in the loss.
+        one_process: rules out a copy of the model on each of several GPUs, which takes torchrun.
+    """
+
+    config: RunConfig
+    shape: dict[str, Any]
+    hardware: Hardware
+    tokens: int
+    trained_share: float = SUMMARY_SHARE
+    one_process: bool = False
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """The model's sizes.
+
+        Raises:
+            ModelError: the shape lacks a size.
+        """
+        return model_sizes(self.shape)
+
+    @cached_property
+    def _step(self) -> StepSettings:
+        return step_settings(
+            self.config,
+            self.shape,
+            micro_batch_size=self.config.train.micro_batch_size,
+            trained_share=self.trained_share,
+        )
+
+    def step(self, **changes: Any) -> StepSettings:
+        """Returns the settings of one step, compiled unless `changes` says otherwise.
+
+        Raises:
+            ModelError: the shape lacks a size, or a target layer is unknown.
+        """
+        return replace(self._step, **changes)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether rows are packed: asked for, and possible with this model."""
+        return is_packed(self.config, self.shape)
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU whose speed counts: one like it where only an amount of memory is known."""
+        return self.hardware.gpu or UNNAMED_GPU
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that an optimizer step learns from."""
+        return sequences_per_step(self.config.train)
+
+    @property
+    def gpus_per_copy(self) -> tuple[int, ...]:
+        """How many GPUs may hold one copy of the model: all of them together, or each its own."""
+        return (self.hardware.gpus,) if self.one_process else tuple(sorted({1, self.hardware.gpus}))
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether layers may be compiled: not without the fast step, nor where rows are padded and differ in length."""
+        return self.config.train.fast_step and self.packed
+
+    @property
+    def may_capture(self) -> bool:
+        """Whether one process can capture its passes as CUDA graphs on one of these GPUs."""
+        bfloat16 = self.gpu.supports_bf16 and self.config.model.compute_dtype != "float16"
+        dropout = self.config.adapter.lora_dropout > 0 or has_dropout(self.shape)
+        return bfloat16 and may_capture(self.config.train, self.packed, dropout, self.sizes)
+
+    @property
+    def embedding_places(self) -> tuple[bool, ...]:
+        """Whether the input embedding may be offloaded: not where it is the output layer too, nor without the fast step."""
+        return (False,) if self.sizes.tied or not self.config.train.fast_step else (False, True)
+
+    def on(self, hardware: Hardware) -> Workload:
+        """The same training on other GPUs."""
+        return replace(self, hardware=hardware)
+
+    def with_settings(self, changes: Sequence[str]) -> Workload:
+        """The same training with some settings changed, as `--set` takes them."""
+        return replace(self, config=self.config.with_settings(changes))
+
+
+def copies_sharing(sequences: int, gpus: int) -> int:
+    """Returns the most GPUs, each with its own copy of the model, that can share a step's sequences evenly."""
+    return max(count for count in range(1, gpus + 1) if sequences % count == 0)

@@ -1,0 +1,61 @@
+"""What the report page is made of: the files of a run folder, read once.
+
+This module knows nothing of what the page says about them. It imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.files import read_json
+from qlora_helpers.runs.folder import Run, Status
+from qlora_helpers.views.monitor import LossCurve, loss_curve
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The contents of a run folder; a dict is empty if its file is missing."""
+
+    run: Run
+    config: RunConfig
+    status: Status
+    curve: LossCurve
+    plan: dict[str, Any]
+    evaluation: dict[str, Any]
+    prepared: dict[str, Any]
+    adapter: dict[str, Any]
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What training measured; empty before that."""
+        return self.plan.get("measured", {})
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether answers and scores mean nothing."""
+        return self.evaluation.get("random_weights", self.config.model.name.startswith("random:"))
+
+
+def read_parts(run: Run) -> Parts:
+    """Reads what the run folder holds so far.
+
+    Raises:
+        RunError: the run does not exist, or one of its files is damaged.
+    """
+
+    def found(path: Path) -> dict[str, Any]:
+        return read_json(path) if path.exists() else {}
+
+    return Parts(
+        run,
+        run.config(),
+        run.status(),
+        loss_curve(run),
+        found(run.plan_path),
+        found(run.evaluation_path),
+        found(run.data_dir / "prepared.json"),
+        found(run.adapter_dir / "adapter_config.json"),
+    )

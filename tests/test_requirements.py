@@ -1,0 +1,98 @@
+"""What is imported is declared, what is declared is pinned, and what is pinned is locked."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DECLARED = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
+TEST_TOOLS = {"nbval", "pytest", "pytest-xdist", "hypothesis", "moto", "playwright", "ruff", "mypy", "import-linter"}
+LOCKS = ("requirements.lock", "requirements-dev.lock")
+
+
+def pins(name: str) -> dict[str, Requirement]:
+    """The pinned packages of a requirements file."""
+    lines = [line.split(" #")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
+    return {canonicalize_name(each.name): each for each in found}
+
+
+def locked(name: str) -> dict[str, str]:
+    """The packages of a lock file by name, each with its text: pins, markers and hashes."""
+    blocks = re.split(r"^(?=\w)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    texts: dict[str, str] = {}
+    for block in blocks:
+        key = canonicalize_name(block.split("==")[0])
+        texts[key] = texts.get(key, "") + block
+    return texts
+
+
+def imported(folder: Path) -> set[str]:
+    """Top-level names of all imports below a folder, those inside functions and `import_module("...")` too."""
+    names = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module)
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+                names |= {each.value for each in node.args[:1] if isinstance(each, ast.Constant)}
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"qlora_helpers"}
+
+
+def test_every_imported_package_is_declared():
+    homes = importlib.metadata.packages_distributions()
+    names = imported(ROOT / "qlora_helpers")
+    assert len(names) >= 25 and {"numpy", "filelock", "IPython", "botocore"} <= names
+    undeclared = {name for name in names if not {canonicalize_name(home) for home in homes[name]} & set(DECLARED)}
+    assert not undeclared
+
+
+def test_the_pins_are_of_what_is_declared_and_lie_in_its_ranges():
+    pinned = pins("requirements.txt")
+    assert set(pinned) == set(DECLARED) and len(pinned) >= 30
+    for name, requirement in pinned.items():
+        (exactly,) = requirement.specifier
+        assert exactly.operator == "==" and DECLARED[name].specifier.contains(exactly.version), name
+        assert DECLARED[name].specifier, f"{name} has no range"
+
+
+def test_test_tools_are_no_run_time_requirement():
+    assert not TEST_TOOLS & set(DECLARED)
+    assert set(pins("requirements-dev.txt")) >= TEST_TOOLS
+    assert "nbval==" in (ROOT / "environment.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_lock_pins_what_the_requirements_pin_and_hashes_everything(lock):
+    packages = locked(lock)
+    wanted = pins(lock.replace(".lock", ".txt"))
+    wanted.pop("torch", None)
+    assert wanted and set(wanted) <= set(packages)
+    for name, requirement in wanted.items():
+        assert f"=={next(iter(requirement.specifier)).version} " in packages[name].replace("\\", " "), name
+    assert all("--hash=sha256:" in text for text in packages.values())
+
+
+def test_torch_and_its_cuda_packages_stand_outside_the_hashes():
+    names = {name for lock in LOCKS for name in locked(lock)}
+    assert [name for name in names if re.match(r"torch$|triton|cuda-|nvidia-(?!ml-py)", name)] == []
+    assert {"nvidia-ml-py", "sympy", "networkx", "setuptools"} <= names  # torch's other requirements are there
+
+
+def test_the_locks_hold_no_package_twice_and_name_no_host():
+    assert not set(locked(LOCKS[0])) & set(locked(LOCKS[1]))
+    for name in (*LOCKS, "requirements.txt", "requirements-dev.txt", "environment.yml", "pyproject.toml"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "://" not in text and "index-url" not in text and "find-links" not in text, name

@@ -1,0 +1,58 @@
+"""Writes requirements.lock and requirements-dev.lock with uv: every package, pinned, with hashes, for all platforms and Pythons.
+
+python tools/lock.py
+
+torch and the CUDA packages that it brings are left out, since its builds differ by machine: `tools/install.py` installs torch
+after the lock, by its pin in requirements.txt.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = "3.11"
+# torch's own CUDA packages; nvidia-ml-py is ours.
+OF_TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-(?!ml-py).*)==")
+HEADER = "# Written by `make lock` from {source}; don't edit. torch is installed beside it (tools/install.py).\n"
+
+
+def main() -> int:
+    """Writes both files; the second holds only what the first does not."""
+    runtime = resolve("requirements.txt")
+    development = resolve("requirements-dev.txt", constraints=runtime)
+    names = {name_of(block) for block in runtime}
+    write("requirements.lock", "requirements.txt", runtime)
+    write("requirements-dev.lock", "requirements-dev.txt", [each for each in development if name_of(each) not in names])
+    return 0
+
+
+def resolve(source: str, constraints: list[str] | None = None) -> list[str]:
+    """The packages that a requirements file leads to, each as its pin with the hashes below, without torch."""
+    command = ["uv", "pip", "compile", source, "--universal", "--python-version", OLDEST_PYTHON]
+    command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
+    if constraints:
+        command += ["--constraints", "-"]
+    done = subprocess.run(
+        command, cwd=ROOT, input="".join(constraints or ()), stdout=subprocess.PIPE, text=True, check=True
+    )
+    blocks = re.split(r"^(?=[\w])", done.stdout, flags=re.MULTILINE)
+    return [block for block in blocks if re.match(r"\w", block) and not OF_TORCH.match(block)]
+
+
+def name_of(block: str) -> str:
+    """The package's name."""
+    return block.split("==")[0]
+
+
+def write(name: str, source: str, blocks: list[str]) -> None:
+    """Writes a lock file."""
+    (ROOT / name).write_text(HEADER.format(source=source) + "".join(blocks), encoding="utf-8")
+    print(f"{name}: {len(blocks)} packages")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
