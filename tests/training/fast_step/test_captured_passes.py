@@ -256,6 +256,20 @@ def test_a_cpu_says_why_nothing_is_captured():
         assert not on.capturing and any("CUDA" in reason for reason in on.why_off)
 
 
+def test_the_first_optimizer_step_and_one_pass_more_run_uncaptured(monkeypatch):
+    monkeypatch.setattr("qlora_helpers.training.fast_step.parts.graph_refusal", lambda *args, **options: None)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaCapture", PretendedCapture)
+    model = built(SHAPES["llama"])
+    request = {"packed": True, "longest": 24, "compiled": False, "checkpointed": 0, "accumulation": 3}
+    with fast_step(model, captured=True, **request) as on:
+        collator = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24)
+        replayed = []
+        for _ in range(6):
+            of(model, collator(BLOCKS))
+            replayed.append(on.graphs.replayed)
+    assert replayed == [0, 0, 0, 0, 1, 2]
+
+
 class OnGpus:
     """Stands in for a model on GPUs, with nothing but its weights."""
 
