@@ -1,6 +1,6 @@
-"""A trainer's signs of life, from a thread of its own: also while a model loads, an evaluation runs or a step takes minutes.
+"""A trainer's signs of life, from a thread of its own: also while a model loads or an evaluation runs.
 
-It beats the heart in `status.json` with readings of the GPUs, marks requests as received, and tells SageMaker Studio that somebody is
+It updates `status.json` with readings of the GPUs, marks requests as received, and tells SageMaker Studio that somebody is
 at work. The training loop waits for none of it.
 """
 
