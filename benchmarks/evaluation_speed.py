@@ -41,7 +41,7 @@ from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.model import loading, lora
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.wiring import takes_logits_to_keep
-from qlora_helpers.training import train
+from qlora_helpers.training.result import machine_name
 
 ON_GPU = torch.cuda.is_available()
 RANKS = {"falcon-7b": 8, "falcon-40b": 8, "falcon-tiny": 8}
@@ -247,7 +247,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=2, help="turns of all variants")
     chosen = options.parse_args()
     results: dict[str, Any] = {
-        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "machine": machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "versions": workflow.versions(),
         "options": {name: value for name, value in vars(chosen).items() if name not in ("out", "cases", "data")},
         "data": Path(chosen.data).name,

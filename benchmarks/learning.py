@@ -45,6 +45,7 @@ from qlora_helpers.evaluation.scorecard import compare
 from qlora_helpers.model import loading, lora
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import train as training
+from qlora_helpers.training.result import machine_name
 
 ON_GPU = torch.cuda.is_available()
 COMMON = {
@@ -291,7 +292,7 @@ def main() -> None:
     chosen = parsed()
     train, halves, skipped = split_rows(chosen)
     results: dict[str, Any] = {
-        "machine": training.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "machine": machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "versions": workflow.versions(),
         "data": Path(chosen.data).name,
         "dev": Path(chosen.dev).name,

@@ -43,6 +43,7 @@ from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import train
 from qlora_helpers.training.fast_step import matmuls
+from qlora_helpers.training.result import machine_name
 
 ON_GPU = torch.cuda.is_available()
 RANKS = {"falcon-7b": 8, "falcon-40b": 8, "falcon-tiny": 8}
@@ -371,7 +372,7 @@ def one(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "machine": train.machine_name(torch.device("cuda" if ON_GPU else "cpu")),
+        "machine": machine_name(torch.device("cuda" if ON_GPU else "cpu")),
         "total_gib": round(gib(torch.cuda.get_device_properties(0).total_memory), 2) if ON_GPU else None,
         "matrix_tflops": round(matrix_rate(), 1),
         "versions": workflow.versions() | peer_versions(),

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from qlora_helpers.evaluation.evaluate import Evaluation
     from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.model.loading import LoadedModel
-    from qlora_helpers.training.train import TrainResult
+    from qlora_helpers.training.result import TrainResult
 
 # What a notebook calls on the way through a run, whichever module holds it.
 __all__ = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import label_row
@@ -39,6 +40,7 @@ def summary_loss(
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses]) or 0.0
 
 
+@at("generation")
 @torch.no_grad()
 def summary_losses(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
@@ -70,6 +72,7 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, flo
     return one, two, longest
 
 
+@at("generation")
 def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.place import at
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
 from qlora_helpers.model.wiring import in_eval_mode
 
@@ -89,7 +90,8 @@ def stream(
             ended.set()
             thread.join()
     if errors:
-        raise errors[0]
+        with at("generation"):
+            raise errors[0]
 
 
 class _Tokens:
@@ -139,6 +141,7 @@ class Answer:
     stopped: bool
 
 
+@at("generation")
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,

@@ -1,7 +1,7 @@
-"""Kernels recorded once as a CUDA graph and played again, so that the GPU does not wait for Python.
+"""Captures GPU work as a CUDA graph, which is replayed without waiting for Python.
 
-CUDA graphs in PyTorch: docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Owns the recording itself; what may be recorded,
-and when, is for those who call it.
+See docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Owns the capture itself; what may be captured, and when, is decided by
+those who call it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import torch
 
 
 def new_pool() -> object:
-    """Memory that graphs share which are never played at once."""
+    """Makes a memory pool for graphs that are never replayed at the same time."""
     return torch.cuda.graph_pool_handle()
 
 
-def recorded(work: Callable[[], object], *, pool: object, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """Records what `work` starts on the GPU; nothing of it runs until the graph is played.
+def capture(work: Callable[[], object], *, pool: object, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """Captures what `work` starts on the GPU; nothing runs until the graph is replayed.
 
     Args:
-        work: no wait for the GPU and no look at a value in it; it ran before, so that libraries have chosen their kernels.
-        pool: from `new_pool`; holds what `work` allocates as long as the graph lives.
-        stream: not the default one; what `work` needs has been waited for on it.
+        work: never waits for the GPU or reads a value from it; has run before, so that libraries have chosen their kernels.
+        pool: from `new_pool`; holds what `work` allocates for as long as the graph lives.
+        stream: not the default one; it has waited for what `work` needs.
 
     Raises:
-        RuntimeError: `work` can't be recorded. PyTorch is left as it was.
-        torch.OutOfMemoryError: there is no room for what it allocates.
+        RuntimeError: `work` can't be captured. PyTorch is left as it was.
+        torch.OutOfMemoryError: `work` allocates more than there is.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        # Other threads (of data loaders, of this project's panels) may go on using CUDA meanwhile.
+        # Other threads (of data loaders, of this project's panels) may use CUDA meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             try:
@@ -44,17 +44,17 @@ def recorded(work: Callable[[], object], *, pool: object, stream: torch.cuda.Str
     return graph
 
 
-def refusal_of(error: Exception) -> str:
-    """Why something was not recorded, in one line; what can't be recorded differs by model, kernel and version."""
+def capture_refusal(error: Exception) -> str:
+    """Says in one line why something was not captured; what can't be captured differs by model, kernel and version."""
     return f"no CUDA graph: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: object) -> None:
-    """Leaves PyTorch as it was before a recording that failed.
+    """Leaves PyTorch as it was before a capture that failed.
 
-    `capture_end` raises before it tells the random generator and the allocator that the recording is over: the next dropout or
-    sampled token on this GPU would fail, and memory be put aside for a graph that is gone
-    (github.com/pytorch/pytorch/pull/171265). What a newer PyTorch has done itself is refused here, which is as well.
+    `capture_end` raises before it tells the random generator and the allocator that the capture is over: the next dropout or
+    sampled token on this GPU would fail, and memory would stay reserved for a graph that is gone
+    (github.com/pytorch/pytorch/pull/171265). Where a newer PyTorch has done this already, the calls here fail, which is harmless.
     """
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError, AttributeError, TypeError):
@@ -63,4 +63,4 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: object) -> None:
         graph.reset()
     with contextlib.suppress(RuntimeError, AttributeError, TypeError):
         generator = torch.cuda.default_generators[device]
-        generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in a state that nothing records
+        generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in a state that no capture uses

@@ -1,8 +1,8 @@
-"""The input embedding kept in the host's memory while training: it is only looked up, and no GPU needs a vocabulary for that.
+"""Keeps the input embedding in the host's memory while training: looking up a few rows needs no vocabulary on the GPU.
 
-A Llama of 8 B keeps 1 GiB of it, which is a block more in a small card. The rows are looked up on the host and sent to the GPU, of
-the tokens as the batch was made (its `host_tokens`), so nothing waits for the GPU; where a batch has none they are fetched from
-it first. Values are the same to the bit.
+Llama 8B's embedding takes 1 GiB, which on a small card is one more packed sequence in a batch. Rows are looked up on the host and
+sent to the GPU. The batch carries its tokens on the host (`host_tokens`), so that nothing waits for the GPU; where it does not,
+they are fetched from the GPU first. Values are the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ON_HOST = "_qlora_weight_on_host"
 
 
 def offload_refusal(model: torch.nn.Module) -> str | None:
-    """Why a model's input embedding must stay where it is; None where it can go.
+    """Says why a model's input embedding must stay on the GPU; None where it can go.
 
     Args:
         model: a transformers model, without peft around it.
@@ -36,13 +36,12 @@ def offload_refusal(model: torch.nn.Module) -> str | None:
 
 @contextmanager
 def embeddings_on_host(model: torch.nn.Module) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """While open, the weight of the input embedding lies in the host's memory.
+    """While open, the weight of the input embedding is in the host's memory.
 
-    Yields what turns a batch into one that was looked up: with `inputs_embeds`, `(batch, tokens, hidden)` on the host, in place of
-    its tokens.
+    Yields a function that looks a batch up: it replaces the tokens by `inputs_embeds`, `(batch, tokens, hidden)` on the host.
 
-    Where the GPU has no memory to take it back (after an out-of-memory error, before its frames are cleared) it stays on the host
-    and works on from there, until `brought_back`.
+    Where the GPU has no memory to take the weight back (after an out-of-memory error, before its frames are cleared), the weight
+    stays on the host and works from there until `restore_embedding`.
 
     Args:
         model: `offload_refusal` gives None for it, and its embedding is on its GPU.
@@ -59,7 +58,7 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[Callable[[dict[str, A
         return args, kwargs
 
     def rows_of(tokens: torch.Tensor) -> torch.Tensor:
-        # Pinned memory is given out again when what was sent from it has arrived: PyTorch's own cache sees to that.
+        # PyTorch's cache reuses pinned memory only once what was sent from it has arrived.
         rows = torch.empty(tokens.numel(), host.shape[1], dtype=host.dtype, pin_memory=device.type == "cuda")
         torch.index_select(host, 0, tokens.reshape(-1), out=rows)
         return rows.reshape(*tokens.shape, host.shape[1])
@@ -75,7 +74,7 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[Callable[[dict[str, A
 
     for hook in (
         model.register_forward_pre_hook(take, with_kwargs=True),
-        model.register_forward_hook(lambda *_: given.clear(), always_call=True),  # an error leaves no tokens behind
+        model.register_forward_hook(lambda *_: given.clear(), always_call=True),  # also after an error
     ):
         undo.callback(hook.remove)
     replace_forward(embedding, forward, undo)
@@ -84,15 +83,15 @@ def embeddings_on_host(model: torch.nn.Module) -> Iterator[Callable[[dict[str, A
     try:
         yield looked_up
     finally:
-        with suppress(torch.OutOfMemoryError):  # it goes on from the host; the next session tries again
-            brought_back(embedding)
+        with suppress(torch.OutOfMemoryError):  # it stays on the host; the next session tries again
+            restore_embedding(embedding)
 
 
-def brought_back(embedding: torch.nn.Module) -> None:
-    """Puts a weight that was left on the host back on its GPU; does nothing where none was.
+def restore_embedding(embedding: torch.nn.Module) -> None:
+    """Puts a weight that was left on the host back on its GPU; does nothing if none was.
 
     Raises:
-        torch.OutOfMemoryError: there is no room; it works on from the host.
+        torch.OutOfMemoryError: there is no room; the weight still works from the host.
     """
     if _ON_HOST not in vars(embedding):
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.place import at
 from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.allocator import use_expandable_segments
@@ -79,6 +80,7 @@ class LoadedModel:
         return f"{self.checkpoint!r}\n{self.audit!r}"
 
 
+@at("loading of the model")
 def load_model(config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Say = print) -> LoadedModel:
     """Loads a model, places it on the devices and audits what is in memory.
 

@@ -1,4 +1,4 @@
-"""What a model computes with, replaced for a while: a module's `forward`, the attention that its layers ask for by name."""
+"""Replaces parts of a model for a while: a module's `forward`, or the attention that its layers ask for by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 def replace_forward(module: torch.nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
     """Replaces a module's forward pass until `undo` is closed.
 
-    accelerate's hooks set one on the module itself too; that one comes back, where otherwise the class's does.
+    accelerate's hooks set `forward` on the module itself; `undo` then restores that one, otherwise the class's.
 
     Args:
         module: keeps its class, its hooks and the names of its weights.
-        forward: takes what the module's own took.
+        forward: takes the same arguments as the module's own.
         undo: restores it.
     """
     if "forward" in vars(module):
@@ -28,11 +28,11 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any], undo: 
 
 @contextmanager
 def attention_replaced(model: torch.nn.Module, name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """While open, layers that asked transformers' registry for sdpa's attention ask for this one; every model but Falcon does.
+    """While open, layers that use transformers' sdpa attention use this one instead. It works for every model but Falcon.
 
     Args:
         model: a transformers model.
-        name: in the registry.
+        name: its name in the registry.
         attention: as transformers calls it, with queries, keys and values of `(batch, heads, tokens, head_dim)`.
     """
     from transformers import AttentionInterface

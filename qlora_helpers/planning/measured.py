@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.model.lora import ParameterCount
-    from qlora_helpers.training.train import TrainResult
+    from qlora_helpers.training.result import TrainResult
 
 log = logging.getLogger(__name__)
 

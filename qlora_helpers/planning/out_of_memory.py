@@ -1,8 +1,9 @@
-"""Out of memory: says where it happened and what would fit, and frees all that the failed step held.
+"""Handles running out of memory: says where it happened and what would fit, and frees all that the failed step held.
 
 An error's traceback keeps the frames it went through, and they keep their tensors: the batch, every activation, the optimizer. In
-a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are read and
-cleared, and the error that is raised instead holds nothing. Knows nothing of how a run is trained.
+a notebook IPython keeps the last error too, so the memory stays taken until the kernel is restarted. Here the frames are cleared;
+what is raised instead holds nothing. The steps themselves say where they were (`base.place`); only a layer's number is looked up
+in the frames. Knows nothing of how a run is trained.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import read_json
+from qlora_helpers.base.place import facts_of, places_of
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.lookup import find_shape
@@ -72,10 +74,10 @@ class OutOfMemory(RunError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What the frames of an error showed before they were cleared.
+    """What is known of an error, read before its frames are cleared.
 
     Attributes:
-        where: the part of the step.
+        where: the part of the step, such as `forward of layer 3 of 32`.
         step: optimizer steps done.
         checkpointed, compiled: of the decoder layers; None where no training was open.
     """
@@ -96,12 +98,11 @@ def rescued(step: Step) -> Step:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = read_frames(error)
+            failure = failure_of(error)
             release_frames(error)
-        # Outside of the handler, so that the new error has no context, and `error` is gone.
+        # Outside of the handler the new error has no context, and `error` is gone.
         free_memory()
-        clean = _out_of_memory(run, failure)
-        raise clean
+        raise _out_of_memory(run, failure)
 
     return wrapper
 
@@ -151,77 +152,60 @@ def free_memory() -> None:
     if torch is None:
         return
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # compiled layers, with the buffers that inductor keeps for them
+        torch._dynamo.reset()  # compiled layers and the buffers that inductor keeps for them
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # an error of the device itself would come up here again
+        with contextlib.suppress(RuntimeError):  # an error of the device would be raised here again
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-# where
-
-
-def read_frames(error: BaseException) -> Failure:
-    """Finds where an error happened from the frames it went through: their functions' names and the modules they belong to."""
+def failure_of(error: BaseException) -> Failure:
+    """Where an error happened and what the steps noted on it; of a chain of errors, the first one counts most."""
+    chain = _chain(error)[::-1]
+    places = [place for each in chain for place in places_of(each)]
+    facts: dict[str, Any] = {}
+    for each in chain:
+        facts = facts_of(each) | facts
     frames = _frames(error)
-    layers = _layer_numbers(frames)
-    total = len(layers)
-    names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
-    modules = [frame.f_locals.get("self") for frame in frames]
-    backward = next((i for i, name in enumerate(names) if name[1] == "backward" and "torch" in name[0]), None)
-    seen = [(i, layers[id(module)]) for i, module in enumerate(modules) if id(module) in layers]
-    layer = f"layer {seen[-1][1]} of {total}" if seen else ""
-    if any(name == "qlora_helpers.training.probes" for name, _ in names):
-        where = f"check before training, forward of {layer}" if layer else "check before training"
-    elif any(name in ("qlora_helpers.evaluation.evaluate", "qlora_helpers.evaluation.generate") for name, _ in names):
-        where = f"generation, forward of {layer}" if layer else "generation"
-    elif any(function == "evaluation_loop" for _, function in names):
-        where = f"evaluation, forward of {layer}" if layer else "evaluation"
-    elif backward is not None:
-        again = seen and seen[-1][0] > backward
-        where = f"backward, recomputing {layer}" if again else "backward"
-    elif any(name == "accelerate.optimizer" and function == "step" for name, function in names):
-        where = "optimizer"
-    elif any("clip_grad_norm" in function for _, function in names):
-        where = "clipping of the gradients"
+    return Failure(_where(places, _layer(frames)) or f"in {frames[-1].f_code.co_name}", **facts)
+
+
+def _where(places: list[str], layer: str) -> str:
+    """The places in words, outermost first.
+
+    Args:
+        places: the innermost first.
+        layer: such as `layer 3 of 32`, of the forward pass that failed; empty outside of layers.
+    """
+    words = list(dict.fromkeys(reversed(places)))
+    if layer and words[-1:] == ["backward"]:
+        words.append(f"recomputation of {layer}")  # no other forward pass runs inside a backward pass
     elif layer:
-        where = f"forward of {layer}"
-    elif any(name.endswith("fast_step.loss") or "loss" in name.rsplit(".", 1)[-1] for name, _ in names):
-        where = "loss"
-    elif any(name == "qlora_helpers.model.loading" for name, _ in names):
-        where = "loading of the model"
-    else:
-        where = f"in {names[-1][1]}" if names else "unknown place"
-    return Failure(where, *_trainer_facts(frames))
+        words.append(f"forward of {layer}")
+    if len(words) > 1 and "forward" in words:
+        words.remove("forward")
+    return ", ".join(words)
 
 
-def _layer_numbers(frames: list[FrameType]) -> dict[int, int]:
-    """Returns each decoder layer's number (from 1) by its identity, in the first model that a frame names."""
+def _layer(frames: list[FrameType]) -> str:
+    """The innermost decoder layer that a frame belongs to, with its number (from 1); empty where none is."""
+    owners = [frame.f_locals.get("self") for frame in frames]
+    numbers = next(filter(None, map(_layer_numbers, owners)), {})
+    inside = [numbers[id(owner)] for owner in owners if id(owner) in numbers]
+    return f"layer {inside[-1]} of {len(numbers)}" if inside else ""
+
+
+def _layer_numbers(owner: Any) -> dict[int, int]:
+    """Each decoder layer's number by its identity, for a model or what has one as its `model`; empty for anything else."""
     torch = sys.modules.get("torch")
-    for frame in frames if torch else []:
-        for name in ("model", "self"):
-            found = frame.f_locals.get(name)
-            if isinstance(found, torch.nn.Module):
-                lists = [list(each) for each in found.modules() if isinstance(each, torch.nn.ModuleList)]
-                return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
-    return {}
-
-
-def _trainer_facts(frames: list[FrameType]) -> tuple[int | None, int | None, bool]:
-    for frame in frames:
-        trainer = frame.f_locals.get("trainer") or frame.f_locals.get("self")
-        if hasattr(trainer, "fast") and hasattr(trainer, "state"):
-            fast = trainer.fast
-            return (
-                trainer.state.global_step,
-                getattr(fast, "checkpointed", None),
-                bool(getattr(fast, "compiled", False)),
-            )
-    return None, None, False
-
-
-# what next
+    if torch is None:
+        return {}
+    model = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__dict__", {}).get("model")
+    if not isinstance(model, torch.nn.Module):
+        return {}
+    lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
+    return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
 
 
 def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:

@@ -1,8 +1,8 @@
 """Trainer's checkpoints in a run folder: one counts once it is verified, and only then is an older one removed.
 
-It is written under `.unfinished/`, verified there and then renamed, so a save that is cut off leaves all others as they were.
-A verified checkpoint holds `verified.json` with the size and SHA-256 of every file. Resuming takes the newest that still matches;
-a damaged one is passed over with a warning. `training_args.bin`, a pickle, is never read and therefore not kept.
+A checkpoint is written under `.unfinished/`, verified there and then renamed, so an interrupted save changes no other one.
+A verified checkpoint holds `verified.json` with the size and SHA-256 of every file. Resuming takes the newest one that still
+matches; a damaged one is skipped with a warning. `training_args.bin`, a pickle, is never read and therefore not kept.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _REPLACED = ".replaced-"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint folder's name."""
+    """Returns the optimizer step in a checkpoint folder's name."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest step first; verified or not."""
+    """Lists the checkpoint folders, verified or not, the oldest step first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of)
 
 
 def verify(checkpoint: Path) -> None:
-    """Looks at a freshly written checkpoint and seals it.
+    """Checks a freshly written checkpoint and seals it.
 
     Raises:
         RunError: a file is missing, unreadable or holds a value that is not finite.
     """
-    # Two saves at one step (asked for, and at the end of an epoch) leave the first one's seal here.
+    # Two saves at one step (one requested, one at the end of an epoch) leave the first one's seal here.
     for name in ("training_args.bin", SEAL):
         (checkpoint / name).unlink(missing_ok=True)
     missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
@@ -69,7 +69,7 @@ def verify(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def clear_write_errors(checkpoint: Path) -> Iterator[None]:
-    """Turns what writing a checkpoint raises (a full disk above all) into one clear error, and gives the space back.
+    """Turns errors while writing a checkpoint (above all a full disk) into one clear error, and frees the space.
 
     Raises:
         RunError: with the system's reason.
@@ -84,7 +84,7 @@ def clear_write_errors(checkpoint: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(checkpoint.parent if checkpoint.parent.exists() else checkpoint.parent.parent).free
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or "its files were not taken whole"
+        reason = getattr(error, "strerror", None) or "its files were not written whole"
         raise RunError(
             f"{checkpoint.name} could not be written ({reason}; {gib(free):.1f} GiB were free)",
             next_step="Free some space and train again; the run goes on from its last good checkpoint.",
@@ -92,7 +92,7 @@ def clear_write_errors(checkpoint: Path) -> Iterator[None]:
 
 
 def put_in_place(written: Path) -> None:
-    """Verifies a checkpoint that was written under `.unfinished/`, and moves it beside the others.
+    """Verifies a checkpoint under `.unfinished/` and moves it beside the others.
 
     Raises:
         RunError: see `verify`; nothing is moved.
@@ -106,7 +106,7 @@ def put_in_place(written: Path) -> None:
     folder = written.parent.parent
     place, old = folder / written.name, folder / f"{_REPLACED}{written.name}"
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():  # two saves at one step, or a damaged one is written anew
+    if place.exists():  # two saves at one step, or a damaged checkpoint is written again
         os.replace(place, old)
     os.replace(written, place)
     shutil.rmtree(old, ignore_errors=True)
@@ -114,7 +114,7 @@ def put_in_place(written: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Has the disk take what was written, so that a name never stands for files that a power cut emptied."""
+    """Waits until the disk has everything, so that a power cut never leaves a name with empty files."""
     for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -124,7 +124,7 @@ def _flush(folder: Path) -> None:
 
 
 def _put_back(folder: Path) -> None:
-    """A process that was killed in the middle of `put_in_place` left the older checkpoint under its second name."""
+    """Restores the name of an older checkpoint where a process was killed in the middle of `put_in_place`."""
     for old in folder.glob(f"{_REPLACED}checkpoint-*"):
         place = folder / old.name.removeprefix(_REPLACED)
         if place.exists():
@@ -144,7 +144,7 @@ def adapter_is_finite(path: Path) -> bool:
 
 
 def is_good(checkpoint: Path) -> bool:
-    """Whether a checkpoint was sealed, is still as it was then, and was not set aside."""
+    """Whether a checkpoint was sealed, has not changed since, and was not set aside."""
     try:
         seal = read_json(checkpoint / SEAL)
         files = seal["files"]
@@ -153,28 +153,28 @@ def is_good(checkpoint: Path) -> bool:
             and "set_aside" not in seal
             and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
         )
-    except (RunError, OSError, KeyError, TypeError, AttributeError, ValueError):  # whatever else the file holds
+    except (RunError, OSError, KeyError, TypeError, AttributeError, ValueError):  # whatever the file holds instead
         return False
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint that can be trusted, or None; warns of newer ones that can't."""
+    """Returns the newest checkpoint that can be trusted, or None; warns of newer ones that can't."""
     _put_back(folder)
     for checkpoint in reversed(all_checkpoints(folder)):
         if is_good(checkpoint):
             return checkpoint
         why = _why_set_aside(checkpoint) or "is incomplete or damaged"
-        warnings.warn(f"{checkpoint.name} {why}; going on from an older one", stacklevel=2)
+        warnings.warn(f"{checkpoint.name} {why}; resuming from an older one", stacklevel=2)
     return None
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Looks into the pickles that Trainer is about to read: they may hold tensors and plain values, and nothing that is called.
+    """Refuses pickles that hold anything but tensors and plain values, before Trainer reads them.
 
-    Trainer reads them with `weights_only=True`, which would refuse too, in other words. Nothing is unpickled here.
+    Trainer reads them with `weights_only=True`, which would refuse them too, with another message. Nothing is unpickled here.
 
     Raises:
-        RunError: a file would run code, or is in a form that can't be looked into; or the trainer's state is damaged.
+        RunError: a file would run code, or its form can't be checked; or the trainer's state is damaged.
     """
     import torch
     from transformers import TrainerState
@@ -184,7 +184,7 @@ def refuse_code(checkpoint: Path) -> None:
         try:
             with safe_globals():
                 unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception as error:  # a pickle of the old kind, or bytes of any other
+        except Exception as error:  # an old kind of pickle, or any other bytes
             unsafe = [f"something unreadable ({type(error).__name__})"]
         if unsafe:
             raise RunError(
@@ -202,12 +202,12 @@ def refuse_code(checkpoint: Path) -> None:
 
 
 def last_good_step(folder: Path) -> int:
-    """The step of the newest checkpoint that can be trusted; 0 where there is none."""
+    """Returns the step of the newest checkpoint that can be trusted; 0 where there is none."""
     return max((step_of(path) for path in all_checkpoints(folder) if is_good(path)), default=0)
 
 
 def set_aside(folder: Path, step: int, why: str) -> None:
-    """Checkpoints of this step and later don't count any more: they are whole, and what they hold is not worth going on from."""
+    """Marks checkpoints of this step and later as not to be resumed from: they are whole, but their weights are bad."""
     for checkpoint in all_checkpoints(folder):
         if step_of(checkpoint) >= step and is_good(checkpoint):
             write_json(checkpoint / SEAL, read_json(checkpoint / SEAL) | {"set_aside": why})
@@ -221,7 +221,7 @@ def _why_set_aside(checkpoint: Path) -> str:
 
 
 def trained_on(folder: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint that tells it was trained on: settings and marks that can't change any more."""
+    """Returns what the newest checkpoint that records it was trained on: settings and marks that can't change any more."""
     for checkpoint in reversed(all_checkpoints(folder)):
         with contextlib.suppress(RunError):
             found = read_json(checkpoint / TRAINED_ON)
@@ -231,7 +231,7 @@ def trained_on(folder: Path) -> dict[str, Any] | None:
 
 
 def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
-    """Puts a checkpoint's adapter into a peft model, and returns the state that Trainer had then."""
+    """Loads a checkpoint's adapter into a peft model and returns the state that Trainer had."""
     from peft import load_peft_weights, set_peft_model_state_dict
     from transformers import TrainerState
 
@@ -256,11 +256,12 @@ def _fingerprint(path: Path) -> list[int | str]:
 
 
 def refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:
-    """Compares the settings, and the marks where they are known, with those of the newest checkpoint, else of the adapter.
+    """Refuses settings and marks other than those of the newest checkpoint, or of the adapter where there is none.
 
     Args:
         run: the run, trained or not.
-        marks: digests of what settings only name: the data file's content, the vocabulary, the model's files.
+        marks: digests of what settings only name: the data file's content, the vocabulary, the model's files; None where they
+            are not known yet.
 
     Returns:
         What a session that begins now is trained on, for its checkpoints.

@@ -1,8 +1,8 @@
-"""Watches losses and gradient norms for what ends a training: a value that is not finite, a loss that explodes and stays up,
-float16 gradients that overflow at every step.
+"""Watches losses and gradient norms for three kinds of trouble: a value that is not finite, a loss that explodes and stays up,
+and float16 gradients that overflow at every step.
 
-Values are copied to the host while the device works on, and looked at when they have arrived: the host waits for none of them but
-before a log or a save. Knows blocks by their number alone; what is done about it is the trainer's business.
+Values are copied to the host while the device works on, and checked once they have arrived: the host waits for them only before a
+log or a save. Knows packed sequences by number only; the trainer decides what to do.
 """
 
 from __future__ import annotations
@@ -18,26 +18,24 @@ from typing import Any
 import torch
 
 WINDOW = 32  # steps of the running median
-LEAST = 10  # steps before a loss can be called exploded
-IN_A_ROW = 3  # a single hard batch is no explosion
+LEAST = 10  # steps needed before a loss can count as exploded
+IN_A_ROW = 3  # steps: a single hard batch is not an explosion
 RISE_NATS = 2.0  # per token, above the median
 SPREADS = 6.0  # of the usual spread, above the median
-MOST_OVERFLOWS = (
-    30  # in a row: the loss scaler halves its scale at each, from 2**16, so that a few are usual at the start
-)
+MOST_OVERFLOWS = 30  # in a row: the loss scaler starts at 2**16 and halves its scale each time, so a few are usual
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What went wrong, and where.
+    """What went wrong and where.
 
     Attributes:
         step: the optimizer step (from 1) at which it began.
-        what: in words, with the value.
-        exploded: the loss was finite all along.
-        batch, batches: which forward pass of the step (from 1), of how many; None where all of them are meant.
-        blocks: numbers of its blocks in the training data.
+        what: a description with the value.
+        exploded: whether the loss exploded, so was finite.
+        batch, batches: which forward pass of the step (from 1), of how many; None where it is all of them.
+        blocks: numbers of its packed sequences in the training data.
         fix: what a person can do.
     """
 
@@ -67,13 +65,13 @@ class _Step:
 
 @dataclass
 class LossWatch:
-    """Takes the values of every step, and tells the first trouble in them.
+    """Takes the values of every step and reports the first trouble in them.
 
     Attributes:
-        may_overflow: gradients in float16 may overflow; the loss scaler leaves out that step.
-        overflows: steps in a row that were left out for it.
+        may_overflow: whether gradients may overflow, as in float16; the loss scaler then skips the step.
+        overflows: steps in a row that were skipped for that.
         recent: losses of the last healthy steps.
-        suspects: steps in a row whose loss is far too high, with what was seen.
+        suspects: the trouble of each of the last steps in a row whose loss is far too high.
     """
 
     may_overflow: bool = False
@@ -85,16 +83,16 @@ class LossWatch:
     _waiting: deque[_Step] = field(default_factory=deque)
 
     def add(self, loss: torch.Tensor, blocks: torch.Tensor | None) -> None:
-        """Takes one forward pass: its share of the step's loss, and the numbers of its blocks."""
+        """Takes one forward pass: its share of the step's loss, and the numbers of its packed sequences."""
         self._losses.append(loss.detach())
         self._blocks.append(blocks)
 
     def end_step(self, number: int, grad_norm: torch.Tensor | float) -> None:
-        """Closes a step, and sends its values on their way to the host.
+        """Closes a step and starts the copy of its values to the host.
 
         Args:
-            number: of the optimizer step that is about to be made, from 1.
-            grad_norm: before clipping.
+            number: the number of the coming optimizer step, from 1.
+            grad_norm: the norm before clipping.
         """
         if not self._losses:
             return
@@ -115,10 +113,10 @@ class LossWatch:
         self._losses, self._blocks = [], []
 
     def look(self, *, wait: bool) -> Trouble | None:
-        """The first trouble in what has arrived.
+        """Returns the first trouble in the values that have arrived, or None.
 
         Args:
-            wait: for all steps so far; before a log or a save.
+            wait: whether to wait for the values of all steps so far, as before a log or a save.
         """
         while self._waiting:
             values = self._waiting[0].read(wait)
@@ -162,9 +160,10 @@ def _trouble(step: _Step, losses: list[float], batch: int | None, what: str, *, 
 
 
 def bound(recent: Iterable[float]) -> float:
-    """Above this, a loss is far too high: the running median and a robust spread above it; infinite while too little is known.
+    """Returns the loss above which a step is suspect: the running median plus a multiple of a robust spread.
 
-    The spread is that of the differences from step to step, so that a loss which falls, as it should, does not widen it.
+    Infinite while too few losses are known. The spread is that of the differences from step to step, so that a falling loss does
+    not widen it; two independent losses differ by sqrt(2) times the spread of one.
     """
     values = list(recent)
     if len(values) < LEAST:
@@ -175,20 +174,20 @@ def bound(recent: Iterable[float]) -> float:
 
 
 def rows_in_words(blocks: Sequence[int], row_ids: Sequence[Sequence[str]], *, most: int = 12) -> str:
-    """Blocks and the rows in them, as a reader looks them up.
+    """Names packed sequences and their rows, so that a reader can look them up.
 
     Args:
-        blocks: their numbers in the training data.
+        blocks: numbers of the packed sequences in the training data.
         row_ids: the ids of the rows in each.
-        most: rows that are named.
+        most: how many rows to name.
     """
     parts, named = [], 0
     for number, ids in zip(blocks, row_ids, strict=True):
         if named >= most:
             break
         parts.append(
-            f"block {number} (rows {', '.join(ids[: most - named])}{', ...' if len(ids) > most - named else ''})"
+            f"sequence {number} (rows {', '.join(ids[: most - named])}{', ...' if len(ids) > most - named else ''})"
         )
         named += len(ids)
     left = len(blocks) - len(parts)
-    return "; ".join(parts) + (f"; and {left} more blocks" if left else "")
+    return "; ".join(parts) + (f"; and {left} more sequences" if left else "")

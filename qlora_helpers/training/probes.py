@@ -1,6 +1,6 @@
-"""Proofs on the loaded model, before training: packed rows don't see each other, and the fast step gives the model's own losses.
+"""Proves on the loaded model that packed rows don't attend to each other and that the fast step's losses are correct.
 
-Small blocks of random words go through the model as the trainer would send them. Knows nothing of data, settings or runs.
+Short sequences of random tokens go through the model as the trainer would send them. Knows nothing of data, settings or runs.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ from typing import Any
 import torch
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.wiring import in_eval_mode
 from qlora_helpers.training.fast_step.loss import ChunkedLoss
 
-SAME_LOSS = 0.1  # largest root mean square difference between fast and plain token losses, as a share of their spread
+SAME_LOSS = 0.1  # at most, of the root mean square difference of fast and plain token losses to their spread
 
 
+@at("check before training")
 @torch.no_grad()
 def check_block_diagonal(
     model: torch.nn.Module, collator: SequenceCollator, *, leak: float = 1e-3, rounding: float = 0.1
 ) -> tuple[float, float]:
-    """Proves on the loaded model that a row in a packed block is answered as if it stood alone.
+    """Proves on the loaded model that a row in a packed sequence gets the logits that it gets alone.
 
-    Two probes: other words in the row before must not change a row's logits (the same sums are made either way, so this is
-    exact even in 16 bits), and the row alone must give the same logits up to rounding.
+    There are two probes. Other tokens in the row before must not change a row's logits; the same sums are computed either way, so
+    this is exact even in bfloat16. And the row alone must give the same logits up to rounding.
 
     Args:
         model: with or without adapters.
-        collator: of the packed data.
+        collator: the collator of the packed data.
         leak: largest change allowed when the row before changes, as a share of the logits' spread.
-        rounding: largest root mean square difference from the row alone, likewise.
+        rounding: largest root mean square difference from the row alone, as the same share.
 
     Returns:
         The two differences found.
 
     Raises:
-        ModelError: the rows see each other.
+        ModelError: the rows attend to each other.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
@@ -59,8 +61,8 @@ def check_block_diagonal(
     apart = float((answers[0] - alone).square().mean().sqrt() / spread)
     if not (changed <= leak and apart <= rounding):
         raise ModelError(
-            "this model does not keep packed rows apart",
-            expected="a row's answers not to depend on the row before it",
+            "this model lets packed rows attend to each other",
+            expected="a row's logits not to depend on the row before it",
             got=f"a change of {changed:.2%}, and {apart:.2%} between packed and alone",
             next_step="Set data.packing=false.",
         )
@@ -68,7 +70,7 @@ def check_block_diagonal(
 
 
 def check_same_losses(found: torch.Tensor, plain: torch.Tensor) -> float:
-    """Compares token losses of the fast and of the plain path; see `probe_losses`.
+    """Compares the token losses of the fast and the plain path; see `probe_losses`.
 
     Returns:
         The root mean square difference, as a share of the losses' spread.
@@ -87,9 +89,10 @@ def check_same_losses(found: torch.Tensor, plain: torch.Tensor) -> float:
     return apart
 
 
+@at("check before training")
 @torch.no_grad()
 def probe_losses(model: torch.nn.Module, collator: SequenceCollator, chunked: ChunkedLoss | None) -> torch.Tensor:
-    """Losses of the tokens of a block of two rows of random words, `(tokens,)`: the same on any path through the model."""
+    """Returns the token losses of two rows of random tokens, `(tokens,)`; they are the same on any path through the model."""
     vocabulary = model.get_input_embeddings().num_embeddings
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randint(2, vocabulary, (n,), generator=draw).tolist() for n in (9, 7))
@@ -113,12 +116,12 @@ def probe_losses(model: torch.nn.Module, collator: SequenceCollator, chunked: Ch
 def loss_and_gradient(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], forward: AbstractContextManager[Any] | None = None
 ) -> tuple[float, torch.Tensor]:
-    """A batch's loss, and the gradient of all adapter weights as one vector: what two ways through a model are compared by.
+    """Returns a batch's loss and the gradient of all adapter weights as one vector, to compare two ways through a model.
 
     Args:
         model: with adapters.
-        batch: on its device.
-        forward: what is open during the forward pass.
+        batch: on the model's device.
+        forward: a context manager around the forward pass.
     """
     model.zero_grad(set_to_none=True)
     with forward or nullcontext():

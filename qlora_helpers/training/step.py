@@ -1,6 +1,6 @@
-"""How a training step is taken: the batches that fit a model, the fast step around it, and what settings leave to the plan.
+"""How a training step is done: the batches that fit a model, the fast step around it, and the choices that settings leave open.
 
-Works on a loaded model with adapters and prepared blocks; knows nothing of `Trainer`, runs or files.
+Works on a loaded model with adapters and prepared data; knows nothing of `Trainer`, runs or files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
 from qlora_helpers.model.shapes.families import has_dropout
-from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
 from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
@@ -45,18 +45,18 @@ def make_collator(
     fast: FastStep | None = None,
     sequences: int | None = None,
 ) -> SequenceCollator:
-    """The collator that fits a model and prepared data.
+    """Makes the collator that fits a model and prepared data.
 
     Args:
         model: with or without adapters.
         tokenizer: the model's.
-        data: prepared sequences.
-        fast: what of the fast step is on; None takes the plain path.
-        sequences: fill every batch up to so many sequences.
+        data: prepared data.
+        fast: the parts of the fast step that are on; None takes the plain path.
+        sequences: how many sequences every batch is filled up to; None fills none.
     """
     targets: batches.Targets = batches.KeptLogits(as_list=is_spread(model))
     if fast and fast.loss is not None:
-        targets = batches.TrainedTokens(most_trained(data.train, sequences) if sequences and fast.recording else None)
+        targets = batches.TrainedTokens(most_trained(data.train, sequences) if sequences and fast.capturing else None)
     elif not takes_logits_to_keep(model):
         targets = batches.AllLogits()
     return SequenceCollator(
@@ -65,7 +65,7 @@ def make_collator(
         targets,
         length=data.seq_len_tokens if data.packed else None,
         sequences=sequences if data.packed else None,
-        host_tokens=fast is not None and fast.offloaded,
+        host_tokens=fast is not None and fast.offloaded is not None,
     )
 
 
@@ -82,7 +82,7 @@ def _attention_for(model: torch.nn.Module, data: PreparedData, fast: FastStep | 
 def open_fast_step(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: PreparedData, config: TrainConfig
 ) -> contextlib.AbstractContextManager[FastStep]:
-    """The fast step as the settings ask for it, proved on the loaded model before training."""
+    """Opens the fast step as the settings ask for it, and proves it on the loaded model before training."""
     longest = data.seq_len_tokens if data.packed else max(map(len, data.train["input_ids"]))
     plain = probe_losses(model, make_collator(model, tokenizer, data), None)
 
@@ -107,9 +107,9 @@ def open_fast_step(
 
 
 def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int) -> tuple[bool, int | None]:
-    """Whether to compile, and how many layers to recompute; None recomputes all.
+    """Decides whether to compile, and how many layers get activation checkpointing; None means all.
 
-    The plan chooses for one GPU. On a CPU, over several GPUs and for an architecture that can't be planned, the settings do.
+    The plan decides for one GPU. On a CPU, over several GPUs and for an architecture that can't be planned, the settings do.
     """
     as_set = config.compile == "on", config.checkpointed_layers if config.activation_checkpointing else 0
     devices = {parameter.device for parameter in model.parameters()}
@@ -120,9 +120,20 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     except ModelError as error:
         log.warning("the step is not planned: %s", error)
         return as_set
+    step = _settings_of(model, data, config, longest, sizes)
+    (device,) = devices
+    gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
+    usable = gib(usable_bytes(device) + CONTEXT_BYTES)
+    return compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+
+
+def _settings_of(
+    model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int, sizes: ModelSizes
+) -> StepSettings:
+    """Describes a step of a loaded model to the plan, uncompiled and without activation checkpointing."""
     copies, lora = int(os.environ.get("WORLD_SIZE", 1)), model.active_peft_config
     dropout = lora.lora_dropout > 0 or has_dropout(model.config.get_text_config().to_dict())
-    settings = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
+    quantization = model.config.quantization_config if getattr(model, "is_loaded_in_4bit", False) else None
     step = StepSettings(
         seq_len_tokens=longest,
         micro_batch_size=config.micro_batch_size,
@@ -132,8 +143,8 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         optim=config.optim,
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         trained_share=data.report.trained_tokens / data.report.tokens,
-        quantized=settings is not None,
-        double_quantization=getattr(settings, "bnb_4bit_use_double_quant", False),
+        quantized=quantization is not None,
+        double_quantization=getattr(quantization, "bnb_4bit_use_double_quant", False),
         offloaded=config.offload_embeddings,
         dropout=lora.lora_dropout > 0,
         dora=lora.use_dora,
@@ -143,25 +154,23 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
         captured=may_capture(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
         copies=copies,
     )
-    if step.captured:  # every batch is filled up to the most that are trained in any
-        most = most_trained(data.train, config.micro_batch_size)
-        step = replace(step, trained_share=most / (config.micro_batch_size * longest))
-    (device,) = devices
-    gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
-    usable = gib(usable_bytes(device) + CONTEXT_BYTES)
-    return compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+    if not step.captured:
+        return step
+    # Every batch is then filled up to the most trained tokens of any.
+    most = most_trained(data.train, config.micro_batch_size)
+    return replace(step, trained_share=most / (config.micro_batch_size * longest))
 
 
 def usable_bytes(device: torch.device) -> float:
-    """What PyTorch may reserve on a GPU: what is free or ours already, less a margin, within the limit that was set."""
-    free, total = torch.cuda.mem_get_info(device)  # what other processes hold is not ours to plan with
+    """Returns how many bytes PyTorch may reserve on a GPU: those free or ours already, less a margin, within the limit set."""
+    free, total = torch.cuda.mem_get_info(device)  # without what other processes hold
     ours = free + torch.cuda.memory_reserved(device) - MEMORY_MARGIN * total
     limit = torch.cuda.get_per_process_memory_fraction(device) * total
     return min(ours, (1 - MEMORY_MARGIN) * limit)
 
 
 def _passes(data: PreparedData, config: TrainConfig) -> int:
-    """Forward passes of the whole training."""
+    """Returns how many forward passes the whole training has."""
     if config.max_steps:
         return config.max_steps * config.gradient_accumulation_steps
     return math.ceil(config.epochs * len(data.train) / config.micro_batch_size)

@@ -1,7 +1,6 @@
-"""What one step of a loaded model costs, measured: seconds, matrix products, and what is kept for the backward pass.
+"""Measures what one step of a loaded model costs: seconds, matrix multiplications, and what is kept for the backward pass.
 
-For looking at a way through the model, one part at a time, on any machine. Knows nothing of data, settings, runs or how a step is
-made fast.
+It serves to study one part of the fast step at a time, on any machine. Knows nothing of data, settings or runs.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ _FIRST_FACTOR = {
     "aten::addmm_": 1,
     "bitsandbytes::gemm_4bit": 0,
     "qlora_helpers::add_matmul_": 1,
-    "qlora_helpers::linear_unless_checkpointed": 0,
-    "qlora_helpers::linear_4bit_unless_recomputed": 0,
+    "qlora_helpers::linear_unless_recomputing": 0,
+    "qlora_helpers::linear_4bit_unless_recomputing": 0,
 }
-"""Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are none of them.
+"""Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are not among them.
 
-`torch.utils.flop_counter` knows neither bitsandbytes' operator nor ours, nor a sum in place.
+`torch.utils.flop_counter` knows neither bitsandbytes' operator nor ours, nor `addmm_`.
 """
 
 
@@ -37,11 +36,11 @@ class StepCost:
     """One forward and one backward pass.
 
     Attributes:
-        loss: nats a trained token.
-        gradient: of all adapter weights, one vector.
-        seconds: of the fastest of some.
-        gflop: of its matrix products, a multiplication and an addition each 1; those in attention's kernels are not counted.
-        kept_mib: what the forward keeps for the backward pass, each tensor once; no weights.
+        loss: nats per trained token.
+        gradient: the gradient of all adapter weights, as one vector.
+        seconds: the time of the fastest repetition.
+        gflop: of matrix multiplications, a multiplication and an addition counted as 1 each; attention's kernels are not counted.
+        kept_mib: what the forward pass keeps for the backward pass, each tensor once, without weights.
     """
 
     loss: float
@@ -54,26 +53,26 @@ class StepCost:
         return f"{self.seconds:6.2f} s, {self.gflop:7,.1f} GFLOP, {self.kept_mib:7,.1f} MiB kept, loss {self.loss:.5f}"
 
     def same_as(self, other: StepCost, tolerance: float = 1e-3) -> bool:
-        """Whether loss and gradient are another's, up to rounding.
+        """Whether loss and gradient equal another step's, up to rounding.
 
         Args:
             other: the step to compare with.
-            tolerance: largest difference, as a share of the other's size.
+            tolerance: largest difference, as a share of the other's value.
         """
         apart = (self.gradient - other.gradient).norm() / other.gradient.norm()
         return abs(self.loss - other.loss) <= tolerance * other.loss and float(apart) <= tolerance
 
 
 def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2) -> StepCost:
-    """Takes a step some times over and counts; the model's weights stay as they are, its gradients are left behind.
+    """Repeats a step and measures it; the model's weights don't change, its gradients do.
 
-    Matmuls are counted as PyTorch dispatches them, so layers must not be compiled; what is kept, by
+    Matrix multiplications are counted as PyTorch dispatches them, so layers must not be compiled. What is kept is counted by
     `torch.autograd.graph.saved_tensors_hooks`.
 
     Args:
-        model: with adapters, as it is at the moment.
+        model: with adapters and whatever is open on it.
         batch: on the model's device.
-        repeats: timed steps, after one that is counted.
+        repeats: how many steps are timed, after the one that is counted.
     """
     kept = _Kept(model)
     with _Matmuls() as matmuls:
@@ -81,9 +80,7 @@ def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        loss_and_gradient(
-            model, batch
-        )  # reads the loss, and on a GPU waits for it; the gradients may still be under way
+        loss_and_gradient(model, batch)  # on a GPU this waits for the loss; gradients may still be computed
         if gradient.is_cuda:
             torch.cuda.synchronize(gradient.device)
         seconds.append(time.perf_counter() - started)
@@ -93,7 +90,7 @@ def step_cost(model: torch.nn.Module, batch: dict[str, Any], *, repeats: int = 2
 class _Kept:
     """Counts the bytes of the tensors that a forward pass saves, each storage once, without the model's own.
 
-    A backward pass must follow: it lets go of what was saved, which this looks at without a copy.
+    A backward pass must follow, to free what was saved: the tensors are not copied here.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -112,7 +109,7 @@ class _Kept:
 
 
 class _Matmuls(TorchDispatchMode):
-    """While open, counts the operations of matrix products; `flop` says how many there were."""
+    """While open, counts the operations of matrix multiplications in `flop`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,8 +117,8 @@ class _Matmuls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
-        place = _FIRST_FACTOR.get(name := func.name().partition(".")[0])
-        if place is not None and not (name.endswith("_unless_checkpointed") and recomputing()):
+        factor = _FIRST_FACTOR.get(name := func.name().partition(".")[0])
+        if factor is not None and not (name.endswith("_unless_recomputing") and recomputing()):
             matmul = args[0] if out is None else out
-            self.flop += 2 * matmul.numel() * args[place].shape[-1]
+            self.flop += 2 * matmul.numel() * args[factor].shape[-1]
         return out

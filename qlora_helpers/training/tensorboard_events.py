@@ -1,7 +1,7 @@
-"""TensorBoard event files: scalars, hyperparameters and sample texts, always local first; `s3_copy` brings them to S3 where asked.
+"""Writes TensorBoard event files: scalars, hyperparameters and sample texts. They are always local; `S3Copy` copies them to S3.
 
-tensorboardX writes them (its own S3 writer uploads in the training loop and raises there when the bucket is away). Knows nothing of
-models; TensorBoard's format is tensorboardX's business.
+tensorboardX writes the format. (Its own S3 writer uploads inside the training loop, and raises there when the bucket can't be
+reached.) Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 METRICS = ("train/loss", "eval/loss")
-"""What the page of hyperparameters compares runs by."""
+"""The metrics by which the page of hyperparameters compares runs."""
 SAMPLES = 3
-"""Held-out rows whose texts are shown."""
+"""How many held-out rows' texts are shown."""
 
 
 def event_callback(
     run: Run, config: RunConfig, *, samples: Mapping[str, Mapping[str, str]] | None = None, s3_client: Any = None
 ) -> Any:
-    """A `TrainerCallback` that writes the run's scalars, settings and samples to `events/`; None where it is off.
+    """Makes a `TrainerCallback` that writes the run's scalars, settings and samples to `events/`; None where it is off.
 
     Args:
         run: the run.
         config: its settings; `train.tensorboard` says where the events go.
-        samples: name -> heading -> text, such as a held-out dialogue and its summary; what `write_answers` adds to later.
+        samples: name -> heading -> text, such as a held-out dialogue and its summary; `write_answers` adds answers later.
         s3_client: see `S3Copy`.
     """
     if config.train.tensorboard == "off":
@@ -51,10 +51,10 @@ def event_callback(
             from tensorboardX.summary import hparams
 
             self.writer = SummaryWriter(str(run.events_dir), flush_secs=10, purge_step=state.global_step + 1)
-            _outlive_disk_errors(self.writer)
+            _survive_disk_errors(self.writer)
             self.writer.add_text("config", _as_markdown(config), state.global_step)
-            # Not add_hparams, which makes a folder of its own: then the page would show each run twice.
-            for summary in hparams(_settings(config), dict.fromkeys(METRICS))[:2]:  # the third says that it ended
+            # add_hparams would make a folder of its own, and the page would show each run twice.
+            for summary in hparams(_settings(config), dict.fromkeys(METRICS))[:2]:  # the third marks the end
                 self.writer.file_writer.add_summary(summary)
             for name, texts in (samples or {}).items():
                 self.writer.add_text(f"samples/{name}", _as_code(texts), state.global_step)
@@ -71,7 +71,7 @@ def event_callback(
             self.close()
 
         def close(self) -> None:
-            """Writes what is left and ends the copying; also for training that failed, which never says that it ended."""
+            """Writes what is left and ends the copying; for a training that failed, too, which has no `on_train_end`."""
             if self.writer is not None:
                 self.writer.close()
             if self.copy is not None:
@@ -81,12 +81,12 @@ def event_callback(
 
 
 def unanswered_samples(rows: Sequence[Dialogue]) -> dict[str, dict[str, str]]:
-    """What TensorBoard shows of the first held-out rows before they are answered."""
+    """Returns what TensorBoard shows of the first held-out rows before they are answered."""
     return {row.id: {"dialogue": row.dialogue, "its summary": row.summary} for row in rows[:SAMPLES]}
 
 
 def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-    """The same rows with their answers, and the scores that TensorBoard lays over those of other runs."""
+    """Returns the same rows with their answers, and the scores that TensorBoard compares with other runs."""
     samples = {
         row["id"]: {"dialogue": row["dialogue"], "its summary": row["summary"]}
         | {f"answer of {model}": answer["text"] for model, answer in row["answers"].items()}
@@ -95,26 +95,26 @@ def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dic
     return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}
 
 
-def _outlive_disk_errors(writer: Any) -> None:
-    """Has a writer pass over what the disk does not take, and say so once.
+def _survive_disk_errors(writer: Any) -> None:
+    """Makes a writer skip what the disk does not take, and log it once.
 
-    tensorboardX's thread ends at the first such error; after ten more events whoever adds one, or closes, waits for it for ever.
+    tensorboardX's thread ends at the first such error; ten events later, adding one or closing would wait for it for ever.
     """
-    file, told = writer.file_writer.event_writer._ev_writer, []
+    file, errors = writer.file_writer.event_writer._ev_writer, []
 
-    def outliving(act: Callable[..., Any]) -> Callable[..., Any]:
+    def surviving(act: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any) -> Any:
             try:
                 return act(*args)
             except OSError as error:
-                if not told:
+                if not errors:
                     log.warning("events could not be written: %s; training goes on without them", error)
-                told.append(error)
+                errors.append(error)
 
         return tried
 
     for name in ("write_event", "flush", "close"):
-        setattr(file, name, outliving(getattr(file, name)))
+        setattr(file, name, surviving(getattr(file, name)))
 
 
 def write_answers(
@@ -125,7 +125,7 @@ def write_answers(
     *,
     s3_client: Any = None,
 ) -> None:
-    """Adds answers and scores of an evaluation to the run's events, at the step that the run has reached.
+    """Adds an evaluation's answers and scores to the run's events, at the step that the run has reached.
 
     Args:
         run: the run.
@@ -139,9 +139,9 @@ def write_answers(
     from tensorboardX import SummaryWriter
 
     step = run.status().step
-    # The name of an event file holds the second: the ending keeps it apart from the trainer's.
+    # Event files are named by the second; the suffix keeps this one from having the trainer's name.
     with SummaryWriter(str(run.events_dir), filename_suffix=".evaluation") as writer:
-        _outlive_disk_errors(writer)
+        _survive_disk_errors(writer)
         for name, texts in samples.items():
             writer.add_text(f"samples/{name}", _as_code(texts), step)
         for name, value in scores.items():
@@ -151,10 +151,10 @@ def write_answers(
 
 
 def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
-    """Copies what is not in the bucket yet, for a run whose bucket was away to its end.
+    """Copies what is not in the bucket yet, for a run that ended before the bucket could be reached.
 
     Raises:
-        RunError: the run's events go to no bucket, or it does not take them; the local ones are whole.
+        RunError: the run has no bucket, or the bucket does not take the events; the local ones are whole.
     """
     target = s3_target(run, run.config())
     if target is None:
@@ -167,7 +167,7 @@ def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
         raise RunError(
             f"{target} did not take the events",
             got=copy.problem or "no answer in time",
-            next_step="They are whole in the run folder; look at bucket, region and credentials, and call this again.",
+            next_step="They are whole in the run folder; check bucket, region and credentials, and call this again.",
         )
     return copy.state
 
@@ -188,7 +188,7 @@ def _as_markdown(config: RunConfig) -> str:
 
 
 def _as_code(texts: Mapping[str, str]) -> str:
-    """Headings and texts as Markdown; a text is indented, so that marks and tags in a dialogue are shown as they are."""
+    """Formats headings and texts as Markdown; texts are indented, so that markup in a dialogue is shown as it is."""
     parts = []
     for heading, text in texts.items():
         lines = "\n".join(f"    {line}" for line in plain(text).splitlines()) or "    (empty)"

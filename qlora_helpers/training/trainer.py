@@ -1,6 +1,6 @@
-"""`transformers.Trainer` with what it lacks here: tokens counted, a loss over tokens, a watch over it, checkpoints whole or absent.
+"""Extends `transformers.Trainer`: it counts tokens, averages losses over tokens, watches them, and saves checkpoints safely.
 
-Knows nothing of runs, people or status; `training` makes it and `training_callback` tells the run folder of it.
+Knows nothing of runs, people or status; `train` makes it and `callback` reports its progress to the run folder.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.place import at
 from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
@@ -25,11 +26,18 @@ from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
 
 
+class _OptimizerPlace(TrainerCallback):
+    """Names the optimizer's step as the place of errors; the optimizer is there once training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer.step = at("optimizer")(optimizer.step)
+
+
 class SummaryTrainer(Trainer):
-    """`Trainer` with four things of ours: tokens counted, an evaluation loss over tokens, a watch over the loss, safe saving.
+    """A `Trainer` that counts tokens, evaluates the loss over tokens, watches the training loss and saves safely.
 
     Trainer's own `eval_loss` is a mean over batches, which depends on the batch size where rows differ in length. Its own
-    checkpoint grows under its final name, and forgets the loss that was summed since the last log.
+    checkpoint grows under its final name, and lacks the loss summed since the last log.
     """
 
     tokens_seen: torch.Tensor | int = 0
@@ -42,21 +50,38 @@ class SummaryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.watch = LossWatch(may_overflow=self.args.fp16)
         self._blocks: deque[torch.Tensor | None] = deque()
+        # Trainer has no methods of its own around these two.
+        self.accelerator.backward = at("backward")(self.accelerator.backward)
+        self.add_callback(_OptimizerPlace())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """Counts the tokens that are not padding; the sum stays on the device until it is logged."""
+        """Counts the tokens without padding; the sum stays on the device until it is logged."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._blocks = deque(batch.pop("sequences", None) for batch in batches)
         pad = self.data_collator.pad_token_id
         self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
         return batches, items
 
+    @at("transfer of a batch")
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(inputs)
+
+    @at("forward")
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass."""
+        return super().compute_loss(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, watched."""
+        """Does one forward and backward pass, and hands its loss to the watch."""
         loss = super().training_step(*args, **kwargs)
         self.watch.add(loss, self._blocks.popleft() if self._blocks else None)
         return loss
 
+    @at("clipping of the gradients")
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        return super()._clip_grad_norm(model)
+
+    @at("clipping of the gradients")
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.watch.end_step(self.state.global_step + 1, norm)
@@ -72,9 +97,9 @@ class SummaryTrainer(Trainer):
         if trouble is None:
             return
         if trouble.exploded and not self.is_world_process_zero():
-            return  # each process sees its own share: one that ended alone would leave the others waiting, without a word
+            return  # each process sees only its own rows: if it ended alone, the others would wait for it
         folder = Path(self.args.output_dir)
-        if trouble.exploded:  # the weights before that step gave this loss already
+        if trouble.exploded:  # the weights before that step gave this loss
             saved.set_aside(folder, trouble.step - 1, f"the loss exploded at step {trouble.step}")
         last = saved.last_good_step(folder)
         passes = (
@@ -88,11 +113,12 @@ class SummaryTrainer(Trainer):
             + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
         )
 
+    @at("evaluation")
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Sum of the token losses over the number of trained tokens, over all processes."""
+        """Evaluates the mean loss per trained token, over all processes."""
         model = self.model
         sums = torch.zeros(2, dtype=torch.float64)
         rows = 0
@@ -108,7 +134,7 @@ class SummaryTrainer(Trainer):
                 sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
                 rows += len(tokens)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-                if sigterm.asked() and self.accelerator.num_processes == 1:  # seconds are left, and they are for saving
+                if sigterm.asked() and self.accelerator.num_processes == 1:  # the few seconds left are for saving
                     break
         done = rows >= len(dataloader.dataset) or not sigterm.asked()
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
@@ -117,11 +143,12 @@ class SummaryTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saves_to) if self._saves_to else super()._get_output_dir(trial)
 
+    @at("saving of a checkpoint")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes a checkpoint in a folder of its own, seals it there, and only then puts it in its place.
+        """Writes a checkpoint in a folder of its own, seals it there, and only then moves it into place.
 
         Raises:
-            RunError: it could not be written, or is not what it should be; older checkpoints are as they were.
+            RunError: it could not be written, or is not valid; older checkpoints are as they were.
         """
         self._stop_in_trouble(wait=True)
         folder = Path(self.args.output_dir)
@@ -154,8 +181,8 @@ class SummaryTrainer(Trainer):
         }
         write_json(checkpoint / self._sum_name(), kept)
 
-    def go_on_summing(self, checkpoint: Path) -> None:
-        """Takes up the loss that was summed between the last log and a save, so that the next log is of all its steps."""
+    def restore_loss_sum(self, checkpoint: Path) -> None:
+        """Restores the loss summed between the last log and the save, so that the next log covers all its steps."""
         path = checkpoint / self._sum_name()
         if path.is_file():
             kept = read_json(path)

@@ -30,9 +30,9 @@ from qlora_helpers.data.batches import (
     TrainedTokens,
 )
 from qlora_helpers.model.lora import add_adapters
-from qlora_helpers.training import train
 from qlora_helpers.training.fast_step import graphs
 from qlora_helpers.training.fast_step.parts import fast_step
+from qlora_helpers.training.result import machine_name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, VOCABULARY = 128, 512
@@ -197,8 +197,8 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def main() -> None:
     """All layouts, or those that are named; fails after the last where one is off."""
-    graphs.PASSES_WORTH = 1  # so that an evaluation in between is followed by another recording
-    results: dict[str, Any] = {"machine": train.machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
+    graphs.MIN_REPLAYS = 1  # so that an evaluation in between is followed by another recording
+    results: dict[str, Any] = {"machine": machine_name(torch.device(DEVICE)), "versions": workflow.versions()}
     results["cases"] = []
     for name in sys.argv[2:] or LAYOUTS:
         for chosen in CASES:

@@ -159,7 +159,7 @@ def main() -> None:
     import torch
 
     from qlora_helpers import workflow
-    from qlora_helpers.training import train
+    from qlora_helpers.training.result import machine_name
 
     on_gpu = torch.cuda.is_available()
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -177,7 +177,7 @@ def main() -> None:
             found = CASES[chosen.one](Path(root), chosen)
         chosen.out.write_text(json.dumps(found), encoding="utf-8")
         return
-    machine = train.machine_name(torch.device("cuda" if on_gpu else "cpu"))
+    machine = machine_name(torch.device("cuda" if on_gpu else "cpu"))
     results: dict[str, Any] = {"machine": machine, "gpus": chosen.gpus, "versions": workflow.versions()}
     for name in chosen.cases:
         started = time.monotonic()

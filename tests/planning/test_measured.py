@@ -15,7 +15,7 @@ from qlora_helpers.model.lora import add_adapters, count_parameters
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.training.train import TrainResult
+from qlora_helpers.training.result import TrainResult
 from qlora_helpers.views.monitor import plan_table
 
 RESULT = TrainResult(

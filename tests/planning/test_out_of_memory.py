@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import sys
 import traceback
 import weakref
-from types import SimpleNamespace
 
 import pytest
 from out_of_memory import PLACES, exhausted_at, held_bytes
@@ -15,6 +15,7 @@ from out_of_memory import PLACES, exhausted_at, held_bytes
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json
+from qlora_helpers.base.place import at
 from qlora_helpers.machine.hardware import Hardware, find_gpu
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.out_of_memory import OutOfMemory, is_out_of_memory, rescued
@@ -83,6 +84,110 @@ def test_the_place_is_named_and_the_step_s_memory_is_freed(run, model, loaded, p
     assert status.last_error.startswith("OutOfMemory: out of memory after ")
     with pytest.raises(RunError, match="is failed"):
         run.request("stop")
+
+
+class Layered:
+    """Builds a small model whose layers are checkpointed, and which fails where it is told to."""
+
+    def __init__(self, torch):
+        from torch.utils.checkpoint import checkpoint
+
+        self.fail = lambda layer: False
+        self.calls = dict.fromkeys(range(3), 0)
+        case = self
+
+        class Layer(torch.nn.Module):
+            def __init__(self, number):
+                super().__init__()
+                self.number, self.linear = number, torch.nn.Linear(4, 4)
+
+            def forward(self, x):
+                case.calls[self.number] += 1
+                if case.fail(self.number):
+                    raise MemoryError
+                return self.linear(x).tanh()
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = torch.nn.ModuleList(Layer(number) for number in range(3))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = checkpoint(layer, x, use_reentrant=False)
+                return x.sum()
+
+        self.model, self.x = Model(), torch.ones(2, 4, requires_grad=True)
+
+    def where(self, *places):
+        """What the failure of a step says, with `places` around it."""
+
+        def step(trainer):
+            with contextlib.ExitStack() as entered:
+                for place in places:
+                    entered.enter_context(at(place))
+                with at("forward"):
+                    loss = trainer.model(self.x)
+                with at("backward"):
+                    loss.backward()
+
+        try:
+            Trainer(self.model).run(step)
+        except MemoryError as error:
+            return out_of_memory.failure_of(error).where
+        return "no failure"
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model = model
+
+    def run(self, step):
+        step(self)
+
+
+def test_a_layer_that_fails_is_named_in_the_forward_pass_and_when_it_is_recomputed(torch):
+    case = Layered(torch)
+    case.fail = lambda layer: layer == 1 and case.calls[1] == 1
+    assert case.where() == "forward of layer 2 of 3"
+    case.calls[1] = 0
+    assert case.where("evaluation") == "evaluation, forward of layer 2 of 3"
+    case.calls[1] = -1
+    assert case.where() == "backward, recomputation of layer 2 of 3"
+    case.fail = lambda layer: False
+    assert case.where() == "no failure"
+
+
+def test_a_backward_pass_that_fails_outside_of_a_recomputation_names_no_layer(torch):
+    case = Layered(torch)
+    case.x.register_hook(lambda gradient: fail())
+    assert case.where() == "backward"
+
+
+def test_a_failure_outside_of_all_places_names_its_function():
+    try:
+        fail()
+    except MemoryError as error:
+        assert out_of_memory.failure_of(error) == out_of_memory.Failure("in fail")
+
+
+def test_the_places_of_a_chain_of_errors_begin_with_the_first_error():
+    @at("evaluation")
+    def step():
+        try:
+            with at("optimizer"):
+                fail()
+        except MemoryError as error:
+            raise RuntimeError("the step failed") from error
+
+    try:
+        step()
+    except RuntimeError as error:
+        assert out_of_memory.failure_of(error).where == "evaluation, optimizer"
+
+
+def fail():
+    raise MemoryError
 
 
 def test_without_the_rescue_the_frames_would_hold_it(run, model, loaded):
@@ -173,8 +278,8 @@ def falcon_7b(tmp_path, monkeypatch):
 
     @rescued
     def step(run):
-        trainer = SimpleNamespace(fast=None, state=SimpleNamespace(global_step=3))
-        raise MemoryError(trainer)
+        with at("forward", facts=lambda: {"step": 3, "compiled": False, "checkpointed": None}):
+            raise MemoryError
 
     return run, step
 

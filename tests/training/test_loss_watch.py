@@ -1,4 +1,4 @@
-"""The watch over the loss: what it calls trouble, what it lets pass, and that it waits for nothing until it must."""
+"""The watch over the loss: what it reports as trouble, what it lets pass, and that it waits only when it must."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAN = float("nan")
 
 
 def feed(watch, steps, *, norm=1.0, first=1):
-    """Steps of one forward pass each, of block 7; returns the first trouble."""
+    """Feeds steps of one forward pass each, of packed sequence 7; returns the first trouble."""
     for number, loss in enumerate(steps, start=first):
         watch.add(torch.tensor(loss), torch.tensor([7]))
         watch.end_step(number, torch.tensor(norm))
@@ -45,20 +45,20 @@ def test_a_single_hard_batch_passes():
     assert watch.suspects == []
 
 
-def test_a_loss_that_stays_up_is_told_with_its_first_step():
+def test_a_loss_that_stays_up_is_reported_with_its_first_step():
     trouble = feed(LossWatch(), [2.0] * 20 + [6.5, 9.0, 9.0])
     assert (trouble.step, trouble.exploded, trouble.batch, trouble.blocks) == (21, True, 1, (7,))
     assert trouble.what == "the loss exploded to 6.50, where 2.00 was usual"
 
 
-def test_while_it_is_suspect_the_usual_is_not_moved():
+def test_suspect_losses_do_not_move_the_median():
     watch = LossWatch()
     feed(watch, [2.0] * 20 + [9.0] * (IN_A_ROW - 1))
     assert len(watch.suspects) == IN_A_ROW - 1
     assert max(watch.recent) == 2.0
 
 
-def test_too_little_is_known_at_the_start():
+def test_no_loss_counts_as_exploded_at_the_start():
     assert feed(LossWatch(), [2.0] * (LEAST - 1) + [900.0]) is None
     assert bound([2.0] * (LEAST - 1)) == math.inf
     assert bound([2.0] * LEAST) == 2.0 + RISE_NATS
@@ -71,13 +71,37 @@ def test_the_bound_is_robust():
     assert bound(noisy) > 3.0 + RISE_NATS
 
 
+def test_the_third_high_loss_in_a_row_is_an_explosion():
+    """The number is spelt out here, so that another one in the package fails."""
+    assert IN_A_ROW == 3
+    assert feed(LossWatch(), [2.0] * 20 + [9.0, 9.0, 2.0, 9.0, 9.0]) is None
+    assert feed(LossWatch(), [2.0] * 20 + [9.0, 9.0, 9.0]).step == 21
+
+
+def test_a_loss_two_nats_above_the_usual_is_suspect_where_losses_hardly_vary():
+    assert bound([2.0] * 12) == 4.0
+
+
+def test_the_usual_is_that_of_the_last_32_steps():
+    losses = [6.0] * 100 + [3.0] * 20  # most of the last 32 are low, most of all are high
+    trouble = feed(LossWatch(), [*losses, 6.5, 6.5, 6.5])
+    assert trouble.what == "the loss exploded to 6.50, where 3.00 was usual"
+
+
+def test_the_spread_is_that_of_one_loss_not_of_a_difference():
+    """Of normal losses it estimates their standard deviation; a difference of two has sqrt(2) times as much."""
+    draw = random.Random(2)
+    losses = [draw.gauss(5.0, 1.5) for _ in range(20_000)]
+    assert bound(losses) == pytest.approx(5.0 + 6 * 1.5, rel=0.02)
+
+
 def test_a_loss_that_falls_does_not_widen_the_bound():
     falling = [8.0 - 0.15 * step for step in range(32)]
     assert bound(falling) == pytest.approx(8.0 - 0.15 * 15.5 + RISE_NATS)
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_told_at_once(value):
+def test_a_loss_that_is_not_finite_is_reported_at_once(value):
     watch = LossWatch()
     for loss, block in ((2.0, 3), (value, 5)):  # two forward passes
         watch.add(torch.tensor(loss), torch.tensor([block, block + 1]))
@@ -87,7 +111,7 @@ def test_a_value_that_is_no_number_is_told_at_once(value):
     assert "the loss is no longer a finite number" in trouble.what
 
 
-def test_a_gradient_that_is_no_number_means_all_blocks_of_the_step():
+def test_a_gradient_that_is_not_finite_concerns_all_sequences_of_the_step():
     watch = LossWatch()
     for block in (3, 5):
         watch.add(torch.tensor(2.0), torch.tensor([block]))
@@ -103,7 +127,7 @@ def test_in_float16_a_gradient_may_overflow_but_no_loss():
 
 
 @pytest.mark.parametrize("norm", [NAN, math.inf])
-def test_in_float16_gradients_that_overflow_at_every_step_are_told(norm):
+def test_in_float16_gradients_that_overflow_at_every_step_are_reported(norm):
     watch = LossWatch(may_overflow=True)
     assert feed(watch, [2.0] * 4) is None
     assert feed(watch, [2.0] * MOST_OVERFLOWS, norm=norm, first=5) is None
@@ -115,7 +139,7 @@ def test_in_float16_gradients_that_overflow_at_every_step_are_told(norm):
     assert trouble.what == "nothing was learned since step 35: float16 gradients overflowed in 31 steps in a row, first"
 
 
-def test_it_waits_for_nothing_until_it_must():
+def test_it_waits_only_when_it_must():
     """As on a GPU, where a value arrives a step later."""
 
     class Event:
@@ -135,7 +159,7 @@ def test_it_waits_for_nothing_until_it_must():
     assert event.waited == 1
 
 
-def test_steps_are_looked_at_in_order():
+def test_steps_are_checked_in_order():
     class Late:
         def query(self):
             return False
@@ -151,7 +175,7 @@ def test_steps_are_looked_at_in_order():
     assert watch.look(wait=True).step == 1
 
 
-def test_without_block_numbers_none_are_told():
+def test_without_sequence_numbers_none_are_reported():
     watch = LossWatch()
     watch.add(torch.tensor(NAN), None)
     watch.end_step(1, 1.0)
@@ -159,8 +183,8 @@ def test_without_block_numbers_none_are_told():
 
 
 def test_rows_are_named_up_to_a_number():
-    assert rows_in_words([3], [["a", "b"]]) == "block 3 (rows a, b)"
+    assert rows_in_words([3], [["a", "b"]]) == "sequence 3 (rows a, b)"
     assert rows_in_words([3, 4, 5], [["a", "b"], ["c", "d"], ["e"]], most=3) == (
-        "block 3 (rows a, b); block 4 (rows c, ...); and 1 more blocks"
+        "sequence 3 (rows a, b); sequence 4 (rows c, ...); and 1 more sequences"
     )
     assert rows_in_words([], []) == ""

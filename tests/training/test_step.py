@@ -1,4 +1,4 @@
-"""What settings leave open about a step, the plan chooses; what they say, they say."""
+"""The plan chooses what settings leave open about a step; what they set, they decide."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def total_gib(checkpointed: int) -> float:
 
 
 @pytest.mark.parametrize("usable_gib", [30, 45, 60, 77])
-def test_as_few_layers_recompute_as_fit(usable_gib):
+def test_as_few_layers_are_checkpointed_as_fit(usable_gib):
     _, checkpointed = chosen(usable_gib)
     assert total_gib(checkpointed) <= usable_gib
     assert checkpointed == 0 or total_gib(checkpointed - 1) > usable_gib
 
 
-def test_where_nothing_fits_all_recompute():
+def test_where_nothing_fits_all_are_checkpointed():
     assert chosen(20) == (True, 60)
 
 
@@ -47,7 +47,7 @@ def test_the_settings_have_the_last_word():
     assert chosen(77, compile="on", passes=1)[0] is True
 
 
-def test_compilation_has_to_pay_and_needs_blocks_of_one_length():
+def test_compilation_must_pay_and_needs_packed_sequences():
     assert chosen(77)[0] is True
     assert chosen(77, passes=5)[0] is False
     assert chosen(77, packed=False)[0] is False

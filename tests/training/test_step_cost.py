@@ -1,4 +1,4 @@
-"""What a step costs, against what is known of a tiny Falcon by arithmetic."""
+"""The measured cost of a step, against what arithmetic says of a tiny Falcon."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.step import make_collator
-from qlora_helpers.training.step_cost import step_cost
+from qlora_helpers.training.step_cost import _Kept, step_cost
 
 TOKENS = 128
 
@@ -26,7 +26,7 @@ def model_and_batch():
     return model, make_collator(model, loaded.tokenizer, data)([data.train[0]])
 
 
-def test_products_are_two_operations_a_weight_and_token_in_each_direction(model_and_batch):
+def test_matmuls_are_two_operations_per_weight_and_token_in_each_direction(model_and_batch):
     """A frozen layer has no gradient of its weights, an adapter does; the first layer's input needs none."""
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
@@ -39,7 +39,7 @@ def test_products_are_two_operations_a_weight_and_token_in_each_direction(model_
     assert found.gflop * 1e9 < 2 * frozen + 2 * head + 3 * adapters
 
 
-def test_layers_that_recompute_make_half_of_their_products_again_and_keep_their_input(model_and_batch):
+def test_checkpointed_layers_recompute_half_of_their_matmuls_and_keep_their_input(model_and_batch):
     model, batch = model_and_batch
     sizes = model_sizes(model.config.to_dict())
     kept_whole = step_cost(model, batch, repeats=1)
@@ -60,3 +60,12 @@ def test_another_loss_or_gradient_is_not_the_same(model_and_batch):
     found = step_cost(model, batch, repeats=1)
     other = step_cost(model, batch | {"input_ids": batch["input_ids"].flip(1)}, repeats=1)
     assert not other.same_as(found) and found.seconds > 0
+
+
+def test_a_tensor_that_is_kept_twice_counts_once_and_weights_do_not_count(torch):
+    linear = torch.nn.Linear(8, 8)
+    kept, x = _Kept(linear), torch.ones(4, 8, requires_grad=True)
+    with kept.watched():
+        loss = (linear(x) * (x * x)).sum()
+    loss.backward()
+    assert kept.n_bytes == 3 * 4 * 8 * 4  # x, the layer's output and the square

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import concatenate_datasets
-from pretended_graphs import Recorder
+from pretended_captures import PretendedCapture
 from tiny import prepared_data, tiny_llama
 from transformers import Trainer, TrainerCallback
 
@@ -29,11 +29,12 @@ from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.fast_step import loss as token_loss
 from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.step import make_collator
-from qlora_helpers.training.train import SummaryTrainer, half_of, train, training_arguments
+from qlora_helpers.training.train import SummaryTrainer, train
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
@@ -92,7 +93,7 @@ def checkpoints(run) -> list[int]:
 
 
 class At(TrainerCallback):
-    """Does something when a step begins (so it is received when that step ends)."""
+    """Acts when a step begins, so that a request is received when that step ends."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -157,7 +158,7 @@ def test_what_is_in_the_run_folder_afterwards(teach, run):
     assert result.peak_gib["cpu"] > 0
 
 
-def test_the_learning_rate_takes_its_course(teach, run):
+def test_the_learning_rate_follows_its_schedule(teach, run):
     teach(max_steps=4, warmup_steps=2, learning_rate=0.01)
     rates = [line["learning_rate"] for line in run.progress() if "loss" in line]
     assert rates == pytest.approx([0, 0.005, 0.01, 0.005])
@@ -203,7 +204,7 @@ def test_a_request_of_an_earlier_session_is_not_received(teach, run):
 
 
 class WhileEvaluating(TrainerCallback):
-    """Does something in the evaluation after a step."""
+    """Acts in the evaluation after a step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -214,7 +215,7 @@ class WhileEvaluating(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["stop", "save"])
-def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
+def test_requests_during_an_evaluation_are_done_right_after(teach, run, kind):
     callback = WhileEvaluating(2, lambda: run.request(kind))
     _, result = teach(callback, max_steps=6, eval_steps=2, save_steps=6)
     assert result.steps == (2 if kind == "stop" else 6)
@@ -222,8 +223,8 @@ def test_what_is_asked_while_it_evaluates_is_done_right_after(teach, run, kind):
     assert [request.answer for request in run.requests] == ["saved at step 2"]
 
 
-def test_sigterm_while_it_evaluates_cuts_the_evaluation_short_and_saves(teach, run, data):
-    """Many batches are left; the signal comes in the second one."""
+def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(teach, run, data):
+    """The signal comes in the second of many batches."""
 
     class Counted(TrainerCallback):
         batches = 0
@@ -263,7 +264,7 @@ def test_patience_stops_and_saves_after_evaluations_without_a_better_loss(teach,
     assert counted == [0, 1, 2]
 
 
-def test_a_stop_for_want_of_patience_can_be_gone_on_from(teach, run):
+def test_a_run_that_lost_its_patience_can_be_resumed(teach, run):
     teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
     _, result = teach(max_steps=10, eval_steps=1, save_steps=10, learning_rate=0.9, patience=2)
     assert result.steps >= 5  # two evaluations more, at the least
@@ -277,7 +278,7 @@ def an_hour_later(monkeypatch):
     return lambda: monkeypatch.setattr(budget, "time", SimpleNamespace(time=lambda: time.time() + 3600))
 
 
-def test_dollars_stop_and_save(teach, run, an_hour_later):
+def test_the_limit_in_dollars_stops_and_saves(teach, run, an_hour_later):
     changes = {"max_steps": 50, "eval_steps": 50, "save_steps": 50, "stop_at_usd": 10.0, "usd_per_hour": 10.0}
     _, result = teach(At(3, an_hour_later), **changes)
     assert result.stopped and result.steps == 3 and checkpoints(run) == [3]
@@ -294,7 +295,7 @@ def test_dollars_count_over_sessions(teach, run):
     assert run.progress()[0]["usd"] >= 10
 
 
-def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run, an_hour_later, monkeypatch):
+def test_the_limit_in_minutes_stops_and_saves_and_counts_per_session(teach, run, an_hour_later, monkeypatch):
     changes = {"max_steps": 5, "eval_steps": 50, "save_steps": 50, "stop_at_minutes": 60.0}
     _, result = teach(At(2, an_hour_later), **changes)
     assert result.stopped and result.steps == 2 and checkpoints(run) == [2]
@@ -304,13 +305,13 @@ def test_minutes_stop_and_save_and_begin_anew_with_a_session(teach, run, an_hour
     assert not result.stopped and result.steps == 5
 
 
-def test_a_limit_that_is_reached_with_the_last_step_stops_nothing(teach, run):
+def test_a_limit_reached_with_the_last_step_stops_nothing(teach, run):
     _, result = teach(max_steps=3, eval_steps=1, learning_rate=0.9, patience=2)
     assert not result.stopped and result.steps == 3
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):
-    """Weights, optimizer, learning rate, order of the rows and dropout go on where they were."""
+    """Weights, optimizer, learning rate, order of the rows and dropout continue where they were."""
     whole, _ = teach(model=tuned(lora_dropout=0.2), on=Run(tmp_path / "whole"), max_steps=6)
     teach(At(3, lambda: run.request("stop")), model=tuned(lora_dropout=0.2), max_steps=6)
     resumed, result = teach(model=tuned(lora_dropout=0.2), max_steps=6)
@@ -326,7 +327,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):
     assert run.status().session == 2
 
 
-def test_a_damaged_checkpoint_is_passed_over(teach, run):
+def test_a_damaged_checkpoint_is_skipped(teach, run):
     teach(max_steps=4)
     weights = run.checkpoints_dir / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
@@ -339,7 +340,7 @@ def test_a_damaged_checkpoint_is_passed_over(teach, run):
 
 
 def test_a_checkpoint_without_a_seal_does_not_count(teach, run):
-    """As a process leaves it that is killed while it saves."""
+    """Such as a process leaves that is killed while it saves."""
     teach(max_steps=2)
     (run.checkpoints_dir / "checkpoint-2" / saved.SEAL).unlink()
     with pytest.warns(UserWarning, match="checkpoint-2 is incomplete or damaged"):
@@ -364,8 +365,8 @@ def test_a_finished_run_is_loaded_and_not_trained(teach, run):
     assert largest_difference(first, longer) > 0
 
 
-def test_a_resumed_run_goes_by_the_settings_of_today(teach, run):
-    """Trainer itself would go on with the learning rate and the steps of the checkpoint, whatever was asked since."""
+def test_a_resumed_run_uses_the_current_settings(teach, run):
+    """Trainer itself would continue with the learning rate and steps of the checkpoint, whatever was set since."""
     teach(max_steps=2)
     teach(max_steps=8, learning_rate=1e-3, logging_steps=2, eval_steps=3, save_steps=3, checkpoints_kept=9)
     lines = [line for line in run.progress() if line["session"] == 2]
@@ -378,7 +379,7 @@ def test_a_resumed_run_goes_by_the_settings_of_today(teach, run):
 
 
 @pytest.mark.parametrize("course", ["linear", "cosine", "constant"])
-def test_a_finished_run_that_is_to_go_on_learns_in_its_first_step_too(teach, run, course):
+def test_a_finished_run_that_is_extended_learns_in_its_first_step(teach, run, course):
     """At the end of the first session the rate was zero."""
     first, _ = teach(max_steps=2, lr_scheduler_type=course)
     longer, _ = teach(max_steps=3, lr_scheduler_type=course)
@@ -453,7 +454,7 @@ def test_accumulated_gradients_are_those_of_one_batch(teach, tmp_path, tokenizer
     assert difference(models[1], models[2]) < 1e-3
 
 
-def test_recomputed_activations_change_nothing(teach, tmp_path):
+def test_activation_checkpointing_changes_nothing(teach, tmp_path):
     plain, _ = teach(on=Run(tmp_path / "plain"))
     checkpointed, _ = teach(on=Run(tmp_path / "checkpointed"), activation_checkpointing=True)
     assert largest_difference(plain, checkpointed) < 1e-6
@@ -473,24 +474,24 @@ def test_an_embedding_on_the_host_trains_the_same_and_is_saved_as_any(teach, tmp
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["", "embedding on the host"])
-def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded):
+def test_captured_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded):
     """Evaluations, checkpoints, accumulation and a last batch that is not full included."""
     settings = {"fast_step": True, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
     settings |= {"offload_embeddings": offloaded, "save_steps": 2}
     plain, expected = teach(on=Run(tmp_path / "plain"), **settings)
-    recorders = []
+    captures = []
 
-    def recorder():
-        recorders.append(Recorder())
-        return recorders[-1]
+    def capture():
+        captures.append(PretendedCapture())
+        return captures[-1]
 
     monkeypatch.setattr("qlora_helpers.training.fast_step.parts.graph_refusal", lambda *args, **options: None)
-    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaRecorder", recorder)
-    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.PASSES_WORTH", 1)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.CudaCapture", capture)
+    monkeypatch.setattr("qlora_helpers.training.fast_step.graphs.MIN_REPLAYS", 1)
     replayed, result = teach(on=Run(tmp_path / "replayed"), **settings)
-    assert result.captured and "on   passes recorded as CUDA graphs" in result.fast_step and not expected.captured
-    # Anew after each evaluation, and given back at the end.
-    assert recorders[0].recordings == 3 == recorders[0].forgotten
+    assert result.captured and "on   passes captured as CUDA graphs" in result.fast_step and not expected.captured
+    # Captured again after each evaluation, and freed at the end.
+    assert captures[0].captures == 3 == captures[0].freed
     assert largest_difference(plain, replayed) < 1e-6
     lines = [
         [line for line in Run(tmp_path / name).progress() if "eval_loss" in line] for name in ("plain", "replayed")
@@ -509,7 +510,7 @@ def test_recorded_passes_train_the_same(teach, tmp_path, monkeypatch, offloaded)
         ({"max_steps": None, "epochs": 1.0, "micro_batch_size": 8, "gradient_accumulation_steps": 4}, 4),
     ],
 )
-def test_the_planned_steps_are_those_that_are_done(teach, run, tokenizer, padded_data, changes, rows):
+def test_planned_steps_are_the_steps_done(teach, run, tokenizer, padded_data, changes, rows):
     assert len(padded_data.train) == rows
     _, result = teach(data=padded_data, eval_steps=100, save_steps=100, **changes)
     assert run.status().max_steps == result.steps
@@ -532,7 +533,7 @@ def test_tokens_are_counted_without_padding(run, tokenizer, padded_data):
 # what goes wrong
 
 
-def test_a_loss_that_is_no_number_stops_the_training(teach, run):
+def test_a_loss_that_is_not_finite_stops_the_training(teach, run):
     """Trainer's own default logs a NaN as 0.0 and goes on."""
     with pytest.raises(
         RunError, match=r"is no longer a finite number \(\w+\) at step \d.* lower train.learning_rate"
@@ -545,7 +546,7 @@ def test_a_loss_that_is_no_number_stops_the_training(teach, run):
 
 
 @pytest.mark.parametrize("fast_step", [True, False])
-def test_the_batch_and_the_rows_of_such_a_loss_are_named(teach, run, padded_data, fast_step):
+def test_the_batch_and_rows_of_a_loss_that_is_not_finite_are_named(teach, run, padded_data, fast_step):
     """One word that is not a number, in one row. Two forward passes a step; logs every tenth step only."""
     counts = {}
     for row in padded_data.train:
@@ -574,7 +575,7 @@ def test_the_batch_and_the_rows_of_such_a_loss_are_named(teach, run, padded_data
         )
     said = str(caught.value)
     assert said.startswith("the loss is no longer a finite number (nan) at step ")
-    assert f"of 2; its data: block {number} (rows {row_id})" in said
+    assert f"of 2; its data: sequence {number} (rows {row_id})" in said
     assert "the run goes on from its last good checkpoint, of step 2." in said
     assert all(bool(torch.isfinite(weight).all()) for weight in adapter(model).values())
     assert checkpoints(run) == [2]
@@ -590,7 +591,7 @@ def test_a_loss_that_explodes_stops_at_the_last_checkpoint_from_before(teach, ru
                     weight.copy_(torch.linspace(-9, 9, weight.numel()).view_as(weight))
 
     with pytest.raises(
-        RunError, match=r"the loss exploded to \d+\.\d+, where \d\.\d+ was usual at step 31; its data: block"
+        RunError, match=r"the loss exploded to \d+\.\d+, where \d\.\d+ was usual at step 31; its data: sequence"
     ):
         teach(At(31, ruin), model=model, max_steps=50, save_steps=1, eval_steps=50, micro_batch_size=2)
     assert [line["step"] for line in run.progress()][-1] == 32  # one hard batch is no explosion
@@ -603,8 +604,8 @@ def test_a_loss_that_explodes_stops_at_the_last_checkpoint_from_before(teach, ru
     assert all(saved.is_good(path) for path in saved.all_checkpoints(run.checkpoints_dir))
 
 
-def test_under_torchrun_the_first_process_alone_calls_a_loss_exploded(teach, monkeypatch):
-    """Another one sees its own rows alone: if it ended, the first would wait for it until it is killed, and say nothing."""
+def test_under_torchrun_only_the_first_process_calls_a_loss_exploded(teach, monkeypatch):
+    """Another process sees only its own rows: if it ended, the first would wait for it until killed, without a message."""
     model, tried = tuned(), []
 
     def ruin():
@@ -625,7 +626,7 @@ def test_under_torchrun_the_first_process_alone_calls_a_loss_exploded(teach, mon
     assert result.steps == 36 and len(tried) > 36
 
 
-def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_sealed(teach, run):
     """Where the step's own update ruined them: no loss has shown it yet."""
 
     class Spoil(TrainerCallback):
@@ -643,7 +644,7 @@ def test_a_checkpoint_with_such_weights_is_not_sealed(teach, run):
 
 
 def test_a_float16_gradient_may_overflow(run):
-    """The loss scaler leaves out such a step; the loss itself must stay a number."""
+    """The loss scaler skips such a step; the loss itself must stay finite."""
     run.start_session(max_steps=4, resumed_from=0)
     callback = RunFolderCallback(run, settings(), session=1, is_writer=True)
     state = SimpleNamespace(global_step=1, epoch=0.1)
@@ -658,8 +659,8 @@ def test_a_float16_gradient_may_overflow(run):
         callback.on_log(SimpleNamespace(fp16=True), state, None, logs | {"loss": float("nan")})
 
 
-def test_float16_gradients_that_overflow_at_every_step_end_it_also_over_two_sessions(teach, run, monkeypatch):
-    """A CPU has no float16: the loss scaler's part is played by norms that are no numbers from step 6 on."""
+def test_float16_gradients_that_overflow_at_every_step_stop_it_over_two_sessions(teach, run, monkeypatch):
+    """A CPU has no float16; norms that are not finite from step 6 on stand in for the loss scaler."""
     init, norm = SummaryTrainer.__init__, Trainer._get_grad_norm
 
     def with_float16(self, *args, **kwargs):
@@ -687,7 +688,7 @@ def test_float16_gradients_that_overflow_at_every_step_end_it_also_over_two_sess
 
 
 @pytest.mark.parametrize("fast_step", [True, False])
-def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch, fast_step):
+def test_rows_that_attend_to_each_other_stop_before_training(teach, run, monkeypatch, fast_step):
     def leaking_mask(segments):
         return torch.ones(*segments.shape, segments.shape[1]).tril()[:, None].bool()
 
@@ -697,12 +698,12 @@ def test_rows_that_see_each_other_stop_before_training(teach, run, monkeypatch, 
     monkeypatch.setattr(
         blocks, "row_starts" if fast_step else "block_diagonal_mask", one_row if fast_step else leaking_mask
     )
-    with pytest.raises(ModelError, match=r"does not keep packed rows apart; expected .* Set data.packing=false"):
+    with pytest.raises(ModelError, match=r"lets packed rows attend to each other; expected .* Set data.packing=false"):
         teach(fast_step=fast_step)
     assert not run.status_path.exists()
 
 
-def test_a_fast_step_that_loses_otherwise_stops_before_training(teach, run, monkeypatch):
+def test_a_fast_step_with_other_losses_stops_before_training(teach, run, monkeypatch):
     right = token_loss.token_losses
     monkeypatch.setattr(token_loss, "token_losses", lambda hidden, *args, **more: right(hidden * 2, *args, **more))
     with pytest.raises(ModelError, match=r"does not give this model's own losses; .* Set train.fast_step=false"):
@@ -738,8 +739,8 @@ def test_the_fast_step_trains_the_plain_steps_adapter(teach, tmp_path, packing, 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_apart_in_16_bits(tokenizer, data, attention):
-    """Rounding is no leak."""
+def test_block_diagonal_attention_in_bfloat16(tokenizer, data, attention):
+    """Rounding does not count as a leak."""
     model = tiny_llama(attn_implementation=attention).to(torch.bfloat16)
     changed, apart = check_block_diagonal(model, make_collator(model, tokenizer, data))
     assert changed == 0
@@ -838,7 +839,7 @@ def test_the_heart_beats_while_nothing_is_logged(teach, run, monkeypatch):
 
 
 def test_a_copied_run_folder_goes_on(teach, run, tmp_path):
-    """To other hardware, say."""
+    """Such as on other hardware."""
     teach(max_steps=2)
     shutil.copytree(run.folder, tmp_path / "elsewhere")
     _, result = teach(on=Run(tmp_path / "elsewhere"), max_steps=4)

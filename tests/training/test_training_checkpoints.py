@@ -1,8 +1,9 @@
-"""A checkpoint counts once it is verified; a damaged one is passed over, and only then is an older one removed."""
+"""A checkpoint counts once it is verified; a damaged one is skipped, and only then is an older one removed."""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 
 import pytest
@@ -14,9 +15,11 @@ from qlora_helpers.training.checkpoints import (
     UNFINISHED,
     all_checkpoints,
     is_good,
+    last_good_step,
     newest_good,
     put_in_place,
     rotate,
+    set_aside,
     step_of,
     verify,
 )
@@ -64,8 +67,39 @@ def test_a_sealed_checkpoint_is_good(folder):
 def test_a_seal_that_holds_anything_else_is_no_seal(folder, seal):
     good = write(folder, 10)
     (write(folder, 20) / SEAL).write_text(seal)
-    with pytest.warns(UserWarning, match="checkpoint-20 is incomplete or damaged; going on from an older one"):
+    with pytest.warns(UserWarning, match="checkpoint-20 is incomplete or damaged; resuming from an older one"):
         assert newest_good(folder) == good
+
+
+def test_checkpoints_that_were_set_aside_are_not_resumed_from(folder):
+    """From the step itself on; they are whole, and stay."""
+    for step in (10, 20, 30):
+        write(folder, step)
+    set_aside(folder, 20, "the loss exploded at step 21")
+    assert [is_good(path) for path in all_checkpoints(folder)] == [True, False, False]
+    assert last_good_step(folder) == 10
+    with pytest.warns(UserWarning, match=r"was set aside \(the loss exploded at step 21\); resuming from an older one"):
+        assert step_of(newest_good(folder)) == 10
+
+
+def test_an_adapter_file_without_weights_is_not_sealed(folder):
+    from safetensors.torch import save_file
+
+    path = write(folder, 10, sealed=False)
+    save_file({}, path / "adapter_model.safetensors")
+    with pytest.raises(RunError, match="not finite"):
+        verify(path)
+
+
+def test_files_reach_the_disk_before_a_checkpoint_gets_its_name(folder, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: order.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *paths: order.append("replace") or replace(*paths))
+    written = write(folder / UNFINISHED, 10, sealed=False)
+    files = len(list(written.iterdir()))
+    put_in_place(written)
+    assert order[: files + 1] == ["fsync"] * (files + 1)  # the folder too
+    assert order[-1] == "replace"
 
 
 def test_they_are_counted_by_step(folder):
@@ -143,7 +177,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(folder, damage):
     for step in (2, 4):
         write(folder, step)
     DAMAGES[damage](folder / "checkpoint-4")
-    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete or damaged; going on from an older one"):
+    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete or damaged; resuming from an older one"):
         assert newest_good(folder) == folder / "checkpoint-2"
 
 

@@ -12,7 +12,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.evaluation.fast_answers import memory
 from qlora_helpers.evaluation.fast_answers.attention import keys_shared
 from qlora_helpers.evaluation.fast_answers.weights import adapters_in_model_type, dense_bytes, dense_weights
-from qlora_helpers.model.host_embedding import brought_back
+from qlora_helpers.model.host_embedding import restore_embedding
 
 
 @dataclass
@@ -66,7 +66,7 @@ def answering_form(
         dense: whether to unpack 4-bit layers; None where memory allows.
     """
     with suppress(torch.OutOfMemoryError):  # an embedding that a failed training left on the host
-        brought_back(model.get_input_embeddings())
+        restore_embedding(model.get_input_embeddings())
     form = AnswerForm(dtype=str(model.dtype).removeprefix("torch."))
     needed = dense_bytes(model)
     if needed and dense is None:

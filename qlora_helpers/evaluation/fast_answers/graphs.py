@@ -37,7 +37,7 @@ class CapturedStep:
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
-                self.refusal = cuda_graphs.refusal_of(error)
+                self.refusal = cuda_graphs.capture_refusal(error)
         graph = self._graphs.get((rows, length))
         if graph is None:
             self._step(rows, length)
@@ -65,6 +65,6 @@ class CapturedStep:
             for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
             torch.cuda.synchronize()
-        graph = cuda_graphs.recorded(lambda: self._step(rows, length), pool=self._pool, stream=stream)
+        graph = cuda_graphs.capture(lambda: self._step(rows, length), pool=self._pool, stream=stream)
         torch.cuda.current_stream().wait_stream(stream)
         return graph

@@ -1,1 +1,1 @@
-"""What makes a training step faster without changing what is learned, a part a file; `parts` opens them together."""
+"""What makes a training step faster without changing what is learned, one part a file; `parts` opens them together."""

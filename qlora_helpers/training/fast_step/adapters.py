@@ -1,8 +1,9 @@
-"""Adapters kept in 32 bits that compute in the model's 16.
+"""Adapters that are stored in float32 and compute in the model's type, such as bfloat16.
 
-peft casts the input of every float32 adapter up, or autocast casts it back: copies of the activations either way. An adapter's
-weights are thousands of times smaller than what flows through it: cast those instead, and let the optimizer keep its 32 bits. The
-second adapter matrix adds to the layer's output inside its product and in its place: no copy of that output is made, nor read.
+peft casts the input of every float32 adapter up, or autocast casts it back down; either way the activations are copied. An
+adapter's weights are thousands of times smaller than its activations, so the weights are cast instead, and the optimizer keeps its
+float32. The second adapter matrix adds to the layer's output in place, inside its matrix multiplication, so that output is neither
+copied nor read again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.wiring import is_plain_lora
 
-NEVER_CHANGED_AFTER = (
+OUTPUT_NOT_CHANGED_IN_PLACE = (
     "q_proj",
     "k_proj",
     "v_proj",
@@ -32,7 +33,7 @@ NEVER_CHANGED_AFTER = (
     "dense",
     "dense_h_to_4h",
 )
-"""Layers whose output the tested models do not change in place."""
+"""Layers whose output the tested models don't change in place afterwards."""
 torch.library.define("qlora_helpers::add_matmul_", "(Tensor(a!) out, Tensor low, Tensor up, float scale) -> ()")
 
 
@@ -47,9 +48,9 @@ def _(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> N
 
 
 class _AddedMatmul(torch.autograd.Function):
-    """`out + scale * low @ up.T`, written over `out`, for compiled layers: left to itself a compiler copies `out` for `addmm`.
+    """Computes `out + scale * low @ up.T` in place of `out`, for compiled layers: the compiler would copy `out` for `addmm`.
 
-    The result must not be changed in place after it, as Falcon does with its MLP's output (`dense_4h_to_h`).
+    The result must not be changed in place afterwards, as Falcon does with its MLP's output (`dense_4h_to_h`).
     """
 
     @staticmethod
@@ -72,7 +73,7 @@ class _AddedMatmul(torch.autograd.Function):
 def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int]:
     """While open, LoRA layers with one plain adapter compute as above; yields how many do.
 
-    Layers with DoRA, an adapter bias or several adapters keep peft's way.
+    Layers with DoRA, an adapter bias or several adapters compute as in peft.
 
     Args:
         model: a peft model.
@@ -83,7 +84,7 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
     with ExitStack() as undo:
         for path, module in model.named_modules():
             if isinstance(module, LoraLayer) and is_plain_lora(module):
-                in_place = path.rpartition(".")[2] in NEVER_CHANGED_AFTER
+                in_place = path.rpartition(".")[2] in OUTPUT_NOT_CHANGED_IN_PLACE
                 replace_forward(module, types.MethodType(_lora_forward(module.forward, in_place), module), undo)
                 changed += 1
         yield changed
@@ -91,7 +92,7 @@ def weights_cast_in_place_of_activations(model: torch.nn.Module) -> Iterator[int
 
 def _lora_forward(original: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`(..., in_features)` -> `(..., out_features)`."""
+        """Maps `(..., in_features)` to `(..., out_features)`."""
         if self.disable_adapters or args or kwargs:
             return original(x, *args, **kwargs)
         (name,) = self.active_adapters

@@ -1,9 +1,9 @@
-"""Attention inside the rows of a packed block, without a mask.
+"""Block-diagonal attention without a mask: the rows of a packed sequence do not attend to each other.
 
-A block-diagonal mask costs work for every pair of tokens in the block, also for pairs of two rows. Here each row is its own short
-sequence: on a GPU one call of FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) for all rows, on a CPU one
-causal call a row. The starts of the rows reach the layers beside the model's own arguments, so it also works where a model hands
-nothing of the kind to its layers (Falcon).
+A block-diagonal mask costs work for every pair of tokens in the packed sequence, also for pairs from two rows. Here each row is a
+short sequence of its own: on a GPU, FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) takes all rows at once; on
+a CPU, each row takes one causal call. The starts of the rows reach the layers beside the model's own arguments, so this also
+works for models that pass nothing of the kind to their layers (Falcon).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NAME = "block_diagonal"
 
 
 class RowStarts:
-    """Where rows start in the batch at hand; shared by all attention layers on one device.
+    """Where the rows of the current batch start; shared by all attention layers on one device.
 
     Attributes:
-        starts: `(rows + 1,)`, int32: first token of each row in the flattened batch, then the number of tokens. May end in several
-            equal numbers, so that its length is the same in every batch. None while no packed batch runs.
+        starts: `(rows + 1,)`, int32: the first token of each row in the flattened batch, then the number of tokens. May end in
+            several equal numbers, so that every batch has the same length. None while no packed batch runs.
         longest: an upper bound on a row's tokens.
     """
 
@@ -39,22 +39,22 @@ class RowStarts:
         self.starts: torch.Tensor | None = None
 
 
-def attend_in_rows(
+def attend_within_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, *, scale: float | None = None
 ) -> torch.Tensor:
-    """Causal attention in which a token sees the tokens of its own row alone.
+    """Computes causal attention in which a token sees only the tokens of its own row.
 
     Args:
         query: `(batch, tokens, heads, head_dim)`.
         key, value: `(batch, tokens, kv_heads, head_dim)`; `heads` is a multiple of `kv_heads`.
         rows: where rows start in the flattened batch.
-        scale: of the products; None takes `head_dim ** -0.5`.
+        scale: factor of the attention scores; None takes `head_dim ** -0.5`.
 
     Returns:
         `(batch, tokens, heads, head_dim)`.
     """
     batch = query.shape[0]
-    # A view of a fused projection would keep all of it for the backward pass.
+    # A view would keep the whole fused projection for the backward pass.
     key, value = key.contiguous(), value.contiguous()
     flat = [rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)]
     out = _by_kernel(*flat, rows, scale) if query.is_cuda else _row_by_row(*flat, rows, scale)
@@ -62,7 +62,7 @@ def attend_in_rows(
 
 
 def kernel_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the variable-length kernel can't run, or None where it can. On a CPU none is needed."""
+    """Says why the variable-length kernel can't run, or None where it can. A CPU needs no kernel."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -76,12 +76,32 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return None
 
 
+def block_diagonal_refusal(model: torch.nn.Module) -> str | None:
+    """Says why a model's attention can't be replaced by this one, or None where it can.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+    """
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    refusal = kernel_refusal(model.get_input_embeddings().weight.device, model.dtype, head_dim)
+    if refusal is not None:
+        return refusal
+    if text._attn_implementation != "sdpa":
+        return f"attention is {text._attn_implementation}: only sdpa's is replaced"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "the model bounds its attention scores (soft-capping), which the kernel does not"
+    if getattr(text, "attention_dropout", 0.0):
+        return "the model drops attention scores while it trains, which the kernel does not"
+    return None
+
+
 def _by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, scale: float | None
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if _ASKS_FOR_GROUPS and key.shape[1] != query.shape[1] else {}
+    grouped = {"enable_gqa": True} if _NEEDS_ENABLE_GQA and key.shape[1] != query.shape[1] else {}
     return varlen_attn(
         query,
         key,
@@ -96,8 +116,8 @@ def _by_kernel(
     )
 
 
-def _asks_for_groups() -> bool:
-    """torch 2.11 takes fewer key and value heads as they come, later versions want to be told."""
+def _needs_enable_gqa() -> bool:
+    """Whether the kernel must be told of fewer key and value heads: torch 2.11 takes them as they are, later versions don't."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -105,7 +125,7 @@ def _asks_for_groups() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-_ASKS_FOR_GROUPS = _asks_for_groups()
+_NEEDS_ENABLE_GQA = _needs_enable_gqa()
 
 
 def _row_by_row(
@@ -124,12 +144,9 @@ def _row_by_row(
     return rearrange(torch.cat(parts, dim=2), "1 heads tokens dim -> tokens heads dim")
 
 
-# into a model
-
-
 @contextmanager
 def block_diagonal_attention(model: torch.nn.Module, *, longest: int) -> Iterator[None]:
-    """While open, a causal language model takes `row_starts` in place of a mask. Without them it attends as before.
+    """While open, a causal language model takes `row_starts` instead of a mask. Without them it attends as before.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
@@ -138,14 +155,14 @@ def block_diagonal_attention(model: torch.nn.Module, *, longest: int) -> Iterato
     by_device: dict[torch.device, RowStarts] = {}
     with ExitStack() as undo:
         for module in model.modules():
-            if not hasattr(module, "is_causal"):  # what transformers' attention layers have in common
+            if not hasattr(module, "is_causal"):  # which all of transformers' attention layers have
                 continue
             device = next(module.parameters()).device
             module.row_starts = by_device.setdefault(device, RowStarts(device, longest))
             undo.callback(delattr, module, "row_starts")
             if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
                 replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
-        if model.config.model_type != "falcon":  # whose layers know no names but sdpa and eager
+        if model.config.model_type != "falcon":  # its layers accept no names but sdpa and eager
             undo.enter_context(attention_replaced(model, NAME, _attention()))
         hook = model.register_forward_pre_hook(_take_row_starts(list(by_device.values())), with_kwargs=True)
         undo.callback(hook.remove)
@@ -158,7 +175,7 @@ def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
         for place in places:
             place.starts = starts if starts is None else starts.to(place.device, non_blocking=True)
         if starts is not None:
-            # A mask of four dimensions goes through to the layers as it is, so transformers builds none of its own.
+            # transformers passes a mask of four dimensions on unchanged, and so builds none of its own.
             kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places[0].device)
         return args, kwargs
 
@@ -166,7 +183,7 @@ def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
 
 
 def _attention() -> Callable[..., Any]:
-    """For transformers' registry of attention functions."""
+    """Makes the function for transformers' registry of attention functions."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(
@@ -178,17 +195,17 @@ def _attention() -> Callable[..., Any]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`(batch, heads, tokens, head_dim)` each, as transformers hands them over; `(batch, tokens, heads, head_dim)` back."""
+        """Takes `(batch, heads, tokens, head_dim)` each, as transformers does, and returns `(batch, tokens, heads, head_dim)`."""
         if module.row_starts.starts is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         by_token = [rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)]
-        return attend_in_rows(*by_token, module.row_starts, scale=scaling), None
+        return attend_within_rows(*by_token, module.row_starts, scale=scaling), None
 
     return attention
 
 
 def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Falcon's attention layer within rows; keys and values stay as few heads as the model has."""
+    """Makes Falcon's attention layer attend within rows; keys and values keep as few heads as the model has."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
     def forward(
@@ -198,7 +215,7 @@ def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         query, key, value = split_falcon_heads(self, self.query_key_value(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-        out = attend_in_rows(query, key, value, self.row_starts)
+        out = attend_within_rows(query, key, value, self.row_starts)
         return self.dense(rearrange(out, "batch tokens heads dim -> batch tokens (heads dim)")), None
 
     return forward

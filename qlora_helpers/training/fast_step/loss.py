@@ -1,8 +1,8 @@
-"""The loss of a frozen output layer, a few tokens at a time.
+"""Computes the loss of a frozen output layer a few tokens at a time.
 
-A vocabulary of 128,256 makes half a MiB of 32-bit logits a token. The output layer is frozen, so all that training needs of it is
-the gradient of its input: loss and gradient are made chunk by chunk in the forward pass, and no chunk's logits outlive it. Same
-matrix products as the plain path, none twice. (Fusing the output layer with the loss is Liger Kernel's idea, arXiv:2410.10989.)
+A vocabulary of 128,256 makes half a MiB of float32 logits per token. The output layer is frozen, so training needs only its
+input's gradient: loss and gradient are computed chunk by chunk in the forward pass, and no chunk's logits outlive it. The matrix
+multiplications are those of the plain path, each done once. (Liger Kernel, arXiv:2410.10989, fuses the output layer with the loss.)
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora_helpers.base.place import at
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.planning.memory import loss_chunk
 
 
 class _TokenLosses(torch.autograd.Function):
-    """`(tokens, hidden)` -> `(tokens,)` losses; the gradient of each token's loss is kept in place of its logits."""
+    """Maps `(tokens, hidden)` to `(tokens,)` losses, and keeps the gradient of each token's loss instead of its logits."""
 
     @staticmethod
     def forward(
@@ -61,14 +62,14 @@ def token_losses(
     bias: torch.Tensor | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of each token under a frozen output layer, in nats; 0 where the label is ignored.
+    """Computes each token's cross-entropy under a frozen output layer, in nats; 0 where the label is ignored.
 
     Args:
         hidden: `(tokens, hidden)`, the output layer's input.
         weight: `(vocabulary, hidden)`; gets no gradient.
-        labels: `(tokens,)`, the next token at each place, or -100.
+        labels: `(tokens,)`, the next token at each position, or -100.
         bias: `(vocabulary,)` or None.
-        chunk: tokens whose logits exist at once; None keeps them within 128 MiB.
+        chunk: how many tokens' logits exist at once; None keeps them within 128 MiB.
 
     Returns:
         `(tokens,)`, float32.
@@ -77,12 +78,12 @@ def token_losses(
 
 
 class ChunkedLoss:
-    """A model's `loss_function` that takes the output layer's input in place of its logits, and trained tokens alone.
+    """A model's `loss_function` that takes the output layer's input instead of its logits, for trained tokens only.
 
     Attributes:
         trained: flat index of the tokens whose successor is trained, `(trained,)`, and these successors, `(trained,)`; None where
-            the batch does not say.
-        per_token: losses of the last call, `(trained,)`, without gradient; what an evaluation weighs by tokens.
+            the batch does not list them.
+        per_token: losses of the last call, `(trained,)`, without gradient; an evaluation weights them by tokens.
     """
 
     def __init__(self, head: torch.nn.Module) -> None:
@@ -90,6 +91,7 @@ class ChunkedLoss:
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self.per_token: Any = None
 
+    @at("loss")
     def __call__(
         self,
         logits: torch.Tensor,
@@ -98,7 +100,7 @@ class ChunkedLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The mean over trained tokens, or their sum over `num_items_in_batch`; arguments as transformers passes them."""
+        """Returns the mean over trained tokens, or their sum over `num_items_in_batch`; takes transformers' arguments."""
         hidden = logits.flatten(0, -2)
         if self.trained is None:
             target = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
@@ -141,10 +143,10 @@ def chunked_row_losses(
 
 @contextmanager
 def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
-    """While open, a causal language model that is given labels computes no logits: its loss comes chunk by chunk.
+    """While open, a causal language model that is given labels computes no logits, and its loss chunk by chunk.
 
-    It then also takes `trained_index` and `trained_labels` (`data.batches.SequenceCollator`). Without labels it returns logits
-    as before. The call still goes through the root module, so peft's, accelerate's and DDP's hooks see it.
+    The model then also takes `trained_index` and `trained_labels` (`data.batches.SequenceCollator`). Without labels it returns
+    logits as before. The call still goes through the root module, so the hooks of peft, accelerate and DDP run.
 
     Args:
         model: a transformers model, without peft's wrapper around it; its output layer is frozen.
@@ -170,3 +172,18 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
         replace_forward(head, forward, undo)
         model.loss_function = loss
         yield loss
+
+
+def chunked_loss_refusal(model: torch.nn.Module) -> str | None:
+    """Says why a model needs its own loss, or None where the loss in chunks takes its place.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+    """
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(head, torch.nn.Linear) or head.weight.requires_grad:
+        return "the output layer is trained or is not a linear layer: all of its logits are needed"
+    changed = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if any(getattr(text, name, None) for name in changed):
+        return "the model changes its logits after the output layer: its own loss is used"
+    return None

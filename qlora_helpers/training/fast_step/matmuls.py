@@ -1,10 +1,10 @@
-"""Matmuls that a recomputed layer does not make again.
+"""Matrix multiplications whose unused outputs a layer with activation checkpointing skips while it recomputes.
 
-What is recomputed is what the backward pass reads. Nothing in a layer reads the value of a product that is added to the residual at
-its end: an MLP's last in a Llama, in a Falcon the attention's last too, since both are added together. A backward pass reads that
-product's frozen weights and what entered its adapter. So while a layer recomputes, such a product returns memory as it is: a
-quarter of a Llama layer's products, half of a Falcon layer's. (`torch.utils.checkpoint` stops early, but after that product, and a
-compiled layer does not stop.)
+The backward pass needs recomputed values only where it reads them. Nothing in a layer reads the output of a linear layer that is
+added to the residual at its end: in a Llama the MLP's last one, in a Falcon also the attention's last one, since both are added
+together. The backward pass reads only that layer's frozen weights and its adapter's input. So during recomputation such a layer
+returns uninitialized memory: this skips a quarter of a Llama layer's matrix multiplications, and half of a Falcon layer's.
+(`torch.utils.checkpoint` stops early, but only after that multiplication, and a compiled layer does not stop.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qlora_helpers.model.shapes.families import added_to_residual
 from qlora_helpers.model.wiring import is_plain_lora
 
 _SIGNATURES = {
-    "linear_unless_checkpointed": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "linear_4bit_unless_recomputed": "(Tensor x, Tensor packed, int[] shape, Tensor absmax, int blocksize, str quant_type, "
+    "linear_unless_recomputing": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_4bit_unless_recomputing": "(Tensor x, Tensor packed, int[] shape, Tensor absmax, int blocksize, str quant_type, "
     "Tensor? bias, Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset) -> Tensor",
 }
 for _name, _signature in _SIGNATURES.items():
@@ -32,7 +32,7 @@ for _name, _signature in _SIGNATURES.items():
 
 
 class _Recomputing(threading.local):
-    """Entered by the thread that recomputes, which is autograd's, and may be entered again."""
+    """Entered by the thread that recomputes, which is autograd's; it can be entered again."""
 
     on = False
 
@@ -47,55 +47,57 @@ _recomputing = _Recomputing()
 
 
 def recomputation_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For `torch.utils.checkpoint`'s `context_fn`: what is open in the forward pass, and while it is made again."""
+    """Returns the contexts of the forward pass and of its recomputation, for `torch.utils.checkpoint`'s `context_fn`."""
     return nullcontext(), _recomputing
 
 
 def recomputing() -> bool:
-    """Whether this thread is making a layer's values again."""
+    """Whether this thread is recomputing a layer."""
     return _recomputing.on
 
 
-def _unread(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`(..., width)` in memory as it is."""
+def _uninitialized(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns `(..., width)` of uninitialized memory."""
     return x.new_empty((*x.shape[:-1], width))
 
 
-@torch.library.impl("qlora_helpers::linear_unless_checkpointed", "CompositeExplicitAutograd")
+@torch.library.impl("qlora_helpers::linear_unless_recomputing", "CompositeExplicitAutograd")
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _unread(x, weight.shape[0]) if _recomputing.on else F.linear(x, weight, bias)
+    return _uninitialized(x, weight.shape[0]) if _recomputing.on else F.linear(x, weight, bias)
 
 
-@torch.library.impl("qlora_helpers::linear_4bit_unless_recomputed", "CompositeExplicitAutograd")
+@torch.library.impl("qlora_helpers::linear_4bit_unless_recomputing", "CompositeExplicitAutograd")
 def _linear_4bit(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
     return (
-        _unread(x, shape[0]) if _recomputing.on else torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, *rest)
+        _uninitialized(x, shape[0])
+        if _recomputing.on
+        else torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, *rest)
     )
 
 
-@torch.library.register_fake("qlora_helpers::linear_unless_checkpointed")
+@torch.library.register_fake("qlora_helpers::linear_unless_recomputing")
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("qlora_helpers::linear_4bit_unless_recomputed")
+@torch.library.register_fake("qlora_helpers::linear_4bit_unless_recomputing")
 def _(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-class _MatmulOnce(torch.autograd.Function):
-    """A frozen linear layer's product, whose value is not made while its layer recomputes.
+class _SkippableMatmul(torch.autograd.Function):
+    """A frozen linear layer whose output is skipped while its decoder layer recomputes.
 
-    Its gradient needs the weights alone, so nothing is saved for it that a checkpoint would have to find again.
+    Its gradient needs only the weights, so it saves nothing that a checkpoint would have to restore.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: Any) -> torch.Tensor:
         ctx.weight, ctx.state = weight, state
         if state is None:
-            return torch.ops.qlora_helpers.linear_unless_checkpointed(x, weight, bias)
+            return torch.ops.qlora_helpers.linear_unless_recomputing(x, weight, bias)
         nested = state.state2 if state.nested else None
-        return torch.ops.qlora_helpers.linear_4bit_unless_recomputed(
+        return torch.ops.qlora_helpers.linear_4bit_unless_recomputing(
             x,
             weight.view(-1, 1),
             state.shape,
@@ -120,17 +122,17 @@ class _MatmulOnce(torch.autograd.Function):
 
 @contextmanager
 def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]) -> Iterator[int]:
-    """While open, those products of the layers are made once; yields how many of a layer are.
+    """While open, layers skip those outputs when they recompute; yields how many each layer skips.
 
-    Frozen linear layers in 4 bits or at full width; others, such as those whose adapter reads that value (DoRA), and families whose
-    wiring is not known, keep their own way.
+    This applies to frozen linear layers, in 4 bits or at full width. Others, such as those whose adapter reads the output (DoRA),
+    and families whose wiring is not known, compute as before.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
-        layers: its decoder layers, all of them: they share their compiled kernels.
+        layers: all of its decoder layers, which share their compiled kernels.
     """
     text, changed = model.config.get_text_config(), 0
-    # Under autocast, as float16 trains, linear layers keep their own way.
+    # float16 trains under autocast, which casts what a linear layer gets.
     names = () if model.dtype == torch.float16 else added_to_residual(text.to_dict())
     with ExitStack() as undo:
         for path, module in ((path, module) for layer in layers for path, module in layer.named_modules()):
@@ -139,7 +141,7 @@ def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]
             adapted = hasattr(module, "get_base_layer")
             linear = module.get_base_layer() if adapted else module
             if _can_be_skipped(linear) and (not adapted or is_plain_lora(module)):
-                replace_forward(linear, types.MethodType(_forward_once(linear.forward), linear), undo)
+                replace_forward(linear, types.MethodType(_skippable_forward(linear.forward), linear), undo)
                 changed += 1
         yield changed // max(1, len(layers))
 
@@ -156,15 +158,15 @@ def _can_be_skipped(linear: Any) -> bool:
     )
 
 
-def _forward_once(own: Callable[..., Any]) -> Callable[..., Any]:
+def _skippable_forward(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` -> `(..., out_features)`."""
+        """Maps `(..., in_features)` to `(..., out_features)`."""
         state = getattr(self.weight, "quant_state", None)
         dtype = self.weight.dtype if state is None else getattr(self, "compute_dtype", None) or x.dtype
-        lost = state is None and hasattr(self, "quant_state")  # bitsandbytes finds it again
+        lost = state is None and hasattr(self, "quant_state")  # bitsandbytes restores it
         other = x.dtype != dtype or (self.bias is not None and self.bias.dtype != dtype)
         if lost or other or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return own(x)
-        return _MatmulOnce.apply(x, self.weight, self.bias, state)
+        return _SkippableMatmul.apply(x, self.weight, self.bias, state)
 
     return forward

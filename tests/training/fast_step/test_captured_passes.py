@@ -1,20 +1,20 @@
-"""Recorded passes give the gradients of passes that are run, whatever comes between them.
+"""Captured passes give the gradients of uncaptured passes, whatever comes between them.
 
-A CUDA graph needs a GPU (`tests/gpu/fast_step_on_gpu.py`); here recordings are pretended (`pretended_graphs`).
+A CUDA graph needs a GPU (`tests/gpu/fast_step_on_gpu.py`); here captures are pretended (`pretended_captures`).
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from pretended_graphs import Recorder
+from pretended_captures import PretendedCapture
 from test_fast_step import BLOCKS, SHAPES, assert_same, built, fast_collator, gradients, plain_collator, rows_of
 
 from qlora_helpers.data.batches import RowBounds, SequenceCollator, TrainedTokens, most_trained
 from qlora_helpers.model.host_embedding import embeddings_on_host
 from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention
-from qlora_helpers.training.fast_step.graphs import PASSES_WORTH, CudaRecorder, graph_refusal, passes_captured
+from qlora_helpers.training.fast_step.graphs import MIN_REPLAYS, CudaCapture, graph_refusal, passes_captured
 from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 
@@ -24,27 +24,27 @@ OTHER_BLOCKS = [rows_of([4, 8, 9], start=5), rows_of([13, 2, 2], start=6)]
 
 @pytest.fixture
 def opened():
-    """A model whose passes are recorded, with the collator that fits, and what recorded them."""
+    """Opens a model whose passes are captured; gives the passes, what captures them, and the collator that fits."""
     import contextlib
 
     with contextlib.ExitStack() as stack:
 
         def open_(model, *, offloaded=False):
-            inner, recorder = model.get_base_model(), Recorder()
+            inner, capture = model.get_base_model(), PretendedCapture()
             looked_up = stack.enter_context(embeddings_on_host(inner)) if offloaded else None
             stack.enter_context(block_diagonal_attention(inner, longest=24))
             stack.enter_context(loss_in_chunks(inner))
             passes = stack.enter_context(
-                passes_captured(model, passes_before=PASSES_BEFORE, prepare=looked_up, record=recorder)
+                passes_captured(model, passes_before=PASSES_BEFORE, prepare=looked_up, capture=capture)
             )
             collator = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24, host_tokens=offloaded)
-            return passes, recorder, collator
+            return passes, capture, collator
 
         yield open_
 
 
 def of(model, batch):
-    """Loss and gradients of a pass: a played one returns a plain dictionary."""
+    """Loss and gradients of a pass; a replayed one returns a plain dictionary."""
     model.zero_grad(set_to_none=True)
     loss = model(**batch)["loss"]
     loss.backward()
@@ -54,15 +54,15 @@ def of(model, batch):
 @pytest.mark.parametrize(
     ("name", "offloaded"),
     [(name, False) for name in ("falcon-40b layout", "falcon-7b layout", "llama", "qwen3")]
-    + [(name, True) for name in ("llama", "qwen3")],  # Falcon's output layer is its embedding, which stays
+    + [(name, True) for name in ("llama", "qwen3")],  # Falcon's output layer is its embedding, which stays on the GPU
 )
-def test_played_passes_give_the_gradients_of_the_plain_path(name, offloaded, opened):
+def test_replayed_passes_give_the_gradients_of_the_plain_path(name, offloaded, opened):
     model = built(SHAPES[name])
     expected = [gradients(model, plain_collator()(blocks)) for blocks in (BLOCKS, OTHER_BLOCKS)]
-    passes, recorder, collator = opened(model, offloaded=offloaded)
+    passes, capture, collator = opened(model, offloaded=offloaded)
     for turn in range(PASSES_BEFORE + 4):
         assert_same(of(model, collator((BLOCKS, OTHER_BLOCKS)[turn % 2])), expected[turn % 2], 1e-6)
-    assert passes.replayed == 4 and recorder.recordings == 1 and passes.refusal is None
+    assert passes.replayed == 4 and capture.captures == 1 and passes.refusal is None
 
 
 def test_gradients_add_up_over_passes(opened):
@@ -73,7 +73,7 @@ def test_gradients_add_up_over_passes(opened):
         (model(**collate(blocks)).loss / 3).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     passes, _, collator = opened(model)
-    for _ in range(3):  # the second time in the midst of it, the third time all are played
+    for _ in range(3):  # captured in the midst of the first time; replayed from then on
         model.zero_grad(set_to_none=True)
         for blocks in (BLOCKS, OTHER_BLOCKS, BLOCKS):
             (model(**collator(blocks))["loss"] / 3).backward()
@@ -100,9 +100,9 @@ def test_weights_that_change_are_seen_and_the_loss_is_a_value_of_its_own(opened)
     assert second[0] == pytest.approx(model(**collator(BLOCKS)).loss.item(), rel=1e-9)
 
 
-def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opened):
+def test_an_evaluation_frees_the_memory_and_keeps_accumulated_gradients(opened):
     model = built(SHAPES["llama"])
-    passes, recorder, collator = opened(model)
+    passes, capture, collator = opened(model)
     expected = of(model, collator(BLOCKS))
     for _ in range(PASSES_BEFORE):
         of(model, collator(BLOCKS))
@@ -111,61 +111,61 @@ def test_an_evaluation_gives_the_memory_back_and_keeps_gradients_that_wait(opene
     with torch.no_grad():
         losses, tokens = row_losses(model, plain_collator()(BLOCKS))
     model.train()
-    assert recorder.forgotten == 1
+    assert capture.freed == 1
     kept = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same((0.0, kept), (0.0, expected[1]))
     assert_same(of(model, collator(BLOCKS)), expected)
-    assert passes.replayed == 1  # three passes between two evaluations are not worth a recording
-    for _ in range(PASSES_WORTH):
+    assert passes.replayed == 1  # three passes between two evaluations do not pay for a capture
+    for _ in range(MIN_REPLAYS):
         of(model, collator(BLOCKS))
     model.eval()
     with torch.no_grad():
         row_losses(model, plain_collator()(BLOCKS))
     model.train()
-    assert_same(of(model, collator(BLOCKS)), expected)  # as many as there were now are
-    assert recorder.recordings == 2 and passes.replayed == 2
+    assert_same(of(model, collator(BLOCKS)), expected)  # as many as there were now do
+    assert capture.captures == 2 and passes.replayed == 2
     assert (losses.sum() / tokens.sum()).item() == pytest.approx(expected[0], rel=1e-9)
 
 
-def test_a_batch_of_another_shape_is_run_as_it_is(opened):
+def test_a_batch_of_another_shape_runs_uncaptured(opened):
     model = built(SHAPES["llama"])
     single = gradients(model, plain_collator()(BLOCKS[:1]))
-    passes, recorder, collator = opened(model)
+    passes, capture, collator = opened(model)
     for _ in range(PASSES_BEFORE + 1):
         of(model, collator(BLOCKS))
     assert_same(of(model, collator(BLOCKS[:1])), single, 1e-6)
-    assert passes.replayed == 1 and recorder.forgotten == 1
+    assert passes.replayed == 1 and capture.freed == 1
 
 
-def test_what_cannot_be_recorded_is_run_and_the_reason_kept(opened):
+def test_passes_that_cannot_be_captured_run_and_the_reason_is_kept(opened):
     model = built(SHAPES["llama"])
-    passes, recorder, collator = opened(model)
+    passes, capture, collator = opened(model)
     expected = of(model, collator(BLOCKS))
 
     def fails(*works):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    passes._record = type(
+    passes._capture = type(
         "Fails",
         (),
-        {"__call__": lambda self, *works: fails(), "forget": lambda self: None, "refusal": lambda self: None},
+        {"__call__": lambda self, *works: fails(), "free": lambda self: None, "refusal": lambda self: None},
     )()
     for _ in range(PASSES_BEFORE + 1):
         assert_same(of(model, collator(BLOCKS)), expected)
     assert passes.replayed == 0
     assert passes.refusal.startswith("no CUDA graph: OutOfMemoryError")
     shown = repr(FastStep(graphs=passes))
-    assert "off  passes recorded as CUDA graphs" in shown and passes.refusal in shown
+    assert "off  passes captured as CUDA graphs" in shown and passes.refusal in shown
 
 
-def test_no_recording_is_tried_where_passes_fill_the_gpu(opened):
+def test_no_capture_is_tried_where_passes_fill_the_gpu(opened):
     model = built(SHAPES["llama"])
-    passes, recorder, collator = opened(model)
-    recorder.full = "no CUDA graph: 23.9 of 24.0 GiB are taken by passes as they are"
+    passes, capture, collator = opened(model)
+    capture.full = "no CUDA graph: 23.9 of 24.0 GiB are taken by uncaptured passes"
     expected = of(model, collator(BLOCKS))
     for _ in range(PASSES_BEFORE + 3):
         assert_same(of(model, collator(BLOCKS)), expected)
-    assert passes.refusal == recorder.full and passes.replayed == recorder.recordings == recorder.forgotten == 0
+    assert passes.refusal == capture.full and passes.replayed == capture.captures == capture.freed == 0
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,16 @@ def test_no_recording_is_tried_where_passes_fill_the_gpu(opened):
         (0.1, 78.3, 78.0, 1.0, True),
     ],
 )
-def test_room_is_what_pytorch_may_take_beside_a_pass_s_peak(free, reserved, peak, share, full, monkeypatch):
-    """GiB as one GPU measured them, where a recording failed (full) or was played."""
+def test_room_is_what_pytorch_may_take_beside_the_peak_of_a_pass(free, reserved, peak, share, full, monkeypatch):
+    """GiB as measured on one GPU, where a capture failed (full) or was replayed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 79.18 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * 2**30)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
-    assert bool(CudaRecorder.refusal()) is full
+    assert bool(CudaCapture.refusal()) is full
 
 
-def test_a_forward_pass_over_another_is_refused_not_mixed_up(opened):
+def test_a_second_forward_pass_before_the_backward_pass_is_an_error(opened):
     model = built(SHAPES["llama"])
     _, _, collator = opened(model)
     for _ in range(PASSES_BEFORE + 1):
@@ -210,34 +210,34 @@ def test_the_number_of_items_in_a_batch_may_change(opened):
 
 def test_the_model_is_as_it_was_afterwards():
     model = built(SHAPES["llama"])
-    with passes_captured(model, passes_before=2, record=Recorder()):
+    with passes_captured(model, passes_before=2, capture=PretendedCapture()):
         assert "forward" in vars(model)
     assert "forward" not in vars(model)
 
 
-def test_an_interrupt_while_recording_leaves_nothing_behind(opened):
+def test_an_interrupt_while_capturing_leaves_nothing_behind(opened):
     model = built(SHAPES["llama"])
-    passes, recorder, collator = opened(model)
+    passes, capture, collator = opened(model)
     for _ in range(PASSES_BEFORE):
         expected = of(model, collator(BLOCKS))
 
-    class Interrupted(Recorder):
+    class Interrupted(PretendedCapture):
         def __call__(self, run_forward, run_backward):
             run_forward()
             raise KeyboardInterrupt
 
-    passes._record = Interrupted()
+    passes._capture = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         of(model, collator(BLOCKS))
     passes.release()
-    assert passes._loss is None and not passes._inputs and passes._record.forgotten == 1
-    passes._record = recorder
+    assert passes._loss is None and not passes._inputs and passes._capture.freed == 1
+    passes._capture = capture
     assert_same(of(model, collator(BLOCKS)), expected)
 
 
-def test_what_a_recording_holds_is_given_back_where_gradients_find_no_room(opened, monkeypatch):
+def test_captured_memory_is_freed_where_gradients_find_no_room(opened, monkeypatch):
     model = built(SHAPES["llama"])
-    passes, recorder, collator = opened(model)
+    passes, capture, collator = opened(model)
     for _ in range(PASSES_BEFORE + 1):
         of(model, collator(BLOCKS))
 
@@ -247,17 +247,17 @@ def test_what_a_recording_holds_is_given_back_where_gradients_find_no_room(opene
     monkeypatch.setattr(passes, "_keep_gradients", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         passes.release()
-    assert not passes._plays and not passes._inputs and recorder.forgotten == 1
+    assert not passes._replays and not passes._inputs and capture.freed == 1
 
 
-def test_a_cpu_says_why_nothing_is_recorded():
+def test_a_cpu_says_why_nothing_is_captured():
     model = built(SHAPES["llama"])
     with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0, captured=True) as on:
-        assert not on.recording and any("CUDA" in reason for reason in on.why_off)
+        assert not on.capturing and any("CUDA" in reason for reason in on.why_off)
 
 
 class OnGpus:
-    """Stands in for a model on GPUs: its weights alone."""
+    """Stands in for a model on GPUs, with nothing but its weights."""
 
     def __init__(self, *weights) -> None:
         self.weights = weights
@@ -274,7 +274,7 @@ def weight(device="cuda:0", dtype=torch.bfloat16):
     ("weights", "changes", "reason"),
     [
         ([weight()], {}, None),
-        ([weight(), weight("cpu")], {}, "CUDA GPUs alone"),
+        ([weight(), weight("cpu")], {}, "CUDA GPUs only"),
         ([weight(), weight("cuda:1")], {}, "one GPU"),
         ([weight("cuda:1")], {}, "the current one"),
         ([weight()], {"packed": False}, "padded"),
@@ -283,20 +283,20 @@ def weight(device="cuda:0", dtype=torch.bfloat16):
         ([weight(), weight(dtype=torch.float16)], {}, "float16"),
     ],
 )
-def test_what_can_be_recorded(weights, changes, reason, monkeypatch):
+def test_which_models_can_be_captured(weights, changes, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = graph_refusal(OnGpus(*weights), **{"packed": True, "dropout": False, "listed": True} | changes)
     assert found is None if reason is None else reason in found
 
 
-def test_several_processes_record_nothing(monkeypatch):
+def test_several_processes_capture_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert "several processes" in graph_refusal(OnGpus(weight()), packed=True, dropout=False, listed=True)
 
 
-def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
+def test_lists_of_trained_tokens_have_one_length_and_count_only_trained_tokens():
     model = built(SHAPES["llama"]).eval()
     with fast_step(model, packed=True, longest=24, compiled=False, checkpointed=0) as on, torch.no_grad():
         short = fast_collator(on)
@@ -308,7 +308,7 @@ def test_lists_of_trained_tokens_have_one_length_and_count_the_trained_alone():
     assert torch.allclose(first[0], second[0])
 
 
-def test_the_fullest_batch_is_that_of_the_fullest_blocks():
+def test_the_fullest_batch_holds_the_fullest_sequences():
     from datasets import Dataset
 
     blocks = Dataset.from_list([{"labels": [-100, 1, 2]}, {"labels": [5, -100, -100]}, {"labels": [5, 6, -100]}])
