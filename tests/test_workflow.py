@@ -89,7 +89,7 @@ def test_an_existing_run_keeps_its_settings(tmp_path, monkeypatch):
 def test_a_name_can_not_be_the_folder_of_all_runs(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for call in (open_run, existing_run):
-        with pytest.raises(RunError, match="that is no name for a run"):
+        with pytest.raises(RunError, match="this can't be the name of a run"):
             call(name, root=tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.base.files import read_json
 from qlora_helpers.base.place import facts_of, places_of
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
@@ -31,7 +30,8 @@ from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.candidates import Candidate
 from qlora_helpers.planning.memory import CONTEXT_BYTES
-from qlora_helpers.runs.folder import Run, add_to_plan
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.plan_file import add_to_plan, read_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -263,6 +263,6 @@ def next_settings(run: Run) -> list[str]:
 
     The sequence length is not one of them: the prepared data have theirs.
     """
-    plan = read_json(run.plan_path) if run.plan_path.exists() else {}
-    ranked = plan.get("out_of_memory", {}).get("next") or [[]]
-    return [setting for setting in ranked[0] if setting.startswith("train.")]
+    failure = read_plan(run).out_of_memory
+    ranked = failure.next if failure else ()
+    return [setting for setting in ranked[0] if setting.startswith("train.")] if ranked else []

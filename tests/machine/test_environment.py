@@ -61,13 +61,13 @@ def test_this_machine():
     assert {"disk", "RAM", "CPU cores", "notebook", "SageMaker"} <= set(checks)
     assert checks["RAM"].found == f"{telemetry.read_machine().ram_total_gib:.1f} GiB"
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        assert checks["GPU"] == Check("GPU", "ok", "no GPU, the demo and tiny profiles run on CPU")
+        assert checks["GPU"] == Check("GPU", "ok", "no GPU; the demo and tiny profiles run on a CPU")
 
 
 def test_gpus_and_driver_are_shown():
     checks = lines(check_machine(nvml=FakeNvml()))
     assert checks["GPU"].found == "1 x NVIDIA A10G, 24.0 GiB; 1 x NVIDIA <slice>, 24.0 GiB"
-    assert checks["NVIDIA driver"].found.startswith("580.65.06, runs CUDA up to 12.4")
+    assert checks["NVIDIA driver"].found.startswith("580.65.06, supports CUDA up to 12.4")
 
 
 def test_it_names_no_path_host_or_user(tmp_path, monkeypatch):
@@ -293,7 +293,7 @@ def bitsandbytes_folder(tmp_path):
         ("12.0", None, "warning", "CUDA 12.1 for PyTorch's CUDA 12.0"),
         ("14.1", None, "failure", "none for PyTorch's CUDA 14.1"),
         ("12.8", "121", "ok", "CUDA 12.1, chosen by BNB_CUDA_VERSION"),
-        ("12.8", "126", "failure", "BNB_CUDA_VERSION=126, which is not there"),
+        ("12.8", "126", "failure", "BNB_CUDA_VERSION=126, which is not installed"),
         ("12.8", "130", "failure", "BNB_CUDA_VERSION=130, PyTorch has 12.8"),
         ("12.8", "12.1", "failure", "BNB_CUDA_VERSION=12.1"),
     ],

@@ -113,7 +113,7 @@ def test_cache_refuses_once_huggingface_hub_is_imported(tmp_path, monkeypatch):
 
 def test_cache_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't be made .*Name another folder"):
+    with pytest.raises(UserError, match="can't be created .*Name a folder"):
         set_model_cache(tmp_path / "file" / "below")
     assert "HF_HOME" not in os.environ
 

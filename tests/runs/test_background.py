@@ -72,7 +72,7 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     status = run.status()
     assert (status.state, status.pid, status.session) == ("starting", started.pid, 1)
     assert os.getsid(started.pid) == started.pid != os.getsid(0)  # a restarted kernel ends its own group
-    with pytest.raises(RunError, match=rf"'mine' is being trained already, in process {started.pid} on "):
+    with pytest.raises(RunError, match=rf"'mine' is already being trained, in process {started.pid} on "):
         launch.start(run)
     early = run.request("save")  # while the model loads
     until(lambda: any("loss" in line for line in run.progress()), run)
@@ -81,7 +81,7 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     assert answer(run, early).startswith("saved at step ")
     received = next(each.received_at for each in run.requests if each.id == early.id)
     assert received < run.progress()[0]["time"]  # before there was a step to save after
-    with pytest.raises(RunError, match="is being trained already"):
+    with pytest.raises(RunError, match="is already being trained"):
         launch.start(run)
     stop = run.request("stop")
     until(lambda: run.status().state == "stopped", run)
@@ -114,8 +114,8 @@ def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
     until(lambda: any("loss" in line for line in run.progress()), run)
     os.kill(started.pid, signal.SIGKILL)
     until(lambda: run.status().state == "dead")
-    assert "without a word" in run.status().exit_reason
-    assert "why it ended: the trainer's process ended without a word" in repr(monitor.watch_once(run))
+    assert "without reporting why" in run.status().exit_reason
+    assert "why it ended: the trainer's process ended without reporting why" in repr(monitor.watch_once(run))
     with pytest.raises(RunError, match="the run 'mine' is dead"):
         run.request("stop")
 
@@ -198,7 +198,7 @@ def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch)
     for _ in range(20):
         run.set_status(readings=heartbeat.readings())
     beat = (time.thread_time() - started) / 20
-    share = listening / heartbeat.LISTEN_S + beat / heartbeat.BEAT_S
+    share = listening / heartbeat.REQUESTS_EVERY_S + beat / heartbeat.HEARTBEAT_EVERY_S
     print(f"{100 * share:.3f} % of a core")
     assert share < 0.01
 

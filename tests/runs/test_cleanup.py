@@ -165,7 +165,7 @@ def test_nothing_outside_the_roots_is_deleted(machine, kind, where):
     write(machine / "elsewhere" / "precious", 10)
     before = sorted(machine.rglob("*"))
     item = SpaceItem("cache:x", kind, 10, paths=(machine / where,), run=Run(machine / "runs" / "demo"))
-    with pytest.raises(UserError, match="cache:x lies outside the caches and run folders; nothing was freed"):
+    with pytest.raises(UserError, match="cache:x is outside the caches and run folders; nothing was freed"):
         free(item, confirm=True)
     assert sorted(machine.rglob("*")) == before
 
@@ -198,7 +198,7 @@ def test_a_run_or_cache_that_is_a_link_is_left_alone(machine):
         SpaceItem("cache:linked/checkpoints", "project cache", 10, paths=(machine / "cache/linked/checkpoints",)),
     ]
     for item in by_hand:
-        with pytest.raises(UserError, match="lies outside"):
+        with pytest.raises(UserError, match="is outside"):
             free(item, confirm=True)
     assert (other.checkpoints_dir / "state").exists()
 

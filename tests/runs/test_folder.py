@@ -155,7 +155,7 @@ def test_names(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["..", ".", "", ".hidden", "-rf", "a b", "a\n", "ä", "a:b", "a\0b", "x" * 101, "a*"])
 def test_no_names(tmp_path, name):
-    with pytest.raises(RunError, match="that is no name for a run"):
+    with pytest.raises(RunError, match="this can't be the name of a run"):
         Run(f"{tmp_path}/{name}" if name not in ("", ".") else name)
 
 
@@ -232,7 +232,7 @@ def test_a_session_of_training_in_its_status(run):
 
 
 def test_an_unknown_state_is_a_fault_of_ours(run):
-    with pytest.raises(ValueError, match="'sleeping' is none of"):
+    with pytest.raises(ValueError, match="got 'sleeping'"):
         run.set_status(state="sleeping")
     assert not run.status_path.exists()
 
@@ -247,7 +247,7 @@ def test_a_process_that_is_gone_is_told_as_dead(run):
     run.set_status(pid=ended_process(), step=3)
     status = run.status()
     assert (status.state, status.step) == ("dead", 3)
-    assert status.exit_reason == "the trainer's process ended without a word"
+    assert status.exit_reason == "the trainer's process ended without reporting why"
     with pytest.raises(RunError, match="the run 'mine' is dead"):
         run.request("stop")
     assert run.start_session(max_steps=10, resumed_from=2) == 2
@@ -385,7 +385,7 @@ def test_a_full_disk_is_told_when_progress_is_written(run, monkeypatch):
 
 
 def test_a_request_reaches_the_trainer_once(run):
-    with pytest.raises(RunError, match=r"the run 'mine' is new\. Only a running trainer can be asked\."):
+    with pytest.raises(RunError, match=r"the run 'mine' is new\. Only a running trainer takes requests\."):
         run.request("stop")
     session = run.start_session(max_steps=10, resumed_from=0)
     assert run.requests.pending(session) == []

@@ -114,7 +114,7 @@ def test_an_interrupted_cell_ends_the_processes():
 
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        launch._run([sys.executable, "-c", code], dict(os.environ), interrupted)
+        launch._run_and_print([sys.executable, "-c", code], dict(os.environ), interrupted)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 

@@ -42,7 +42,7 @@ def test_which_gpus_a_process_may_use(monkeypatch, chosen, gpus):
 
 HOLDER = """
 import sys, time
-from qlora_helpers import locks
+from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
 with locks.gpu_locks(Run(sys.argv[1]), ["GPU-held"]):
     print("held", flush=True)
@@ -61,14 +61,14 @@ def holder(tmp_path):
 
 
 def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
-    said = rf"the run 'other' \(process {holder.pid}\) trains on GPU-held already.*CUDA_VISIBLE_DEVICES"
+    said = rf"the run 'other' \(process {holder.pid}\) is already training on GPU-held.*CUDA_VISIBLE_DEVICES"
     with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
         pass
     with locks.gpu_locks(run, ["GPU-free"]):  # it was given back
         pass
     holder.kill()
     holder.wait()
-    locks.refuse_taken_gpus(["GPU-held"])
+    locks.refuse_busy_gpus(["GPU-held"])
     with locks.gpu_locks(run, ["GPU-held"]):
         pass
 
@@ -76,15 +76,15 @@ def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
 def test_a_start_is_refused_while_another_run_has_the_gpu(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "visible_gpus", lambda: ("GPU-held",))
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with pytest.raises(RunError, match="the run 'other' .* trains on GPU-held already"):
+    with pytest.raises(RunError, match="the run 'other' .* is already training on GPU-held"):
         launch.start(run)
     assert run.status().state == "new"
-    with pytest.raises(RunError, match="trains on GPU-held already"):
+    with pytest.raises(RunError, match="is already training on GPU-held"):
         workflow.train(run, say=lambda text: None)
     assert run.status().state == "failed"
     assert "GPU-held" in run.status().last_error
     run = workflow.open_run("mine", settings=["model.device_map=cpu"], root=tmp_path / "runs")
-    with session.session(run):  # takes no GPU
+    with session.training_session(run):  # takes no GPU
         pass
 
 
@@ -99,8 +99,8 @@ def test_a_run_is_locked_while_it_trains(run):
 
 def test_a_refused_start_says_where_the_run_trains(tmp_path):
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with locks.run_lock(run), pytest.raises(RunError, match="'mine' is being trained already, in another process"):
+    with locks.run_lock(run), pytest.raises(RunError, match="'mine' is already being trained, in another process"):
         launch.start(run)
     run.start_session(max_steps=4, resumed_from=0)
-    with pytest.raises(RunError, match=r"'mine' is being trained already, in process \d+ on "):
+    with pytest.raises(RunError, match=r"'mine' is already being trained, in process \d+ on "):
         launch.start(run)
