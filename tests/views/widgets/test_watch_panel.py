@@ -187,7 +187,7 @@ def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
     assert "the training had already ended" in plain_text(panel.requests)
     panel.save_button.disabled = False  # a click that was on its way
     panel.save_button.click()
-    assert "the run 'demo' is finished. Only a running trainer can be asked." in plain_text(panel.requests)
+    assert "the run 'demo' is finished. Only a running trainer takes requests." in plain_text(panel.requests)
     panel.close()
 
 
