@@ -27,7 +27,12 @@ class TwoCards(FakeNvml):
         ("-1", ()),
         ("1", ("GPU-bbbb-2",)),
         ("1,0", ("GPU-bbbb-2", "GPU-aaaa-1")),
-        ("1,7,0", ("GPU-bbbb-2",)),  # CUDA stops at the first that is not there
+        ("1,7,0", ("GPU-bbbb-2",)),  # CUDA stops at the first that does not exist
+        ("1,7,1", ("GPU-bbbb-2",)),
+        ("0,0", ()),  # a repeated entry hides every GPU: cuInit fails with error 101
+        ("0,1,0", ()),
+        ("GPU-aaaa,GPU-aaaa", ()),
+        ("0,GPU-aaaa-1", ("GPU-aaaa-1",)),  # one GPU under two names
         ("GPU-aaaa", ("GPU-aaaa-1",)),
         ("MIG-cccc", ("MIG-cccc",)),
     ],
@@ -60,7 +65,7 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
+def test_two_trainers_do_not_share_a_gpu(holder, run):
     said = rf"the run 'other' \(process {holder.pid}\) is already training on GPU-held.*CUDA_VISIBLE_DEVICES"
     with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
         pass
@@ -73,7 +78,7 @@ def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
         pass
 
 
-def test_a_start_is_refused_while_another_run_has_the_gpu(holder, tmp_path, monkeypatch):
+def test_a_start_is_refused_while_another_run_uses_the_gpu(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "visible_gpus", lambda: ("GPU-held",))
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
     with pytest.raises(RunError, match="the run 'other' .* is already training on GPU-held"):
@@ -97,7 +102,7 @@ def test_a_run_is_locked_while_it_trains(run):
     assert not locks.is_locked(run)
 
 
-def test_a_refused_start_says_where_the_run_trains(tmp_path):
+def test_a_refused_start_names_the_process_that_trains(tmp_path):
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
     with locks.run_lock(run), pytest.raises(RunError, match="'mine' is already being trained, in another process"):
         launch.start(run)

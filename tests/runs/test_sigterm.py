@@ -15,7 +15,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
+def test_during_steps_the_signal_is_recorded():
     with sigterm.catching():
         with sigterm.deferred():
             assert not sigterm.received()
@@ -25,13 +25,13 @@ def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
         assert sigterm.received()
 
 
-def test_at_any_other_time_it_ends_the_process_with_a_shell_s_code():
+def test_outside_steps_the_signal_ends_the_process_with_code_143():
     with pytest.raises(SystemExit) as caught, sigterm.catching():
         terminate()
     assert caught.value.code == 143
 
 
-def test_the_handler_that_was_there_comes_back():
+def test_the_earlier_handler_is_restored():
     received = []
     before = signal.signal(signal.SIGTERM, lambda *args: received.append(args))
     try:
@@ -44,7 +44,7 @@ def test_the_handler_that_was_there_comes_back():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_each_session_begins_anew():
+def test_each_session_starts_without_a_signal():
     with sigterm.catching(), sigterm.deferred():
         terminate()
     assert sigterm.received()
