@@ -6,21 +6,15 @@ and raises them in one `ConfigError`. This module knows nothing of torch, models
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import json
-import math
-import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from qlora_helpers.base.errors import ConfigError
+from qlora_helpers.base.setting_values import checked_value, plain_text
 
 Section = TypeVar("Section")
 
@@ -311,7 +305,7 @@ def _changed(
     for name, value, is_text in _pairs(settings, problems):
         if name == "profile":
             try:
-                config = replace(config, profile=_plain_text(value))
+                config = replace(config, profile=plain_text(value))
             except ValueError as error:
                 problems.append(f"profile: {error}")
             continue
@@ -321,7 +315,7 @@ def _changed(
             problems.append(f"{name}: unknown{_did_you_mean(name)}")
             continue
         try:
-            changes.setdefault(section, {})[key] = _checked(SECTIONS[section], known[key], value, is_text)
+            changes.setdefault(section, {})[key] = checked_value(SECTIONS[section], known[key], value, is_text)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     for section, values in changes.items():
@@ -352,76 +346,6 @@ def _did_you_mean(name: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
 
 
-_type_hints = functools.cache(typing.get_type_hints)  # it evaluates every annotation of a class again
-
-
-def _checked(section: type, item: dataclasses.Field, value: Any, is_text: bool) -> Any:
-    hint = _type_hints(section)[item.name]
-    value = _converted(hint, value, is_text)
-    limits = item.metadata
-    if value is None:
-        return value
-    if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"expected one of {', '.join(map(str, limits['choices']))}, got {value!r}")
-    if limits["low"] is not None and value < limits["low"]:
-        raise ValueError(f"expected at least {limits['low']}, got {value}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise ValueError(f"expected at most {limits['high']}, got {value}")
-    return value
-
-
-def _converted(hint: Any, value: Any, is_text: bool) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    optional = type(None) in kinds
-    kind = next(kind for kind in kinds if kind is not type(None))
-    if value is None or (is_text and value.lower() in ("none", "null") and optional):
-        if optional:
-            return None
-        raise ValueError("expected a value, got none")
-    if typing.get_origin(kind) is tuple:
-        return _texts(value, is_text)
-    if kind is str:
-        return _plain_text(value)
-    if is_text:
-        try:
-            value = json.loads(value.lower() if kind is bool else value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"expected {_NAMES[kind]}, got {value[:100]!r}") from None
-    if kind is float and type(value) is int:
-        with contextlib.suppress(OverflowError):
-            value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"expected {_NAMES[kind]}, got {value!r}")
-    return value
-
-
-_UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # surrogates: bytes of the command line that are not UTF-8
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-_WITHOUT_CREDENTIALS = (
-    "expected an address without credentials (no user or password, no signature, token or key), because settings are written "
-    "into the run's files; download the file and name the copy, or use a public address or hub id"
-)
-
-
-def _plain_text(value: Any) -> str:
-    if isinstance(value, str) and carries_credentials(value):
-        raise ValueError(_WITHOUT_CREDENTIALS)  # the value is not quoted: a message may end up in a log
-    if not isinstance(value, str) or not value.strip() or _UNWRITABLE.search(value):
-        raise ValueError(f"expected a text without control characters, got {value!r}")
-    return value
-
-
-def _texts(value: Any, is_text: bool) -> tuple[str, ...]:
-    if is_text:
-        parts = value.strip("[]()").replace('"', "").replace("'", "").split(",")
-        value = [part.strip() for part in parts if part.strip()]
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"expected a list of names, got {value!r}")
-    return tuple(map(_plain_text, value))
-
-
 def _contradictions(config: RunConfig) -> list[str]:
     problems = []
     tensorboard = config.train.tensorboard
@@ -437,26 +361,3 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"prompt has room, got {config.evaluation.max_new_tokens}"
         )
     return problems
-
-
-_HOST = re.compile(r"(\[[^\]@]*\]|[^:@\\]*)(:\d*)?")  # an authority without user and password
-
-
-_KEY = re.compile(r"[?&;#]([^?&;#=]*)=")
-
-
-_SECRET_KEY = re.compile(
-    r"x-(amz|goog)-.*|.*(token|secret|passw|signature|credential|access_?key).*|.*key|sig|auth|authorization|pwd|jwt",
-    re.IGNORECASE,
-)
-
-
-def carries_credentials(text: str) -> bool:
-    """Whether a text is an address with a user or password, or with a signature, token or key in its query.
-
-    An address inside another address's query counts too. `https://host/file.7z?download=1` carries no credentials.
-    """
-    _, *addresses = unquote(text).split("://")
-    hosts = [re.split(r"[/?#]", address, maxsplit=1)[0] for address in addresses]
-    keys = [key for address in addresses for key in _KEY.findall(address)]
-    return not all(map(_HOST.fullmatch, hosts)) or any(map(_SECRET_KEY.fullmatch, keys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.base.config import carries_credentials
+from qlora_helpers.base.addresses import carries_credentials
 
 SIGNED = (
     "https://bucket.s3.amazonaws.com/corpus.7z?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA&X-Amz-Signature=c"
