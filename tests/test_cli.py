@@ -1,4 +1,4 @@
-"""The command line as a person meets it: exit codes, one clear message for what they can mend, and the whole job as a process."""
+"""The command line as a person meets it: exit codes, one clear message for what they can fix, and the whole job as a process."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_bad_input_ends_in_one_clear_message_and_exit_code_2(here, capsys, argum
     assert not lost
 
 
-def test_there_are_more_than_twenty_kinds():
+def test_more_than_twenty_kinds_of_bad_input_are_tested():
     assert len(BAD_INPUT) >= 20
 
 

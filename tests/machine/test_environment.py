@@ -70,7 +70,7 @@ def test_gpus_and_driver_are_shown():
     assert checks["NVIDIA driver"].found.startswith("580.65.06, supports CUDA up to 12.4")
 
 
-def test_it_names_no_path_host_or_user(tmp_path, monkeypatch):
+def test_the_report_names_no_path_host_or_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "jane-doe" / "hf"))
     monkeypatch.setattr(environment, "read_disk", lambda path: DiskReading(1.0, 0.5))  # a failure, with its mend
     report = check_machine(nvml=FakeNvml())
@@ -166,7 +166,7 @@ def test_imports_neither_torch_nor_bitsandbytes():
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
-def test_in_a_kernel_it_says_so():
+def test_the_report_says_that_it_runs_in_a_kernel():
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60, cwd=str(ROOT))
@@ -214,7 +214,7 @@ def test_pins_of_a_requirements_file():
     }
 
 
-def test_every_line_of_our_requirements_is_looked_at():
+def test_every_line_of_our_requirements_is_checked():
     text = (ROOT / "requirements.txt").read_text()
     pinned = {line.split("==")[0] for line in text.splitlines() if "==" in line}
     assert len(pinned) >= 15
@@ -261,7 +261,7 @@ def test_gpus():
         ((12, 4), None, "ok"),
     ],
 )
-def test_driver_has_to_run_torchs_cuda(driver, torch, level):
+def test_the_driver_must_support_torchs_cuda(driver, torch, level):
     check = _driver_check(DriverReading("550.1", driver), cuda_torch(torch))
     assert check.level == level
     assert ("PyTorch is built for 13.0" in check.found) == (level == "failure")

@@ -1,4 +1,4 @@
-"""SageMaker Studio: it is told that somebody is at work, and an app may be shut down when the work is done."""
+"""SageMaker Studio: activity is reported to it, and an app may be shut down when the work is done."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def as_studio_reads_it(path) -> datetime.datetime:
     return datetime.datetime.strptime(path.read_text().strip(), "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.UTC)
 
 
-def test_studio_is_told_in_the_words_that_it_reads(in_studio):
+def test_activity_is_reported_in_the_format_that_studio_reads(in_studio):
     assert studio.report_activity()
     age = datetime.datetime.now(datetime.UTC) - as_studio_reads_it(in_studio)
     assert 0 <= age.total_seconds() < 5
 
 
-def test_elsewhere_nothing_is_written(tmp_path, monkeypatch):
+def test_nothing_is_written_outside_studio(tmp_path, monkeypatch):
     monkeypatch.setattr(studio, "STUDIO_METADATA", tmp_path / "nothing")
     monkeypatch.setattr(studio, "IDLE_FILE", tmp_path / "last-active")
     assert not studio.report_activity()
@@ -47,14 +47,14 @@ def test_elsewhere_nothing_is_written(tmp_path, monkeypatch):
     assert as_studio_reads_it(tmp_path / "mine")
 
 
-def test_a_link_that_somebody_laid_is_not_followed(in_studio, tmp_path):
+def test_a_link_in_the_files_place_is_not_followed(in_studio, tmp_path):
     (tmp_path / "precious").write_text("keep")
     os.symlink(tmp_path / "precious", in_studio)
     assert not studio.report_activity()
     assert (tmp_path / "precious").read_text() == "keep"
 
 
-def test_a_run_at_work_tells_studio_and_one_that_ended_does_not(in_studio, run, monkeypatch):
+def test_activity_is_reported_only_while_a_run_trains(in_studio, run, monkeypatch):
     import time
 
     monkeypatch.setattr(heartbeat, "REQUESTS_EVERY_S", 0.01)
@@ -138,7 +138,7 @@ def test_a_run_that_could_not_begin_shuts_nothing_down(in_studio, client, tmp_pa
     assert client.deleted == []
 
 
-def test_the_command_line_passes_it_on(monkeypatch, tmp_path):
+def test_the_command_line_passes_the_option_on(monkeypatch, tmp_path):
     from qlora_helpers.__main__ import main
 
     calls = []
