@@ -10,6 +10,7 @@ from fake_nvml import FakeNvml, NoDriver
 
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import cache_root
 from qlora_helpers.runs import launch, locks, session
 from qlora_helpers.runs.folder import Run
 
@@ -69,8 +70,12 @@ def test_two_trainers_do_not_share_a_gpu(holder, run):
     said = rf"the run 'other' \(process {holder.pid}\) is already training on GPU-held.*CUDA_VISIBLE_DEVICES"
     with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
         pass
-    with locks.gpu_locks(run, ["GPU-free"]):  # it was given back
+    with locks.gpu_locks(run, ["GPU-free"]):  # it was released
         pass
+    with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-later", "GPU-held"]):
+        pass
+    # In one order for all trainers: of two that want the same GPUs one gets them.
+    assert not (cache_root() / "locks" / "GPU-later.json").exists()
     holder.kill()
     holder.wait()
     locks.refuse_busy_gpus(["GPU-held"])

@@ -106,3 +106,32 @@ def test_a_damaged_status_is_reported(run, content):
     run.status_path.write_text(content)
     with pytest.raises(RunError, match=r"status\.json is damaged"):
         run.status()
+
+
+def test_time_and_price_of_all_sessions():
+    never = Status(heartbeat=1_000.0)
+    assert (never.session_s, never.used_s, never.used_usd) == (0.0, 0.0, None)
+    first = Status(session=1, started_at=1_000.0, heartbeat=4_600.0, usd_per_hour=2.0)
+    assert (first.session_s, first.used_s, first.used_usd) == (3_600.0, 3_600.0, 2.0)
+    second = Status(session=2, started_at=9_000.0, heartbeat=10_800.0, spent_s=3_600.0, spent_usd=2.0)
+    assert (second.used_s, second.used_usd) == (5_400.0, 2.0)  # this session's price is not known
+    assert Status(started_at=5_000.0, heartbeat=4_000.0).session_s == 0.0  # a clock that was set back
+
+
+def test_the_next_session_starts_without_what_the_last_one_left():
+    last = Status("failed", 4, 10, 7, "other", 1, 4_600.0, "an error", "oops", 1_000.0, 5.0, 1.0, 2.0, {"gpus": []})
+    new = last.next_session()
+    assert (new.state, new.session, new.step, new.max_steps) == ("starting", 2, 4, 10)
+    assert (new.exit_reason, new.last_error, new.usd_per_hour, new.readings) == (None, None, None, None)
+    assert (new.spent_s, new.spent_usd, new.host) == (3_605.0, 3.0, socket.gethostname())
+    assert abs(new.started_at - time.time()) < 10
+
+
+def test_a_session_that_was_opened_for_a_trainer_is_taken_over(run):
+    assert run.open_session(usd_per_hour=2.0).session == 1
+    taken_over = run.open_session()
+    assert (taken_over.session, taken_over.usd_per_hour) == (1, 2.0)
+    assert run.open_session(usd_per_hour=3.0).usd_per_hour == 3.0
+    assert run.start_session(max_steps=4, resumed_from=0) == 1
+    run.set_status(state="finished")
+    assert (run.open_session().session, run.status().usd_per_hour) == (2, None)
