@@ -66,3 +66,32 @@ def test_several_runs_side_by_side(tmp_path):
     assert [run.progress()[0]["loss"] for run in found] == [1.0, 0.0]
     assert [len(list(run.requests)) for run in found] == [0, 1]
     assert find_runs(tmp_path / "nothing") == []
+
+
+def test_only_settings_and_digests_that_both_have_are_compared(run):
+    before = {
+        "model": {"name": "a", "removed": 1},
+        "adapter": {"r": 8},
+        "marks": {"the data": "1", "the vocabulary": "2"},
+    }
+    after = {
+        "model": {"name": "a", "added": 2},
+        "adapter": {"r": 8},
+        "data": {},
+        "marks": {"the data": "1", "new": "3"},
+    }
+    run.refuse_differences(before, after)
+    changed = {"model": {"name": "b"}, "adapter": {"r": 16}, "data": {}, "marks": {"the data": "9"}}
+    with pytest.raises(RunError) as caught:
+        run.refuse_differences(before, changed)
+    for difference in ("model.name: 'a' -> 'b'", "adapter.r: 8 -> 16", "the data has changed"):
+        assert difference in str(caught.value)
+
+
+def test_a_path_that_goes_upwards_is_made_absolute_and_a_link_stays_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "here")
+    assert Run("../mine").folder == tmp_path.resolve() / "mine"
+    assert str(Run("mine").folder) == "mine"
