@@ -221,7 +221,7 @@ def test_the_lock_of_a_killed_process_is_released(copy):
     assert holder.stdout.readline()
     holder.kill()
     holder.communicate()
-    with session.session(copy):
+    with session.training_session(copy):
         pass
 
 
@@ -262,7 +262,7 @@ def test_a_model_that_cannot_be_loaded_leaves_a_true_status(tmp_path):
 
 
 def test_events_are_closed_if_training_fails(copy, whole, monkeypatch):
-    from qlora_helpers.training import tensorboard_events, train
+    from qlora_helpers.training import run_steps, train
 
     closed = []
 
@@ -270,7 +270,7 @@ def test_events_are_closed_if_training_fails(copy, whole, monkeypatch):
         def close(self):
             closed.append(True)
 
-    monkeypatch.setattr(tensorboard_events, "event_callback", lambda *args, **kwargs: Events())
+    monkeypatch.setattr(run_steps, "event_callback", lambda *args, **kwargs: Events())
     monkeypatch.setattr(train, "train", lambda *args, **kwargs: 1 / 0)
     _, model, loaded, _ = whole
     with pytest.raises(ZeroDivisionError):

@@ -21,7 +21,8 @@ def test_train_command_names_a_run_in_runs_and_the_folder_of_any_other(tmp_path)
     command = launch.train_command(Run("runs/demo"), profile="tiny", settings=["train.max_steps=20", "data.seed=1"])
     options = ["--profile", "tiny", "--set", "train.max_steps=20", "--set", "data.seed=1"]
     assert command == [sys.executable, "-m", "qlora_helpers", "train", "demo", *options]
-    assert launch.train_command(Run(tmp_path / "demo"))[-1] == str(tmp_path / "demo")
+    for elsewhere in (tmp_path / "demo", tmp_path / "runs" / "demo"):
+        assert launch.train_command(Run(elsewhere))[-1] == str(elsewhere)
 
 
 def test_the_command_line_accepts_the_commands():
@@ -183,3 +184,10 @@ def test_importing_launch_imports_no_torch():
     code += "from qlora_helpers.sagemaker import endpoint, resources, training_job; print(sorted("
     code += "{'torch', 'accelerate', 'boto3', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_more_processes_than_cores_get_a_thread_each(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "cpu_cores", lambda: 2)
+    assert launch._cpu_environment(4)["OMP_NUM_THREADS"] == "1"
+    assert launch._cpu_environment(1)["OMP_NUM_THREADS"] == "2"
