@@ -51,6 +51,17 @@ def test_a_loss_that_stays_up_is_reported_with_its_first_step():
     assert trouble.what == "the loss exploded to 6.50, where 2.00 was usual"
 
 
+def test_an_explosion_names_the_worst_forward_pass_of_its_step():
+    watch = LossWatch()
+    for number in range(1, 24):
+        high = number > 20
+        for loss, block in ((1.0, 3), (9.0 if high else 1.0, 5), (4.0 if high else 1.0, 8)):
+            watch.add(torch.tensor(loss), torch.tensor([block]))
+        watch.end_step(number, torch.tensor(1.0))
+    trouble = watch.look(wait=True)
+    assert (trouble.step, trouble.batch, trouble.batches, trouble.blocks) == (21, 2, 3, (5,))
+
+
 def test_suspect_losses_do_not_move_the_median():
     watch = LossWatch()
     feed(watch, [2.0] * 20 + [9.0] * (IN_A_ROW - 1))

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from qlora_helpers.base.config import AdapterConfig, TrainConfig
 from qlora_helpers.base.errors import ModelError, RunError
 from qlora_helpers.base.files import write_json
-from qlora_helpers.data import packing as blocks
+from qlora_helpers.data import batches
 from qlora_helpers.data.batches import AllLogits, BlockDiagonalMask, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.lora import add_adapters
@@ -696,7 +696,7 @@ def test_rows_that_attend_to_each_other_stop_before_training(teach, run, monkeyp
         return torch.tensor([0, segments.numel()], dtype=torch.int32)
 
     monkeypatch.setattr(
-        blocks, "row_starts" if fast_step else "block_diagonal_mask", one_row if fast_step else leaking_mask
+        batches, "row_starts" if fast_step else "block_diagonal_mask", one_row if fast_step else leaking_mask
     )
     with pytest.raises(ModelError, match=r"lets packed rows attend to each other; expected .* Set data.packing=false"):
         teach(fast_step=fast_step)
