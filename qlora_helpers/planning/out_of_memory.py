@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
@@ -104,7 +104,7 @@ def rescued(step: Step) -> Step:
         free_memory()
         raise _out_of_memory(run, failure)
 
-    return wrapper
+    return cast(Step, wrapper)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -205,7 +205,8 @@ def _layer_numbers(owner: Any) -> dict[int, int]:
     if not isinstance(model, torch.nn.Module):
         return {}
     lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
-    return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
+    longest = max(lists, key=len, default=[])
+    return {id(layer): number for number, layer in enumerate(longest, start=1)}
 
 
 def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
@@ -231,7 +232,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
         if checkpointed is None:
             layers = model_sizes(find_shape(config.model)).layers
             checkpointed = layers if config.train.activation_checkpointing else 0
-        held = run_plan.predicted_step(
+        held: Any = run_plan.predicted_step(
             config,
             hardware=hardware,
             compiled=failure.compiled,
