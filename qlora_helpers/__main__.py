@@ -1,6 +1,6 @@
-"""The command line: parses, calls `workflow`, maps exit codes; nothing else.
+"""The command line: parses its arguments, calls `workflow` and maps exit codes.
 
-Exit 0 on success, 2 on what the user can mend (one clear message), 1 on a fault of ours.
+It exits with 0 on success, with 2 and one clear message on what the user can fix, and with 1 on a bug in this package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qlora_helpers.base.profiles import PROFILES, profile_config
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar; the texts of the settings are the configuration's own."""
+    """Builds the argument parser; the help lists the settings with their own texts."""
     settings = "\n".join(
         f"  {section}.{row['name']}={row['value']}\n      {row['text']}"
         for section, kind in SECTIONS.items()
@@ -27,15 +27,28 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="report on this machine: packages, GPUs, disk, notebook")
+    doctor = commands.add_parser("doctor", help="check this machine: packages, GPUs, disk, notebook")
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
-    plan = commands.add_parser("plan", help="what fits, how fast and for how much, before anything is downloaded")
-    plan.add_argument("--model", help="hub id, folder with a config.json, or random:NAME; else the profile's")
-    plan.add_argument("--gpus", help="4x24GiB, H100, 2xL4 or ml.g5.12xlarge; else this machine's")
-    plan.add_argument("--price", type=float, help="USD an hour for all of the hardware, in place of the catalogue's")
-    plan.add_argument("--tokens", type=int, help="of the training data, for time and price; else known or counted")
-    plan.add_argument("--profile", choices=sorted(PROFILES), default="falcon-40b", help="the settings to start from")
+    plan = commands.add_parser(
+        "plan", help="predict what fits, how fast and at what price, before anything is downloaded"
+    )
+    plan.add_argument(
+        "--model", help="hub id, folder with a config.json, or random:NAME (default: the profile's model)"
+    )
+    plan.add_argument("--gpus", help="such as 4x24GiB, H100, 2xL4 or ml.g5.12xlarge (default: this machine's)")
+    plan.add_argument(
+        "--price", type=float, help="USD an hour for all of the hardware (default: the catalogue's price)"
+    )
+    plan.add_argument(
+        "--tokens", type=int, help="tokens of the training data, for time and price (default: looked up or counted)"
+    )
+    plan.add_argument(
+        "--profile",
+        choices=sorted(PROFILES),
+        default="falcon-40b",
+        help="the profile whose settings the plan starts from",
+    )
     plan.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
@@ -46,28 +59,32 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("run", help="the run's name below runs/, or a path")
-    train.add_argument("--profile", choices=sorted(PROFILES), help="what a new run starts from")
+    train.add_argument("--profile", choices=sorted(PROFILES), help="the profile that a new run starts from")
     train.add_argument(
-        "--shut-down-app", action="store_true", help="in SageMaker Studio: shut this app down afterwards"
+        "--shut-down-app", action="store_true", help="in SageMaker Studio, shut this app down afterwards"
     )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
 
-    evaluate = commands.add_parser("evaluate", help="compare base and tuned model on the run's held-out rows")
+    evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
-    export = commands.add_parser("export", help="adapter and merged 16-bit model ready to serve or publish")
+    export = commands.add_parser(
+        "export", help="write the adapter and the merged bfloat16 model, ready to serve or publish"
+    )
     export.add_argument("run")
-    export.add_argument("--out", help="the folder; else export/ in the run's")
-    export.add_argument("--no-merge", action="store_true", help="write the adapter alone")
-    export.add_argument("--no-drift", action="store_true", help="don't load the 16-bit model to measure its drift")
-    export.add_argument("--publish", metavar="OWNER/NAME", help="upload to the hub: the merged model, else the adapter")
-    export.add_argument("--public", action="store_true", help="a new repository is public")
-    clean = commands.add_parser("clean", help="show what takes space; with --yes free it")
-    clean.add_argument("run", nargs="?", help="one run; else caches and all runs are shown")
-    clean.add_argument("--yes", action="store_true", help="delete what is shown (a run must be named)")
-    demo = commands.add_parser("demo", help="the whole job on a small model, with a report at the end")
-    demo.add_argument("--data", help="a data file or hub data set; else the embedded corpus")
+    export.add_argument("--out", help="the folder to write to (default: export/ in the run's folder)")
+    export.add_argument("--no-merge", action="store_true", help="write only the adapter")
+    export.add_argument("--no-drift", action="store_true", help="do not load the merged model to measure its drift")
+    export.add_argument(
+        "--publish", metavar="OWNER/NAME", help="upload to the hub: the merged model, or the adapter with --no-merge"
+    )
+    export.add_argument("--public", action="store_true", help="make a new repository public")
+    clean = commands.add_parser("clean", help="show what takes space, and free it with --yes")
+    clean.add_argument("run", nargs="?", help="one run (default: show the caches and all runs)")
+    clean.add_argument("--yes", action="store_true", help="delete what is shown; a run must be named")
+    demo = commands.add_parser("demo", help="do the whole job on a small model and write a report")
+    demo.add_argument("--data", help="a data file or hub data set (default: the embedded corpus)")
     return top
 
 
@@ -108,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
-    return sigterm.EXIT_CODE if sigterm.asked() else 0
+    return sigterm.EXIT_CODE if sigterm.received() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -136,7 +153,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.publish:
         check_repository(options.publish)
     elif options.public:
-        raise UserError("--public is of a repository", next_step="Name it: --publish OWNER/NAME.")
+        raise UserError("--public needs a repository", next_step="Name it with --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
     report = workflow.export_run(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)
@@ -153,7 +170,7 @@ def _clean(options: argparse.Namespace) -> int:
     space = cleanup.find_space(runs_root())
     if options.run is None:
         if options.yes:
-            raise UserError("nothing is deleted without a name", next_step="Name the run: clean RUN --yes.")
+            raise UserError("nothing is deleted unless a run is named", next_step="Name the run: clean RUN --yes.")
         print(space)
     else:
         cleanup.free(space.select(f"run:{options.run}/*"), confirm=options.yes)

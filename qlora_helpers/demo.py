@@ -8,16 +8,18 @@ from pathlib import Path
 
 from qlora_helpers import workflow
 from qlora_helpers.base.text import Say
-from qlora_helpers.runs.folder import add_to_plan
+from qlora_helpers.data.run_data import check_source
+from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.views import report
 
 
 def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: Say = print) -> Path:
-    """The whole job on a small model, with a report at the end; what is there already is used again.
+    """Does the whole job on a small model and writes a report; results of an earlier call are used again.
 
     Args:
-        data: a data file of the user's (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; else the embedded corpus.
-        root: the folder that holds the runs.
+        data: a data file (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; None takes the embedded corpus.
+        root: the folder that holds the runs; None takes `$QLORA_RUNS`, else `runs`.
+        say: called with each line to show.
 
     Returns:
         The report's path.
@@ -26,9 +28,9 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     name = "demo" if data is None else _demo_name(data)
     run = workflow.open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
     if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
-        say(f"{run.name} is finished; its report is made again from what is there.")
+        say(f"{run.name} is finished already; its report is written again from the saved results.")
         return report.write_report(run)
-    workflow.check_source(run)
+    check_source(run)
     loaded = workflow.load(run, say=say)
     say(str(loaded))
     say(str(workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)))

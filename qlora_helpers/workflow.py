@@ -1,7 +1,7 @@
-"""A whole run: composes the steps, and alone owns a run's state and its lock.
+"""A whole run: composes the steps, and alone decides a run's state and holds its lock.
 
-What the command line, `train(run)` in a cell and torchrun all enter. Each function takes a run, finds what earlier steps left
-in its folder, does one step and writes what it made. Steps know nothing of each other; here is where they meet.
+The command line, `train(run)` in a cell and every launched process enter here. Each function takes a run, reads what earlier
+steps left in its folder, does one step and writes the result. The steps know nothing of each other.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.base.files import write_json
+from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.text import Say
+from qlora_helpers.data.prepare import content_marks
+from qlora_helpers.data.run_data import check_source, run_data
 from qlora_helpers.evaluation.ask import ask, streaming_answers
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
+from qlora_helpers.evaluation.evaluation_file import write_evaluation
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
@@ -27,14 +28,16 @@ from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.measured import write_measured
-from qlora_helpers.runs import locks, sigterm
-from qlora_helpers.runs.folder import Run, add_to_plan
+from qlora_helpers.runs import sigterm
+from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 from qlora_helpers.runs.log import prints_into
 from qlora_helpers.runs.opening import existing_run, open_run, runs_root
-from qlora_helpers.runs.session import session
-from qlora_helpers.runs.status import BY_REQUEST, INTERRUPTED
+from qlora_helpers.runs.plan_file import add_to_plan
+from qlora_helpers.runs.session import training_session
+from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import refuse_other_than_trained_on
+from qlora_helpers.training.processes import is_main_process, main_process_first
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,16 +49,13 @@ if TYPE_CHECKING:
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.training.result import TrainResult
 
-# What a notebook calls on the way through a run, whichever module holds it.
+# What a notebook calls in the course of a run, whichever module it is in
 __all__ = [
-    "Say",
     "add_adapters",
     "ask",
     "check_reload",
-    "check_source",
     "evaluate",
     "existing_run",
-    "is_main_process",
     "load",
     "load_adapter",
     "open_run",
@@ -72,7 +72,7 @@ log = logging.getLogger(__name__)
 
 @out_of_memory.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
-    """Loads the run's base model and tokenizer, audited; over several GPUs as the plan shares its layers out."""
+    """Loads the run's base model and tokenizer and audits them; the plan distributes the layers over several GPUs."""
     from qlora_helpers.model.loading import load_model
 
     config = run.config()
@@ -80,49 +80,30 @@ def load(run: Run, *, say: Say = print) -> LoadedModel:
 
 
 def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
-    """Puts fresh adapters on a loaded model, as the run's settings say."""
+    """Adds new adapters to a loaded model, as the run's settings say."""
     from qlora_helpers.model import lora
 
     config = run.config()
     return lora.add_adapters(loaded.model, config.adapter, seed=config.train.seed)
 
 
-def check_source(run: Run) -> None:
-    """Reads the data once before gigabytes of model are loaded, so that a mistake in it is told at once.
-
-    Raises:
-        DataError: the source can't be read or used.
-    """
-    from qlora_helpers.data.sources import read_corpus
-
-    if not (run.data_dir / "prepared.json").exists():
-        read_corpus(run.config().data)
-
-
 def prepare_data(
     run: Run, tokenizer: PreTrainedTokenizerBase, *, shape: dict[str, Any], say: Say = print
 ) -> PreparedData:
-    """The run's labelled and packed data: what is there if it still fits the settings, else made and saved.
+    """Returns the run's labelled and packed data: what is saved if it still fits the settings, else prepares and saves it.
 
     Args:
         run: the run.
         tokenizer: the model's.
-        shape: the model's `config.json`; says whether packed rows can be kept apart.
-        say: told what takes long.
-    """
-    from qlora_helpers.data.prepare import content_marks, prepared
-    from qlora_helpers.data.sources import read_corpus
+        shape: the model's `config.json`, which decides whether packed rows can be kept from attending to each other.
+        say: called with a line on what takes long.
 
+    Raises:
+        UserError: the data can't be used, its label report failed, or the run has trained on other data.
+    """
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
-    config = run.config().data
-    can_pack = supports_packing(shape, config.seq_len_tokens)
-    data = prepared(config, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
-    if not data.report.passed:
-        raise UserError(
-            "the label report failed: " + "; ".join(data.report.problems),
-            next_step="Look at it in notebook 03 before training.",
-        )
-    return data
+    can_pack = supports_packing(shape, run.config().data.seq_len_tokens)
+    return run_data(run, tokenizer, can_pack=can_pack)
 
 
 @out_of_memory.rescued
@@ -135,86 +116,69 @@ def train(
     shut_down_app: bool = False,
     say: Say = print,
 ) -> TrainResult:
-    """Trains the run's adapters, or goes on from its newest good checkpoint, and saves the adapter.
+    """Trains the run's adapters, from the newest verified checkpoint if there is one, and saves the adapter.
 
     Args:
         run: the run.
-        model: the model with adapters, where it is in memory already.
-        loaded: the base model under `model`, or that gets adapters here.
-        show_progress: whether progress is drawn: a live panel in a notebook, Trainer's bar elsewhere.
-        shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
-        say: told what takes long.
+        model: the model with adapters, if it is in memory already.
+        loaded: the base model that `model` is built on, or that gets new adapters.
+        show_progress: whether to show progress: a live panel in a notebook, Trainer's progress bar elsewhere.
+        shut_down_app: whether to shut the SageMaker Studio app down after the training, unless a person stopped it.
+        say: called with a line on what takes long.
 
     Raises:
-        RunError: another process trains this run or uses its GPUs, its dollars are used up, or training ended badly; the last good
-            checkpoint is intact.
+        RunError: another process trains this run or uses its GPUs, its budget is used up, or training ended badly.
     """
-    from qlora_helpers.data.prepare import content_marks
-    from qlora_helpers.model import lora
-    from qlora_helpers.training import train as training
-    from qlora_helpers.training.callback import CallEachTime
-    from qlora_helpers.training.tensorboard_events import event_callback, unanswered_samples
+    from qlora_helpers.model.lora import removed_on_error
+    from qlora_helpers.training.run_steps import train_steps
 
-    config = run.config()
-    main = is_main_process()
     show_progress = show_progress and not prints_into(run.log_path)
-    with contextlib.ExitStack() as owned, contextlib.ExitStack() as undone:
-        redraw = owned.enter_context(_shown_in_cell(run)) if show_progress and main else None
-        owned.enter_context(sigterm.caught())
-        if main:
-            owned.enter_context(session(run, at_end=_shut_app_down if shut_down_app else None))
-        if redraw:
-            redraw()
+    with _session(run, show_progress, shut_down_app) as redraw, contextlib.ExitStack() as undone:
         refuse_other_than_trained_on(run)
         if loaded is None:
-            if main:
+            if is_main_process():
                 check_source(run)
             loaded = load(run, say=say)
-        model = model or undone.enter_context(_adapters_on(run, loaded))
-        with _main_process_first(loaded):
+        if model is None:
+            model = add_adapters(run, loaded)
+            undone.enter_context(removed_on_error(model))
+        with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
-        marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
-        events = event_callback(run, config, samples=unanswered_samples(data.test)) if main else None
-        with MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
-            callbacks = [events] if events else []
-            callbacks += [CallEachTime(redraw)] if redraw else []
-            result = training.train(
-                model,
-                loaded.tokenizer,
-                data,
-                config.train,
-                run,
-                extra_callbacks=tuple(callbacks),
-                show_progress=show_progress and not redraw,
-                trained_on=refuse_other_than_trained_on(run, marks),
-            )
-        if main:
-            log.info("%s", result)
-            trained = RunModel(run, model, loaded)
-            save_adapter(trained)
-            if not sigterm.asked():  # seconds are left; the session that goes on certifies
-                log.info("certificate:\n%s", certify(trained, data))
-            if result.new_steps:  # nothing is measured where nothing was left to train
-                write_measured(run, lora.count_parameters(model), loaded, result, data)
-            run.set_status(
-                state="stopped" if result.stopped else "finished",
-                step=result.steps,
-                exit_reason=result.stop_reason or "all steps are done",
-            )
+        result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
+        if is_main_process():
+            _save_result(run, model, loaded, data, result)
     return result
 
 
 @contextlib.contextmanager
-def _adapters_on(run: Run, loaded: LoadedModel) -> Iterator[PeftModel]:
-    """Fresh adapters on a model; taken off again where the session fails, so that the next one can add its own."""
+def _session(run: Run, show_progress: bool, shut_down_app: bool) -> Iterator[Callable[[], None] | None]:
+    """Opens the run's training session in the main process; yields what redraws the panel in the cell, if there is one."""
+    with contextlib.ExitStack() as stack:
+        redraw = stack.enter_context(_shown_in_cell(run)) if show_progress and is_main_process() else None
+        stack.enter_context(sigterm.catching())
+        if is_main_process():
+            stack.enter_context(training_session(run, at_end=shut_app_down if shut_down_app else None))
+        if redraw:
+            redraw()
+        yield redraw
+
+
+def _save_result(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, result: TrainResult) -> None:
+    """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended."""
     from qlora_helpers.model import lora
 
-    model = add_adapters(run, loaded)
-    try:
-        yield model
-    except BaseException:
-        lora.remove_adapters(model)
-        raise
+    log.info("%s", result)
+    trained = RunModel(run, model, loaded)
+    save_adapter(trained)
+    if not sigterm.received():  # after SIGTERM only seconds are left; the session that resumes will certify
+        log.info("certificate:\n%s", certify(trained, data))
+    if result.new_steps:  # a session without steps has measured nothing
+        write_measured(run, lora.count_parameters(model), loaded, result, data)
+    run.set_status(
+        state="stopped" if result.stopped else "finished",
+        step=result.steps,
+        exit_reason=result.stop_reason or "all steps are done",
+    )
 
 
 @out_of_memory.rescued
@@ -227,16 +191,15 @@ def retry(
     show_progress: bool = True,
     say: Say = print,
 ) -> TrainResult:
-    """Goes on with a run that failed, from its last good checkpoint and without a restart of the process.
+    """Resumes a run that failed from its last verified checkpoint, without restarting the process.
 
     Args:
         run: the run.
-        model, loaded: as for `train`.
-        settings: changes to the settings. None takes, after the run was out of memory, the fastest that should fit.
-        show_progress, say: as for `train`.
+        settings: changes to the settings. If the run was out of memory, None takes the fastest settings that should fit.
+        model, loaded, show_progress, say: as for `train`.
 
     Raises:
-        RunError: see `train`; a setting that can't change once training has begun.
+        RunError: as for `train`, or a setting would change that is fixed once the run has trained.
     """
     settings = out_of_memory.next_settings(run) if settings is None else settings
     if settings:
@@ -249,13 +212,12 @@ def retry(
 def evaluate(
     run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
 ) -> Evaluation:
-    """Asks base and tuned model the run's held-out rows and writes `evaluation.json`.
+    """Asks the base and the tuned model the run's held-out rows and writes `evaluation.json`.
 
     Args:
         run: a run with a saved adapter.
-        model: the tuned model, where it is in memory already; else the adapter is loaded onto the base.
-        loaded: the base model under `model`.
-        say: told what takes long.
+        model: the tuned model, if it is in memory already; else the adapter is loaded onto the base model.
+        loaded, say: as for `train`.
     """
     from qlora_helpers.evaluation import evaluate as evaluation
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
@@ -275,14 +237,14 @@ def evaluate(
             max_tokens=config.data.seq_len_tokens,
             train_keys=data.train_keys,
         )
-    write_json(run.evaluation_path, result.to_dict() | {"random_weights": loaded.checkpoint.is_random})
+    write_evaluation(run, result, random_weights=loaded.checkpoint.is_random)
     write_answers(run, config, *answered_samples(result))
     return result
 
 
 @out_of_memory.rescued
 def check_reload(run: Run, model: PeftModel, loaded: LoadedModel, *, prompts: int = 3, say: Say = print) -> ReloadCheck:
-    """Loads base and adapter again from disk and compares them with the model in memory; `plan.json` keeps the outcome.
+    """Loads base model and adapter from disk, compares them with the model in memory, and writes the outcome to `plan.json`.
 
     Raises:
         RunError: they differ.
@@ -308,18 +270,18 @@ def export_run(
     shard_gib: float = SHARD_GIB,
     say: Say = print,
 ) -> ExportReport:
-    """Writes what leaves the run: the adapter, the merged model and what servers need (`export.bundle`).
+    """Exports what leaves the run: the adapter, the merged model and the files that servers need (`export.bundle`).
 
     Args:
         run: a trained run.
-        out: the folder, new, empty or an earlier export; None takes `export` in the run's.
+        out: the folder, which is new, empty or an earlier export; None takes `export` in the run's folder.
         merged: whether to write the merged model.
-        drift: whether to measure how far it is from the adapter on 4-bit and on bfloat16 weights, where memory allows.
+        drift: whether to measure how far the merged model is from the adapter on its base, if memory allows.
         shard_gib: size of a file of the merged model, GiB.
-        say: told what takes long.
+        say: as for `train`.
 
     Raises:
-        RunError, ModelError: as `export.bundle.export` does.
+        UserError: as for `export.bundle.export`.
     """
     from qlora_helpers.export.bundle import export
 
@@ -329,38 +291,8 @@ def export_run(
     return export(run, out=out, merged=merged, prepare=prepare if drift else None, shard_gib=shard_gib, say=say)
 
 
-def is_main_process() -> bool:
-    """True but in the second and later processes of a torchrun job."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextlib.contextmanager
-def _main_process_first(loaded: LoadedModel) -> Iterator[None]:
-    """Under torchrun the first process prepares the data, the others then read it."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    from accelerate import PartialState
-
-    with PartialState(cpu=str(loaded.model.device) == "cpu").main_process_first():
-        yield
-
-
-def _shut_app_down(run: Run) -> None:
-    """Shuts the Studio app down, unless a person ended the training or another one goes on beside it."""
-    from qlora_helpers.sagemaker.resources import stop_this_app
-
-    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, sigterm.REASON):
-        return
-    try:
-        locks.refuse_taken_gpus(locks.visible_gpus())
-        log.warning("shutting down this app: %s", stop_this_app())
-    except UserError as error:
-        log.warning("the app was not shut down: %s", error)
-
-
 def _shown_in_cell(run: Run) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
-    """A live panel below the notebook cell that trains, as a function that redraws it; None outside a notebook."""
+    """Shows a live panel below the cell that trains and yields what redraws it; None outside a notebook."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if getattr(shell, "kernel", None) is None:
         return contextlib.nullcontext()

@@ -171,7 +171,11 @@ def add_training(run: Run) -> None:
         "source": "embedded (CC0-1.0)",
         "notes": notes,
     }
-    prepared |= {"report": vars(train), "eval_report": vars(evaluation), "test": [{}] * 30}
+    prepared |= {
+        "report": vars(train),
+        "eval_report": vars(evaluation),
+        "test": [{"id": "test-1", "dialogue": "Ann: hi", "summary": "Ann greets.", "where": "test"}] * 30,
+    }
     write_json(run.data_dir / "prepared.json", prepared)
     write_json(run.adapter_dir / "adapter_config.json", {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]})
     measured: dict[str, Any] = {

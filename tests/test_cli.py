@@ -1,4 +1,4 @@
-"""The command line as a person meets it: exit codes, one clear message for what they can mend, and the whole job as a process."""
+"""The command line as a person meets it: exit codes, one clear message for what they can fix, and the whole job as a process."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ BAD_INPUT = {
     "no such choice": (train("model.quantization=int8"), ["model.quantization: expected one of nf4, none"]),
     "two at once": (train("adapter.r=x", "data.packing=perhaps"), ["2 settings", "adapter.r", "data.packing"]),
     "bucket without prefix": (train("train.tensorboard=s3://bucket"), ["train.tensorboard", "s3://bucket/prefix"]),
-    "run name leaves its folder": (train(run="../mine/.."), ["no name for a run"]),
-    "run name with spaces": (train(run="my run"), ["no name for a run"]),
+    "run name leaves its folder": (train(run="../mine/.."), ["be the name of a run"]),
+    "run name with spaces": (train(run="my run"), ["be the name of a run"]),
     "no such run": (["evaluate", "nothing"], ["there is no run 'nothing'"]),
     "no such run to report": (["report", "nothing"], ["there is no run 'nothing'"]),
     "no such run to clean": (["clean", "nothing"], ["run:nothing"]),
@@ -115,7 +115,7 @@ def test_bad_input_ends_in_one_clear_message_and_exit_code_2(here, capsys, argum
     assert not lost
 
 
-def test_there_are_more_than_twenty_kinds():
+def test_more_than_twenty_kinds_of_bad_input_are_tested():
     assert len(BAD_INPUT) >= 20
 
 

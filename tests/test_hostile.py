@@ -161,7 +161,7 @@ def test_a_data_file_whose_content_changed_is_refused(tmp_path, cache, torch):
     before = (run.data_dir / "prepared.json").read_bytes()
     write("goodbye")
     open_run(run.folder, settings={"train.max_steps": 3})
-    with pytest.raises(RunError, match="these can't change now: the content of mine.jsonl is not what it was"):
+    with pytest.raises(RunError, match="these can't change now: the content of mine.jsonl has changed"):
         workflow.train(run, show_progress=False, say=lambda text: None)
     assert (run.data_dir / "prepared.json").read_bytes() == before
     write("hello")
@@ -180,7 +180,7 @@ def test_base_weights_that_were_overwritten_are_refused(tmp_path, llama_folder, 
     save_file({name: value + 0.01 for name, value in weights.items()}, path, {"format": "pt"})
     assert len(before) == path.stat().st_size
     open_run(run.folder, settings={"train.max_steps": 3})
-    with pytest.raises(RunError, match="these can't change now: the content of the model's files is not what it was"):
+    with pytest.raises(RunError, match="these can't change now: the content of the model's files has changed"):
         workflow.train(run, show_progress=False, say=lambda text: None)
     path.write_bytes(before)
     assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
@@ -312,10 +312,10 @@ def test_no_name_of_a_run_leaves_the_runs_folder(tmp_path, monkeypatch, capsys, 
         with pytest.raises(RunError) as caught:
             open_run(name, profile="tiny", root=root) if by == "open_run" else existing_run(name, root=root)
         message = str(caught.value)
-    assert message.removeprefix("error: ").startswith("that is no name for a run; expected ")
+    assert message.removeprefix("error: ").startswith("this can't be the name of a run; expected ")
     if name in UPWARDS:
         assert "expected a name below the runs folder, or a path without '..'; got " in message
-        assert "Give an absolute path where the run should lie elsewhere." in message
+        assert "Give an absolute path if the run is somewhere else." in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

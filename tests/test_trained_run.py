@@ -40,7 +40,7 @@ def adapter_weights(model):
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name}
 
 
-def test_training_a_finished_run_loads_it_and_does_no_step(trained, torch):
+def test_training_a_finished_run_loads_it_without_a_step(trained, torch):
     run, _, model = trained
     progress, measured = run.progress(), read_json(run.plan_path)["measured"]
     fresh = workflow.load(run, say=str)
@@ -75,7 +75,7 @@ def test_ask_answers_as_the_base_model_or_as_the_tuned_one(trained):
     assert tuned == workflow.ask(run, model, loaded, DIALOGUE)
 
 
-def test_ask_s_answer_may_be_printed_as_it_is(trained, monkeypatch):
+def test_an_answer_is_safe_to_print(trained, monkeypatch):
     from qlora_helpers.evaluation import generate
 
     run, loaded, model = trained

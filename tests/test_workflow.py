@@ -86,15 +86,15 @@ def test_an_existing_run_keeps_its_settings(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "./", "../", "a/..", ".hidden", "a b", "-x"])
-def test_a_name_can_not_be_the_folder_of_all_runs(tmp_path, monkeypatch, name):
+def test_a_name_cannot_be_the_folder_of_all_runs(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for call in (open_run, existing_run):
-        with pytest.raises(RunError, match="that is no name for a run"):
+        with pytest.raises(RunError, match="this can't be the name of a run"):
             call(name, root=tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_runs_live(tmp_path, monkeypatch):
+def test_the_folder_that_holds_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert workflow.runs_root() == Path("runs")
     assert open_run("a", profile="tiny").folder == Path("runs/a")
@@ -104,7 +104,7 @@ def test_where_runs_live(tmp_path, monkeypatch):
     assert open_run("a", profile="tiny", root="given").folder == Path("given/a")
 
 
-def test_a_folder_of_runs_that_lies_upwards_is_a_person_s_choice(tmp_path, monkeypatch):
+def test_the_folder_of_runs_may_be_above_this_one(tmp_path, monkeypatch):
     """And its runs open again by their own folder, here and in the process that trains them."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -116,7 +116,7 @@ def test_a_folder_of_runs_that_lies_upwards_is_a_person_s_choice(tmp_path, monke
     assert Run("../mine/a").folder == run.folder
 
 
-def test_a_run_that_is_not_there_is_told_with_those_that_are(tmp_path):
+def test_a_missing_run_is_reported_with_the_existing_ones(tmp_path):
     for name in ("b", "a"):
         open_run(name, profile="tiny", root=tmp_path)
     with pytest.raises(RunError, match=r"there is no run 'c'; got these runs: a, b\. Train one first\."):
@@ -142,7 +142,7 @@ def test_after_training_model_adapter_and_data_are_fixed(copy):
 
 
 @pytest.mark.parametrize("what", ["adapter", "checkpoints"])
-def test_a_checkpoint_or_an_adapter_fixes_them(copy, what):
+def test_a_checkpoint_or_an_adapter_fixes_the_settings(copy, what):
     shutil.rmtree(copy.folder / what)
     with pytest.raises(RunError, match="has trained already"):
         open_run(copy.folder, settings=["adapter.r=16"])
@@ -212,7 +212,7 @@ def test_a_second_trainer_is_refused(whole, copy):
         pass
 
 
-def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(copy):
+def test_the_lock_of_a_killed_process_is_released(copy):
     code = (
         "import sys, time\nfrom filelock import FileLock\nFileLock(sys.argv[1]).acquire()\n"
         "print('locked', flush=True)\ntime.sleep(60)"
@@ -221,7 +221,7 @@ def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(copy):
     assert holder.stdout.readline()
     holder.kill()
     holder.communicate()
-    with session.session(copy):
+    with session.training_session(copy):
         pass
 
 
@@ -253,7 +253,7 @@ def test_training_that_fails_leaves_a_true_status(copy, whole, monkeypatch, erro
         copy.request("stop")
 
 
-def test_a_model_that_can_not_be_loaded_leaves_a_true_status(tmp_path):
+def test_a_model_that_cannot_be_loaded_leaves_a_true_status(tmp_path):
     run = open_run("a", profile="tiny", settings=["model.name=./nothing"], root=tmp_path)
     with pytest.raises(ModelError):
         workflow.train(run, say=quiet)
@@ -261,8 +261,8 @@ def test_a_model_that_can_not_be_loaded_leaves_a_true_status(tmp_path):
     assert "there is no model folder ./nothing" in run.status().last_error
 
 
-def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
-    from qlora_helpers.training import tensorboard_events, train
+def test_events_are_closed_if_training_fails(copy, whole, monkeypatch):
+    from qlora_helpers.training import run_steps, train
 
     closed = []
 
@@ -270,7 +270,7 @@ def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
         def close(self):
             closed.append(True)
 
-    monkeypatch.setattr(tensorboard_events, "event_callback", lambda *args, **kwargs: Events())
+    monkeypatch.setattr(run_steps, "event_callback", lambda *args, **kwargs: Events())
     monkeypatch.setattr(train, "train", lambda *args, **kwargs: 1 / 0)
     _, model, loaded, _ = whole
     with pytest.raises(ZeroDivisionError):
@@ -278,7 +278,7 @@ def test_events_are_closed_where_training_fails(copy, whole, monkeypatch):
     assert closed == [True]
 
 
-def test_a_killed_trainer_is_told_as_dead_and_its_run_goes_on(tmp_path):
+def test_a_killed_trainer_is_dead_and_its_run_can_be_resumed(tmp_path):
     """The process dies between two saves; nothing is lost but the steps since the last checkpoint."""
     run = open_run("killed", profile="tiny", settings=[*SETTINGS, "train.max_steps=40"], root=tmp_path)
     command = [sys.executable, "-m", "qlora_helpers", "train", str(run.folder)]
@@ -372,7 +372,7 @@ def test_an_adapter_with_another_scale_is_found(whole, copy):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no config", "other rank"])
-def test_a_damaged_adapter_is_told(copy, damage):
+def test_a_damaged_adapter_is_reported(copy, damage):
     weights, settings = (copy.adapter_dir / name for name in ("adapter_model.safetensors", "adapter_config.json"))
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-10])

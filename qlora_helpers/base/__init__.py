@@ -1,1 +1,1 @@
-"""What every other room stands on: settings and profiles, errors, units, text and tables, files written whole or not at all."""
+"""What every other room builds on: settings and profiles, errors, units, text and tables, files that are written atomically."""

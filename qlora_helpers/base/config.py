@@ -1,26 +1,20 @@
-"""What a run is asked to do: frozen dataclasses, JSON in and out, and one text a field.
+"""The settings of a run: frozen dataclasses that are read from and written to JSON, with a text for each field.
 
-The text of a field serves the notebooks' tables, the command line's help and the widgets' tooltips. Validation collects every
-mistake and raises them in one `ConfigError`. This module knows nothing of torch, models or files.
+A field's text serves the notebooks' tables, the command line's help and the widgets' tooltips. Validation collects all mistakes
+and raises them in one `ConfigError`. This module knows nothing of torch, models or files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import json
-import math
-import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from qlora_helpers.base.errors import ConfigError
+from qlora_helpers.base.setting_values import checked_value, plain_text
 
 Section = TypeVar("Section")
 
@@ -28,46 +22,52 @@ Section = TypeVar("Section")
 def option(
     default: Any, text: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None
 ) -> Any:
-    """A dataclass field with its help text and limits.
+    """Makes a dataclass field with its help text and limits.
 
     Args:
-        default: the value where none is given.
-        text: one sentence: what it does, with its unit.
-        choices: the values allowed, or None.
-        low: the smallest number allowed, or None.
-        high: the largest number allowed, or None.
+        default: the value if none is given.
+        text: a sentence that says what the setting does, with its unit.
+        choices: the allowed values, or None.
+        low: the smallest allowed number, or None.
+        high: the largest allowed number, or None.
     """
     return field(default=default, metadata={"text": text, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which checkpoint, and how it is held in memory."""
+    """Which model is trained, and how it is held in memory."""
 
     name: str = option(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "Hub id, local folder, .gguf file, or random:NAME for a catalogued model's shape with random weights.",
+        "Model to load: a hub id, a local folder, a .gguf file, or random:NAME for a known architecture with random weights.",
     )
-    revision: str | None = option(None, "Branch, tag or commit of the hub repository; none takes its default.")
+    revision: str | None = option(None, "Branch, tag or commit of the hub repository; none takes the default branch.")
     quantization: str = option(
-        "nf4", "Storage of the frozen linear layers: nf4 (QLoRA), or none for 16 or 32 bit.", choices=("nf4", "none")
+        "nf4",
+        "Storage of the frozen linear layers: nf4 holds them in 4 bits (QLoRA), none in the compute type.",
+        choices=("nf4", "none"),
     )
     double_quantization: bool = option(
-        True, "Quantise the quantisation constants too: saves about 0.37 bit a parameter."
+        True, "Quantise the quantisation constants too, which saves about 0.37 bits a parameter."
     )
     compute_dtype: str = option(
         "auto",
-        "Type of the matrix multiplications: auto takes bfloat16 on GPUs that have it, else float16; float32 on a CPU.",
+        "Data type of matrix multiplications: auto takes bfloat16 on GPUs that support it, float16 on others, float32 on a CPU.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     attention: str = option(
-        "auto", "Attention implementation; auto takes PyTorch's sdpa.", choices=("auto", "sdpa", "eager")
+        "auto",
+        "Attention implementation; auto takes PyTorch's scaled dot product attention (sdpa).",
+        choices=("auto", "sdpa", "eager"),
     )
     device_map: str = option(
-        "auto", "auto spreads the layers over all GPUs (or uses the CPU where there is none).", choices=("auto", "cpu")
+        "auto",
+        "Placement: auto spreads the layers over all GPUs, or takes the CPU if there is none; cpu takes the CPU.",
+        choices=("auto", "cpu"),
     )
     max_memory_per_gpu_gib: float | None = option(
-        None, "Limit on the weights placed on each GPU, GiB; none leaves 10 % of each card free.", low=0.1
+        None, "Limit on the weights placed on each GPU, GiB; none leaves 10 % of each GPU free.", low=0.1
     )
 
 
@@ -75,73 +75,88 @@ class ModelConfig:
 class AdapterConfig:
     """LoRA adapters (Hu et al. 2021, arXiv:2106.09685): W + lora_alpha / r * B A, with A and B trained."""
 
-    r: int = option(8, "Rank of the adapters: how many directions each layer may learn.", low=1, high=1024)
+    r: int = option(8, "Rank of the adapters: in how many directions they can change each layer.", low=1, high=1024)
     lora_alpha: int = option(
-        32, "Scale of the adapters: their product is multiplied by lora_alpha / r.", low=1, high=4096
+        32, "Scale of the adapters: their output is multiplied by lora_alpha / r.", low=1, high=4096
     )
     lora_dropout: float = option(
-        0.05, "Share of the adapters' inputs dropped in training, against overfitting.", low=0, high=0.9
+        0.05, "Share of the adapters' inputs that training drops at random, against overfitting.", low=0, high=0.9
     )
     target_modules: tuple[str, ...] | None = option(
-        None, "Names of the linear layers that get an adapter; none takes all of the architecture's."
+        None, "Names of the linear layers that get an adapter; none takes all linear layers of the architecture."
     )
     use_rslora: bool = option(
-        False, "Scale by lora_alpha / sqrt(r) instead, for large ranks (Kalajdzievski 2023, arXiv:2312.03732)."
+        False, "Scale by lora_alpha / sqrt(r) instead, for high ranks (Kalajdzievski 2023, arXiv:2312.03732)."
     )
     use_dora: bool = option(
-        False, "Train magnitude and direction apart: slower, sometimes better (Liu et al. 2024, arXiv:2402.09353)."
+        False,
+        "Train magnitude and direction separately, which is slower and sometimes better (Liu et al. 2024, arXiv:2402.09353).",
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the dialogues come from, and how they become labelled blocks of tokens."""
+    """Where the dialogues come from, and how they become labelled sequences of tokens."""
 
     source: str = option(
         "embedded",
-        "embedded (the corpus in this package), a .json, .jsonl, .csv, .parquet or .7z file, or a hub data set's id.",
+        "Data: embedded (the corpus in this package), a .json, .jsonl, .csv, .parquet or .7z file, or a hub data set's id.",
     )
     dialogue_column: str = option("dialogue", "Column that holds the dialogue.")
     summary_column: str = option("summary", "Column that holds the summary.")
     template: str = option(
-        "recipe", "Prompt: the recipe's plain text, or the model's own chat template.", choices=("recipe", "chat")
+        "recipe",
+        "Prompt format: the recipe's plain text, or the model's own chat template.",
+        choices=("recipe", "chat"),
     )
     loss_on: str = option(
         "summary",
-        "Tokens that are trained: the summary and its end (the right choice here), or everything as the recipe did.",
+        "Tokens that are trained: the summary and its end token, which is right for this task, or all tokens, as in the recipe.",
         choices=("summary", "all"),
     )
-    packing: bool = option(True, "Pack several rows into one block, kept apart from each other; off pads each row.")
-    seq_len_tokens: int = option(1024, "Length of a block, tokens; the longest row that can be trained.", low=32)
+    packing: bool = option(
+        True, "Pack several rows into one sequence, without attention between them; off pads each row instead."
+    )
+    seq_len_tokens: int = option(
+        1024,
+        "Sequence length, tokens: the length of a packed sequence, and the longest row that can be trained.",
+        low=32,
+    )
     long_rows: str = option(
         "trim",
-        "A row longer than the block: trim its dialogue (the summary stays whole), drop the row, or refuse the data.",
+        "What to do with a row longer than a sequence: trim its dialogue and keep the summary, drop it, or refuse the data.",
         choices=("trim", "drop", "refuse"),
     )
-    train_rows: int | None = option(None, "Use at most so many rows for training; none takes all.", low=1)
-    eval_rows: int | None = option(30, "Rows for the loss during training; none takes all of the split.", low=1)
-    test_rows: int | None = option(30, "Rows held out for the final comparison; none takes all of the split.", low=1)
-    seed: int = option(0, "Seed of the split and of the packing order.", low=0)
+    train_rows: int | None = option(None, "Use at most this many rows for training; none takes all.", low=1)
+    eval_rows: int | None = option(
+        30, "Use at most this many rows for the evaluation loss during training; none takes the whole split.", low=1
+    )
+    test_rows: int | None = option(
+        30, "Hold out at most this many rows for the final comparison; none takes the whole split.", low=1
+    )
+    seed: int = option(0, "Random seed of the split and of the packing order.", low=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How the adapters are trained; the defaults are the 2023 recipe's."""
 
-    epochs: float = option(1.0, "How often each row is seen.", low=0.001, high=1000)
-    max_steps: int | None = option(None, "Stop after so many optimizer steps, whatever epochs says.", low=1)
-    micro_batch_size: int = option(8, "Blocks (packed) or rows (padded) in one forward pass, per process.", low=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes whose gradients make one optimizer step.", low=1)
+    epochs: float = option(1.0, "How often training goes through all rows.", low=0.001, high=1000)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps, whatever epochs says.", low=1)
+    micro_batch_size: int = option(8, "Packed sequences (or padded rows) in one forward pass of each process.", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes whose gradients are added up for one optimizer step.", low=1
+    )
     learning_rate: float = option(2e-4, "Peak learning rate of the adapters.", low=1e-8, high=1.0)
     lr_scheduler_type: str = option(
-        "linear", "Course of the learning rate after warm-up.", choices=("linear", "cosine", "constant")
+        "linear", "How the learning rate changes after the warm-up.", choices=("linear", "cosine", "constant")
     )
-    warmup_steps: int = option(0, "Steps in which the learning rate rises from zero.", low=0)
-    weight_decay: float = option(0.0, "Decay of the adapter weights (AdamW).", low=0, high=1)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm where they exceed it.", low=0.001)
+    warmup_steps: int = option(0, "Optimizer steps in which the learning rate rises from zero.", low=0)
+    weight_decay: float = option(0.0, "Weight decay of the adapters (AdamW).", low=0, high=1)
+    max_grad_norm: float = option(1.0, "Scale the gradients down to this norm where they exceed it.", low=0.001)
     optim: str = option(
         "adamw_torch",
-        "Optimizer; the 8-bit ones save memory on a GPU.",
+        "Optimizer; the 8-bit ones save GPU memory.",
         choices=("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     )
     activation_checkpointing: bool = option(
@@ -149,66 +164,71 @@ class TrainConfig:
     )
     checkpointed_layers: int | None = option(
         None,
-        "How many decoder layers are checkpointed, where activation_checkpointing is on; none takes as few as fit, else all.",
+        "Number of decoder layers with activation checkpointing, if that is on; none takes as few as fit in memory, else all.",
         low=0,
     )
     fast_step: bool = option(
-        True, "Attend within rows without a mask, make the loss in chunks, compute adapters in the model's type."
+        True,
+        "Take fast training steps: block-diagonal attention without a mask, the loss in chunks, adapters in the model's data type.",
     )
     compile: str = option(
         "auto",
-        "Compile each decoder layer (CUDA alone): auto does where the run is long enough to win back the time.",
+        "Compile each decoder layer (CUDA only): auto does so if the run is long enough to win the time back.",
         choices=("auto", "on", "off"),
     )
     cuda_graph: bool = option(
         True,
-        "Capture a forward and a backward pass as CUDA graphs and replay them: packed sequences on one GPU, without dropout.",
+        "Capture forward and backward passes as CUDA graphs and replay them, for packed sequences on one GPU without dropout.",
     )
     offload_embeddings: bool = option(
         False,
-        "Keep the input embedding in the host's memory: frees its bytes on the GPU; each forward pass gets its rows from there.",
+        "Keep the input embedding in CPU memory, which frees its bytes on the GPU; each forward pass copies the rows it needs.",
     )
-    logging_steps: int = option(2, "Write a line of progress every so many steps.", low=1)
+    logging_steps: int = option(2, "Write a line of progress every so many optimizer steps.", low=1)
     eval_steps: int | None = option(
-        None, "Evaluate the loss every so many steps; none does it after each epoch.", low=1
+        None, "Compute the evaluation loss every so many optimizer steps; none does it after each epoch.", low=1
     )
     save_steps: int | None = option(
-        None, "Save a checkpoint every so many steps; none does it after each epoch.", low=1
+        None, "Save a checkpoint every so many optimizer steps; none does it after each epoch.", low=1
     )
     checkpoints_kept: int = option(2, "How many verified checkpoints are kept.", low=1, high=100)
     stop_at_usd: float | None = option(
-        None, "Stop and save when the run has cost so many USD, all its sessions together.", low=0.0001
+        None, "Save and stop once all sessions of the run together have cost this much, USD.", low=0.0001
     )
     stop_at_minutes: float | None = option(
-        None, "Stop and save so many minutes after this session began, loading included.", low=0.001
+        None, "Save and stop this many minutes after the session began, loading included.", low=0.001
     )
     patience: int | None = option(
-        None, "Stop and save after so many evaluations in a row without a better evaluation loss.", low=1
+        None, "Save and stop after this many evaluations in a row without a lower evaluation loss.", low=1
     )
     usd_per_hour: float | None = option(
         None,
-        "What this machine costs, USD an hour; none takes the catalogue's price in SageMaker, else knows none.",
+        "Price of this machine, USD an hour; none takes the catalogue's price on SageMaker, and no price elsewhere.",
         low=0,
     )
-    tensorboard: str = option("local", "TensorBoard events: local (in the run folder), an s3://bucket/prefix, or off.")
-    seed: int = option(42, "Seed of the adapters, the order of the rows and the dropout.", low=0, high=2**32 - 1)
+    tensorboard: str = option(
+        "local", "Where TensorBoard events go: local (the run's folder), an s3://bucket/prefix, or off."
+    )
+    seed: int = option(42, "Random seed of the adapters, the order of the rows and the dropout.", low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How base and tuned model answer the held-out rows."""
+    """How the base and the tuned model answer the held-out rows."""
 
-    batch_size: int = option(16, "Rows answered at once.", low=1)
+    batch_size: int = option(16, "Rows that are answered at once.", low=1)
     max_new_tokens: int = option(80, "Longest answer, tokens.", low=1)
-    do_sample: bool = option(False, "Sample instead of taking the likeliest token (greedy).")
-    temperature: float = option(0.7, "Sampling temperature, where do_sample is on.", low=0.01, high=10)
-    top_p: float = option(0.9, "Sample from the likeliest tokens that make up this share.", low=0.01, high=1)
-    chat_baseline: bool = option(True, "Also ask the untuned model under its own chat template, where it has one.")
+    do_sample: bool = option(False, "Sample the answers instead of taking the most likely token (greedy decoding).")
+    temperature: float = option(0.7, "Sampling temperature, if do_sample is on.", low=0.01, high=10)
+    top_p: float = option(
+        0.9, "Sample from the most likely tokens whose probabilities add up to this share.", low=0.01, high=1
+    )
+    chat_baseline: bool = option(True, "Also ask the untuned model with its own chat template, if it has one.")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything one run is asked to do; what `config.json` holds."""
+    """All settings of one run; what `config.json` holds."""
 
     profile: str = option("demo", "The profile that the run started from.")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -218,17 +238,17 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, ready for JSON."""
+        """Returns nested plain values, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def with_settings(self, settings: Iterable[str] | Mapping[str, Any]) -> RunConfig:
-        """A copy with some settings changed.
+        """Returns a copy with some settings changed.
 
         Args:
             settings: `["train.max_steps=20", ...]` as on the command line, or `{"train.max_steps": 20, ...}`.
 
         Raises:
-            ConfigError: lists every unknown name and wrong value at once.
+            ConfigError: names are unknown or values are wrong; the message lists all of them.
         """
         return _changed(self, settings)
 
@@ -242,15 +262,15 @@ SECTIONS: dict[str, type] = {
 }
 
 
-# Settings under the names that run folders of earlier versions hold
+# Settings that run folders of earlier versions hold under other names
 RENAMED = {"train.recompute_layers": "train.checkpointed_layers"}
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Builds a `RunConfig` from nested plain values (what `config.json` holds); what is missing takes its default.
+    """Builds a `RunConfig` from nested plain values, as `config.json` holds them; missing settings take their defaults.
 
     Raises:
-        ConfigError: lists every unknown name and wrong value at once.
+        ConfigError: names are unknown or values are wrong; the message lists all of them.
     """
     if not isinstance(values, Mapping):
         raise ConfigError([f"config: expected an object with {', '.join(SECTIONS)}, got {type(values).__name__}"])
@@ -269,7 +289,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def describe(section: type | Any) -> list[dict[str, Any]]:
-    """The fields of a section as rows: `name`, `value` (default, or the instance's), `text`, `choices`, `low`, `high`."""
+    """Describes a section's fields, each as `name`, `value` (the default, or the instance's), `text`, `choices`, `low`, `high`."""
     instance = section() if isinstance(section, type) else section
     return [
         {"name": item.name, "value": getattr(instance, item.name), **item.metadata}
@@ -285,7 +305,7 @@ def _changed(
     for name, value, is_text in _pairs(settings, problems):
         if name == "profile":
             try:
-                config = replace(config, profile=_plain_text(value))
+                config = replace(config, profile=plain_text(value))
             except ValueError as error:
                 problems.append(f"profile: {error}")
             continue
@@ -295,7 +315,7 @@ def _changed(
             problems.append(f"{name}: unknown{_did_you_mean(name)}")
             continue
         try:
-            changes.setdefault(section, {})[key] = _checked(SECTIONS[section], known[key], value, is_text)
+            changes.setdefault(section, {})[key] = checked_value(SECTIONS[section], known[key], value, is_text)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     for section, values in changes.items():
@@ -326,76 +346,6 @@ def _did_you_mean(name: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
 
 
-_type_hints = functools.cache(typing.get_type_hints)  # it evaluates every annotation of a class anew
-
-
-def _checked(section: type, item: dataclasses.Field, value: Any, is_text: bool) -> Any:
-    hint = _type_hints(section)[item.name]
-    value = _converted(hint, value, is_text)
-    limits = item.metadata
-    if value is None:
-        return value
-    if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"expected one of {', '.join(map(str, limits['choices']))}, got {value!r}")
-    if limits["low"] is not None and value < limits["low"]:
-        raise ValueError(f"expected at least {limits['low']}, got {value}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise ValueError(f"expected at most {limits['high']}, got {value}")
-    return value
-
-
-def _converted(hint: Any, value: Any, is_text: bool) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    optional = type(None) in kinds
-    kind = next(kind for kind in kinds if kind is not type(None))
-    if value is None or (is_text and value.lower() in ("none", "null") and optional):
-        if optional:
-            return None
-        raise ValueError("expected a value, got none")
-    if typing.get_origin(kind) is tuple:
-        return _texts(value, is_text)
-    if kind is str:
-        return _plain_text(value)
-    if is_text:
-        try:
-            value = json.loads(value.lower() if kind is bool else value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"expected {_NAMES[kind]}, got {value[:100]!r}") from None
-    if kind is float and type(value) is int:
-        with contextlib.suppress(OverflowError):
-            value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"expected {_NAMES[kind]}, got {value!r}")
-    return value
-
-
-_UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # half characters: bytes of the command line that are no UTF-8
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-_WITHOUT_CREDENTIALS = (
-    "expected an address without credentials (no user or password, no signature, token or key), as settings are written into "
-    "the run's files; download what it leads to and name the copy, or use a public address or hub id"
-)
-
-
-def _plain_text(value: Any) -> str:
-    if isinstance(value, str) and carries_credentials(value):
-        raise ValueError(_WITHOUT_CREDENTIALS)  # without the value: a message may end in a log
-    if not isinstance(value, str) or not value.strip() or _UNWRITABLE.search(value):
-        raise ValueError(f"expected a text without control characters, got {value!r}")
-    return value
-
-
-def _texts(value: Any, is_text: bool) -> tuple[str, ...]:
-    if is_text:
-        parts = value.strip("[]()").replace('"', "").replace("'", "").split(",")
-        value = [part.strip() for part in parts if part.strip()]
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"expected a list of names, got {value!r}")
-    return tuple(map(_plain_text, value))
-
-
 def _contradictions(config: RunConfig) -> list[str]:
     problems = []
     tensorboard = config.train.tensorboard
@@ -411,26 +361,3 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"prompt has room, got {config.evaluation.max_new_tokens}"
         )
     return problems
-
-
-_HOST = re.compile(r"(\[[^\]@]*\]|[^:@\\]*)(:\d*)?")  # all that an authority without user and password is
-
-
-_KEY = re.compile(r"[?&;#]([^?&;#=]*)=")
-
-
-_SECRET_KEY = re.compile(
-    r"x-(amz|goog)-.*|.*(token|secret|passw|signature|credential|access_?key).*|.*key|sig|auth|authorization|pwd|jwt",
-    re.IGNORECASE,
-)
-
-
-def carries_credentials(text: str) -> bool:
-    """Whether a text is an address with a user or password before its host, or a query with a signature, token or key.
-
-    An address inside another one's query counts too. `https://host/file.7z?download=1` carries none.
-    """
-    _, *addresses = unquote(text).split("://")
-    hosts = [re.split(r"[/?#]", address, maxsplit=1)[0] for address in addresses]
-    keys = [key for address in addresses for key in _KEY.findall(address)]
-    return not all(map(_HOST.fullmatch, hosts)) or any(map(_SECRET_KEY.fullmatch, keys))

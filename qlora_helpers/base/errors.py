@@ -1,7 +1,7 @@
-"""The errors a person can mend.
+"""The errors that a person can fix.
 
-Every step raises `UserError` (or a subclass) for what its caller can put right: the message says what was expected, what
-was found and what to do next. The command line turns it into one line and exit code 2; anything else is a fault of ours.
+Every step raises `UserError` or a subclass for what its caller can put right: the message says what was expected, what was found
+and what to do next. The command line prints it and exits with code 2; any other exception is a bug in this package.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend: `expected`, `got` and the `next_step` make up the message.
+    """Something that the user can fix.
 
     Args:
         problem: what is wrong, in one sentence without a full stop.
         expected: what would have been right (optional).
-        got: what was there instead (optional).
-        next_step: what to do about it (optional).
+        got: what was found instead (optional).
+        next_step: what to do about it, in a whole sentence (optional).
     """
 
     def __init__(self, problem: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """One or more settings are unknown or wrong; `problems` lists all of them."""
+    """Settings are unknown or wrong; `problems` lists all of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -38,12 +38,12 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data source can't be read or used; the message names the file and, where there is one, the line."""
+    """A data source can't be read or used; the message names the file and, if there is one, the line."""
 
 
 class RunError(UserError):
-    """A run folder is not in the state that a step needs."""
+    """A run's folder is not in the state that a step needs."""
 
 
 class ModelError(UserError):
-    """A model can't be loaded, or is not what was asked for."""
+    """A model can't be loaded, or is not the one that was asked for."""

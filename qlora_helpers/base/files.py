@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, so that a killed process or a full disk leaves what was there."""
+"""Writes files and folders whole or not at all, so that a killed process or a full disk leaves the old content intact."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 
 from qlora_helpers.base.errors import RunError
 
+RESTORE = "Delete it, or restore it from a copy."
+
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary name, fsync, rename.
+    """Writes a file whole or not at all: under a temporary name, with fsync, and then renamed.
 
     Raises:
-        RunError: the disk is full or the folder can't be written; the old file is still there.
+        RunError: the disk is full or the folder can't be written; the old file is intact.
     """
     temporary = None
     try:
@@ -40,28 +42,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all; dataclasses become objects."""
+    """Writes a value as indented JSON, whole or not at all; a dataclass becomes an object."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
     write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, next_step: str = RESTORE) -> Any:
     """Reads a JSON file.
 
+    Args:
+        path: the file.
+        next_step: what a person should do about a damaged file.
+
     Raises:
-        RunError: it is missing or no JSON.
+        RunError: the file is missing, can't be read, or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path.name} is not in {path.parent}") from None
+    except OSError as error:
+        raise RunError(f"{path} can't be read ({error.strerror})", next_step="Check who owns the file.") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error})", next_step="Delete it, or restore it from a copy.") from error
+        raise RunError(f"{path} is damaged ({error})", next_step=next_step) from error
 
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A folder written whole or not at all: yields a temporary folder that takes `path`'s place when the block ends well."""
+    """Writes a folder whole or not at all: yields a temporary folder, which replaces `path` if the block raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     os.chmod(temporary, 0o755)
@@ -94,14 +102,14 @@ def make_once(folder: Path, proof: str, make: Callable[[], None]) -> None:
 
 
 def not_written(path: Path, error: OSError) -> RunError:
-    """The error to raise where a file could not be written: which one, why, and what to do."""
+    """Returns the error for a file that could not be written: which one, why, and what to do."""
     return RunError(
         f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
     )
 
 
 def cache_root() -> Path:
-    """`$QLORA_CACHE`, else `$HF_HOME/qlora_helpers`, else `~/.cache/qlora_helpers`; need not exist yet."""
+    """Returns `$QLORA_CACHE`, else `$HF_HOME/qlora_helpers`, else `~/.cache/qlora_helpers`, which need not exist yet."""
     if os.environ.get("QLORA_CACHE"):
         return Path(os.environ["QLORA_CACHE"]).expanduser()
     if os.environ.get("HF_HOME"):

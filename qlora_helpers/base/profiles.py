@@ -9,7 +9,7 @@ from qlora_helpers.base.errors import ConfigError
 
 PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
-        "A Falcon with the 40B wiring and random weights: seconds a notebook, for tests and rehearsals.",
+        "A small Falcon with the 40B's architecture and random weights: a notebook takes seconds, for tests and rehearsals.",
         {
             "model.name": "random:falcon-tiny",
             "data.seq_len_tokens": 512,
@@ -29,15 +29,15 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "demo": (
-        "SmolLM2-135M-Instruct: learns to summarise in minutes on two CPU cores.",
+        "SmolLM2-135M-Instruct, which learns to summarise in minutes on two CPU cores.",
         {
             "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "data.seq_len_tokens": 512,
-            "data.train_rows": 144,  # with one pass, what two CPU cores train in two and a half minutes
+            "data.train_rows": 144,  # two CPU cores train one epoch in two and a half minutes
             "data.eval_rows": 20,
-            "adapter.lora_dropout": 0.0,  # one pass over the rows leaves nothing to overfit, and masks cost 15 % of a CPU step
+            "adapter.lora_dropout": 0.0,  # one epoch does not overfit, and dropout masks cost 15 % of a CPU step
             "train.micro_batch_size": 2,
-            "train.learning_rate": 2e-3,  # a small model and few steps: bolder than the recipe
+            "train.learning_rate": 2e-3,  # a small model and few steps allow more than the recipe's
             "train.activation_checkpointing": False,
             "train.eval_steps": 20,
             "train.save_steps": 20,
@@ -45,22 +45,22 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon-40b": (
-        "The recipe that the series is named for, without its dropout: Falcon-40B on one machine with several large GPUs.",
+        "Falcon-40B by the 2023 recipe without its dropout, on one machine with several large GPUs.",
         {
             "model.name": "tiiuae/falcon-40b",
             "data.source": "knkarthick/samsum",
             "data.seq_len_tokens": 2048,
-            "adapter.lora_dropout": 0.0,  # its masks would take half as much again as all else that a compiled layer keeps
+            "adapter.lora_dropout": 0.0,  # dropout masks would add half of what a compiled layer keeps otherwise
         },
     ),
 }
 
 
 def profile_config(name: str) -> RunConfig:
-    """The settings of a profile: `tiny`, `demo` or `falcon-40b`.
+    """Returns the settings of a profile: `tiny`, `demo` or `falcon-40b`.
 
     Raises:
-        ConfigError: no such profile.
+        ConfigError: there is no such profile.
     """
     if name not in PROFILES:
         raise ConfigError([f"profile: expected one of {', '.join(PROFILES)}, got {name!r}"])

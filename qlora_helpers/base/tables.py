@@ -1,4 +1,4 @@
-"""Small tables for results: fixed-width text where they are printed, HTML for light and dark themes in a notebook.
+"""Small tables for results: fixed-width text when printed, HTML for light and dark themes in a notebook.
 
 This module lays a table out; its colours and spacing are in `style.css`, its contents are the caller's. Standard library alone.
 """

@@ -1,4 +1,4 @@
-"""A `.tar.gz` whose bytes depend on its contents alone, written whole or not at all."""
+"""Writes a `.tar.gz` whose bytes depend only on its contents, whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
 
     Args:
         out_path: the archive; an old one is replaced when the new one is complete.
-        contents: name in the archive -> bytes, or the file that holds them.
+        contents: by name in the archive, the bytes or the file that holds them.
 
     Returns:
         `out_path`.
 
     Raises:
-        UserError: it can't be written; an old archive is still there.
+        UserError: it can't be written; an old archive is intact.
     """
     out_path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=out_path.parent, prefix=f".{out_path.name}.")
     try:
-        # Neither file name nor time in gzip's header; TarInfo's defaults have no time and no owner.
+        # The gzip header gets no file name and no time; TarInfo's defaults have no time and no owner.
         with (
             os.fdopen(handle, "wb") as raw,
             gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,

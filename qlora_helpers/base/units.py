@@ -1,4 +1,4 @@
-"""Units: one constant for GiB, so that every number with that name means the same."""
+"""Units: one constant for GiB, so that every number in GiB means the same."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ BYTES_IN_GIB = 1024**3
 
 
 def gib(n_bytes: float) -> float:
-    """Bytes as GiB (1024³ bytes)."""
+    """Converts bytes to GiB (1024³ bytes)."""
     return n_bytes / BYTES_IN_GIB
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `38 s`, `4 min 12 s`, `1 h 05 min`."""
+    """Formats seconds for a person: `38 s`, `4 min 12 s`, `1 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"

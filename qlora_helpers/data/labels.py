@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.data.prompts import answer_tokens, prompt_tokens
@@ -97,6 +97,8 @@ class LabelReport(Tabular):
     trimmed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     loss_on: str = "summary"
+
+    RENAMED: ClassVar[dict[str, str]] = {"left_out": "skipped", "blocks": "sequences"}
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.base.files import replaced_folder, write_json
 from qlora_helpers.data.dialogues import dialogue_key
 from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.data.packing import PreparedData, pack
+from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
 from qlora_helpers.data.sources import Corpus, Dialogue
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
         data.train.save_to_disk(temporary / "train")
         data.eval.save_to_disk(temporary / "eval")
         write_json(
-            temporary / "prepared.json",
+            prepared_path(temporary),
             {
                 "fingerprint": mark,
                 "packed": data.packed,
@@ -176,30 +177,21 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
     """Reads prepared data back, or returns None where there are none that were made with the same fingerprint."""
     from datasets import Dataset
 
-    if not (folder / "prepared.json").exists():
+    saved = read_prepared_file(folder)
+    if saved is None or saved.fingerprint != mark:
         return None
-    saved = read_json(folder / "prepared.json")
-    if saved["fingerprint"] != mark:
-        return None
-    test = tuple(Dialogue(**item | {"references": tuple(item.get("references", ()))}) for item in saved["test"])
     return PreparedData(
         Dataset.load_from_disk(str(folder / "train")),
         Dataset.load_from_disk(str(folder / "eval")),
-        test,
-        _report_from(saved["report"]),
-        _report_from(saved["eval_report"]),
-        saved["packed"],
-        saved["seq_len_tokens"],
-        tuple(saved["notes"]),
-        saved["source"],
-        frozenset(saved.get("train_keys", ())),
+        saved.test,
+        saved.report,
+        saved.eval_report,
+        saved.packed,
+        saved.seq_len_tokens,
+        saved.notes,
+        saved.source,
+        frozenset(saved.train_keys),
     )
-
-
-def _report_from(values: dict[str, Any]) -> LabelReport:
-    """Reads a label report back; `sequences` were once called `blocks`."""
-    renamed = {("sequences" if name == "blocks" else name): value for name, value in values.items()}
-    return LabelReport(**renamed | {name: tuple(values[name]) for name in ("trimmed", "skipped")})
 
 
 def prepared(

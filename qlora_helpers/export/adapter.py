@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.evaluation.comparison import answered, compared
 from qlora_helpers.export.card import adapter_card
 from qlora_helpers.export.certificate import SETTINGS, WEIGHTS
@@ -74,7 +75,7 @@ def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certi
             asked = compared(live, saved)
     except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
         log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
-    prepared = run.data_dir / "prepared.json"
+    prepared = read_prepared_file(run.data_dir)
     checkpoint = trained.loaded.checkpoint
     return certifying.certify(
         run.adapter_dir,
@@ -83,5 +84,5 @@ def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certi
         asked=asked,
         versions=versions(),
         base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},
-        data_fingerprint=read_json(prepared)["fingerprint"] if prepared.exists() else None,
+        data_fingerprint=prepared.fingerprint if prepared else None,
     )

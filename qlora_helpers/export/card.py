@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.files import read_json
+from qlora_helpers.data.prepared_file import read_prepared_file
+from qlora_helpers.evaluation.evaluation_file import read_evaluation
 from qlora_helpers.export.certificate import FILE, Certificate
 from qlora_helpers.runs.folder import Run
 
@@ -19,8 +20,8 @@ _CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, tem
 def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
     """Writes the card of an export: what it is, its base model and data, its scores, and its limits."""
     config, adapter = run.config(), run.config().adapter
-    prepared = run.data_dir / "prepared.json"
-    source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
+    prepared = read_prepared_file(run.data_dir)
+    source = prepared.source if prepared else "dialogues"  # a name and licence, never a path
     head = ["---", f"base_model: {certificate.base_model}"]
     head += [] if merged else ["library_name: peft"]
     head += ["pipeline_tag: text-generation", f"base_model_relation: {'merge' if merged else 'adapter'}", "---"]
@@ -36,8 +37,7 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         _CARD_NOTE.format(template=config.data.template),
         "",
     ]
-    if run.evaluation_path.exists():
-        values = read_json(run.evaluation_path)
+    if values := read_evaluation(run):
         header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "answers that end"]
         lines += [
             f"On {len(values['rows'])} held-out rows:",
@@ -60,8 +60,8 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
 
 def adapter_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
     """Writes the card of an adapter that was just trained: base model, adapter, data and prompt."""
-    prepared = run.data_dir / "prepared.json"
-    source = read_json(prepared)["source"] if prepared.exists() else "dialogues"  # a name and licence, never a path
+    prepared = read_prepared_file(run.data_dir)
+    source = prepared.source if prepared else "dialogues"  # a name and licence, never a path
     storage = "in 4-bit NF4 (QLoRA) " if config.model.quantization == "nf4" else ""
     return (
         f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_helpers.base.errors import ModelError, UserError
-from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.files import write_json
+from qlora_helpers.base.records import read_object, read_record
 from qlora_helpers.base.tables import Table, Tabular
 
 FILE, HASHES = "certificate.json", "sha256.json"
@@ -117,14 +117,11 @@ def sha256(path: Path) -> str:
 
 
 def read_certificate(folder: Path) -> Certificate | None:
-    """Reads what `certify` wrote; None where there is nothing readable, or where the stored verdict contradicts the values."""
+    """Reads what `certify` wrote; None if there is no readable certificate, or its verdict contradicts its values."""
     try:
-        values = read_json(folder / FILE)
-        read: dict[str, Any] = {item.name: values[item.name] for item in fields(Certificate)}
-        read = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
-        found = Certificate(**read)
-        return found if found.passed == values["passed"] else None
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        found = read_record(folder / FILE, Certificate)
+        return found if found.passed == read_object(folder / FILE).get("passed") else None
+    except UserError:
         return None
 
 
@@ -157,8 +154,8 @@ def require_merged(folder: Path, *, next_step: str) -> Certificate:
     found = _passed_certificate(folder, next_step)
     unlisted = {path.name: "none" for path in sorted(folder.glob("*.safetensors"))}
     try:
-        hashes = unlisted | dict(read_json(folder / HASHES))
-    except (OSError, ValueError, TypeError, UserError) as error:
+        hashes = unlisted | read_object(folder / HASHES)
+    except UserError as error:
         raise ModelError(f"{folder.name}/ has no readable {HASHES}", next_step=next_step) from error
     _refuse_changed_files(folder, hashes, HASHES, next_step)
     return found

@@ -1,1 +1,1 @@
-"""This computer: environment report, CUDA libraries, workspace, telemetry, hardware catalogue, prices, Studio from inside."""
+"""This computer: setup report, CUDA libraries, workspace, telemetry, hardware catalogue, prices, SageMaker Studio from inside."""

@@ -1,9 +1,9 @@
-"""The CUDA libraries of the installed PyTorch: where they are, and making bitsandbytes find them.
+"""Finds the CUDA libraries of the installed PyTorch and makes bitsandbytes find them too.
 
-bitsandbytes' CUDA binary asks the dynamic loader for `libcudart.so` and `libcublas.so` by name, and PyTorch's own
-copies lie where the loader doesn't look. The usual advice, setting LD_LIBRARY_PATH, comes too late for a running kernel
-(the loader reads it once, at the start), so the fix does both: it loads the libraries by path here, and extends the
-variable for the processes started from here. Nothing in this module imports torch. Standard library alone.
+bitsandbytes' CUDA binary asks the dynamic loader for `libcudart.so` and `libcublas.so` by name, and PyTorch's own copies are in
+folders where the loader does not look. Setting LD_LIBRARY_PATH, the usual advice, comes too late for a running kernel, because
+the loader reads it only at the start. The fix therefore loads the libraries by path in this process, and extends the variable
+for the processes that it starts. This module does not import torch and needs only the standard library.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 from qlora_helpers.base.errors import UserError
 
 SYSTEM_ROOT = Path("/usr/local")
-# In the order of their dependencies: cublas needs cublasLt, cusparse needs nvJitLink.
+# In the order of their dependencies: cublas needs cublasLt, and cusparse needs nvJitLink.
 LIBRARIES = ("cudart", "nvJitLink", "cublasLt", "cublas", "cusparse")
 _PIP_FOLDERS = ("cuda_runtime", "nvjitlink", "cublas", "cusparse")
 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """The installed PyTorch, told from its files: version, the CUDA version it was built for (None: CPU), folder."""
+    """The installed PyTorch as its files describe it: version, the CUDA version it was built for (None: CPU), folder."""
 
     version: str
     cuda: str | None
@@ -39,6 +39,7 @@ class TorchBuild:
 
     @property
     def cuda_major(self) -> int | None:
+        """The major CUDA version that it was built for; None for a CPU build."""
         return int(self.cuda.split(".")[0]) if self.cuda else None
 
 
@@ -49,7 +50,7 @@ class CudaRuntime:
     Attributes:
         layout: how they were installed: `pip`, `conda` or `system`.
         cuda: PyTorch's CUDA version, such as `13.0`.
-        libraries: the files, in the order in which they can be loaded; the first is libcudart.
+        libraries: the files in the order in which they can be loaded; the first is libcudart.
     """
 
     layout: str
@@ -58,16 +59,16 @@ class CudaRuntime:
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        """The folders that hold them, each once."""
+        """The folders that hold the libraries, each once."""
         return tuple(dict.fromkeys(path.parent for path in self.libraries))
 
-    def __repr__(self) -> str:  # names, no paths: it may be stored in a notebook
+    def __repr__(self) -> str:  # without paths, because a notebook may store it
         return f"CUDA {self.cuda} libraries ({self.layout} layout): {', '.join(path.name for path in self.libraries)}"
 
 
 @dataclass(frozen=True, repr=False)
 class CudaFix:
-    """What `fix_cuda_library_path` did: the libraries that it loaded (None: nothing), and the same in words."""
+    """What `fix_cuda_library_path` did: the libraries that it loaded (None: no libraries), and a description."""
 
     runtime: CudaRuntime | None
     text: str
@@ -77,22 +78,22 @@ class CudaFix:
 
 
 def package_folder(name: str, site_packages: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of an installed package, found without importing it; None where it isn't installed.
+    """Finds the folder of an installed package without importing it; None if it is not installed.
 
     Args:
         name: the package's import name.
-        site_packages: the only place to look; none looks where Python imports from.
+        site_packages: the only folder to search; None searches where Python imports from.
     """
-    importlib.invalidate_caches()  # it may have been installed a moment ago, from this very process
+    importlib.invalidate_caches()  # this very process may have installed it a moment ago
     spec = importlib.machinery.PathFinder.find_spec(name, None if site_packages is None else [str(site_packages)])
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def read_torch_build(site_packages: str | os.PathLike[str] | None = None) -> TorchBuild | None:
-    """Version and CUDA version of the installed PyTorch, from the text of `torch/version.py`; None where there is none.
+    """Reads version and CUDA version of the installed PyTorch from the text of `torch/version.py`; None if there is none.
 
     Args:
-        site_packages: the only place to look; none looks where Python imports from.
+        site_packages: the only folder to search; None searches where Python imports from.
     """
     folder = package_folder("torch", site_packages)
     if folder is None or not (folder / "version.py").is_file():
@@ -105,17 +106,17 @@ def read_torch_build(site_packages: str | os.PathLike[str] | None = None) -> Tor
 def find_cuda_runtime(
     site_packages: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> CudaRuntime | None:
-    """The CUDA libraries that match the installed PyTorch's CUDA version.
+    """Finds the CUDA libraries that match the installed PyTorch's CUDA version.
 
-    Looks at pip's `nvidia` packages (CUDA 12: a folder each; CUDA 13: one folder), then the conda environment, then the
-    system's CUDA.
+    It searches pip's `nvidia` packages (one folder for each in CUDA 12, one for all in CUDA 13), then the conda environment,
+    then the system's CUDA.
 
     Args:
-        site_packages: where torch and the nvidia packages are installed; none looks where Python imports from.
-        environ: the environment variables; none takes this process's.
+        site_packages: where torch and the nvidia packages are installed; None searches where Python imports from.
+        environ: the environment variables; None takes this process's.
 
     Returns:
-        None where PyTorch is missing or a CPU build, or no such libraries are there.
+        The libraries, or None if PyTorch is missing or a CPU build, or there are no such libraries.
     """
     torch = read_torch_build(site_packages)
     if torch is None or torch.cuda is None or torch.cuda_major is None:
@@ -131,9 +132,7 @@ def find_cuda_runtime(
 def extend_library_path(
     directories: Iterable[str | os.PathLike[str]], environ: MutableMapping[str, str] = os.environ
 ) -> str:
-    """Puts directories in front of LD_LIBRARY_PATH, for the processes started from here.
-
-    What was there stays, behind them; nothing is in it twice.
+    """Prepends directories to LD_LIBRARY_PATH for the processes that this one starts, and keeps each entry once.
 
     Returns:
         The new value.
@@ -147,18 +146,18 @@ def extend_library_path(
 
 
 def try_library_path() -> list[tuple[str, bool]]:
-    """Shows with a throw-away library why LD_LIBRARY_PATH alone is no mend for a running kernel.
+    """Shows with a temporary library why LD_LIBRARY_PATH alone does not help a running kernel.
 
-    The library is a copy of the C math library under a name that the loader doesn't know, in a temporary folder.
+    The library is a copy of the C math library, in a temporary folder and under a name that the loader does not know.
 
     Returns:
-        What was tried, in order, and whether the library was found; empty where the loader isn't Linux's.
+        What was tried, in order, and whether the library was found; empty if this is not Linux.
     """
     maps = Path("/proc/self/maps")
     loaded = re.search(r"/\S*/libm[-.]\S*", maps.read_text()) if maps.exists() else None
     if loaded is None:
         return []
-    name = "libq.so.6"  # as long as libm.so.6, so that it can take its place in the file
+    name = "libq.so.6"  # as long as libm.so.6, so that it can replace that name in the file
     before = os.environ.get("LD_LIBRARY_PATH")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
         path = Path(folder, name)
@@ -177,10 +176,10 @@ def try_library_path() -> list[tuple[str, bool]]:
 def fix_cuda_library_path(site_packages: str | os.PathLike[str] | None = None) -> CudaFix:
     """Makes bitsandbytes find the CUDA libraries of the installed PyTorch, in this process and in those it starts.
 
-    Has to run before torch is imported. Does nothing where PyTorch is missing or a CPU build.
+    It has to run before torch is imported, and does nothing if PyTorch is missing or a CPU build.
 
     Args:
-        site_packages: where torch and the nvidia packages are installed; none looks where Python imports from.
+        site_packages: where torch and the nvidia packages are installed; None searches where Python imports from.
 
     Raises:
         UserError: torch is already imported, or a library is damaged.
@@ -192,15 +191,15 @@ def fix_cuda_library_path(site_packages: str | os.PathLike[str] | None = None) -
         )
     torch = read_torch_build(site_packages)
     if torch is None:
-        return CudaFix(None, "PyTorch is not installed yet: there is no CUDA library path to mend.")
+        return CudaFix(None, "PyTorch is not installed yet, so there is no CUDA library path to fix.")
     if torch.cuda is None:
-        return CudaFix(None, "PyTorch is a CPU build: there is no CUDA library path to mend.")
+        return CudaFix(None, "PyTorch is a CPU build, so there is no CUDA library path to fix.")
     runtime = find_cuda_runtime(site_packages)
     if runtime is None:
         return CudaFix(
             None,
             f"No CUDA {torch.cuda} libraries were found (pip, conda, system), so nothing was changed. If bitsandbytes "
-            "finds none either, install PyTorch again: its nvidia packages bring them.",
+            "finds none either, install PyTorch again: its nvidia packages contain them.",
         )
     for path in runtime.libraries:
         _load(path)
@@ -214,7 +213,7 @@ def fix_cuda_library_path(site_packages: str | os.PathLike[str] | None = None) -
 
 
 def _found(name: str, undo: contextlib.ExitStack) -> bool:
-    """Whether the loader finds a library, which is given back when `undo` closes."""
+    """Whether the loader finds a library; closing `undo` unloads it."""
     try:
         library = ctypes.CDLL(name)
     except OSError:
@@ -233,11 +232,11 @@ def _restore(variable: str, value: str | None) -> None:
 
 
 def _layouts(roots: list[Path], major: int, environ: Mapping[str, str]) -> Iterator[tuple[str, list[Path]]]:
-    """The places to look, the likeliest first; each as the folders that together hold one set of libraries."""
+    """Yields where to search, the likeliest first: a layout and the folders that together hold one set of libraries."""
     for root in roots:
         yield "pip", [root / "nvidia" / f"cu{major}" / "lib"]
         yield "pip", [root / "nvidia" / folder / "lib" for folder in _PIP_FOLDERS]
-    # A kernel started by a server of another conda environment inherits that one's CONDA_PREFIX: our own comes first.
+    # A kernel that a server of another conda environment started inherits its CONDA_PREFIX, so this environment comes first.
     prefixes = [sys.prefix] if (Path(sys.prefix) / "conda-meta").is_dir() else []
     for prefix in [*prefixes, environ.get("CONDA_PREFIX")]:
         if prefix:
@@ -248,8 +247,8 @@ def _layouts(roots: list[Path], major: int, environ: Mapping[str, str]) -> Itera
 
 
 def _library(directories: list[Path], name: str, major: int) -> Path | None:
-    """The file by which programs ask for a library, such as `libcudart.so.13`: the shortest of its names."""
-    # cusparse counts by itself: CUDA 13 still brings libcusparse.so.12.
+    """Finds the file by which programs ask for a library, such as `libcudart.so.13`: the shortest of its names."""
+    # cusparse has its own version numbers: CUDA 13 still contains libcusparse.so.12.
     version = r"\d+" if name == "cusparse" else str(major)
     pattern = re.compile(rf"lib{name}\.so\.{version}(\.\d+)*")
     found = [path for folder in directories for path in folder.glob(f"lib{name}.so.*") if pattern.fullmatch(path.name)]
@@ -260,7 +259,7 @@ def _load(path: Path) -> None:
     try:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        # The loader's words hold the path, which has no place in a stored notebook.
+        # The loader's message contains the path, which does not belong in a stored notebook.
         reason = str(error).replace(str(path), path.name)
         raise UserError(
             f"the CUDA library {path.name} can't be loaded ({reason})",

@@ -1,8 +1,8 @@
-"""The setup report: is this machine ready, and if not, what mends it.
+"""The setup report: whether this machine is ready, and if not, how to fix it.
 
-Looks at Python, the pinned packages, GPUs and driver, the CUDA builds of torch and bitsandbytes, disk, RAM, CPU and the
-notebook frontend, from files and readings alone: it imports neither torch nor bitsandbytes, and loads on a bare Python,
-so that notebook 00 can ask it before anything is installed. The report names no path, host or user: notebooks store it.
+It checks Python, the pinned packages, GPUs and driver, the CUDA builds of torch and bitsandbytes, disk, RAM, CPU and the
+notebook frontend. It reads files and sensors, imports neither torch nor bitsandbytes, and loads on a bare Python, so that
+notebook 00 can call it before anything is installed. Because notebooks store the report, it names no path, host or user.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qlora_helpers.machine.workspace import model_cache_dir, sagemaker_app
 LEVELS = ("ok", "warning", "failure")
 OLDEST_PYTHON = (3, 11)
 INSTALL = "pip install -r requirements.txt"
-# What a download and its conversion take: SmolLM2-135M, and Falcon-40B's 41.4 billion parameters of two bytes.
+# Disk space for a download and its conversion: SmolLM2-135M, and Falcon-40B's 41.4 billion parameters of two bytes.
 DEMO_DISK_GIB = 2
 FALCON_40B_DISK_GIB = 85
 SMALL_RAM_GIB = 4
@@ -45,7 +45,7 @@ SMALL_RAM_GIB = 4
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: what was looked at, its level (`ok`, `warning`, `failure`), what was found, the mend."""
+    """One line of the report: what was checked, its level (`ok`, `warning`, `failure`), what was found, and how to fix it."""
 
     name: str
     level: str
@@ -65,7 +65,7 @@ class MachineReport(Tabular):
         return max((check.level for check in self.checks), key=LEVELS.index, default="ok")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the worst level, and every line."""
+        """Returns plain values for JSON: the worst level and every line."""
         return {"level": self.level, "checks": [dataclasses.asdict(check) for check in self.checks]}
 
     @property
@@ -89,13 +89,13 @@ class MachineReport(Tabular):
 
 
 def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any = None) -> MachineReport:
-    """Looks the machine over; takes well under a second and changes nothing.
+    """Checks the machine, which takes well under a second and changes nothing.
 
     Args:
-        cache_dir: where models are downloaded to; none takes huggingface_hub's place (HF_HOME, HF_HUB_CACHE).
+        cache_dir: the folder into which models are downloaded; None takes huggingface_hub's (HF_HOME, HF_HUB_CACHE).
         nvml: stands in for the module `pynvml`.
     """
-    importlib.invalidate_caches()  # packages may have been installed a moment ago, from this very process
+    importlib.invalidate_caches()  # this very process may have installed packages a moment ago
     gpus, driver, torch = read_gpus(nvml), read_driver(nvml), read_torch_build()
     return MachineReport(
         (
@@ -115,8 +115,9 @@ def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any 
 
 
 def missing_requirements() -> list[str]:
-    """What `requirements.txt` asks for and this Python lacks or has in another version, as pip would be told; and this
-    package, where it isn't installed but only found in the folder of the checkout.
+    """Lists, for pip, what `requirements.txt` asks for and this Python lacks or has in another version.
+
+    This package is among them if it is not installed and only found in the folder of the checkout.
     """
     importlib.invalidate_caches()
     pins = _pins(_requirements())
@@ -126,7 +127,7 @@ def missing_requirements() -> list[str]:
         if _package_check(name, pin, _version(name)).level != "ok"
     ]
     root = Path(__file__).resolve().parents[2]
-    # A build leaves the package's metadata in the checkout: what is found there says nothing.
+    # A build leaves the package's metadata in the checkout, so metadata found there proves nothing.
     elsewhere = [path for path in sys.path if Path(path).resolve() != root]
     installed = any(importlib.metadata.distributions(name="qlora_helpers", path=elsewhere))
     if (root / "pyproject.toml").is_file() and not installed:
@@ -143,7 +144,7 @@ def _python_check(version: tuple[int, int, int]) -> Check:
 
 
 def _requirements() -> list[str]:
-    """The project's requirements: the file beside the package in a checkout, else what the installed package says."""
+    """Reads the project's requirements: the file beside the package in a checkout, else the installed package's metadata."""
     file = Path(__file__).resolve().parents[2] / "requirements.txt"
     if file.is_file():
         return file.read_text(encoding="utf-8").splitlines()
@@ -154,9 +155,9 @@ def _requirements() -> list[str]:
 
 
 def _pins(requirements: Iterable[str]) -> dict[str, str | None]:
-    """Name and pinned version (None: any) of each requirement that holds on every machine.
+    """Returns name and pinned version (None: any) of each requirement that applies to this machine.
 
-    Left out: pip's options, extras, and lines with an environment marker whose package is not there (it may not apply).
+    It skips pip's options, extras, and lines with an environment marker whose package is missing (they may not apply).
     """
     pins = {}
     for line in requirements:
@@ -197,16 +198,16 @@ def _gpu_check(gpus: list[GpuReading], *, has_device: bool) -> Check:
             for (name, memory_gib), count in kinds.items()
         ]
         silent = any(gpu.name == SILENT_GPU for gpu in gpus)
-        fix = "A card has dropped out: stop the instance and start it again." if silent else ""
+        fix = "A GPU has stopped responding: stop the instance and start it again." if silent else ""
         return Check("GPU", "failure" if silent else "ok", "; ".join(parts), fix)
     if has_device:
         fix = f"{INSTALL}; if nvidia-smi fails too, restart the machine (its driver may have been updated)."
         return Check("GPU", "warning", "an NVIDIA GPU that does not answer", fix)
-    return Check("GPU", "ok", "no GPU, the demo and tiny profiles run on CPU")
+    return Check("GPU", "ok", "no GPU; the demo and tiny profiles run on a CPU")
 
 
 def _driver_check(driver: DriverReading, torch: TorchBuild | None) -> Check:
-    found = f"{driver.version}, runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
+    found = f"{driver.version}, supports CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
     # Within a major version a newer CUDA runs on an older driver (NVIDIA's minor version compatibility).
     if torch is None or torch.cuda_major is None or torch.cuda_major <= driver.cuda[0]:
         return Check("NVIDIA driver", "ok", found)
@@ -224,7 +225,7 @@ def _torch_check(torch: TorchBuild | None, *, has_gpu: bool) -> Check:
 
 
 def _bitsandbytes_check(folder: Path | None, torch: TorchBuild | None, environ: Mapping[str, str]) -> Check:
-    """Which of its binaries bitsandbytes would load; it chooses as `bitsandbytes/cextension.py` does."""
+    """Checks which of its binaries bitsandbytes would load, by the rules of `bitsandbytes/cextension.py`."""
     name = "bitsandbytes binary"
     if folder is None or torch is None:
         missing = "bitsandbytes" if folder is None else "PyTorch"
@@ -249,7 +250,7 @@ def _bitsandbytes_check(folder: Path | None, torch: TorchBuild | None, environ: 
     found = f"CUDA {chosen[0]}.{chosen[1]} for PyTorch's CUDA {torch.cuda}"
     if chosen == wanted:
         return Check(name, "ok", found)
-    fix = f"Works within one major version; BNB_CUDA_VERSION={chosen[0]}{chosen[1]} chooses it on purpose."
+    fix = f"This works within one major version; BNB_CUDA_VERSION={chosen[0]}{chosen[1]} selects it explicitly."
     return Check(name, "warning", found, fix)
 
 
@@ -258,12 +259,14 @@ def _override_check(
 ) -> Check:
     found = f"BNB_CUDA_VERSION={override}"
     if not re.fullmatch(r"\d{3,}", override):
-        return Check(name, "failure", found, "It has to be digits, such as 130 for CUDA 13.0; or unset it.")
+        return Check(name, "failure", found, "Set it to digits, such as 130 for CUDA 13.0, or unset it.")
     chosen = (int(override[:2]), int(override[2:]))
     if chosen not in built:
-        return Check(name, "failure", f"{found}, which is not there", f"{choices}: choose one of these, or unset it.")
+        return Check(
+            name, "failure", f"{found}, which is not installed", f"{choices}: choose one of these, or unset it."
+        )
     if chosen[0] != wanted[0]:
-        fix = f"PyTorch brings the libraries of CUDA {wanted[0]} alone: unset BNB_CUDA_VERSION."
+        fix = f"PyTorch only contains the libraries of CUDA {wanted[0]}: unset BNB_CUDA_VERSION."
         return Check(name, "failure", f"{found}, PyTorch has {'.'.join(map(str, wanted))}", fix)
     return Check(name, "ok", f"CUDA {chosen[0]}.{chosen[1]}, chosen by BNB_CUDA_VERSION")
 
@@ -281,7 +284,7 @@ def _disk_check(cache_dir: str | os.PathLike[str], *, has_gpu: bool) -> Check:
 
 
 def _ram_gib() -> float | None:
-    """Built-in memory; None where the system doesn't tell. Not from psutil, which may not be installed yet."""
+    """Returns the machine's memory, GiB; None if the system does not report it. psutil may not be installed yet."""
     try:
         return gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
@@ -290,7 +293,7 @@ def _ram_gib() -> float | None:
 
 def _ram_check(ram_gib: float | None) -> Check:
     if ram_gib is None:
-        return Check("RAM", "ok", f"not told by {platform.system()}")
+        return Check("RAM", "ok", f"not reported by {platform.system()}")
     if ram_gib < SMALL_RAM_GIB:
         return Check(
             "RAM", "warning", f"{ram_gib:.1f} GiB", "Enough for the tiny profile; the demo may run out of memory."
@@ -301,7 +304,7 @@ def _ram_check(ram_gib: float | None) -> Check:
 def _notebook_check() -> Check:
     versions = {name: _version(name) for name in ("jupyterlab", "ipykernel", "ipywidgets")}
     in_kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
-    # In a kernel the server is there already, and may live in another environment.
+    # In a kernel there is a server already, possibly in another environment.
     missing = [name for name, version in versions.items() if not version and not (in_kernel and name == "jupyterlab")]
     parts = [f"{name} {version}" for name, version in versions.items() if version]
     parts.append("running in a kernel" if in_kernel else "not running in a kernel")
@@ -311,6 +314,6 @@ def _notebook_check() -> Check:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """Returns the versions of the packages that a result depends on."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     return {name: importlib.metadata.version(name) for name in names}

@@ -1,8 +1,9 @@
-"""SageMaker Studio as seen from inside one of its apps: which app this is, and telling it that somebody is at work.
+"""SageMaker Studio as seen from inside one of its apps: which app this is, and how to report activity to it.
 
-Studio shuts an app down that has been idle for a while. JupyterLab's kernels and terminals count as work, a process of its own
-does not; Studio also reads a file that holds the time of the last activity. What must be in it was read in the source of
-jupyter_activity_monitor_extension (`idle_status_detector.py`): one UTC time, `2026-01-31T12:00:00.000000Z`; touching is not enough.
+Studio shuts an app down that has been idle for a while. JupyterLab's kernels and terminals count as activity, a background
+process does not; but Studio also reads a file that holds the time of the last activity. Its format is in the source of
+jupyter_activity_monitor_extension (`idle_status_detector.py`): one UTC time, `2026-01-31T12:00:00.000000Z`. Touching the file is
+not enough.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import os
 from pathlib import Path
 
 STUDIO_METADATA = Path("/opt/ml/metadata/resource-metadata.json")
-"""Written by SageMaker Studio into every app: which app this is."""
+"""SageMaker Studio writes into every app which app it is."""
 IDLE_FILE = Path("/tmp/.sagemaker-last-active-timestamp")
 
 
 def this_app() -> dict[str, str]:
-    """The app that this code runs in, as the arguments of `delete_app`, as far as Studio tells; empty elsewhere."""
+    """Returns the app that this code runs in, as the arguments of `delete_app`, as far as Studio says; empty elsewhere."""
     try:
-        told = json.loads(STUDIO_METADATA.read_text())
+        found = json.loads(STUDIO_METADATA.read_text())
     except (OSError, ValueError):
         return {}
     names = {"DomainId": "DomainId", "SpaceName": "SpaceName", "AppType": "AppType", "ResourceName": "AppName"}
-    return {ours: told[theirs] for theirs, ours in names.items() if theirs in told}
+    return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
 
 
-def say_busy() -> bool:
-    """Tells Studio that the app is at work now; returns whether it was told. Elsewhere nothing is written.
+def report_activity() -> bool:
+    """Reports to Studio that the app is active now, and returns whether it did. Outside Studio it writes nothing.
 
     `$QLORA_STUDIO_IDLE_FILE` names another file, for images that look elsewhere; it is then written on any machine.
     """

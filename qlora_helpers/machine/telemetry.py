@@ -1,8 +1,7 @@
-"""What GPUs, processes, the machine and its disks are doing right now.
+"""Reads what GPUs, processes, the machine and its disks are doing right now.
 
-Readings come from NVML (nvidia-ml-py, imported as `pynvml`), psutil and the standard library; both packages are
-imported at the first reading, so that this module loads on a bare Python. It knows nothing about runs and models, and
-keeps no history.
+Readings come from NVML (nvidia-ml-py, imported as `pynvml`), psutil and the standard library. Both packages are imported at the
+first reading, so that this module loads on a bare Python. It knows nothing of runs and models, and keeps no history.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ SILENT_GPU = "does not answer"
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one moment; None where the card or its driver doesn't tell.
+    """One GPU at one moment; None where the GPU or its driver does not report a value.
 
     Attributes:
-        index: NVML's number of the card, which is nvidia-smi's (CUDA_VISIBLE_DEVICES doesn't change it).
+        index: NVML's number of the GPU, which is also nvidia-smi's (CUDA_VISIBLE_DEVICES does not change it).
         name: the product's name.
         memory_used_gib, memory_total_gib: of all processes together, GiB.
-        utilisation_percent: share of the last moments in which a kernel ran.
+        utilisation_percent: share of the last sampling period in which a kernel ran.
         temperature_c: degrees Celsius.
         power_w: watts.
     """
@@ -47,7 +46,7 @@ class GpuReading:
 
 @dataclass(frozen=True)
 class DriverReading:
-    """The NVIDIA driver: its version, and the newest CUDA version that it runs, such as `(13, 0)`."""
+    """The NVIDIA driver: its version, and the newest CUDA version that it supports, such as `(13, 0)`."""
 
     version: str
     cuda: tuple[int, int]
@@ -55,7 +54,7 @@ class DriverReading:
 
 @dataclass(frozen=True)
 class ProcessReading:
-    """One process at one moment: resident memory in GiB, CPU in percent of one core, and its threads."""
+    """One process at one moment: resident memory in GiB, CPU in percent of one core, and number of threads."""
 
     rss_gib: float
     cpu_percent: float
@@ -64,7 +63,7 @@ class ProcessReading:
 
 @dataclass(frozen=True)
 class MachineReading:
-    """The machine at one moment: RAM in GiB, CPU in percent of all cores, and the cores this process may use."""
+    """The machine at one moment: RAM in GiB, CPU in percent of all cores, and the cores that this process may use."""
 
     ram_total_gib: float
     ram_available_gib: float
@@ -81,7 +80,7 @@ class DiskReading:
 
 
 def read_gpus(nvml: Any = None) -> list[GpuReading]:
-    """All NVIDIA GPUs of the machine; an empty list where there is none, no driver or no nvidia-ml-py.
+    """Reads all NVIDIA GPUs of the machine; an empty list if there is no GPU, no driver or no nvidia-ml-py.
 
     Args:
         nvml: stands in for the module `pynvml`.
@@ -93,7 +92,7 @@ def read_gpus(nvml: Any = None) -> list[GpuReading]:
 
 
 def gpu_ids(nvml: Any = None) -> list[str]:
-    """The unique ids of all NVIDIA GPUs, in NVML's order; the same on every start of the machine.
+    """Returns the unique ids of all NVIDIA GPUs, in NVML's order; they stay the same when the machine restarts.
 
     Args:
         nvml: stands in for the module `pynvml`.
@@ -109,7 +108,7 @@ def gpu_ids(nvml: Any = None) -> list[str]:
 
 
 def read_driver(nvml: Any = None) -> DriverReading | None:
-    """The NVIDIA driver; None where there is none, or no nvidia-ml-py.
+    """Reads the NVIDIA driver's versions; None if there is no driver or no nvidia-ml-py.
 
     Args:
         nvml: stands in for the module `pynvml`.
@@ -118,17 +117,17 @@ def read_driver(nvml: Any = None) -> DriverReading | None:
     if nvml is None:
         return None
     version, cuda = _ask(nvml, nvml.nvmlSystemGetDriverVersion), _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion)
-    # NVML tells 13000 for CUDA 13.0 and 12040 for CUDA 12.4.
+    # NVML reports CUDA 13.0 as 13000 and CUDA 12.4 as 12040.
     return DriverReading(version or "unknown", divmod((cuda or 0) // 10, 100))
 
 
 def read_process(pid: int | None = None) -> ProcessReading | None:
-    """Memory and CPU of a process; None once it no longer lives.
+    """Reads memory and CPU of a process; None if it has ended.
 
-    CPU is counted since the previous reading of the same process; the first one watches it for a tenth of a second.
+    CPU is counted since the previous reading of the same process; the first reading watches it for a tenth of a second.
 
     Args:
-        pid: its number; this process where none is given.
+        pid: the process's id; None takes this process.
     """
     import psutil
 
@@ -146,9 +145,9 @@ def read_process(pid: int | None = None) -> ProcessReading | None:
 
 
 def read_machine() -> MachineReading:
-    """RAM and CPU of the whole machine.
+    """Reads RAM and CPU of the whole machine.
 
-    CPU is counted since the previous reading in the same thread; the first one watches it for a tenth of a second.
+    CPU is counted since the previous reading in the same thread; the first reading watches it for a tenth of a second.
     """
     import psutil
 
@@ -160,12 +159,12 @@ def read_machine() -> MachineReading:
 
 
 def cpu_cores() -> int:
-    """The CPU cores that this process may use, which a container or a scheduler can keep below what is built in."""
+    """Counts the CPU cores that this process may use; a container or a scheduler may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_disk(path: str | os.PathLike[str]) -> DiskReading:
-    """Space on the file system that holds a path, or that would hold it once it is made."""
+    """Reads the space on the file system that holds a path, or would hold it if it existed."""
     folder = Path(path).expanduser().absolute()
     while not os.path.exists(folder):
         folder = folder.parent
@@ -210,22 +209,22 @@ class GpuTable(Tabular):
 
 
 def gpu_table(pid: int | None = None, nvml: Any = None) -> GpuTable:
-    """The GPUs beside a process and the machine; without a GPU, the process and the machine alone.
+    """Reads GPUs, a process and the machine into one table; without a GPU, only the process and the machine.
 
     Args:
-        pid: the process, such as the trainer's; this one where none is given.
+        pid: the process's id, such as the trainer's; None takes this process.
         nvml: stands in for the module `pynvml`.
     """
     return GpuTable(tuple(read_gpus(nvml)), read_process(pid), read_machine())
 
 
-# psutil counts CPU time from one reading to the next, and keeps the last one in these objects and threads.
+# psutil counts CPU time from one reading to the next, and keeps the last reading in these objects and for these threads.
 _processes: dict[int, Any] = {}
 _threads_that_read: set[int] = set()
 
 
 def _started(nvml: Any) -> Any:
-    """NVML, ready to be asked, or None. It counts its starts: all but the first are free, so it is never shut down."""
+    """Initialises NVML and returns it, or None. NVML counts initialisations and repeats cost nothing, so it is never shut down."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -257,7 +256,7 @@ def _read_gpu(nvml: Any, index: int) -> GpuReading:
 
 
 def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """One answer of NVML, or None where the card can't tell: MIG slices have no utilisation, some cards no power."""
+    """Returns an answer of NVML, or None if the GPU has none: MIG slices have no utilisation, some GPUs no power reading."""
     try:
         return question(*arguments)
     except nvml.NVMLError:

@@ -1,7 +1,7 @@
-"""Where the notebooks live: the large volume, the model cache and the packages on it, and a Jupyter kernel of our own.
+"""The notebooks' surroundings: a large volume with the model cache and the packages, and a Jupyter kernel of their own.
 
-Knows SageMaker's places (Studio's JupyterLab spaces and notebook instances) and the Hugging Face variables that name
-the cache; nothing about models or what is in the cache. Standard library alone. What it prints holds no path.
+This module knows SageMaker's folders (Studio's JupyterLab spaces and notebook instances) and the Hugging Face variables that
+name the cache, but nothing of models. It needs only the standard library, and what it prints contains no path.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from pathlib import Path
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.telemetry import read_disk
 
-# Both survive a stop of the instance; everything else on its disk is small or lost.
+# Both survive a stop of the instance; the rest of its disk is small or lost.
 STUDIO_VOLUME = Path("/home/sagemaker-user")
 NOTEBOOK_INSTANCE_VOLUME = Path("/home/ec2-user/SageMaker")
 KERNEL_VARIABLES = ("HF_HOME", "LD_LIBRARY_PATH")
 KERNEL_NAME, KERNEL_DISPLAY_NAME = "qlora", "Python (QLoRA)"
-# Without CUDA the packages take 2.1 GiB unpacked (measured); PyTorch's CUDA libraries are several times that.
+# Without CUDA the unpacked packages take 2.1 GiB (measured); PyTorch's CUDA libraries take several times as much.
 PACKAGES_GIB = 10
 
 
 @dataclass(frozen=True, repr=False)
 class ModelCache:
-    """The folder into which models are downloaded, where that is in words, and its free space in GiB."""
+    """The folder into which models are downloaded, a description of where it is, and its free space in GiB."""
 
     folder: Path
     place: str
     free_gib: float
 
-    def __repr__(self) -> str:  # no path: it may be stored in a notebook
+    def __repr__(self) -> str:  # without a path, because a notebook may store it
         return f"Model cache: {self.place}, {self.free_gib:.1f} GiB free"
 
 
 @dataclass(frozen=True, repr=False)
 class RegisteredKernel:
-    """A kernel that JupyterLab now offers, and the variables that it sets for its notebooks."""
+    """A kernel that JupyterLab now offers, and the environment variables that it sets."""
 
     name: str
     display_name: str
@@ -52,7 +52,7 @@ class RegisteredKernel:
 
 
 def sagemaker_app(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Which part of SageMaker this runs in, in words; None outside of it."""
+    """Describes which part of SageMaker this process runs in; None outside SageMaker."""
     app = environ.get("SAGEMAKER_APP_TYPE") or environ.get("SAGEMAKER_APP_TYPE_LOWERCASE")
     if app:
         return f"SageMaker Studio, {app} app"
@@ -60,7 +60,7 @@ def sagemaker_app(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def large_volume() -> Path | None:
-    """SageMaker's large, lasting volume: of a Studio space, or of a notebook instance; None elsewhere."""
+    """Returns SageMaker's large persistent volume, of a Studio space or a notebook instance; None elsewhere."""
     for volume in (STUDIO_VOLUME, NOTEBOOK_INSTANCE_VOLUME):
         if volume.is_dir() and os.access(volume, os.W_OK):
             return volume
@@ -68,7 +68,7 @@ def large_volume() -> Path | None:
 
 
 def model_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder into which huggingface_hub downloads models, by its own rules (`huggingface_hub/constants.py`)."""
+    """Returns the folder into which huggingface_hub downloads models, by its own rules (`huggingface_hub/constants.py`)."""
     cache_home = environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
     home = environ.get("HF_HOME", os.path.join(cache_home, "huggingface"))
     folder = environ.get("HF_HUB_CACHE", environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))
@@ -76,16 +76,16 @@ def model_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def set_model_cache(path: str | os.PathLike[str] | None = None) -> ModelCache:
-    """Puts the model cache on the large volume, for this process and those it starts (HF_HOME).
+    """Moves the model cache to the large volume, for this process and those it starts (HF_HOME).
 
-    The access token is kept in the same place: log in to the hub after this, not before.
+    The access token is kept in the same folder, so log in to the hub after this call, not before.
 
     Args:
-        path: the folder to use as HF_HOME. None keeps HF_HOME where it is set, else takes SageMaker's large volume,
-            else leaves the default.
+        path: the folder to use as HF_HOME. None keeps HF_HOME if it is set, else takes SageMaker's large volume, else keeps
+            the default.
 
     Raises:
-        UserError: huggingface_hub is already imported and would not notice, or the folder can't be made.
+        UserError: huggingface_hub is already imported and would not notice the change, or the folder can't be created.
     """
     volume = large_volume()
     home, place = None, "in its default place"
@@ -104,10 +104,10 @@ def set_model_cache(path: str | os.PathLike[str] | None = None) -> ModelCache:
 
 
 def own_python() -> Path:
-    """The Python to install packages into: this one, or on SageMaker that of an environment on the large volume.
+    """Returns the Python to install packages into: this one, or on SageMaker that of an environment on the large volume.
 
-    SageMaker's own environment is left alone: it is lost when the space stops, and its other tools count on the versions
-    that are in it. The environment is made where it isn't there yet, without packages.
+    SageMaker's own environment stays unchanged: it is lost when the space stops, and other tools depend on its versions. The
+    new environment is created without packages if it does not exist yet.
 
     Raises:
         UserError: the large volume has no room for the packages.
@@ -130,13 +130,13 @@ def own_python() -> Path:
 
 
 def require_kernel(python: str | os.PathLike[str]) -> None:
-    """Returns where this kernel runs that Python; else registers a kernel that does, and says to go on in it.
+    """Checks that this kernel runs a certain Python; if not, registers a kernel that does and asks the person to switch to it.
 
     Args:
-        python: from `own_python()`, with the requirements installed.
+        python: the result of `own_python()`, with the requirements installed.
 
     Raises:
-        UserError: this kernel runs another Python, or the other one could not be registered.
+        UserError: this kernel runs another Python, or a kernel could not be registered.
     """
     if Path(python) == Path(sys.executable) or Path(python).parent.parent == Path(sys.prefix):
         return
@@ -156,16 +156,17 @@ def register_kernel(
 ) -> RegisteredKernel:
     """Registers a Python as a Jupyter kernel, with this process's HF_HOME and LD_LIBRARY_PATH.
 
-    Needed where JupyterLab runs in another environment, such as SageMaker Distribution's: ours stays apart from it.
+    This is needed if JupyterLab runs in another environment, such as SageMaker Distribution's.
 
     Args:
         name: the kernel's name, as in a notebook's metadata.
-        display_name: what JupyterLab shows.
-        user: for this user, whichever environment the server runs in; False: for servers of this environment alone.
-        python: the Python that the kernel runs; none takes this one.
+        display_name: the name that JupyterLab shows.
+        user: whether to register it for this user, whichever environment the server runs in; False registers it only for
+            servers of this environment.
+        python: the Python that the kernel runs; None takes this one.
 
     Raises:
-        UserError: ipykernel is missing, or it refuses the name.
+        UserError: ipykernel is missing or refuses the name.
     """
     command = [os.fspath(python or sys.executable), "-m", "ipykernel", "install", "--user" if user else "--sys-prefix"]
     command += ["--name", name, "--display-name", display_name]
@@ -193,7 +194,7 @@ def _set_hf_home(home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the folder for the model cache can't be made ({error.strerror})",
-            next_step="Name another folder, one that you may write to.",
+            f"the folder for the model cache can't be created ({error.strerror})",
+            next_step="Name a folder that you may write to.",
         ) from error
     os.environ["HF_HOME"] = str(home)

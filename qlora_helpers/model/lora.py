@@ -179,6 +179,16 @@ def remove_adapters(model: PeftModel) -> None:
         del base.peft_config
 
 
+@contextlib.contextmanager
+def removed_on_error(model: PeftModel) -> Iterator[None]:
+    """Removes the adapters if the block fails, so that the next attempt can add its own."""
+    try:
+        yield
+    except BaseException:
+        remove_adapters(model)
+        raise
+
+
 def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """Adds a saved adapter to a freshly loaded base model.
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.environment import versions
-from qlora_helpers.runs.folder import Run, add_to_plan
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.plan_file import add_to_plan
 
 if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData

@@ -18,11 +18,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.base.files import read_json
 from qlora_helpers.base.place import facts_of, places_of
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
@@ -31,7 +30,8 @@ from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.candidates import Candidate
 from qlora_helpers.planning.memory import CONTEXT_BYTES
-from qlora_helpers.runs.folder import Run, add_to_plan
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.plan_file import add_to_plan, read_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -104,7 +104,7 @@ def rescued(step: Step) -> Step:
         free_memory()
         raise _out_of_memory(run, failure)
 
-    return wrapper
+    return cast(Step, wrapper)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -205,7 +205,8 @@ def _layer_numbers(owner: Any) -> dict[int, int]:
     if not isinstance(model, torch.nn.Module):
         return {}
     lists = [list(each) for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
-    return {id(layer): number for number, layer in enumerate(max(lists, key=len, default=[]), start=1)}
+    longest = max(lists, key=len, default=[])
+    return {id(layer): number for number, layer in enumerate(longest, start=1)}
 
 
 def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
@@ -231,7 +232,7 @@ def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate
         if checkpointed is None:
             layers = model_sizes(find_shape(config.model)).layers
             checkpointed = layers if config.train.activation_checkpointing else 0
-        held = run_plan.predicted_step(
+        held: Any = run_plan.predicted_step(
             config,
             hardware=hardware,
             compiled=failure.compiled,
@@ -263,6 +264,6 @@ def next_settings(run: Run) -> list[str]:
 
     The sequence length is not one of them: the prepared data have theirs.
     """
-    plan = read_json(run.plan_path) if run.plan_path.exists() else {}
-    ranked = plan.get("out_of_memory", {}).get("next") or [[]]
-    return [setting for setting in ranked[0] if setting.startswith("train.")]
+    failure = read_plan(run).out_of_memory
+    ranked = failure.next if failure else ()
+    return [setting for setting in ranked[0] if setting.startswith("train.")] if ranked else []

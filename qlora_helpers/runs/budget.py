@@ -1,4 +1,4 @@
-"""When a run has used enough: dollars, minutes, or evaluations without a better loss. Pure arithmetic; stops nothing itself."""
+"""Whether a run's budget is used up: dollars, minutes, or evaluations without a better loss. It only computes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from qlora_helpers.runs.status import Status
 
 
 class Budget:
-    """What one session may use, and has used.
+    """The limits of one session, and how much of them is used.
 
     Dollars count over all sessions of the run, minutes in this one alone. `patience` counts the evaluations of this session that
-    did not beat the best loss of the run, so that a person can go on after a stop.
+    did not improve on the run's best loss, so that a person can go on after such a stop.
 
     Args:
         config: the limits.
-        status: when the session began, what earlier ones cost, and the price.
-        eval_losses: of the run so far.
+        status: says when the session began, what earlier ones cost, and the price.
+        eval_losses: the evaluation losses of the run so far.
     """
 
     def __init__(self, config: TrainConfig, status: Status, eval_losses: Iterable[float] = ()) -> None:
@@ -33,14 +33,17 @@ class Budget:
         self.without_better = 0
 
     def evaluated(self, loss: float) -> None:
-        """Counts an evaluation."""
+        """Counts an evaluation with its loss."""
         self.without_better = 0 if loss < self.best else self.without_better + 1
         self.best = min(self.best, loss)
 
     def used(self, now: float | None = None) -> dict[str, Any]:
-        """For a line of progress: `seconds` of this session, `usd` of all, `evaluations_without_better`.
+        """Returns `seconds` of this session, `usd` of all sessions and `evaluations_without_better`, for a line of progress.
 
-        What is not known, or not asked for, is left out.
+        Dollars are missing where the price is unknown, the count where `patience` is not set.
+
+        Args:
+            now: seconds since 1970; None takes the clock.
         """
         seconds = (time.time() if now is None else now) - self.started_at
         found: dict[str, Any] = {"seconds": round(seconds, 1)}
@@ -51,7 +54,7 @@ class Budget:
         return found
 
     def exhausted(self, now: float | None = None) -> str | None:
-        """Which limit is reached, in a sentence; None while there is room."""
+        """Returns a sentence on the limit that is reached, or None."""
         used, config = self.used(now), self.config
         if config.stop_at_usd is not None and used.get("usd", 0.0) >= config.stop_at_usd:
             return f"{used['usd']:.2f} USD of train.stop_at_usd={config.stop_at_usd:g} are used"
@@ -65,10 +68,10 @@ class Budget:
 
 
 def refuse_spent_budget(config: TrainConfig, status: Status) -> None:
-    """Looks before a session begins whether the run's dollars are used up already.
+    """Refuses to begin a session whose budget in dollars is used up.
 
     Raises:
-        RunError: they are.
+        RunError: it is used up.
     """
     used = status.used_usd
     if config.stop_at_usd is not None and used is not None and used >= config.stop_at_usd:

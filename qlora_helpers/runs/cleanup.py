@@ -1,7 +1,7 @@
-"""What takes space on this machine, and freeing it: model caches, runs, the GPU memory of this process.
+"""Measures and frees what takes space on this machine: model caches, runs, and the GPU memory of this process.
 
-Everything is shown before it is deleted, and nothing outside the caches and the run folders is ever touched. Knows
-nothing of AWS (that is `cleanup_sagemaker`), of models or of training; torch is looked at only where it is imported.
+Everything is shown before it is deleted, and nothing outside the caches and the run folders is ever touched. This module knows
+nothing of AWS (see `sagemaker.resources`), of models or of training, and uses torch only if it is already imported.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class SpaceItem:
         id: such as `hub:models/tiiuae/falcon-7b`, `cache:random/falcon-tiny`, `run:demo/checkpoints` or `gpu:0`.
         kind: `hub cache`, `project cache`, `run` or `GPU memory`.
         n_bytes: its size.
-        note: what it is, or what losing it means.
-        paths: the files and folders that make it up.
-        run: the run it is a part of, if any.
+        note: what it is, or what deleting it means.
+        paths: its files and folders.
+        run: the run that it belongs to, if any.
     """
 
     id: str
@@ -56,21 +56,22 @@ class SpaceReport(Tabular):
 
     @property
     def n_bytes(self) -> int:
+        """The size of all items together."""
         return sum(item.n_bytes for item in self.items)
 
     def __iter__(self) -> Iterator[SpaceItem]:
         return iter(self.items)
 
     def select(self, *patterns: str) -> SpaceReport:
-        """The items whose id fits one of the patterns, such as `run:demo/*` or `cache:*`.
+        """Returns the items whose id matches one of the patterns, such as `run:demo/*` or `cache:*`.
 
         Raises:
-            UserError: a pattern fits nothing.
+            UserError: a pattern matches nothing.
         """
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(item.id, pattern) for item in self.items):
                 known = ", ".join(item.id for item in self.items) or "nothing"
-                raise UserError("nothing that takes space has that id", expected=known, got=pattern)
+                raise UserError("no item has that id", expected=known, got=pattern)
         chosen = [item for item in self.items if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in patterns)]
         return SpaceReport(tuple(chosen))
 
@@ -92,7 +93,7 @@ def find_space(runs: str | os.PathLike[str] = "runs") -> SpaceReport:
     """Measures what takes space: the hub cache, this project's caches, the runs, and this process's GPU memory.
 
     Args:
-        runs: the folder that holds the runs. Links in it, and in the caches, are neither followed nor counted.
+        runs: the folder that holds the runs. Links in it and in the caches are neither followed nor counted.
     """
     found = [*_hub_items(), *_cache_items(), *_run_items(Path(runs)), *_gpu_items()]
     kinds = (HUB, CACHE, RUN, GPU)
@@ -100,18 +101,18 @@ def find_space(runs: str | os.PathLike[str] = "runs") -> SpaceReport:
 
 
 def free(items: Iterable[SpaceItem] | SpaceItem, *, confirm: bool = False) -> int:
-    """Shows what would be freed and, if that is confirmed, frees it.
+    """Shows what would be freed and frees it if that is confirmed.
 
     Args:
-        items: from `find_space()`, such as `find_space().select("run:demo/checkpoints")`.
-        confirm: False deletes nothing.
+        items: items of `find_space()`, such as `find_space().select("run:demo/checkpoints")`.
+        confirm: whether to delete; False only shows.
 
     Returns:
-        Bytes freed; 0 without `confirm`.
+        The bytes that were freed; 0 without `confirm`.
 
     Raises:
         RunError: a run is still running; nothing was freed.
-        UserError: something lies outside the caches and runs (nothing was freed), or can't be deleted.
+        UserError: an item is outside the caches and runs (nothing was freed), or can't be deleted.
     """
     chosen = SpaceReport((items,) if isinstance(items, SpaceItem) else tuple(items))
     for item in chosen:
@@ -128,9 +129,9 @@ def free(items: Iterable[SpaceItem] | SpaceItem, *, confirm: bool = False) -> in
 
 
 def free_gpu_memory() -> GpuMemory:
-    """Collects garbage and gives the GPU memory that no tensor uses back to the driver.
+    """Collects garbage and returns the GPU memory that no tensor uses to the driver, without importing torch.
 
-    Memory of a model that a variable still refers to stays: `del model` first. Does not import torch.
+    A model that a variable still refers to keeps its memory: run `del model` first.
     """
     before = sum(_reserved_bytes())
     gc.collect()
@@ -160,7 +161,7 @@ def _hub_items() -> list[SpaceItem]:
         kind, dashes, name = folder.name.partition("--")
         if not dashes:
             continue
-        # An interrupted download is in no revision, so the library's scan does not count it: measured here instead.
+        # An interrupted download belongs to no revision, so the library's scan does not count it.
         unfinished = any(folder.glob("blobs/*.incomplete"))
         note = f"{len(whole[folder.name].revisions)} revision(s)" if folder.name in whole else "no complete revision"
         note += ", an unfinished download" if unfinished else ""
@@ -173,7 +174,7 @@ def _cache_items() -> list[SpaceItem]:
     if not root.is_dir():
         return []
     return [
-        SpaceItem(f"cache:{group.name}/{path.name}", CACHE, _size(path), "made again when it is needed", (path,))
+        SpaceItem(f"cache:{group.name}/{path.name}", CACHE, _size(path), "recreated when it is needed", (path,))
         for group in _folders(root)
         for path in sorted(group.iterdir())
         if not path.is_symlink()
@@ -187,13 +188,13 @@ def _run_items(root: Path) -> list[SpaceItem]:
             continue
         parts = {
             "checkpoints": (run.checkpoints_dir, "needed to resume"),
-            "data": (run.data_dir, "made again by notebook 03_prepare_data"),
+            "data": (run.data_dir, "recreated by notebook 03_prepare_data"),
             "adapter": (run.adapter_dir, "the tuned adapter: the run's result"),
         }
         for part, (path, note) in parts.items():
             if path.exists() and not path.is_symlink():
                 items.append(SpaceItem(f"run:{run.name}/{part}", RUN, _size(path), note, (path,), run))
-        # config.json goes last of all (see `free`): without it, what is left of the run would not be found again.
+        # `free` deletes config.json last: without it, the rest of the run would not be found again.
         kept = {run.config_path, *(path for path, _ in parts.values())}
         rest = tuple(path for path in sorted(run.folder.iterdir()) if path not in kept)
         items.append(
@@ -221,7 +222,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file or of all files in a folder, links not followed."""
+    """Returns the bytes of a file, or of all files in a folder; links are not followed."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size if os.path.lexists(path) else 0
     total = 0
@@ -238,26 +239,27 @@ def _size(path: Path) -> int:
 def _check_may_free(item: SpaceItem) -> None:
     if item.run is not None and item.run.status().is_live:
         raise RunError(
-            f"the run {item.run.name!r} is running; nothing was freed", next_step="Stop it first, or leave it out."
+            f"the run {item.run.name!r} is running; nothing was freed",
+            next_step="Stop it first, or free the other items.",
         )
     root = _root_of(item)
     for path in item.paths:
-        # The folder that holds the path is resolved, not the path itself: a link is deleted, never what it points to.
+        # Only the parent is resolved, not the path itself: a link is deleted, never what it points to.
         real = path.parent.resolve() / path.name
         if root is None or root not in real.parents or path.name == "..":
             raise UserError(
-                f"{item.id} lies outside the caches and run folders; nothing was freed",
-                next_step="Take items from find_space(), or delete it yourself.",
+                f"{item.id} is outside the caches and run folders; nothing was freed",
+                next_step="Use items of find_space(), or delete it yourself.",
             )
 
 
 def _root_of(item: SpaceItem) -> Path | None:
-    """The folder that the item must lie in."""
+    """Returns the folder that the item's paths must be in."""
     if item.kind == HUB:
         return _hub_cache().resolve()
     if item.kind == CACHE:
         return cache_root().resolve()
-    # Not resolved to the end: what a linked run folder points to is not a run of ours to delete.
+    # The run's own folder is not resolved: if it is a link, what it points to must not be deleted.
     return item.run.folder.parent.resolve() / item.run.name if item.run else None
 
 

@@ -19,22 +19,28 @@ from typing import Any
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import not_written, read_json, write_json
+from qlora_helpers.base.records import read_record
 from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
 from qlora_helpers.runs.status import STATES, WENT_SILENT, Status, is_alive
 
 FIXED = ("model", "adapter", "data")  # sections that can't change once a run has trained
-# The trainer's heart beats in a thread of its own; what the two write into one file must not cross.
+# The heartbeat's thread and the trainer change the same status file: one must not overwrite what the other has just written.
 _WRITING = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a name can be that of a run: plain enough for a folder, an S3 key and a command line."""
+    return _NAME.fullmatch(name) is not None
+
+
 class Run:
-    """A run folder, `runs/<name>/`. Cheap to make; holds nothing but the path.
+    """A run folder, `runs/<name>/`. The object holds nothing but the path, so it is cheap to create.
 
     Args:
-        folder: the run's folder; need not exist yet. One with a '..' part is kept as an absolute path, which opens the same run
-            wherever it is handed on to.
+        folder: the run's folder, which need not exist yet. A path with a '..' part is made absolute, so that it still leads to
+            the same run in a process with another working directory.
 
     Raises:
         RunError: the last part of the path is not a plain name.
@@ -42,14 +48,14 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        if not _NAME.fullmatch(self.folder.name):
+        if not is_run_name(self.folder.name):
             raise RunError(
-                "that is no name for a run",
+                "this can't be the name of a run",
                 expected="letters, digits, '.', '_' and '-', starting with a letter or digit, 100 at most",
                 got=repr(self.folder.name),
                 next_step="Choose another name.",
             )
-        if ".." in self.folder.parts:  # a run's folder itself may be a link, and stays one
+        if ".." in self.folder.parts:  # only the parent is resolved: the run's folder may itself be a link
             self.folder = self.folder.parent.resolve() / self.folder.name
 
     def __repr__(self) -> str:
@@ -57,6 +63,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's name: the last part of its path."""
         return self.folder.name
 
     config_path = property(lambda self: self.folder / "config.json")
@@ -77,17 +84,17 @@ class Run:
         return self.config_path.exists()
 
     def config(self) -> RunConfig:
-        """What was asked.
+        """Reads the run's settings.
 
         Raises:
-            RunError: the run has none yet, or the file is damaged.
+            RunError: the run has no settings yet, or the file is damaged.
             ConfigError: the file holds unknown or wrong settings.
         """
         if not self.exists():
             raise RunError(
                 f"the run {self.name!r} does not exist yet",
                 next_step="Run notebook 00_setup, or `python -m qlora_helpers train "
-                f"{self.name} --profile demo`, which makes it.",
+                f"{self.name} --profile demo`, to create it.",
             )
         return config_from_dict(read_json(self.config_path))
 
@@ -96,27 +103,28 @@ class Run:
         write_json(self.config_path, config.to_dict())
 
     def change_config(self, config: RunConfig) -> None:
-        """Writes `config.json` unless it changes what a trained adapter stands on.
+        """Writes `config.json`, unless the run has trained and a setting that its adapter depends on would change.
 
         Raises:
             RunError: the run has trained, and a setting of model, adapter or data differs; nothing is written.
         """
         if self.exists() and self.has_trained():
-            self._refuse_fixed_changes(self.config(), config)
+            self.refuse_differences(self.config().to_dict(), config.to_dict())
         self.save_config(config)
 
     def has_trained(self) -> bool:
-        """Whether there is a checkpoint or an adapter, so that model, adapter and data can't change any more."""
+        """Whether there is a checkpoint or an adapter, so that the settings of model, adapter and data are fixed."""
         return any(self.checkpoints_dir.glob("checkpoint-*")) or self.adapter_dir.exists()
 
-    def _refuse_fixed_changes(self, old: RunConfig, new: RunConfig) -> None:
-        self.refuse_differences(old.to_dict(), new.to_dict())
-
     def refuse_differences(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Compares what a trained run stands on; settings and marks (digests by what they are of) that only one has don't count.
+        """Compares two sets of settings that a trained run depends on; what only one of them has is not compared.
+
+        Args:
+            before: the sections of `FIXED`, and under `marks` digests of what settings only name, such as the data file.
+            after: the same, as it is now.
 
         Raises:
-            RunError: something differs.
+            RunError: something differs; the message lists all of it.
         """
         changed = [
             f"{section}.{key}: {value!r} -> {after[section][key]!r}"
@@ -125,18 +133,22 @@ class Run:
             if key in after[section] and value != after[section][key]
         ]
         marks, now = before.get("marks", {}), after.get("marks", {})
-        changed += [f"{name} is not what it was" for name in marks if name in now and now[name] != marks[name]]
+        changed += [f"{name} has changed" for name in marks if name in now and now[name] != marks[name]]
         if changed:
             raise RunError(
                 f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
-                next_step="Give the new settings a run of their own (another name), or delete this one.",
+                next_step="Start a new run under another name, or delete this one.",
             )
 
     def need(self, path: Path, made_by: str) -> Path:
-        """Returns `path` if it is there.
+        """Returns `path` if it exists.
+
+        Args:
+            path: a file or folder of the run.
+            made_by: the notebook or command that makes it.
 
         Raises:
-            RunError: it is not; the message says `made_by` makes it.
+            RunError: it does not exist; the message names what makes it.
         """
         if not path.exists():
             raise RunError(
@@ -147,22 +159,20 @@ class Run:
     # status
 
     def status(self) -> Status:
-        """The run's status; a trainer that no longer lives is told as `dead`."""
+        """Reads the run's status. Its state is `dead` where a trainer should be running and its process no longer exists.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.status_path.exists():
             return Status()
-        known = {item.name for item in dataclasses.fields(Status)}
-        values = read_json(self.status_path)
-        if not isinstance(values, dict):
-            raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
-        status = Status(**{key: value for key, value in values.items() if key in known})
-        if not status.is_plausible:
-            raise RunError(f"{self.status_path} is damaged", next_step="Delete it; the run goes on without.")
+        status = read_record(self.status_path, Status, next_step="Delete it; the run can go on without it.")
         if status.is_live and not is_alive(status):
             return dataclasses.replace(status, state="dead", exit_reason=WENT_SILENT)
         return status
 
     def set_status(self, **changes: Any) -> Status:
-        """Changes some fields of `status.json` and beats the heart."""
+        """Changes some fields of `status.json` and sets its heartbeat to now."""
         with _WRITING:
             status = self.status()
             if status.state == "dead":
@@ -171,16 +181,16 @@ class Run:
 
     def _write_status(self, status: Status) -> Status:
         if status.state not in STATES:
-            raise ValueError(f"state {status.state!r} is none of {STATES}")
+            raise ValueError(f"expected a state out of {', '.join(STATES)}, got {status.state!r}")
         status = dataclasses.replace(status, heartbeat=time.time())
         write_json(self.status_path, status)
         return status
 
     def open_session(self, *, usd_per_hour: float | None = None) -> Status:
-        """Begins a session: status `starting`, in this process. One that was opened for this trainer already is taken over.
+        """Opens a session in this process, with the state `starting`, or takes over one that was opened for this process.
 
         Args:
-            usd_per_hour: what the machine costs, where that is known.
+            usd_per_hour: the machine's price; None where it is unknown.
         """
         with _WRITING:
             status = self.status()
@@ -191,11 +201,11 @@ class Run:
             )
 
     def start_session(self, max_steps: int, resumed_from: int) -> int:
-        """The trainer takes its first step: status `running`, and a line in `progress.jsonl` that supersedes later steps.
+        """Sets the state `running`, and appends a line to `progress.jsonl` that supersedes the steps after `resumed_from`.
 
         Args:
             max_steps: optimizer steps of the whole run.
-            resumed_from: the step of the checkpoint it goes on from; 0 for a fresh start.
+            resumed_from: the step of the checkpoint that training goes on from; 0 for a fresh start.
 
         Returns:
             The session's number, from 1.
@@ -208,7 +218,7 @@ class Run:
     # progress
 
     def append_progress(self, record: dict[str, Any]) -> None:
-        """Appends one line to `progress.jsonl`; a line that a killed process left half written is closed first.
+        """Appends one line to `progress.jsonl`, after ending a line that a killed process left half written.
 
         Raises:
             RunError: the disk is full or the folder can't be written.
@@ -226,7 +236,7 @@ class Run:
             raise not_written(self.progress_path, error) from error
 
     def progress(self) -> list[dict[str, Any]]:
-        """The logged steps as one gapless curve: what a resumed session did again is dropped, half-written lines too."""
+        """Returns the logged steps as one curve without gaps; steps that a later session repeated and damaged lines are dropped."""
         progress = Progress(self.progress_path)
         progress.read(to_end=True)
         return progress.records
@@ -237,22 +247,18 @@ class Run:
         """Asks the running trainer to `stop` (save, then end) or to `save` now.
 
         Raises:
-            RunError: the kind is unknown, or nothing is running.
+            RunError: the kind is unknown, or no trainer is running.
         """
         if kind not in REQUEST_KINDS:
             raise RunError("unknown request", expected=" or ".join(REQUEST_KINDS), got=repr(kind))
         status = self.status()
         if not status.is_live:
-            raise RunError(f"the run {self.name!r} is {status.state}", next_step="Only a running trainer can be asked.")
+            raise RunError(
+                f"the run {self.name!r} is {status.state}", next_step="Only a running trainer takes requests."
+            )
         return self.requests.add(kind, status.session)
 
     @property
     def requests(self) -> Requests:
-        """What was asked of this run's trainers."""
+        """The requests to this run's trainers."""
         return Requests(self.requests_dir)
-
-
-def add_to_plan(run: Run, **found: Any) -> None:
-    """Writes what was found into the run's `plan.json`, beside what is there."""
-    old = read_json(run.plan_path) if run.plan_path.exists() else {}
-    write_json(run.plan_path, old | found)

@@ -1,7 +1,7 @@
-"""A trainer's signs of life, from a thread of its own: also while a model loads, an evaluation runs or a step takes minutes.
+"""A trainer's signs of life, sent from a thread of its own, also while a model loads, an evaluation runs or a step takes minutes.
 
-It beats the heart in `status.json` with readings of the GPUs, marks requests as received, and tells SageMaker Studio that somebody is
-at work. The training loop waits for none of it.
+The thread writes a heartbeat with readings of the GPUs into `status.json`, marks requests as received, and reports activity to
+SageMaker Studio. The training loop never waits for it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio, telemetry
 from qlora_helpers.runs.folder import Run
 
-LISTEN_S = 0.5
-BEAT_S = 5.0
-STUDIO_S = 60.0
+REQUESTS_EVERY_S = 0.5
+HEARTBEAT_EVERY_S = 5.0
+STUDIO_EVERY_S = 60.0
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def beating(run: Run, session: int) -> Iterator[None]:
-    """Beats for the block.
+def sending_heartbeats(run: Run, session: int) -> Iterator[None]:
+    """Sends heartbeats during the block.
 
     Args:
         run: the run that this process trains.
-        session: whose requests are received.
+        session: the session whose requests are marked as received.
     """
     ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(run, session, ended), name=f"heart of {run.name}", daemon=True)
+    thread = threading.Thread(target=_send, args=(run, session, ended), name=f"heartbeat of {run.name}", daemon=True)
     thread.start()
     try:
         yield
@@ -42,7 +42,7 @@ def beating(run: Run, session: int) -> Iterator[None]:
 
 
 def readings() -> dict[str, Any]:
-    """GPU readings, or the process's own where there is no GPU, for a line of progress or a heartbeat."""
+    """Reads the GPUs, or this process where there is no GPU, for a line of progress or a heartbeat."""
     gpus = telemetry.read_gpus()
     if gpus:
         return {
@@ -62,22 +62,22 @@ def readings() -> dict[str, Any]:
     return {"process": {"rss_gib": round(process.rss_gib, 3), "cpu_percent": round(process.cpu_percent, 1)}}
 
 
-def _beat(run: Run, session: int, ended: threading.Event) -> None:
-    beaten = told = float("-inf")
-    complained = False
-    while not ended.wait(LISTEN_S):
+def _send(run: Run, session: int, ended: threading.Event) -> None:
+    last_heartbeat = last_report = float("-inf")
+    has_warned = False
+    while not ended.wait(REQUESTS_EVERY_S):
         now = time.monotonic()
         try:
             run.requests.receive(session)
-            if now - beaten >= BEAT_S:
-                beaten = now
+            if now - last_heartbeat >= HEARTBEAT_EVERY_S:
+                last_heartbeat = now
                 found = readings()
                 if not ended.is_set():
                     run.set_status(readings=found)
-            if now - told >= STUDIO_S:
-                told = now
-                studio.say_busy()
-        except (UserError, OSError) as error:  # a full disk must not end the training from here
-            if not complained:
-                log.warning("no sign of life could be given: %s", error)
-            complained = True
+            if now - last_report >= STUDIO_EVERY_S:
+                last_report = now
+                studio.report_activity()
+        except (UserError, OSError) as error:  # a full disk must not end this thread
+            if not has_warned:
+                log.warning("the heartbeat could not be written: %s", error)
+            has_warned = True

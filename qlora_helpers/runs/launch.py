@@ -1,7 +1,7 @@
-"""The same run elsewhere, by command line: in a process of its own, in several (torchrun), on several GPUs (accelerate).
+"""Trains a run in another process, in several processes (torchrun) or on several GPUs (accelerate).
 
-Everything here makes or starts the command `python -m qlora_helpers train RUN`; what that does is not its business.
-Knows nothing of models or of AWS (a SageMaker training job is in `launch_sagemaker`).
+Everything here makes or starts the command `python -m qlora_helpers train RUN` and knows nothing of what that command does, of
+models or of AWS (SageMaker training jobs are in `sagemaker.training_job`).
 """
 
 from __future__ import annotations
@@ -23,35 +23,34 @@ from qlora_helpers.runs.folder import Run
 
 
 def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
-    """The command that starts or resumes a run in one process.
+    """Returns the command that starts or resumes a run in one process.
 
     Args:
         run: the run.
-        profile: `tiny`, `demo` or `falcon-40b`; none leaves the run's own settings.
-        settings: such as `["train.max_steps=20"]`.
+        profile: `tiny`, `demo` or `falcon-40b`; None keeps the run's own settings.
+        settings: changes to the settings, such as `["train.max_steps=20"]`.
     """
-    return [sys.executable, "-m", *_train(run, profile, settings)]
+    return [sys.executable, "-m", *_train_arguments(run, profile, settings)]
 
 
 def torchrun_command(
     run: Run, processes: int, *, profile: str | None = None, settings: Iterable[str] = ()
 ) -> list[str]:
-    """The command that trains a run in several processes of one machine, each with its share of the rows (DDP).
+    """Returns the command that trains a run in several processes of one machine, each with a share of the rows (DDP).
 
     Args:
         run: the run.
-        processes: how many; with GPUs, one for each.
-        profile: as for `train_command`.
-        settings: as for `train_command`.
+        processes: how many processes; with GPUs, one for each GPU.
+        profile, settings: as for `train_command`.
 
     Raises:
         UserError: fewer than one process.
     """
     if processes < 1:
         raise UserError("torchrun needs processes", expected="at least 1", got=str(processes))
-    # The loopback address: otherwise torchrun looks this machine up by its name, which fails where that has no address.
+    # Without an address torchrun looks this machine up by its name, which fails where the name has none.
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    return [sys.executable, "-m", *launcher, "-m", *_train(run, profile, settings)]
+    return [sys.executable, "-m", *launcher, "-m", *_train_arguments(run, profile, settings)]
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,20 @@ class Started:
 def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_down_app: bool = False) -> Started:
     """Trains a run in a process of its own and returns at once.
 
-    The process belongs to no notebook: a restarted kernel, an interrupted cell or a closed browser doesn't touch it. It starts or
-    resumes as `workflow.train` does, prints into the run's `log.txt`, and hears requests. Without a GPU several processes share
-    the cores out.
-
-    What this kernel holds on a GPU stays there: restart it first where the model would not fit twice.
+    The process does not depend on the notebook: a restarted kernel, an interrupted cell or a closed browser does not affect it.
+    It starts or resumes as `workflow.train` does, prints into the run's `log.txt`, and takes requests. Several processes without
+    a GPU share the CPU cores. What this kernel holds on a GPU stays there: restart it first if the model does not fit twice.
 
     Args:
         run: an existing run.
-        processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one for each.
+        processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one process for each GPU.
         settings: as for `train_command`.
-        shut_down_app: shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
+        shut_down_app: whether to shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
 
     Raises:
-        RunError: the run does not exist, is being trained already, its dollars are used up, another run has the GPU, or a setting
-            that can't change once a run has trained.
-        UserError: a limit in dollars and no price, or fewer than one process.
+        RunError: the run does not exist or is already being trained, its budget is used up, another run uses the GPU, or a
+            setting would change that is fixed once a run has trained.
+        UserError: the budget is in dollars and the price is unknown, or there is fewer than one process.
     """
     config = run.config().with_settings(settings)
     if run.has_trained():
@@ -91,15 +88,16 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
     status = run.status()
     if status.is_live or locks.is_locked(run):
         where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"
-        raise RunError(f"{run.name!r} is being trained already, {where}", next_step="Watch it: watch(run).")
+        raise RunError(f"{run.name!r} is already being trained, {where}", next_step="Watch it with watch(run).")
     refuse_spent_budget(config.train, status)
     needed_price(config.train)
     if config.model.device_map != "cpu":
-        locks.refuse_taken_gpus(locks.visible_gpus())
-    # Its whole path: the process may look for runs elsewhere.
-    here = Run(run.folder.resolve())
-    more = [] if processes == 1 else [processes]
-    command = (torchrun_command if more else train_command)(here, *more, settings=settings)
+        locks.refuse_busy_gpus(locks.visible_gpus())
+    absolute = Run(run.folder.resolve())  # the process may look for runs in another folder
+    if processes == 1:
+        command = train_command(absolute, settings=settings)
+    else:
+        command = torchrun_command(absolute, processes, settings=settings)
     command += ["--shut-down-app"] if shut_down_app else []
     return Started(run, _start_detached(run, command, processes))
 
@@ -124,7 +122,7 @@ def _start_detached(run: Run, command: list[str], processes: int) -> int:
         raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
     if run.status().state == "starting":
         run.set_status(pid=process.pid)
-    _children.append(process)  # kept, so that Python collects it when it has ended
+    _children.append(process)  # kept so that `poll` can collect it when it has ended
     for child in list(_children):
         if child.poll() is not None:
             _children.remove(child)
@@ -142,63 +140,61 @@ def start_torchrun(
     settings: Iterable[str] = (),
     say: Callable[[str], None] = print,
 ) -> subprocess.CompletedProcess[str]:
-    """Trains a run in several processes on this machine's CPUs (gloo; GPUs are hidden); returns when they have ended.
+    """Trains a run in several processes on this machine's CPU (gloo; GPUs are hidden) and returns when they have ended.
 
-    A rehearsal of what torchrun does on several GPUs: same command, same code. The processes share the cores out.
+    This rehearses what torchrun does on several GPUs, with the same command and the same code. The processes share the cores.
 
     Args:
         run: the run.
-        processes: how many.
-        profile: as for `train_command`.
-        settings: as for `train_command`.
-        say: gets each line that they print.
+        processes: how many processes.
+        profile, settings: as for `train_command`.
+        say: called with each line that they print.
 
     Returns:
-        The command, its exit code (`returncode`) and all it printed (`stdout`).
+        The command, its exit code (`returncode`) and everything it printed (`stdout`).
     """
     command = torchrun_command(run, processes, profile=profile, settings=settings)
-    return _run(command, _cpu_environment(processes), say)
+    return _run_and_print(command, _cpu_environment(processes), say)
 
 
 def notebook_command(command: list[str]) -> str:
-    """A command as a line for a terminal or a `!` cell: `python` for this interpreter, so no path of this machine."""
+    """Returns a command as a line for a terminal or a `!` cell, with `python` for this interpreter's path."""
     return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
 def accelerate_command(
     run: Run, config_path: Path, *, profile: str | None = None, settings: Iterable[str] = ()
 ) -> list[str]:
-    """The command that trains a run as an accelerate configuration says.
+    """Returns the command that trains a run with an accelerate configuration.
 
     Args:
         run: the run.
         config_path: a file that holds the text of `accelerate_config`.
-        profile: as for `train_command`.
-        settings: as for `train_command`.
+        profile, settings: as for `train_command`.
     """
     launcher = ["accelerate.commands.launch", "--config_file", str(config_path)]
-    return [sys.executable, "-m", *launcher, "-m", *_train(run, profile, settings)]
+    return [sys.executable, "-m", *launcher, "-m", *_train_arguments(run, profile, settings)]
 
 
 def accelerate_config(gpus: int, *, fsdp: bool = False) -> str:
-    """The text of an accelerate configuration for several GPUs of one machine.
+    """Returns the text of an accelerate configuration for several GPUs of one machine.
 
     Args:
-        gpus: how many, at least 2.
-        fsdp: False gives each GPU the whole 4-bit model and a share of the rows (DDP: fastest where the model fits one
-            GPU). True also shares the model out (FSDP2), for models that don't fit; such a model must be loaded with
-            `bnb_4bit_quant_storage=torch.bfloat16`, as FSDP shards floating-point storage alone
+        gpus: how many GPUs, at least 2.
+        fsdp: False gives each GPU the whole 4-bit model and a share of the rows (DDP, the fastest where the model fits one
+            GPU). True also shards the model (FSDP2), for models that don't fit; such a model must be loaded with
+            `bnb_4bit_quant_storage=torch.bfloat16`, since FSDP only shards floating-point storage
             (https://huggingface.co/docs/bitsandbytes/main/fsdp_qlora).
 
     Returns:
-        YAML, with a comment on each choice.
+        YAML with a comment on each choice.
 
     Raises:
         UserError: fewer than two GPUs.
     """
     if gpus < 2:
         raise UserError(
-            "accelerate shares work out among several GPUs",
+            "accelerate distributes work over several GPUs",
             expected="at least 2",
             got=str(gpus),
             next_step="On one GPU run `python -m qlora_helpers train RUN`.",
@@ -224,8 +220,8 @@ _FSDP_YAML = """\
 distributed_type: FSDP       # each GPU holds a share of every layer and gathers a layer when it needs it
 fsdp_config:
   fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP  # one decoder block at a time
-  fsdp_reshard_after_forward: true               # give a block's memory back between forward and backward pass
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP  # one decoder layer at a time
+  fsdp_reshard_after_forward: true               # free a layer's memory between forward and backward pass
   fsdp_offload_params: false                     # true keeps the shares in CPU memory: slower, smaller
   fsdp_state_dict_type: FULL_STATE_DICT          # adapters are small: save them whole
   fsdp_cpu_ram_efficient_loading: false          # does not work with 4-bit weights
@@ -233,8 +229,8 @@ fsdp_config:
 """
 
 
-def _train(run: Run, profile: str | None, settings: Iterable[str]) -> list[str]:
-    # The command line takes a run's name where it lies in runs/, and its folder elsewhere.
+def _train_arguments(run: Run, profile: str | None, settings: Iterable[str]) -> list[str]:
+    # The command line takes the run's name if it is in runs/, else the path of its folder.
     name = run.name if run.folder.parent == Path("runs") else str(run.folder)
     options = ["--profile", profile] if profile else []
     for setting in settings:
@@ -244,14 +240,14 @@ def _train(run: Run, profile: str | None, settings: Iterable[str]) -> list[str]:
 
 def _cpu_environment(processes: int) -> dict[str, str]:
     threads = max(1, cpu_cores() // processes)
-    # torchrun would give each process one thread; the person's own choice stands.
+    # torchrun would give each process one thread; a value that the person has set is kept.
     return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
-def _run(
+def _run_and_print(
     command: list[str], environment: dict[str, str], say: Callable[[str], None]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command, telling its output line by line: what a child process prints does not reach a notebook's cell."""
+    """Runs a command and passes on its output line by line, since a child process can't print into a notebook's cell."""
     lines = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -261,6 +257,6 @@ def _run(
                 lines.append(line)
                 say(line.rstrip("\n"))
         except BaseException:
-            process.terminate()  # torchrun ends its workers with it
+            process.terminate()  # torchrun then ends its workers too
             raise
     return subprocess.CompletedProcess(command, process.returncode, "".join(lines))

@@ -1,7 +1,7 @@
-"""Locks that keep two trainers off one run, and off one GPU, and two threads off one model.
+"""Locks that keep two trainers off one run and off one GPU, and two threads off one model.
 
-A run's lock lies in its folder, a GPU's in the cache of the machine. The system lets go of both when their process ends, however
-it ends.
+A run's lock is a file in its folder, a GPU's a file in this machine's cache. The operating system releases both when their
+process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -10,28 +10,38 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.base.files import cache_root, read_json, write_json
+from qlora_helpers.base.files import cache_root, write_json
+from qlora_helpers.base.records import read_record
 from qlora_helpers.machine import telemetry
 from qlora_helpers.runs.folder import Run
 
-# Adapters are switched and modes set on the model itself: a panel's thread must wait its turn.
+# Switching adapters or modes changes the model itself, so a panel's thread has to wait for its turn.
 MODEL_IN_USE = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a GPU's lock: the run's name and its process."""
+
+    run: str
+    pid: int
 
 
 @contextlib.contextmanager
 def run_lock(run: Run) -> Iterator[None]:
-    """Holds a run's lock for the block.
+    """Holds a run's lock during the block.
 
     Raises:
         RunError: another process holds it.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _held(_run_lock_path(run)) as got:
-        if not got:
+    with _tried(_run_lock_path(run)) as acquired:
+        if not acquired:
             raise RunError(
                 f"another process is training {run.name!r}", next_step="Wait for it, or stop it; then try again."
             )
@@ -39,78 +49,76 @@ def run_lock(run: Run) -> Iterator[None]:
 
 
 def is_locked(run: Run) -> bool:
-    """Whether a trainer on this machine holds the run's lock."""
-    if not _run_lock_path(run).exists():
-        return False
-    with _held(_run_lock_path(run)) as got:
-        return not got
+    """Whether a process on this machine holds the run's lock."""
+    return _is_locked(_run_lock_path(run))
 
 
 @contextlib.contextmanager
 def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
-    """Holds the locks of some GPUs for the block.
+    """Holds the locks of some GPUs during the block.
 
     Args:
-        run: who takes them; a later one that is refused is told its name.
+        run: the run that uses them; the message to a trainer that is refused names it.
         gpus: as `visible_gpus` names them.
 
     Raises:
-        RunError: another trainer has one of them; none is held then.
+        RunError: another trainer uses one of them; no lock is held then.
     """
     with contextlib.ExitStack() as held:
         for gpu in sorted(gpus):
             path = _gpu_lock_path(gpu)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not held.enter_context(_held(path)):
-                raise _taken(gpu)
-            write_json(path.with_suffix(".json"), {"run": run.name, "pid": os.getpid()})
+            if not held.enter_context(_tried(path)):
+                raise _busy(gpu)
+            write_json(path.with_suffix(".json"), Holder(run.name, os.getpid()))
         yield
 
 
-def refuse_taken_gpus(gpus: Sequence[str]) -> None:
-    """Looks whether some GPUs are free.
+def refuse_busy_gpus(gpus: Sequence[str]) -> None:
+    """Refuses GPUs of which another trainer uses one, and holds no lock.
 
     Raises:
-        RunError: another trainer has one of them.
+        RunError: another trainer uses one of them.
     """
     for gpu in gpus:
-        if _gpu_lock_path(gpu).exists():
-            with _held(_gpu_lock_path(gpu)) as got:
-                if not got:
-                    raise _taken(gpu)
+        if _is_locked(_gpu_lock_path(gpu)):
+            raise _busy(gpu)
 
 
 def visible_gpus(nvml: Any = None) -> tuple[str, ...]:
-    """The GPUs that a process started from this one may use, by their unique ids; empty where there is none.
+    """Returns the unique ids of the GPUs that a process started from this one may use; empty where there are none.
 
-    Goes by `CUDA_VISIBLE_DEVICES`, as CUDA does: numbers or ids, and nothing after one that does not exist.
+    It reads `CUDA_VISIBLE_DEVICES` as CUDA does: numbers or ids; an entry that does not exist ends the list, and an entry that
+    is repeated before that hides every GPU (the driver's cuInit then fails with CUDA_ERROR_INVALID_DEVICE).
 
     Args:
         nvml: stands in for the module `pynvml`.
     """
-    there = telemetry.gpu_ids(nvml)
+    installed = telemetry.gpu_ids(nvml)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return tuple(there)
-    found: list[str] = []
+        return tuple(installed)
+    found: dict[str, str] = {}
     for name in map(str.strip, chosen.split(",")):
-        if name.isdigit() and int(name) < len(there):
-            found.append(there[int(name)])
-        elif name.startswith(("GPU-", "MIG-")) and there:
-            found.append(next((gpu for gpu in there if gpu.startswith(name)), name))
+        if name in found:
+            return ()
+        if name.isdigit() and int(name) < len(installed):
+            found[name] = installed[int(name)]
+        elif name.startswith(("GPU-", "MIG-")) and installed:
+            found[name] = next((gpu for gpu in installed if gpu.startswith(name)), name)
         else:
             break
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found.values()))
 
 
-def _taken(gpu: str) -> RunError:
+def _busy(gpu: str) -> RunError:
     try:
-        holder = read_json(_gpu_lock_path(gpu).with_suffix(".json"))
-        by = f"the run {holder['run']!r} (process {holder['pid']})"
-    except (RunError, KeyError, TypeError):
-        by = "another run"
+        holder = read_record(_gpu_lock_path(gpu).with_suffix(".json"), Holder)
+        user = f"the run {holder.run!r} (process {holder.pid})"
+    except RunError:
+        user = "another run"
     return RunError(
-        f"{by} trains on {gpu} already",
+        f"{user} is already training on {gpu}",
         next_step="Wait for it or stop it, or choose another GPU with CUDA_VISIBLE_DEVICES.",
     )
 
@@ -123,9 +131,16 @@ def _gpu_lock_path(gpu: str) -> Path:
     return cache_root() / "locks" / f"{gpu.replace(os.sep, '-')}.lock"
 
 
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with _tried(path) as acquired:
+        return not acquired
+
+
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Yields whether the lock could be had; it is held for the block then."""
+def _tried(path: Path) -> Iterator[bool]:
+    """Yields whether the lock could be acquired; if so, it is held during the block."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path, mode=0o666)

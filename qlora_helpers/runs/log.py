@@ -1,4 +1,4 @@
-"""A run's `log.txt`: what the package and transformers say while it trains, each line once."""
+"""A run's `log.txt`: the messages that the package and transformers log while it trains, each once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Writes what is logged in the block to the end of a file, besides where it goes already."""
-    # transformers prints its warnings besides: where that goes into the same file, once is enough.
+    """Appends what is logged during the block to a file, in addition to where it goes already."""
+    # transformers also prints its warnings: where its output goes into the same file, they are there already.
     names = ("qlora_helpers",) if prints_into(path) else ("qlora_helpers", "transformers")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -28,7 +28,7 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 def prints_into(path: Path) -> bool:
-    """Whether what this process prints goes into a file already, as that of a background process does."""
+    """Whether this process's output goes into that file, as a background process's does."""
     try:
         return os.path.samestat(os.fstat(2), path.stat())
     except OSError:

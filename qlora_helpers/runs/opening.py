@@ -1,6 +1,6 @@
-"""Opens a run by its name or path: a new one from a profile, an old one with settings changed, or one that must be there.
+"""Opens a run by its name or path: creates it from a profile, changes its settings, or insists that it exists.
 
-What every entrance to a run begins with. Loads no step and no torch.
+Every way into a run begins here. This module loads no step and no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.profiles import profile_config
-from qlora_helpers.runs.folder import _NAME, Run
+from qlora_helpers.runs.folder import Run, is_run_name
 
 
 def open_run(
@@ -23,18 +23,18 @@ def open_run(
     settings: Iterable[str] | dict[str, Any] = (),
     root: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Opens a run, making it where it is new.
+    """Opens a run and creates it if it is new.
 
     Args:
         name: the run's name below `root`, or a path.
-        profile: starts a new run from a profile; `$QLORA_PROFILE` or `demo` where none is given.
-        settings: changes to the settings, as `["train.max_steps=20"]`.
-        root: the folder that holds the runs; `$QLORA_RUNS`, else `runs`.
+        profile: the profile that a new run starts from; None takes `$QLORA_PROFILE`, else `demo`. An existing run of another
+            profile starts over from this one's settings.
+        settings: changes to the settings, such as `["train.max_steps=20"]`.
+        root: the folder that holds the runs; None takes `$QLORA_RUNS`, else `runs`.
 
     Raises:
-        ConfigError: unknown or wrong settings; all of them at once.
-        RunError: a setting that can't change once training has begun, with the difference; no name for a run, or a relative
-            path with a '..' part.
+        ConfigError: settings are unknown or wrong; the message lists all of them.
+        RunError: a setting would change that is fixed once the run has trained, or the name can't be that of a run.
     """
     run = _run_at(name, root)
     old = run.config() if run.exists() else None
@@ -55,14 +55,14 @@ def new_run(
     settings: Iterable[str] | dict[str, Any] = (),
     root: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Makes a run, or opens the one of that name if it asks for the same.
+    """Creates a run, or opens the run of that name if it has the same settings.
 
     Args:
         name, profile, settings, root: as for `open_run`.
 
     Raises:
-        ConfigError: unknown or wrong settings; all of them at once.
-        RunError: there is a run of that name with other settings, and the message names them; nothing is changed.
+        ConfigError: settings are unknown or wrong; the message lists all of them.
+        RunError: there is a run of that name with other settings, which the message names; nothing is changed.
     """
     run = _run_at(name, root)
     settings = settings if isinstance(settings, dict) else list(settings)
@@ -82,20 +82,24 @@ def new_run(
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
-    """Opens a run that must be there.
+    """Opens a run that must exist.
+
+    Args:
+        name: the run's name below `root`, or a path.
+        root: as for `open_run`.
 
     Raises:
-        RunError: it is not, and the message names the runs that are; or the name or path is none that `open_run` takes.
+        RunError: it does not exist, and the message names the runs that do; or the name can't be that of a run.
     """
     run = _run_at(name, root)
     if not run.exists():
-        there = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
-        raise RunError(f"there is no run {run.name!r}", got=f"these runs: {there}", next_step="Train one first.")
+        existing = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
+        raise RunError(f"there is no run {run.name!r}", got=f"these runs: {existing}", next_step="Train one first.")
     return run
 
 
 def _by_name(config: RunConfig) -> dict[str, Any]:
-    """The settings by their full names, such as `train.max_steps`, and the profile."""
+    """Returns the settings by their full names, such as `train.max_steps`, and the profile."""
     sections = config.to_dict()
     profile = {"profile": sections.pop("profile")}
     return profile | {
@@ -107,21 +111,21 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
     path = Path(name)
     if ".." in path.parts and not path.is_absolute():
         raise RunError(
-            "that is no name for a run",
+            "this can't be the name of a run",
             expected="a name below the runs folder, or a path without '..'",
             got=repr(str(name)),
-            next_step="Give an absolute path where the run should lie elsewhere.",
+            next_step="Give an absolute path if the run is somewhere else.",
         )
-    # Path("").name and Path(".").name are empty: below the root they would be the root itself.
+    # Path("").name and Path(".").name are empty: joined to the root, they would be the root itself.
     is_path = os.sep in str(name) or not path.name
     return Run(path if is_path else runs_root(root) / name)
 
 
 def runs_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
+    """Returns the folder that holds the runs: the one given, else `$QLORA_RUNS`, else `runs`."""
     return Path(root or os.environ.get("QLORA_RUNS") or "runs")
 
 
 def find_runs(root: str | os.PathLike[str] = "runs") -> list[Run]:
-    """All runs below a folder, by name."""
-    return [Run(path.parent) for path in sorted(Path(root).glob("*/config.json")) if _NAME.fullmatch(path.parent.name)]
+    """Returns all runs below a folder, in the order of their names."""
+    return [Run(path.parent) for path in sorted(Path(root).glob("*/config.json")) if is_run_name(path.parent.name)]

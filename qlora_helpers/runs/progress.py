@@ -1,6 +1,7 @@
-"""`progress.jsonl` as one gapless curve, read as it grows: what a resumed session did again is dropped, half-written lines wait.
+"""Reads `progress.jsonl` as it grows, as one curve without gaps: steps that a later session repeated are dropped.
 
-Each look parses what was appended since the last one, so that a viewer costs as much at step 100,000 as at step 10.
+Each read parses what was appended since the last one, so that a viewer costs as much at step 100,000 as at step 10. The file may
+come from anywhere: a line without a step is skipped, and a value that is not of its kind is dropped from its line.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-MOST_STEPS = 2**53  # what a chart can hold: the file may come from anywhere
+from qlora_helpers.base.records import LARGEST_WHOLE
+
+NUMBERS = frozenset(
+    {"time", "session", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "seconds", "usd"}
+    | {"evaluations_without_better"}
+)
+"""The values of a line that have to be finite numbers."""
+LARGEST_NUMBER = 1e300  # a chart has to scale it
 
 
 class Progress:
-    """A reader of a progress file; several may read the same one.
+    """A reader of a progress file; several may read the same file.
 
     Args:
-        path: of the file; need not exist yet.
+        path: the file, which need not exist yet.
 
     Attributes:
-        records: the logged steps as far as they were read, superseded ones left out.
-        generation: goes up when a record was taken back or the file began anew: points that were drawn before may be gone.
+        records: the logged steps as far as they were read, without superseded ones.
+        generation: increases when records were superseded or the file was replaced, so that points drawn before may be invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,16 +40,16 @@ class Progress:
         self._file: tuple[int, int] | None = None
 
     def read(self, *, to_end: bool = False) -> list[dict[str, Any]]:
-        """Reads what was appended and returns the records that are new.
+        """Reads what was appended since the last call and returns the new records.
 
         Args:
-            to_end: takes a last line without a line end too, where it is whole; for a reader that looks only once.
+            to_end: whether to read a last line that has no line end yet; for a reader that reads only once.
         """
         try:
             with open(self.path, "rb") as file:
                 found = os.fstat(file.fileno())
                 if self._file != (found.st_dev, found.st_ino) or found.st_size < self._offset:
-                    self._begin_anew((found.st_dev, found.st_ino))
+                    self._restart((found.st_dev, found.st_ino))
                 file.seek(self._offset)
                 text = file.read()
         except FileNotFoundError:
@@ -56,19 +64,19 @@ class Progress:
             if record.get("event") == "start":
                 resumed_from = record.get("resumed_from", 0)
                 if type(resumed_from) is int:
-                    self._take_back(resumed_from)
+                    self._supersede(resumed_from)
                     new = [old for old in new if old["step"] <= resumed_from]
-            elif type(record.get("step")) is int and abs(record["step"]) <= MOST_STEPS:
+            elif type(record.get("step")) is int and abs(record["step"]) <= LARGEST_WHOLE:
                 self.records.append(record)
                 new.append(record)
         return new
 
-    def _begin_anew(self, file: tuple[int, int]) -> None:
+    def _restart(self, file: tuple[int, int]) -> None:
         if self.records:
             self.generation += 1
         self.records, self._offset, self._file = [], 0, file
 
-    def _take_back(self, step: int) -> None:
+    def _supersede(self, step: int) -> None:
         kept = [old for old in self.records if old["step"] <= step]
         if len(kept) < len(self.records):
             self.generation += 1
@@ -80,4 +88,13 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    invalid = [key for key, value in record.items() if key in NUMBERS and not _is_number(value)]
+    for key in invalid:
+        del record[key]
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER  # not a number compares as False

@@ -1,4 +1,4 @@
-"""One training session of a run: its locks, log, price and heartbeat, and a true status at its end whatever happens."""
+"""One training session of a run: its locks, log, price and heartbeat, and a true status at its end, whatever happens."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.heartbeat import beating
+from qlora_helpers.runs.heartbeat import sending_heartbeats
 from qlora_helpers.runs.log import logged_to
 from qlora_helpers.runs.status import INTERRUPTED
 
+LONGEST_ERROR = 2000  # characters of a message that a status keeps
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def session(run: Run, *, at_end: Callable[[Run], None] | None = None) -> Iterator[None]:
-    """Keeps a second trainer off this run and its GPUs, writes the log, and leaves a true status whatever happens.
+def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -> Iterator[None]:
+    """Keeps other trainers off this run and its GPUs during the block, writes its log, and records how it ended.
 
     Args:
         run: the run.
-        at_end: called when a session that began has ended, well or badly, while its locks are still held.
+        at_end: called after a session that had begun has ended, well or badly, while the run's lock is still held.
+
+    Raises:
+        RunError: another process trains this run or uses its GPUs, or its budget is used up.
+        UserError: the budget is in dollars and the machine's price is unknown.
     """
     with locks.run_lock(run), logged_to(run.log_path):
         began = False
@@ -34,18 +39,23 @@ def session(run: Run, *, at_end: Callable[[Run], None] | None = None) -> Iterato
             price = needed_price(config.train)
             gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
             with locks.gpu_locks(run, gpus):
-                session = run.open_session(usd_per_hour=price.usd_per_hour if price else None).session
+                number = run.open_session(usd_per_hour=price.usd_per_hour if price else None).session
                 began = True
-                with beating(run, session):
+                with sending_heartbeats(run, number):
                     yield
-            run.requests.acknowledge_all("the training had ended already")
+            run.requests.acknowledge_all("the training had already ended")
         except BaseException as error:
-            reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
-            log.error("training ended: %s: %s", type(error).__name__, error)
-            with contextlib.suppress(RunError):  # a full disk must not hide why
-                run.set_status(state="failed", exit_reason=reason, last_error=f"{type(error).__name__}: {error}"[:2000])
-                run.requests.acknowledge_all("the training failed first")
+            _record_failure(run, error)
             raise
         finally:
             if at_end and began:
                 at_end(run)
+
+
+def _record_failure(run: Run, error: BaseException) -> None:
+    message = f"{type(error).__name__}: {error}"
+    reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
+    log.error("training ended: %s", message)
+    with contextlib.suppress(RunError):  # a full disk must not hide the error itself
+        run.set_status(state="failed", exit_reason=reason, last_error=message[:LONGEST_ERROR])
+        run.requests.acknowledge_all("the training failed first")

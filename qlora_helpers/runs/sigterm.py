@@ -1,7 +1,7 @@
-"""SIGTERM, which a spot interruption, `docker stop` and a cluster's scheduler send some seconds before they kill.
+"""SIGTERM, which a spot interruption, `docker stop` and a cluster's scheduler send some seconds before they kill a process.
 
-While steps are made it is only noted: the trainer finishes its step, saves and ends. At any other time there is nothing to
-save, and the process ends at once. Knows nothing of training.
+During training steps the signal is only recorded: the trainer finishes its step, saves and ends. At any other time there is
+nothing to save, and the process ends at once. This module knows nothing of training.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ REASON = "stopped and saved: this process was told to end (SIGTERM); train again
 
 
 class _State:
-    asked = False
-    can_save = False
+    received = False
+    is_deferred = False
 
 
-def asked() -> bool:
-    """Whether SIGTERM came since `caught` was last opened."""
-    return _State.asked
+def received() -> bool:
+    """Whether SIGTERM arrived since `catching` was last entered."""
+    return _State.received
 
 
 @contextlib.contextmanager
-def caught() -> Iterator[None]:
-    """While open, SIGTERM is caught here; only the main thread can. The handler that was there comes back at the end."""
-    _State.asked = False
+def catching() -> Iterator[None]:
+    """Catches SIGTERM during the block, where this is the main thread; then restores the handler that was there before."""
+    _State.received = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _hear)
+    before = signal.signal(signal.SIGTERM, _handle)
     try:
         yield
     finally:
@@ -41,18 +41,18 @@ def caught() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def steps() -> Iterator[None]:
-    """While open, SIGTERM waits for the trainer to save."""
-    _State.can_save = True
+def deferred() -> Iterator[None]:
+    """Only records SIGTERM during the block, so that the trainer can save before it ends."""
+    _State.is_deferred = True
     try:
         yield
     finally:
-        _State.can_save = False
+        _State.is_deferred = False
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    if _State.asked:  # it is saving already
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _State.received:  # the trainer is saving already
         return
-    _State.asked = True
-    if not _State.can_save:
+    _State.received = True
+    if not _State.is_deferred:
         raise SystemExit(EXIT_CODE)

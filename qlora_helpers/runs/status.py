@@ -1,9 +1,8 @@
-"""What a run is doing, as `status.json` holds it, and whether its trainer still lives. Knows no folder and writes nothing."""
+"""What a run is doing, as `status.json` holds it, and whether its trainer is still alive. Knows no folder and writes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import socket
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ HEARTBEAT_STALE_S = 60.0
 BY_REQUEST = "stopped and saved by request"
 BY_BUDGET = "stopped and saved by its budget: "
 INTERRUPTED = "interrupted"
-WENT_SILENT = "the trainer's process ended without a word"
+WENT_SILENT = "the trainer's process ended without reporting why"
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,17 @@ class Status:
     """What a run is doing; `status.json`.
 
     Attributes:
-        state: one of `new`, `starting` (loads model and data), `running`, `stopped`, `finished`, `failed`; a reader may also be
-            told `dead`.
-        step, max_steps: optimizer steps done, and to do.
-        pid, host: the trainer's process.
-        session: counts the starts of this run, from 1.
-        heartbeat: seconds since the epoch at the last sign of life.
-        exit_reason, last_error: why it ended, in a sentence.
-        started_at: when this session was started, seconds since the epoch.
-        spent_s, spent_usd: wall clock and price of all sessions before this one.
-        usd_per_hour: what this session's machine costs; None where that is not known.
-        readings: what GPUs, or process and CPU, did at the last heartbeat.
+        state: one of `new`, `starting` (model and data are loaded), `running`, `stopped`, `finished`, `failed`; `Run.status` also
+            returns `dead`.
+        step, max_steps: optimizer steps done, and optimizer steps of the whole run.
+        pid, host: the trainer's process and machine.
+        session: how often the run was started, from 1.
+        heartbeat: time of the last sign of life, seconds since 1970.
+        exit_reason, last_error: why the session ended, in a sentence.
+        started_at: time at which this session was started, seconds since 1970.
+        spent_s, spent_usd: wall clock and price of all earlier sessions.
+        usd_per_hour: price of this session's machine; None where it is unknown.
+        readings: of the GPUs, or of the process, at the last heartbeat.
     """
 
     state: str = "new"
@@ -55,27 +54,17 @@ class Status:
 
     @property
     def is_plausible(self) -> bool:
-        """Whether every field is of its kind: the file may come from anywhere."""
-        whole = (self.step, self.max_steps, self.session, 0 if self.pid is None else self.pid)
-        price = 0.0 if self.usd_per_hour is None else self.usd_per_hour
-        numbers = (self.heartbeat, self.started_at, self.spent_s, self.spent_usd, price)
-        texts = (self.host, self.exit_reason, self.last_error)
-        return (
-            self.state in STATES
-            and all(type(number) is int and 0 <= number < 2**53 for number in whole)
-            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-            and all(text is None or isinstance(text, str) for text in texts)
-            and (self.readings is None or isinstance(self.readings, dict))
-        )
+        """Whether the state is known and no count is negative: what the types don't say."""
+        return self.state in STATES and min(self.step, self.max_steps, self.session, self.pid or 0) >= 0
 
     @property
     def is_live(self) -> bool:
-        """Whether a trainer is at work, or about to be."""
+        """Whether a trainer is running or starting."""
         return self.state in LIVE_STATES
 
     @property
     def session_s(self) -> float:
-        """Wall clock of this session up to its last sign of life, seconds; loading counts, as it costs."""
+        """Wall clock of this session up to its last sign of life, seconds; loading counts, since it costs as much."""
         return max(0.0, self.heartbeat - self.started_at) if self.started_at else 0.0
 
     @property
@@ -85,13 +74,13 @@ class Status:
 
     @property
     def used_usd(self) -> float | None:
-        """Price of all sessions; None where no session's price is known."""
+        """Price of all sessions, USD; None where no session's price is known."""
         if self.usd_per_hour is None:
             return self.spent_usd or None
         return self.spent_usd + self.usd_per_hour * self.session_s / 3600
 
     def next_session(self, **values: Any) -> Status:
-        """The status of the session after this one, in which nothing is done yet."""
+        """Returns the status with which the session after this one begins."""
         return dataclasses.replace(
             self,
             state="starting",
@@ -109,21 +98,21 @@ class Status:
 
 
 def stopped_by(reason: str | None) -> str:
-    """What stopped a run that was saved before its end, by its `exit_reason`: `by request`, by its budget, or by SIGTERM."""
+    """Says what stopped a run before its last step, by its `exit_reason`: a request, its budget, or SIGTERM."""
     if limit := (reason or "").partition(BY_BUDGET)[2]:
         return f"by its budget ({limit})"
     return "by SIGTERM" if reason == sigterm.REASON else "by request"
 
 
 def is_alive(status: Status) -> bool:
-    """Whether the process that wrote this status lives; of another machine's, whether its heart has beaten lately."""
+    """Whether the process that wrote this status is alive; on another machine, whether its heartbeat is recent."""
     if status.host != socket.gethostname() or not status.pid:
         return time.time() - status.heartbeat < HEARTBEAT_STALE_S
     import psutil
 
     try:
         process = psutil.Process(status.pid)
-        # A killed child stays in the process table until its parent asks; after a restart another process has the number.
+        # A killed child stays in the process table until its parent waits for it; after a restart another process may have its id.
         ended = process.status() == psutil.STATUS_ZOMBIE
         return not ended and process.create_time() < status.heartbeat + HEARTBEAT_STALE_S
     except psutil.NoSuchProcess:

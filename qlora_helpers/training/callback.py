@@ -71,7 +71,7 @@ class RunFolderCallback(TrainerCallback):
         asked = self.run.requests.pending(self.session) if self.is_writer else []
         kinds = {request.kind for request in asked}
         reason = BY_REQUEST if "stop" in kinds else ""
-        if self.is_writer and sigterm.asked():
+        if self.is_writer and sigterm.received():
             reason = sigterm.REASON
         all_done = state.global_step >= state.max_steps
         if self.is_writer and not reason and not all_done and (limit := self.budget.exhausted()):

@@ -100,7 +100,8 @@ def _survive_disk_errors(writer: Any) -> None:
 
     tensorboardX's thread ends at the first such error; ten events later, adding one or closing would wait for it for ever.
     """
-    file, errors = writer.file_writer.event_writer._ev_writer, []
+    file = writer.file_writer.event_writer._ev_writer
+    errors: list[Any] = []
 
     def surviving(act: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any) -> Any:

@@ -177,7 +177,7 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one more step
             trainer.state = saved.load_finished(model, resume)
         else:
-            with sigterm.steps(), at(facts=lambda: _facts(trainer)):
+            with sigterm.deferred(), at(facts=lambda: _facts(trainer)):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         # Trainer leaves its autocast around `forward`; the model should answer as the same adapter does when reloaded.

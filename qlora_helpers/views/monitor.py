@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_helpers.base.errors import UserError
-from qlora_helpers.base.files import read_json
+from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
+from qlora_helpers.evaluation.evaluation_file import read_evaluation
 from qlora_helpers.runs.events_copy import CopyState, copy_state
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.opening import find_runs, runs_root
+from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
 from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
 
@@ -65,10 +66,11 @@ def run_table(root: str | os.PathLike[str] | None = None) -> Table:
 def _run_row(run: Run) -> tuple[str, ...]:
     try:
         status, records = run.status(), run.progress()
-        rouge = _rouge(read_json(run.evaluation_path)) if run.evaluation_path.exists() else ""
+        evaluation = read_evaluation(run)
     except UserError:
         return (run.name, "damaged", "", "", "", "")
     step = f"{status.step} of {status.max_steps}" if status.max_steps else ""
+    rouge = _rouge(evaluation) if evaluation else ""
     return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), rouge)
 
 
@@ -148,21 +150,23 @@ def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def plan_table(run: Run) -> Table:
-    """Returns what `plan.json` says about the step: measured, and on GPUs also predicted for the same settings."""
-    plan = read_json(run.plan_path)
-    measured, predicted = plan["measured"], plan.get("predicted", {})
+    """Returns what `plan.json` says about the step: measured, and on GPUs also predicted for the same settings.
+
+    Raises:
+        RunError: the file is damaged, or the run has measured nothing yet.
+    """
+    plan = read_plan(run)
+    measured, predicted = plan.measured, plan.predicted
+    if measured is None:
+        raise RunError(f"{run.name}/plan.json holds no measured step yet", next_step="Train the run first.")
     rows = [
-        [
-            f"{what}, {device}, GiB",
-            f"{predicted[key][device]:.2f}" if device in predicted.get(key, {}) else "",
-            f"{value:.2f}",
-        ]
-        for what, key, found in (
-            ("peak held by tensors", "allocated_gib", measured["peak_gib"]),
-            ("peak reserved", "reserved_gib", measured.get("reserved_gib", {})),
+        [f"{what}, {device}, GiB", f"{expected[device]:.2f}" if device in expected else "", f"{value:.2f}"]
+        for what, expected, found in (
+            ("peak held by tensors", predicted.allocated_gib if predicted else {}, measured.peak_gib),
+            ("peak reserved", predicted.reserved_gib if predicted else {}, measured.reserved_gib),
         )
         for device, value in found.items()
     ]
-    speed = f"{predicted['tokens_per_s']:,.0f}" if predicted else ""
-    rows.append(["tokens/s", speed, f"{measured['tokens_per_s']:,.0f}"])
+    speed = f"{predicted.tokens_per_s:,.0f}" if predicted else ""
+    rows.append(["tokens/s", speed, f"{measured.tokens_per_s:,.0f}"])
     return Table(["step", "predicted", "measured"], rows, numbers=(1, 2))

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.files import read_json
+from qlora_helpers.base.records import read_object, read_values
+from qlora_helpers.data.prepared_file import PreparedFile, prepared_path
+from qlora_helpers.evaluation.evaluation_file import read_evaluation
 from qlora_helpers.runs.folder import Run, Status
+from qlora_helpers.runs.plan_file import PlanFile
 from qlora_helpers.views.monitor import LossCurve, loss_curve
 
 
@@ -46,16 +49,17 @@ def read_parts(run: Run) -> Parts:
         RunError: the run does not exist, or one of its files is damaged.
     """
 
-    def found(path: Path) -> dict[str, Any]:
-        return read_json(path) if path.exists() else {}
+    def found(path: Path, kind: type) -> dict[str, Any]:
+        return read_values(path, kind) if path.exists() else {}
 
+    adapter_path = run.adapter_dir / "adapter_config.json"
     return Parts(
         run,
         run.config(),
         run.status(),
         loss_curve(run),
-        found(run.plan_path),
-        found(run.evaluation_path),
-        found(run.data_dir / "prepared.json"),
-        found(run.adapter_dir / "adapter_config.json"),
+        found(run.plan_path, PlanFile),
+        read_evaluation(run),
+        found(prepared_path(run.data_dir), PreparedFile),
+        read_object(adapter_path) if adapter_path.exists() else {},
     )

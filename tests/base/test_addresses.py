@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.base.config import carries_credentials
+from qlora_helpers.base.addresses import carries_credentials
 
 SIGNED = (
     "https://bucket.s3.amazonaws.com/corpus.7z?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA&X-Amz-Signature=c"
@@ -37,7 +37,7 @@ SIGNED = (
         "https://proxy/?url=https%3A%2F%2Fhost%2Fc.7z%3Ftoken%3Ds",
     ],
 )
-def test_one_with_credentials(address):
+def test_addresses_with_credentials(address):
     assert carries_credentials(address)
 
 
@@ -59,5 +59,5 @@ def test_one_with_credentials(address):
         "https://host/tokens/key/corpus.7z",
     ],
 )
-def test_one_without(text):
+def test_addresses_without_credentials(text):
     assert not carries_credentials(text)

@@ -72,7 +72,7 @@ OPTIONAL = {f"{name}.{item.name}": values_for(item) for name, item in FIELDS}
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({}, optional=OPTIONAL).map(with_room))
 @example({"data.seq_len_tokens": 64, "evaluation.max_new_tokens": 63})
-def test_what_is_written_is_read_back(changes):
+def test_settings_survive_json(changes):
     config = RunConfig().with_settings(changes)
     for name, value in changes.items():
         section, key = name.split(".")
@@ -80,7 +80,7 @@ def test_what_is_written_is_read_back(changes):
     assert config_from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
 
 
-def test_what_is_missing_takes_its_default():
+def test_missing_settings_take_their_default():
     assert config_from_dict({}) == RunConfig()
     assert config_from_dict({"train": {"max_steps": 3}}).train == TrainConfig(max_steps=3)
 
@@ -119,7 +119,7 @@ def test_garbage_is_refused_as_a_config_error(values):
 @given(names, garbage)
 @example("train.learning_rate", 10**400)
 @example("model.name", "\ud800")
-def test_a_setting_takes_no_garbage(name, value):
+def test_a_wrong_value_is_refused(name, value):
     """What is accepted can be stored and read back; all else is a ConfigError that names the setting."""
     try:
         config = RunConfig().with_settings({name: value})
@@ -136,7 +136,7 @@ def test_a_setting_takes_no_garbage(name, value):
 @example("train.learning_rate", "1" + "0" * 400)
 @example("train.learning_rate", "1e999")
 @example("train.learning_rate", "NaN")
-def test_a_setting_on_the_command_line_takes_no_garbage(name, text):
+def test_a_wrong_value_on_the_command_line_is_refused(name, text):
     try:
         config = RunConfig().with_settings([f"{name}={text}"])
     except ConfigError as error:
@@ -148,7 +148,7 @@ def test_a_setting_on_the_command_line_takes_no_garbage(name, text):
 # mistakes
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     found = problems(
         lambda: config_from_dict(
             {
@@ -186,11 +186,11 @@ def test_the_message_says_how_many_and_lists_them():
         ("data.Packing", "data.packing"),
     ],
 )
-def test_a_wrong_name_gets_the_one_that_was_meant(wrong, meant):
+def test_a_misspelt_name_suggests_the_right_one(wrong, meant):
     assert problems(lambda: RunConfig().with_settings({wrong: 1})) == (f"{wrong}: unknown; did you mean {meant}?",)
 
 
-def test_a_name_like_none_gets_the_sections():
+def test_an_unknown_name_lists_the_sections():
     (found,) = problems(lambda: RunConfig().with_settings({"zzzzzz": 1}))
     assert found == "zzzzzz: unknown; the sections are model, adapter, data, train, evaluation"
 
@@ -252,7 +252,7 @@ def test_wrong_settings_as_text(setting, told):
     assert any(word in found for word in told.split("|")), found
 
 
-def test_one_setting_that_is_not_in_a_list_is_taken_as_one():
+def test_a_single_setting_need_not_be_in_a_list():
     assert RunConfig().with_settings("train.max_steps=20").train.max_steps == 20
     assert problems(lambda: RunConfig().with_settings("train.max_stps=20"))[0].startswith("train.max_stps: unknown")
 
@@ -300,7 +300,7 @@ def test_places_for_events(place):
 @pytest.mark.parametrize(
     "place", ["s3://bucket", "s3://bucket/", "s3:///prefix", "/tmp/events", "Local", "https://x/y"]
 )
-def test_no_places_for_events(place):
+def test_places_for_events_that_are_refused(place):
     (found,) = problems(lambda: RunConfig().with_settings({"train.tensorboard": place}))
     assert found.startswith("train.tensorboard: expected local, off or s3://bucket/prefix")
 
@@ -329,7 +329,7 @@ def test_the_recipe_is_the_default():
     assert (config.train.learning_rate, config.train.micro_batch_size, config.train.epochs) == (2e-4, 8, 1.0)
 
 
-def test_no_such_profile():
+def test_an_unknown_profile_is_refused():
     assert problems(lambda: profile_config("small")) == (
         "profile: expected one of tiny, demo, falcon-40b, got 'small'",
     )
@@ -345,7 +345,7 @@ def test_each_setting_has_a_text_and_a_default_that_it_allows(section, item):
     RunConfig().with_settings({f"{section}.{item.name}": item.default})
 
 
-def test_describe_tells_the_values_of_an_instance():
+def test_describe_returns_the_values_of_an_instance():
     assert {row["name"]: row["value"] for row in describe(AdapterConfig(r=64))}["r"] == 64
     assert [row["name"] for row in describe(ModelConfig)] == [item.name for item in dataclasses.fields(ModelConfig)]
 

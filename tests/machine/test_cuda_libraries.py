@@ -78,7 +78,7 @@ def test_a_package_installed_a_moment_ago_is_found(tmp_path):
     assert "qlora_newcomer" not in sys.modules
 
 
-def test_installed_torch_is_told_as_it_tells_itself():
+def test_the_installed_torch_is_described_as_it_describes_itself():
     code = "import sys\nfrom qlora_helpers.machine.cuda_libraries import read_torch_build\nbuild = read_torch_build()\n"
     code += "assert 'torch' not in sys.modules\nimport torch\n"
     code += "assert (build.version, build.cuda) == (torch.__version__, torch.version.cuda), build\nprint('same')"
@@ -176,7 +176,7 @@ def test_refused_once_torch_is_imported(monkeypatch):
 @pytest.mark.parametrize(
     ("cuda", "text"), [(None, "PyTorch is a CPU build"), ("13.0", "No CUDA 13.0 libraries were found")]
 )
-def test_nothing_is_changed_where_there_is_nothing_to_mend(tmp_path, monkeypatch, cuda, text):
+def test_nothing_is_changed_if_there_is_nothing_to_fix(tmp_path, monkeypatch, cuda, text):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setenv("LD_LIBRARY_PATH", "/old")
     monkeypatch.delenv("CUDA_HOME", raising=False)

@@ -61,16 +61,16 @@ def test_this_machine():
     assert {"disk", "RAM", "CPU cores", "notebook", "SageMaker"} <= set(checks)
     assert checks["RAM"].found == f"{telemetry.read_machine().ram_total_gib:.1f} GiB"
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        assert checks["GPU"] == Check("GPU", "ok", "no GPU, the demo and tiny profiles run on CPU")
+        assert checks["GPU"] == Check("GPU", "ok", "no GPU; the demo and tiny profiles run on a CPU")
 
 
 def test_gpus_and_driver_are_shown():
     checks = lines(check_machine(nvml=FakeNvml()))
     assert checks["GPU"].found == "1 x NVIDIA A10G, 24.0 GiB; 1 x NVIDIA <slice>, 24.0 GiB"
-    assert checks["NVIDIA driver"].found.startswith("580.65.06, runs CUDA up to 12.4")
+    assert checks["NVIDIA driver"].found.startswith("580.65.06, supports CUDA up to 12.4")
 
 
-def test_it_names_no_path_host_or_user(tmp_path, monkeypatch):
+def test_the_report_names_no_path_host_or_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "jane-doe" / "hf"))
     monkeypatch.setattr(environment, "read_disk", lambda path: DiskReading(1.0, 0.5))  # a failure, with its mend
     report = check_machine(nvml=FakeNvml())
@@ -166,7 +166,7 @@ def test_imports_neither_torch_nor_bitsandbytes():
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
-def test_in_a_kernel_it_says_so():
+def test_the_report_says_that_it_runs_in_a_kernel():
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60, cwd=str(ROOT))
@@ -214,7 +214,7 @@ def test_pins_of_a_requirements_file():
     }
 
 
-def test_every_line_of_our_requirements_is_looked_at():
+def test_every_line_of_our_requirements_is_checked():
     text = (ROOT / "requirements.txt").read_text()
     pinned = {line.split("==")[0] for line in text.splitlines() if "==" in line}
     assert len(pinned) >= 15
@@ -261,7 +261,7 @@ def test_gpus():
         ((12, 4), None, "ok"),
     ],
 )
-def test_driver_has_to_run_torchs_cuda(driver, torch, level):
+def test_the_driver_must_support_torchs_cuda(driver, torch, level):
     check = _driver_check(DriverReading("550.1", driver), cuda_torch(torch))
     assert check.level == level
     assert ("PyTorch is built for 13.0" in check.found) == (level == "failure")
@@ -293,7 +293,7 @@ def bitsandbytes_folder(tmp_path):
         ("12.0", None, "warning", "CUDA 12.1 for PyTorch's CUDA 12.0"),
         ("14.1", None, "failure", "none for PyTorch's CUDA 14.1"),
         ("12.8", "121", "ok", "CUDA 12.1, chosen by BNB_CUDA_VERSION"),
-        ("12.8", "126", "failure", "BNB_CUDA_VERSION=126, which is not there"),
+        ("12.8", "126", "failure", "BNB_CUDA_VERSION=126, which is not installed"),
         ("12.8", "130", "failure", "BNB_CUDA_VERSION=130, PyTorch has 12.8"),
         ("12.8", "12.1", "failure", "BNB_CUDA_VERSION=12.1"),
     ],

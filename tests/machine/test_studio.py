@@ -1,4 +1,4 @@
-"""SageMaker Studio: it is told that somebody is at work, and an app may be shut down when the work is done."""
+"""SageMaker Studio: activity is reported to it, and an app may be shut down when the work is done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_helpers import workflow
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio
 from qlora_helpers.runs import heartbeat, session
-from qlora_helpers.sagemaker import resources
+from qlora_helpers.sagemaker import after_training, resources
 
 APP = {"DomainId": "d-1", "SpaceName": "lab", "AppType": "JupyterLab", "AppName": "default"}
 
@@ -31,36 +31,36 @@ def as_studio_reads_it(path) -> datetime.datetime:
     return datetime.datetime.strptime(path.read_text().strip(), "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.UTC)
 
 
-def test_studio_is_told_in_the_words_that_it_reads(in_studio):
-    assert studio.say_busy()
+def test_activity_is_reported_in_the_format_that_studio_reads(in_studio):
+    assert studio.report_activity()
     age = datetime.datetime.now(datetime.UTC) - as_studio_reads_it(in_studio)
     assert 0 <= age.total_seconds() < 5
 
 
-def test_elsewhere_nothing_is_written(tmp_path, monkeypatch):
+def test_nothing_is_written_outside_studio(tmp_path, monkeypatch):
     monkeypatch.setattr(studio, "STUDIO_METADATA", tmp_path / "nothing")
     monkeypatch.setattr(studio, "IDLE_FILE", tmp_path / "last-active")
-    assert not studio.say_busy()
+    assert not studio.report_activity()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("QLORA_STUDIO_IDLE_FILE", str(tmp_path / "mine"))
-    assert studio.say_busy()
+    assert studio.report_activity()
     assert as_studio_reads_it(tmp_path / "mine")
 
 
-def test_a_link_that_somebody_laid_is_not_followed(in_studio, tmp_path):
+def test_a_link_in_the_files_place_is_not_followed(in_studio, tmp_path):
     (tmp_path / "precious").write_text("keep")
     os.symlink(tmp_path / "precious", in_studio)
-    assert not studio.say_busy()
+    assert not studio.report_activity()
     assert (tmp_path / "precious").read_text() == "keep"
 
 
-def test_a_run_at_work_tells_studio_and_one_that_ended_does_not(in_studio, run, monkeypatch):
+def test_activity_is_reported_only_while_a_run_trains(in_studio, run, monkeypatch):
     import time
 
-    monkeypatch.setattr(heartbeat, "LISTEN_S", 0.01)
-    monkeypatch.setattr(heartbeat, "STUDIO_S", 0.02)
+    monkeypatch.setattr(heartbeat, "REQUESTS_EVERY_S", 0.01)
+    monkeypatch.setattr(heartbeat, "STUDIO_EVERY_S", 0.02)
     run.start_session(max_steps=4, resumed_from=0)
-    with heartbeat.beating(run, 1):
+    with heartbeat.sending_heartbeats(run, 1):
         for _ in range(500):
             if in_studio.exists():
                 break
@@ -116,7 +116,7 @@ def test_the_app_is_shut_down_after_a_run_unless_a_person_ended_it(
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
     with (
         contextlib.suppress(ZeroDivisionError, KeyboardInterrupt),
-        session.session(run, at_end=workflow._shut_app_down if wanted else None),
+        session.training_session(run, at_end=after_training.shut_app_down if wanted else None),
     ):
         if error:
             raise error
@@ -129,12 +129,16 @@ def test_a_run_that_could_not_begin_shuts_nothing_down(in_studio, client, tmp_pa
     from qlora_helpers.runs import locks
 
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with locks.run_lock(run), pytest.raises(RunError), session.session(run, at_end=workflow._shut_app_down):
+    with (
+        locks.run_lock(run),
+        pytest.raises(RunError),
+        session.training_session(run, at_end=after_training.shut_app_down),
+    ):
         pass
     assert client.deleted == []
 
 
-def test_the_command_line_passes_it_on(monkeypatch, tmp_path):
+def test_the_command_line_passes_the_option_on(monkeypatch, tmp_path):
     from qlora_helpers.__main__ import main
 
     calls = []

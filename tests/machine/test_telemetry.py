@@ -44,18 +44,18 @@ def test_gpus_in_their_units():
     assert second == GpuReading(1, "NVIDIA <slice>", 3.0, 24.0, None, None, None)
 
 
-def test_a_lost_card_is_shown_and_hides_no_other():
+def test_a_gpu_that_does_not_answer_is_shown_beside_the_others():
     first, second = read_gpus(LostCard())
     assert first.memory_total_gib == 24
     assert second == GpuReading(1, "does not answer")
 
 
-def test_no_driver_is_no_gpu():
+def test_without_a_driver_there_is_no_gpu():
     assert read_gpus(NoDriver()) == []
     assert read_driver(NoDriver()) is None
 
 
-def test_driver_and_the_newest_cuda_it_runs():
+def test_driver_and_the_newest_cuda_it_supports():
     driver = read_driver(FakeNvml())
     assert (driver.version, driver.cuda) == ("580.65.06", (12, 4))
 
@@ -120,7 +120,7 @@ def test_machine():
         assert subprocess.check_output(one_core, text=True).strip() == "1"
 
 
-def test_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
     disk = read_disk(tmp_path / "not" / "yet")
     assert disk.total_gib == pytest.approx(gib(shutil.disk_usage(tmp_path).total))
     assert 0 < disk.free_gib <= disk.total_gib

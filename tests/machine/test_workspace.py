@@ -45,7 +45,7 @@ def test_large_volumes_of_sagemaker(tmp_path):
     assert large_volume() == tmp_path / "sagemaker-user"
 
 
-def test_sagemaker_is_told_apart(tmp_path):
+def test_parts_of_sagemaker_are_distinguished(tmp_path):
     assert sagemaker_app({}) is None
     assert sagemaker_app({"SAGEMAKER_APP_TYPE": "JupyterLab"}) == "SageMaker Studio, JupyterLab app"
     (tmp_path / "ec2-user").mkdir()
@@ -111,9 +111,9 @@ def test_cache_refuses_once_huggingface_hub_is_imported(tmp_path, monkeypatch):
     assert not (tmp_path / "second").exists()
 
 
-def test_cache_folder_that_cannot_be_made(tmp_path):
+def test_cache_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't be made .*Name another folder"):
+    with pytest.raises(UserError, match="can't be created .*Name a folder"):
         set_model_cache(tmp_path / "file" / "below")
     assert "HF_HOME" not in os.environ
 
@@ -181,7 +181,7 @@ def test_packages_that_do_not_fit_are_refused_before_anything_is_made(tmp_path, 
     assert not any((tmp_path / "sagemaker-user").iterdir())
 
 
-def test_a_kernel_that_runs_another_python_is_told_to_switch(tmp_path, monkeypatch):
+def test_a_kernel_with_another_python_is_asked_to_switch(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     workspace.require_kernel(sys.executable)
     assert not (tmp_path / "jupyter").exists()

@@ -85,6 +85,21 @@ def test_a_plan_is_worth_taking_from_a_hundredth_on(plan_seconds, usable_gib, fa
     assert found.plan_is_faster is faster
 
 
+def test_layers_are_checkpointed_as_the_step_is_compiled():
+    """An uncompiled layer keeps more, so that more layers are checkpointed."""
+    compiled, eager = (look("H100", "train.micro_batch_size=4", f"train.compile={way}").step for way in ("on", "off"))
+    assert compiled.compiled and not eager.compiled
+    assert compiled.checkpointed < eager.checkpointed < 60
+    assert eager.peak_gib <= 0.97 * 79.11
+
+
+def test_several_processes_are_named_where_they_are_faster():
+    found = look("2xH100")
+    assert found.several.copies == 2 and found.several.seconds < found.plan.choice.seconds
+    assert look("2xH100", "train.micro_batch_size=1", "train.gradient_accumulation_steps=1").several is None
+    assert look("H100").several is None
+
+
 @pytest.mark.parametrize(
     ("asked", "answer", "fitting", "longest"),
     [
@@ -119,11 +134,13 @@ def test_the_longest_sequence_that_fits_is_shorter_than_asked_and_longer_than_an
 
 def test_a_fix_keeps_the_layers_that_were_asked_to_be_checkpointed():
     """They are at least as many as asked for, though a smaller micro-batch would do with fewer; more than all are all."""
-    settings = ["train.checkpointed_layers=59", "train.micro_batch_size=32", "train.compile=off"]
+    settings = ["train.checkpointed_layers=59", "train.micro_batch_size=61", "train.compile=off"]  # a prime number
     found = look("48GiB", *settings)
     fixed = look("48GiB", *settings, *found.fixes[0].settings)
-    assert not found.fits and fixed.fits and fixed.step.micro_batch_size < 32
-    assert fixed.step.checkpointed >= 59
+    assert not found.fits and fixed.fits and fixed.step.micro_batch_size == 1
+    assert fixed.step.checkpointed == 59
+    free = [setting for setting in settings if "checkpointed" not in setting]
+    assert look("48GiB", *free, "train.micro_batch_size=1").step.checkpointed < 59
     assert look("H100", "train.checkpointed_layers=100").step.checkpointed == 60
 
 

@@ -1,4 +1,4 @@
-"""A run in a process of its own: started, watched, asked, stopped, killed, and kept off what another one has."""
+"""A run in a process of its own: started, watched, asked, stopped, killed, and kept off resources that another run uses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ended(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
+def test_a_background_run_is_started_asked_stopped_and_resumed(make):
     run = make()
     before = time.monotonic()
     started = launch.start(run)
@@ -72,7 +72,7 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     status = run.status()
     assert (status.state, status.pid, status.session) == ("starting", started.pid, 1)
     assert os.getsid(started.pid) == started.pid != os.getsid(0)  # a restarted kernel ends its own group
-    with pytest.raises(RunError, match=rf"'mine' is being trained already, in process {started.pid} on "):
+    with pytest.raises(RunError, match=rf"'mine' is already being trained, in process {started.pid} on "):
         launch.start(run)
     early = run.request("save")  # while the model loads
     until(lambda: any("loss" in line for line in run.progress()), run)
@@ -81,7 +81,7 @@ def test_a_run_of_its_own_is_started_asked_stopped_and_resumed(make):
     assert answer(run, early).startswith("saved at step ")
     received = next(each.received_at for each in run.requests if each.id == early.id)
     assert received < run.progress()[0]["time"]  # before there was a step to save after
-    with pytest.raises(RunError, match="is being trained already"):
+    with pytest.raises(RunError, match="is already being trained"):
         launch.start(run)
     stop = run.request("stop")
     until(lambda: run.status().state == "stopped", run)
@@ -106,7 +106,7 @@ def answer(run, request):
     return next(each.answer for each in run.requests if each.id == request.id)
 
 
-def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
+def test_a_killed_run_is_dead_and_its_last_output_is_shown(make):
     from qlora_helpers.views import monitor
 
     run = make()
@@ -114,8 +114,8 @@ def test_a_killed_run_is_told_as_dead_with_what_it_said_last(make):
     until(lambda: any("loss" in line for line in run.progress()), run)
     os.kill(started.pid, signal.SIGKILL)
     until(lambda: run.status().state == "dead")
-    assert "without a word" in run.status().exit_reason
-    assert "why it ended: the trainer's process ended without a word" in repr(monitor.watch_once(run))
+    assert "without reporting why" in run.status().exit_reason
+    assert "why it ended: the trainer's process ended without reporting why" in repr(monitor.watch_once(run))
     with pytest.raises(RunError, match="the run 'mine' is dead"):
         run.request("stop")
 
@@ -157,7 +157,7 @@ def test_a_budget_stops_every_process_under_torchrun(make):
         launch.start(run)
 
 
-def test_what_can_not_begin_is_told_by_its_status_and_its_log(make):
+def test_a_run_that_cannot_begin_says_why_in_status_and_log(make):
     run = make("mine", "data.source=./nothing.jsonl")
     started = launch.start(run)
     until(lambda: run.status().state == "failed")
@@ -166,7 +166,7 @@ def test_what_can_not_begin_is_told_by_its_status_and_its_log(make):
     assert "error: " in run.log_path.read_text()
 
 
-def test_settings_that_can_not_change_any_more_are_refused_before_a_process_begins(make):
+def test_fixed_settings_are_refused_before_a_process_starts(make):
     run = make()
     (run.checkpoints_dir / "checkpoint-3").mkdir(parents=True)
     before = run.status()
@@ -181,8 +181,8 @@ def test_a_run_that_was_never_made_is_not_started(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch):
-    """CPU seconds of the heart's thread in a second of training, at the pace that it keeps."""
+def test_heartbeats_cost_less_than_one_percent_of_a_core(make, monkeypatch):
+    """CPU seconds of the heartbeat's thread in a second of training, at the pace that it keeps."""
     from qlora_helpers.runs import heartbeat
 
     run = make()
@@ -198,7 +198,7 @@ def test_signs_of_life_cost_the_trainer_less_than_a_hundredth(make, monkeypatch)
     for _ in range(20):
         run.set_status(readings=heartbeat.readings())
     beat = (time.thread_time() - started) / 20
-    share = listening / heartbeat.LISTEN_S + beat / heartbeat.BEAT_S
+    share = listening / heartbeat.REQUESTS_EVERY_S + beat / heartbeat.HEARTBEAT_EVERY_S
     print(f"{100 * share:.3f} % of a core")
     assert share < 0.01
 

@@ -88,7 +88,7 @@ def test_tables_show_no_path(machine):
     assert "&lt;b&gt;" in SpaceReport((SpaceItem("cache:<b>/x", "project cache", 1),))._repr_html_()
 
 
-def test_select_takes_patterns_and_refuses_what_fits_nothing(machine):
+def test_select_takes_patterns_and_refuses_one_without_a_match(machine):
     report = find_space(machine / "runs")
     assert set(sizes(report.select("run:demo/data", "hub:*"))) == {
         "run:demo/data",
@@ -108,7 +108,7 @@ def test_without_confirm_nothing_is_deleted(machine, capsys):
     assert "Nothing was freed" in printed
 
 
-def test_confirm_deletes_just_what_was_chosen(machine, capsys):
+def test_confirm_deletes_only_what_was_chosen(machine, capsys):
     report = find_space(machine / "runs")
     assert free(report.select("run:demo/checkpoints", "hub:models/org/large", "cache:*"), confirm=True) == 6000
     assert set(sizes(find_space(machine / "runs"))) == {
@@ -121,7 +121,7 @@ def test_confirm_deletes_just_what_was_chosen(machine, capsys):
     assert "freed" in capsys.readouterr().out
 
 
-def test_a_single_item_is_taken_too(machine):
+def test_a_single_item_can_be_freed(machine):
     (item,) = find_space(machine / "runs").select("run:demo/data")
     assert free(item, confirm=True) == 90
 
@@ -146,7 +146,7 @@ def test_a_running_run_is_refused_and_nothing_at_all_is_freed(machine):
     assert free(find_space(machine / "runs").select("run:demo/checkpoints"), confirm=True) == 700
 
 
-def test_a_run_that_another_machine_trains_is_running_as_long_as_its_heart_beats(machine):
+def test_a_run_on_another_machine_is_running_while_its_heartbeat_is_recent(machine):
     run = Run(machine / "runs" / "demo")
     status = {"state": "running", "pid": 1, "host": socket.gethostname() + "-other", "heartbeat": time.time()}
     run.status_path.write_text(json.dumps(status))
@@ -165,7 +165,7 @@ def test_nothing_outside_the_roots_is_deleted(machine, kind, where):
     write(machine / "elsewhere" / "precious", 10)
     before = sorted(machine.rglob("*"))
     item = SpaceItem("cache:x", kind, 10, paths=(machine / where,), run=Run(machine / "runs" / "demo"))
-    with pytest.raises(UserError, match="cache:x lies outside the caches and run folders; nothing was freed"):
+    with pytest.raises(UserError, match="cache:x is outside the caches and run folders; nothing was freed"):
         free(item, confirm=True)
     assert sorted(machine.rglob("*")) == before
 
@@ -185,7 +185,7 @@ def test_links_are_deleted_never_followed(machine):
     assert not run.folder.exists()
 
 
-def test_a_run_or_cache_that_is_a_link_is_left_alone(machine):
+def test_a_run_or_cache_that_is_a_link_is_not_touched(machine):
     other = Run(machine / "elsewhere" / "other")
     other.save_config(profile_config("tiny"))
     write(other.checkpoints_dir / "state", 10)
@@ -198,12 +198,12 @@ def test_a_run_or_cache_that_is_a_link_is_left_alone(machine):
         SpaceItem("cache:linked/checkpoints", "project cache", 10, paths=(machine / "cache/linked/checkpoints",)),
     ]
     for item in by_hand:
-        with pytest.raises(UserError, match="lies outside"):
+        with pytest.raises(UserError, match="is outside"):
             free(item, confirm=True)
     assert (other.checkpoints_dir / "state").exists()
 
 
-def test_what_is_gone_already_frees_nothing(machine):
+def test_items_that_no_longer_exist_free_nothing(machine):
     report = find_space(machine / "runs").select("run:demo/rest")
     (machine / "runs/demo/log.txt").unlink()
     assert free(report, confirm=True) == 0

@@ -108,7 +108,7 @@ class Api:
             return json.load(answer)
 
 
-def test_a_bucket_that_goes_away_in_the_middle_of_training(s3, tmp_path, monkeypatch):
+def test_a_bucket_that_becomes_unreachable_during_training(s3, tmp_path, monkeypatch):
     run = workflow.open_run("mine", profile="tiny", settings=SMALL, root=tmp_path)
     events_copy.new_s3_client().create_bucket(Bucket="bucket")
 
@@ -159,7 +159,7 @@ def test_a_bucket_that_goes_away_in_the_middle_of_training(s3, tmp_path, monkeyp
         assert group["hparams"]["train.learning_rate"] == run.config().train.learning_rate
 
 
-def test_a_bucket_that_is_not_there_until_later(s3, tmp_path):
+def test_a_bucket_that_is_created_later(s3, tmp_path):
     run = workflow.open_run("mine", profile="tiny", settings=SMALL, root=tmp_path)
     run.events_dir.mkdir(parents=True)
     (run.events_dir / "events.out.1").write_bytes(b"points")

@@ -21,10 +21,11 @@ def test_train_command_names_a_run_in_runs_and_the_folder_of_any_other(tmp_path)
     command = launch.train_command(Run("runs/demo"), profile="tiny", settings=["train.max_steps=20", "data.seed=1"])
     options = ["--profile", "tiny", "--set", "train.max_steps=20", "--set", "data.seed=1"]
     assert command == [sys.executable, "-m", "qlora_helpers", "train", "demo", *options]
-    assert launch.train_command(Run(tmp_path / "demo"))[-1] == str(tmp_path / "demo")
+    for elsewhere in (tmp_path / "demo", tmp_path / "runs" / "demo"):
+        assert launch.train_command(Run(elsewhere))[-1] == str(elsewhere)
 
 
-def test_the_command_line_takes_what_is_sent_to_it():
+def test_the_command_line_accepts_the_commands():
     from qlora_helpers.__main__ import parser
 
     command = launch.torchrun_command(
@@ -99,7 +100,7 @@ def test_two_processes_work_together_over_the_loopback_address(stand_in):
     assert done.stdout == "\n".join(lines) + "\n"
 
 
-def test_a_failing_process_is_told_by_the_exit_code(stand_in):
+def test_a_failing_process_is_reported_by_the_exit_code(stand_in):
     done = launch.start_torchrun(Run("runs/demo"), 1, settings=["train.max_steps=0"], say=lambda line: None)
     assert done.returncode != 0
     assert "exitcode  : 3" in done.stdout
@@ -114,12 +115,12 @@ def test_an_interrupted_cell_ends_the_processes():
 
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        launch._run([sys.executable, "-c", code], dict(os.environ), interrupted)
+        launch._run_and_print([sys.executable, "-c", code], dict(os.environ), interrupted)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 
 
-def test_the_persons_own_thread_count_stands(monkeypatch):
+def test_a_thread_count_that_the_person_set_is_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert launch._cpu_environment(2)["OMP_NUM_THREADS"] == "5"
 
@@ -147,7 +148,7 @@ def test_accelerate_reads_the_configuration_for_several_gpus(tmp_path):
     assert "ACCELERATE_USE_FSDP" not in environment
 
 
-def test_accelerate_makes_fsdp2_of_the_configuration(tmp_path, monkeypatch):
+def test_accelerate_reads_the_configuration_as_fsdp2(tmp_path, monkeypatch):
     from accelerate import FullyShardedDataParallelPlugin
 
     environment = as_accelerate_reads_it(tmp_path, launch.accelerate_config(4, fsdp=True))
@@ -183,3 +184,10 @@ def test_importing_launch_imports_no_torch():
     code += "from qlora_helpers.sagemaker import endpoint, resources, training_job; print(sorted("
     code += "{'torch', 'accelerate', 'boto3', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_more_processes_than_cores_get_a_thread_each(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "cpu_cores", lambda: 2)
+    assert launch._cpu_environment(4)["OMP_NUM_THREADS"] == "1"
+    assert launch._cpu_environment(1)["OMP_NUM_THREADS"] == "2"

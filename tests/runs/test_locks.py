@@ -10,6 +10,7 @@ from fake_nvml import FakeNvml, NoDriver
 
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import cache_root
 from qlora_helpers.runs import launch, locks, session
 from qlora_helpers.runs.folder import Run
 
@@ -27,7 +28,12 @@ class TwoCards(FakeNvml):
         ("-1", ()),
         ("1", ("GPU-bbbb-2",)),
         ("1,0", ("GPU-bbbb-2", "GPU-aaaa-1")),
-        ("1,7,0", ("GPU-bbbb-2",)),  # CUDA stops at the first that is not there
+        ("1,7,0", ("GPU-bbbb-2",)),  # CUDA stops at the first that does not exist
+        ("1,7,1", ("GPU-bbbb-2",)),
+        ("0,0", ()),  # a repeated entry hides every GPU: cuInit fails with error 101
+        ("0,1,0", ()),
+        ("GPU-aaaa,GPU-aaaa", ()),
+        ("0,GPU-aaaa-1", ("GPU-aaaa-1",)),  # one GPU under two names
         ("GPU-aaaa", ("GPU-aaaa-1",)),
         ("MIG-cccc", ("MIG-cccc",)),
     ],
@@ -42,7 +48,7 @@ def test_which_gpus_a_process_may_use(monkeypatch, chosen, gpus):
 
 HOLDER = """
 import sys, time
-from qlora_helpers import locks
+from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
 with locks.gpu_locks(Run(sys.argv[1]), ["GPU-held"]):
     print("held", flush=True)
@@ -60,31 +66,35 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_one_gpu_is_not_taken_by_two_trainers(holder, run):
-    said = rf"the run 'other' \(process {holder.pid}\) trains on GPU-held already.*CUDA_VISIBLE_DEVICES"
+def test_two_trainers_do_not_share_a_gpu(holder, run):
+    said = rf"the run 'other' \(process {holder.pid}\) is already training on GPU-held.*CUDA_VISIBLE_DEVICES"
     with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
         pass
-    with locks.gpu_locks(run, ["GPU-free"]):  # it was given back
+    with locks.gpu_locks(run, ["GPU-free"]):  # it was released
         pass
+    with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-later", "GPU-held"]):
+        pass
+    # In one order for all trainers: of two that want the same GPUs one gets them.
+    assert not (cache_root() / "locks" / "GPU-later.json").exists()
     holder.kill()
     holder.wait()
-    locks.refuse_taken_gpus(["GPU-held"])
+    locks.refuse_busy_gpus(["GPU-held"])
     with locks.gpu_locks(run, ["GPU-held"]):
         pass
 
 
-def test_a_start_is_refused_while_another_run_has_the_gpu(holder, tmp_path, monkeypatch):
+def test_a_start_is_refused_while_another_run_uses_the_gpu(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "visible_gpus", lambda: ("GPU-held",))
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with pytest.raises(RunError, match="the run 'other' .* trains on GPU-held already"):
+    with pytest.raises(RunError, match="the run 'other' .* is already training on GPU-held"):
         launch.start(run)
     assert run.status().state == "new"
-    with pytest.raises(RunError, match="trains on GPU-held already"):
+    with pytest.raises(RunError, match="is already training on GPU-held"):
         workflow.train(run, say=lambda text: None)
     assert run.status().state == "failed"
     assert "GPU-held" in run.status().last_error
     run = workflow.open_run("mine", settings=["model.device_map=cpu"], root=tmp_path / "runs")
-    with session.session(run):  # takes no GPU
+    with session.training_session(run):  # takes no GPU
         pass
 
 
@@ -97,10 +107,10 @@ def test_a_run_is_locked_while_it_trains(run):
     assert not locks.is_locked(run)
 
 
-def test_a_refused_start_says_where_the_run_trains(tmp_path):
+def test_a_refused_start_names_the_process_that_trains(tmp_path):
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with locks.run_lock(run), pytest.raises(RunError, match="'mine' is being trained already, in another process"):
+    with locks.run_lock(run), pytest.raises(RunError, match="'mine' is already being trained, in another process"):
         launch.start(run)
     run.start_session(max_steps=4, resumed_from=0)
-    with pytest.raises(RunError, match=r"'mine' is being trained already, in process \d+ on "):
+    with pytest.raises(RunError, match=r"'mine' is already being trained, in process \d+ on "):
         launch.start(run)

@@ -15,27 +15,27 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_while_steps_are_made_it_is_noted_as_often_as_it_comes():
-    with sigterm.caught():
-        with sigterm.steps():
-            assert not sigterm.asked()
+def test_during_steps_the_signal_is_recorded():
+    with sigterm.catching():
+        with sigterm.deferred():
+            assert not sigterm.received()
             terminate()
-            assert sigterm.asked()
+            assert sigterm.received()
         terminate()  # it is saving now
-        assert sigterm.asked()
+        assert sigterm.received()
 
 
-def test_at_any_other_time_it_ends_the_process_with_a_shell_s_code():
-    with pytest.raises(SystemExit) as caught, sigterm.caught():
+def test_outside_steps_the_signal_ends_the_process_with_code_143():
+    with pytest.raises(SystemExit) as caught, sigterm.catching():
         terminate()
     assert caught.value.code == 143
 
 
-def test_the_handler_that_was_there_comes_back():
+def test_the_earlier_handler_is_restored():
     received = []
     before = signal.signal(signal.SIGTERM, lambda *args: received.append(args))
     try:
-        with pytest.raises(ZeroDivisionError), sigterm.caught(), sigterm.steps():
+        with pytest.raises(ZeroDivisionError), sigterm.catching(), sigterm.deferred():
             terminate() or 1 / 0
         assert received == []
         terminate()
@@ -44,12 +44,12 @@ def test_the_handler_that_was_there_comes_back():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_each_session_begins_anew():
-    with sigterm.caught(), sigterm.steps():
+def test_each_session_starts_without_a_signal():
+    with sigterm.catching(), sigterm.deferred():
         terminate()
-    assert sigterm.asked()
-    with sigterm.caught():
-        assert not sigterm.asked()
+    assert sigterm.received()
+    with sigterm.catching():
+        assert not sigterm.received()
 
 
 def test_in_another_thread_nothing_is_changed():
@@ -57,7 +57,7 @@ def test_in_another_thread_nothing_is_changed():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with sigterm.caught():
+        with sigterm.catching():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

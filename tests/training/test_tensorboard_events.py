@@ -294,11 +294,11 @@ def test_a_damaged_state_is_no_state(run, damage):
 
 
 def test_what_a_panel_says():
-    assert CopyState("s3://b/p").line() == "s3://b/p: nothing is copied yet"
+    assert CopyState("s3://b/p").line() == "s3://b/p: nothing has been copied yet"
     assert CopyState("s3://b/p", 100.0).line(now=172.0) == "s3://b/p: all events were copied 1 min 12 s ago"
     failing = CopyState("s3://b/p", 100.0, "ClientError: no", 110.0, pending_bytes=2560)
     assert failing.line(now=140.0) == (
-        "s3://b/p has not taken the events for 30 s (ClientError: no); "
+        "s3://b/p has not accepted the events for 30 s (ClientError: no); "
         "2.5 KiB wait in the run folder, training goes on and nothing is lost"
     )
 

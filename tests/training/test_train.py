@@ -236,7 +236,7 @@ def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(teach, run, data):
 
     many = dataclasses.replace(data, eval=concatenate_datasets([data.eval] * 20))
     counted = Counted()
-    with sigterm.caught():
+    with sigterm.catching():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert len(many.eval) >= 20 and counted.batches == 2
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == []
@@ -244,7 +244,7 @@ def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(teach, run, data):
     assert checkpoints(run) == [3]
     assert saved.is_good(run.checkpoints_dir / "checkpoint-3")
     counted.batches = 2
-    with sigterm.caught():
+    with sigterm.catching():
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert result.steps == 6 and counted.batches == 2 + len(many.eval)
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]

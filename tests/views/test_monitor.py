@@ -12,9 +12,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from fake_run import add_progress, fake_run, finished_run
+from fake_run import add_progress, add_training, fake_run, finished_run
 
-from qlora_helpers.base.files import write_json
+from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.folder import Run
@@ -217,7 +217,7 @@ def test_a_failed_events_copy_is_shown(tmp_path):
         {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "pending_bytes": 1024},
     )
     last = repr(watch_once(run)).splitlines()[-1]
-    assert last.startswith("TensorBoard: s3://b/p/demo has not taken the events for") and "NoSuchBucket: <b>" in last
+    assert last.startswith("TensorBoard: s3://b/p/demo has not accepted the events for") and "NoSuchBucket: <b>" in last
     assert "1.0 KiB wait in the run folder" in last
     assert "NoSuchBucket: &lt;b&gt;" in watch_once(run)._repr_html_()
 
@@ -258,7 +258,7 @@ def test_a_dead_trainer_is_shown_as_dead_with_its_last_error(tmp_path):
     write_json(run.status_path, status)
     assert repr(watch_once(run)).splitlines() == [
         "demo: dead, step 14 of 30",
-        "why it ended: the trainer's process ended without a word",
+        "why it ended: the trainer's process ended without reporting why",
         "last error: OSError: <disk> is full",
     ]
     assert "OSError: &lt;disk&gt; is full" in watch_once(run)._repr_html_()
@@ -320,7 +320,9 @@ def test_texts_from_elsewhere_are_plain(text, clean):
 
 def test_predicted_values_are_beside_measured_ones(tmp_path):
     run = Run(tmp_path / "mine")
-    measured = {"peak_gib": {"cuda:0": 65.63}, "reserved_gib": {"cuda:0": 68.68}, "tokens_per_s": 2783.0}
+    add_training(run)
+    written = read_json(run.plan_path)["measured"]
+    measured = written | {"peak_gib": {"cuda:0": 65.63}, "reserved_gib": {"cuda:0": 68.68}, "tokens_per_s": 2783.0}
     predicted = {"allocated_gib": {"cuda:0": 63.2}, "reserved_gib": {"cuda:0": 66.3}, "tokens_per_s": 2800.4}
     write_json(run.plan_path, {"measured": measured, "predicted": predicted})
     assert plan_table(run).rows == [
@@ -329,6 +331,6 @@ def test_predicted_values_are_beside_measured_ones(tmp_path):
         ["tokens/s", "2,800", "2,783"],
     ]
     write_json(
-        run.plan_path, {"measured": {"peak_gib": {"cpu": 3.03}, "tokens_per_s": 180.0}}
+        run.plan_path, {"measured": written | {"peak_gib": {"cpu": 3.03}, "tokens_per_s": 180.0}}
     )  # a CPU has no prediction
     assert plan_table(run).rows == [["peak held by tensors, cpu, GiB", "", "3.03"], ["tokens/s", "", "180"]]

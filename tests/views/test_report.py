@@ -139,7 +139,7 @@ def test_every_setting_is_listed_and_described(tmp_path):
     names = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.__dataclass_fields__]
     assert all(name in page.text for name in names)
     assert "train.learning_rate 0.001 (default 0.0002) Peak learning rate of the adapters." in page.text
-    assert "train.warmup_steps 0 Steps in which" in page.text
+    assert "train.warmup_steps 0 Optimizer steps in which" in page.text
 
 
 def test_a_loss_that_rose_again_is_reported(tmp_path):
@@ -226,7 +226,7 @@ def test_random_weights_are_reported(tmp_path):
         ({"state": "failed", "exit_reason": "an error", "last_error": "OSError: full."}, ": an error; OSError: full."),
         (
             {"state": "running", "heartbeat": 0.0},
-            "ended early, at step 30 of 30: the trainer's process ended without a word.",
+            "ended early, at step 30 of 30: the trainer's process ended without reporting why.",
         ),
     ],
 )

@@ -36,7 +36,7 @@ class RowStarts:
 
     def __init__(self, device: torch.device, longest: int) -> None:
         self.device, self.longest = device, longest
-        self.starts: torch.Tensor | None = None
+        self.starts: Any = None
 
 
 def attend_within_rows(
@@ -56,8 +56,11 @@ def attend_within_rows(
     batch = query.shape[0]
     # A view would keep the whole fused projection for the backward pass.
     key, value = key.contiguous(), value.contiguous()
-    flat = [rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)]
-    out = _by_kernel(*flat, rows, scale) if query.is_cuda else _row_by_row(*flat, rows, scale)
+    query, key, value = (
+        rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)
+    )
+    attend = _by_kernel if query.is_cuda else _row_by_row
+    out = attend(query, key, value, rows, scale)
     return rearrange(out, "(batch tokens) heads dim -> batch tokens heads dim", batch=batch)
 
 
@@ -198,8 +201,10 @@ def _attention() -> Callable[..., Any]:
         """Takes `(batch, heads, tokens, head_dim)` each, as transformers does, and returns `(batch, tokens, heads, head_dim)`."""
         if module.row_starts.starts is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        by_token = [rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)]
-        return attend_within_rows(*by_token, module.row_starts, scale=scaling), None
+        query, key, value = (
+            rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)
+        )
+        return attend_within_rows(query, key, value, module.row_starts, scale=scaling), None
 
     return attention
 

@@ -182,12 +182,12 @@ def test_a_trainer_that_ended_first_does_not_leave_a_question_open(tmp_path):
     run.set_status(state="finished")
     panel.refresh()
     assert "not received: the trainer is finished" in plain_text(panel.requests)
-    run.requests.acknowledge_all("the training had ended already")
+    run.requests.acknowledge_all("the training had already ended")
     panel.refresh()
-    assert "the training had ended already" in plain_text(panel.requests)
+    assert "the training had already ended" in plain_text(panel.requests)
     panel.save_button.disabled = False  # a click that was on its way
     panel.save_button.click()
-    assert "the run 'demo' is finished. Only a running trainer can be asked." in plain_text(panel.requests)
+    assert "the run 'demo' is finished. Only a running trainer takes requests." in plain_text(panel.requests)
     panel.close()
 
 
@@ -271,7 +271,7 @@ def test_a_failed_events_copy_is_shown(tmp_path):
     state = {"target": "s3://b/p/demo", "last_error": "NoSuchBucket: <b>", "failing_since": 1.0, "pending_bytes": 2048}
     write_json(run.events_dir / "upload.json", state)
     panel.refresh()
-    assert "s3://b/p/demo has not taken the events" in plain_text(panel.readings)
+    assert "s3://b/p/demo has not accepted the events" in plain_text(panel.readings)
     assert "NoSuchBucket: &lt;b&gt;" in panel.readings.value and "2.0 KiB wait" in panel.readings.value
     panel.close()
 

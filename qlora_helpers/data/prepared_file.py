@@ -1,0 +1,53 @@
+"""`prepared.json`: what a run's `data/` holds besides the sequences themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers.base.records import read_record
+from qlora_helpers.data.dialogues import Dialogue
+from qlora_helpers.data.labels import LabelReport
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """What `prepared.json` holds.
+
+    Attributes:
+        fingerprint: of everything that the prepared data depends on.
+        packed: whether a sequence holds several rows.
+        seq_len_tokens: length of a packed sequence.
+        source: name and licence of the data.
+        notes: what was skipped, trimmed or changed, each with its place.
+        report, eval_report: label reports of the training and the evaluation set.
+        test: dialogues held out for the final comparison.
+        train_keys: `scorecard.dialogue_key` of every training dialogue.
+    """
+
+    fingerprint: str
+    packed: bool
+    seq_len_tokens: int
+    source: str
+    notes: tuple[str, ...]
+    report: LabelReport
+    eval_report: LabelReport
+    test: tuple[Dialogue, ...]
+    train_keys: tuple[str, ...] = ()
+
+
+def prepared_path(data_dir: Path) -> Path:
+    """Returns the path of `prepared.json` in a run's `data/`."""
+    return data_dir / "prepared.json"
+
+
+def read_prepared_file(data_dir: Path) -> PreparedFile | None:
+    """Reads `prepared.json` in a run's `data/`; None if no data is prepared.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = prepared_path(data_dir)
+    if not path.exists():
+        return None
+    return read_record(path, PreparedFile, next_step=f"Delete the folder {data_dir.name}/; it is prepared again.")

@@ -1,0 +1,47 @@
+"""A run's prepared data: its source checked early, and what is saved in its folder or prepared now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_helpers.base.errors import UserError
+from qlora_helpers.data.prepare import prepared
+from qlora_helpers.data.prepared_file import prepared_path
+from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.runs.folder import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_helpers.data.packing import PreparedData
+
+
+def check_source(run: Run) -> None:
+    """Reads the data before gigabytes of model are loaded, so that a mistake in it is reported at once.
+
+    Raises:
+        DataError: the source can't be read or used.
+    """
+    if not prepared_path(run.data_dir).exists():
+        read_corpus(run.config().data)
+
+
+def run_data(run: Run, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> PreparedData:
+    """Returns the run's labelled and packed data: what is saved if it still fits the settings, else prepares and saves it.
+
+    Args:
+        run: the run.
+        tokenizer: the model's.
+        can_pack: whether the model can keep packed rows from attending to each other.
+
+    Raises:
+        DataError: the source can't be read or used.
+        UserError: the label report failed.
+    """
+    data = prepared(run.config().data, tokenizer, run.data_dir, read=read_corpus, can_pack=can_pack)
+    if not data.report.passed:
+        raise UserError(
+            "the label report failed: " + "; ".join(data.report.problems),
+            next_step="Look at it in notebook 03 before training.",
+        )
+    return data

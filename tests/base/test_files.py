@@ -1,0 +1,130 @@
+"""Files and folders are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json, replaced_folder, write_json, write_text
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that is full when a file is to reach it."""
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_whole(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "first\n")
+    write_text(path, "sécond 🎂\n")
+    assert path.read_bytes() == "sécond 🎂\n".encode()
+    assert names(path.parent) == ["a.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # a person with whom the space is shared may read it
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path, full_disk):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RunError, match=r"a\.txt could not be written \(No space left on device\)\. Free some space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"loss": 1.0})
+    for value in ({"loss": float("nan")}, {"loss": float("inf")}, {"what": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, value)
+    assert read_json(path) == {"loss": 1.0}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("failing", ["mkstemp", "mkdir"])
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch, failing):
+    """Such as a disk without inodes, or a folder of somebody else."""
+    if failing == "mkdir":
+        (tmp_path / "file").touch()
+        path = tmp_path / "file" / "a.txt"
+    else:
+        path = tmp_path / "a.txt"
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(RunError, match=r"a\.txt could not be written"):
+        write_text(path, "new")
+
+
+def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"n": 0})
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom qlora_helpers.base.files import write_json\n"
+        "os.fsync = lambda handle: os._exit(9)\nwrite_json(Path(sys.argv[1]), {'n': 1})"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
+    assert read_json(path) == {"n": 0}
+
+
+def test_missing_and_damaged_files_are_reported(tmp_path):
+    path = tmp_path / "status.json"
+    with pytest.raises(RunError, match=r"status\.json is not in "):
+        read_json(path)
+    for content in (b"{", b"", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="is damaged"):
+            read_json(path)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "adapter"
+    with replaced_folder(path) as folder:
+        (folder / "first").touch()
+        assert not path.exists()
+    assert names(path) == ["first"]
+    with pytest.raises(FileExistsError), replaced_folder(path) as folder:
+        (folder / "half").mkdir() or (folder / "half").mkdir()
+    assert names(path) == ["first"]
+    with replaced_folder(path) as folder:
+        (folder / "second").touch()
+        assert names(path) == ["first"]  # the old one is there until the new one is done
+    assert names(path) == ["second"]
+    assert names(tmp_path) == ["adapter"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_the_old_folder_is_restored_if_the_new_one_cannot_replace_it(tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "old").touch()
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output error"), replaced_folder(path) as folder:
+        (folder / "new").touch()
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["adapter"]
