@@ -194,9 +194,8 @@ def retry(
     """Resumes a run that failed from its last verified checkpoint, without restarting the process.
 
     Args:
-        run: the run.
         settings: changes to the settings. If the run was out of memory, None takes the fastest settings that should fit.
-        model, loaded, show_progress, say: as for `train`.
+        run, model, loaded, show_progress, say: as for `train`.
 
     Raises:
         RunError: as for `train`, or a setting would change that is fixed once the run has trained.
@@ -275,8 +274,7 @@ def export_run(
     Args:
         run: a trained run.
         out: the folder, which is new, empty or an earlier export; None takes `export` in the run's folder.
-        merged: whether to write the merged model.
-        drift: whether to measure how far the merged model is from the adapter on its base, if memory allows.
+        merged, drift: whether to write the merged model, and to measure how far it is from the adapter on its base.
         shard_gib: size of a file of the merged model, GiB.
         say: as for `train`.
 
