@@ -91,8 +91,8 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     weight_bytes = FP8_WEIGHT_BYTES if step.fp8 else 2.5
     dequantised = sizes.linear_parameters_per_layer * weight_bytes / memory if step.quantized else 0.0
     rounded = step.tokens * FP8_ROUNDING_BYTES / memory if step.fp8 else 0.0  # a value of each token
-    inputs = rounded * sum(layer.in_features * layer.per_block for layer in sizes.linears)
-    gradients = rounded * sum(layer.out_features * layer.per_block for layer in sizes.linears)
+    inputs = rounded * sum(layer.in_features * layer.per_layer for layer in sizes.linears)
+    gradients = rounded * sum(layer.out_features * layer.per_layer for layer in sizes.linears)
     kept: float = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory

@@ -20,6 +20,7 @@ from qlora_helpers.training.fast_step.fp8 import Fp8Matmuls, Fp8Weight, fp8_back
 from qlora_helpers.training.fast_step.fp8_kernels import E4M3, LARGEST
 from qlora_helpers.training.fast_step.parts import fast_step
 from qlora_helpers.training.fp8_proof import Fp8Proof, prove_fp8
+from qlora_helpers.training.train import train
 
 WIRINGS = {name: SHAPES[name] | {"intermediate_size": 128} for name in ("falcon-40b layout", "llama")}
 WIRINGS["falcon-40b layout"].pop("intermediate_size")
@@ -314,3 +315,30 @@ def test_a_card_is_tried(monkeypatch):
 
     monkeypatch.setattr(fp8, "_multiplied", no_such)
     assert fp8._card_refusal(device) == "no FP8: a card does not multiply in it: RuntimeError: not compiled for this"
+
+
+# a whole training
+
+
+@pytest.fixture
+def small_run(own_falcon, data, tokenizer, run):
+    """Trains a tiny Falcon in NF4 for two steps; settings as keywords."""
+
+    def small_run(**changes):
+        config = RunConfig().with_settings(
+            {f"train.{name}": value for name, value in ({"max_steps": 2, "micro_batch_size": 1} | changes).items()}
+        )
+        model = add_adapters(own_falcon.model, AdapterConfig(lora_dropout=0.0), seed=0)
+        return train(model, tokenizer, data, config.train, run, show_progress=False)
+
+    return small_run
+
+
+def test_a_run_trains_in_fp8_and_says_so(small_run):
+    result = small_run(matmul_dtype="fp8")
+    assert result.fp8 and "multiplied in FP8" in result.fast_step and result.eval_loss > 0
+
+
+def test_fp8_without_the_fast_step_is_refused(small_run):
+    with pytest.raises(ModelError, match="part of the fast step"):
+        small_run(matmul_dtype="fp8", fast_step=False)
