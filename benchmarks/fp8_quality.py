@@ -83,7 +83,7 @@ def errors(options: argparse.Namespace) -> dict[str, Any]:
         with fast_step(model, **opened, checkpointed=0) as on:
             collator = make_collator(model, loaded.tokenizer, data, fast=on)
             batch = collator([data.train[index] for index in range(options.blocks)])
-            batch = {name: value.to(model.device) for name, value in batch.items() if name != "blocks"}
+            batch = {name: value.to(model.device) for name, value in batch.items() if name != "sequences"}
             model(**batch)["loss"].backward()
         in_bf16 = by_layer()
         model.zero_grad(set_to_none=True)
@@ -116,7 +116,7 @@ def errors(options: argparse.Namespace) -> dict[str, Any]:
             collator = make_collator(model, loaded.tokenizer, data, fast=on)
             start = number * options.blocks
             batch = collator([data.train[start + index] for index in range(options.blocks)])
-            batch = {name: value.to(model.device) for name, value in batch.items() if name != "blocks"}
+            batch = {name: value.to(model.device) for name, value in batch.items() if name != "sequences"}
             model(**batch)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,6 @@ layer, the loss and the adapters' gradient must lie within stated bounds. Knows 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, SequenceCollator, TrainedTokens
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.training.fast_step.fp8 import Fp8Matmuls, fp8_backward
@@ -72,21 +71,22 @@ def _worst(errors: dict[str, float]) -> tuple[str, float]:
 
 
 def prove_fp8(
-    model: torch.nn.Module, matmuls: Fp8Matmuls, block: dict[str, Any], collator: SequenceCollator, *, dropout: bool
+    model: torch.nn.Module, matmuls: Fp8Matmuls, sequence: dict[str, Any], collator: SequenceCollator, *, dropout: bool
 ) -> Fp8Proof:
-    """Compares FP8 with bfloat16 on a piece of a block.
+    """Compares FP8 with bfloat16 on a piece of a packed sequence.
 
     Args:
         model: with adapters, the parts of the fast step open that change values.
         matmuls: the layers that multiply in FP8; none may be refused yet.
-        block: of the training data.
+        sequence: of the training data.
         collator: as the trainer's.
         dropout: whether the model draws random numbers; both ways draw the same.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = model.get_input_embeddings().weight.device
-    made = dataclasses.replace(collator, pad_to=None, blocks=None, most_trained=None, keep_trained_logits=False)
-    batch = {name: value.to(device) for name, value in made([_piece(block)]).items() if name != "blocks"}
+    listed = isinstance(collator.targets, TrainedTokens)
+    probe = collator.for_probe(targets=TrainedTokens() if listed else AllLogits())
+    batch = {name: value.to(device) for name, value in probe([_piece(sequence)]).items()}
     layers = len(decoder_layers(inner))
     was_training = model.training
     model.train()
@@ -113,12 +113,11 @@ def _drawn_alike(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tupl
         return loss_and_gradient(model, batch)
 
 
-def _piece(block: dict[str, Any]) -> dict[str, Any]:
-    """The last tokens of a block up to the last that is trained."""
-    trained = [index for index, label in enumerate(block["labels"]) if label != IGNORED]
-    end = trained[-1] + 1 if trained else len(block["labels"])
-    names = ("input_ids", "labels", "segment_ids")
-    return {name: list(block[name][max(0, end - TOKENS) : end]) for name in names if name in block}
+def _piece(sequence: dict[str, Any]) -> dict[str, Any]:
+    """The last tokens up to the last that is trained."""
+    trained = [index for index, label in enumerate(sequence["labels"]) if label != IGNORED]
+    end = trained[-1] + 1 if trained else len(sequence["labels"])
+    return {name: list(sequence[name][max(0, end - TOKENS) : end]) for name in ("input_ids", "labels", "segment_ids")}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from fast_step_on_gpu import LAYOUTS, LENGTH, ROWS, block_of, built, gradients, pack_weights, relative_error
 
 from qlora_helpers import workflow
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import AllLogits, BlockDiagonalMask, RowBounds, SequenceCollator, TrainedTokens
 from qlora_helpers.training import train
 from qlora_helpers.training.fast_step import fp8, fp8_kernels
 from qlora_helpers.training.fast_step.parts import fast_step
@@ -72,7 +72,7 @@ def kernel_errors() -> list[dict[str, Any]]:
 def steps(name: str) -> list[dict[str, Any]]:
     """A step in FP8 in all ways, against float32, bfloat16 and the plainest way."""
     blocks = [block_of(lengths, seed) for seed, lengths in enumerate(ROWS["packed"])]
-    plain = SequenceCollator(0, True, pad_to=LENGTH, keep_trained_logits=False)(blocks)
+    plain = SequenceCollator(0, BlockDiagonalMask(), AllLogits(), length=LENGTH)(blocks)
     exact_model, model = built(LAYOUTS[name], torch.float32), built(LAYOUTS[name], torch.bfloat16)
     exact_model.load_state_dict({path: tensor.float() for path, tensor in model.state_dict().items()})
     pack_weights(model, exact_model)
@@ -89,9 +89,7 @@ def steps(name: str) -> list[dict[str, Any]]:
                 captured=captured,
                 fp8=in_fp8,
             ) as on:
-                collator = SequenceCollator(
-                    0, True, pad_to=LENGTH, most_rows=5, list_trained=True, most_trained=200 if captured else None
-                )
+                collator = SequenceCollator(0, RowBounds(5), TrainedTokens(200 if captured else None), length=LENGTH)
                 for seed in range(10, 10 + 3 * captured):
                     gradients(model, collator([block_of(ROWS["packed"][0], seed) for _ in blocks]))
                 loss, gradient = gradients(model, collator(blocks))

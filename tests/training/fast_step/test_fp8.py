@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.base.config import AdapterConfig, RunConfig
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.data.batches import SequenceCollator
+from qlora_helpers.data.batches import RowBounds, SequenceCollator, TrainedTokens
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.training import step
 from qlora_helpers.training.fast_step import fp8, graphs
@@ -153,7 +153,7 @@ def test_compiled_layers_multiply_the_same_and_share_what_was_compiled(name, che
 @pytest.mark.usefixtures("fixed_scales")
 def test_captured_passes_multiply_in_fp8():
     model = built("llama")
-    collator = SequenceCollator(0, True, pad_to=24, most_rows=5, list_trained=True, most_trained=40)
+    collator = SequenceCollator(0, RowBounds(5), TrainedTokens(40), length=24)
     with fast(model) as on:
         expected = gradients(model, collator(BLOCKS))
         with graphs.passes_captured(model, passes_before=1, capture=PretendedCapture()) as passes:
