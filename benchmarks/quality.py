@@ -17,7 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PATHS = {"plain": False, "fast": True}
+PATHS: dict[str, dict[str, Any]] = {
+    "plain": {"fast_step": False, "compile": "off", "matmul_dtype": "bfloat16"},
+    "fast": {"compile": "on", "matmul_dtype": "bfloat16"},
+    "fp8": {"compile": "on", "matmul_dtype": "fp8"},
+}
+"""Settings of each path; `fp8_quality.py` runs the last."""
+COMPARED = ("plain", "fast")
 
 
 def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -42,8 +48,7 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         logging_steps=max(1, options.steps // 10),
         eval_steps=options.steps,
         save_steps=options.steps,
-        fast_step=PATHS[path],
-        compile="on" if PATHS[path] else "off",
+        **PATHS[path],
     )
     with tempfile.TemporaryDirectory() as folder:
         result = train.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
@@ -57,6 +62,8 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "machine": result.machine,
         "compiled": result.compiled,
         "captured": result.captured,
+        "fp8": result.fp8,
+        "fast_step": result.fast_step.splitlines(),
     }
 
 
@@ -105,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         waiting = []
         for seed in chosen.seeds:
-            for path in PATHS:
+            for path in COMPARED:
                 answer = Path(folder) / f"{path}-{seed}.json"
                 command = [sys.executable, __file__, str(answer), *arguments, "--one", path, str(seed)]
                 waiting.append((answer, subprocess.Popen(command, stdout=sys.stderr)))

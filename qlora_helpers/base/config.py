@@ -180,6 +180,12 @@ class TrainConfig:
         True,
         "Capture forward and backward passes as CUDA graphs and replay them, for packed sequences on one GPU without dropout.",
     )
+    matmul_dtype: str = option(
+        "auto",
+        "Multiply frozen 4-bit weights in bfloat16, or in FP8 (Ada, Hopper and newer): auto takes FP8 where it was measured and is "
+        "faster.",
+        choices=("auto", "bfloat16", "fp8"),
+    )
     offload_embeddings: bool = option(
         False,
         "Keep the input embedding in CPU memory, which frees its bytes on the GPU; each forward pass copies the rows it needs.",

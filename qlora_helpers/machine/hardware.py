@@ -26,6 +26,8 @@ class Gpu:
         bandwidth_gb_s: of its memory, by the datasheet.
         supports_bf16: whether it has bfloat16 tensor cores.
         measured: whether speed was measured in this project; on all other GPUs it is extrapolated.
+        fp8_tflops: the same as `bf16_tflops` in FP8 (e4m3), also with float32 sums; 0 where there is none.
+        fp8_measured: whether steps in FP8 were measured in this project.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Gpu:
     bandwidth_gb_s: float
     supports_bf16: bool = True
     measured: bool = False
+    fp8_tflops: float = 0.0
+    fp8_measured: bool = False
 
 
 # usable_gib: "total capacity" in PyTorch's out-of-memory messages in public reports; H100 as measured here
@@ -43,14 +47,14 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         Gpu("T4", 16, 14.58, 65, 320, supports_bf16=False),
         Gpu("A10G", 24, 21.99, 70, 600),
-        Gpu("L4", 24, 22.03, 121, 300),
-        Gpu("L40S", 48, 44.40, 362, 864),
+        Gpu("L4", 24, 22.03, 121, 300, fp8_tflops=242),
+        Gpu("L40S", 48, 44.40, 362, 864, fp8_tflops=733),
         Gpu("A100-40GB", 40, 39.39, 312, 1555),
         Gpu("A100-80GB", 80, 79.14, 312, 2039),
-        Gpu("H100", 80, 79.11, 989, 3350, measured=True),
-        Gpu("H200", 141, 139.8, 989, 4800),
+        Gpu("H100", 80, 79.11, 989, 3350, measured=True, fp8_tflops=1979),
+        Gpu("H200", 141, 139.8, 989, 4800, measured=True, fp8_tflops=1979, fp8_measured=True),
         Gpu("RTX-3090", 24, 23.67, 71, 936),
-        Gpu("RTX-4090", 24, 23.52, 165, 1008),
+        Gpu("RTX-4090", 24, 23.52, 165, 1008, fp8_tflops=330),
     )
 }
 """GPUs by short name. H100 and H200 are the SXM cards, as are both A100."""

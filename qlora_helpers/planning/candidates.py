@@ -81,6 +81,11 @@ class Candidate:
         return self.step.captured
 
     @property
+    def fp8(self) -> bool:
+        """Whether frozen weights are multiplied in FP8."""
+        return self.step.fp8
+
+    @property
     def offloaded(self) -> bool:
         """Whether the input embedding is in the host's memory."""
         return self.step.offloaded
@@ -117,6 +122,7 @@ class Candidate:
         how = [f"{self.checkpointed} of {self.layers} layers checkpointed"]
         how += ["compiled"] if self.compiled else []
         how += ["as CUDA graphs"] if self.captured else []
+        how += ["in FP8"] if self.fp8 else []
         how += ["embedding on the host"] if self.offloaded else []
         how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
         how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
@@ -138,6 +144,7 @@ class Candidate:
             "compiled": self.compiled,
             "captured": self.captured,
             "offloaded": self.offloaded,
+            "fp8": self.fp8,
             "copies": self.copies,
             "layers_per_gpu": list(self.layers_per_gpu),
             "memory_gib": [memory.parts_gib() for memory in self.memory],
@@ -266,6 +273,8 @@ def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_acc
     """
     sizes, hardware = workload.sizes, workload.hardware
     step = replace(step, offloaded=step.offloaded and not sizes.tied)
+    if gpus > 1 and workload.config.train.matmul_dtype == "auto":
+        step = replace(step, fp8=False)  # as the trainer does
     layers, memory = predict(sizes, step, gpus=gpus)
     if step.captured and _needed_gib(memory, step) > hardware.usable_gib:
         step = replace(step, captured=False)  # as the trainer does where a capture finds no room

@@ -15,6 +15,7 @@ from qlora_helpers.machine.hardware import Gpu, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidates import Candidate, candidate, fastest_data_parallel, fewest_checkpointed
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
+from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.notes import SPREAD, hardware_notes, settings_notes
 from qlora_helpers.planning.plan import Plan, make_plan
@@ -108,9 +109,9 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
     if several and plan.choice and several.seconds >= plan.choice.seconds:
         several = None
     fixes = _fixes(plan, step) if step.peak_gib > workload.hardware.usable_gib else ()
-    return Forecast(
-        step, steps, plan, several, fixes, (*hardware_notes(workload.hardware, workload.sizes), *_notes(workload))
-    )
+    notes = *hardware_notes(workload.hardware, workload.sizes), *_notes(workload)
+    notes += tuple(fp8_notes(workload.config.train, workload.gpu, step.fp8))
+    return Forecast(step, steps, plan, several, fixes, notes)
 
 
 def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tuple[int, int]:

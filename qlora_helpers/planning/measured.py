@@ -54,6 +54,7 @@ def write_measured(
             compiled=result.compiled,
             captured=result.captured,
             checkpointed=result.checkpointed,
+            fp8=result.fp8,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
             copies=int(os.environ.get("WORLD_SIZE", 1)),

@@ -216,7 +216,10 @@ def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
         )
     if not settings.quantized:
         return 0
-    return settings.value_bytes * max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
+    widest = max((layer.in_features * layer.out_features for layer in sizes.linears), default=0)
+    if settings.fp8:  # a byte a weight, and the rows that it is multiplied with
+        return widest + settings.tokens * max((layer.out_features for layer in sizes.linears), default=0)
+    return settings.value_bytes * widest
 
 
 def loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:

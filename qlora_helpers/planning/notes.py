@@ -9,6 +9,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.workload import Workload, copies_sharing
@@ -37,6 +38,7 @@ def plan_notes(
         *hardware_notes(workload.hardware, workload.sizes),
         *(_choice_notes(workload.hardware, choice) if choice else ()),
         *settings_notes(workload),
+        *fp8_notes(workload.config.train, workload.gpu, (choice or smallest).fp8),
         *([_sharing_note(workload)] if idle_gpus else []),
         *_fixed_choice_notes(workload, choice or smallest),
     )
@@ -125,7 +127,9 @@ def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
     if hardware.gpu is None:
         notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
     elif not hardware.gpu.measured:
-        notes.append(f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 was measured")
+        notes.append(
+            f"speed on {hardware.gpu.name} is extrapolated from its datasheet; only H100 and H200 were measured"
+        )
     if hardware.gpu is not None and not hardware.gpu.supports_bf16:
         notes.append(
             f"{hardware.gpu.name} has no bfloat16: matrix multiplications run in float16, and attention without the fast kernel"

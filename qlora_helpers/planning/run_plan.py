@@ -81,6 +81,7 @@ def predicted_step(
     captured: bool = False,
     fill: float = 1.0,
     copies: int = 1,
+    fp8: bool = False,
 ) -> dict[str, object]:
     """Predicts memory and speed of a step with these very settings, to compare with what was measured.
 
@@ -92,20 +93,23 @@ def predicted_step(
         captured: whether passes were replayed as CUDA graphs.
         fill: share of a sequence that is not padding.
         copies: processes that each train a copy (torchrun).
+        fp8: whether frozen weights were multiplied in FP8.
 
     Returns:
         `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` of all copies without padding, and whether the speed is
         `extrapolated`.
     """
     workload = Workload(config, find_shape(config.model), hardware, tokens=0, trained_share=trained_share)
-    step = workload.step(checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies)
+    step = workload.step(checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies, fp8=False)
+    gpu = workload.gpu
+    step = replace(step, fp8=fp8 and gpu.fp8_tflops > 0)
     _, memory = predict(workload.sizes, step, gpus=hardware.gpus)
-    seconds = step_seconds(workload.sizes, step, workload.gpu)
+    seconds = step_seconds(workload.sizes, step, gpu)
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
         "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(copies), 1),
-        "extrapolated": not (hardware.gpu and hardware.gpu.measured),
+        "extrapolated": not (hardware.gpu and (gpu.fp8_measured if fp8 else gpu.measured)),
     }
 
 

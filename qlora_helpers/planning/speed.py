@@ -66,6 +66,11 @@ FITTED = Speed(
 """Fitted by `benchmarks/fit_speed.py` to steps of Falcon-40B, Llama 8B and SmolLM2, measured on one H100 80GB; `memory_share`,
 `head_operations` and `value_operations` come from kernels that were timed."""
 ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
+FP8_MATRIX_SHARE = (
+    0.68  # of the datasheet's FP8 rate, as three steps on an H200 took (`benchmarks/fp8_step_speed_one_gpu.json`)
+)
+FP8_WEIGHT_BYTES = 1.5  # that cross the bus for a weight: read in 4 bits, written in 8; counted
+FP8_ROUNDING_BYTES = 3  # for a value that is rounded: read in 16 bits, written in 8; counted
 LOSS_BYTES = 64  # that cross the bus for each logit, its part of the sum and its gradient in `fast_step.loss`; counted
 UNNAMED_GPU = GPUS["L4"]
 """The card whose speed is assumed where only an amount of memory is known."""
@@ -82,19 +87,23 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     weights = sizes.linear_parameters_per_layer + sizes.expert_parameters_per_layer * sizes.experts_per_token / max(
         1, sizes.experts
     )
-    matmuls = 2 * step.tokens * weights / matrix
-    dequantised = sizes.linear_parameters_per_layer * 2.5 / memory if step.quantized else 0.0
+    matmuls = 2 * step.tokens * weights / (gpu.fp8_tflops * 1e12 * FP8_MATRIX_SHARE if step.fp8 else matrix)
+    weight_bytes = FP8_WEIGHT_BYTES if step.fp8 else 2.5
+    dequantised = sizes.linear_parameters_per_layer * weight_bytes / memory if step.quantized else 0.0
+    rounded = step.tokens * FP8_ROUNDING_BYTES / memory if step.fp8 else 0.0  # a value of each token
+    inputs = rounded * sum(layer.in_features * layer.per_layer for layer in sizes.linears)
+    gradients = rounded * sum(layer.out_features * layer.per_layer for layer in sizes.linears)
     kept: float = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_layer / memory if step.dora else 0.0
     attention = speed.head_operations + speed.value_operations * sizes.head_dim
     attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
-    forward = matmuls + dequantised + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
+    forward = matmuls + dequantised + inputs + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
     skipped = step.skipped and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
     added_last = sizes.parameters_added_last_per_layer if skipped else 0
     again = forward - (matmuls + dequantised) * added_last / sizes.linear_parameters_per_layer
-    backward = matmuls + dequantised + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
+    backward = matmuls + dequantised + gradients + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory

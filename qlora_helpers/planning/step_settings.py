@@ -41,6 +41,7 @@ class StepSettings:
         adapted: names of the linear layers that get an adapter; None for all.
         skipped: whether checkpointed layers skip matrix multiplications whose output nothing in them reads. The fast step does so
             except in float16, which trains under autocast.
+        fp8: whether frozen 4-bit weights are multiplied in FP8.
         copies: processes that average their gradients: DDP keeps what it sends beside them.
     """
 
@@ -63,6 +64,7 @@ class StepSettings:
     adapted: frozenset[str] | None = None
     captured: bool = False
     skipped: bool = True
+    fp8: bool = False
     copies: int = 1
 
     @property

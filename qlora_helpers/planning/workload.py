@@ -15,6 +15,7 @@ from qlora_helpers.machine.hardware import Gpu, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.fp8 import with_matmul_dtype
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import (
     SUMMARY_SHARE,
@@ -70,7 +71,8 @@ class Workload:
         Raises:
             ModelError: the shape lacks a size, or a target layer is unknown.
         """
-        return replace(self._step, **changes)
+        step = replace(self._step, **changes)
+        return step if "fp8" in changes else with_matmul_dtype(step, self.config.train, self.sizes, self.gpu)
 
     @cached_property
     def packed(self) -> bool:

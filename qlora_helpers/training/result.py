@@ -25,6 +25,7 @@ class TrainResult:
         stopped: whether a person, the budget or SIGTERM stopped it before the end; `stop_reason` says why.
         machine: the names of the GPUs it ran on, or `CPU`.
         compiled, checkpointed: whether decoder layers were compiled, and how many had activation checkpointing.
+        fp8: whether frozen weights were multiplied in FP8.
         captured: whether passes were replayed from CUDA graphs.
         fast_step: the parts of the fast step, a line each; empty on the plain path.
     """
@@ -41,6 +42,7 @@ class TrainResult:
     reserved_gib: dict[str, float] = field(default_factory=dict)
     compiled: bool = False
     captured: bool = False
+    fp8: bool = False
     checkpointed: int = 0
     fast_step: str = ""
     stop_reason: str = ""

@@ -25,10 +25,12 @@ from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
 from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
+from qlora_helpers.planning.fp8 import fp8_refusal
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import StepSettings, may_capture
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
+from qlora_helpers.training.fp8_proof import prove_fp8
 from qlora_helpers.training.probes import check_block_diagonal, check_same_losses, probe_losses
 
 if TYPE_CHECKING:
@@ -91,8 +93,9 @@ def open_fast_step(
         if data.packed:
             check_block_diagonal(model, collator)
         check_same_losses(probe_losses(model, collator, on.loss), plain)
+        _check_fp8(on, model, data, collator, config, no_fp8)
 
-    compiled, checkpointed = _choose(model, data, config, longest)
+    compiled, checkpointed, no_fp8 = _choose(model, data, config, longest)
     return fast_step(
         model,
         packed=data.packed,
@@ -102,16 +105,49 @@ def open_fast_step(
         captured=config.cuda_graph,
         accumulation=config.gradient_accumulation_steps,
         offload_embeddings=config.offload_embeddings,
+        fp8=no_fp8 is None,
         check=check,
     )
 
 
-def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int) -> tuple[bool, int | None]:
-    """Decides whether to compile, and how many layers get activation checkpointing; None means all.
+def _check_fp8(
+    on: FastStep,
+    model: torch.nn.Module,
+    data: PreparedData,
+    collator: SequenceCollator,
+    config: TrainConfig,
+    no_fp8: str | None,
+) -> None:
+    """Proves FP8 on the loaded model. Where it is refused, `auto` takes bfloat16 and notes why.
+
+    Raises:
+        ModelError: FP8 was asked for and is refused.
+    """
+    if on.fp8:
+        random = has_dropout(model.config.get_text_config().to_dict())
+        dropout = random or model.active_peft_config.lora_dropout > 0
+        proof = prove_fp8(model, on.fp8, data.train[0], collator, dropout=dropout)
+        on.fp8.refusal, on.fp8.proof = proof.refusal, str(proof)
+        log.info("%s", proof)
+    elif no_fp8 is not None and config.matmul_dtype == "auto" and next(model.parameters()).is_cuda:
+        on.reasons.append(no_fp8)
+    if config.matmul_dtype == "fp8" and not on.is_on("fp8"):
+        raise ModelError(
+            "frozen weights can't be multiplied in FP8 with this model on this machine",
+            got=next((reason for reason in on.why_off if reason.startswith("no FP8")), no_fp8 or ""),
+            next_step="Set train.matmul_dtype=bfloat16, or auto.",
+        )
+
+
+def _choose(
+    model: torch.nn.Module, data: PreparedData, config: TrainConfig, longest: int
+) -> tuple[bool, int | None, str | None]:
+    """Decides whether to compile, how many layers get activation checkpointing (None means all), and why there is no FP8, if so.
 
     The plan decides for one GPU. On a CPU, over several GPUs and for an architecture that can't be planned, the settings do.
     """
-    as_set = config.compile == "on", config.checkpointed_layers if config.activation_checkpointing else 0
+    no_fp8 = None if config.matmul_dtype == "fp8" else "no FP8: it is planned for one GPU"
+    as_set = config.compile == "on", config.checkpointed_layers if config.activation_checkpointing else 0, no_fp8
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
         return as_set
@@ -123,8 +159,12 @@ def _choose(model: torch.nn.Module, data: PreparedData, config: TrainConfig, lon
     step = _settings_of(model, data, config, longest, sizes)
     (device,) = devices
     gpu = find_gpu(torch.cuda.get_device_name(device)) or UNNAMED_GPU
+    if config.matmul_dtype != "fp8":  # which is tried on any card
+        no_fp8 = fp8_refusal(config, sizes, step, gpu)
+    step = replace(step, fp8=no_fp8 is None and gpu.fp8_tflops > 0)
     usable = gib(usable_bytes(device) + CONTEXT_BYTES)
-    return compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=_passes(data, config), packed=data.packed)
+    passes = _passes(data, config)
+    return *compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=passes, packed=data.packed), no_fp8
 
 
 def _settings_of(

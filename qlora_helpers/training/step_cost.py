@@ -24,6 +24,8 @@ _FIRST_FACTOR = {
     "qlora_helpers::add_matmul_": 1,
     "qlora_helpers::linear_unless_recomputing": 0,
     "qlora_helpers::linear_4bit_unless_recomputing": 0,
+    "qlora_helpers::fp8_linear_unless_recomputing": 0,
+    "aten::_scaled_mm": 0,
 }
 """Operators that multiply matrices, and which of their arguments is the first factor. Attention's kernels are not among them.
 

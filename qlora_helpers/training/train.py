@@ -18,6 +18,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from qlora_helpers.base.config import TrainConfig
+from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.place import at
 from qlora_helpers.data.packing import NumberedSequences, PreparedData
 from qlora_helpers.model.host_embedding import restore_embedding
@@ -72,6 +73,11 @@ def train(
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
         fast = None
+        if config.matmul_dtype == "fp8" and not config.fast_step:
+            raise ModelError(
+                "FP8 is a part of the fast step, which is off",
+                next_step="Set train.fast_step=true, or train.matmul_dtype=bfloat16.",
+            )
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
@@ -212,6 +218,7 @@ def _result(trainer: SummaryTrainer, start: int, seconds: float, stop_reason: st
         machine=machine_name(trainer.model.get_input_embeddings().weight.device),
         reserved_gib=reserved_memory(),
         compiled=fast.compiled if fast else False,
+        fp8=fast is not None and fast.is_on("fp8"),
         captured=bool(fast and fast.graphs and fast.graphs.replayed),
         checkpointed=fast.checkpointed if fast else 0,
         fast_step=repr(fast) if fast else "",

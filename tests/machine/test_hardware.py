@@ -147,5 +147,5 @@ def test_less_of_a_gpu_is_usable_than_it_is_sold_as(gpu):
 
 
 def test_only_what_was_measured_counts_as_measured():
-    assert {name for name, gpu in GPUS.items() if gpu.measured} == {"H100"}
+    assert {name for name, gpu in GPUS.items() if gpu.measured} == {"H100", "H200"}
     assert {name for name, gpu in GPUS.items() if not gpu.supports_bf16} == {"T4"}

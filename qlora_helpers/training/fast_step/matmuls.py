@@ -141,7 +141,11 @@ def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]
             adapted = hasattr(module, "get_base_layer")
             linear = module.get_base_layer() if adapted else module
             if _can_be_skipped(linear) and (not adapted or is_plain_lora(module)):
-                replace_forward(linear, types.MethodType(_skippable_forward(linear.forward), linear), undo)
+                if (fp8 := getattr(linear, "fp8", None)) is not None:
+                    fp8.skips = True
+                    undo.callback(setattr, fp8, "skips", False)
+                if fp8 is None or fp8.among.refusal is not None:
+                    replace_forward(linear, types.MethodType(_skippable_forward(linear.forward), linear), undo)
                 changed += 1
         yield changed // max(1, len(layers))
 

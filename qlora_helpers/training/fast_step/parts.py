@@ -28,6 +28,7 @@ from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.wiring import base_model_of, decoder_layers
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
 from qlora_helpers.training.fast_step.block_diagonal import block_diagonal_attention, block_diagonal_refusal
+from qlora_helpers.training.fast_step.fp8 import Fp8Matmuls, fp8_matmuls, fp8_refusal
 from qlora_helpers.training.fast_step.graphs import CapturedPasses, graph_refusal, passes_captured
 from qlora_helpers.training.fast_step.layers import compile_refusal, inner_hooks_disabled, layers_changed
 from qlora_helpers.training.fast_step.loss import ChunkedLoss, chunked_loss_refusal, loss_in_chunks
@@ -43,6 +44,7 @@ class FastStep:
         block_diagonal: whether batches carry the starts of their rows instead of a mask.
         loss: the loss in chunks, or None where the model's own is used.
         adapters: how many adapted layers cast weights instead of activations.
+        fp8: the layers that multiply in FP8, or None where none does.
         compiled: whether the decoder layers are compiled.
         graphs: the passes that are captured as CUDA graphs, or None where none may be.
         offloaded: what looks up a batch's tokens in an embedding in the host's memory; None where it is on the GPU.
@@ -54,6 +56,7 @@ class FastStep:
     block_diagonal: bool = False
     loss: ChunkedLoss | None = None
     adapters: int = 0
+    fp8: Fp8Matmuls | None = None
     compiled: bool = False
     graphs: CapturedPasses | None = None
     offloaded: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -102,6 +105,7 @@ class StepRequest:
         captured: whether passes are captured as CUDA graphs where they can be.
         accumulation: forward passes per optimizer step.
         offload_embeddings: whether the input embedding goes into the host's memory.
+        fp8: whether frozen 4-bit weights are multiplied in FP8.
     """
 
     model: torch.nn.Module
@@ -112,6 +116,7 @@ class StepRequest:
     captured: bool = False
     accumulation: int = 1
     offload_embeddings: bool = False
+    fp8: bool = False
 
     @cached_property
     def inner(self) -> torch.nn.Module:
@@ -185,6 +190,14 @@ PARTS = (
         "adapters",
         lambda request, on: weights_cast_in_place_of_activations(request.model),
         label="{} adapters in float32 that compute in the model's type",
+    ),
+    Part(
+        "fp8",
+        lambda request, on: fp8_matmuls(request.inner),
+        label="{} frozen linear layers multiplied in FP8",
+        asked=lambda request: request.fp8,
+        refusal=lambda request, on: fp8_refusal(request.inner),
+        listed_when_off=False,
     ),
     CHECK,
     Part(
