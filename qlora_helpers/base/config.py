@@ -181,10 +181,10 @@ class TrainConfig:
         "Capture forward and backward passes as CUDA graphs and replay them, for packed sequences on one GPU without dropout.",
     )
     matmul_dtype: str = option(
-        "auto",
+        "bfloat16",
         "Multiply frozen 4-bit weights in bfloat16, or in FP8 (Ada, Hopper and newer): auto takes FP8 where it was measured and is "
         "faster.",
-        choices=("auto", "bfloat16", "fp8"),
+        choices=("bfloat16", "fp8", "auto"),
     )
     offload_embeddings: bool = option(
         False,

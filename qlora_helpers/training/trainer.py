@@ -44,6 +44,7 @@ class SummaryTrainer(Trainer):
     fast: FastStep | None = None
     trained_on: dict[str, Any] | None = None  # what can't change in later sessions
     _saves_to: Path | None = None
+    _pass = 0  # of the optimizer step that is being taken
     control: Any  # Trainer makes it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +59,7 @@ class SummaryTrainer(Trainer):
         """Counts the tokens without padding; the sum stays on the device until it is logged."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._blocks = deque(batch.pop("sequences", None) for batch in batches)
+        self._pass = 0
         pad = self.data_collator.pad_token_id
         self.tokens_seen = self.tokens_seen + sum(batch["input_ids"].ne(pad).sum() for batch in batches)
         return batches, items
@@ -73,6 +75,9 @@ class SummaryTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Does one forward and backward pass, and hands its loss to the watch."""
+        if self.fast and self.fast.fp8:
+            self.fast.fp8.start_pass(self.state.global_step * self.args.gradient_accumulation_steps + self._pass)
+        self._pass += 1
         loss = super().training_step(*args, **kwargs)
         self.watch.add(loss, self._blocks.popleft() if self._blocks else None)
         return loss

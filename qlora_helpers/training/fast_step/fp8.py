@@ -78,6 +78,15 @@ class Fp8Matmuls:
     def __str__(self) -> str:
         return f"{len(self.linears)} of {len(self.linears) + self.others}"
 
+    def start_pass(self, number: int) -> None:
+        """Sets the scales to those of a training pass, so that a resumed run takes the same ones as an uninterrupted run.
+
+        Args:
+            number: how many forward passes with gradients the run has done before this one, over all its sessions.
+        """
+        for scales in self.scales.values():
+            scales.seek(number)
+
     def share_scales(self) -> None:
         """Puts the scales of all weights on a device into one tensor, so that they move together."""
         weights = [linear.fp8 for linear in self.linears.values()]
@@ -105,6 +114,11 @@ class _Scales:
             weight.row_scales, weight.column_scales = (self._now[place].unsqueeze(0) for place in places)
             weight.inverse_rows, weight.inverse_columns = (self._inverse[place] for place in places)
             start += rows + columns
+
+    @torch.no_grad()
+    def seek(self, number: int) -> None:
+        """Makes the next factor that of a pass, counted from 0 at the start of the run."""
+        self._phase.fill_(number * PHASE_STEP % 1.0)
 
     @torch.no_grad()
     def move(self) -> None:
