@@ -102,9 +102,9 @@ def prove_fp8(
     model.train(was_training)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    by_name = [{path: float(error) for path, error in found.items()} for found in errors]
+    forward, backward, flushed = ({path: float(error) for path, error in found.items()} for found in errors)
     apart = float((gradient - exact).norm() / exact.norm())
-    return Fp8Proof(*by_name, loss=abs(loss - exact_loss) / abs(exact_loss), gradient=apart)
+    return Fp8Proof(forward, backward, flushed, loss=abs(loss - exact_loss) / abs(exact_loss), gradient=apart)
 
 
 def _drawn_alike(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -125,7 +125,8 @@ def _watched(matmuls: Fp8Matmuls) -> Iterator[tuple[dict[str, torch.Tensor], ...
     """While open, every layer's multiplications are compared with bfloat16; yields errors both ways, and what is flushed."""
     from bitsandbytes.functional import dequantize_4bit
 
-    forward, backward, flushed = found = ({}, {}, {})
+    found: tuple[dict[str, torch.Tensor], ...] = ({}, {}, {})
+    forward, backward, flushed = found
 
     def watch(path: str, linear: Any) -> Any:
         def values(dtype: torch.dtype) -> torch.Tensor:

@@ -23,8 +23,13 @@ from qlora_helpers.planning.workload import Workload
 CASES = json.loads((Path(__file__).parents[2] / "benchmarks" / "fp8_step_speed_one_gpu.json").read_text())["cases"]
 
 
+def automatic():
+    """The recipe's settings with the matrix multiplications' type chosen by the plan."""
+    return profile_config("falcon-40b").with_settings(["train.matmul_dtype=auto"])
+
+
 def plan(gpus, model="falcon-40b", **train):
-    config = profile_config("falcon-40b").with_settings({f"train.{name}": value for name, value in train.items()})
+    config = automatic().with_settings({f"train.{name}": value for name, value in train.items()})
     return make_plan(Workload(config, SHAPES[model], parse_gpus(gpus), tokens=10**6))
 
 
@@ -45,6 +50,10 @@ def test_steps_and_bytes_are_near_those_measured_on_an_h200(case):
     assert step_seconds(sizes, step, GPUS["H200"]) == pytest.approx(case["step_s"], rel=0.06)
     assert gib(memory.allocated) == pytest.approx(case["peak_allocated_gib"], rel=0.03)
     assert gib(memory.reserved) == pytest.approx(case["peak_reserved_gib"], rel=0.03)
+
+
+def test_bfloat16_is_the_default():
+    assert profile_config("falcon-40b").train.matmul_dtype == "bfloat16"
 
 
 def test_auto_takes_fp8_on_a_card_where_it_was_measured():
@@ -69,7 +78,7 @@ def test_a_card_without_fp8_is_planned_in_bfloat16_with_a_note():
 
 
 def test_layers_over_several_gpus_keep_bfloat16_unless_asked():
-    config = profile_config("falcon-40b")
+    config = automatic()
     workload = Workload(config, SHAPES["falcon-40b"], parse_gpus("2xH200"), tokens=10**6, one_process=True)
     assert not make_plan(workload).choice.fp8
     assert make_plan(workload.with_settings(["train.matmul_dtype=fp8"])).choice.fp8
@@ -87,12 +96,12 @@ def test_layers_over_several_gpus_keep_bfloat16_unless_asked():
     ],
 )
 def test_the_reason_for_bfloat16_is_one_sentence(changes, gpu, words):
-    config, shape = profile_config("falcon-40b").with_settings(changes), SHAPES["falcon-40b"]
+    config, shape = automatic().with_settings(changes), SHAPES["falcon-40b"]
     step = step_settings(config, shape, micro_batch_size=4, trained_share=0.2)
     assert words in fp8_refusal(config.train, model_sizes(shape), step, GPUS[gpu])
 
 
 def test_a_small_model_gains_nothing_and_keeps_bfloat16():
-    config, shape = profile_config("falcon-40b"), SHAPES["smollm2-135m"]
+    config, shape = automatic(), SHAPES["smollm2-135m"]
     step = step_settings(config, shape, micro_batch_size=1, trained_share=0.2)
     assert "of its time in bfloat16" in fp8_refusal(config.train, model_sizes(shape), step, GPUS["H200"])

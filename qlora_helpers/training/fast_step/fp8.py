@@ -47,7 +47,7 @@ def _linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     *weight, scales = rest
     if matmuls.recomputing():
         return matmuls._uninitialized(x, weight[-1][0])
-    return _multiplied(x, nf4_to_fp8(*weight, False), scales)
+    return _multiplied(x, torch.ops.qlora_helpers.fp8_weight(*weight, False), scales)
 
 
 @torch.library.register_fake("qlora_helpers::fp8_linear_unless_recomputing")
@@ -185,7 +185,7 @@ def _multiplied(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> 
         )
     else:
         out = ((values.float() * value_scales) @ (weight.float().t() * scales)).to(x.dtype)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Fp8Matmul(torch.autograd.Function):
@@ -217,7 +217,8 @@ def _in_bfloat16(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
 
 def fp8_forward(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
     """`(..., columns)` -> `(..., rows)`, differentiable with respect to `x`."""
-    return _Fp8Matmul.apply(x, weight)
+    # A view that is made inside of an autograd function can't be changed in place, and Falcon adds to what its MLP gives.
+    return _Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_backward(gradient: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
@@ -280,7 +281,7 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
         other = x.is_cuda and (x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cuda"))
         if weight.among.refusal is not None or other or not torch.is_grad_enabled():
             return own(x)
-        out = _Fp8Matmul.apply(x, weight)
+        out = fp8_forward(x, weight)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     return forward

@@ -108,7 +108,7 @@ def nf4_values(
     numbers = packed.view(torch.uint8).flatten()
     values = code[torch.stack([numbers >> 4, numbers & 15], dim=1).flatten().int()]
     blocks = constants.numel()
-    if nested_code is not None:
+    if nested_code is not None and nested_constants is not None and offset is not None:
         which = torch.arange(blocks, device=constants.device) // NESTED_BLOCK
         constants = nested_code[constants.int()] * nested_constants[which] + offset
     return (values.view(blocks, -1) * constants[:, None]).view(*shape)

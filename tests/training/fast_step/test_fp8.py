@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_helpers.base.config import AdapterConfig, RunConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data.batches import RowBounds, SequenceCollator, TrainedTokens
-from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.lora import add_adapters, remove_adapters
 from qlora_helpers.training import step
 from qlora_helpers.training.fast_step import fp8, graphs
 from qlora_helpers.training.fast_step.fp8 import Fp8Matmuls, Fp8Weight, fp8_backward, fp8_forward, fp8_refusal
@@ -337,6 +337,57 @@ def small_run(own_falcon, data, tokenizer, run):
 def test_a_run_trains_in_fp8_and_says_so(small_run):
     result = small_run(matmul_dtype="fp8")
     assert result.fp8 and "multiplied in FP8" in result.fast_step and result.eval_loss > 0
+
+
+def test_the_scales_follow_from_the_number_of_the_pass(own_falcon):
+    with fp8.fp8_matmuls(own_falcon.model) as matmuls:
+        weight = next(iter(matmuls.linears.values())).fp8
+
+        def scales_of(number):
+            matmuls.start_pass(number)
+            own_falcon.model(input_ids=torch.tensor([[3, 4, 5]]))
+            return weight.row_scales.clone()
+
+        first, second, again = scales_of(0), scales_of(1), scales_of(0)
+        assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_takes_the_scales_of_an_uninterrupted_one(
+    own_falcon, data, tokenizer, tmp_path, monkeypatch, accumulation
+):
+    """The tensors after four steps are equal to the bit, whether or not a session ended after two."""
+    from qlora_helpers.runs.folder import Run
+
+    started: list[int] = []
+    start_pass = fp8.Fp8Matmuls.start_pass
+    monkeypatch.setattr(
+        fp8.Fp8Matmuls, "start_pass", lambda on, number: (started.append(number), start_pass(on, number))[1]
+    )
+
+    def trained(name, *stops):
+        for steps in stops:
+            settings = {
+                "matmul_dtype": "fp8",
+                "max_steps": steps,
+                "save_steps": 2,
+                "micro_batch_size": 1,
+                "epochs": 4.0,
+                "gradient_accumulation_steps": accumulation,
+                "lr_scheduler_type": "constant",
+            }
+            config = RunConfig().with_settings({f"train.{key}": value for key, value in settings.items()})
+            model = add_adapters(own_falcon.model, AdapterConfig(lora_dropout=0.0), seed=0)
+            train(model, tokenizer, data, config.train, Run(tmp_path / name), show_progress=False)
+            found = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" in key}
+            remove_adapters(model)
+        return found
+
+    whole = trained("whole", 4)
+    passes, started[:] = list(started), []
+    parts = trained("parts", 2, 4)
+    assert passes == started == sorted(set(passes)) and passes[0] == 0
+    assert all(torch.equal(tensor, parts[key]) for key, tensor in whole.items())
 
 
 def test_fp8_without_the_fast_step_is_refused(small_run):
