@@ -180,14 +180,14 @@ def test_evaluation_speed_takes_batches_of_like_length_for_the_plain_side(monkey
 
 
 def test_evaluation_speed_says_how_near_the_choice_was_where_answers_part(tmp_path, monkeypatch):
-    from qlora_helpers.evaluation import evaluate
+    from qlora_helpers.evaluation import generate
 
-    answered, word = evaluate.answer_fast, corpus_tokenizer()(" cake")["input_ids"][0]
+    answered, word = generate.answer_fast, corpus_tokenizer()(" cake")["input_ids"][0]
 
     def otherwise(*args, **kwargs):
         return [[line[0], word, *line[2:]] for line in answered(*args, **kwargs)]
 
-    monkeypatch.setattr(evaluate, "answer_fast", otherwise)
+    monkeypatch.setattr(generate, "answer_fast", otherwise)
     out = tmp_path / "speed.json"
     options = ["--rows", 10, "--new-tokens", 4, "--seq-len", 512, "--plain-batches", 1, "--rounds", 1]
     run("evaluation_speed", monkeypatch, out, "falcon-tiny:4", *options)

@@ -424,7 +424,7 @@ WITH_CREDENTIALS = {
 @pytest.mark.parametrize("address", WITH_CREDENTIALS.values(), ids=WITH_CREDENTIALS)
 def test_an_address_with_credentials_is_refused_before_anything_is_written(tmp_path, name, address):
     with pytest.raises(
-        ConfigError, match=rf"{name}: expected an address without credentials.*download what it leads"
+        ConfigError, match=rf"{name}: expected an address without credentials.*download the file and name the copy"
     ) as caught:
         open_run("mine", profile="tiny", settings={name: address}, root=tmp_path)
     assert "anary0" not in str(caught.value) + repr(caught.value.__cause__)

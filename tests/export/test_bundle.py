@@ -244,7 +244,7 @@ TOKEN = "hf_" + "s3cr3t" * 6
 def test_a_wrong_repository_is_refused_before_anything_is_merged(copy, capsys):
     for arguments, message in (
         (["--publish", "a/b/c"], "error: that is not the name of a repository; expected owner/name; got 'a/b/c'."),
-        (["--public"], "error: --public is of a repository. Name it: --publish OWNER/NAME."),
+        (["--public"], "error: --public needs a repository. Name it with --publish OWNER/NAME."),
     ):
         assert main(["export", str(copy.folder), *arguments]) == 2
         assert capsys.readouterr().err.strip() == message

@@ -329,6 +329,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(warm, chain):
         pytest.skip("this process may mount nothing")
     try:
         finds_no_space_for_the_second_checkpoint(warm, Run(run.folder), "")
-        assert "No space left on device" in warm.said() or "were not taken whole; 0.0 GiB" in warm.said()
+        assert "No space left on device" in warm.said() or "were not written whole; 0.0 GiB" in warm.said()
     finally:
         subprocess.run(["umount", str(run.checkpoints_dir)], check=True)

@@ -271,7 +271,7 @@ def test_a_bucket_that_was_away_to_the_end_is_caught_up_with_later(run):
 
 def test_events_that_stay_here_have_nothing_to_catch_up_with(run):
     run.save_config(config())
-    with pytest.raises(RunError, match="go to no bucket"):
+    with pytest.raises(RunError, match="are not copied to a bucket"):
         copy_events(run)
 
 
@@ -306,7 +306,7 @@ def test_what_a_panel_says():
 def test_a_process_does_not_hang_on_a_bucket_that_never_answers(tmp_path):
     """A connection that is taken and never answered: the slowest way for a bucket to be away."""
     code = (
-        "import pathlib, sys; from qlora_helpers.s3_copy import S3Copy; folder = pathlib.Path(sys.argv[1]);"
+        "import pathlib, sys; from qlora_helpers.runs.events_copy import S3Copy; folder = pathlib.Path(sys.argv[1]);"
         "(folder / 'events.1').write_bytes(b'x'); S3Copy(folder, 's3://bucket/prefix').close(timeout_s=4)"
     )
     with socket.socket() as silent:

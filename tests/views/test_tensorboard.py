@@ -64,7 +64,7 @@ def test_a_run_without_events(tmp_path):
     run = fake_run(tmp_path)
     with pytest.raises(RunError, match="Notebook 04_train makes it"):
         start_tensorboard(run)
-    with pytest.raises(RunError, match="go to no bucket"):
+    with pytest.raises(RunError, match="are not copied to a bucket"):
         start_tensorboard(run, from_s3=True)
 
 
