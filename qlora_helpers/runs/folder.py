@@ -20,6 +20,7 @@ from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import not_written, read_json, write_json
 from qlora_helpers.base.records import read_record
+from qlora_helpers.runs.guard import open_to_append
 from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
 from qlora_helpers.runs.status import STATES, WENT_SILENT, Status, is_alive
@@ -226,7 +227,7 @@ class Run:
         line = json.dumps({"time": round(time.time(), 3)} | record, allow_nan=False) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.progress_path, "ab+") as file:
+            with open_to_append(self.progress_path, "ab+") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":

@@ -20,6 +20,7 @@ from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.guard import open_to_append, refuse_links
 
 
 def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
@@ -82,6 +83,7 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
             setting would change that is fixed once a run has trained.
         UserError: the budget is in dollars and the price is unknown, or there is fewer than one process.
     """
+    refuse_links(run.folder)
     config = run.config().with_settings(settings)
     if run.has_trained():
         run.refuse_differences(run.config().to_dict(), config.to_dict())
@@ -108,7 +110,7 @@ def _start_detached(run: Run, command: list[str], processes: int) -> int:
     environment.pop("MPLBACKEND", None)  # the kernel's
     run.open_session()
     try:
-        with open(run.log_path, "ab") as log:
+        with open_to_append(run.log_path) as log:
             process = subprocess.Popen(
                 command,
                 env=environment,

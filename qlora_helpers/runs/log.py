@@ -8,13 +8,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_helpers.runs.guard import open_to_append
+
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Appends what is logged during the block to a file, in addition to where it goes already."""
     # transformers also prints its warnings: where its output goes into the same file, they are there already.
     names = ("qlora_helpers",) if prints_into(path) else ("qlora_helpers", "transformers")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    file = open_to_append(path, "a", encoding="utf-8")
+    handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in names:
         logging.getLogger(name).addHandler(handler)
@@ -23,6 +26,7 @@ def logged_to(path: Path) -> Iterator[None]:
         yield
     finally:
         handler.close()
+        file.close()
         for name in names:
             logging.getLogger(name).removeHandler(handler)
 

@@ -14,6 +14,7 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.runs.folder import Run, is_run_name
+from qlora_helpers.runs.guard import refuse_links
 
 
 def open_run(
@@ -118,7 +119,9 @@ def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -
         )
     # Path("").name and Path(".").name are empty: joined to the root, they would be the root itself.
     is_path = os.sep in str(name) or not path.name
-    return Run(path if is_path else runs_root(root) / name)
+    run = Run(path if is_path else runs_root(root) / name)
+    refuse_links(run.folder)
+    return run
 
 
 def runs_root(root: str | os.PathLike[str] | None = None) -> Path:

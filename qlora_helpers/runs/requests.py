@@ -70,7 +70,8 @@ class Requests:
     def __iter__(self) -> Iterator[Request]:
         for path in sorted(self.folder.glob("[0-9]*.json")):
             with contextlib.suppress(RunError):
-                yield read_record(path, Request)
+                # What a file says of its own name is not believed: the answer is written under it.
+                yield dataclasses.replace(read_record(path, Request), id=path.stem)
 
     def add(self, kind: str, session: int) -> Request:
         """Writes a new request to a session's trainer."""

@@ -11,6 +11,7 @@ from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.heartbeat import sending_heartbeats
 from qlora_helpers.runs.log import logged_to
 from qlora_helpers.runs.status import INTERRUPTED
@@ -31,6 +32,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
         RunError: another process trains this run or uses its GPUs, or its budget is used up.
         UserError: the budget is in dollars and the machine's price is unknown.
     """
+    refuse_links(run.folder)
     with locks.run_lock(run), logged_to(run.log_path):
         began = False
         try:

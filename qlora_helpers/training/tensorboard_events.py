@@ -160,7 +160,8 @@ def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
     target = s3_target(run, run.config())
     if target is None:
         raise RunError(
-            f"the events of {run.name!r} are not copied to a bucket", next_step="Set train.tensorboard=s3://bucket/prefix first."
+            f"the events of {run.name!r} are not copied to a bucket",
+            next_step="Set train.tensorboard=s3://bucket/prefix first.",
         )
     copy = S3Copy(run.events_dir, target, client=s3_client)
     copy.close()
