@@ -191,12 +191,15 @@ def equality() -> dict[str, str]:
     """The fast step's own tests on a GPU, and what it learns beside the plain path."""
     cases = record("fast_step_one_gpu")["cases"]
     packed = [case for case in cases if case["row_packed_error"] is not None]
+    again = record("fast_step_again_one_gpu")["cases"]
     quality = record("quality_one_gpu")
     fast = [run for run in quality["runs"] if run["path"] == "fast"]
     how = [name for name, key in (("compiled", "compiled"), ("replayed", "captured")) if all(run[key] for run in fast)]
     return {
         "gpu_cases": f"{len(cases)}",
         "gpu_cases_passed": f"{sum(bool(case.get('passed')) for case in cases)}",
+        "gpu_again_cases": f"{len(again)}",
+        "gpu_again_passed": f"{sum(bool(case.get('passed')) for case in again)}",
         "gpu_cases_replayed": f"{sum(bool(case.get('replayed')) for case in cases)}",
         "fast_gradient_error": f"{max(case['fast_gradient_error'] for case in cases):.1%}",
         "plain_gradient_error": f"{max(case['plain_gradient_error'] for case in cases):.1%}",
