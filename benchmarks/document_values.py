@@ -1,4 +1,4 @@
-"""The single figures that the documents quote, made from the records: a name, and the text that stands for it."""
+"""The single figures that the documents quote, made from the records: a name, and its text."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 An error takes the place along: every `at` that it leaves adds its own, the innermost first. So no state is kept while all is
 well, and it does not matter which thread raised: autograd hands an error of its own threads on as the same object. Entering costs
-an object; it stands around steps and never inside a compiled layer.
+an object; it is set around steps and never inside a compiled layer.
 """
 
 from __future__ import annotations

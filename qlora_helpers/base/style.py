@@ -27,7 +27,7 @@ def inline(*names: str) -> str:
 
 
 def colour(name: str) -> str:
-    """Returns the colour of `--qlora-NAME` as it stands in the file, such as `#3a7bd5`."""
+    """Returns the colour of `--qlora-NAME` as the file has it, such as `#3a7bd5`."""
     return _colours()[name]
 
 
