@@ -151,7 +151,7 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     rows = read_corpus(DataConfig(source=chosen.data, train_rows=chosen.rows, eval_rows=1, test_rows=1)).train
     prompts = []
     for row in rows:
-        tokens = prompt_tokens(row.dialogue, "recipe", tokenizer)
+        tokens = prompt_tokens(row.prompt, "recipe", tokenizer)
         prompts.append(tokens.trimmed(max(0, len(tokens) + chosen.new_tokens - chosen.seq_len)).ids)
     prompts.sort(key=len, reverse=True)  # as they are answered, so that answers come in the order of the prompts
     settings = EvaluationConfig(batch_size=case.batch, max_new_tokens=chosen.new_tokens)

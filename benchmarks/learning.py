@@ -35,11 +35,11 @@ import torch
 
 from qlora_helpers import workflow
 from qlora_helpers.base.config import EvaluationConfig, RunConfig
-from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.duplicates import prompt_key
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.prepare import prepare
 from qlora_helpers.data.prompts import prompt_tokens
-from qlora_helpers.data.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers.data.sources import Corpus, Example, read_corpus
 from qlora_helpers.evaluation import evaluate, generate
 from qlora_helpers.evaluation.scorecard import compare
 from qlora_helpers.model import loading, lora
@@ -68,12 +68,12 @@ OURS = {
 }
 VARIANTS = {"recipe": RECIPE, "ours": OURS}
 Case = tuple[str, int]  # variant and seed
-Rows = tuple[list[Dialogue], dict[str, list[Dialogue]]]  # of training, and the two halves of the dev rows
+Rows = tuple[list[Example], dict[str, list[Example]]]  # of training, and the two halves of the dev rows
 Found = tuple[dict[str, Any], dict[str, dict[str, Any]]]  # what was measured, and each row's scores by id
 TUNING_ROWS_WHILE_TRAINING = 8  # Trainer asks for an evaluation set; the scores don't come from it
 
 
-def all_rows(source: str) -> tuple[Dialogue, ...]:
+def all_rows(source: str) -> tuple[Example, ...]:
     """Every usable row of a file, in the file's order whatever its splits."""
     config = RunConfig().data
     corpus = read_corpus(replace(config, source=source, train_rows=None, eval_rows=1, test_rows=1))
@@ -81,11 +81,11 @@ def all_rows(source: str) -> tuple[Dialogue, ...]:
     return tuple(sorted(rows, key=lambda row: (len(row.where), row.where)))
 
 
-def split_rows(chosen: argparse.Namespace) -> tuple[list[Dialogue], dict[str, list[Dialogue]], int]:
+def split_rows(chosen: argparse.Namespace) -> tuple[list[Example], dict[str, list[Example]], int]:
     """Training rows, the two halves of the dev rows, and how many dev rows stand in the whole training file."""
     train = list(all_rows(chosen.data))
-    known = {dialogue_key(row.dialogue) for row in train}
-    dev = [row for row in all_rows(chosen.dev) if dialogue_key(row.dialogue) not in known]
+    known = {prompt_key(row) for row in train}
+    dev = [row for row in all_rows(chosen.dev) if prompt_key(row) not in known]
     skipped = len(all_rows(chosen.dev)) - len(dev)
     random.Random("halves").shuffle(dev)
     halves = {"tuning": dev[: len(dev) // 2], "report": dev[len(dev) // 2 :]}
@@ -141,11 +141,11 @@ def without_end(row: dict[str, Any], end: int) -> dict[str, Any]:
     return {"labels": [IGNORED if label == end else label for label in row["labels"]]}
 
 
-def plain_answers(model: Any, tokenizer: Any, rows: list[Dialogue], config: RunConfig, count: int) -> dict[str, Any]:
+def plain_answers(model: Any, tokenizer: Any, rows: list[Example], config: RunConfig, count: int) -> dict[str, Any]:
     """How long the recipe's own way of answering takes: timed on a few rows of all lengths, scaled to all."""
     if not count:
         return {}
-    prompts = sorted((prompt_tokens(row.dialogue, config.data.template, tokenizer).ids for row in rows), key=len)
+    prompts = sorted((prompt_tokens(row.prompt, config.data.template, tokenizer).ids for row in rows), key=len)
     few = prompts[:: max(1, len(prompts) // count)][:count]
     small = EvaluationConfig(batch_size=8, max_new_tokens=config.evaluation.max_new_tokens)
     started = time.monotonic()
@@ -155,7 +155,7 @@ def plain_answers(model: Any, tokenizer: Any, rows: list[Dialogue], config: RunC
 
 
 def measure(
-    variant: str, seed: int, train: list[Dialogue], halves: dict[str, list[Dialogue]], chosen: argparse.Namespace
+    variant: str, seed: int, train: list[Example], halves: dict[str, list[Example]], chosen: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """One training and its evaluation; the second value holds each row's scores by id."""
     config, asked = settings_of(variant, seed, chosen), halves[chosen.half]

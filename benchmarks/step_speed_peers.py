@@ -52,7 +52,7 @@ def measure_peer(case: Case, source: str, seq_len_tokens: int) -> dict[str, Any]
     model, tokenizer, adapter = build(case, seq_len_tokens, checkpointing)
     rows = read_corpus(data_settings(source, seq_len_tokens)).train
     texts = [
-        {"text": f"Summarize the chat dialogue:\n{row.dialogue}\n---\nSummary:\n{row.summary}{tokenizer.eos_token}"}
+        {"text": f"Summarize the chat dialogue:\n{row.prompt}\n---\nSummary:\n{row.answer}{tokenizer.eos_token}"}
         for row in rows
     ]
     weights = weights_held()

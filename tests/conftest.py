@@ -151,10 +151,10 @@ def llama(torch):
 @pytest.fixture(scope="session")
 def dialogues():
     """Eight short dialogues with summaries."""
-    from qlora_helpers.data.sources import Dialogue
+    from qlora_helpers.data.examples import SUMMARIZE, one_turn
 
     return tuple(
-        Dialogue(f"d{number}", dialogue, summary, f"conftest row {number}")
+        one_turn(f"d{number}", f"conftest row {number}", dialogue, summary, instruction=SUMMARIZE)
         for number, (dialogue, summary) in enumerate(DIALOGUES, start=1)
     )
 

@@ -39,9 +39,9 @@ def files(tmp_path_factory):
     """A training file, and a held-out file with two rows of it, one in capitals."""
     rows = read_corpus(DataConfig(train_rows=40)).train
     folder = tmp_path_factory.mktemp("files")
-    parts = {"train": [(row.dialogue, row.summary) for row in rows[:16]]}
-    parts["dev"] = [(row.dialogue, row.summary) for row in (*rows[16:28], rows[0])]
-    parts["dev"].append((rows[1].dialogue.upper(), rows[1].summary))
+    parts = {"train": [(row.prompt, row.answer) for row in rows[:16]]}
+    parts["dev"] = [(row.prompt, row.answer) for row in (*rows[16:28], rows[0])]
+    parts["dev"].append((rows[1].prompt.upper(), rows[1].answer))
     for name, texts in parts.items():
         lines = [json.dumps({"dialogue": dialogue, "summary": summary}) for dialogue, summary in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -160,7 +160,7 @@ def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     assert "float32 copies" in good["form"][0]
     assert "error" in bad
     rows = read_corpus(DataConfig(train_rows=10, eval_rows=1, test_rows=1)).train
-    lengths = sorted((len(prompt_tokens(row.dialogue, "recipe", corpus_tokenizer()).ids) for row in rows), reverse=True)
+    lengths = sorted((len(prompt_tokens(row.prompt, "recipe", corpus_tokenizer()).ids) for row in rows), reverse=True)
     for name, taken in (("plain, batch 8", lengths[1:9]), ("plain, batch 4", lengths[3:7])):
         assert good["variants"][name]["mean_prompt_tokens"] == round(sum(taken) / len(taken), 1)
         assert good["variants"][name]["padded_share"] == round(1 - sum(taken) / (len(taken) * max(taken)), 4)

@@ -20,7 +20,13 @@ Section = TypeVar("Section")
 
 
 def option(
-    default: Any, text: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None
+    default: Any,
+    text: str,
+    *,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    many_lines: bool = False,
 ) -> Any:
     """Makes a dataclass field with its help text and limits.
 
@@ -30,8 +36,10 @@ def option(
         choices: the allowed values, or None.
         low: the smallest allowed number, or None.
         high: the largest allowed number, or None.
+        many_lines: whether a text may hold line breaks and tabs; the command line writes them as \\n and \\t.
     """
-    return field(default=default, metadata={"text": text, "choices": choices, "low": low, "high": high})
+    limits = {"choices": choices, "low": low, "high": high, "many_lines": many_lines}
+    return field(default=default, metadata={"text": text, **limits})
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,14 @@ class DataConfig:
     )
     dialogue_column: str = option("dialogue", "Column that holds the dialogue.")
     summary_column: str = option("summary", "Column that holds the summary.")
+    instruction: str | None = option(
+        None,
+        "Text that stands before each row's own; none takes 'Summarize the chat dialogue:' for dialogues, and nothing for others.",
+        many_lines=True,
+    )
+    system: str | None = option(
+        None, "The system's message, before each conversation that has none; none adds no message.", many_lines=True
+    )
     template: str = option(
         "recipe",
         "Prompt format: the recipe's plain text, or the model's own chat template.",

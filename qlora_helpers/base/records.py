@@ -28,7 +28,8 @@ def read_record(path: Path, kind: type[Record], *, next_step: str = RESTORE) -> 
     """Reads a file into a dataclass.
 
     Unknown keys are ignored, missing ones take their default. A class may declare `RENAMED`, a mapping from a key of earlier
-    versions to its name today, and a property `is_plausible` that judges the values together.
+    versions to its name today, a static method `upgraded` that returns an object of earlier versions as today's (it raises
+    `ValueError` where it can't), and a property `is_plausible` that judges the values together.
 
     Args:
         path: the JSON file.
@@ -77,6 +78,7 @@ _hints = functools.cache(typing.get_type_hints)  # it evaluates every annotation
 def _object(kind: Any, values: Any, place: str, build: bool) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{place}expected an object, got {_named(values)}")
+    values = kind.upgraded(values) if hasattr(kind, "upgraded") else values
     renamed = getattr(kind, "RENAMED", {})
     values = {renamed[key]: value for key, value in values.items() if key in renamed} | {
         key: value for key, value in values.items() if key not in renamed
@@ -106,7 +108,7 @@ def _value(hint: Any, value: Any, place: str, build: bool) -> Any:
         return _value(hint, value, place, build)
     if dataclasses.is_dataclass(hint):
         return _object(hint, value, place, build)
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise ValueError(f"{place}expected an object, got {_named(value)}")
         return {key: _value(inner[1], item, f"{place}{key}: ", build) for key, item in value.items()}

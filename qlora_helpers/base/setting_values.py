@@ -14,6 +14,7 @@ from typing import Any
 
 from qlora_helpers.base.addresses import carries_credentials
 
+_ESCAPED = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}  # how the command line writes line breaks and tabs
 _UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # surrogates: bytes of the command line that are not UTF-8
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 _WITHOUT_CREDENTIALS = (
@@ -36,8 +37,10 @@ def checked_value(section: type, item: dataclasses.Field, value: Any, is_text: b
         ValueError: it has another type, or is not among the choices or within the limits.
     """
     hint = _type_hints(section)[item.name]
-    value = _converted(hint, value, is_text)
     limits = item.metadata
+    if limits.get("many_lines") and isinstance(value, str):
+        return _lines(value, is_text)
+    value = _converted(hint, value, is_text)
     if value is None:
         return value
     if limits["choices"] and value not in limits["choices"]:
@@ -72,6 +75,19 @@ def _converted(hint: Any, value: Any, is_text: bool) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"expected {_NAMES[kind]}, got {value!r}")
     return value
+
+
+def _lines(text: str, is_text: bool) -> str | None:
+    """Returns a text that may be empty and hold line breaks and tabs, or None for the command line's `none`.
+
+    Raises:
+        ValueError: it contains other control characters, or credentials.
+    """
+    if is_text and text.lower() in ("none", "null"):
+        return None
+    text = re.sub(r"\\[nt\\]", lambda found: _ESCAPED[found[0]], text) if is_text else text
+    plain_text(re.sub(r"[\n\t]", " ", text) + ".")
+    return text
 
 
 def plain_text(value: Any) -> str:

@@ -1,16 +1,13 @@
-"""Turns raw rows into clean dialogues, with a note on every row that is skipped.
+"""Turns raw rows into clean examples, with a note on every row that is skipped.
 
-Owns the columns, the cleaning of texts, and duplicates. Rows are read in `readers` and `archives` and divided in
+Owns the columns and the cleaning of texts. Rows are read in `readers` and `archives` and divided in
 `splits`. Knows nothing of files, tokens or models.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import re
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +16,7 @@ from typing import Any
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import CONTROLS, SURROGATES
+from qlora_helpers.data.examples import SUMMARIZE, Example, one_turn
 
 SPLITS = ("train", "eval", "test")
 MIN_ROWS = 3
@@ -50,30 +48,15 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """One dialogue with its summary; `where` names the place it came from, as in `rows.jsonl line 12`.
-
-    `references` are more summaries of it by other people (`summary2`, `summary3` beside `summary1`). They are never trained; an
-    answer is scored against each of them, and the best score counts.
-    """
-
-    id: str
-    dialogue: str
-    summary: str
-    where: str
-    references: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, repr=False)
 class Corpus:
-    """Dialogues in three splits that share none; `notes` name what was skipped, cut or changed."""
+    """Examples in three splits that share none; `notes` name what was skipped, cut or changed."""
 
     name: str
     licence: str
-    train: tuple[Dialogue, ...]
-    eval: tuple[Dialogue, ...]
-    test: tuple[Dialogue, ...]
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    test: tuple[Example, ...]
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -136,14 +119,14 @@ def _likely(column: str, found: Iterable[str]) -> str:
     return shlex.quote(by_lower[close[0]]) if close and by_lower[close[0]].isprintable() else "NAME"
 
 
-def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: SkippedRows) -> dict[str, list[Dialogue]]:
-    """Turns the source's rows into dialogues, split by split.
+def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: SkippedRows) -> dict[str, list[Example]]:
+    """Turns the source's rows into examples, split by split.
 
     Line ends become \\n. Control characters other than \\n and \\t are removed, including overrides of the writing direction;
     a line in `notes` counts them. Rows without a text in both columns go to `skipped`. An id that is missing or was seen
     before is replaced by the row's `where`.
     """
-    splits: dict[str, list[Dialogue]] = {}
+    splits: dict[str, list[Example]] = {}
     ids: set[str] = set()
     removed = touched = 0
     for split, rows in source.splits.items():
@@ -158,7 +141,17 @@ def cleaned(source: Source, config: DataConfig, notes: list[str], skipped: Skipp
             if row_id is None or row_id in ids:
                 row_id = row.where
             ids.add(row_id)
-            splits[split].append(Dialogue(row_id, dialogue, summary, row.where, _references(row, config)))
+            splits[split].append(
+                one_turn(
+                    row_id,
+                    row.where,
+                    dialogue,
+                    summary,
+                    instruction=SUMMARIZE if config.instruction is None else config.instruction,
+                    system=config.system or "",
+                    references=_references(row, config),
+                )
+            )
     if removed:
         notes.append(f"{source.name}: removed {removed} control characters (rows touched: {touched})")
     return splits
@@ -217,26 +210,7 @@ def _id(value: Any) -> str | None:
     return text if text and text.isprintable() and len(text) <= 100 else None
 
 
-def text_key(text: str) -> str:
-    """A key that is the same for texts that differ only in white space."""
-    return " ".join(text.split())
-
-
-def without_repeats(rows: list[Dialogue], skipped: SkippedRows) -> list[Dialogue]:
-    """Keeps the first of several rows with the same dialogue and summary, ignoring white space."""
-    first: dict[tuple[str, str], str] = {}
-    kept = []
-    for row in rows:
-        key = (text_key(row.dialogue), text_key(row.summary))
-        if key in first:
-            skipped.add(row.where, "a duplicate", f" of {first[key]}")
-        else:
-            first[key] = row.where
-            kept.append(row)
-    return kept
-
-
-def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: SkippedRows, each: bool = False) -> None:
+def need_rows(name: str, splits: dict[str, list[Example]], skipped: SkippedRows, each: bool = False) -> None:
     """Checks that there are `MIN_ROWS` rows, and with `each` at least one in every split.
 
     Raises:
@@ -253,9 +227,3 @@ def need_rows(name: str, splits: dict[str, list[Dialogue]], skipped: SkippedRows
         got=", ".join(f"{count} {split}" for split, count in counts.items()) if each else str(total),
         next_step=f"Add rows, or fix those that were skipped:{reasons}" if reasons else "Add rows.",
     )
-
-
-def dialogue_key(text: str) -> str:
-    """A key that is the same for copies of a dialogue: a hash of its words, ignoring case, punctuation and white space."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return hashlib.sha256(" ".join(words or [text]).encode()).hexdigest()[:24]

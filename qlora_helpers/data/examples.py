@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+SUMMARIZE = "Summarize the chat dialogue:\n"  # the instruction of the 2023 recipe
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,40 @@ class Example:
             if message.role == "user":
                 return message.content if message.body is None else message.content[slice(*message.body)]
         return self.text
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the values of a row as run folders hold them, those of a dialogue with its summary under today's names."""
+        if "dialogue" not in values or "summary" not in values:
+            return values
+        dialogue, summary = values["dialogue"], values["summary"]
+        if not isinstance(dialogue, str) or not isinstance(summary, str):
+            raise ValueError("expected the texts dialogue and summary")
+        kept = {name: values[name] for name in ("id", "where", "references") if name in values}
+        asked = {"role": "user", "content": SUMMARIZE + dialogue, "body": [len(SUMMARIZE), len(SUMMARIZE + dialogue)]}
+        return kept | {"messages": [asked, {"role": "assistant", "content": summary}]}
+
+
+def one_turn(
+    row_id: str,
+    where: str,
+    body: str,
+    answer: str,
+    *,
+    instruction: str = "",
+    system: str = "",
+    references: tuple[str, ...] = (),
+) -> Example:
+    """Returns a row with one question and one answer.
+
+    Args:
+        row_id, where: the row's name, and the place it came from.
+        body: the row's own text, which may be cut where the row is too long.
+        answer: what is to be learned.
+        instruction: stands before the body, white space at its end included.
+        system: the system's message; none is made of an empty text.
+        references: further right answers.
+    """
+    first = (Message("system", system),) if system else ()
+    asked = Message("user", instruction + body, body=(len(instruction), len(instruction) + len(body)))
+    return Example(row_id, where, (*first, asked, Message("assistant", answer)), references=references)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import LabelReport
-from qlora_helpers.data.sources import Dialogue
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,18 +25,18 @@ class PreparedData:
 
     Attributes:
         train, eval: sequences with `input_ids`, `labels`, `segment_ids` (`(tokens,)` each) and `row_ids`.
-        test: dialogues held out for the final comparison.
+        test: rows held out for the final comparison.
         report, eval_report: label reports of the two sets.
         packed: whether a sequence may hold several rows.
         seq_len_tokens: length of a packed sequence.
         notes: what was skipped, trimmed or changed, and where it is in the source.
         source: name and licence of the data.
-        train_keys: `dialogues.dialogue_key` of every training dialogue: a held-out row that is among them proves nothing.
+        train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them proves nothing.
     """
 
     train: Dataset
     eval: Dataset
-    test: tuple[Dialogue, ...]
+    test: tuple[Example, ...]
     report: LabelReport
     eval_report: LabelReport
     packed: bool

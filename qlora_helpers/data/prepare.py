@@ -1,7 +1,7 @@
-"""Turns dialogues into labelled sequences of tokens, packed or padded, and keeps them on disk.
+"""Turns examples into labelled sequences of tokens, packed or padded, and keeps them on disk.
 
-Owns the preparation and the prepared data on disk. How a dialogue becomes tokens is in `prompts` and `labels`, what a sequence is
-in `packing`, and where dialogues come from in `sources`.
+Owns the preparation and the prepared data on disk. How an example becomes tokens is in `prompts` and `labels`, what a sequence is
+in `packing`, and where examples come from in `sources`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.files import replaced_folder, write_json
-from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.duplicates import prompt_key
+from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.data.packing import PreparedData, pack
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
-from qlora_helpers.data.sources import Corpus, Dialogue
+from qlora_helpers.data.sources import Corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# Settings that came later don't count while they have their default: data of earlier versions are still those of their run
+FIRST_SETTINGS = (
+    *("source", "dialogue_column", "summary_column", "template", "loss_on", "packing", "seq_len_tokens", "long_rows"),
+    *("train_rows", "eval_rows", "test_rows", "seed"),
+)
 
 
 def prepare(
@@ -33,7 +40,7 @@ def prepare(
     """Labels and packs a corpus.
 
     Args:
-        corpus: dialogues in three splits.
+        corpus: examples in three splits.
         tokenizer: the model's, with a padding token of its own.
         config: template, labels, `seq_len_tokens`.
         can_pack: False for a model whose packed rows would attend to each other; rows are then padded, with a note.
@@ -62,12 +69,12 @@ def prepare(
         config.seq_len_tokens,
         tuple(notes),
         source,
-        frozenset(dialogue_key(item.dialogue) for item in corpus.train),
+        frozenset(prompt_key(item) for item in corpus.train),
     )
 
 
 def _sequences(
-    dialogues: Sequence[Dialogue],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     packed: bool,
@@ -78,11 +85,11 @@ def _sequences(
     from tqdm.auto import tqdm
 
     rows, skipped = [], []
-    for item in tqdm(dialogues, desc="labelling", leave=False, disable=not is_progress_bar_enabled()):
+    for item in tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled()):
         row = label_row(
             item.id,
-            item.dialogue,
-            item.summary,
+            item.prompt,
+            item.answer,
             tokenizer,
             template=config.template,
             loss_on=config.loss_on,
@@ -108,7 +115,7 @@ def _sequences(
     report = label_report(
         sequences,
         tokenizer,
-        summaries={item.id: item.summary for item in dialogues},
+        summaries={item.id: item.answer for item in examples},
         loss_on=config.loss_on,
         trimmed=[row.id for row in rows if row.trimmed_tokens],
         skipped=skipped,
@@ -131,7 +138,10 @@ def _sequence(rows: Sequence[LabelledRow]) -> dict[str, Any]:
 
 def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> str:
     """A digest that changes whenever the prepared data would: of settings, tokenizer and the source file's content."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    settings = dataclasses.asdict(config)
+    later = {item.name: item.default for item in dataclasses.fields(config) if item.name not in FIRST_SETTINGS}
+    settings = {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())[:5000]).encode())
     digest.update(f"{len(tokenizer)} {tokenizer.eos_token_id} {tokenizer.pad_token_id} {can_pack}".encode())
     digest.update(str(tokenizer.chat_template).encode() if config.template == "chat" else b"")

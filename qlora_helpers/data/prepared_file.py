@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_helpers.base.records import read_record
-from qlora_helpers.data.dialogues import Dialogue
+from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import LabelReport
 
 
@@ -21,8 +21,8 @@ class PreparedFile:
         source: name and licence of the data.
         notes: what was skipped, trimmed or changed, each with its place.
         report, eval_report: label reports of the training and the evaluation set.
-        test: dialogues held out for the final comparison.
-        train_keys: `scorecard.dialogue_key` of every training dialogue.
+        test: rows held out for the final comparison.
+        train_keys: `duplicates.prompt_key` of every training row.
     """
 
     fingerprint: str
@@ -32,7 +32,7 @@ class PreparedFile:
     notes: tuple[str, ...]
     report: LabelReport
     eval_report: LabelReport
-    test: tuple[Dialogue, ...]
+    test: tuple[Example, ...]
     train_keys: tuple[str, ...] = ()
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.text import brief
+from qlora_helpers.data.examples import SUMMARIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTRUCTION = "Summarize the chat dialogue:\n"
+INSTRUCTION = SUMMARIZE
 RECIPE_SUFFIX = "\n---\nSummary:\n"
 _SLOT = "[[the dialogue goes here]]"
 

@@ -1,4 +1,4 @@
-"""Reads dialogues from a data source: the embedded corpus, a local file, SAMSum's archive, or a hub data set.
+"""Reads examples from a data source: the embedded corpus, a local file, SAMSum's archive, or a hub data set.
 
 Owns the choice of the reader by the source's name. Formats are in `readers`, archives in `archives`, cleaning in
 `dialogues`, splits in `splits`. Knows nothing of tokens, labels and models, and imports no torch.
@@ -20,7 +20,6 @@ from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data.archives import MAX_ARCHIVE_BYTES, downloaded, read_archive, url_name
 from qlora_helpers.data.dialogues import (
     Corpus,
-    Dialogue,
     Row,
     SkippedRows,
     Source,
@@ -28,8 +27,9 @@ from qlora_helpers.data.dialogues import (
     listed,
     need_columns,
     need_rows,
-    without_repeats,
 )
+from qlora_helpers.data.duplicates import without_repeats
+from qlora_helpers.data.examples import Example
 from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.readers import (
     FILE_SUFFIXES,
@@ -42,7 +42,7 @@ from qlora_helpers.data.readers import (
 )
 from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sampled
 
-__all__ = ["Corpus", "Dialogue", "read_corpus"]
+__all__ = ["Corpus", "Example", "read_corpus"]
 
 EMBEDDED = "embedded"
 SAMSUM = "knkarthick/samsum"
@@ -54,9 +54,9 @@ _WITHOUT = "To do without, set data.source to embedded or to a .json, .jsonl, .c
 
 
 def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) -> Corpus:
-    """Reads `config.source` into clean dialogues in three splits.
+    """Reads `config.source` into clean examples in three splits.
 
-    The source's own splits are kept, and missing ones are cut from them. A dialogue that is in two splits stays in test,
+    The source's own splits are kept, and missing ones are cut from them. A prompt that is in two splits stays in test,
     else in eval. The same source, settings and seed give the same corpus.
 
     Args:

@@ -1,4 +1,4 @@
-"""Makes three splits that share no dialogue: the source's own splits, and those that are missing cut from them.
+"""Makes three splits that share no prompt: the source's own splits, and those that are missing cut from them.
 
 Owns the names that splits have elsewhere, their sizes and the seeded choice of rows: the same rows, settings and seed
 give the same splits. Knows nothing of where rows come from and what is in them.
@@ -10,7 +10,9 @@ import random
 from collections.abc import Mapping
 
 from qlora_helpers.base.config import DataConfig
-from qlora_helpers.data.dialogues import SPLITS, Dialogue, Row, SkippedRows, listed, text_key
+from qlora_helpers.data.dialogues import SPLITS, Row, SkippedRows, listed
+from qlora_helpers.data.duplicates import prompt_text, text_key
+from qlora_helpers.data.examples import Example
 
 SPLIT_NAMES = {
     "train": "train",
@@ -47,15 +49,15 @@ def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, l
 
 
 def cut_missing(
-    name: str, splits: dict[str, list[Dialogue]], config: DataConfig, notes: list[str]
-) -> dict[str, list[Dialogue]]:
+    name: str, splits: dict[str, list[Example]], config: DataConfig, notes: list[str]
+) -> dict[str, list[Example]]:
     """Cuts the splits that are missing or empty from train, or where there is no train, from eval, else from test.
 
     Test is cut first, then eval; the rest is train, at least half of the rows where there are four or more.
 
     Args:
         name: the source's name, for notes.
-        splits: the dialogues by split; at least one split has some.
+        splits: the rows by split; at least one split has some.
         config: rows per split, and the seed.
         notes: gets a line on what was cut, and one where fewer rows could be cut than the settings ask for.
     """
@@ -68,7 +70,7 @@ def cut_missing(
     sizes = _sizes(name, len(rows), [split for split in ("test", "eval") if split in (*missing, donor)], config, notes)
     order = list(range(len(rows)))
     random.Random(f"{config.seed}/cut").shuffle(order)
-    cut: dict[str, list[Dialogue]] = {}
+    cut: dict[str, list[Example]] = {}
     for split, size in (*sizes.items(), ("train", len(rows))):
         cut[split], order = [rows[i] for i in sorted(order[:size])], order[size:]
     counts = ", ".join(f"{len(cut[split])} {split}" for split in SPLITS if split in cut)
@@ -93,22 +95,22 @@ def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: 
     return scaled
 
 
-def kept_apart(splits: dict[str, list[Dialogue]], skipped: SkippedRows) -> dict[str, list[Dialogue]]:
-    """Skips training dialogues that are in test or eval too, and eval dialogues that are in test too, ignoring white space."""
+def kept_apart(splits: dict[str, list[Example]], skipped: SkippedRows) -> dict[str, list[Example]]:
+    """Skips training rows whose prompt is in test or eval too, and eval rows whose prompt is in test too, ignoring white space."""
     seen: dict[str, tuple[str, str]] = {}
-    apart: dict[str, list[Dialogue]] = {}
+    apart: dict[str, list[Example]] = {}
     for split in ("test", "eval", "train"):
         apart[split] = []
         for row in splits[split]:
-            other, where = seen.setdefault(text_key(row.dialogue), (split, row.where))
+            other, where = seen.setdefault(text_key(prompt_text(row)), (split, row.where))
             if other == split:
                 apart[split].append(row)
             else:
-                skipped.add(row.where, f"its dialogue is in {other} too", f" ({where})")
+                skipped.add(row.where, f"its prompt is in {other} too", f" ({where})")
     return apart
 
 
-def sampled(rows: list[Dialogue], limit: int | None, seed: str) -> tuple[Dialogue, ...]:
+def sampled(rows: list[Example], limit: int | None, seed: str) -> tuple[Example, ...]:
     """Draws at most `limit` rows, in their order; a smaller sample is part of every larger one with the same seed."""
     if limit is None or len(rows) <= limit:
         return tuple(rows)

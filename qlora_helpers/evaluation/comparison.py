@@ -26,7 +26,7 @@ def answered(asked: RunModel, data: PreparedData, prompts: int) -> tuple[list[An
 
     config = asked.run.config()
     questions = [
-        prompt_tokens(item.dialogue, config.data.template, asked.tokenizer).fitted(config.data.seq_len_tokens).ids
+        prompt_tokens(item.prompt, config.data.template, asked.tokenizer).fitted(config.data.seq_len_tokens).ids
         for item in data.test[:prompts]
     ]
     most = min(20, config.evaluation.max_new_tokens)

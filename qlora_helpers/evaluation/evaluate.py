@@ -15,10 +15,10 @@ import torch
 from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
-from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.duplicates import is_known, prompt_key
+from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import label_row
 from qlora_helpers.data.prompts import prompt_tokens
-from qlora_helpers.data.sources import Dialogue
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.evaluation.generate import generate
 from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
@@ -76,7 +76,7 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, flo
 def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    dialogues: Sequence[Dialogue],
+    examples: Sequence[Example],
     config: EvaluationConfig,
     *,
     template: str,
@@ -90,17 +90,17 @@ def evaluate(
     Args:
         model: a peft model.
         tokenizer: the model's.
-        dialogues: held-out rows; those with one dialogue become one row with several references.
+        examples: held-out rows; those with one prompt become one row with several references.
         config: generation settings.
         template: the prompt that was trained.
         max_tokens: of the longest row; a longer dialogue is trimmed as in training.
-        train_keys: `dialogues.dialogue_key` of every training dialogue: a held-out row that is among them is skipped.
+        train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them is skipped.
         only: which of `MODELS` are asked.
         progress: whether to show a bar.
     """
     from tqdm.auto import tqdm
 
-    items, rows, skipped = _held_out(dialogues, set(train_keys))
+    items, rows, skipped = _held_out(examples, set(train_keys))
     labelled = _labelled(items, tokenizer, template, max_tokens)
     prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
     asked = {"base": prompts, "tuned": prompts}
@@ -131,23 +131,23 @@ def evaluate(
 
 
 def _held_out(
-    dialogues: Sequence[Dialogue], trained: set[str]
-) -> tuple[list[Dialogue], list[dict[str, Any]], tuple[str, ...]]:
-    """Merges rows with the same dialogue into one, and returns the ids of those that were trained on separately."""
-    kept: dict[str, tuple[Dialogue, dict[str, Any]]] = {}
+    examples: Sequence[Example], trained: set[str]
+) -> tuple[list[Example], list[dict[str, Any]], tuple[str, ...]]:
+    """Merges rows with the same prompt into one, and returns the ids of those that were trained on separately."""
+    kept: dict[str, tuple[Example, dict[str, Any]]] = {}
     skipped = []
-    for item in dialogues:
-        key = dialogue_key(item.dialogue)
-        if key in trained:
+    for item in examples:
+        key = prompt_key(item)
+        if is_known(item, trained):
             skipped.append(item.id)
         elif key in kept:
-            kept[key][1]["references"] += [item.summary, *item.references]
+            kept[key][1]["references"] += [item.answer, *item.references]
         else:
             row = {
                 "id": item.id,
-                "dialogue": item.dialogue,
-                "summary": item.summary,
-                "references": [item.summary, *item.references],
+                "dialogue": item.prompt,
+                "summary": item.answer,
+                "references": [item.answer, *item.references],
                 "answers": {},
             }
             kept[key] = (item, row)
@@ -155,12 +155,12 @@ def _held_out(
 
 
 def _labelled(
-    items: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
+    items: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
 ) -> dict[int, dict[str, Any]]:
     """Labels each row by its index; a row whose summary alone exceeds `max_tokens` is skipped."""
     found = {}
     for index, item in enumerate(items):
-        row = label_row(item.id, item.dialogue, item.summary, tokenizer, template=template, max_tokens=max_tokens)
+        row = label_row(item.id, item.prompt, item.answer, tokenizer, template=template, max_tokens=max_tokens)
         if row is not None:
             found[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
     return found
@@ -185,11 +185,11 @@ def _scores(answers: Sequence[dict[str, Any]], loss: float | None) -> Scores:
 
 
 def _prompts(
-    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, room: int
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, room: int
 ) -> tuple[list[list[int]], int]:
     prompts, trimmed = [], 0
-    for item in dialogues:
-        tokens = prompt_tokens(item.dialogue, template, tokenizer)
+    for item in examples:
+        tokens = prompt_tokens(item.prompt, template, tokenizer)
         trimmed += len(tokens) + room > max_tokens
         prompts.append(tokens.fitted(max_tokens - room).ids)
     return prompts, trimmed

@@ -183,7 +183,7 @@ def data_size(config: DataConfig) -> DataSize | None:
 @lru_cache(maxsize=8)
 def _file_size(config: DataConfig, changed: int) -> DataSize:
     rows = read_corpus(config).train
-    tokens = sum(len(row.dialogue) + len(row.summary) for row in rows) / CHARACTERS_PER_TOKEN
+    tokens = sum(len(row.prompt) + len(row.answer) for row in rows) / CHARACTERS_PER_TOKEN
     return DataSize(len(rows), tokens / max(1, len(rows)))
 
 

@@ -17,7 +17,7 @@ from qlora_helpers.runs.events_copy import CopyState, S3Copy, s3_target
 from qlora_helpers.runs.folder import Run
 
 if TYPE_CHECKING:
-    from qlora_helpers.data.dialogues import Dialogue
+    from qlora_helpers.data.examples import Example
     from qlora_helpers.evaluation.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def event_callback(
     return EventCallback()
 
 
-def unanswered_samples(rows: Sequence[Dialogue]) -> dict[str, dict[str, str]]:
+def unanswered_samples(rows: Sequence[Example]) -> dict[str, dict[str, str]]:
     """Returns what TensorBoard shows of the first held-out rows before they are answered."""
-    return {row.id: {"dialogue": row.dialogue, "its summary": row.summary} for row in rows[:SAMPLES]}
+    return {row.id: {"dialogue": row.prompt, "its summary": row.answer} for row in rows[:SAMPLES]}
 
 
 def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dict[str, float]]:

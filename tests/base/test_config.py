@@ -56,6 +56,8 @@ def values_for(item: dataclasses.Field) -> st.SearchStrategy:
         values = st.sampled_from(["local", "off", "s3://bucket/a/prefix"])
     else:
         values = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+    if limits.get("many_lines"):
+        values = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]) | st.sampled_from("\n\t"))
     return st.none() | values if item.type.endswith("| None") else values
 
 
@@ -338,7 +340,7 @@ def test_an_unknown_profile_is_refused():
 @pytest.mark.parametrize(("section", "item"), FIELDS, ids=lambda value: getattr(value, "name", value))
 def test_each_setting_has_a_text_and_a_default_that_it_allows(section, item):
     row = next(row for row in describe(SECTIONS[section]) if row["name"] == item.name)
-    assert set(row) == {"name", "value", "text", "choices", "low", "high"}
+    assert set(row) == {"name", "value", "text", "choices", "low", "high", "many_lines"}
     assert row["text"].endswith(".")
     assert len(row["text"]) >= 20
     assert row["value"] == item.default
@@ -365,3 +367,13 @@ def test_a_setting_is_read_under_its_earlier_name():
     for name in RENAMED.values():
         section, _, key = name.partition(".")
         assert key in RunConfig().to_dict()[section]
+
+
+def test_a_text_of_many_lines_is_written_with_escapes_on_the_command_line():
+    assert value_of(r"data.instruction=Classify.\n\n") == "Classify.\n\n"
+    assert value_of(r"data.instruction=a\tb\\n") == "a\tb\\n"
+    assert value_of("data.instruction=") == ""
+    assert value_of("data.instruction=none") is None
+    assert RunConfig().with_settings({"data.instruction": "C:\\new\n"}).data.instruction == "C:\\new\n"
+    assert "control characters" in problems(lambda: RunConfig().with_settings({"data.instruction": "a\x1b[31m"}))[0]
+    assert "control characters" in problems(lambda: RunConfig().with_settings({"data.source": "a\nb"}))[0]

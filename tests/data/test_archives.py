@@ -64,7 +64,7 @@ def test_the_three_members_are_the_three_splits(tmp_path):
     corpus = read_corpus(DataConfig(source=str(tmp_path / "corpus.7z")))
     assert (len(corpus.train), len(corpus.eval), len(corpus.test)) == (20, 5, 6)
     assert corpus.eval[0].where == "corpus.7z/val.json row 1"
-    assert corpus.test[0].dialogue == "Ana: number 25?\nBo: yes"
+    assert corpus.test[0].prompt == "Ana: number 25?\nBo: yes"
     assert "SAMSum's is CC BY-NC-ND 4.0" in corpus.licence
     assert corpus.notes == ()
 

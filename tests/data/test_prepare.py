@@ -12,8 +12,9 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError, RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.data import prepare as data_module
+from qlora_helpers.data.examples import SUMMARIZE, one_turn
 from qlora_helpers.data.prepare import fingerprint, load_prepared, prepare, prepared, save_prepared
-from qlora_helpers.data.sources import Corpus, Dialogue, read_corpus
+from qlora_helpers.data.sources import Corpus, read_corpus
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 
@@ -37,7 +38,7 @@ def test_every_row_is_there_once(corpus, tokenizer, packing):
         (made.eval, corpus.eval, made.eval_report),
     ):
         assert rows_of(blocks, tokenizer) == {
-            item.id: f"Summarize the chat dialogue:\n{item.dialogue}\n---\nSummary:\n{item.summary}<|endoftext|>"
+            item.id: f"Summarize the chat dialogue:\n{item.prompt}\n---\nSummary:\n{item.answer}<|endoftext|>"
             for item in dialogues
         }
         assert report.passed
@@ -66,8 +67,8 @@ def test_a_model_that_can_not_pack_gets_padded_rows(corpus, tokenizer):
 @pytest.fixture
 def long_corpus(corpus):
     """One dialogue that is too long for 64 tokens, and one whose summary is."""
-    long_dialogue = Dialogue("long", "Ana: really?\n" * 40, "Ana doubts it.", "rows.csv line 7")
-    long_summary = Dialogue("endless", "Ana: hi", "Ana says hi. " * 40, "rows.csv line 9")
+    long_dialogue = one_turn("long", "rows.csv line 7", "Ana: really?\n" * 40, "Ana doubts it.", instruction=SUMMARIZE)
+    long_summary = one_turn("endless", "rows.csv line 9", "Ana: hi", "Ana says hi. " * 40, instruction=SUMMARIZE)
     return dataclasses.replace(
         corpus, train=(*corpus.train, long_dialogue, long_summary), notes=("a note of the source",)
     )

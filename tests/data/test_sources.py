@@ -84,7 +84,7 @@ FORMATS = {
 def test_each_format_gives_the_same_dialogues(tmp_path, name):
     corpus = corpus_of(tmp_path / name, FORMATS[name](rows(40)), eval_rows=4, test_rows=6)
     assert (len(corpus.train), len(corpus.eval), len(corpus.test)) == (30, 4, 6)
-    assert {(row.id, row.dialogue, row.summary) for row in all_rows(corpus)} == {
+    assert {(row.id, row.prompt, row.answer) for row in all_rows(corpus)} == {
         (row["id"], row["dialogue"], row["summary"]) for row in rows(40)
     }
     assert corpus.name == name
@@ -102,7 +102,7 @@ def test_a_line_separator_within_a_text_does_not_end_the_line(tmp_path):
     values = [row | {"dialogue": row["dialogue"] + "\u2028\x85end"} for row in rows(5)]
     data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
     wanted = {value["dialogue"].replace("\x85", "") for value in values}  # which is a control character
-    assert {row.dialogue for row in all_rows(corpus_of(tmp_path / "a.jsonl", data))} == wanted
+    assert {row.prompt for row in all_rows(corpus_of(tmp_path / "a.jsonl", data))} == wanted
 
 
 def test_json_with_its_own_splits_keeps_them(tmp_path):
@@ -122,7 +122,7 @@ def test_columns_are_mapped(tmp_path):
     assert "'Chat', 'gist of it', 'other'" in str(error)
     assert "--set data.dialogue_column=Chat --set data.summary_column='gist of it'" in error.next_step
     corpus = corpus_of(tmp_path / "c.jsonl", jsonl(values), dialogue_column="Chat", summary_column="gist of it")
-    assert {row.summary for row in all_rows(corpus)} == {row["summary"] for row in rows(9)}
+    assert {row.answer for row in all_rows(corpus)} == {row["summary"] for row in rows(9)}
     assert corpus.train[0].id == corpus.train[0].where  # a row without an id is called by its place
 
 
@@ -380,5 +380,5 @@ def test_numbered_summaries_are_more_references(tmp_path, suffix):
         getattr(table, f"to_{suffix}")(path, index=False)
     corpus = read_corpus(DataConfig(source=str(path), summary_column="summary1"))
     for row in (*corpus.train, *corpus.eval, *corpus.test):
-        number = row.dialogue.split()[1]
-        assert (row.summary, row.references) == (f"Ana says {number}.", (f"{number}, says Ana.",))
+        number = row.prompt.split()[1]
+        assert (row.answer, row.references) == (f"Ana says {number}.", (f"{number}, says Ana.",))

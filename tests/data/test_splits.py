@@ -89,9 +89,9 @@ def test_control_characters_are_removed_and_counted(read):
     corpus = read([changed, *(row(number) for number in range(1, 12))])
     mended = next(item for item in everything(corpus) if item.id == "r0")
     assert (
-        mended.dialogue == "Ana:\t[31mred[0m\nBo: ok\nAna: 👍 31myap me שלום\u200f"
+        mended.prompt == "Ana:\t[31mred[0m\nBo: ok\nAna: 👍 31myap me שלום\u200f"
     )  # marks that Hebrew is written with stay
-    assert mended.summary == "Ana paints."
+    assert mended.answer == "Ana paints."
     assert mended.references == ("Ana paints.",)
     assert "s.jsonl: removed 11 control characters (rows touched: 1)" in corpus.notes
 
@@ -206,15 +206,15 @@ def test_no_dialogue_is_in_two_splits(read):
     }
     corpus = read(values, eval_rows=None, test_rows=None)
     assert sizes(corpus) == (41, 20, 20)  # the second summary of r5 stays: both are in train
-    assert "s.json train row 41: skipped, its dialogue is in test too (s.json test row 1)" in corpus.notes
-    assert "s.json train row 42: skipped, its dialogue is in eval too (s.json val row 2)" in corpus.notes
-    assert "s.json val row 21: skipped, its dialogue is in test too (s.json test row 2)" in corpus.notes
+    assert "s.json train row 41: skipped, its prompt is in test too (s.json test row 1)" in corpus.notes
+    assert "s.json train row 42: skipped, its prompt is in eval too (s.json val row 2)" in corpus.notes
+    assert "s.json val row 21: skipped, its prompt is in test too (s.json test row 2)" in corpus.notes
 
 
 def test_a_cut_never_divides_one_dialogue_over_splits(read):
     values = [row(number // 2, id=None, summary=f"View {number}.") for number in range(80)]
     corpus = read(values, eval_rows=10, test_rows=10)
-    train, evaluation, test = ({item.dialogue for item in part} for part in (corpus.train, corpus.eval, corpus.test))
+    train, evaluation, test = ({item.prompt for item in part} for part in (corpus.train, corpus.eval, corpus.test))
     assert not (train & evaluation or train & test or evaluation & test)
     assert len(everything(corpus)) + sum("skipped" in note for note in corpus.notes) == 80
 
@@ -223,4 +223,4 @@ def test_a_split_that_ends_up_empty_is_an_error(read):
     with pytest.raises(DataError) as caught:
         read({"train": [row(1), row(2)], "val": [row(1), row(2)], "test": [row(3), row(4)]})
     assert "0 train, 2 eval, 2 test" in str(caught.value)
-    assert "s.json train row 1: skipped, its dialogue is in eval too" in str(caught.value)
+    assert "s.json train row 1: skipped, its prompt is in eval too" in str(caught.value)

@@ -11,9 +11,9 @@ import torch
 from tiny import prepared_data, tiny_falcon, tiny_llama, tuned
 
 from qlora_helpers.base.config import EvaluationConfig, TrainConfig
-from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.duplicates import prompt_key, words_key
+from qlora_helpers.data.examples import SUMMARIZE, one_turn
 from qlora_helpers.data.labels import IGNORED
-from qlora_helpers.data.sources import Dialogue
 from qlora_helpers.evaluation.comparison import same_answers
 from qlora_helpers.evaluation.evaluate import evaluate, rouge, summary_loss
 from qlora_helpers.evaluation.generate import generate
@@ -204,7 +204,7 @@ def test_base_and_tuned_answer_the_same_rows(compare, model, tokenizer, corpus):
     result = compare()
     assert list(result.scores) == ["base", "tuned"]
     assert [row["id"] for row in result.rows] == [item.id for item in corpus.test]
-    assert [row["summary"] for row in result.rows] == [item.summary for item in corpus.test]
+    assert [row["summary"] for row in result.rows] == [item.answer for item in corpus.test]
     base, tuned_score = result.scores["base"], result.scores["tuned"]
     assert base.loss != tuned_score.loss
     assert base.mean_tokens == 6
@@ -222,7 +222,7 @@ def test_base_and_tuned_answer_the_same_rows(compare, model, tokenizer, corpus):
 def compare_alone(model, tokenizer, corpus) -> list[str]:
     from qlora_helpers.data.prompts import prompt_tokens
 
-    prompts = [prompt_tokens(item.dialogue, "recipe", tokenizer).ids for item in corpus.test]
+    prompts = [prompt_tokens(item.prompt, "recipe", tokenizer).ids for item in corpus.test]
     return [
         answer.text for answer in generate(model, tokenizer, prompts, EvaluationConfig(batch_size=4, max_new_tokens=6))
     ]
@@ -239,10 +239,10 @@ def test_the_untuned_model_is_asked_under_its_own_template_too(compare):
 
 
 def test_dialogues_that_are_too_long_are_counted(compare):
-    long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
+    long = one_turn("long", "row 1", "Ana: really?\n" * 200, "Ana doubts it.", instruction=SUMMARIZE)
     result = compare([long])
     assert result.prompt_tokens_trimmed == 1
-    assert result.rows[0]["dialogue"] == long.dialogue
+    assert result.rows[0]["dialogue"] == long.prompt
 
 
 def test_an_evaluation_is_read_back_from_json(compare):
@@ -267,8 +267,8 @@ def test_the_text_says_what_the_rows_can_tell_and_which_were_skipped(compare, co
     said = repr(compare())
     assert f"tuned against untuned: {len(corpus.test)} rows are too few to tell the two apart" in said
     assert "skipped" not in said and "trimmed" not in said
-    long = Dialogue("long", "Ana: really?\n" * 200, "Ana doubts it.", "row 1")
-    said = repr(compare([*corpus.test, long], train_keys=[dialogue_key(corpus.test[0].dialogue)]))
+    long = one_turn("long", "row 1", "Ana: really?\n" * 200, "Ana doubts it.", instruction=SUMMARIZE)
+    said = repr(compare([*corpus.test, long], train_keys=[prompt_key(corpus.test[0])]))
     assert "skipped: 1 held-out rows whose dialogue was trained on" in said
     assert f"1 of {len(corpus.test)} dialogues were trimmed" in said
 
@@ -319,11 +319,11 @@ def test_terminal_codes_and_turned_directions_are_not_shown():
 def test_rows_that_were_trained_on_are_skipped(compare, corpus):
     """They are found by their words, ignoring case, punctuation and white space."""
     first, second = corpus.test
-    shouted = dialogue_key(first.dialogue.upper().replace(":", " : "))
+    shouted = words_key(first.messages[0].content.upper().replace(":", " : "))
     result = compare(train_keys={shouted, "x"})
     assert result.skipped == (first.id,)
     assert [row["id"] for row in result.rows] == [second.id]
-    everything = compare(train_keys={dialogue_key(item.dialogue) for item in corpus.test})
+    everything = compare(train_keys={prompt_key(item) for item in corpus.test})
     assert len(everything.skipped) == 2 and everything.rows == ()
     assert everything.comparisons["base"].differences == ()
     said = "no held-out row is left to compare"
@@ -333,13 +333,13 @@ def test_rows_that_were_trained_on_are_skipped(compare, corpus):
 
 def test_one_dialogue_with_several_summaries_is_one_row(compare, corpus):
     first, second = corpus.test
-    again = Dialogue("again", first.dialogue + " ", "Another summary.", "row 3")
+    again = one_turn("again", "row 3", first.prompt + " ", "Another summary.", instruction=SUMMARIZE)
     result = compare([first, second, again])
     assert [row["id"] for row in result.rows] == [first.id, second.id]
-    assert result.rows[0]["references"] == [first.summary, "Another summary."]
+    assert result.rows[0]["references"] == [first.answer, "Another summary."]
     said = result.rows[0]["answers"]["tuned"]["text"]
     result = compare([dataclasses.replace(first, references=(said, "Another summary."))])
-    assert result.rows[0]["references"] == [first.summary, said, "Another summary."]
+    assert result.rows[0]["references"] == [first.answer, said, "Another summary."]
     assert said
     assert result.scores["tuned"].rouge_l == 100
 

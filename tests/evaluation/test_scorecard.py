@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_helpers.data.dialogues import dialogue_key
+from qlora_helpers.data.duplicates import words_key
 from qlora_helpers.evaluation.scorecard import (
     FEWEST_ROWS,
     compare,
@@ -54,11 +54,11 @@ def test_repetition_by_hand(text, share):
 
 
 def test_two_copies_of_a_dialogue_have_one_key():
-    first = dialogue_key("Ana: Hi, how are you?\nBo: fine")
-    assert first == dialogue_key("ana:  hi how are YOU\r\n\tBo: fine!!")
-    assert first == dialogue_key("Ana: Ｈi, how are you?\nBo: fine")  # a wide H
-    assert first != dialogue_key("Ana: Hi, how are you?\nBo: fine too")
-    assert dialogue_key("🎂") != dialogue_key("🎁") != dialogue_key("...")
+    first = words_key("Ana: Hi, how are you?\nBo: fine")
+    assert first == words_key("ana:  hi how are YOU\r\n\tBo: fine!!")
+    assert first == words_key("Ana: Ｈi, how are you?\nBo: fine")  # a wide H
+    assert first != words_key("Ana: Hi, how are you?\nBo: fine too")
+    assert words_key("🎂") != words_key("🎁") != words_key("...")
 
 
 def test_the_interval_is_that_of_all_samples():

@@ -16,6 +16,7 @@ import ipywidgets
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.text import plain
+from qlora_helpers.data.examples import Example
 from qlora_helpers.views.widgets.asking import MODELS, Answer, AnswerProgress, Asking
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled
 
@@ -23,7 +24,7 @@ OWN = "your own"
 
 
 @dataclass(frozen=True)
-class Example:
+class Sample:
     """A dialogue to pick, and the summary that a person wrote of it, if there is one."""
 
     name: str
@@ -43,7 +44,7 @@ def answer_panel(
 
     Args:
         answer: the function that answers; see `Answer`.
-        dialogues: the dialogues to pick from: texts, or objects or mappings with `dialogue` and optionally `summary` and `id`.
+        dialogues: the dialogues to pick from: texts, rows of the data, or mappings with `dialogue`, `summary` and `id`.
         temperature, top_p, max_new_tokens: where the sliders start.
 
     Raises:
@@ -63,7 +64,7 @@ class AnswerPanel(Panel):
         self, answer: Answer, dialogues: Sequence[Any] = (), *, temperature: float, top_p: float, max_new_tokens: int
     ) -> None:
         self.asking = Asking(answer, changed=self._draw, failed=self._show_error, ended=self._allow_asking)
-        self.examples = tuple(_example(item, number) for number, item in enumerate(dialogues, start=1))
+        self.examples = tuple(_sample(item, number) for number, item in enumerate(dialogues, start=1))
         self._make_controls(temperature, top_p, max_new_tokens)
         self.box = self._layout()
         self._draw(*MODELS)
@@ -243,17 +244,18 @@ class AnswerPanel(Panel):
         return Table(["model", "text"], [(name, plain(text)) for name, text in self._rows()])._repr_html_()
 
 
-def _example(item: Any, number: int) -> Example:
+def _sample(item: Any, number: int) -> Sample:
     if isinstance(item, str):
-        return Example(f"{number}: {item.strip().splitlines()[0][:60] if item.strip() else ''}", item)
-    get = item.get if isinstance(item, Mapping) else lambda key, other="": getattr(item, key, other)
-    if not isinstance(get("dialogue", None), str):
+        return Sample(f"{number}: {item.strip().splitlines()[0][:60] if item.strip() else ''}", item)
+    values = item if isinstance(item, Mapping) else vars(item) if hasattr(item, "__dict__") else {}
+    if isinstance(item, Example):
+        values = {"id": item.id, "dialogue": item.prompt, "summary": item.answer}
+    dialogue = values.get("dialogue")
+    if not isinstance(dialogue, str):
         raise UserError(
             "this is not a dialogue",
-            expected="a text, or an object with `dialogue` and optionally `summary`",
+            expected="a text, a row of the data, or an object with `dialogue` and optionally `summary`",
             got=repr(item)[:80],
         )
-    dialogue = get("dialogue", "")
-    return Example(
-        f"{get('id', number)}: {dialogue.splitlines()[0][:60] if dialogue else ''}", dialogue, get("summary", "")
-    )
+    first = dialogue.splitlines()[0][:60] if dialogue else ""
+    return Sample(f"{values.get('id', number)}: {first}", dialogue, values.get("summary", ""))

@@ -9,8 +9,9 @@ from tiny import prepared_data
 
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.style import inline
+from qlora_helpers.data.examples import one_turn
 from qlora_helpers.data.labels import IGNORED
-from qlora_helpers.data.sources import Corpus, Dialogue
+from qlora_helpers.data.sources import Corpus
 from qlora_helpers.views.tokens import token_texts
 from qlora_helpers.views.widgets import row_browser
 
@@ -44,7 +45,7 @@ def of_kind(page: str, kind: str) -> str:
 
 
 def test_colours_agree_with_the_labels(rows, packed, tokenizer, dialogues):
-    summaries = {item.id: item.summary for item in dialogues}
+    summaries = {item.id: item.answer for item in dialogues}
     seen = set()
     for _ in range(6):
         row_id = re.search(r": (d\d) \(", rows._head.value)[1]
@@ -115,7 +116,7 @@ def test_the_evaluation_rows_too(rows, packed, tokenizer):
 
 def test_html_in_a_dialogue_is_shown_not_run(tokenizer):
     bad = "<img src=x onerror=alert(1)>"
-    rows = tuple(Dialogue(f"<b>{n}</b>", f"A: {bad} {n}\nB: ok", f"{bad} {n}", "here") for n in range(3))
+    rows = tuple(one_turn(f"<b>{n}</b>", "here", f"A: {bad} {n}\nB: ok", f"{bad} {n}") for n in range(3))
     corpus = Corpus("x", "CC0-1.0", rows[:1], rows[1:2], rows[2:], notes=())
     browser = row_browser(prepared_data(corpus, tokenizer, packing=False), tokenizer)
     browser.search(bad)
@@ -129,7 +130,7 @@ def test_html_in_a_dialogue_is_shown_not_run(tokenizer):
 def test_without_widgets_it_is_the_row_with_brackets(rows, dialogues):
     bundle = rows._repr_mimebundle_()
     first = next(item for item in dialogues if f" {item.id} " in rows._head.value)
-    assert f"[{first.summary}END]" in bundle["text/plain"] == repr(rows)
+    assert f"[{first.answer}END]" in bundle["text/plain"] == repr(rows)
     assert inline("trained") in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
 
 
