@@ -246,6 +246,24 @@ class EvaluationConfig:
         0.9, "Sample from the most likely tokens whose probabilities add up to this share.", low=0.01, high=1
     )
     chat_baseline: bool = option(True, "Also ask the untuned model with its own chat template, if it has one.")
+    few_shot: int = option(
+        3,
+        "Also ask the untuned model with so many training examples in the prompt, as far as they fit; 0 does not.",
+        low=0,
+        high=8,
+    )
+    metric: str = option(
+        "auto",
+        "How answers are scored: auto chooses by the training answers; text is ROUGE and chrF, labels accuracy and macro-F1, "
+        "json the F1 of fields, exact the share of equal answers, numbers the share of right ones.",
+        choices=("auto", "text", "labels", "json", "exact", "numbers"),
+    )
+    tolerance: float = option(
+        0.0, "For numbers: by which share of the reference a right answer may be off.", low=0, high=1
+    )
+    json_schema: str | None = option(
+        None, "For JSON: a file with a JSON schema that answers are checked against; none checks against no schema."
+    )
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from qlora_helpers.data.labels import label_row
 from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.metrics.text import rouge_rows
 from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
-from qlora_helpers.evaluation.scorecard import compare, mean_loss, rouge_rows, score_answers
+from qlora_helpers.evaluation.scorecard import compare, mean_loss, score_answers
 from qlora_helpers.model.wiring import in_eval_mode, is_spread, row_losses, takes_logits_to_keep
 
 if TYPE_CHECKING:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from qlora_helpers.data.duplicates import words_key
+from qlora_helpers.evaluation.metrics.text import repetition, rouge_rows
 from qlora_helpers.evaluation.scorecard import (
     FEWEST_ROWS,
     compare,
     comparison_from_dict,
     mean_loss,
-    repetition,
     resamples,
-    rouge_rows,
     score_answers,
 )
 
