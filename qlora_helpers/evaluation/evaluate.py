@@ -1,6 +1,6 @@
-"""Compares base and tuned model on the same held-out rows: answers, ROUGE, loss, and how often an answer ends by itself.
+"""Compares base and tuned model on the same held-out rows: answers, their scores, loss, and how often an answer ends by itself.
 
-ROUGE: Lin 2004 (aclanthology.org/W04-1013), by the rouge-score package with stemming. Knows nothing of training or run folders.
+What is measured is in `metrics`, what can be said of it in `scorecard`. Knows nothing of training or run folders.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.duplicates import is_known, prompt_key
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import label_row
-from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.prompts import INSTRUCTION, RECIPE_SUFFIX, prompt_tokens
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
+from qlora_helpers.evaluation.few_shot import BETWEEN, few_shot_prompts, first_answer, no_examples
 from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.metrics.choose import metric_for
+from qlora_helpers.evaluation.metrics.measures import Metric, measure_of
+from qlora_helpers.evaluation.metrics.own import Function
 from qlora_helpers.evaluation.metrics.text import rouge_rows
-from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores
-from qlora_helpers.evaluation.scorecard import compare, mean_loss, score_answers
+from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores, Scoring
+from qlora_helpers.evaluation.scorecard import compare, interval, mean_loss, score_answers, unscored
 from qlora_helpers.model.wiring import in_eval_mode, is_spread, row_losses, takes_logits_to_keep
 
 if TYPE_CHECKING:
@@ -67,9 +72,9 @@ def summary_losses(
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
-    """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measure, 0 to 100."""
+    """Mean ROUGE-1, ROUGE-2 and ROUGE-L F-measure, 0 to 100, over the rows whose reference has words to count."""
     rows = rouge_rows(answers, [[reference] for reference in references])
-    one, two, longest = (sum(row[name] for row in rows) / max(1, len(rows)) for name in ("rouge1", "rouge2", "rouge_l"))
+    one, two, longest = (measure_of(key).of(rows) or 0.0 for key in ("rouge1", "rouge2", "rouge_l"))
     return one, two, longest
 
 
@@ -83,6 +88,9 @@ def evaluate(
     template: str,
     max_tokens: int,
     train_keys: Collection[str] = (),
+    train_answers: Sequence[str] = (),
+    shots: Sequence[Example] | None = None,
+    metric: Function | None = None,
     only: Collection[str] = tuple(MODELS),
     progress: bool = True,
 ) -> Evaluation:
@@ -92,28 +100,94 @@ def evaluate(
         model: a peft model.
         tokenizer: the model's.
         examples: held-out rows; those with one prompt become one row with several references.
-        config: generation settings.
+        config: generation settings, and how answers are scored.
         template: the prompt that was trained.
         max_tokens: of the longest row; a longer dialogue is trimmed as in training.
         train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them is skipped.
+        train_answers: of the training rows, or a sample; they say what kind of task it is.
+        shots: training rows of which the untuned model gets the first `config.few_shot` in its prompt; None does not ask it so.
+        metric: a function of an answer and a reference that returns a number, of which higher is better.
         only: which of `MODELS` are asked.
         progress: whether to show a bar.
+
+    Raises:
+        UserError: the metric can't be used; nothing was asked yet.
     """
+    items, rows, skipped = _held_out(examples, set(train_keys))
+    references = [reference for row in rows for reference in row["references"]]
+    scored_by, reason = metric_for(config, train_answers, references, function=metric)
+    labelled = _labelled(items, tokenizer, template, max_tokens)
+    asked, trimmed, remarks = _asked(items, tokenizer, config, template, max_tokens, shots, only)
+    losses, form = _answered(model, tokenizer, rows, asked, config, labelled, progress=progress)
+    if "base_few" in asked and shots and template != "chat":
+        for row in rows:
+            answer = row["answers"]["base_few"]
+            answer["text"] = first_answer(answer["text"], shots[: config.few_shot], INSTRUCTION)
+    score_answers(rows, scored_by)
+    scores = {name: _scores([row["answers"][name] for row in rows], losses[name], scored_by) for name in asked}
+    against = {
+        name: compare(rows, name, "tuned", metric=scored_by) for name in asked if name != "tuned" and "tuned" in asked
+    }
+    scoring = Scoring(scored_by.name, scored_by.task, scored_by.main, scored_by.measures, reason, scored_by.notes)
+    remarks += unscored(rows, scored_by)
+    return Evaluation(scores, tuple(rows), trimmed, against, skipped, form, scoring, tuple(remarks))
+
+
+def _asked(
+    items: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    template: str,
+    max_tokens: int,
+    shots: Sequence[Example] | None,
+    only: Collection[str],
+) -> tuple[dict[str, list[list[int]]], int, list[str]]:
+    """The prompts of each model that is asked, how many were trimmed, and what a person should know of them."""
+    prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
+    asked, remarks = {"base": prompts}, []
+    if config.chat_baseline and template != "chat" and tokenizer.chat_template and "base_chat" in only:
+        try:
+            asked["base_chat"], _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
+        except ModelError as error:
+            remarks.append(f"the untuned model was not asked under its own chat template: {error.problem}")
+    if config.few_shot and shots is not None and items and "base_few" in only:
+        found = few_shot_prompts(
+            items,
+            shots[: config.few_shot],
+            lambda item, before: prompt_tokens(_shown(item, before), template, tokenizer).ids,
+            max_tokens - config.max_new_tokens,
+        )
+        if found is not None:
+            asked["base_few"] = found.ids
+        remarks.append(found.remark() if found is not None else no_examples(shots))
+    asked["tuned"] = prompts
+    return {name: questions for name, questions in asked.items() if name in only}, trimmed, remarks
+
+
+def _shown(item: Example, before: Sequence[Example]) -> str:
+    """A row's own text with examples before it, as the text that stands between the prompt's instruction and its end."""
+    shown = [f"{shot.prompt}{RECIPE_SUFFIX}{shot.answer}{BETWEEN}{INSTRUCTION}" for shot in before]
+    return "".join([*shown, item.prompt])
+
+
+def _answered(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    asked: dict[str, list[list[int]]],
+    config: EvaluationConfig,
+    labelled: dict[int, dict[str, Any]],
+    *,
+    progress: bool,
+) -> tuple[dict[str, float | None], tuple[str, ...]]:
+    """Adds each model's answers to the rows; returns the models' losses, and how the answers were made."""
     from tqdm.auto import tqdm
 
-    items, rows, skipped = _held_out(examples, set(train_keys))
-    labelled = _labelled(items, tokenizer, template, max_tokens)
-    prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
-    asked = {"base": prompts, "tuned": prompts}
-    if config.chat_baseline and template != "chat" and tokenizer.chat_template:
-        chat, _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
-        asked = {"base": prompts, "base_chat": chat, "tuned": prompts}
-    asked = {name: questions for name, questions in asked.items() if name in only}
     longest = max((len(prompt) for several in asked.values() for prompt in several), default=0) + config.max_new_tokens
-    losses: dict[str, float | None] = {}
+    losses: dict[str, float | None] = dict.fromkeys(asked)
     with (
-        tqdm(total=len(asked) * len(items), desc="answering", disable=not progress, leave=False) as bar,
-        answering_form(model, rows=min(config.batch_size, len(items)), tokens=longest) as form,
+        tqdm(total=len(asked) * len(rows), desc="answering", disable=not progress, leave=False) as bar,
+        answering_form(model, rows=min(config.batch_size, len(rows)), tokens=longest) as form,
     ):
         for name, questions in asked.items():
             bar.set_postfix_str(MODELS[name])
@@ -121,14 +195,10 @@ def evaluate(
                 given = generate(model, tokenizer, questions, config, progress=bar.update, form=form)
                 for row, answer in zip(rows, given, strict=True):
                     row["answers"][name] = asdict(answer)
-                losses[name] = None
-                if name != "base_chat":
+                if name in ("base", "tuned"):
                     found = summary_losses(model, tokenizer, list(labelled.values()), config.batch_size)
                     losses[name] = _add_losses([row["answers"][name] for row in rows], found, labelled)
-    score_answers(rows)
-    scores = {name: _scores([row["answers"][name] for row in rows], losses[name]) for name in asked}
-    against = {name: compare(rows, name, "tuned") for name in asked if name != "tuned" and "tuned" in asked}
-    return Evaluation(scores, tuple(rows), trimmed, against, skipped, tuple(str(form).splitlines()))
+        return losses, tuple(str(form).splitlines())
 
 
 def _held_out(
@@ -176,13 +246,14 @@ def _add_losses(
     return mean_loss([nats for nats, _ in losses], [tokens for _, tokens in losses])
 
 
-def _scores(answers: Sequence[dict[str, Any]], loss: float | None) -> Scores:
+def _scores(answers: Sequence[dict[str, Any]], loss: float | None, metric: Metric) -> Scores:
     def mean(key: str) -> float:
         return sum(answer[key] for answer in answers) / max(1, len(answers))
 
-    return Scores(
-        mean("rouge1"), mean("rouge2"), mean("rouge_l"), mean("stopped"), mean("tokens"), loss, mean("repetition")
-    )
+    found = {key: measure_of(key).of(answers) for key in metric.measures}
+    one, two, longest = (found.get(key) for key in ("rouge1", "rouge2", "rouge_l"))
+    low, high = interval(measure_of(metric.main), answers) or (None, None)
+    return Scores(one, two, longest, mean("stopped"), mean("tokens"), loss, mean("repetition"), found, low, high)
 
 
 def _prompts(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from qlora_helpers.base.files import write_json
 from qlora_helpers.base.records import read_values
-from qlora_helpers.evaluation.result import Evaluation, Scores
+from qlora_helpers.evaluation.result import Evaluation, Scores, Scoring
 from qlora_helpers.evaluation.scorecard import Difference
 from qlora_helpers.runs.folder import Run
 
@@ -44,6 +44,7 @@ class Compared:
     losses: tuple[str, ...]
     verdict: str
     level: float
+    main: str = "rouge_l"
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class EvaluationFile:
     """What `evaluation.json` holds; see `result.Evaluation`."""
 
     scores: dict[str, Scores]
-    rouge_l_gain: float
+    rouge_l_gain: float | None
     prompt_tokens_trimmed: int
     rows: tuple[Row, ...]
     comparisons: dict[str, Compared] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     form: tuple[str, ...] = ()
+    scoring: Scoring = Scoring()
+    worth: str = ""
+    remarks: tuple[str, ...] = ()
     random_weights: bool = False
 
     RENAMED: ClassVar[dict[str, str]] = {"left_out": "skipped"}

@@ -110,8 +110,8 @@ class Comparison(Tabular):
         lines = [
             [
                 measure_of(d.measure).label,
-                _number(d.first),
-                _number(d.second),
+                number_text(d.first),
+                number_text(d.second),
                 _signed(d.difference),
                 f"{_signed(d.low)} to {_signed(d.high)}",
                 d.verdict,
@@ -220,6 +220,17 @@ def _sampled(measure: Measure, parts: np.ndarray, drawn: np.ndarray) -> np.ndarr
     return np.concatenate([measure.total(group @ parts) for group in groups])
 
 
+def interval(measure: Measure, answers: Answers, *, seed: int = 0) -> tuple[float, float] | None:
+    """The interval of one model's measure; None with fewer than `FEWEST_ROWS` rows that have it."""
+    parts = measure.parts(answers) if answers else np.empty((0, 1))
+    parts = parts[~np.isnan(parts).any(axis=1)]
+    if len(parts) < FEWEST_ROWS:
+        return None
+    samples = _sampled(measure, parts, resamples(len(parts), seed=seed))[1:]
+    low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def score_answers(rows: Iterable[dict[str, Any]], metric: Metric = TEXT) -> None:
     """Adds a metric's scores and the repetition to every answer of rows that have `references` or one `summary`."""
     rows = list(rows)
@@ -230,12 +241,31 @@ def score_answers(rows: Iterable[dict[str, Any]], metric: Metric = TEXT) -> None
             answer |= scores | {"repetition": repetition(answer["text"])}
 
 
-def _number(value: float) -> str:
+def unscored(rows: Sequence[Mapping[str, Any]], metric: Metric) -> list[str]:
+    """Says how many rows a metric could not score, and why; `rows` have their scores."""
+    found = []
+    key = measure_of(metric.main).row
+    for name in rows[0]["answers"] if rows else ():
+        answers = [row["answers"][name] for row in rows]
+        errors = [answer["score_error"] for answer in answers if "score_error" in answer]
+        if errors:
+            found.append(f"{len(errors)} answers of {name} have no score: your function failed, first with {errors[0]}")
+    missing = [row["id"] for row in rows if all(answer.get(key) is None for answer in row["answers"].values())]
+    if missing:
+        found.append(
+            f"{len(missing)} of {len(rows)} rows have no {measure_of(metric.main).name} and don't count in it: their reference "
+            f"has nothing that it could measure (the first is {missing[0]})"
+        )
+    return found
+
+
+def number_text(value: float) -> str:
+    """Returns a number with as many digits as are worth reading."""
     return f"{value:,.1f}" if abs(value) >= 10 or value == 0 else f"{value:.3g}"
 
 
 def _signed(value: float) -> str:
-    text = _number(abs(value))
+    text = number_text(abs(value))
     zero = not any(digit in "123456789" for digit in text)
     return text if zero else f"{'+' if value > 0 else chr(0x2212)}{text}"
 

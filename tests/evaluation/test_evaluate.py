@@ -260,6 +260,9 @@ def test_an_evaluation_is_read_back_from_json(compare):
         "loss",
         "perplexity",
         "repetition",
+        "measures",
+        "low",
+        "high",
     }
 
 
