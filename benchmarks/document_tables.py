@@ -18,6 +18,7 @@ def demo() -> str:
     found = record("demo_two_cores")
     lines = ["| data | model | ROUGE-1 | ROUGE-L | answers that end | loss |", "|---|---|---|---|---|---|"]
     names = {"base": "untuned", "base_chat": "untuned, its own chat template", "tuned": "**tuned**"}
+    names["base_few"] = "untuned, with examples in its prompt"
     for run in found["runs"]:
         for name, score in run["scores"].items():
             loss = "" if score["loss"] is None else f"{score['loss']:.2f}"

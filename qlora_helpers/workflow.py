@@ -20,7 +20,7 @@ from qlora_helpers.data.prepare import content_marks
 from qlora_helpers.data.run_data import check_source, run_data
 from qlora_helpers.evaluation.ask import ask, streaming_answers
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
-from qlora_helpers.evaluation.evaluation_file import write_evaluation
+from qlora_helpers.evaluation.evaluation_file import keep_evaluation, unwritable
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.evaluation.evaluate import Evaluation
+    from qlora_helpers.evaluation.metrics.own import Function
     from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.training.result import TrainResult
@@ -209,19 +210,33 @@ def retry(
 
 @out_of_memory.rescued
 def evaluate(
-    run: Run, *, model: PeftModel | None = None, loaded: LoadedModel | None = None, say: Say = print
+    run: Run,
+    *,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    metric: Function | None = None,
+    say: Say = print,
 ) -> Evaluation:
     """Asks the base and the tuned model the run's held-out rows and writes `evaluation.json`.
+
+    Where the run's folder can't be written, that is said before anything is asked, and the result is kept in the current folder.
 
     Args:
         run: a run with a saved adapter.
         model: the tuned model, if it is in memory already; else the adapter is loaded onto the base model.
+        metric: a function of an answer and a reference that returns a number, or a dict of numbers, of which higher is better;
+            None takes what `evaluation.metric` says.
         loaded, say: as for `train`.
+
+    Raises:
+        UserError: the metric can't be used; nothing was asked yet.
     """
     from qlora_helpers.evaluation import evaluate as evaluation
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
     config = run.config()
+    if why := unwritable(run):
+        say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
     if model is None or loaded is None:
         loaded = load(run, say=say)
         model = load_adapter(run, loaded)
@@ -235,9 +250,13 @@ def evaluate(
             template=config.data.template,
             max_tokens=config.data.seq_len_tokens,
             train_keys=data.train_keys,
+            train_answers=data.train_answers,
+            shots=data.shots,
+            metric=metric,
         )
-    write_evaluation(run, result, random_weights=loaded.checkpoint.is_random)
-    write_answers(run, config, *answered_samples(result))
+    path = keep_evaluation(run, result, random_weights=loaded.checkpoint.is_random, say=say)
+    if path == run.evaluation_path:
+        write_answers(run, config, *answered_samples(result))
     return result
 
 

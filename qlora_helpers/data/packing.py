@@ -32,6 +32,8 @@ class PreparedData:
         notes: what was skipped, trimmed or changed, and where it is in the source.
         source: name and licence of the data.
         train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them proves nothing.
+        train_answers: a sample of the training rows' answers, from which an evaluation sees what kind of task it is.
+        shots: training rows to show an untuned model in its prompt (`shots.kept_shots`).
     """
 
     train: Dataset
@@ -44,6 +46,8 @@ class PreparedData:
     notes: tuple[str, ...]
     source: str
     train_keys: frozenset[str] = frozenset()
+    train_answers: tuple[str, ...] = ()
+    shots: tuple[Example, ...] = ()
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"

@@ -21,6 +21,7 @@ from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.data.packing import PreparedData, pack
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
+from qlora_helpers.data.shots import kept_answers, kept_shots
 from qlora_helpers.data.sources import Corpus
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def prepare(
         tuple(notes),
         source,
         frozenset(prompt_key(item) for item in corpus.train),
+        kept_answers(corpus.train, config.seed),
+        kept_shots(corpus.train, config.seed),
     )
 
 
@@ -179,6 +182,8 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
                 "eval_report": vars(data.eval_report),
                 "test": [dataclasses.asdict(item) for item in data.test],
                 "train_keys": sorted(data.train_keys),
+                "train_answers": list(data.train_answers),
+                "shots": [dataclasses.asdict(item) for item in data.shots],
             },
         )
 
@@ -201,6 +206,8 @@ def load_prepared(folder: Path, mark: str) -> PreparedData | None:
         saved.notes,
         saved.source,
         frozenset(saved.train_keys),
+        saved.train_answers,
+        saved.shots,
     )
 
 

@@ -23,6 +23,7 @@ class PreparedFile:
         report, eval_report: label reports of the training and the evaluation set.
         test: rows held out for the final comparison.
         train_keys: `duplicates.prompt_key` of every training row.
+        train_answers, shots: as in `packing.PreparedData`; files of earlier versions have none.
     """
 
     fingerprint: str
@@ -34,6 +35,8 @@ class PreparedFile:
     eval_report: LabelReport
     test: tuple[Example, ...]
     train_keys: tuple[str, ...] = ()
+    train_answers: tuple[str, ...] = ()
+    shots: tuple[Example, ...] = ()
 
 
 def prepared_path(data_dir: Path) -> Path:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.base.records import read_values
+from qlora_helpers.base.text import Say
 from qlora_helpers.evaluation.result import Evaluation, Scores, Scoring
 from qlora_helpers.evaluation.scorecard import Difference
 from qlora_helpers.runs.folder import Run
@@ -75,6 +81,46 @@ def read_evaluation(run: Run) -> dict[str, Any]:
     if not run.evaluation_path.exists():
         return {}
     return read_values(run.evaluation_path, EvaluationFile, next_step="Delete it and evaluate the run again.")
+
+
+def unwritable(run: Run) -> str:
+    """Returns why the run's folder takes no file, empty where it does; found out by writing one."""
+    try:
+        with tempfile.TemporaryFile(dir=run.folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def keep_evaluation(run: Run, result: Evaluation, *, random_weights: bool, say: Say) -> Path:
+    """Writes the run's `evaluation.json`; where the run's folder does not take it, a file in another folder, and says so.
+
+    Args:
+        run, result, random_weights: as for `write_evaluation`.
+        say: called with where the result is, if it is not in the run's folder.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        RunError: no folder takes it.
+    """
+    try:
+        write_evaluation(run, result, random_weights=random_weights)
+        return run.evaluation_path
+    except RunError as error:
+        values, name = result.to_dict() | {"random_weights": random_weights}, f"{run.name}-evaluation.json"
+        folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.mkdtemp(prefix="qlora-"))
+        path = _free(folder / name)
+        write_json(path, values)
+        say(f"{error.problem}; the answers and scores are kept in {path}.")
+        return path
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first with a number at its end that does not exist yet."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def write_evaluation(run: Run, result: Evaluation, *, random_weights: bool) -> None:

@@ -221,6 +221,16 @@ def scoring_from_dict(values: Mapping[str, Any]) -> Scoring:
     return Scoring(**(kept | lists))
 
 
+def score_cells(score: Mapping[str, Any], scoring: Scoring) -> list[str]:
+    """Returns one model's measures as a table shows them, from the values of an `evaluation.json`."""
+    return [score_text(score_value(score, key), key) for key in scoring.measures]
+
+
+def score_value(score: Mapping[str, Any], key: str) -> float | None:
+    """Returns one measure from the values of an `evaluation.json`; files of earlier versions hold ROUGE beside the others."""
+    return score.get("measures", {}).get(key, score.get(key))
+
+
 def score_text(value: float | None, key: str) -> str:
     """Returns a measure as tables show it; empty where it is None."""
     if value is None:

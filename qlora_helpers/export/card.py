@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.evaluation.evaluation_file import read_evaluation
+from qlora_helpers.evaluation.metrics.measures import measure_of
+from qlora_helpers.evaluation.result import MODELS, score_cells, scoring_from_dict
 from qlora_helpers.export.certificate import FILE, Certificate
 from qlora_helpers.runs.folder import Run
 
@@ -38,7 +40,8 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         "",
     ]
     if values := read_evaluation(run):
-        header = ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "answers that end"]
+        scoring = scoring_from_dict(values.get("scoring", {}))
+        header = ["model", *(measure_of(key).label for key in scoring.measures), "answers that end"]
         lines += [
             f"On {len(values['rows'])} held-out rows:",
             "",
@@ -46,11 +49,15 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
             "|---" * len(header) + "|",
         ]
         lines += [
-            f"| {name} | {s['rouge1']:.1f} | {s['rouge2']:.1f} | {s['rouge_l']:.1f} | {s['stop_rate']:.0%} |"
-            for name, s in values["scores"].items()
+            "| "
+            + " | ".join([MODELS.get(name, name), *score_cells(score, scoring), f"{score['stop_rate']:.0%}"])
+            + " |"
+            for name, score in values["scores"].items()
         ]
         verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
-        lines += ["", *([f"Tuned against untuned: {verdict}", ""] if verdict else [])]
+        said = [f"Tuned against untuned: {verdict}"] if verdict else []
+        said += [values["worth"]] if values.get("worth") and not values.get("random_weights") else []
+        lines += ["", *(line for sentence in said for line in (sentence, ""))]
     lines += [
         f"Certificate: `{FILE}` (adapter sha256 `{certificate.weights_sha256[:16]}`). Like any such model it makes things up.",
         "",

@@ -92,7 +92,9 @@ def answered_samples(result: Evaluation) -> tuple[dict[str, dict[str, str]], dic
         | {f"answer of {model}": answer["text"] for model, answer in row["answers"].items()}
         for row in result.to_dict()["rows"][:SAMPLES]
     }
-    return samples, {f"rouge_l_{model}": scores.rouge_l for model, scores in result.scores.items()}
+    main = result.scoring.main
+    values = {f"{main}_{model}": scores.value(main) for model, scores in result.scores.items()}
+    return samples, {name: value for name, value in values.items() if value is not None}
 
 
 def _survive_disk_errors(writer: Any) -> None:

@@ -18,6 +18,8 @@ from qlora_helpers.base.tables import Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.evaluation.evaluation_file import read_evaluation
+from qlora_helpers.evaluation.metrics.measures import measure_of
+from qlora_helpers.evaluation.result import score_text, score_value, scoring_from_dict
 from qlora_helpers.runs.events_copy import CopyState, copy_state
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.opening import find_runs, runs_root
@@ -52,7 +54,7 @@ def curves(run: Run) -> Chart:
 
 
 def run_table(root: str | os.PathLike[str] | None = None) -> Table:
-    """Returns a row for each run below a folder: state, step, last losses and, once evaluated, ROUGE-L with the points gained.
+    """Returns a row for each run below a folder: state, step, last losses and, once evaluated, the score that counts with its gain.
 
     A run whose files are damaged is shown with the state `damaged` and does not hide the others. Where no
     folder is named, it is `$QLORA_RUNS`, else `runs`.
@@ -60,7 +62,7 @@ def run_table(root: str | os.PathLike[str] | None = None) -> Table:
     rows = [_run_row(run) for run in find_runs(runs_root(root))]
     if not rows:
         return Table((), (), caption="no runs yet")
-    return Table(["run", "state", "step", "loss", "eval loss", "ROUGE-L"], rows, numbers=range(2, 6))
+    return Table(["run", "state", "step", "loss", "eval loss", "score"], rows, numbers=range(2, 6))
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
@@ -70,12 +72,17 @@ def _run_row(run: Run) -> tuple[str, ...]:
     except UserError:
         return (run.name, "damaged", "", "", "", "")
     step = f"{status.step} of {status.max_steps}" if status.max_steps else ""
-    rouge = _rouge(evaluation) if evaluation else ""
-    return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), rouge)
+    score = _score(evaluation) if evaluation else ""
+    return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), score)
 
 
-def _rouge(evaluation: dict[str, Any]) -> str:
-    return f"{evaluation['scores']['tuned']['rouge_l']:.1f} ({evaluation['rouge_l_gain']:+.1f})"
+def _score(evaluation: dict[str, Any]) -> str:
+    main = scoring_from_dict(evaluation.get("scoring", {})).main
+    tuned, base = (score_value(evaluation["scores"].get(name, {}), main) for name in ("tuned", "base"))
+    if tuned is None:
+        return ""
+    gain = "" if base is None else f" ({tuned - base:+.1f})"
+    return f"{measure_of(main).name} {score_text(tuned, main)}{gain}"
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> str:

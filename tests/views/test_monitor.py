@@ -178,10 +178,10 @@ def test_runs_side_by_side(tmp_path):
     damaged.status_path.write_text("{")
     table = run_table(tmp_path)
     assert repr(table).splitlines() == [
-        "run         state         step   loss  eval loss       ROUGE-L",
-        "----------  --------  --------  -----  ---------  ------------",
+        "run         state         step   loss  eval loss                 score",
+        "----------  --------  --------  -----  ---------  --------------------",
         "a-new       new",
-        "b-finished  finished  30 of 30  2.165      2.229  27.3 (+18.1)",
+        "b-finished  finished  30 of 30  2.165      2.229  ROUGE-L 27.3 (+18.1)",
         "c-damaged   damaged",
     ]
     assert "27.3 (+18.1)" in table._repr_html_()
