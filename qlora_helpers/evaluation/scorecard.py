@@ -135,7 +135,7 @@ class Comparison(Tabular):
             return f"{unsure}: the difference may be anything from {between}."
         more = "more" if gain.difference > 0 else "less"
         return (
-            f"{abs(gain.difference):.1f} points of {measure.name} {more} ({LEVEL:.0%} interval {between}); {len(self.wins)} rows "
+            f"{amount(gain.difference, measure)} {more} ({LEVEL:.0%} interval {between}); {len(self.wins)} rows "
             f"won, {len(self.ties)} tied, {len(self.losses)} lost."
         )
 
@@ -257,6 +257,17 @@ def unscored(rows: Sequence[Mapping[str, Any]], metric: Metric) -> list[str]:
             f"has nothing that it could measure (the first is {missing[0]})"
         )
     return found
+
+
+def amount(difference: float, measure: Measure) -> str:
+    """Returns a difference in a measure without its sign, such as `5.2 points of ROUGE-L`."""
+    return f"{points(difference, measure)} of {measure.name}"
+
+
+def points(difference: float, measure: Measure) -> str:
+    """Returns a difference without its sign, in points where the measure has a scale of 100."""
+    scaled = measure.unit in ("%", "points")
+    return f"{abs(difference):.1f} points" if scaled else number_text(abs(difference))
 
 
 def number_text(value: float) -> str:

@@ -23,10 +23,14 @@ from qlora_helpers.views import report_facts as facts
 from qlora_helpers.views.monitor import LossCurve
 from qlora_helpers.views.report_parts import Parts, read_parts
 from qlora_helpers.views.report_scores import (
+    about_scores,
+    confusions,
     has_scores,
     intervals,
+    main_card,
     outcomes,
     percent,
+    score_header,
     score_rows,
     shown_dialogues,
     signed,
@@ -75,6 +79,9 @@ def _page(parts: Parts) -> dict[str, Any]:
         "banners": _banners(parts),
         "headlines": _headlines(parts),
         "scores": score_rows(parts.evaluation),
+        "score_header": score_header(parts.evaluation),
+        "about_scores": about_scores(parts.evaluation),
+        "confusions": confusions(parts.evaluation),
         "verdicts": [] if parts.has_random_weights else verdicts(parts.evaluation),
         "intervals": [] if parts.has_random_weights else intervals(parts.evaluation),
         "outcomes": [] if parts.has_random_weights else outcomes(parts.evaluation),
@@ -129,16 +136,16 @@ def _banners(parts: Parts) -> list[str]:
 
 def _headlines(parts: Parts) -> list[dict[str, Any]]:
     """Returns the four large figures: name, `before` and `after` (or `after` alone), a line below, and whether it is better."""
-    names = ["ROUGE-L of the summaries", "Answers that end by themselves", "Training time", "Peak memory"]
+    names = ["ROUGE-L of the answers", "Answers that end by themselves", "Training time", "Peak memory"]
     cards = [_card(name) for name in names]
     if has_scores(parts.evaluation):
         base, tuned = parts.evaluation["scores"]["base"], parts.evaluation["scores"]["tuned"]
-        gain, more = parts.evaluation["rouge_l_gain"], tuned["stop_rate"] - base["stop_rate"]
+        more = tuned["stop_rate"] - base["stop_rate"]
         # With random weights every change is chance, neither good nor bad.
         good = 0 if parts.has_random_weights else 1
-        cards[0] = _card(
-            names[0], f"{tuned['rouge_l']:.1f}", f"{signed(gain)} points", good * gain, f"{base['rouge_l']:.1f}"
-        )
+        if main := main_card(parts.evaluation):
+            gain, name = main["gain"], f"{main['name']} of the answers"
+            cards[0] = _card(name, main["after"], f"{signed(gain)[0]}{main['change']}", good * gain, main["before"])
         cards[1] = _card(
             names[1],
             percent(tuned["stop_rate"]),
