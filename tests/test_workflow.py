@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers import workflow
-from qlora_helpers.base.errors import ConfigError, ModelError, RunError
+from qlora_helpers.base.errors import ConfigError, ModelError, RunError, UserError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.evaluation.comparison import ReloadCheck
@@ -408,6 +408,60 @@ def test_an_evaluation_is_written(whole, copy):
     assert written["random_weights"] is True
     assert written["scores"]["tuned"]["rouge_l"] == result.scores["tuned"].rouge_l
     assert len(written["rows"]) == 2
+
+
+@pytest.fixture
+def read_only(copy):
+    """The copy, in a folder that takes no file."""
+    if os.geteuid():
+        copy.folder.chmod(0o555)
+        yield copy
+        copy.folder.chmod(0o755)
+        return
+    folder = str(copy.folder)
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        pytest.skip("this process may mount nothing, and may write everywhere")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        yield copy
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_an_evaluation_of_a_read_only_run_is_kept_and_says_so_before_it_asks(read_only, tmp_path, monkeypatch):
+    from qlora_helpers.evaluation import evaluate as evaluation
+
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    asked = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **more: said.append("asked") or asked(*args, **more))
+    result = workflow.evaluate(read_only, say=said.append)
+    first = next(index for index, text in enumerate(said) if "can't be written" in text)
+    assert first < said.index("asked")
+    assert "copy-evaluation.json" in said[-1]
+    assert not read_only.evaluation_path.exists()
+    assert len(read_json(tmp_path / "copy-evaluation.json")["rows"]) == len(result.rows) == 2
+    workflow.evaluate(read_only, say=said.append)
+    assert (tmp_path / "copy-evaluation-2.json").exists(), "the first result is not overwritten"
+
+
+def test_a_metric_that_can_t_work_is_refused_before_anything_is_asked(whole, copy, monkeypatch):
+    from qlora_helpers.evaluation import evaluate as evaluation
+
+    _, model, loaded, _ = whole
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **more: pytest.fail("it was asked"))
+    with pytest.raises(UserError, match="no answer was made yet"):
+        workflow.evaluate(copy, model=model, loaded=loaded, metric=lambda one, other: 1 / 0, say=quiet)
+
+
+def test_a_function_of_the_user_s_scores_a_run(whole, copy):
+    _, model, loaded, _ = whole
+    result = workflow.evaluate(
+        copy, model=model, loaded=loaded, metric=lambda answer, reference: len(answer) < 1e6, say=quiet
+    )
+    assert result.scoring.metric == "function"
+    assert result.scores["tuned"].value(result.scoring.main) == 1
+    assert read_json(copy.evaluation_path)["scoring"]["main"] == result.scoring.main
 
 
 # the demo

@@ -33,7 +33,8 @@ class FewShotPrompts:
         """Says how many examples the prompts have."""
         fewer, none = (sum(count < limit for count in self.shown) for limit in (self.asked, 1))
         if not fewer:
-            return f"{self.asked} training examples stood in each prompt of the untuned model with examples"
+            many = f"{self.asked} training example{'s' * (self.asked != 1)}"
+            return f"{many} stood in each prompt of the untuned model with examples"
         without = f", {none} of them for none" if none else ""
         return (
             f"{self.asked} training examples were to stand in each prompt of the untuned model with examples; {fewer} of "

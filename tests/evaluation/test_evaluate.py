@@ -388,3 +388,75 @@ def test_only_some_models_are_asked(model, tokenizer, corpus):
     )
     assert list(result.scores) == ["tuned"]
     assert result.comparisons == {}
+
+
+# the untuned model with examples in its prompt
+
+
+def test_the_untuned_model_is_asked_with_examples_too(model, tokenizer, corpus, monkeypatch):
+    from qlora_helpers.data.shots import kept_shots
+    from qlora_helpers.evaluation import evaluate as module
+
+    seen = {}
+    asked = module.generate
+
+    def generate(model, tokenizer, questions, *args, **more):
+        seen[len(seen)] = [tokenizer.decode(ids) for ids in questions]
+        return asked(model, tokenizer, questions, *args, **more)
+
+    monkeypatch.setattr(module, "generate", generate)
+    shots = kept_shots(corpus.train, 0)
+    config = EvaluationConfig(batch_size=4, max_new_tokens=4, few_shot=1)
+    result = evaluate(
+        model, tokenizer, corpus.test, config, template="recipe", max_tokens=1024, shots=shots, progress=False
+    )
+    assert list(result.scores) == ["base", "base_few", "tuned"]
+    base, few, tuned = seen.values()
+    assert base == tuned
+    for plain, longer in zip(base, few, strict=True):
+        assert longer.endswith(plain.removeprefix("<|endoftext|>").removeprefix("Summarize the chat dialogue:\n"))
+        places = [longer.index(text) for shot in shots[:1] for text in (shot.prompt, shot.answer)]
+        assert places == sorted(places), "each example's prompt and answer, in their order"
+        assert shots[1].prompt not in longer
+    assert result.scores["base_few"].loss is None
+    assert "1 training example stood in each prompt" in repr(result)
+    assert "base_few" in result.comparisons and "with examples" in repr(result)
+    again = evaluation_from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again == result
+
+
+def test_without_kept_examples_it_says_so(model, tokenizer, corpus):
+    config = EvaluationConfig(batch_size=4, max_new_tokens=4)
+    settings = {"template": "recipe", "max_tokens": 512, "progress": False}
+    result = evaluate(model, tokenizer, corpus.test, config, shots=(), **settings)
+    assert list(result.scores) == ["base", "tuned"] and "the prepared data hold none" in repr(result)
+    off = dataclasses.replace(config, few_shot=0)
+    result = evaluate(model, tokenizer, corpus.test, off, shots=corpus.train, **settings)
+    assert list(result.scores) == ["base", "tuned"] and "examples" not in repr(result)
+
+
+def test_a_chat_template_that_raises_costs_its_baseline_alone(compare):
+    chat = corpus_tokenizer()
+    chat.chat_template = "{{ raise_exception('no such role') }}"
+    result = compare(tokenizer=chat)
+    assert list(result.scores) == ["base", "tuned"]
+    assert "was not asked under its own chat template" in repr(result)
+
+
+def test_the_metric_follows_the_training_answers(model, tokenizer, corpus):
+    config = EvaluationConfig(batch_size=4, max_new_tokens=4)
+    settings = {"template": "recipe", "max_tokens": 512, "progress": False}
+    labels = ["billing", "delivery"] * 20
+    result = evaluate(model, tokenizer, corpus.test, config, train_answers=labels, **settings)
+    assert (result.scoring.metric, result.scoring.main) == ("labels", "macro_f1")
+    assert result.scores["tuned"].rouge_l is None and result.rouge_l_gain is None
+    assert result.scores["tuned"].value("accuracy") == 0 and result.gain == 0
+    assert "40 training answers have only 2 different texts" in repr(result)
+    assert "macro-F1" in repr(result) and "ROUGE" not in repr(result)
+    assert result.confusion().header[0] == "expected"
+    again = evaluation_from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again == result and repr(again) == repr(result)
+    text = evaluate(
+        model, tokenizer, corpus.test, dataclasses.replace(config, metric="text"), train_answers=labels, **settings
+    )
+    assert text.scoring.metric == "text"

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 
 from qlora_helpers.data.duplicates import words_key
-from qlora_helpers.evaluation.metrics.text import repetition, rouge_rows
+from qlora_helpers.evaluation.metrics.measures import measure_of
+from qlora_helpers.evaluation.metrics.text import TEXT, repetition, rouge_rows
 from qlora_helpers.evaluation.scorecard import (
     FEWEST_ROWS,
     compare,
     comparison_from_dict,
+    interval,
     mean_loss,
     resamples,
     score_answers,
+    unscored,
 )
+from qlora_helpers.evaluation.worth import worth
 
 
 def answer(rouge_l, *, stopped=True, tokens=5, nats=None, loss_tokens=0, repeated=0.0):
@@ -168,3 +172,176 @@ def test_scores_are_added_to_each_answer():
     assert rows[0]["answers"]["tuned"]["rouge_l"] == 100
     assert rows[0]["answers"]["base"]["rouge1"] == pytest.approx(40)
     score_answers([])
+
+
+def labelled(pairs):
+    """Rows of (expected, untuned, tuned) labels."""
+    from qlora_helpers.evaluation.metrics.labels import labels_metric
+
+    rows = [
+        {
+            "id": f"r{index}",
+            "references": [expected],
+            "answers": {
+                name: {"text": text, "tokens": 1, "stopped": True} for name, text in (("base", base), ("tuned", tuned))
+            },
+        }
+        for index, (expected, base, tuned) in enumerate(pairs)
+    ]
+    metric = labels_metric()
+    score_answers(rows, metric)
+    return rows, metric
+
+
+def test_the_interval_of_a_macro_f1_is_that_of_all_samples():
+    """It is no mean of rows: of four rows, all 4^4 samples are scored anew. A label that a sample lacks is left out."""
+    pairs = [("a", "a", "a"), ("a", "b", "a"), ("b", "b", "b"), ("b", "a", "a")]
+    rows, metric = labelled(pairs)
+
+    def macro_f1(sample, model):
+        scores = []
+        for label in sorted({expected for expected, *_ in sample}):
+            right = sum(row[0] == row[model] == label for row in sample)
+            count = sum(row[0] == label for row in sample) + sum(row[model] == label for row in sample)
+            scores.append(2 * right / count)
+        return 100 * np.mean(scores)
+
+    exact = [macro_f1(sample, 2) - macro_f1(sample, 1) for sample in itertools.product(pairs, repeat=4)]
+    found = compare(rows, "base", "tuned", metric=metric)["macro_f1"]
+    assert found.difference == pytest.approx(macro_f1(pairs, 2) - macro_f1(pairs, 1))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(exact, [0.025, 0.975])), abs=1e-6)
+
+
+def test_the_interval_of_a_field_f1_counts_the_fields_of_the_drawn_rows():
+    from qlora_helpers.evaluation.metrics.fields import json_metric
+
+    texts = [('{"a": 1}', '{"a": 1}'), ('{"a": 1, "b": 2, "c": 3}', '{"a": 1}'), ('{"a": 1}', "no"), ('{"a": 2}', "{}")]
+    rows = [
+        {
+            "id": f"r{index}",
+            "references": [wanted],
+            "answers": {
+                name: {"text": text, "tokens": 1, "stopped": True} for name, text in (("base", "no"), ("tuned", given))
+            },
+        }
+        for index, (wanted, given) in enumerate(texts)
+    ]
+    score_answers(rows, json_metric())
+    counts = [
+        (a["fields_right"], a["fields_given"] + a["fields_wanted"]) for a in (r["answers"]["tuned"] for r in rows)
+    ]
+    exact = [
+        200 * sum(right for right, _ in sample) / sum(all_ for _, all_ in sample)
+        for sample in itertools.product(counts, repeat=4)
+    ]
+    found = compare(rows, "base", "tuned", metric=json_metric())
+    gain = found["field_f1"]
+    assert (gain.low, gain.high) == pytest.approx(tuple(np.quantile(exact, [0.025, 0.975])), abs=3)
+    assert gain.second == pytest.approx(200 * 2 / (2 + 4 + 1 + 2))
+    assert found.main == "field_f1" and found.gain == gain
+    assert (found.wins, found.ties, found.losses) == (("r0", "r1"), ("r2", "r3"), ())
+
+
+def test_rows_that_one_model_lacks_are_compared_in_neither():
+    """An answer that is not a number has no error: the other model's errors in those rows don't count either."""
+    from qlora_helpers.evaluation.metrics.numbers import numbers_metric
+
+    rows = [
+        {
+            "id": f"r{index}",
+            "references": ["100"],
+            "answers": {
+                "base": {"text": base, "tokens": 1, "stopped": True},
+                "tuned": {"text": tuned, "tokens": 1, "stopped": True},
+            },
+        }
+        for index, (base, tuned) in enumerate([("90", "99"), ("?", "500")])
+    ]
+    score_answers(rows, numbers_metric())
+    found = compare(rows, "base", "tuned", metric=numbers_metric())["absolute_error"]
+    assert (found.first, found.second, found.rows) == (10, 1, 1)
+
+
+def test_fewer_errors_are_better_and_rows_without_words_are_counted():
+    from qlora_helpers.evaluation.metrics.numbers import numbers_metric
+
+    numbers = numbers_metric()
+    rows = [
+        {
+            "id": f"r{index}",
+            "references": [str(100 + index)],
+            "answers": {
+                "base": {"text": str(150 + 2 * index), "tokens": 1, "stopped": True},
+                "tuned": {"text": str(100 + index), "tokens": 1, "stopped": True},
+            },
+        }
+        for index in range(FEWEST_ROWS)
+    ]
+    score_answers(rows, numbers)
+    found = compare(rows, "base", "tuned", metric=numbers)
+    assert (found["absolute_error"].verdict, found["number_right"].verdict) == ("better", "better")
+    assert "100.0 points of right number more" in found.verdict()
+
+    smiles = [{"id": "smile", "summary": "👍", "answers": {name: {"text": "👍"} for name in ("base", "tuned")}}]
+    score_answers(smiles)
+    for answer in smiles[0]["answers"].values():
+        answer |= {"tokens": 1, "stopped": True}
+    comparison = compare(smiles, "base", "tuned")
+    assert comparison.gain is None and "no row has a ROUGE-L" in comparison.verdict()
+    (said,) = unscored(smiles, TEXT)
+    assert said.startswith("1 of 1 rows have no ROUGE-L") and "smile" in said
+
+
+def test_older_comparisons_are_read_as_those_of_rouge():
+    found = compare(rows_of(range(30), range(1, 60, 2)), "base", "tuned")
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values.pop("main") == "rouge_l"
+    assert comparison_from_dict(values) == found
+
+
+def test_the_interval_of_one_model():
+    assert interval(measure_of("rouge_l"), [answer(50.0)] * FEWEST_ROWS) == (50, 50)
+    assert interval(measure_of("rouge_l"), [answer(50.0)] * (FEWEST_ROWS - 1)) is None
+
+
+# whether it was worth it
+
+
+def against(base, few, tuned, rows=40):
+    values = [
+        {
+            "id": f"r{index}",
+            "answers": {
+                name: answer(value + index % 3)
+                for name, value in zip(("base", "base_few", "tuned"), (base, few, tuned), strict=True)
+            },
+        }
+        for index in range(rows)
+    ]
+    return {name: compare(values, name, "tuned") for name in ("base", "base_few")}
+
+
+def test_tuning_was_worth_it_if_it_beats_every_rival():
+    said = worth(against(10.0, 20.0, 30.0))
+    assert said == (
+        "Tuning was worth it: by ROUGE-L, the tuned model is better than the untuned model and the untuned model with examples in "
+        "its prompt."
+    )
+    assert "was not asked with examples" in worth({"base": against(10.0, 20.0, 30.0)["base"]})
+
+
+def test_tuning_was_not_worth_it_if_a_rival_is_better():
+    said = worth(against(10.0, 40.0, 30.0))
+    assert said == (
+        "Tuning was not worth it: by ROUGE-L, the untuned model with examples in its prompt answers better than the tuned model."
+    )
+
+
+def test_it_can_t_be_told_if_a_rival_is_as_good_or_rows_are_few():
+    said = worth(against(10.0, 30.0, 30.0))
+    assert said.startswith(
+        "Whether tuning was worth it can't be told: by ROUGE-L, the tuned model is better than the untuned model,"
+    )
+    assert "40 rows can't tell the tuned model from the untuned model with examples in its prompt" in said
+    assert "from 5 rows" in worth(against(10.0, 20.0, 30.0, rows=5))
+    assert worth({}) == worth({"base": compare([], "base", "tuned")}) == ""

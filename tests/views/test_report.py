@@ -259,6 +259,43 @@ def test_it_understands_what_evaluation_writes(tmp_path):
     assert page_of(run).source == expected
 
 
+def test_labels_have_their_measures_their_confusion_table_and_a_verdict(tmp_path):
+    """Real scores of a classifier: the report says what the task is, which measure counts, and whether tuning was worth it."""
+    from qlora_helpers.evaluation.evaluate import _scores
+    from qlora_helpers.evaluation.metrics.labels import labels_metric
+    from qlora_helpers.evaluation.result import Evaluation, Scoring
+    from qlora_helpers.evaluation.scorecard import compare, score_answers
+
+    metric, labels = labels_metric(), ["billing", "delivery", "<b>returns</b>"]
+    rows = []
+    for index in range(30):
+        expected = labels[index % 3]
+        texts = {"base": "I think billing", "base_few": "billing", "tuned": expected if index % 10 else "billing"}
+        answers = {name: {"text": text, "tokens": 2, "stopped": True} for name, text in texts.items()}
+        rows.append({"id": f"r{index}", "dialogue": f"Ticket {index}", "summary": expected, "answers": answers})
+    score_answers(rows, metric)
+    names = ("base", "base_few", "tuned")
+    result = Evaluation(
+        {name: _scores([row["answers"][name] for row in rows], None, metric) for name in names},
+        tuple(rows),
+        comparisons={name: compare(rows, name, "tuned", metric=metric) for name in names[:2]},
+        scoring=Scoring("labels", metric.task, metric.main, metric.measures, "240 answers have 3 texts", metric.notes),
+    )
+    run = finished_run(tmp_path)
+    write_json(run.evaluation_path, result.to_dict() | {"random_weights": False})
+    page = page_of(run)
+    assert (
+        "The answers are labels, one of a few (metric labels: 240 answers have 3 texts); macro-F1 counts." in page.text
+    )
+    assert "Tuning was worth it: by macro-F1" in page.text
+    assert "macro-F1 of the answers untuned 0.0 → tuned" in page.text
+    assert "macro-F1 95 % interval accuracy is a label Ends by itself" in page.text
+    assert "Expected labels, and what the tuned model answered" in page.text
+    assert "billing 10 0 0 0" in page.text and "(no label)" in page.text
+    assert "right, 2 tokens" in page.text and "wrong, 2 tokens" in page.text
+    assert "ROUGE" not in page.text.split("All settings")[0] and "<b>returns" not in page.source
+
+
 def test_a_reloaded_adapter_that_differs_is_reported(tmp_path):
     run = finished_run(tmp_path)
     changed(run.plan_path, reload={"prompts": 3, "same_answers": 2, "largest_difference": 0.5})
