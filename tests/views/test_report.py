@@ -291,7 +291,7 @@ def test_labels_have_their_measures_their_confusion_table_and_a_verdict(tmp_path
     assert "macro-F1 of the answers untuned 0.0 → tuned" in page.text
     assert "macro-F1 95 % interval accuracy is a label Ends by itself" in page.text
     assert "Expected labels, and what the tuned model answered" in page.text
-    assert "billing 10 0 0 0" in page.text and "(no label)" in page.text
+    assert "billing 0 10 0 0" in page.text and "(no label)" in page.text
     assert "right, 2 tokens" in page.text and "wrong, 2 tokens" in page.text
     assert "ROUGE" not in page.text.split("All settings")[0] and "<b>returns" not in page.source
 
