@@ -87,7 +87,7 @@ def metric_for(
         UserError: the function fails on the references, or the schema can't be used.
     """
     if function is not None:
-        return own_metric(function, references[:TRIED]), "you passed it"
+        return own_metric(function, (references or answers)[:TRIED]), "you passed it"
     if config.metric == "auto":
         choice = choose(answers or references)
         reason = choice.reason if answers else choice.reason.replace("training answer", "held-out answer")

@@ -7,10 +7,9 @@ torch.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from qlora_helpers.base.files import read_json
 from qlora_helpers.base.text import brief
 from qlora_helpers.evaluation.metrics.measures import Metric, Scored
 
-_FENCE = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+DEEPEST = 100  # levels of objects and lists
+_FENCE = "```"
 Field = tuple[str, Any]
 
 
@@ -27,7 +27,8 @@ def parsed(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON. NaN and Infinity are not, and neither is an object that has a key twice.
+        ValueError: it is not JSON, or is nested too deeply. NaN and Infinity are not, and neither is an object that has a key
+            twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -40,9 +41,30 @@ def parsed(text: str) -> Any:
         raise ValueError(name)
 
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for each in level for item in _inside(each)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def unfenced(text: str) -> str | None:
+    """The text inside a Markdown fence that is all of an answer; None where there is none."""
+    text = text.strip()
+    first, line_end, rest = text.partition("\n")
+    if not (line_end and first.startswith(_FENCE) and rest.endswith(_FENCE)):
+        return None
+    return rest.removesuffix(_FENCE)
 
 
 def object_of(text: str) -> Any:
@@ -104,9 +126,8 @@ def json_metric(schema: Path | None = None) -> Metric:
 
 
 def _scored(answer: str, references: Sequence[str], fits: Callable[[Any], bool] | None) -> Scored:
-    whole = object_of(answer)
-    fenced = _FENCE.fullmatch(answer)
-    given = object_of(fenced[1]) if whole is None and fenced else whole
+    whole, fenced = object_of(answer), unfenced(answer)
+    given = object_of(fenced) if whole is None and fenced is not None else whole
     scores: Scored = {"valid_json": 100.0 * (whole is not None)}
     if fits is not None:
         scores["fits_schema"] = 100.0 * (whole is not None and fits(whole))

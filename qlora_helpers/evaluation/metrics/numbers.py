@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -13,11 +12,12 @@ from qlora_helpers.evaluation.metrics.measures import Metric, Scored
 
 ROUNDING = 1e-9  # share of the reference by which two ways to write a number may differ
 LONGEST_EXACT_DIGITS = 15  # a float holds no more
-_SIGNS = r"\s*([+-]?)\s*\p{Sc}?\s*"
+LARGEST = 1e100  # beyond it, errors and their sums would leave the range of a float
+_SIGNS = r"\s*+([+-]?)\s*+\p{Sc}?\s*+"  # possessive: a long run of white space is read once
 _PATTERNS = {
     decimal: regex.compile(
         rf"{_SIGNS}((?:\d{{1,3}}(?:(?P<group>[{group} '\u2019_])\d{{3}})(?:(?P=group)\d{{3}})*|\d+)?(?:{re.escape(decimal)}\d+)?"
-        rf"(?:[eE][+-]?\d+)?)\s*(?:\p{{Sc}}|%)?\.?\s*"
+        rf"(?:[eE][+-]?\d+)?)\s*+(?:\p{{Sc}}|%)?\.?\s*+"
     )
     for decimal, group in ((".", ","), (",", "."))
 }
@@ -40,7 +40,7 @@ def number_of(text: str, decimal: str = ".") -> float | None:
         value = float(found[1] + digits.replace(",", "."))
     except ValueError:  # an exponent alone
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None
 
 
 def decimal_sign(texts: Iterable[str]) -> str | None:

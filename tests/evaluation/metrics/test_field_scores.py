@@ -54,6 +54,9 @@ def test_fields_by_hand(answer, right, given, keys, whole):
         ('{"a": NaN}', 0),
         ('{"a": 1, "a": 2}', 0),
         ("[" * 100_000, 0),
+        ('{"a": ' * 500 + "1" + "}" * 500, 0),  # it can be parsed, but no program should have to
+        ('{"a": ' * 50 + "1" + "}" * 50, 100),
+        (f"```json\n{WANTED}", 0),
         ("{'a': 1}", 0),
         ("", 0),
     ],
