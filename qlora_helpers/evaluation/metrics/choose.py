@@ -61,7 +61,7 @@ def choose(answers: Sequence[str]) -> Choice:
     if count >= FEWEST_ANSWERS and middle <= SHORT_WORDS and long <= SHORT_MOST:
         return Choice("exact", f"training answers are short: half of them have at most {middle} words")
     few = f"; fewer than {FEWEST_ANSWERS} can't show labels or short answers" if count < FEWEST_ANSWERS else ""
-    return Choice("text", f"training answers are texts of {middle} words in the middle{few}")
+    return Choice("text", f"training answers are texts, half of them of {middle} words or more{few}")
 
 
 def _share(found: int, count: int) -> str:
