@@ -24,9 +24,8 @@ CONTEXT_BYTES = int(0.75 * BYTES_IN_GIB)  # CUDA's own and kernels, which PyTorc
 GRAPHS_BYTES = int(0.1 * BYTES_IN_GIB)  # CUDA graphs, which it does not count either; measured with 30 to 60 layers
 # Free beside a pass's peak while it is captured. With 0.5 and less captures failed and left holes, with 0.7 and more none did
 CAPTURE_ROOM_GIB = 0.6
-INPUTS_AT_ONCE = (
-    3  # on the GPU, of checkpointed layers whose inputs wait on the host: arriving, used, leaving (`host_inputs`)
-)
+# On the GPU, of checkpointed layers whose inputs wait on the host; fitted to a Llama and a Falcon
+INPUTS_AT_ONCE = 6
 # Of what is allocated for a time, in expandable segments
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16
 # Of a checkpointed layer's working memory: holes among what is kept; fitted to a Llama
