@@ -137,10 +137,10 @@ def _checkpoint(case: Case) -> Path:
 
 MAKE = """
 import sys, torch
-from qlora_helpers import models
+from qlora_helpers.model import loading
 from qlora_helpers.base.config import ModelConfig
-loaded = models.load_model(ModelConfig(name=f"random:{sys.argv[1]}", quantization="none"), say=lambda text: None)
-del loaded.model.config.random_weights
+loaded = loading.load_model(ModelConfig(name=f"random:{sys.argv[1]}", quantization="none"), say=lambda text: None)
+vars(loaded.model.config).pop("random_weights", None)
 loaded.model.save_pretrained(sys.argv[2])
 loaded.tokenizer.save_pretrained(sys.argv[2])
 """

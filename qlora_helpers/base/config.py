@@ -206,6 +206,11 @@ class TrainConfig:
         False,
         "Keep the input embedding in CPU memory, which frees its bytes on the GPU; each forward pass copies the rows it needs.",
     )
+    offload_checkpoints: bool = option(
+        False,
+        "Keep the inputs of layers with activation checkpointing in CPU memory until the backward pass: longer batches fit on a "
+        "small card, and copies go on beside the computation.",
+    )
     logging_steps: int = option(2, "Write a line of progress every so many optimizer steps.", low=1)
     eval_steps: int | None = option(
         None, "Compute the evaluation loss every so many optimizer steps; none does it after each epoch.", low=1

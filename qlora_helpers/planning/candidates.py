@@ -124,6 +124,7 @@ class Candidate:
         how += ["as CUDA graphs"] if self.captured else []
         how += ["in FP8"] if self.fp8 else []
         how += ["embedding on the host"] if self.offloaded else []
+        how += ["inputs on the host"] if self.step.inputs_on_host and self.checkpointed else []
         how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
         how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
         dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"

@@ -23,7 +23,8 @@ LENGTH_STEP_TOKENS = 64  # shorter sequences are tried in these steps
 def smallest_change(workload: Workload) -> tuple[list[str], Candidate] | None:
     """Finds the mildest change with which something fits, and the fastest candidate that then does.
 
-    From the mildest on: an 8-bit optimizer, 4-bit weights, a lower rank, sequences as long as then fit, and these together.
+    From the mildest on: inputs of checkpointed layers in the host's memory, an 8-bit optimizer,
+    4-bit weights, a lower rank, sequences as long as then fit, and these together.
     """
 
     def fastest(change: list[str]) -> Candidate | None:
@@ -48,7 +49,10 @@ def smallest_change(workload: Workload) -> tuple[list[str], Candidate] | None:
 
 def _changes(config: RunConfig) -> list[str]:
     """Lists what can be changed besides the sequence length, the mildest first."""
-    changes = ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
+    train = config.train
+    offload = train.fast_step and train.activation_checkpointing and not train.offload_checkpoints
+    changes = ["train.offload_checkpoints=true"] if offload else []
+    changes += ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
     changes += ["model.quantization=nf4"] if config.model.quantization != "nf4" else []
     return changes + (["adapter.r=8"] if config.adapter.r > 8 else [])
 

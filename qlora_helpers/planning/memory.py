@@ -24,6 +24,8 @@ CONTEXT_BYTES = int(0.75 * BYTES_IN_GIB)  # CUDA's own and kernels, which PyTorc
 GRAPHS_BYTES = int(0.1 * BYTES_IN_GIB)  # CUDA graphs, which it does not count either; measured with 30 to 60 layers
 # Free beside a pass's peak while it is captured. With 0.5 and less captures failed and left holes, with 0.7 and more none did
 CAPTURE_ROOM_GIB = 0.6
+# On the GPU, of checkpointed layers whose inputs wait on the host; fitted to a Llama and a Falcon
+INPUTS_AT_ONCE = 6
 # Of what is allocated for a time, in expandable segments
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16
 # Of a checkpointed layer's working memory: holes among what is kept; fitted to a Llama
@@ -133,6 +135,7 @@ class StepMemory:
         self.sizes, self.settings, self.gpus = sizes, settings, gpus
         self.layer = layer_bytes(sizes, settings)
         self.layer_input = settings.value_bytes * settings.tokens * sizes.hidden  # all that a checkpointed layer keeps
+        self.most_inputs = INPUTS_AT_ONCE if settings.inputs_on_host else sizes.layers
         self.in_backward = _widest_weight(sizes, settings)
         self.in_backward += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
         self.loss = loss_bytes(sizes, settings)
@@ -157,7 +160,8 @@ class StepMemory:
         total = self.sizes.layers
         if self.gpus == 1:
             return (total,)
-        a_layer = self.layer.total - checkpointed / total * (self.layer.activations - self.layer_input)
+        an_input = self.layer_input * min(1.0, self.gpus * self.most_inputs / max(1, checkpointed))
+        a_layer = self.layer.total - checkpointed / total * (self.layer.activations - an_input)
         held = [(empty, index) for index, empty in enumerate(self.without_layers)]
         heapify(held)
         counts = [0] * self.gpus
@@ -178,7 +182,8 @@ class StepMemory:
         """
         sizes, one = self.sizes, self.layer
         head = first if sizes.tied else last
-        activations = (layers - checkpointed) * one.activations + checkpointed * self.layer_input
+        inputs = min(checkpointed, self.most_inputs)
+        activations = (layers - checkpointed) * one.activations + inputs * self.layer_input
         unquantized = (sizes.other_parameters if first else 0) + (sizes.head_parameters if head else 0)
         offloaded = self.on_the_host if first else 0
         in_layer = self.in_backward + (one.activations if checkpointed else 0)

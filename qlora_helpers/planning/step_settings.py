@@ -33,6 +33,7 @@ class StepSettings:
         trained_share: share of the tokens that count in the loss.
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
         offloaded: whether the input embedding is in the host's memory; one that is the output layer too stays.
+        inputs_on_host: whether the inputs of checkpointed layers wait in the host's memory.
         chunked_loss: whether logits exist a chunk at a time; else those of all trained tokens at once.
         dropout: whether the adapters have dropout: the mask of each input and what it lets through are kept.
         dora: whether the adapters have magnitudes (DoRA): peft computes them, in float32.
@@ -56,6 +57,7 @@ class StepSettings:
     quantized: bool = True
     double_quantization: bool = True
     offloaded: bool = False
+    inputs_on_host: bool = False
     chunked_loss: bool = True
     dropout: bool = False
     dora: bool = False
@@ -113,6 +115,7 @@ def step_settings(
         quantized=config.model.quantization == "nf4",
         double_quantization=config.model.double_quantization,
         offloaded=config.train.offload_embeddings and config.train.fast_step,
+        inputs_on_host=config.train.offload_checkpoints and config.train.fast_step,
         chunked_loss=config.train.fast_step,
         dropout=adapter.lora_dropout > 0,
         dora=adapter.use_dora,

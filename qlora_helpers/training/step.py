@@ -105,6 +105,7 @@ def open_fast_step(
         captured=config.cuda_graph,
         accumulation=config.gradient_accumulation_steps,
         offload_embeddings=config.offload_embeddings,
+        offload_checkpoints=config.offload_checkpoints,
         fp8=no_fp8 is None,
         check=check,
     )
@@ -186,6 +187,7 @@ def _settings_of(
         quantized=quantization is not None,
         double_quantization=getattr(quantization, "bnb_4bit_use_double_quant", False),
         offloaded=config.offload_embeddings,
+        inputs_on_host=config.offload_checkpoints,
         dropout=lora.lora_dropout > 0,
         dora=lora.use_dora,
         adapted=frozenset(lora.target_modules),

@@ -71,9 +71,14 @@ def test_the_mildest_changes_are_those_that_change_something():
     def changes(*settings: str) -> list[str]:
         return _changes(RECIPE.with_settings(["train.optim=adamw_torch", *settings]))
 
-    assert changes("adapter.r=8") == ["train.optim=adamw_8bit"]
-    assert changes("adapter.r=9") == ["train.optim=adamw_8bit", "adapter.r=8"]
-    assert changes("train.optim=adamw_8bit", "model.quantization=none", "adapter.r=8") == ["model.quantization=nf4"]
+    inputs = "train.offload_checkpoints=true"
+    assert changes("adapter.r=8") == [inputs, "train.optim=adamw_8bit"]
+    assert changes("adapter.r=9", inputs) == ["train.optim=adamw_8bit", "adapter.r=8"]
+    assert changes("adapter.r=8", "train.fast_step=false") == ["train.optim=adamw_8bit"]
+    assert changes("adapter.r=8", "train.activation_checkpointing=false") == ["train.optim=adamw_8bit"]
+    assert changes("train.optim=adamw_8bit", "model.quantization=none", "adapter.r=8", inputs) == [
+        "model.quantization=nf4"
+    ]
 
 
 def test_a_model_that_fits_with_its_embedding_offloaded_can_fit():

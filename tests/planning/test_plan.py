@@ -197,28 +197,45 @@ def test_the_shortfall_and_what_would_fit_are_named():
     assert "does not fit" in repr(plan) and instance in repr(plan)
 
 
+INPUTS_ON_HOST = "train.offload_checkpoints=true"
+
+
+def test_inputs_of_checkpointed_layers_in_the_hosts_memory_are_the_first_thing_to_try():
+    plan = planned("tiiuae/falcon-40b", "24GiB")
+    assert not plan.fits and plan.fixes[0].startswith(f"--set {INPUTS_ON_HOST} (1 x 2048")
+    other = planned("tiiuae/falcon-40b", "24GiB", INPUTS_ON_HOST)
+    assert other.fits and "inputs on the host" in repr(other)
+    # At most six of 60 inputs of 2,048 x 8,192 values are on the GPU.
+    with_inputs, without = (
+        planned("tiiuae/falcon-40b", "H100", *ONE_SEQUENCE, "train.checkpointed_layers=60", *more).smallest.memory[0]
+        for more in ([], [INPUTS_ON_HOST])
+    )
+    assert with_inputs.activations == 60 * 2048 * 8192 * 2 and without.activations == 6 * 2048 * 8192 * 2
+
+
 def test_the_smallest_change_that_fits_is_named_and_fits():
     """The longest sequence that fits, in steps of 64 tokens; where an 8-bit optimizer is enough, that alone."""
     for asked in (2048, 1536):
-        plan = planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}")
+        plan = planned("tiiuae/falcon-40b", "23GiB", INPUTS_ON_HOST, f"data.seq_len_tokens={asked}")
         assert not plan.fits
         change = plan.fixes[0].split(" (")[0].replace("--set ", "").split()
         name, length = change[0].split("=")
         assert name == "data.seq_len_tokens" and len(change) == 1
-        assert planned("tiiuae/falcon-40b", "24GiB", *change).fits
-        assert not planned("tiiuae/falcon-40b", "24GiB", f"{name}={int(length) + 64}").fits
-        assert not planned("tiiuae/falcon-40b", "24GiB", f"data.seq_len_tokens={asked}", "train.optim=adamw_8bit").fits
-    assert planned("tiiuae/falcon-40b", "25.1GiB").fixes[0].startswith("--set train.optim=adamw_8bit (1 x 2048")
+        assert planned("tiiuae/falcon-40b", "23GiB", INPUTS_ON_HOST, *change).fits
+        assert not planned("tiiuae/falcon-40b", "23GiB", INPUTS_ON_HOST, f"{name}={int(length) + 64}").fits
+        eight = (f"data.seq_len_tokens={asked}", "train.optim=adamw_8bit")
+        assert not planned("tiiuae/falcon-40b", "23GiB", INPUTS_ON_HOST, *eight).fits
+    fix = planned("tiiuae/falcon-40b", "23.5GiB", INPUTS_ON_HOST).fixes[0]
+    assert fix.startswith("--set train.optim=adamw_8bit (1 x 2048")
 
 
 def test_changes_are_combined_where_none_is_enough():
-    plan = planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64")
-    change = plan.fixes[0].split(" (")[0].replace("--set ", "").split()
+    asked = ("tiiuae/falcon-40b", "23GiB", INPUTS_ON_HOST, "adapter.r=64")
+    change = planned(*asked).fixes[0].split(" (")[0].replace("--set ", "").split()
     assert {item.split("=")[0] for item in change} == {"train.optim", "adapter.r", "data.seq_len_tokens"}
-    assert planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *change).fits
+    assert planned(*asked, *change).fits
     for skipped in change:
-        rest = [item for item in change if item != skipped]
-        assert not planned("tiiuae/falcon-40b", "23.5GiB", "adapter.r=64", *rest).fits
+        assert not planned(*asked, *(item for item in change if item != skipped)).fits
 
 
 def test_as_many_gpus_work_in_parallel_as_can_share_the_sequences():

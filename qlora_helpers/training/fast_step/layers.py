@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.planning.memory import layers_to_checkpoint
+from qlora_helpers.training.fast_step.host_inputs import HostInputs
 from qlora_helpers.training.fast_step.matmuls import recomputation_contexts, unused_outputs_skipped
 
 RECOMPUTE_POINTWISE = dict.fromkeys(
@@ -33,7 +34,7 @@ them written out; without these bans it keeps as few bytes as it can. Matrix mul
 
 @contextmanager
 def layers_changed(
-    model: torch.nn.Module, *, compiled: bool, checkpointed: int, keep_random_state: bool
+    model: torch.nn.Module, *, compiled: bool, checkpointed: int, keep_random_state: bool, on_host: bool = False
 ) -> Iterator[int]:
     """While open, decoder layers are compiled, and `checkpointed` of them have activation checkpointing.
 
@@ -44,10 +45,12 @@ def layers_changed(
         compiled: whether to compile every layer; batches must have one shape.
         checkpointed: how many layers keep only their input, 0 to all.
         keep_random_state: whether the recomputation must draw the same dropout masks.
+        on_host: whether the inputs of checkpointed layers wait in the host's memory.
     """
     layers = decoder_layers(model)
     chosen = set(layers_to_checkpoint(len(layers), min(checkpointed, len(layers))))
     skipped = 0
+    inputs = HostInputs() if on_host else None
     with ExitStack() as undo:
         if compiled:
             undo.enter_context(torch._functorch.config.patch(RECOMPUTE_POINTWISE))
@@ -63,7 +66,8 @@ def layers_changed(
             if compiled:
                 forward = torch.compile(forward, dynamic=False)
             if index in chosen:
-                forward = _checkpointed(layer, forward, keep_random_state)
+                place = (sorted(chosen).index(index), index == max(chosen))
+                forward = _checkpointed(layer, forward, keep_random_state, inputs, *place)
             if compiled or index in chosen:
                 replace_forward(layer, _after_hook(layer, forward), undo)
         yield skipped
@@ -105,19 +109,36 @@ def _is_hooked(module: torch.nn.Module) -> bool:
     return hasattr(module, "_old_forward") and not getattr(getattr(module, "_hf_hook", None), "offload", True)
 
 
-def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], keep_random_state: bool) -> Callable[..., Any]:
+def _checkpointed(
+    layer: torch.nn.Module,
+    forward: Callable[..., Any],
+    keep_random_state: bool,
+    inputs: HostInputs | None,
+    number: int,
+    last: bool,
+) -> Callable[..., Any]:
+    """Gives a layer activation checkpointing; `number` is its place among such layers, and `last` whether it is the last."""
+    keep = functools.partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=keep_random_state, context_fn=recomputation_contexts
+    )
+
     @functools.wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not (layer.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=keep_random_state,
-            context_fn=recomputation_contexts,
-            **kwargs,
-        )
+        if inputs is None or not args:
+            return keep(forward, *args, **kwargs)
+        hidden, *rest = args
+        given = [
+            inputs.keep(number, hidden, last=last),
+            lambda: hidden,
+        ]  # the recomputation's, and the forward pass's own
+
+        def run(_: torch.Tensor, *others: Any, **named: Any) -> Any:
+            return forward(given.pop()(), *others, **named)
+
+        # What checkpoint is handed, it keeps: an empty tensor tells it the device.
+        return keep(run, hidden.new_empty(0), *rest, **kwargs)
 
     return checkpointed
 

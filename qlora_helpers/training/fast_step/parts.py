@@ -49,6 +49,7 @@ class FastStep:
         graphs: the passes that are captured as CUDA graphs, or None where none may be.
         offloaded: what looks up a batch's tokens in an embedding in the host's memory; None where it is on the GPU.
         checkpointed, layers: how many decoder layers have activation checkpointing, of how many.
+        inputs_on_host: whether the inputs of these layers wait in the host's memory.
         skipped: how many unused outputs such a layer skips while it recomputes.
         reasons: why a part is off, as known when the step was opened.
     """
@@ -62,6 +63,7 @@ class FastStep:
     offloaded: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     checkpointed: int = 0
     layers: int = 0
+    inputs_on_host: bool = False
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
 
@@ -87,7 +89,8 @@ class FastStep:
             for part in PARTS
             if part.label and (part.listed_when_off or self.is_on(part.name))
         ]
-        skipping = f", each skipping {self.skipped} unused outputs" if self.skipped else ""
+        skipping = ", their inputs in the host's memory" if self.inputs_on_host and self.checkpointed else ""
+        skipping += f", each skipping {self.skipped} unused outputs" if self.skipped else ""
         lines.append(f"     {self.checkpointed} of {self.layers} layers with activation checkpointing{skipping}")
         return "\n".join(lines + [f"     ({reason})" for reason in self.why_off])
 
@@ -105,6 +108,7 @@ class StepRequest:
         captured: whether passes are captured as CUDA graphs where they can be.
         accumulation: forward passes per optimizer step.
         offload_embeddings: whether the input embedding goes into the host's memory.
+        offload_checkpoints: whether the inputs of layers with activation checkpointing wait in the host's memory.
         fp8: whether frozen 4-bit weights are multiplied in FP8.
     """
 
@@ -116,6 +120,7 @@ class StepRequest:
     captured: bool = False
     accumulation: int = 1
     offload_embeddings: bool = False
+    offload_checkpoints: bool = False
     fp8: bool = False
 
     @cached_property
@@ -210,7 +215,11 @@ PARTS = (
     Part(
         "skipped",
         lambda request, on: layers_changed(
-            request.inner, compiled=on.compiled, checkpointed=on.checkpointed, keep_random_state=request.dropout
+            request.inner,
+            compiled=on.compiled,
+            checkpointed=on.checkpointed,
+            keep_random_state=request.dropout,
+            on_host=request.offload_checkpoints,
         ),
     ),
     Part(
@@ -241,7 +250,7 @@ def fast_step(
     """
     asked = StepRequest(model, **request)
     restore_embedding(asked.inner.get_input_embeddings())
-    on = FastStep(layers=len(decoder_layers(asked.inner)))
+    on = FastStep(layers=len(decoder_layers(asked.inner)), inputs_on_host=asked.offload_checkpoints)
     on.checkpointed = on.layers if asked.checkpointed is None else min(asked.checkpointed, on.layers)
     with ExitStack() as opened:
         for part in PARTS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step import parts
 from qlora_helpers.training.fast_step.block_diagonal import RowStarts, attend_within_rows, kernel_refusal
+from qlora_helpers.training.fast_step.host_inputs import HostInputs
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks, token_losses
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
@@ -117,15 +119,8 @@ def gradients(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fast(model, *, packed=True, compiled=False, checkpointed=0, offload_embeddings=False):
-    return fast_step(
-        model,
-        packed=packed,
-        longest=24,
-        compiled=compiled,
-        checkpointed=checkpointed,
-        offload_embeddings=offload_embeddings,
-    )
+def fast(model, *, packed=True, compiled=False, checkpointed=0, **more):
+    return fast_step(model, packed=packed, longest=24, compiled=compiled, checkpointed=checkpointed, **more)
 
 
 def plain_collator(packed=True):
@@ -169,6 +164,47 @@ def test_loss_and_gradients_are_those_of_the_plain_path(name, packed):
     # The loss is summed in float32 by design; the rest of the path is in float64 here.
     assert_same(expected, found, tolerance=3e-6)
     assert_same(expected, gradients(model, plain_collator(packed)(blocks)), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("checkpointed", [1, 2, 3])
+def test_inputs_of_checkpointed_layers_that_wait_on_the_host_change_nothing(name, checkpointed):
+    model = built(SHAPES[name])
+    with fast(model, checkpointed=checkpointed) as on:
+        expected = gradients(model, fast_collator(on)(BLOCKS))
+    with fast(model, checkpointed=checkpointed, offload_checkpoints=True) as on:
+        assert "their inputs in the host's memory" in repr(on)
+        found = [gradients(model, fast_collator(on)(BLOCKS[:count])) for count in (2, 1, 2)]
+    assert_same(expected, found[0], tolerance=0)
+    assert_same(expected, found[2], tolerance=0)  # after a smaller batch, in the same memory
+
+
+def test_dropout_is_the_same_in_a_recomputation_whose_input_waited_on_the_host():
+    model = built(SHAPES["llama"], dropout=0.3)
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(5)
+        with fast(model, checkpointed=3, offload_checkpoints=offload) as on:
+            found.append(gradients(model, fast_collator(on)(BLOCKS)))
+    assert_same(*found, tolerance=0)
+
+
+def test_an_input_that_went_to_the_host_leaves_its_device_and_the_last_one_stays():
+    inputs, gone = HostInputs(), []
+    fetched = []
+    for number in range(4):
+        hidden = torch.randn(2, 5, 8).requires_grad_(number > 0)
+        storage = hidden.detach().untyped_storage()
+        gone.append((weakref.ref(storage), hidden.detach().clone()))
+        fetched.append(inputs.keep(number, hidden, last=number == 3))
+        del hidden, storage
+    assert [there() is not None for there, _ in gone] == [False, False, False, True]
+    assert inputs.bytes_sent == 3 * 2 * 5 * 8 * 4
+    for number in (3, 2, 1, 0):
+        value = fetched[number]()
+        assert torch.equal(value, gone[number][1]) and value.requires_grad == (number > 0)
+        here = [each.here is not None for each in inputs._inputs]
+        assert here == [each == number - 1 for each in range(4)], "one is on its way while a layer computes"
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
