@@ -20,7 +20,7 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.base.config import DataConfig, RunConfig, config_from_dict
 from qlora_helpers.base.errors import ConfigError, DataError, RunError
 from qlora_helpers.base.files import read_json
-from qlora_helpers.data import readers
+from qlora_helpers.data import compressed, encodings, readers
 from qlora_helpers.data.sources import read_corpus
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.workflow import existing_run, open_run
@@ -208,7 +208,7 @@ def test_a_table_that_unfolds_to_far_more_than_its_file_is_refused(tmp_path, mon
     """A file of some kilobytes holds one text of 1 MiB for 40,000 rows: 40 GB."""
     import pyarrow
 
-    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 64 * 1024**2)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 64 * 1024**2)
     text = pyarrow.array(["x" * 1024**2])
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 40_000, pyarrow.int32()), text)
     data = parquet(pyarrow.table({"dialogue": column, "summary": column}))
@@ -222,7 +222,7 @@ def test_a_row_that_is_far_too_long_is_refused(tmp_path, monkeypatch, kind):
     """As a gigabyte in one row would be; the limit is lowered here."""
     import pyarrow
 
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(encodings, "MAX_LINE_BYTES", 1000)
     rows = [{"dialogue": "Ann: hi", "summary": "Hi."}] * 3 + [{"dialogue": "Ann: " + "long " * 400, "summary": "Long."}]
     data = {
         "json": lambda: json.dumps(rows).encode(),

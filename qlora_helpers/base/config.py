@@ -104,14 +104,44 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the dialogues come from, and how they become labelled sequences of tokens."""
+    """Where the rows come from, how they are read, and how they become labelled sequences of tokens."""
 
     source: str = option(
         "embedded",
-        "Data: embedded (the corpus in this package), a .json, .jsonl, .csv, .parquet or .7z file, or a hub data set's id.",
+        "Data: embedded (the corpus in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx or .7z file, also .gz "
+        "or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
+    )
+    format: str = option(
+        "auto",
+        "What a row is: messages (OpenAI), conversations (ShareGPT), alpaca, prompt_completion, question_answer, dialogue (with "
+        "its summary), columns (any, by data.prompt and data.answer, or the only two), or text (documents); auto recognises it.",
+        choices=(
+            *(
+                "auto",
+                "messages",
+                "conversations",
+                "alpaca",
+                "prompt_completion",
+                "question_answer",
+                "dialogue",
+                "columns",
+            ),
+            "text",
+        ),
+    )
+    prompt: str | None = option(
+        None,
+        "What the model is asked, with columns in braces: 'Classify.\\n\\n{subject}\\n{body}'; the text's own braces are doubled.",
+        many_lines=True,
+    )
+    answer: str | None = option(
+        None, "What the model learns to answer, with columns in braces, such as '{label}'.", many_lines=True
     )
     dialogue_column: str = option("dialogue", "Column that holds the dialogue.")
     summary_column: str = option("summary", "Column that holds the summary.")
+    column: str | None = option(
+        None, "Column that holds the messages, or the document's text; none looks for the usual names."
+    )
     instruction: str | None = option(
         None,
         "Text that stands before each row's own; none takes 'Summarize the chat dialogue:' for dialogues, and nothing for others.",
@@ -120,6 +150,24 @@ class DataConfig:
     system: str | None = option(
         None, "The system's message, before each conversation that has none; none adds no message.", many_lines=True
     )
+    bad_rows: str = option(
+        "skip",
+        "What to do with rows that can't be used (empty answers, roles out of order, ...): skip and name them, or refuse the data.",
+        choices=("skip", "refuse"),
+    )
+    encoding: str | None = option(
+        None, "Encoding of a text file, such as cp1252; none recognises it (JSON: UTF-8, or UTF-16 by its mark)."
+    )
+    separator: str | None = option(
+        None, "Character between the fields of a CSV file, such as ; or \\t; none recognises it.", many_lines=True
+    )
+    sheet: str | None = option(None, "Sheet of an Excel file; none takes the first that holds rows.")
+    hub_config: str | None = option(None, "Configuration (subset) of a hub data set; none takes its default.")
+    hub_split: str | None = option(
+        None,
+        "The only split of a hub data set to read, such as train_sft; none reads those for training, validation and test.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub data set; none takes the default branch.")
     template: str = option(
         "recipe",
         "Prompt format: the recipe's plain text, or the model's own chat template.",
@@ -150,7 +198,27 @@ class DataConfig:
     test_rows: int | None = option(
         30, "Hold out at most this many rows for the final comparison; none takes the whole split.", low=1
     )
+    embedded_train_rows: int | None = option(
+        None,
+        "A profile's limit on training rows of the embedded corpus alone; setting data.train_rows replaces it.",
+        low=1,
+    )
+    embedded_eval_rows: int | None = option(
+        None,
+        "A profile's limit on evaluation rows of the embedded corpus alone; setting data.eval_rows replaces it.",
+        low=1,
+    )
+    embedded_test_rows: int | None = option(
+        None,
+        "A profile's limit on held-out rows of the embedded corpus alone; setting data.test_rows replaces it.",
+        low=1,
+    )
     seed: int = option(0, "Random seed of the split and of the packing order.", low=0)
+
+    def most_rows(self, split: str) -> int | None:
+        """Returns how many rows of `train`, `eval` or `test` are used at most: a profile's limits hold for its own corpus alone."""
+        own = getattr(self, f"embedded_{split}_rows") if self.source == "embedded" else None
+        return getattr(self, f"{split}_rows") if own is None else own
 
 
 @dataclass(frozen=True)
@@ -363,12 +431,23 @@ def _changed(
             changes.setdefault(section, {})[key] = checked_value(SECTIONS[section], known[key], value, is_text)
         except ValueError as error:
             problems.append(f"{name}: {error}")
+    _replace_limits(config.data, changes.get("data", {}))
     for section, values in changes.items():
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     problems += _contradictions(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _replace_limits(data: DataConfig, changes: dict[str, Any]) -> None:
+    """Takes away a profile's limit on the embedded corpus's rows where a person sets or changes the limit on all rows."""
+    for split in ("train", "eval", "test"):
+        name, own = f"{split}_rows", f"embedded_{split}_rows"
+        if name in changes:
+            given, changed = own in changes, changes[name] != getattr(data, name)
+            if not given or (changed and changes[own] == getattr(data, own)):
+                changes[own] = None
 
 
 def _pairs(settings: Iterable[str] | Mapping[str, Any], problems: list[str]) -> list[tuple[str, Any, bool]]:

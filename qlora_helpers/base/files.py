@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import hashlib
 import json
 import os
 import shutil
@@ -99,6 +101,36 @@ def make_once(folder: Path, proof: str, make: Callable[[], None]) -> None:
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not (folder / proof).exists():
             make()
+
+
+def content_digest(source: str) -> str | None:
+    """Returns a digest (SHA-256) of a file's content, wherever it lies and whatever its name is.
+
+    Args:
+        source: a file; or a folder or pattern, of which the names and contents of all files count, without hidden ones.
+
+    Returns:
+        The digest; None where there is no such file, or it can't be read.
+    """
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return _file_digest(path)
+        if path.is_dir():
+            files = [each for each in path.iterdir() if each.is_file()]
+        else:
+            files = [Path(each) for each in glob.glob(str(path), recursive=True)] if glob.has_magic(source) else []
+            files = [each for each in files if each.is_file()]
+        files = sorted(each for each in files if not each.name.startswith("."))
+        digests = "".join(f"{each.name} {_file_digest(each)}\n" for each in files)
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return hashlib.sha256(digests.encode("utf-8", "surrogateescape")).hexdigest() if files else None
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def not_written(path: Path, error: OSError) -> RunError:

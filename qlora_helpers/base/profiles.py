@@ -13,9 +13,9 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.name": "random:falcon-tiny",
             "data.seq_len_tokens": 512,
-            "data.train_rows": 24,
-            "data.eval_rows": 4,
-            "data.test_rows": 4,
+            "data.embedded_train_rows": 24,
+            "data.embedded_eval_rows": 4,
+            "data.embedded_test_rows": 4,
             "data.long_rows": "trim",
             "train.max_steps": 4,
             "train.micro_batch_size": 2,
@@ -33,8 +33,8 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "data.seq_len_tokens": 512,
-            "data.train_rows": 144,  # two CPU cores train one epoch in two and a half minutes
-            "data.eval_rows": 20,
+            "data.embedded_train_rows": 144,  # two CPU cores train one epoch in two and a half minutes
+            "data.embedded_eval_rows": 20,
             "adapter.lora_dropout": 0.0,  # one epoch does not overfit, and dropout masks cost 15 % of a CPU step
             "train.micro_batch_size": 2,
             "train.learning_rate": 2e-3,  # a small model and few steps allow more than the recipe's

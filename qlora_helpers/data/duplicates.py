@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
+import sys
 import unicodedata
 from collections.abc import Collection
 
-from qlora_helpers.data.dialogues import SkippedRows
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.rows import SkippedRows
+
+_RUN = 30  # combining marks in a row that a letter has at most in any script; normalising a longer run takes its square
+_LONG_RUN = re.compile(rf"[^\w\s]{{{_RUN + 1}}}")
 
 
-def text_key(text: str) -> str:
-    """A key that is the same for texts that differ only in white space."""
-    return " ".join(text.split())
+def text_key(text: str) -> bytes:
+    """A key that is the same for texts that differ only in white space: a hash, so that no text is held twice."""
+    return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def words_key(text: str) -> str:
     """A key that is the same for copies of a text: a hash of its words, ignoring case, punctuation and white space."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return hashlib.sha256(" ".join(words or [text]).encode()).hexdigest()[:24]
+    plain = text
+    if not text.isascii():
+        if _LONG_RUN.search(text):
+            plain = _marks().sub(r"\1", text)
+        plain = unicodedata.normalize("NFKC", plain)
+    words = re.sub(r"\W+", " ", plain.casefold()).strip(" ")
+    return hashlib.sha256((words or text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+@functools.cache
+def _marks() -> re.Pattern[str]:
+    """Matches combining marks beyond the first `_RUN` of a run (Unicode Standard Annex 15, section 13: Stream-Safe Text)."""
+    marks = "".join(re.escape(char) for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.combining(char))
+    return re.compile(f"([{marks}]{{{_RUN}}})[{marks}]+")
 
 
 def prompt_text(example: Example) -> str:
@@ -39,7 +56,7 @@ def is_known(example: Example, keys: Collection[str]) -> bool:
 
 def without_repeats(rows: list[Example], skipped: SkippedRows) -> list[Example]:
     """Keeps the first of several rows with the same prompt and answer, ignoring white space."""
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[bytes, bytes], str] = {}
     kept = []
     for row in rows:
         key = (text_key(prompt_text(row)), text_key(row.answer))

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.base.files import replaced_folder, write_json
+from qlora_helpers.base.files import content_digest, replaced_folder, write_json
 from qlora_helpers.data.duplicates import prompt_key
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
 from qlora_helpers.data.packing import PreparedData, pack
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
+from qlora_helpers.data.prepared_tables import read_sequences
+from qlora_helpers.data.rows import Corpus
 from qlora_helpers.data.shots import kept_answers, kept_shots
-from qlora_helpers.data.sources import Corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,8 +140,29 @@ def _sequence(rows: Sequence[LabelledRow]) -> dict[str, Any]:
     }
 
 
-def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> str:
-    """A digest that changes whenever the prepared data would: of settings, tokenizer and the source file's content."""
+def fingerprint(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool, content: str | None = None
+) -> str:
+    """A digest that changes whenever the prepared data would: of settings, tokenizer and the content of the source's files.
+
+    Args:
+        config: the data settings. The path of files counts for nothing: the same rows are the same under another name.
+        tokenizer: the model's.
+        can_pack: see `prepare`.
+        content: digest of the source's files; None takes it of the files that are there.
+    """
+    content = content_digest(config.source) if content is None else content
+    if content is not None:
+        config = dataclasses.replace(config, source="the files with this content")
+    return _mark(config, tokenizer, can_pack, content)
+
+
+def _earlier_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, can_pack: bool) -> str:
+    """The digest of version 0.1, in which the path counts too."""
+    return _mark(config, tokenizer, can_pack, content_digest(config.source))
+
+
+def _mark(config: DataConfig, tokenizer: PreTrainedTokenizerBase, can_pack: bool, content: str | None) -> str:
     settings = dataclasses.asdict(config)
     later = {item.name: item.default for item in dataclasses.fields(config) if item.name not in FIRST_SETTINGS}
     settings = {name: value for name, value in settings.items() if name not in later or value != later[name]}
@@ -148,25 +170,28 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, can_p
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())[:5000]).encode())
     digest.update(f"{len(tokenizer)} {tokenizer.eos_token_id} {tokenizer.pad_token_id} {can_pack}".encode())
     digest.update(str(tokenizer.chat_template).encode() if config.template == "chat" else b"")
-    source = Path(config.source).expanduser()
-    if source.is_file():
-        with open(source, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(bytes.fromhex(content or ""))
     return digest.hexdigest()
 
 
 def content_marks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Digests of what settings don't say about the data: the vocabulary, and the source where it is a file."""
+    """Digests of what settings don't say about the data: the vocabulary, and the source where it is files that are there."""
     marks = {"the tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()}
-    source = Path(config.source).expanduser()
-    if source.is_file():
-        with open(source, "rb") as file:
-            marks[f"the content of {source.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    content = content_digest(config.source)
+    if content is not None:
+        marks[f"the content of {Path(config.source).name}"] = content
     return marks
 
 
-def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
-    """Writes prepared data into a run's `data/`, whole or not at all."""
+def save_prepared(data: PreparedData, folder: Path, mark: str, *, named: str = "", content: str = "") -> None:
+    """Writes prepared data into a run's `data/`, whole or not at all.
+
+    Args:
+        data, folder: the data, and the run's `data/`.
+        mark: their `fingerprint`.
+        named: the source as the settings name it.
+        content: digest of the source's files; empty where it is none.
+    """
     with replaced_folder(folder) as temporary:
         data.train.save_to_disk(temporary / "train")
         data.eval.save_to_disk(temporary / "eval")
@@ -174,6 +199,8 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
             prepared_path(temporary),
             {
                 "fingerprint": mark,
+                "named": named,
+                "content": content,
                 "packed": data.packed,
                 "seq_len_tokens": data.seq_len_tokens,
                 "source": data.source,
@@ -188,16 +215,14 @@ def save_prepared(data: PreparedData, folder: Path, mark: str) -> None:
         )
 
 
-def load_prepared(folder: Path, mark: str) -> PreparedData | None:
-    """Reads prepared data back, or returns None where there are none that were made with the same fingerprint."""
-    from datasets import Dataset
-
+def load_prepared(folder: Path, *marks: str) -> PreparedData | None:
+    """Reads prepared data back, or returns None where there are none that were made with one of these fingerprints."""
     saved = read_prepared_file(folder)
-    if saved is None or saved.fingerprint != mark:
+    if saved is None or saved.fingerprint not in marks:
         return None
     return PreparedData(
-        Dataset.load_from_disk(str(folder / "train")),
-        Dataset.load_from_disk(str(folder / "eval")),
+        read_sequences(folder / "train"),
+        read_sequences(folder / "eval"),
         saved.test,
         saved.report,
         saved.eval_report,
@@ -221,6 +246,8 @@ def prepared(
 ) -> PreparedData:
     """Returns the run's prepared data: those on disk if they still fit the settings, else newly made and saved.
 
+    Where the source's files are gone or elsewhere, what was prepared from them is used.
+
     Args:
         config: the data settings.
         tokenizer: the model's.
@@ -228,9 +255,12 @@ def prepared(
         read: reads the source (`sources.read_corpus`).
         can_pack: see `prepare`.
     """
-    mark = fingerprint(config, tokenizer, can_pack=can_pack)
-    data = load_prepared(folder, mark)
+    content, saved = content_digest(config.source), read_prepared_file(folder)
+    if content is None and saved is not None and saved.named == config.source:
+        content = saved.content or None
+    mark = fingerprint(config, tokenizer, can_pack=can_pack, content=content)
+    data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, can_pack))
     if data is None:
         data = prepare(read(config), tokenizer, config, can_pack=can_pack)
-        save_prepared(data, folder, mark)
+        save_prepared(data, folder, mark, named=config.source, content=content or "")
     return data

@@ -24,6 +24,8 @@ class PreparedFile:
         test: rows held out for the final comparison.
         train_keys: `duplicates.prompt_key` of every training row.
         train_answers, shots: as in `packing.PreparedData`; files of earlier versions have none.
+        named: the source as the settings named it, a path included.
+        content: digest of the source's files, empty where it is none: the same rows are known by it under another path.
     """
 
     fingerprint: str
@@ -37,6 +39,8 @@ class PreparedFile:
     train_keys: tuple[str, ...] = ()
     train_answers: tuple[str, ...] = ()
     shots: tuple[Example, ...] = ()
+    named: str = ""
+    content: str = ""
 
 
 def prepared_path(data_dir: Path) -> Path:

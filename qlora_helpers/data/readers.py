@@ -1,317 +1,222 @@
-"""Reads raw rows from data files, JSON, JSON Lines, CSV and Parquet, each row with its place in the file.
+"""Reads rows from data files, each with its place in the file; JSON and JSON Lines here, other kinds in modules of their own.
 
-Owns the formats and how they can be damaged: encoding, NUL bytes, broken syntax, sizes. Knows nothing of dialogues and
-summaries: what the columns mean, and which rows are usable, is decided in `dialogues`.
+Owns which suffix is read how. Knows nothing of what the columns mean: that is decided in `forms` and `conversion`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import brief, size_text
-from qlora_helpers.base.units import BYTES_IN_GIB
-from qlora_helpers.data.dialogues import Row, listed, numbered_siblings
+from qlora_helpers.data import encodings
+from qlora_helpers.data.compressed import data_suffix, opened
+from qlora_helpers.data.csv_files import csv_rows
+from qlora_helpers.data.encodings import encoding_of, numbered_lines, whole_text
+from qlora_helpers.data.excel import excel_part
+from qlora_helpers.data.rows import Part, Row, listed
 from qlora_helpers.data.splits import SPLIT_NAMES, named_splits
+from qlora_helpers.data.tables import arrow_part, parquet_part
 
-MAX_FILE_BYTES = 2 * BYTES_IN_GIB
-MAX_LINE_BYTES = 10 * 1024**2
-_AS_UTF8 = "Save the file as UTF-8 and try again."
 _JSON_FORMS = "a list of objects, or an object with the lists train, val and test, or data"
+_BLANK = re.compile(r"[ \t\n\r]*")
+Parts = dict[str, list[Part]]  # by split (see `Source.splits`)
 
-Rows = tuple[dict[str, list[Row]], list[str]]  # by split (see `Source.splits`), and notes
 
-
-def read_file(path: Path, columns: Collection[str]) -> Rows:
-    """Reads a .json, .jsonl, .csv or .parquet file.
+def read_file(path: Path, name: str, config: DataConfig, notes: list[str]) -> Parts:
+    """Opens a data file.
 
     Args:
-        path: the file; its suffix says which format it has.
-        columns: the columns that are needed; other columns of a Parquet file are not read.
+        path: the file; its suffix says which kind it is.
+        name: its name, for messages.
+        config: encoding, separator, sheet.
+        notes: gets lines on how it is read, some of them only while its rows are.
 
     Returns:
-        Rows by split (only `train` where the file has no splits), and notes.
+        Its rows by split (only `train` where the file has no splits), which are read when they are asked for.
 
     Raises:
-        DataError: the file is empty, too large, damaged or of another kind; the message names the line where there is
-            one.
+        DataError: the file is empty, too large, damaged or of another kind; the message names the line where there is one.
+            Reading the rows raises it too.
     """
-    with open_file(path) as file:
-        if path.suffix.lower() == ".parquet":
-            return _read_parquet(file, path.name, columns)
-        return _TEXT_READERS[path.suffix.lower()](file, path.name)
+    suffix = data_suffix(path)
+    with opened(path) as file:
+        if suffix == ".json":
+            encoding = encoding_of(file, name, config.encoding, notes, guess=False)
+            return _json_parts(path, file, name, encoding, notes)
+        if suffix in _TABLES:
+            return {"train": [_TABLES[suffix](path, file, name, config, notes)]}
+        if suffix in (".jsonl", ".ndjson"):
+            encoding = encoding_of(file, name, config.encoding, notes, guess=False)
+            return {"train": [Part(name, lambda columns: _jsonl_rows(path, name, encoding))]}
+        encoding = encoding_of(file, name, config.encoding, notes, guess=True)
+        tabs = suffix == ".tsv"
+    return {"train": [Part(name, lambda columns: csv_rows(path, name, encoding, config, notes, tabs=tabs))]}
 
 
-def open_file(path: Path, most: int = MAX_FILE_BYTES) -> BinaryIO:
-    """Opens a plain file of 1 to `most` bytes.
+_TABLES: dict[str, Callable[[Path, BinaryIO, str, DataConfig, list[str]], Part]] = {
+    ".parquet": parquet_part,
+    ".arrow": arrow_part,
+    ".feather": arrow_part,
+    ".xlsx": excel_part,
+}
+FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", *_TABLES)
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file's name ends as those that are read do."""
+    return data_suffix(Path(name)) in FILE_SUFFIXES
+
+
+def _json_parts(path: Path, file: BinaryIO, name: str, encoding: str, notes: list[str]) -> Parts:
+    start = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")
+    file.seek(0)
+    if start.startswith(b"["):  # a list is read element by element: only its text and its examples are held
+        return {"train": [Part(name, lambda columns: _json_rows(path, name, encoding))]}
+    return json_parts(whole_text(file, name, encoding), name, notes)
+
+
+def json_parts(text: str, name: str, notes: list[str]) -> Parts:
+    """Returns the rows of JSON: of `[...]`, `{"train": [...], "val": [...], "test": [...]}`, `{"data": [...]}` or pandas' tables.
 
     Raises:
-        DataError: it is empty, larger, not a plain file, or may not be read.
+        DataError: it is not JSON, or JSON of another form.
     """
-    try:
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a plain file"
-            raise DataError(f"{path.name} is {kind}", expected="a file", next_step="Name the data file itself.")
-        file = path.open("rb")
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-    except OSError as error:
-        raise DataError(f"{path.name} can't be read ({error.strerror})", next_step="Check its permissions.") from error
-    if 0 < size <= most:
-        return file
-    file.close()
-    if size == 0:
-        raise DataError(f"{path.name} is empty (0 bytes)", next_step="Check that it was written or copied whole.")
-    raise DataError(
-        f"{path.name} is too large to be held in memory",
-        expected=f"{size_text(most)} at most",
-        got=size_text(size),
-        next_step="Take a part of it, or unpack what you need, and name that file.",
-    )
-
-
-def read_json(file: BinaryIO, name: str) -> Rows:
-    """Reads rows from JSON: a list of objects, `{"train": [...], "val": [...], "test": [...]}` or `{"data": [...]}`.
-
-    Args:
-        file: the bytes; UTF-8, with or without a byte order mark.
-        name: the file's name, for messages.
-
-    Raises:
-        DataError: the bytes are not UTF-8, not JSON, or JSON of another form.
-    """
-    text = _decoded(file.read(), name, line=1, offset=0)
     value = _parsed(text, name, None, _JSON_FORMS)
+    if isinstance(value, dict):
+        value = _from_pandas(value)
     if isinstance(value, dict):
         parts = {key: rows for key, rows in value.items() if key.lower() in SPLIT_NAMES or isinstance(rows, list)}
         wrong = [key for key, rows in parts.items() if not isinstance(rows, list)]
         if any(key.lower() in SPLIT_NAMES for key in parts) and not wrong:
-            others = [
+            notes += [
                 f"{name}: skipped {listed([key])}, which is not a list of rows" for key in value if key not in parts
             ]
-            splits, notes = named_splits(name, {key: _numbered(rows, f"{name} {key}") for key, rows in parts.items()})
-            return splits, notes + others
+            named = {key: [_listed_part(rows, f"{name} {key}", key)] for key, rows in parts.items()}
+            splits, more = named_splits(name, named)
+            notes += more
+            return splits
         if "data" in parts and not wrong:
-            return {"train": _numbered(parts["data"], name)}, []
-        value = f"an object with {listed(value)}" if not wrong else f"{listed(wrong)} without a list"
+            return {"train": [_listed_part(parts["data"], name)]}
+        found = f"an object with {listed(value)}" if not wrong else f"{listed(wrong)} without a list"
     elif isinstance(value, list):
         if value:
-            return {"train": _numbered(value, name)}, []
-        value = "an empty list"
+            return {"train": [_listed_part(value, name)]}
+        found = "an empty list"
     else:
-        value = f"a single {type(value).__name__}"
+        found = f"a single {type(value).__name__}"
     raise DataError(
-        f"{name} holds no rows", expected=_JSON_FORMS, got=value, next_step="Bring it into one of these forms."
+        f"{name} holds no rows", expected=_JSON_FORMS, got=found, next_step="Bring it into one of these forms."
     )
 
 
-def _read_jsonl(file: BinaryIO, name: str) -> Rows:
+def _from_pandas(value: dict[str, Any]) -> Any:
+    """Returns the rows of a table as pandas' `to_json` writes it, column by column, row by row or split; else the value."""
+    if set(value) >= {"columns", "data"} and isinstance(value["columns"], list) and isinstance(value["data"], list):
+        names = value["columns"]
+        if all(isinstance(row, list) and len(row) == len(names) for row in value["data"]):
+            return [dict(zip(map(str, names), row, strict=True)) for row in value["data"]]
+    tables = list(value.values())
+    if not tables or not all(isinstance(table, dict) and table for table in tables):
+        return value
+    if all(key.isdecimal() for key in value):
+        return tables
+    if all(table.keys() == tables[0].keys() for table in tables) and all(key.isdecimal() for key in tables[0]):
+        return [{column: table[key] for column, table in value.items()} for key in tables[0]]
+    return value
+
+
+def _listed_part(values: list[Any], name: str, split: str = "") -> Part:
+    return Part(name, lambda columns: _numbered(iter(values), name), split=split)
+
+
+def _json_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:
+    with opened(path) as file:
+        text = whole_text(file, name, encoding)
+    yield from _numbered(_elements(text, name), name)
+
+
+def _elements(text: str, name: str) -> Iterator[Any]:
+    """Yields the elements of a JSON list one by one.
+
+    Raises:
+        DataError: it is not a JSON list, or an empty one; the message names the line.
+    """
+    decode = json.JSONDecoder().raw_decode
+    place = _BLANK.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
+    if text[place : place + 1] == "]" and not text[place + 1 :].strip():
+        raise DataError(
+            f"{name} holds no rows",
+            expected=_JSON_FORMS,
+            got="an empty list",
+            next_step="Bring it into one of these forms.",
+        )
+    while True:
+        try:
+            value, place = decode(text, place)
+            yield value
+            place = _BLANK.match(text, place).end()  # type: ignore[union-attr]
+            mark = text[place : place + 1]
+            if mark == "]":
+                rest = _BLANK.match(text, place + 1).end()  # type: ignore[union-attr]
+                if rest < len(text):
+                    raise json.JSONDecodeError("Extra data", text, rest)
+                return
+            if mark != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place = _BLANK.match(text, place + 1).end()  # type: ignore[union-attr]
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, name, None, _JSON_FORMS) from error
+
+
+def _jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:
     hint = "a JSON object on each line (a list over several lines belongs into a .json file)"
-    rows = [
-        Row(f"{name} line {number}", _parsed(line.rstrip("\r\n"), name, number, hint))
-        for number, line in _lines(file, name)
-        if line.strip()
-    ]
-    return {"train": _some(rows, name)}, []
-
-
-def _read_csv(file: BinaryIO, name: str) -> Rows:
-    reader = csv.reader((line for _, line in _lines(file, name)), strict=True)
-    header: list[str] = []
-    rows = []
-    start = 1
-    try:
-        for fields in reader:
-            if not header:
-                header = _header(fields, name, start)
-            elif fields and len(fields) != len(header):
-                raise DataError(
-                    f"{name} line {start} has a wrong number of fields",
-                    expected=f"{len(header)} ({listed(header)})",
-                    got=f"{len(fields)}",
-                    next_step="Put texts that hold commas or line breaks into double quotes.",
-                )
-            elif fields:
-                rows.append(Row(f"{name} line {start}", dict(zip(header, fields, strict=True))))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{name} line {start} is not valid CSV ({error})",
-            next_step="Look for an unclosed or undoubled double quote in that row.",
-        ) from error
-    return {"train": _some(rows, name)}, []
-
-
-def _header(fields: list[str], name: str, line: int) -> list[str]:
-    fields = [column.strip() for column in fields]
-    repeated = [column for column in dict.fromkeys(fields) if fields.count(column) > 1]
-    if repeated or not fields:
-        raise DataError(
-            f"{name} line {line} is not a header",
-            expected="the columns' names, each once",
-            got=f"{listed(repeated)} repeated" if repeated else "an empty line",
-            next_step="Give the first line one name for each column.",
-        )
-    return fields
-
-
-def _read_parquet(file: BinaryIO, name: str, columns: Collection[str]) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        found = pyarrow.parquet.ParquetFile(file).schema_arrow.names
-        needed = needed_columns(found, columns)
-        table = pyarrow.parquet.ParquetFile(file, read_dictionary=needed)  # a repeated text is kept once
-        if not needed:
-            return {"train": header_only(found, name)}, []
-        groups = range(table.metadata.num_row_groups)
-        size = sum(table.metadata.row_group(group).total_byte_size for group in groups)
-        if size > MAX_FILE_BYTES:
-            raise DataError(
-                f"{name} is too large to be held in memory",
-                expected=f"{size_text(MAX_FILE_BYTES)} of values at most",
-                got=size_text(size),
-                next_step="Cut it into smaller files and name one of them.",
-            )
-        values = _within_limits(table.iter_batches(64, columns=needed), name)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{name} is not a complete Parquet file ({brief(error)})", next_step="Write or download it again."
-        ) from error
-    return {"train": _some(_numbered(values, name), name)}, []
-
-
-def _within_limits(batches: Iterable[Any], name: str) -> list[Any]:
-    """Returns the rows of a table, and limits their size: a text that is in the file once may be in a million rows."""
-    values: list[Any] = []
-    size = 0
-    for batch in batches:
-        values += _rows_of(batch, name, len(values))
-        size += sum(len(text) for row in values[-batch.num_rows :] for text in row.values() if isinstance(text, str))
-        if size > MAX_FILE_BYTES:
-            raise DataError(
-                f"{name} unfolds to more than can be held in memory",
-                expected=f"{size_text(MAX_FILE_BYTES)} of values at most",
-                next_step="Cut it into smaller files and name one of them.",
-            )
-    return values
-
-
-def _rows_of(batch: Any, name: str, before: int) -> list[Any]:
-    """Returns a batch's rows; a text that is far too long is refused before it is unfolded."""
-    import pyarrow
-    import pyarrow.compute
-
-    for column in batch.columns:
-        texts = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
-        kind = texts.type
-        if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-            longest = pyarrow.compute.max(pyarrow.compute.binary_length(texts)).as_py()
-            if longest is not None and longest > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{name} has a text that is too long, in row {before + 1} or soon after",
-                    expected=f"{size_text(MAX_LINE_BYTES)} at most",
-                    got=size_text(longest),
-                    next_step="Check that it is one dialogue, and remove it if not.",
-                )
-    return batch.to_pylist()
-
-
-_TEXT_READERS: dict[str, Callable[[BinaryIO, str], Rows]] = {
-    ".json": read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-}
-FILE_SUFFIXES = (*_TEXT_READERS, ".parquet")
-
-
-def needed_columns(found: Collection[str], columns: Collection[str]) -> list[str]:
-    """The columns of a table to read: those asked for, their numbered siblings and `id`; none where one asked for is missing."""
-    if not set(columns) <= set(found):
-        return []
-    more = {sibling for column in columns for sibling in numbered_siblings(column, found)}
-    return [column for column in found if column in columns or column in more or column == "id"]
-
-
-def header_only(found: Collection[str], name: str) -> list[Row]:
-    """One row without values, which says which columns a table has without reading it."""
-    return [Row(f"{name} row 1", dict.fromkeys(found))]
-
-
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    """Yields numbered lines with their line ends. Only b'\\n' ends a line: a text may hold U+2028 and the like."""
-    number = offset = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(
-                f"{name} line {number} is too long",
-                expected=f"{size_text(MAX_LINE_BYTES)} at most",
-                next_step="Check that each row is on a line of its own.",
-            )
-        yield number, _decoded(line, name, number, offset)
-        offset += len(line)
-
-
-def _decoded(data: bytes, name: str, line: int, offset: int) -> str:
-    """Decodes UTF-8 `data`, which starts at `line` and at byte `offset` of the file; a byte order mark is dropped."""
-    if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name} line 1 is UTF-16", expected="UTF-8", next_step=_AS_UTF8)
-    nul = data.find(b"\0")
-    if nul >= 0:
-        raise DataError(
-            f"{name} line {line + data.count(bytes([10]), 0, nul)} holds a NUL byte (byte {offset + nul})",
-            expected="text in UTF-8",
-            next_step=_AS_UTF8,
-        )
-    try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        at = error.start + (3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0)
-        raise DataError(
-            f"{name} line {line + data.count(bytes([10]), 0, at)} is not UTF-8 (byte 0x{data[at]:02x} at {offset + at})",
-            expected="text in UTF-8",
-            next_step=_AS_UTF8,
-        ) from error
+    empty = True
+    with opened(path) as file:
+        for number, line in numbered_lines(file, name, encoding):
+            if line.strip():
+                empty = False
+                yield Row(f"{name} line {number}", _parsed(line.rstrip("\r\n"), name, number, hint))
+    if empty:
+        raise DataError(f"{name} holds no rows", next_step="Check that it was written or copied whole.")
 
 
 def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
     """Parses JSON text: a line of the file, or all of it where `line` is None."""
-    place = name if line is None else f"{name} line {line}"
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, name, line, expected) from error
+
+
+def _not_json(error: ValueError | RecursionError, name: str, line: int | None, expected: str) -> DataError:
+    place = name if line is None else f"{name} line {line}"
+    if isinstance(error, json.JSONDecodeError):
         many = line is None and error.msg == "Extra data"
-        raise DataError(
+        return DataError(
             f"{name} line {line or error.lineno} is not valid JSON ({error.msg}, column {error.colno})",
             expected=expected,
             next_step="If each line is an object of its own, call the file .jsonl." if many else "Fix that line.",
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply", expected=expected, next_step="Flatten the objects.") from error
-    except ValueError as error:  # a whole number of more than 4300 digits
-        raise DataError(f"{place} can't be read ({brief(error)})", next_step="Fix that value.") from error
+        )
+    if isinstance(error, RecursionError):
+        return DataError(f"{place} is nested too deeply", expected=expected, next_step="Flatten the objects.")
+    return DataError(
+        f"{place} can't be read ({brief(error)})", next_step="Fix that value."
+    )  # a number of over 4300 digits
 
 
-def _numbered(values: list[Any], name: str) -> list[Row]:
+def _numbered(values: Iterator[Any], name: str) -> Iterator[Row]:
     for number, value in enumerate(values, start=1):
         texts = value.values() if isinstance(value, dict) else ()
-        if any(isinstance(text, str) and len(text) > MAX_LINE_BYTES for text in texts):
+        if any(isinstance(text, str) and len(text) > encodings.MAX_LINE_BYTES for text in texts):
             raise DataError(
                 f"{name} row {number} is too long",
-                expected=f"{size_text(MAX_LINE_BYTES)} at most",
-                next_step="Check that it is one dialogue, and remove it if not.",
+                expected=f"{size_text(encodings.MAX_LINE_BYTES)} at most",
+                next_step="Check that it is one row, and remove it if not.",
             )
-    return [Row(f"{name} row {number}", value) for number, value in enumerate(values, start=1)]
-
-
-def _some(rows: list[Row], name: str) -> list[Row]:
-    if not rows:
-        raise DataError(f"{name} holds no rows", next_step="Check that it was written or copied whole.")
-    return rows
+        yield Row(f"{name} row {number}", value)

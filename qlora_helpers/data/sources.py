@@ -1,14 +1,13 @@
-"""Reads examples from a data source: the embedded corpus, a local file, SAMSum's archive, or a hub data set.
+"""Reads examples from a data source: the embedded corpus, local files, SAMSum's archive, or a hub data set.
 
-Owns the choice of the reader by the source's name. Formats are in `readers`, archives in `archives`, cleaning in
-`dialogues`, splits in `splits`. Knows nothing of tokens, labels and models, and imports no torch.
+Owns the choice of the reader by the source's name, and the way from rows to three splits. Files are found in `local_files` and
+read in `readers`, archives in `archives`, the hub in `hub_data`; forms are recognised in `forms`, rows become examples in
+`conversion`, splits are cut in `splits`. Knows nothing of tokens, labels and models, and imports no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,41 +15,24 @@ from typing import Any, BinaryIO
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.base.text import brief, size_text
+from qlora_helpers.data import encodings
 from qlora_helpers.data.archives import MAX_ARCHIVE_BYTES, downloaded, read_archive, url_name
-from qlora_helpers.data.dialogues import (
-    Corpus,
-    Row,
-    SkippedRows,
-    Source,
-    cleaned,
-    listed,
-    need_columns,
-    need_rows,
-)
+from qlora_helpers.data.compressed import open_file
+from qlora_helpers.data.conversion import Conversion, first_values
 from qlora_helpers.data.duplicates import without_repeats
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.forms import Form, recognised
+from qlora_helpers.data.hub_data import SAMSUM, from_hub
 from qlora_helpers.data.known import DATA_LICENCES
-from qlora_helpers.data.readers import (
-    FILE_SUFFIXES,
-    MAX_FILE_BYTES,
-    header_only,
-    needed_columns,
-    open_file,
-    read_file,
-    read_json,
-)
+from qlora_helpers.data.local_files import local_files, split_of
+from qlora_helpers.data.readers import json_parts, read_file
+from qlora_helpers.data.rows import MAX_ROWS, Corpus, Part, Row, SkippedRows, Source, need_rows
 from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sampled
 
 __all__ = ["Corpus", "Example", "read_corpus"]
 
 EMBEDDED = "embedded"
-SAMSUM = "knkarthick/samsum"
-SCRIPT_ONLY = ("samsum", "Samsung/samsum")  # datasets 5 runs no loading scripts; the same rows are at SAMSUM
-SUFFIXES = (*FILE_SUFFIXES, ".7z")
-_NO_DATA_SUFFIXES = (".txt", ".tsv", ".ndjson", ".gz", ".zip", ".xlsx", ".arrow", ".py")
-_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-_WITHOUT = "To do without, set data.source to embedded or to a .json, .jsonl, .csv, .parquet or .7z file."
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) -> Corpus:
@@ -60,68 +42,119 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
     else in eval. The same source, settings and seed give the same corpus.
 
     Args:
-        config: source, columns, rows per split, seed.
+        config: source, form, columns, rows per split, seed.
         progress: shows a download; called like `tqdm.tqdm(total=bytes, unit="B", ...)`; None shows nothing.
 
     Returns:
-        The corpus; its `notes` name the rows that were skipped, and say how splits were made.
+        The corpus; its `notes` say what the rows were recognised as, name those that were skipped, and say how splits were made.
 
     Raises:
         DataError: the source can't be read or used; the message names the file and the line, and says what to do.
     """
     source = _source(config, progress)
-    need_columns(source, config)
-    notes, skipped = list(source.notes), SkippedRows()
-    splits = cleaned(source, config, notes, skipped)
+    notes, skipped = source.notes, SkippedRows()
+    splits, form = _examples(source, config, skipped)
+    if config.bad_rows == "refuse":
+        skipped.refuse(source.name)
     splits = {split: without_repeats(rows, skipped) for split, rows in splits.items()}
     need_rows(source.name, splits, skipped)
     splits = kept_apart(cut_missing(source.name, splits, config, notes), skipped)
     need_rows(source.name, splits, skipped, each=True)
-    limits = {"train": config.train_rows, "eval": config.eval_rows, "test": config.test_rows}
-    chosen = {split: sampled(rows, limits[split], f"{config.seed}/{split}") for split, rows in splits.items()}
-    return Corpus(source.name, source.licence, notes=(*notes, *skipped.notes()), **chosen)
+    chosen = {split: sampled(rows, config.most_rows(split), f"{config.seed}/{split}") for split, rows in splits.items()}
+    return Corpus(source.name, source.licence, notes=(*dict.fromkeys(notes), *skipped.notes()), form=form, **chosen)
+
+
+def _examples(source: Source, config: DataConfig, skipped: SkippedRows) -> tuple[dict[str, list[Example]], str]:
+    """Recognises the form and turns all rows into examples; also returns the form's name."""
+    parts = [part for several in source.splits.values() for part in several]
+    kinds = {column: kind for part in parts for column, kind in part.kinds.items()}
+    columns = first_values(parts)
+    said: list[str] = []
+    form = recognised(source.name, columns, kinds, config, said) if columns else Form("dialogue", NO_COLUMNS)
+    source.notes += said if config.source != EMBEDDED else []
+    conversion = Conversion(form, config, skipped)
+    needed = {*form.needed, "id"}
+    splits: dict[str, list[Example]] = {}
+    count = 0
+    for split, several in source.splits.items():
+        splits[split] = []
+        for part in several:
+            for example in conversion.examples(part.rows(needed)):
+                splits[split].append(example)
+            count = len(splits[split]) + skipped.counts.total()
+            if count > MAX_ROWS:
+                raise DataError(f"{source.name} has too many rows", expected=f"{MAX_ROWS:,} at most", got=f"{count:,}")
+    source.notes += conversion.notes(source.name)
+    return splits, form.name
 
 
 def _source(config: DataConfig, progress: Callable[..., Any] | None) -> Source:
     name = config.source
     if name == EMBEDDED:
-        return _embedded()
-    if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
+        return _embedded(config)
+    if _ADDRESS.match(name):
         return _from_url(name, progress)
-    path = _local_path(name)
-    if path is None:
-        return _from_hub(name, config)
-    if path.suffix.lower() == ".7z":
-        with open_file(path, MAX_ARCHIVE_BYTES) as file:
-            return _from_archive(file, path.name)
-    splits, notes = read_file(path, _columns(config))
-    return Source(path.name, "not stated (a local file)", splits, notes)
+    files = local_files(name)
+    if files is None:
+        return from_hub(config)
+    if files[0].suffix.lower() == ".7z":
+        with open_file(files[0], MAX_ARCHIVE_BYTES) as file:
+            return _from_archive(file, files[0].name)
+    notes: list[str] = []
+    if len(files) == 1:
+        return Source(files[0].name, _LOCAL, read_file(files[0], files[0].name, config, notes), notes)
+    return _from_files(Path(name).expanduser().name or name, files, config, notes)
 
 
-def _embedded() -> Source:
+NO_COLUMNS = {"prompt": "dialogue", "answer": "summary"}  # of a source whose rows are no objects: none can be used
+_LOCAL = "not stated (a local file)"
+
+
+def _from_files(name: str, files: list[Path], config: DataConfig, notes: list[str]) -> Source:
+    """Reads several files as one source; their names say which splits they are, where they begin with one."""
+    parts: dict[str, list[Part]] = {}
+    for file in files:
+        found = read_file(file, file.name, config, notes)
+        for split, several in found.items():
+            own = split_of(file) if set(found) == {"train"} else split
+            parts.setdefault(own or "rows", []).extend(several)
+    notes.append(f"{name}: {len(files)} files were read")
+    if set(parts) == {"rows"}:
+        return Source(name, _LOCAL, {"train": parts["rows"]}, notes)
+    splits, more = named_splits(name, parts)
+    return Source(name, _LOCAL, splits, notes + more)
+
+
+def _embedded(config: DataConfig) -> Source:
     resource = importlib.resources.files("qlora_helpers.data") / "corpus" / "dialogues.jsonl"
     with importlib.resources.as_file(resource) as path:
-        rows = read_file(path, ())[0]["train"]
+        parts = read_file(path, path.name, DataConfig(), [])["train"]
+        rows = [row for part in parts for row in part.rows(None)]
     splits: dict[str, list[Row]] = {}
     for row in rows:
         splits.setdefault(row.values["split"], []).append(row)
-    return Source(EMBEDDED, DATA_LICENCES[EMBEDDED], splits)
+    return Source(EMBEDDED, DATA_LICENCES[EMBEDDED], {split: [_held(split, found)] for split, found in splits.items()})
+
+
+def _held(name: str, rows: list[Row]) -> Part:
+    return Part(name, lambda columns: iter(rows))
 
 
 def _from_archive(file: BinaryIO, name: str) -> Source:
-    parts: dict[str, list[Row]] = {}
+    parts: dict[str, list[Part]] = {}
+    notes: list[str] = []
     for member, data in read_archive(file, name).items():
         place = f"{name}/{member}"
         if not data:
             raise DataError(f"{place} is empty (0 bytes)", next_step="Check how the archive was made.")
-        splits, _ = read_json(io.BytesIO(data), place)
+        splits = json_parts(encodings.decoded(data, place, line=1, offset=0), place, [])
         if set(splits) != {"train"}:
             raise DataError(
                 f"{place} has splits of its own", expected="a list of objects", next_step="Unpack it first."
             )
         parts[member.removesuffix(".json")] = splits["train"]
-    splits, notes = named_splits(name, parts)
-    return Source(name, f"not stated in the archive (SAMSum's is {DATA_LICENCES[SAMSUM]})", splits, notes)
+    splits, more = named_splits(name, parts)
+    return Source(name, f"not stated in the archive (SAMSum's is {DATA_LICENCES[SAMSUM]})", splits, notes + more)
 
 
 def _from_url(url: str, progress: Callable[..., Any] | None) -> Source:
@@ -134,102 +167,3 @@ def _from_url(url: str, progress: Callable[..., Any] | None) -> Source:
         )
     with downloaded(url, progress) as file:
         return _from_archive(file, name)
-
-
-def _local_path(name: str) -> Path | None:
-    """Returns the file that a source names, or None where it names a hub data set.
-
-    Raises:
-        DataError: there is no such file, or it is of a kind that can't be read.
-    """
-    try:
-        path = Path(name).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, or the home of an unknown user
-        raise DataError(
-            f"{name[:100]!r} is not a usable path ({brief(error)})", next_step="Name a data file."
-        ) from error
-    suffix = path.suffix.lower()
-    if exists and (suffix in SUFFIXES or path.is_dir()):
-        return path  # a folder is refused where it is opened: the hub's loader would read it as a data set
-    if exists:
-        raise DataError(
-            f"{path.name} is of an unknown kind",
-            expected=" or ".join(SUFFIXES),
-            next_step="Convert the file to one of these.",
-        )
-    if suffix in SUFFIXES + _NO_DATA_SUFFIXES or name[0] in "./~" or not _HUB_ID.fullmatch(name):
-        raise _no_such_file(name, path)
-    return None
-
-
-def _no_such_file(name: str, path: Path) -> DataError:
-    folder = path.parent
-    if not folder.is_dir():
-        return DataError(
-            f"no such file: {name}", next_step=f"There is no folder {str(folder)!r} either: check the path."
-        )
-    with contextlib.suppress(OSError):  # a folder that we may not list
-        there = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in SUFFIXES)
-        found = listed(there) if there else f"no {', '.join(SUFFIXES)} file"
-        return DataError(f"no such file: {name}", next_step=f"The folder {str(folder)!r} holds {found}.")
-    return DataError(f"no such file: {name}", next_step="Check the path.")
-
-
-def _from_hub(name: str, config: DataConfig) -> Source:
-    notes = []
-    if name in SCRIPT_ONLY:
-        notes = [
-            f"{name} is a loading script, which datasets no longer runs; {SAMSUM}, the same rows, was read instead"
-        ]
-        name = SAMSUM
-    columns = _columns(config)
-    parts = {split: _table_rows(table, f"{name} {split}", columns) for split, table in _hub_tables(name).items()}
-    splits, more = named_splits(name, parts)
-    return Source(name, DATA_LICENCES.get(name, "see the data set's card on the hub"), splits, notes + more)
-
-
-def _columns(config: DataConfig) -> tuple[str, str]:
-    return (config.dialogue_column, config.summary_column)
-
-
-def _table_rows(table: Any, name: str, columns: tuple[str, str]) -> list[Row]:
-    needed = needed_columns(table.column_names, columns)
-    if not needed:
-        return header_only(table.column_names, name)
-    table = table.select_columns(needed)
-    if table.data.nbytes > MAX_FILE_BYTES:
-        raise DataError(
-            f"{name} is too large to be held in memory",
-            expected=f"{size_text(MAX_FILE_BYTES)} at most",
-            got=size_text(table.data.nbytes),
-            next_step="Save the part you need as a local .jsonl file.",
-        )
-    return [Row(f"{name} row {number}", row) for number, row in enumerate(table, start=1)]
-
-
-def _hub_tables(name: str) -> Any:
-    """Loads the hub data set's tables by split, from its cache or the network.
-
-    Raises:
-        DataError: unreachable, unknown, private, gated, or not readable without running code.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(name)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        gated = "is a gated dataset" in str(error)
-        problem = (
-            f"the hub data set {name!r} is gated" if gated else f"the hub has no data set {name!r}, or it is private"
-        )
-        step = "Accept its terms on the hub and log in with `hf auth login`." if gated else "Check the name."
-        raise DataError(problem, next_step=f"{step} {_WITHOUT}") from error
-    except ConnectionError as error:
-        raise DataError(
-            f"the hub data set {name!r} can't be reached, and no copy is in the cache ({brief(error)})",
-            next_step=f"Check the network, and that HF_HUB_OFFLINE is not set. {_WITHOUT}",
-        ) from error
-    except Exception as error:  # datasets passes on whatever its HTTP clients and parsers raise
-        reason = "no data files were found" if isinstance(error, FileNotFoundError) else brief(error.__cause__ or error)
-        raise DataError(f"the hub data set {name!r} can't be read ({reason})", next_step=_WITHOUT) from error

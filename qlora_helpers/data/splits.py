@@ -10,9 +10,9 @@ import random
 from collections.abc import Mapping
 
 from qlora_helpers.base.config import DataConfig
-from qlora_helpers.data.dialogues import SPLITS, Row, SkippedRows, listed
 from qlora_helpers.data.duplicates import prompt_text, text_key
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.rows import SPLITS, Part, SkippedRows, listed
 
 SPLIT_NAMES = {
     "train": "train",
@@ -26,23 +26,25 @@ SPLIT_NAMES = {
 DEFAULT_SHARE = 0.1  # of the rows for test, and as much for eval, where the settings give no number
 
 
-def named_splits(name: str, parts: Mapping[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+def named_splits(name: str, parts: Mapping[str, list[Part]]) -> tuple[dict[str, list[Part]], list[str]]:
     """Maps a source's own split names (train, val, validation, dev, test, ...) to ours.
 
     Args:
         name: the source's name, for notes.
-        parts: rows by the source's names.
+        parts: the parts by the source's names.
 
     Returns:
-        The rows by our names, and notes. Parts with unknown names are skipped with a note; where no name is known, all
+        The parts by our names, and notes. Those with unknown names are skipped with a note; where no name is known, all
         rows are taken together as train.
     """
     known = {part: SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES}
     unknown = [part for part in parts if part not in known]
     if not known:
-        rows = [row for part in parts.values() for row in part]
-        return {"train": rows}, [f"{name}: no split is called train, val or test, so {listed(unknown)} are cut anew"]
-    splits: dict[str, list[Row]] = {}
+        together = [part for several in parts.values() for part in several]
+        return {"train": together}, [
+            f"{name}: no split is called train, val or test, so {listed(unknown)} are cut anew"
+        ]
+    splits: dict[str, list[Part]] = {}
     for part, split in known.items():
         splits.setdefault(split, []).extend(parts[part])
     return splits, [f"{name}: skipped {part!r}, which is not train, val or test" for part in unknown]
@@ -97,7 +99,7 @@ def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: 
 
 def kept_apart(splits: dict[str, list[Example]], skipped: SkippedRows) -> dict[str, list[Example]]:
     """Skips training rows whose prompt is in test or eval too, and eval rows whose prompt is in test too, ignoring white space."""
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[bytes, tuple[str, str]] = {}
     apart: dict[str, list[Example]] = {}
     for split in ("test", "eval", "train"):
         apart[split] = []

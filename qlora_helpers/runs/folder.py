@@ -6,6 +6,7 @@ This module knows no model and imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,8 +19,8 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.base.files import not_written, read_json, write_json
-from qlora_helpers.base.records import read_record
+from qlora_helpers.base.files import content_digest, not_written, read_json, write_json
+from qlora_helpers.base.records import read_object, read_record
 from qlora_helpers.runs.guard import open_to_append
 from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
@@ -132,6 +133,7 @@ class Run:
             for section in FIXED
             for key, value in before.get(section, {}).items()
             if key in after[section] and value != after[section][key]
+            if (section, key) != ("data", "source") or not self._is_same_data(before, after[section][key])
         ]
         marks, now = before.get("marks", {}), after.get("marks", {})
         changed += [f"{name} has changed" for name in marks if name in now and now[name] != marks[name]]
@@ -140,6 +142,18 @@ class Run:
                 f"the run {self.name!r} has trained already, and these can't change now: " + "; ".join(changed),
                 next_step="Start a new run under another name, or delete this one.",
             )
+
+    def _is_same_data(self, before: dict[str, Any], source: str) -> bool:
+        """Whether files hold what the run was trained on, under another path."""
+        content = content_digest(source)
+        marks = [before.get("marks", {})]
+        for path in [*self.checkpoints_dir.glob("checkpoint-*/trained_on.json"), self.data_dir / "prepared.json"]:
+            with contextlib.suppress(RunError):
+                found = read_object(path)
+                marks += [found.get("marks"), {"the content of the data": found.get("content")}]
+        named = [item for each in marks if isinstance(each, dict) for item in each.items()]
+        known = {mark for name, mark in named if name.startswith("the content of ")}
+        return content is not None and content in known
 
     def need(self, path: Path, made_by: str) -> Path:
         """Returns `path` if it exists.

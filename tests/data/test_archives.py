@@ -66,7 +66,7 @@ def test_the_three_members_are_the_three_splits(tmp_path):
     assert corpus.eval[0].where == "corpus.7z/val.json row 1"
     assert corpus.test[0].prompt == "Ana: number 25?\nBo: yes"
     assert "SAMSum's is CC BY-NC-ND 4.0" in corpus.licence
-    assert corpus.notes == ()
+    assert [note.split(": ")[1][:16] for note in corpus.notes] == ["read as dialogue"]
 
 
 @pytest.mark.parametrize("member", SAMSUM)
@@ -74,7 +74,7 @@ def test_a_part_of_the_members_is_enough(tmp_path, member):
     (tmp_path / "part.7z").write_bytes(archive({member: rows(20)}))
     corpus = read_corpus(DataConfig(source=str(tmp_path / "part.7z"), eval_rows=3, test_rows=2))
     assert (len(corpus.train), len(corpus.eval), len(corpus.test)) == (15, 3, 2)
-    assert "rows were cut with seed 0" in corpus.notes[0]
+    assert "rows were cut with seed 0" in corpus.notes[1]
 
 
 def test_nothing_else_is_unpacked_and_nothing_written(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from fake_hub import hub
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data import readers
+from qlora_helpers.data import compressed
 from qlora_helpers.data.sources import read_corpus
 
 
@@ -142,7 +142,7 @@ def test_parquet_columns_that_are_not_needed_are_not_read(tmp_path):
 
 def test_a_repr_is_short_and_shows_no_folder(tmp_path):
     corpus = corpus_of(tmp_path / "a.jsonl", jsonl(rows(20)))
-    assert repr(corpus) == "Corpus('a.jsonl': 10 train, 5 eval, 5 test; licence: not stated (a local file); 2 notes)"
+    assert repr(corpus) == "Corpus('a.jsonl': 10 train, 5 eval, 5 test; licence: not stated (a local file); 3 notes)"
     assert not any(str(tmp_path) in text for text in (*corpus.notes, *(row.where for row in corpus.train)))
 
 
@@ -174,9 +174,10 @@ BAD = {
     "endless number": ("a.jsonl", b'{"dialogue": ' + b"9" * 5000 + b"}", "line 1", "4300 digits"),
     "latin-1 jsonl": ("a.jsonl", GOOD + b'{"dialogue": "caf\xe9"}', "line 4", f"0xe9 at {len(GOOD) + 17}", "UTF-8"),
     "latin-1 json": ("a.json", b'[{"dialogue":\n"caf\xe9"}]', "line 2", "0xe9 at 18", "UTF-8"),
-    "latin-1 csv": ("a.csv", CSV + b"caf\xe9,x\n", "line 3", f"0xe9 at {len(CSV) + 3}", "UTF-8"),
+    "utf-8 but for a byte": ("a.csv", CSV + "Zoë,über\n".encode() + b"caf\xe9,x\n", "line 4", "0xe9 at", "UTF-8"),
     "latin-1 after a mark": ("a.json", b"\xef\xbb\xbf[\n\xe9]", "line 2", "0xe9 at 5"),
-    "utf-16": ("a.csv", "dialogue,summary\n".encode("utf-16"), "line 1", "UTF-16"),
+    "utf-16 without rows": ("a.csv", "dialogue,summary\n".encode("utf-16"), "holds no rows"),
+    "cut off utf-16": ("a.csv", "dialogue,summary\na,b\n".encode("utf-16")[:-1], "line 2", "not utf-16"),
     "NUL in json": ("a.json", b'[\n{"a": "\0"}]', "line 2", "NUL byte (byte 9)"),
     "NUL in jsonl": ("a.jsonl", GOOD + b"\0", "line 4", f"NUL byte (byte {len(GOOD)})"),
     "NUL in csv": ("a.csv", CSV + b"a\0,b\n", "line 3", "NUL byte"),
@@ -184,13 +185,13 @@ BAD = {
     "endless csv line": ("a.csv", CSV + b"x" * (10 * 1024**2 + 1), "line 3", "too long"),
     "too many fields": ("a.csv", CSV + b"Ana: hi, Bo,x\n", "line 3", "wrong number", "got 3", "double quotes"),
     "too few fields": ("a.csv", b'dialogue,summary\n"a\nb",c\nd\n', "line 4", "wrong number of fields", "got 1"),
-    "endless field": ("a.csv", CSV + b"x" * 200_000 + b",y\n", "line 3", "field larger than field limit"),
+    "endless field": ("a.csv", CSV + b'"' + b"x\n" * 5_300_000 + b'",y\n', "line 3", "too long", "10.0 MiB"),
     "unclosed quote": ("a.csv", CSV + b'"Ana: hi,x\ny,z\n', "line 3", "not valid CSV", "quote"),
     "text after a quote": ("a.csv", CSV + b'"Ana" says hi,x\n', "line 3", "not valid CSV"),
     "old line ends": ("a.csv", b"dialogue,summary\ra,b\r", "line 1", "not valid CSV"),
     "repeated column": ("a.csv", b"dialogue,summary,summary\na,b,c\n", "line 1", "'summary' repeated"),
     "empty header": ("a.csv", b"\ndialogue,summary\na,b\n", "line 1", "not a header"),
-    "semicolons": ("a.csv", b"dialogue;summary\na;b\n", "no column", "'dialogue;summary'"),
+    "two separators": ("a.csv", b"a,b;c,d\n1,2;3,4\n", "in several ways", "data.separator=';'"),
     "no parquet": ("a.parquet", GOOD, "not a complete Parquet file"),
     "cut off parquet": ("a.parquet", parquet(rows(9))[:-30], "not a complete Parquet file"),
     "parquet that is no text": ("a.parquet", parquet([{"dialogue": 1, "summary": "s"}]), "row 1", "not text but int"),
@@ -221,22 +222,22 @@ def test_bad_input_comes_in_many_kinds():
 
 def test_a_file_over_the_limit_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "huge.jsonl", "wb") as file:
-        file.truncate(readers.MAX_FILE_BYTES + 1)  # sparse: takes no disk space
+        file.truncate(compressed.MAX_FILE_BYTES + 1)  # sparse: takes no disk space
     with pytest.raises(DataError, match=r"huge.jsonl is too large .* 2.0 GiB at most"):
         read_corpus(DataConfig(source=str(tmp_path / "huge.jsonl")))
 
 
 def test_a_file_of_the_limit_is_opened(tmp_path):
     (tmp_path / "five.jsonl").write_bytes(b"12345")
-    readers.open_file(tmp_path / "five.jsonl", 5).close()
+    compressed.open_file(tmp_path / "five.jsonl", 5).close()
     with pytest.raises(DataError, match="too large"):
-        readers.open_file(tmp_path / "five.jsonl", 4)
+        compressed.open_file(tmp_path / "five.jsonl", 4)
 
 
 def test_parquet_values_over_the_limit_are_refused(tmp_path, monkeypatch):
     data = parquet([row | {"dialogue": "x" * 10_000 + row["id"]} for row in rows(50)])
     assert len(data) < 200_000  # packed well: the file's own size does not give it away
-    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 200_000)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 200_000)
     assert "a.parquet is too large" in str(error_of(tmp_path / "a.parquet", data))
 
 
@@ -321,7 +322,7 @@ def test_hub_data_sets_are_read_refused_and_found_in_the_cache(tmp_path):
             HF_ENDPOINT=endpoint,
             HF_HOME=str(tmp_path),
         )
-    read = "Corpus('knkarthick/samsum': 20 train, 5 eval, 6 test; licence: CC BY-NC-ND 4.0; 1 note)"
+    read = "Corpus('knkarthick/samsum': 20 train, 5 eval, 6 test; licence: CC BY-NC-ND 4.0; 2 notes)"
     for answer, source in zip(answers, asked[:2], strict=False):
         assert answer["repr"] == read
         assert answer["notes"][0].startswith(f"{source} is a loading script")

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data.dialogues import Row
+from qlora_helpers.data.rows import Row
 from qlora_helpers.data.sources import read_corpus
 from qlora_helpers.data.splits import named_splits
 
@@ -47,8 +47,12 @@ def everything(corpus) -> list:
         (row(99, summary=" \n\t"), "its summary is empty"),
         (row(99, summary=None), "its summary is missing"),
         ({"dialogue": "Ana: hi"}, "its summary is missing"),
-        (row(99, dialogue=["Ana: hi"]), "its dialogue is not text but list"),
-        (row(99, summary=7), "its summary is not text but int"),
+        (row(99, dialogue={"turn": "Ana: hi"}), "its dialogue is not text but an object with 'turn'"),
+        (row(99, dialogue=[1, 2]), "its dialogue is not text but list"),
+        (row(99, dialogue=7), "its dialogue is not text but int"),
+        (row(99, summary="nan"), "its summary is 'nan', which stands for a missing value"),
+        (row(99, summary=float("nan")), "its summary is empty"),
+        (row(99, dialogue="\u200b\u2060 \ufeff"), "its dialogue is empty"),
         (row(99, dialogue="\x00\x1b"), "its dialogue is empty"),
         (row(99, summary="Ana laughs \ud83d"), "its summary holds half a character (an unpaired surrogate)"),
         ("a text", "not an object with columns but str"),
@@ -93,7 +97,7 @@ def test_control_characters_are_removed_and_counted(read):
     )  # marks that Hebrew is written with stay
     assert mended.answer == "Ana paints."
     assert mended.references == ("Ana paints.",)
-    assert "s.jsonl: removed 11 control characters (rows touched: 1)" in corpus.notes
+    assert "s.jsonl: removed 13 control characters (rows touched: 1)" in corpus.notes
 
 
 def test_ids_are_unique_and_fit_for_a_screen(read):

@@ -1,0 +1,164 @@
+"""Reads conversations as OpenAI (`role`, `content`) and ShareGPT (`from`, `value`) write them into messages.
+
+Accepts the variants that are about: other names of the roles, text parts, tool calls with their results, what a model thought, a
+weight of each answer, and all of it as JSON in a text. A conversation whose roles are out of order can't be used, and the reason
+says where. Knows nothing of files and columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_helpers.data.examples import Message
+from qlora_helpers.data.texts import Cleaner, Unusable
+
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
+THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
+CALL = "call"  # ShareGPT writes an assistant's tool call as a turn of its own
+ROLE_NAMES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "bing", "bard", "claude"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), CALL),
+}
+_BEFORE = {"user": ("", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
+
+def parsed(value: Any) -> Any:
+    """Returns the list or object that a text holds as JSON; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def chat_keys(value: Any) -> tuple[str, str] | None:
+    """Returns the names under which a list of turns holds role and text; None where it is no such list."""
+    turns = parsed(value)
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
+        return None
+    role = next((key for key in ROLE_KEYS if key in turns[0]), None)
+    text = next((key for key in TEXT_KEYS if key in turns[0]), None)
+    calls = role == "role" and turns[0].get("tool_calls")
+    return (role, text or "content") if role and (text or calls) else None
+
+
+def conversation(value: Any, cleaner: Cleaner) -> tuple[list[Message], int]:
+    """Reads a list of turns, or JSON of one.
+
+    Returns:
+        The messages up to the last answer, and how many turns stood behind it: nothing can be learned of them.
+
+    Raises:
+        Unusable: it is no list of turns, a role is unknown or out of order, or an answer is empty.
+    """
+    turns = parsed(value)
+    if turns is None or turns == []:
+        raise Unusable("its messages are missing")
+    if not isinstance(turns, list | tuple):
+        raise Unusable("its messages are not a list", f" but {type(turns).__name__}")
+    found: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        message = _message(turn, number, cleaner)
+        follows = found[-1].role if found else ""
+        if message.role == "assistant" and follows == "assistant" and found[-1].tool_calls and not message.content:
+            found[-1] = _with_calls(found[-1], message)
+            continue
+        if message.role == "system" and found or message.role != "system" and follows not in _BEFORE[message.role]:
+            after = f"after {follows}" if follows else "at the start"
+            raise Unusable("its roles are out of order", f": message {number} is {message.role} {after}")
+        if message.role == "tool" and follows == "assistant" and not found[-1].tool_calls:
+            raise Unusable("its roles are out of order", f": message {number} answers no tool call")
+        found.append(message)
+    last = max((place for place, message in enumerate(found) if message.role == "assistant"), default=-1)
+    if last < 0:
+        raise Unusable("it has no answer")
+    if not any(message.learned for message in found if message.role == "assistant"):
+        raise Unusable("all its answers have weight 0")
+    return found[: last + 1], len(found) - last - 1
+
+
+def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Returns the descriptions of a row's tools: of a list, or JSON of one; none where the cell is empty.
+
+    Raises:
+        Unusable: it is something else.
+    """
+    found = parsed(value)
+    if found is None or found == "" or found == []:
+        return ()
+    found = [found] if isinstance(found, Mapping) else found
+    if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
+        raise Unusable("its tools are not a list of objects")
+    return tuple(found)
+
+
+def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
+    if not isinstance(turn, Mapping):
+        raise Unusable("its messages are not objects", f": message {number} is {type(turn).__name__}")
+    name = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+    role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        shown = repr(name[:40]) if isinstance(name, str) else type(name).__name__
+        raise Unusable("it has an unknown role", f": {shown} in message {number}")
+    value = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
+    if role == CALL:
+        return Message("assistant", "", tool_calls=_calls(value, number))
+    calls = _calls(turn.get("tool_calls") or turn.get("function_call"), number) if role == "assistant" else ()
+    what = f"message {number}" if role != "assistant" else f"answer (message {number})"
+    if role == "tool" and isinstance(parsed(value), Mapping | list) and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)  # a result that was not written as text
+    content = cleaner.optional(value, what, numbers=role in ("assistant", "tool"))
+    if not content and not calls and role != "tool":
+        raise Unusable(
+            "one of its answers is empty" if role == "assistant" else "one of its messages is empty", f": {what}"
+        )
+    thinking = next((turn[key] for key in THINKING_KEYS if isinstance(turn.get(key), str)), "")
+    return Message(
+        role,
+        content,
+        cleaner.optional(thinking, what) if role == "assistant" else "",
+        calls,
+        _word(turn.get("tool_call_id")) if role == "tool" else "",
+        _word(turn.get("name")),
+        _learned(turn.get("weight"), number),
+    )
+
+
+def _learned(weight: Any, number: int) -> bool:
+    if weight is None or weight in (0, 1):
+        return weight is None or bool(weight)
+    raise Unusable("it has a weight other than 0 and 1", f": message {number}")
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _with_calls(one: Message, other: Message) -> Message:
+    return Message(one.role, one.content, one.thinking, one.tool_calls + other.tool_calls, learned=one.learned)
+
+
+def _calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
+    calls = parsed(value)
+    if calls is None or calls == "":
+        return ()
+    found = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        inner = call.get("function") or call if isinstance(call, Mapping) else {}
+        arguments = parsed(inner.get("arguments", inner.get("parameters", {}))) if isinstance(inner, Mapping) else None
+        arguments = {} if arguments in (None, "") else arguments
+        if (
+            not isinstance(inner, Mapping)
+            or not isinstance(inner.get("name"), str)
+            or not isinstance(arguments, Mapping)
+        ):
+            raise Unusable("a tool call has no name, or arguments that are no JSON object", f": message {number}")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        found.append({**named, "name": inner["name"], "arguments": arguments})
+    return tuple(found)

@@ -1,0 +1,212 @@
+"""Turns rows into examples by their form, with a reason for every row that can't be used.
+
+Rows stream through: of a row nothing is kept but its example. The form is recognised in `forms`, cells are cleaned in `texts`,
+and conversations are read in `conversations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.data.conversations import chat_keys, conversation, parsed, tools_of
+from qlora_helpers.data.examples import SUMMARIZE, Example, Message
+from qlora_helpers.data.forms import Form
+from qlora_helpers.data.rows import Part, Row, SkippedRows
+from qlora_helpers.data.texts import MISSING, Cleaner, Unusable
+
+SAMPLE_ROWS = 1000  # in which columns and their values are looked for
+SAMPLE_CELLS = 500_000
+SAMPLE_VALUES = 3
+
+
+def as_columns(values: Any) -> Mapping[str, Any] | None:
+    """Returns a row as a mapping of columns; a list of turns is taken as messages, a text as a document."""
+    if isinstance(values, Mapping):
+        return values
+    if isinstance(values, str):
+        return {"text": values}
+    return {"messages": values} if chat_keys(values) else None
+
+
+def first_values(parts: list[Part]) -> dict[str, list[Any]]:
+    """Returns the columns of a source's first rows, in their order, each with a few values that are not missing."""
+    found: dict[str, list[Any]] = {}
+    cells = 0
+    for part in parts:
+        found.update((column, found.get(column, [])) for column in part.kinds)
+        rows = part.rows(None)
+        for row in islice(rows, SAMPLE_ROWS):
+            cells += len(row.values) if isinstance(row.values, Mapping) else 1
+            if cells > SAMPLE_CELLS:
+                break
+            for column, value in (as_columns(row.values) or {}).items():
+                values = found.setdefault(column, [])
+                if len(values) < SAMPLE_VALUES and value not in (None, ""):
+                    values.append(value)
+        rows.close() if hasattr(rows, "close") else None
+    return found
+
+
+class Conversion:
+    """Makes examples of rows.
+
+    Args:
+        form: what the rows are.
+        config: instruction and system message.
+        skipped: gets the rows that can't be used.
+    """
+
+    def __init__(self, form: Form, config: DataConfig, skipped: SkippedRows) -> None:
+        self._form, self._skipped = form, skipped
+        self._cleaner = Cleaner()
+        instruction = SUMMARIZE if form.name == "dialogue" and config.instruction is None else config.instruction or ""
+        self._instruction = instruction if not instruction or instruction[-1].isspace() else instruction + "\n\n"
+        self._system = config.system or ""
+        self._ids: set[str] = set()
+        self._shared: dict[str, str] = {self._system: self._system}  # one object for a text that stands in many rows
+        self._cut = self._gaps = 0
+        makers: dict[str, Callable[[Mapping[str, Any]], Example]] = {
+            **dict.fromkeys(("messages", "conversations"), self._chat),
+            "alpaca": self._alpaca,
+            "text": self._document,
+        }
+        self._make = makers.get(form.name, self._filled if form.prompt else self._pair)
+
+    def examples(self, rows: Iterator[Row]) -> Iterator[Example]:
+        """Yields the usable rows as examples; an id that is missing or was seen before is replaced by the row's `where`."""
+        for where, values in rows:
+            columns = None if isinstance(values, str) and self._form.name != "text" else as_columns(values)
+            removed = self._cleaner.removed
+            try:
+                if columns is None:
+                    raise Unusable("not an object with columns", f" but {type(values).__name__}")
+                made = self._make(columns)
+            except Unusable as reason:
+                self._skipped.add(where, reason.kind, reason.detail)
+                continue
+            row_id = _id(columns.get("id"))
+            if row_id is None or row_id in self._ids:
+                row_id = where
+            self._ids.add(row_id)
+            self._cleaner.touched += self._cleaner.removed > removed
+            yield Example(row_id, where, made.messages, made.text, made.tools, made.references)
+
+    def notes(self, name: str) -> list[str]:
+        """Returns what was changed in the rows, counted."""
+        found = self._cleaner.notes(name)
+        if self._cut:
+            found.append(f"{name}: left out {self._cut} turns that stand behind a conversation's last answer")
+        if self._gaps:
+            found.append(
+                f"{name}: {self._gaps} cells that data.prompt names are empty, and were left out of their prompts"
+            )
+        return found
+
+    def _example(
+        self,
+        messages: list[Message] | tuple[Message, ...],
+        tools: tuple[Mapping[str, Any], ...] = (),
+        references: tuple[str, ...] = (),
+        system: str = "",
+    ) -> Example:
+        """Returns an example of messages, with the system's message and the instruction before them."""
+        system = system or self._system
+        if system and messages[0].role != "system":
+            messages = [Message("system", self._shared.setdefault(system, system)), *messages]
+        return Example("", "", tuple(messages), "", tools, references)
+
+    def _asked(self, text: str, body: tuple[int, int]) -> Message:
+        before = len(self._instruction)
+        return Message("user", self._instruction + text, body=(before + body[0], before + body[1]))
+
+    def _pair(self, values: Mapping[str, Any]) -> Example:
+        columns = self._form.columns
+        prompt, answer = parsed(values.get(columns["prompt"])), values.get(columns["answer"])
+        if chat_keys(prompt):
+            return self._chat_pair(prompt, parsed(answer), values)
+        names = ("dialogue", "summary") if self._form.name == "dialogue" else ("prompt", "answer")
+        text = self._cleaner.text(values.get(columns["prompt"]), names[0])
+        references: list[str] = []
+        if isinstance(answer, list) and answer and all(isinstance(item, str) for item in answer):
+            answer, *references = dict.fromkeys(answer)  # several right answers
+        answered = self._cleaner.answer(answer, names[1])
+        for part, column in columns.items():
+            if part.startswith("reference"):
+                references.append(values.get(column) or "")
+        asked = self._asked(text, (0, len(text)))
+        right = tuple(filter(None, map(self._reference, references)))
+        return self._example([asked, Message("assistant", answered)], (), right, self._system_of(values))
+
+    def _reference(self, value: Any) -> str:
+        try:
+            return self._cleaner.optional(value, "reference", numbers=True)
+        except Unusable:
+            return ""
+
+    def _chat_pair(self, prompt: Any, answer: Any, values: Mapping[str, Any]) -> Example:
+        turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+        messages, _ = conversation(turns, self._cleaner)
+        return self._with_instruction(messages, (), self._system_of(values))
+
+    def _chat(self, values: Mapping[str, Any]) -> Example:
+        columns = self._form.columns
+        messages, cut = conversation(values.get(columns["messages"]), self._cleaner)
+        self._cut += cut
+        tools = tools_of(values.get(columns["tools"])) if "tools" in columns else ()
+        return self._with_instruction(messages, tools, self._system_of(values))
+
+    def _with_instruction(self, messages: list[Message], tools: tuple[Mapping[str, Any], ...], system: str) -> Example:
+        first = next(place for place, message in enumerate(messages) if message.role == "user")
+        if self._instruction:
+            asked = messages[first].content
+            messages[first] = self._asked(asked, (0, len(asked)))
+        return self._example(messages, tools, (), system)
+
+    def _system_of(self, values: Mapping[str, Any]) -> str:
+        column = self._form.columns.get("system")
+        return self._cleaner.optional(values.get(column), "system message") if column else ""
+
+    def _alpaca(self, values: Mapping[str, Any]) -> Example:
+        columns = self._form.columns
+        text = self._cleaner.text(values.get(columns["prompt"]), "instruction")
+        more = self._cleaner.optional(values.get(columns["input"]), "input", numbers=True) if "input" in columns else ""
+        whole = f"{text}\n\n{more}" if more else text
+        asked = self._asked(whole, (len(whole) - len(more), len(whole)) if more else (0, len(whole)))
+        answer = Message("assistant", self._cleaner.answer(values.get(columns["answer"]), "output"))
+        return self._example([asked, answer], (), (), self._system_of(values))
+
+    def _document(self, values: Mapping[str, Any]) -> Example:
+        return Example("", "", (), self._cleaner.text(values.get(self._form.columns["text"]), "text"))
+
+    def _filled(self, values: Mapping[str, Any]) -> Example:
+        assert self._form.prompt is not None and self._form.answer is not None
+        gaps: list[str] = []
+
+        def asked_text(value: Any, column: str) -> str:
+            text = "" if _is_missing_word(value) else self._cleaner.optional(value, f"{column!r}", numbers=True)
+            gaps.extend([] if text else [column])
+            return text
+
+        text, body = self._form.prompt.fill(values, asked_text)
+        if len(gaps) == len(self._form.prompt.columns):
+            raise Unusable("all that data.prompt names is empty")
+        answer, _ = self._form.answer.fill(values, lambda value, column: self._answer_text(value, column))
+        self._gaps += len(gaps)
+        return self._example([self._asked(text, body), Message("assistant", answer)])
+
+    def _answer_text(self, value: Any, column: str) -> str:
+        return self._cleaner.answer(value, f"answer ({column!r})")
+
+
+def _is_missing_word(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() in MISSING
+
+
+def _id(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    text = str(value).strip()
+    return text if text and text.isprintable() and len(text) <= 100 else None

@@ -1,0 +1,148 @@
+"""Reads rows from a sheet of an Excel file (.xlsx), streamed by openpyxl, within limits on what it unpacks to."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
+from qlora_helpers.base.text import brief, size_text
+from qlora_helpers.data.compressed import opened
+from qlora_helpers.data.csv_files import checked_header
+from qlora_helpers.data.rows import Part, Row, listed
+
+MAX_SHEET_ROWS = 1_048_576  # Excel's own limit
+MAX_SHEET_CELLS = 50_000_000
+MAX_UNZIPPED_BYTES = 1024**3
+_DIVIDE = "Cut it into smaller files and name one of them."
+
+
+def excel_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes: list[str]) -> Part:
+    """Opens an Excel file (.xlsx); see `readers.read_file`. Formulas count with the values that Excel saved.
+
+    Raises:
+        DataError: it is damaged or encrypted, unpacks to more than the limits, or has no such sheet.
+    """
+    _check_zip(file, name)
+    with _workbook(file, name) as book:
+        sheets = [sheet.title for sheet in book.worksheets]
+        chosen = config.sheet
+        if chosen is None:
+            chosen = next((sheet.title for sheet in book.worksheets if any(_filled_rows(sheet, name))), None)
+    if chosen not in sheets:
+        raise DataError(
+            f"{name} has no sheet {config.sheet!r}" if config.sheet else f"{name} holds no rows",
+            got=f"the sheets {listed(sheets)}",
+            next_step="Name one: data.sheet.",
+        )
+    if len(sheets) > 1 and config.sheet is None:
+        notes.append(f"{name}: read the sheet {chosen!r} of {listed(sheets)}; data.sheet chooses another")
+
+    def rows(columns: Collection[str] | None) -> Iterator[Row]:
+        with opened(path) as again, _workbook(again, name) as book:
+            yield from _sheet_rows(book[chosen], name)
+
+    return Part(name, rows)
+
+
+def _sheet_rows(sheet: Any, name: str) -> Iterator[Row]:
+    header: list[str] = []
+    empty = True
+    for number, cells in _filled_rows(sheet, name):
+        if not header:
+            header = ["" if cell is None else str(cell).strip() for cell in cells]
+            while header and not header[-1]:
+                header.pop()
+            checked_header(header, f"{name} row {number}")
+            continue
+        empty = False
+        if any(cell not in (None, "") for cell in cells[len(header) :]):
+            raise DataError(
+                f"{name} row {number} has cells beyond its columns",
+                expected=f"{len(header)} ({listed(header)})",
+                next_step="Give each column a name in the first row.",
+            )
+        values = [_plain(cell) for cell in cells[: len(header)]]
+        values += [None] * (len(header) - len(values))
+        yield Row(f"{name} row {number}", dict(zip(header, values, strict=True)))
+    if empty:
+        raise DataError(
+            f"{name} holds no rows", next_step="Its first row holds the columns' names, and each other one a row."
+        )
+
+
+def _filled_rows(sheet: Any, name: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    sheet.reset_dimensions()  # a sheet's own word on its size may be wrong, and would cut rows off
+    cells = 0
+    for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
+        cells += len(row)
+        if number > MAX_SHEET_ROWS or cells > MAX_SHEET_CELLS:
+            raise DataError(
+                f"{name} has too many cells",
+                expected=f"{MAX_SHEET_ROWS:,} rows and {MAX_SHEET_CELLS:,} cells at most",
+                next_step=_DIVIDE,
+            )
+        if any(cell not in (None, "") for cell in row):
+            yield number, row
+
+
+def _plain(cell: Any) -> Any:
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53:
+        return int(cell)  # Excel knows no whole numbers
+    if isinstance(cell, str) and cell.startswith("#") and cell in _ERRORS:
+        return None
+    return cell
+
+
+_ERRORS = ("#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!")
+
+
+class _workbook:
+    """Opens a workbook for reading; what openpyxl raises on damaged files becomes one error."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+
+    def __enter__(self) -> Any:
+        import openpyxl
+
+        try:
+            self._book = openpyxl.load_workbook(self._file, read_only=True, data_only=True)
+        except Exception as error:  # whatever its parsers run into
+            raise self._damaged(error) from error
+        return self._book
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._book.close()
+        if isinstance(error, Exception) and not isinstance(error, DataError):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self._name} is not a complete Excel file ({brief(error)})",
+            next_step="Save it as .xlsx again, without a password, or as .csv.",
+        )
+
+
+def _check_zip(file: BinaryIO, name: str) -> None:
+    """Refuses an Excel file whose parts unpack to too much; Python's zipfile reads no more of a part than it declares."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"{name} is not a complete Excel file ({brief(error)})",
+            next_step="Save it as .xlsx again, without a password, or as .csv.",
+        ) from error
+    finally:
+        file.seek(0)
+    if size > MAX_UNZIPPED_BYTES:
+        raise DataError(
+            f"{name} unpacks to more than can be held in memory",
+            expected=f"{size_text(MAX_UNZIPPED_BYTES)} at most",
+            got=size_text(size),
+            next_step=_DIVIDE,
+        )
