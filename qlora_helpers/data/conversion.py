@@ -100,9 +100,7 @@ class Conversion:
         if self._cut:
             found.append(f"{name}: left out {self._cut} turns that stand behind a conversation's last answer")
         if self._gaps:
-            found.append(
-                f"{name}: {self._gaps} cells that data.prompt names are empty, and were left out of their prompts"
-            )
+            found.append(f"{name}: empty cells that data.prompt names, left out of their prompts: {self._gaps}")
         return found
 
     def _example(

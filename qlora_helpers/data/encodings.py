@@ -7,6 +7,7 @@ charset-normalizer, and the guess is said. A file that is UTF-8 but for a few by
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -195,10 +196,17 @@ def _guessed(file: BinaryIO, name: str) -> str:
     shown = sample.decode("utf-8", "replace")
     if sum(char > "\x7f" and char != "\ufffd" for char in shown) >= shown.count("\ufffd"):
         return "utf-8"
-    best = from_bytes(sample, cp_isolation=list(_GUESSED)).best()
-    if best is None or not _decodes(file, best.encoding):
+    results = list(from_bytes(sample, cp_isolation=list(_GUESSED)))
+    if not results:
         return "utf-8"
-    return best.encoding
+    clean = [each for each in results if each.chaos <= min(other.chaos for other in results) + 0.01]
+    best = max(clean, key=lambda each: each.coherence)
+    # Several fit as well where the bytes decide nothing; then the most common one is the likeliest.
+    same = [each.encoding for each in clean if each.coherence >= best.coherence - 0.005]
+    with contextlib.suppress(UnicodeError):
+        if "cp1252" in same or sample.decode("cp1252") == str(best):
+            return "cp1252" if _decodes(file, "cp1252") else "utf-8"
+    return best.encoding if _decodes(file, best.encoding) else "utf-8"
 
 
 def _beyond_ascii(file: BinaryIO) -> bytes:

@@ -30,7 +30,7 @@ class Filled:
         self.setting, self.columns = setting, list[str]()
         self._pieces: list[tuple[str, str | None]] = []  # a text, or a column
         for found in _PIECE.finditer(text):
-            if found[0] in "{}":
+            if found[0] in ("{", "}"):
                 raise DataError(
                     f"{setting} has a brace that stands alone, at character {found.start() + 1}",
                     expected="columns in braces, such as {label}",

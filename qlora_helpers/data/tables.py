@@ -139,6 +139,7 @@ def table_rows(batches: Iterable[Any], names: Collection[str], name: str, before
 
 def _unfolded(array: Any, name: str, before: int) -> int:
     """Returns the bytes that an array takes in Python, counted without making the objects; refuses a text that is far too long."""
+    import pyarrow
     import pyarrow.compute
     import pyarrow.types as kinds
 
@@ -151,6 +152,8 @@ def _unfolded(array: Any, name: str, before: int) -> int:
         lengths = pyarrow.compute.binary_length(array.dictionary)
         used = lengths.take(array.indices)
         return _sized(used, len(array), name, before)
+    if kinds.is_string_view(kind):
+        array = array.cast(pyarrow.large_string())  # its lengths can't be counted as they are
     if _is_text(kind):
         return _sized(pyarrow.compute.binary_length(array), len(array), name, before)
     if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
