@@ -168,6 +168,28 @@ def test_a_data_file_whose_content_changed_is_refused(tmp_path, cache, torch):
     assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
 
 
+def test_a_data_file_that_was_moved_is_known_by_its_content(tmp_path, cache, torch, monkeypatch):
+    """A run goes on where its file is gone, from another folder, and under the file's new path; other rows are refused."""
+    rows = [{"dialogue": f"Ann: hello {number}\nBo: yes", "summary": f"Hello {number}."} for number in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "mine.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    run = open_run("mine", profile="tiny", settings=SETTINGS | {"data.source": "mine.jsonl"}, root=tmp_path)
+    workflow.train(run, show_progress=False, say=lambda text: None)
+    (tmp_path / "here" / "mine.jsonl").rename(tmp_path / "there" / "renamed.jsonl")
+    open_run(run.folder, settings={"train.max_steps": 3})
+    assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 3
+    monkeypatch.chdir(tmp_path / "there")
+    open_run(run.folder, settings={"train.max_steps": 4, "data.source": "renamed.jsonl"})
+    assert workflow.train(run, show_progress=False, say=lambda text: None).steps == 4
+    (tmp_path / "there" / "other.jsonl").write_text(text.replace("hello", "goodbye"))
+    for other in ("other.jsonl", "nowhere.jsonl", "embedded"):
+        with pytest.raises(RunError, match="these can't change now: data.source: 'renamed.jsonl' -> "):
+            open_run(run.folder, settings={"data.source": other})
+
+
 def test_base_weights_that_were_overwritten_are_refused(tmp_path, llama_folder, cache, torch):
     """The new weights have the same names and shapes, so only the content differs."""
     from safetensors.torch import load_file, save_file

@@ -124,7 +124,7 @@ def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tupl
     """
     length, train = config.data.seq_len_tokens, config.train
     per_step = sequences_per_step(train)
-    rows = min(size.rows, config.data.train_rows or size.rows)
+    rows = min(size.rows, config.data.most_rows("train") or size.rows)
     an_epoch = rows * (size.tokens_per_row if packed else length)
     steps = math.ceil(train.epochs * math.ceil(math.ceil(an_epoch / length) / per_step))
     tokens = round(an_epoch * train.epochs)

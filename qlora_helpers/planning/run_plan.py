@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.config import DataConfig, RunConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.units import gib
-from qlora_helpers.data.known import CHARACTERS_PER_TOKEN, DATA_SIZES, DataSize
+from qlora_helpers.data.examples import SUMMARIZE
+from qlora_helpers.data.known import DATA_SIZES, DataSize
+from qlora_helpers.data.known import estimated_tokens as tokens_of_text
+from qlora_helpers.data.local_files import local_files
 from qlora_helpers.data.sources import read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
@@ -160,30 +162,33 @@ def this_machine(price: float | None = None) -> Hardware:
 def estimated_tokens(config: DataConfig) -> int | None:
     """Estimates the tokens of the training rows with the recipe's prompt; None where the source would have to be downloaded."""
     size = data_size(config)
-    return None if size is None else round(min(size.rows, config.train_rows or size.rows) * size.tokens_per_row)
+    return None if size is None else round(min(size.rows, config.most_rows("train") or size.rows) * size.tokens_per_row)
 
 
 def data_size(config: DataConfig) -> DataSize | None:
     """Estimates a source's training rows, whatever `train_rows` says, and tokens a row; None where it would have to be downloaded.
 
-    A local file is read once, and again where it has changed.
+    Local files are read once, and again where they have changed.
 
     Raises:
-        DataError: the file can't be read or used.
+        DataError: they can't be read or used.
     """
     if config.source in DATA_SIZES:
         return DATA_SIZES[config.source]
-    path = Path(config.source).expanduser()
-    if "://" in config.source or not path.name.lower().endswith((".json", ".jsonl", ".csv", ".parquet", ".7z")):
+    files = None if "://" in config.source else local_files(config.source)
+    if files is None:
         return None
-    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    changed = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return _file_size(replace(config, train_rows=None), changed)
 
 
 @lru_cache(maxsize=8)
-def _file_size(config: DataConfig, changed: int) -> DataSize:
+def _file_size(config: DataConfig, changed: tuple[tuple[str, int, int], ...]) -> DataSize:
     rows = read_corpus(config).train
-    tokens = sum(len(row.prompt) + len(row.answer) for row in rows) / CHARACTERS_PER_TOKEN
+    texts = (
+        text for row in rows for text in (row.text, *(each.content.removeprefix(SUMMARIZE) for each in row.messages))
+    )
+    tokens = sum(map(tokens_of_text, texts))
     return DataSize(len(rows), tokens / max(1, len(rows)))
 
 

@@ -377,3 +377,24 @@ def test_a_text_of_many_lines_is_written_with_escapes_on_the_command_line():
     assert RunConfig().with_settings({"data.instruction": "C:\\new\n"}).data.instruction == "C:\\new\n"
     assert "control characters" in problems(lambda: RunConfig().with_settings({"data.instruction": "a\x1b[31m"}))[0]
     assert "control characters" in problems(lambda: RunConfig().with_settings({"data.source": "a\nb"}))[0]
+
+
+def test_a_profile_s_limits_on_rows_are_told_from_a_person_s():
+    """They hold for the embedded corpus alone, and a person's replace them, also where the number is the default."""
+    demo = profile_config("demo")
+
+    def limits(config):
+        return tuple(config.data.most_rows(split) for split in ("train", "eval", "test"))
+
+    assert limits(demo) == (144, 20, 30)
+    assert limits(demo.with_settings({"data.source": "mine.jsonl"})) == (None, 30, 30)
+    assert limits(demo.with_settings({"data.source": "mine.jsonl", "data.train_rows": 50})) == (50, 30, 30)
+    assert limits(demo.with_settings(["data.train_rows=50", "data.eval_rows=30"])) == (50, 30, 30)
+    assert limits(demo.with_settings(["data.train_rows=none"])) == (None, 20, 30)
+    assert limits(config_from_dict(demo.to_dict())) == (144, 20, 30)
+    as_a_form_does = {f"data.{name}": value for name, value in vars(demo.data).items()}
+    assert limits(demo.with_settings(as_a_form_does)) == (144, 20, 30)
+    assert limits(demo.with_settings(as_a_form_does | {"data.train_rows": 200})) == (200, 20, 30)
+    assert limits(profile_config("tiny")) == (24, 4, 4)
+    old = {"profile": "demo", "data": {"source": "mine.jsonl", "train_rows": 144, "eval_rows": 20, "test_rows": 30}}
+    assert limits(config_from_dict(old)) == (144, 20, 30)  # as it was trained

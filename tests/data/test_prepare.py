@@ -244,3 +244,81 @@ def test_the_embedded_corpus_passes_its_report(tokenizer):
 
 def test_the_corpus_of_the_tests_is_a_corpus(corpus):
     assert isinstance(corpus, Corpus)
+
+
+def test_an_image_column_of_a_stranger_s_data_fetches_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+    """`datasets` would fetch the address of each row that is read; the column is refused, and nothing is asked for."""
+    import pyarrow
+
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
+    folder = tmp_path / "data" / "train"
+    path = next(folder.glob("*.arrow"))
+    table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
+    picture = pyarrow.array([{"bytes": None, "path": "http://127.0.0.1:9/beacon"}] * len(table))
+    info = read_json(folder / "dataset_info.json")
+    info["features"]["picture"] = {"_type": "Image"}
+    write_json(folder / "dataset_info.json", info)
+    told = {"huggingface": json.dumps({"info": {"features": info["features"]}})}
+    table = table.append_column("picture", picture).replace_schema_metadata(told)
+    with pyarrow.ipc.new_stream(str(path), table.schema) as file:
+        file.write_table(table)
+    asked = []
+    monkeypatch.setattr("socket.socket.connect", lambda *to: asked.append(to))
+    with pytest.raises(
+        RunError, match=r"data/train are damaged \(the column 'picture' holds other things than numbers\)"
+    ):
+        load_prepared(tmp_path / "data", "mark")
+    for column in ("input_ids", "labels"):  # of numbers that are declared to be pictures
+        told = {"huggingface": json.dumps({"info": {"features": info["features"] | {column: {"_type": "Image"}}}})}
+        plain = table.drop_columns(["picture"]).replace_schema_metadata(told)
+        with pyarrow.ipc.new_stream(str(path), plain.schema) as file:
+            file.write_table(plain)
+        assert isinstance(load_prepared(tmp_path / "data", "mark").train[0][column][0], int)
+    assert asked == []
+
+
+def test_files_elsewhere_that_a_stranger_s_folder_lists_are_not_read(corpus, tokenizer, tmp_path):
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
+    folder = tmp_path / "data" / "train"
+    state = read_json(folder / "state.json")
+    write_json(folder / "state.json", state | {"_data_files": [{"filename": "../../elsewhere.arrow"}]})
+    assert load_prepared(tmp_path / "data", "mark").train["row_ids"]
+    path = next(folder.glob("*.arrow"))
+    path.rename(tmp_path / "elsewhere.arrow")
+    path.symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(RunError, match="are damaged"):
+        load_prepared(tmp_path / "data", "mark")
+
+
+def test_the_same_rows_under_another_path_are_the_same_data(corpus, tokenizer, tmp_path):
+    source, moved = tmp_path / "rows.jsonl", tmp_path / "deeper" / "renamed.jsonl"
+    source.write_text("the content counts")
+    config = DataConfig(source=str(source), seq_len_tokens=128)
+    reads = []
+
+    def read(config):
+        reads.append(config.source)
+        return corpus
+
+    first = prepared(config, tokenizer, tmp_path / "data", read=read)
+    moved.parent.mkdir()
+    source.rename(moved)
+    gone = prepared(config, tokenizer, tmp_path / "data", read=read)
+    there = prepared(dataclasses.replace(config, source=str(moved)), tokenizer, tmp_path / "data", read=read)
+    assert reads == [str(source)]
+    assert first.train.to_list() == gone.train.to_list() == there.train.to_list()
+    moved.write_text("another content")
+    prepared(dataclasses.replace(config, source=str(moved)), tokenizer, tmp_path / "data", read=read)
+    prepared(dataclasses.replace(config, source="somebody/else"), tokenizer, tmp_path / "data", read=read)
+    assert reads == [str(source), str(moved), "somebody/else"]
+
+
+def test_data_of_a_run_from_before_content_was_kept_are_used(corpus, tokenizer, tmp_path):
+    """Its fingerprint held the path too."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text("x")
+    config = DataConfig(source=str(source), seq_len_tokens=128)
+    mark = data_module._earlier_fingerprint(config, tokenizer, True)
+    assert mark != fingerprint(config, tokenizer, can_pack=True)
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", mark)
+    assert prepared(config, tokenizer, tmp_path / "data", read=None).report.passed

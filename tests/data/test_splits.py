@@ -228,3 +228,18 @@ def test_a_split_that_ends_up_empty_is_an_error(read):
         read({"train": [row(1), row(2)], "val": [row(1), row(2)], "test": [row(3), row(4)]})
     assert "0 train, 2 eval, 2 test" in str(caught.value)
     assert "s.json train row 1: skipped, its prompt is in eval too" in str(caught.value)
+
+
+@pytest.mark.parametrize("profile", ["demo", "tiny", "falcon-40b"])
+def test_a_thousand_rows_of_a_user_are_a_thousand_rows(read, profile, tmp_path):
+    """Whatever the profile's limits for its own corpus are."""
+    from qlora_helpers.base.profiles import profile_config
+    from qlora_helpers.data.sources import read_corpus
+
+    path = tmp_path / "tickets.csv"
+    path.write_text("subject;body;label\n" + "".join(f"Bill {n};Too high;{n % 3}\n" for n in range(1000)))
+    settings = {"data.source": str(path), "data.prompt": "{subject}\n{body}", "data.answer": "{label}"}
+    config = profile_config(profile).with_settings(settings)
+    corpus = read_corpus(config.data)
+    assert sizes(corpus) == (940, 30, 30)
+    assert sizes(read_corpus(config.with_settings(["data.train_rows=7"]).data)) == (7, 30, 30)

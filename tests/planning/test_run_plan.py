@@ -74,6 +74,32 @@ def test_a_file_of_the_users_is_counted(tmp_path):
     assert 0 < found < longer
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),  # counted with SmolLM2's tokenizer
+    [
+        ("阿丽：你明天能修蛋糕吗？小芳：好的，我会修蛋糕。我们下午三点在车站见面，然后一起去市场买水果和蔬菜。", 96),
+        ("내일 회의는 몇 시에 시작하나요? 오후 세 시입니다. 자료를 잊지 마세요. 감사합니다.", 94),
+        ("Привет, ты завтра придёшь на встречу? Да, в три часа у вокзала, не забудь документы, пожалуйста.", 75),
+        ("مرحبا، هل ستأتي غدا إلى الاجتماع؟ نعم، في الساعة الثالثة عند المحطة، لا تنس الوثائق من فضلك.", 92),
+        ("Hallo, kommst du morgen zur Besprechung? Ja, um drei am Bahnhof, vergiss bitte die Unterlagen nicht.", 39),
+    ],
+)
+def test_tokens_are_estimated_by_the_script(tmp_path, text, tokens):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{text} {n}"}, ensure_ascii=False) + "\n" for n in range(12)), "utf-8")
+    found = estimated_tokens(DataConfig(source=str(path), eval_rows=1, test_rows=1)) / 10
+    assert 0.7 * tokens < found < 1.4 * tokens
+
+
+def test_a_profile_s_limits_hold_for_the_embedded_corpus_alone(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q {n}", "completion": "a"}) + "\n" for n in range(1000)))
+    demo = profile_config("demo").data
+    own = profile_config("demo").with_settings({"data.source": str(path)}).data
+    assert estimated_tokens(demo) == round(144 * 226.7)
+    assert estimated_tokens(own) > 940
+
+
 def test_an_unknown_size_is_noted():
     config = profile_config("falcon-40b").with_settings({"data.source": "somebody/something"})
     assert any("--tokens" in note for note in plan_run(config, gpus="H100").notes)
