@@ -101,12 +101,12 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
 def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
     if not isinstance(turn, Mapping):
         raise Unusable("its messages are not objects", f": message {number} is {type(turn).__name__}")
-    name = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+    name = _first(turn, ROLE_KEYS)
     role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         shown = repr(name[:40]) if isinstance(name, str) else type(name).__name__
         raise Unusable("it has an unknown role", f": {shown} in message {number}")
-    value = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
+    value = _first(turn, TEXT_KEYS)
     if role == CALL:
         return Message("assistant", "", tool_calls=_calls(value, number))
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"), number) if role == "assistant" else ()
@@ -118,16 +118,24 @@ def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
         raise Unusable(
             "one of its answers is empty" if role == "assistant" else "one of its messages is empty", f": {what}"
         )
-    thinking = next((turn[key] for key in THINKING_KEYS if isinstance(turn.get(key), str)), "")
+    thinking = _word(_first(turn, THINKING_KEYS))
     return Message(
         role,
         content,
-        cleaner.optional(thinking, what) if role == "assistant" else "",
+        cleaner.optional(thinking, what) if thinking and role == "assistant" else "",
         calls,
         _word(turn.get("tool_call_id")) if role == "tool" else "",
         _word(turn.get("name")),
         _learned(turn.get("weight"), number),
     )
+
+
+def _first(turn: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """Returns the first of some values that is there."""
+    for key in keys:
+        if (value := turn.get(key)) is not None:
+            return value
+    return None
 
 
 def _learned(weight: Any, number: int) -> bool:
