@@ -108,8 +108,8 @@ class DataConfig:
 
     source: str = option(
         "embedded",
-        "Data: embedded (the corpus in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx or .7z file, also .gz "
-        "or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
+        "Data: embedded or embedded:tickets (corpora in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx or .7z "
+        "file, also .gz or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
     )
     format: str = option(
         "auto",
@@ -217,7 +217,7 @@ class DataConfig:
 
     def most_rows(self, split: str) -> int | None:
         """Returns how many rows of `train`, `eval` or `test` are used at most: a profile's limits hold for its own corpus alone."""
-        own = getattr(self, f"embedded_{split}_rows") if self.source == "embedded" else None
+        own = getattr(self, f"embedded_{split}_rows") if self.source.startswith("embedded") else None
         return getattr(self, f"{split}_rows") if own is None else own
 
 

@@ -6,6 +6,7 @@ and conversations are read in `conversations`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -196,6 +197,8 @@ class Conversion:
         return self._example([self._asked(text, body), Message("assistant", answer)])
 
     def _answer_text(self, value: Any, column: str) -> str:
+        if isinstance(value, dict | list) and value:
+            value = json.dumps(value, ensure_ascii=False)  # such as fields to be found in a text
         return self._cleaner.answer(value, f"answer ({column!r})")
 
 

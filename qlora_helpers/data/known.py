@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 DATA_LICENCES: dict[str, str] = {
     "embedded": "CC0-1.0",
+    "embedded:tickets": "CC0-1.0",
     "knkarthick/samsum": "CC BY-NC-ND 4.0",
     "knkarthick/dialogsum": "CC BY-NC-SA 4.0",
 }

@@ -1,4 +1,4 @@
-"""Reads examples from a data source: the embedded corpus, local files, SAMSum's archive, or a hub data set.
+"""Reads examples from a data source: the embedded corpora, local files, SAMSum's archive, or a hub data set.
 
 Owns the choice of the reader by the source's name, and the way from rows to three splits. Files are found in `local_files` and
 read in `readers`, archives in `archives`, the hub in `hub_data`; forms are recognised in `forms`, rows become examples in
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,12 @@ from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sam
 
 __all__ = ["Corpus", "Example", "read_corpus"]
 
-EMBEDDED = "embedded"
+EMBEDDED: dict[
+    str, tuple[str, dict[str, str]]
+] = {  # name -> file, and what is asked and answered where the settings don't say
+    "embedded": ("dialogues.jsonl", {}),
+    "embedded:tickets": ("tickets.jsonl", {"prompt": "{subject}\n\n{body}", "answer": "{reply}"}),
+}
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -51,6 +57,8 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
     Raises:
         DataError: the source can't be read or used; the message names the file and the line, and says what to do.
     """
+    if config.source in EMBEDDED and config.prompt is None and config.answer is None:
+        config = replace(config, **EMBEDDED[config.source][1])
     source = _source(config, progress)
     notes, skipped = source.notes, SkippedRows()
     splits, form = _examples(source, config, skipped)
@@ -71,7 +79,7 @@ def _examples(source: Source, config: DataConfig, skipped: SkippedRows) -> tuple
     columns = first_values(parts)
     said: list[str] = []
     form = recognised(source.name, columns, kinds, config, said) if columns else Form("dialogue", NO_COLUMNS)
-    source.notes += said if config.source != EMBEDDED else []
+    source.notes += said if config.source not in EMBEDDED else []
     conversion = Conversion(form, config, skipped)
     needed = {*form.needed, "id"}
     splits: dict[str, list[Example]] = {}
@@ -90,7 +98,7 @@ def _examples(source: Source, config: DataConfig, skipped: SkippedRows) -> tuple
 
 def _source(config: DataConfig, progress: Callable[..., Any] | None) -> Source:
     name = config.source
-    if name == EMBEDDED:
+    if name in EMBEDDED:
         return _embedded(config)
     if _ADDRESS.match(name):
         return _from_url(name, progress)
@@ -126,14 +134,16 @@ def _from_files(name: str, files: list[Path], config: DataConfig, notes: list[st
 
 
 def _embedded(config: DataConfig) -> Source:
-    resource = importlib.resources.files("qlora_helpers.data") / "corpus" / "dialogues.jsonl"
+    resource = importlib.resources.files("qlora_helpers.data") / "corpus" / EMBEDDED[config.source][0]
     with importlib.resources.as_file(resource) as path:
         parts = read_file(path, path.name, DataConfig(), [])["train"]
         rows = [row for part in parts for row in part.rows(None)]
     splits: dict[str, list[Row]] = {}
     for row in rows:
         splits.setdefault(row.values["split"], []).append(row)
-    return Source(EMBEDDED, DATA_LICENCES[EMBEDDED], {split: [_held(split, found)] for split, found in splits.items()})
+    return Source(
+        config.source, DATA_LICENCES[config.source], {split: [_held(split, found)] for split, found in splits.items()}
+    )
 
 
 def _held(name: str, rows: list[Row]) -> Part:

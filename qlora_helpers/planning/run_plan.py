@@ -16,7 +16,7 @@ from qlora_helpers.data.examples import SUMMARIZE
 from qlora_helpers.data.known import DATA_SIZES, DataSize
 from qlora_helpers.data.known import estimated_tokens as tokens_of_text
 from qlora_helpers.data.local_files import local_files
-from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.data.sources import EMBEDDED, read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
 from qlora_helpers.model.shapes.lookup import find_shape
@@ -175,6 +175,8 @@ def data_size(config: DataConfig) -> DataSize | None:
     """
     if config.source in DATA_SIZES:
         return DATA_SIZES[config.source]
+    if config.source in EMBEDDED:
+        return _file_size(replace(config, train_rows=None, embedded_train_rows=None), ())
     files = None if "://" in config.source else local_files(config.source)
     if files is None:
         return None

@@ -56,6 +56,19 @@ def test_the_embedded_corpus_has_its_splits_and_unique_ids():
     assert corpus.notes == ()  # no duplicate, nothing empty, no control characters
 
 
+def test_the_tickets_are_three_tasks():
+    replies = read_corpus(DataConfig(source="embedded:tickets", eval_rows=None, test_rows=None))
+    assert (len(replies.train), len(replies.eval), len(replies.test)) == (240, 30, 30)
+    assert all(row.answer.endswith("Nora, Fernweg Support") for row in replies.train)
+    assert replies.licence == "CC0-1.0" and not any("skipped" in note for note in replies.notes)
+    asked = {"source": "embedded:tickets", "prompt": "Name the queue.\n\n{subject}\n{body}"}
+    labels = {row.answer for row in read_corpus(DataConfig(**asked, answer="{label}")).train}
+    assert labels == {"returns", "delivery", "billing", "warranty", "technical", "account", "praise"}
+    fields = [json.loads(row.answer) for row in read_corpus(DataConfig(**asked, answer="{fields}")).train]
+    assert all(set(found) == {"order_number", "product", "issue", "wants", "deadline"} for found in fields)
+    assert any(found["deadline"] is None for found in fields)
+
+
 def parquet(values: list[dict]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), sink)

@@ -60,6 +60,7 @@ def test_the_size_of_the_data():
     assert estimated_tokens(DataConfig(source="knkarthick/samsum")) == round(14_732 * 189.9)
     assert estimated_tokens(DataConfig(source="embedded", train_rows=100)) == 22_670
     assert estimated_tokens(DataConfig(source="somebody/something")) is None
+    assert 240 * 100 < estimated_tokens(DataConfig(source="embedded:tickets")) < 240 * 1000
 
 
 def test_a_file_of_the_users_is_counted(tmp_path):
