@@ -87,7 +87,8 @@ def recognised(
     Raises:
         DataError: no form fits or several do, or a column that the settings name is not there; the message names the settings.
     """
-    form = _by_settings(name, columns, config) or _by_columns(name, columns, kinds, config)
+    named = _by_settings(name, columns, config)
+    form = named or _by_columns(name, columns, kinds, config)
     for column in form.needed:
         if column in kinds:
             raise DataError(
@@ -95,7 +96,7 @@ def recognised(
                 expected="texts, numbers, lists or objects",
                 next_step="Write it as text, or name another column.",
             )
-    if config.format == "auto" and not form.prompt:
+    if config.format == "auto" and named is None:
         unused = [column for column in columns if column not in form.needed and column.strip().lower() not in IDS]
         rest = f"; not used: {listed(unused)}" if unused else ""
         notes.append(f"{name}: read as {form}{rest}; data.format, data.prompt and data.answer choose otherwise")

@@ -32,11 +32,10 @@ from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sam
 
 __all__ = ["Corpus", "Example", "read_corpus"]
 
-EMBEDDED: dict[
-    str, tuple[str, dict[str, str]]
-] = {  # name -> file, and what is asked and answered where the settings don't say
-    "embedded": ("dialogues.jsonl", {}),
-    "embedded:tickets": ("tickets.jsonl", {"prompt": "{subject}\n\n{body}", "answer": "{reply}"}),
+# name -> file, and what is asked and answered where the settings say nothing
+EMBEDDED: dict[str, tuple[str, str | None, str | None]] = {
+    "embedded": ("dialogues.jsonl", None, None),
+    "embedded:tickets": ("tickets.jsonl", "{subject}\n\n{body}", "{reply}"),
 }
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -58,7 +57,8 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
         DataError: the source can't be read or used; the message names the file and the line, and says what to do.
     """
     if config.source in EMBEDDED and config.prompt is None and config.answer is None:
-        config = replace(config, **EMBEDDED[config.source][1])
+        _, prompt, answer = EMBEDDED[config.source]
+        config = replace(config, prompt=prompt, answer=answer)
     source = _source(config, progress)
     notes, skipped = source.notes, SkippedRows()
     splits, form = _examples(source, config, skipped)
