@@ -12,10 +12,11 @@ from itertools import islice
 from typing import Any
 
 from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
 from qlora_helpers.data.conversations import chat_keys, conversation, parsed, tools_of
 from qlora_helpers.data.examples import SUMMARIZE, Example, Message
 from qlora_helpers.data.forms import Form
-from qlora_helpers.data.rows import Part, Row, SkippedRows
+from qlora_helpers.data.rows import MAX_ROWS, Part, Row, SkippedRows
 from qlora_helpers.data.texts import MISSING, Cleaner, Unusable
 
 SAMPLE_ROWS = 1000  # in which columns and their values are looked for
@@ -68,7 +69,7 @@ class Conversion:
         self._system = config.system or ""
         self._ids: set[str] = set()
         self._shared: dict[str, str] = {self._system: self._system}  # one object for a text that stands in many rows
-        self._cut = self._gaps = 0
+        self._cut = self._gaps = self._seen = 0
         makers: dict[str, Callable[[Mapping[str, Any]], Example]] = {
             **dict.fromkeys(("messages", "conversations"), self._chat),
             "alpaca": self._alpaca,
@@ -77,8 +78,19 @@ class Conversion:
         self._make = makers.get(form.name, self._filled if form.prompt else self._pair)
 
     def examples(self, rows: Iterator[Row]) -> Iterator[Example]:
-        """Yields the usable rows as examples; an id that is missing or was seen before is replaced by the row's `where`."""
+        """Yields the usable rows as examples; an id that is missing or was seen before is replaced by the row's `where`.
+
+        Raises:
+            DataError: there are more than `MAX_ROWS`, usable or not.
+        """
         for where, values in rows:
+            self._seen += 1
+            if self._seen > MAX_ROWS:
+                raise DataError(
+                    f"{where}: there are too many rows",
+                    expected=f"{MAX_ROWS:,} at most",
+                    next_step="Take a part of them.",
+                )
             columns = None if isinstance(values, str) and self._form.name != "text" else as_columns(values)
             removed = self._cleaner.removed
             try:

@@ -7,6 +7,7 @@ read in `readers`, archives in `archives`, the hub in `hub_data`; forms are reco
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import re
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from qlora_helpers.data.hub_data import SAMSUM, from_hub
 from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.local_files import local_files, split_of
 from qlora_helpers.data.readers import json_parts, read_file
-from qlora_helpers.data.rows import MAX_ROWS, Corpus, Part, Row, SkippedRows, Source, need_rows
+from qlora_helpers.data.rows import Corpus, Part, Row, SkippedRows, Source, need_rows
 from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sampled
 
 __all__ = ["Corpus", "Example", "read_corpus"]
@@ -37,6 +38,7 @@ EMBEDDED: dict[str, tuple[str, str | None, str | None]] = {
     "embedded": ("dialogues.jsonl", None, None),
     "embedded:tickets": ("tickets.jsonl", "{subject}\n\n{body}", "{reply}"),
 }
+BAR_ROWS = 500
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -48,7 +50,7 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
 
     Args:
         config: source, form, columns, rows per split, seed.
-        progress: shows a download; called like `tqdm.tqdm(total=bytes, unit="B", ...)`; None shows nothing.
+        progress: shows a download, and the rows that are read; called like `tqdm.tqdm(total=..., unit=...)`; None shows nothing.
 
     Returns:
         The corpus; its `notes` say what the rows were recognised as, name those that were skipped, and say how splits were made.
@@ -61,7 +63,7 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
         config = replace(config, prompt=prompt, answer=answer)
     source = _source(config, progress)
     notes, skipped = source.notes, SkippedRows()
-    splits, form = _examples(source, config, skipped)
+    splits, form = _examples(source, config, skipped, progress)
     if config.bad_rows == "refuse":
         skipped.refuse(source.name)
     splits = {split: without_repeats(rows, skipped) for split, rows in splits.items()}
@@ -72,7 +74,9 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
     return Corpus(source.name, source.licence, notes=(*dict.fromkeys(notes), *skipped.notes()), form=form, **chosen)
 
 
-def _examples(source: Source, config: DataConfig, skipped: SkippedRows) -> tuple[dict[str, list[Example]], str]:
+def _examples(
+    source: Source, config: DataConfig, skipped: SkippedRows, progress: Callable[..., Any] | None
+) -> tuple[dict[str, list[Example]], str]:
     """Recognises the form and turns all rows into examples; also returns the form's name."""
     parts = [part for several in source.splits.values() for part in several]
     kinds = {column: kind for part in parts for column, kind in part.kinds.items()}
@@ -83,15 +87,14 @@ def _examples(source: Source, config: DataConfig, skipped: SkippedRows) -> tuple
     conversion = Conversion(form, config, skipped)
     needed = {*form.needed, "id"}
     splits: dict[str, list[Example]] = {}
-    count = 0
-    for split, several in source.splits.items():
-        splits[split] = []
-        for part in several:
-            for example in conversion.examples(part.rows(needed)):
-                splits[split].append(example)
-            count = len(splits[split]) + skipped.counts.total()
-            if count > MAX_ROWS:
-                raise DataError(f"{source.name} has too many rows", expected=f"{MAX_ROWS:,} at most", got=f"{count:,}")
+    with contextlib.closing(progress(unit=" rows", desc="reading")) if progress else contextlib.nullcontext() as bar:
+        for split, several in source.splits.items():
+            splits[split] = []
+            for part in several:
+                for number, example in enumerate(conversion.examples(part.rows(needed)), start=1):
+                    splits[split].append(example)
+                    if bar is not None and number % BAR_ROWS == 0:
+                        bar.update(BAR_ROWS)
     source.notes += conversion.notes(source.name)
     return splits, form.name
 

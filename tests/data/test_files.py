@@ -245,11 +245,11 @@ def test_rows_values_and_bytes_are_limited_before_they_are_taken(tmp_path, monke
 
 
 def test_rows_of_any_kind_of_file_are_limited(tmp_path, monkeypatch):
-    from qlora_helpers.data import sources
+    from qlora_helpers.data import conversion
 
-    monkeypatch.setattr(sources, "MAX_ROWS", 100)
+    monkeypatch.setattr(conversion, "MAX_ROWS", 100)
     (tmp_path / "many.jsonl").write_text("{}\n" * 101)
-    with pytest.raises(DataError, match=r"many.jsonl has too many rows; expected 100 at most"):
+    with pytest.raises(DataError, match=r"many.jsonl line 101: there are too many rows; expected 100 at most"):
         read(tmp_path / "many.jsonl")
 
 

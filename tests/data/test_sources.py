@@ -284,9 +284,9 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.data.sources import read_corpus
 answers = []
-for source, column in json.loads(sys.argv[1]):
+for source, column, *settings in json.loads(sys.argv[1]):
     try:
-        corpus = read_corpus(DataConfig(source=source, summary_column=column))
+        corpus = read_corpus(DataConfig(source=source, summary_column=column, **dict(*settings)))
         answers.append({"repr": repr(corpus), "notes": corpus.notes, "where": corpus.test[0].where})
     except DataError as error:
         answers.append({"error": str(error)})
@@ -359,6 +359,38 @@ def test_hub_data_sets_are_read_refused_and_found_in_the_cache(tmp_path):
     assert answers[0]["repr"] == read
     assert "'some/other' can't be reached, and no copy is in the cache" in answers[1]["error"]
     assert "To do without, set data.source to embedded" in answers[1]["error"]
+
+
+def test_a_configuration_and_a_split_of_a_hub_data_set_are_chosen(tmp_path):
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train_sft\n    path: {name}-sft.jsonl\n"
+        f"  - split: extra\n    path: {name}-extra.jsonl\n"
+        for name in ("de", "en")
+    )
+    files = {"README.md": (card + "---\n").encode()}
+    for start, name in ((0, "de"), (100, "en")):
+        files |= {f"{name}-sft.jsonl": jsonl(rows(20, start)), f"{name}-extra.jsonl": jsonl(rows(5, start + 50))}
+    with hub({"some/chats": files}) as endpoint:
+        answers = read_in_a_process(
+            [
+                ("some/chats", "summary", {}),
+                ("some/chats", "summary", {"hub_config": "fr"}),
+                ("some/chats", "summary", {"hub_config": "en", "hub_split": "train"}),
+                (
+                    "some/chats",
+                    "summary",
+                    {"hub_config": "en", "hub_split": "train_sft", "eval_rows": 2, "test_rows": 2},
+                ),
+            ],
+            HF_ENDPOINT=endpoint,
+            HF_HOME=str(tmp_path),
+        )
+    several, unknown, no_split, read = answers
+    assert "'some/chats' has several configurations; expected 'de', 'en'. Name one: data.hub_config" in several["error"]
+    assert "'some/chats' has no configuration 'fr'; expected 'de', 'en'" in unknown["error"]
+    assert "'some/chats' has no split 'train'; expected 'train_sft', 'extra'" in no_split["error"]
+    assert read["repr"].startswith("Corpus('some/chats': 16 train, 2 eval, 2 test")
+    assert read["where"].startswith("some/chats train_sft row ")
 
 
 def test_reading_a_file_imports_no_torch_and_no_hub(tmp_path):
