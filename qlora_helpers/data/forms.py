@@ -21,6 +21,8 @@ from qlora_helpers.data.rows import listed
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "turns")
 TEXTS = ("text", "content", "document", "markdown", "passage")
 IDS = ("id", "_id", "idx", "index", "uuid", "row_id", "split", "__index_level_0__", "unnamed: 0", "")
+SYSTEMS = ("system", "system_prompt", "system_message")
+ANSWERS = ("summary", "highlights", "answer", "response", "completion", "output", "target", "translation")
 CONTEXTS = ("context", "passage", "document", "contexts")
 BESIDE_TEXT = (
     "url",
@@ -38,8 +40,8 @@ BESIDE_TEXT = (
 PAIRS = {  # form -> names of what is asked, and of what is answered
     "alpaca": (("instruction",), ("output", "response", "completion", "answer")),
     "prompt_completion": (
-        ("prompt", "input", "query", "source"),
-        ("completion", "response", "output", "target"),
+        ("prompt", "input", "query", "source", "user"),
+        ("completion", "response", "output", "target", "answer", "assistant"),
     ),
     "question_answer": (("question",), ("answer", "answers", "response")),
 }
@@ -168,7 +170,9 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
     if text and not found and (len(usable) == 1 or len(beside) != 1):
         found.append(Form("text", {"text": text}))
     elif text and not found:
-        found += [Form("text", {"text": text}), Form("columns", {"prompt": text, "answer": beside[0]})]
+        is_answer = beside[0].strip().lower() in ANSWERS
+        found += [] if is_answer else [Form("text", {"text": text})]
+        found.append(Form("columns", {"prompt": text, "answer": beside[0]}))
     if not found and len(usable) == 2 and all(map(columns.get, usable)):
         found.append(Form("columns", {"prompt": usable[0], "answer": usable[1]}))
     if not found and len(usable) == 1 and not kinds:
@@ -180,7 +184,7 @@ def _chat_form(column: str, columns: Mapping[str, Sequence[object]], lower: Mapp
     keys = next((keys for value in columns.get(column, ()) if (keys := chat_keys(value))), None)
     if keys is None:
         return None
-    more = {part: lower[part] for part in ("system", "tools") if part in lower}
+    more = _system(lower) | ({"tools": lower["tools"]} if "tools" in lower else {})
     return Form("messages" if keys[0] == "role" else "conversations", {"messages": column, **more})
 
 
@@ -192,10 +196,14 @@ def _pair(form: str, asked: Sequence[str], answered: Sequence[str], lower: Mappi
     context = next((lower[name] for name in CONTEXTS if name in lower), None)
     if form == "question_answer" and context:
         return None  # the answers depend on a text that a pair would leave out
-    more = {"system": lower["system"]} if "system" in lower else {}
+    more = _system(lower)
     if form == "alpaca" and ("input" in lower or context):
         more["input"] = lower.get("input", context or "")
     return Form(form, {"prompt": prompt, "answer": answer, **more})
+
+
+def _system(lower: Mapping[str, str]) -> dict[str, str]:
+    return next(({"system": lower[name]} for name in SYSTEMS if name in lower), {})
 
 
 def _dialogue(columns: Iterable[str], config: DataConfig) -> Form:

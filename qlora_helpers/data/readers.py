@@ -97,7 +97,7 @@ def json_parts(text: str, name: str, notes: list[str]) -> Parts:
             notes += [
                 f"{name}: skipped {listed([key])}, which is not a list of rows" for key in value if key not in parts
             ]
-            named = {key: [_listed_part(rows, f"{name} {key}", key)] for key, rows in parts.items()}
+            named = {key: [_listed_part(rows, f"{name} {key}")] for key, rows in parts.items()}
             splits, more = named_splits(name, named)
             notes += more
             return splits
@@ -131,8 +131,8 @@ def _from_pandas(value: dict[str, Any]) -> Any:
     return value
 
 
-def _listed_part(values: list[Any], name: str, split: str = "") -> Part:
-    return Part(name, lambda columns: _numbered(iter(values), name), split=split)
+def _listed_part(values: list[Any], name: str) -> Part:
+    return Part(name, lambda columns: _numbered(iter(values), name))
 
 
 def _json_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:

@@ -35,13 +35,11 @@ class Part:
         rows: gives the rows from the first one on, each time that it is called. Its argument names the columns that are
             needed; None stands for all, and a source that reads whole rows anyway gives them whole.
         kinds: column -> what keeps it from being used, for columns whose type is known to hold no text.
-        split: the split's name in the source, or empty.
     """
 
     name: str
     rows: Callable[[Collection[str] | None], Iterator[Row]]
     kinds: dict[str, str] = field(default_factory=dict)
-    split: str = ""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_helpers.base.text import CONTROLS, SURROGATES
 
-MISSING = frozenset({"nan", "NaN", "NAN", "NaT", "<NA>", "#N/A"})
+MISSING = frozenset({"nan", "NaN", "NAN", "NaT", "<NA>", "#N/A", "\\N"})
 """What programs write where a value is missing; as a whole cell it is no text."""
 DOUBTFUL = frozenset({"none", "null", "n/a", "na", "undefined"})
 """What may be a label or a missing value: taken as text, and counted in a note."""

@@ -9,6 +9,7 @@ project's environment: 3.27 needs protobuf < 7 and rich < 15, and brings 900 MB 
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import tempfile
@@ -164,6 +165,12 @@ def _config_for_job(config: RunConfig) -> tuple[RunConfig, Path | None]:
             next_step="Set model.name to a hub id.",
         )
     data_file = Path(config.data.source)
+    if data_file.is_dir() or glob.has_magic(config.data.source):
+        raise UserError(
+            "a training job takes one data file",
+            got=f"data.source={config.data.source}",
+            next_step="Put the rows into one file, such as a .jsonl or .parquet file.",
+        )
     if not data_file.is_file():
         return config, None
     return config.with_settings({"data.source": f"{_INPUT}/{_DATA_CHANNEL}/{data_file.name}"}), data_file

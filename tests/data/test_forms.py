@@ -113,6 +113,18 @@ FORMS = {  # a row, its form, and the messages
         "question_answer",
         [("user", "q0"), ("assistant", "a")],
     ),
+    "a question with a system's message": (
+        {"id": "#", "system_prompt": "Be brief.", "question": "q#", "response": "a"},
+        "question_answer",
+        [("system", "Be brief."), ("user", "q0"), ("assistant", "a")],
+    ),
+    "alpaca with a rendered text": (
+        {"instruction": "Sort #.", "input": "", "output": "a b", "text": "Below is ..."},
+        "alpaca",
+        [("user", "Sort 0."), ("assistant", "a b")],
+    ),
+    "a chat with its first question": ({"prompt": "q", "prompt_id": "x", "messages": CHAT}, "messages", CHAT_READ),
+    "a document and its summary": ({"document": "d#", "summary": "s"}, "columns", [("user", "d0"), ("assistant", "s")]),
     "any two columns": (
         {"id": "#", "deutsch": "ja #", "english": "yes"},
         "columns",
@@ -260,6 +272,7 @@ UNCLEAR = {
         "several ways",
         "data.format=messages",
     ),
+    "two forms mixed": ({"messages": CHAT, "dialogue": "d#", "summary": "s"}, "several ways", "data.format=dialogue"),
     "two chats": ({"chosen": CHAT, "rejected": CHAT}, "several ways", "data.column=chosen", "data.column=rejected"),
     "a text with a label": ({"text": "t#", "label": 1}, "several ways", "data.format=text", "data.format=columns"),
     "an answer that depends on a text": (

@@ -152,6 +152,9 @@ def test_a_data_file_is_uploaded_and_the_settings_point_to_it(run, tmp_path):
     assert [channel["ChannelName"] for channel in request["InputDataConfig"]] == ["code", "config", "dialogues"]
     config, file = training_job._config_for_job(run.config())
     assert (config.data.source, file) == ("/opt/ml/input/data/dialogues/mine.jsonl", data)
+    for several in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match="takes one data file"):
+            training_job._config_for_job(run.config().with_settings({"data.source": str(several)}))
 
 
 @pytest.mark.parametrize(
