@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.base.text import size_text
+from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data import encodings
 from qlora_helpers.data.compressed import opened
 from qlora_helpers.data.encodings import numbered_lines
@@ -207,7 +207,7 @@ def _rows(reader: Any, name: str, first: int) -> Iterator[Row]:
                 next_step="Look for an unclosed double quote in that row; if it is one text, shorten it.",
             ) from error
         raise DataError(
-            f"{name} line {start} is not valid CSV ({error})",
+            f"{name} line {start} is not valid CSV ({brief(error)})",
             next_step="Look for an unclosed or undoubled double quote in that row.",
         ) from error
     if empty:

@@ -32,9 +32,10 @@ def read_sequences(folder: Path) -> Dataset:
     try:
         tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files]
         table = pyarrow.concat_tables([each.replace_schema_metadata(None) for each in tables])
-    except (pyarrow.ArrowException, OSError) as error:
+        table.validate(full=True)  # Arrow would follow a damaged offset anywhere
+        wrong = [field.name for field in table.schema if not _is_plain(field.type)]
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as error:
         raise _damaged(folder, brief(error)) from error
-    wrong = [field.name for field in table.schema if not _is_plain(field.type)]
     missing = [name for name in NEEDED if name not in table.column_names]
     if wrong or missing:
         found = f"{wrong[0][:60]!r} holds other things than numbers" if wrong else f"{missing[0]!r} is missing"

@@ -37,16 +37,16 @@ def parquet_part(path: Path, file: BinaryIO, name: str, config: DataConfig, note
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups)
         values = sum(group.column(n).num_values for group in groups for n in range(group.num_columns))
+        names, kinds = list(schema.names), unusable_columns(schema)
+        flat = {column for column, kind in zip(names, schema.types, strict=True) if _is_text(kind)}
     limit(name, rows=metadata.num_rows, values=values, size=size)
-    kinds = unusable_columns(schema)
-    flat = {column for column, kind in zip(schema.names, schema.types, strict=True) if _is_text(kind)}
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
-        needed = needed_columns(schema.names, columns, kinds)
+        needed = needed_columns(names, columns, kinds)
         with opened(path) as again, _complete(name, "Parquet"):
             once = [column for column in needed if column in flat]  # a repeated text is kept once
             table = pyarrow.parquet.ParquetFile(again, read_dictionary=once)
-            yield from table_rows(table.iter_batches(BATCH_ROWS, columns=needed), schema.names, name)
+            yield from table_rows(table.iter_batches(BATCH_ROWS, columns=needed), names, name)
 
     return Part(name, rows, kinds)
 
@@ -70,15 +70,21 @@ def arrow_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes:
 
     with _complete(name, "Arrow"):
         schema = batches(file)[0]
-    kinds = unusable_columns(schema)
+        names, kinds = list(schema.names), unusable_columns(schema)
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
-        needed = needed_columns(schema.names, columns, kinds)
+        needed = needed_columns(names, columns, kinds)
         with opened(path) as again, _complete(name, "Arrow"):
-            pieces = (piece for batch in batches(again)[1] for piece in _pieces(batch.select(needed)))
-            yield from table_rows(pieces, schema.names, name)
+            pieces = (piece for batch in batches(again)[1] for piece in _pieces(_valid(batch.select(needed))))
+            yield from table_rows(pieces, names, name)
 
     return Part(name, rows, kinds)
+
+
+def _valid(batch: Any) -> Any:
+    """Returns a batch whose offsets stay within its bytes: Arrow reads them as they are, and would follow them anywhere."""
+    batch.validate(full=True)
+    return batch
 
 
 def _pieces(batch: Any) -> Iterator[Any]:
@@ -233,7 +239,7 @@ class _complete:
 
         if isinstance(error, DataError) or error is None:
             return
-        if isinstance(error, pyarrow.ArrowException | OSError | UnicodeDecodeError | OverflowError):
+        if isinstance(error, pyarrow.ArrowException | OSError | ValueError | OverflowError | MemoryError):
             raise DataError(
                 f"{self.name} is not a complete {self.kind} file ({brief(error)})",
                 next_step="Write or download it again.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import zipfile
 
 import pyarrow
@@ -399,6 +400,38 @@ def test_files_named_after_splits_are_the_splits(tmp_path):
     corpus = read_corpus(DataConfig(source=str(tmp_path), eval_rows=None, test_rows=None))
     assert (len(corpus.train), len(corpus.eval), len(corpus.test)) == (8, 2, 2)
     assert {(row.prompt, row.answer) for row in corpus.test} == set(TEXTS[10:])
+
+
+# damage
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.parquet", "rows.arrow", "rows.feather", "rows.xlsx", "rows.jsonl.gz", "rows.csv"]
+)
+def test_damaged_bytes_of_any_kind_end_in_one_message(tmp_path, name):
+    """Arrow follows the offsets of its files as they are, and a damaged one may lead anywhere: they are checked first."""
+    path = tmp_path / name
+    if name in ("rows.parquet", "rows.arrow", "rows.feather"):
+        written(path, nested())
+    elif name == "rows.xlsx":
+        workbook(path, ("a", [["question", "answer"], *([f"q{n}", n] for n in range(9))]))
+    else:
+        lines = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else table("\t").encode("cp1252"))
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(80):
+        data = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            place = chance.randrange(len(data))
+            if chance.random() < 0.7:
+                data[place] = chance.randrange(256)
+            else:
+                del data[place : place + chance.randrange(1, 50)]
+        path.write_bytes(data)
+        try:
+            read(path)
+        except DataError as error:
+            assert name in str(error) and all(char.isprintable() or char == "\n" for char in str(error))
 
 
 # growth

@@ -322,3 +322,16 @@ def test_data_of_a_run_from_before_content_was_kept_are_used(corpus, tokenizer, 
     assert mark != fingerprint(config, tokenizer, can_pack=True)
     save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", mark)
     assert prepared(config, tokenizer, tmp_path / "data", read=None).report.passed
+
+
+def test_prepared_data_with_a_damaged_offset_are_refused(corpus, tokenizer, tmp_path):
+    """Arrow would read beyond the file."""
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
+    path = next((tmp_path / "data" / "train").glob("*.arrow"))
+    offsets = load_prepared(tmp_path / "data", "mark").train.data.table["input_ids"].chunk(0).buffers()[1].to_pybytes()
+    whole = path.read_bytes()
+    assert whole.count(offsets[:12]) >= 1
+    damaged = offsets[:4] + (2**30).to_bytes(4, "little") + offsets[8:12]
+    path.write_bytes(whole.replace(offsets[:12], damaged))
+    with pytest.raises(RunError, match="are damaged"):
+        load_prepared(tmp_path / "data", "mark")
