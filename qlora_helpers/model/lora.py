@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
+from qlora_helpers.model.adapter_files import check_adapter
 from qlora_helpers.model.nf4 import unpacked_numel
 from qlora_helpers.model.shapes.families import adapter_targets
 
@@ -202,6 +203,7 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    check_adapter(Path(folder))
     try:
         with _without_deprecation_noise():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
