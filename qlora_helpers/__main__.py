@@ -13,7 +13,10 @@ from pathlib import Path
 
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
+
+INSTALL = "Install what is missing: pip install -r requirements.txt (`doctor` lists it)."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NEXT_STEPS:
+            raise
+        name = f": {str(error.filename)[:200]}" if error.filename else ""
+        print(f"error: {error.strerror}{name}. {NEXT_STEPS[error.errno]}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package == __package__:
+            raise
+        print(f"error: the package {package} is not installed. {INSTALL}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact", file=sys.stderr)

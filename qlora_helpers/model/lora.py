@@ -169,8 +169,15 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with _without_deprecation_noise():
-        return get_peft_model(model, settings)
+    try:
+        with _without_deprecation_noise():
+            return get_peft_model(model, settings)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # as for Mamba's convolutions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"adapters can't be added to this model ({reason})",
+            next_step="Set adapter.target_modules to other layers, or choose another model.",
+        ) from error
 
 
 def remove_adapters(model: PeftModel) -> None:
