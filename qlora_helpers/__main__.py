@@ -106,14 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.strerror}{name}. {NEXT_STEPS[error.errno]}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not package or package == __package__:
+        missing = _missing_package(error)
+        if missing == __package__:
             raise
-        print(f"error: the package {package} is not installed. {INSTALL}", file=sys.stderr)
+        print(f"error: the package {missing} is not installed. {INSTALL}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact", file=sys.stderr)
         return 130
+
+
+def _missing_package(error: ModuleNotFoundError) -> str:
+    """The package that could not be imported; transformers' own error names it in its cause alone."""
+    name = None
+    seen: BaseException | None = error
+    while seen is not None:
+        name = getattr(seen, "name", None) or name
+        seen = seen.__cause__
+    return (name or "that transformers needs").partition(".")[0]
 
 
 def _doctor(options: argparse.Namespace) -> int:

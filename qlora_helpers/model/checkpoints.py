@@ -122,7 +122,9 @@ def _checked_folder(path: Path) -> Path:
             f"the folder {path.name} holds no weights as safetensors",
             expected=f"{WEIGHTS}, or {INDEX} and the files that it names" if other else "",
             got=", ".join(other[:3]),
-            next_step="Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
+            next_step="Get the file that is missing."
+            if other
+            else "Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
         )
     if has_adapter:
         raise ModelError(

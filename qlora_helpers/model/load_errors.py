@@ -24,6 +24,11 @@ def load_errors_explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a stranger's file makes transformers raise anything, KeyError and ImportError among it
         text = str(error)
+        if isinstance(error, ImportError):
+            raise ModelError(
+                f"{name} needs a package that is not installed ({(text.strip().splitlines() or ['?'])[0]})",
+                next_step="Install it beside this package, or choose another model.",
+            ) from error
         if "dispatched on the CPU or the disk" in text:
             raise ModelError(
                 f"{name} does not fit on the GPUs within the limit",

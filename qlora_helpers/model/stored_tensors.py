@@ -152,7 +152,10 @@ def _header(path: Path) -> Iterator[StoredTensor]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            if first == b"version ":
+                raise damaged(path, "it is a pointer of Git LFS and not the file itself (git lfs pull gets it)")
+            length = int.from_bytes(first, "little")
             if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
                 raise damaged(path, "the length of its header is impossible")
             entries = json.loads(file.read(length))
