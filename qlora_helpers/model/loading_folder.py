@@ -11,14 +11,15 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.checkpoints import Checkpoint
+from qlora_helpers.model.config_check import need_layers, need_weights
 from qlora_helpers.model.shapes.config_file import read_config_file
-from qlora_helpers.model.stored_tensors import FLOATS, INDEX, StoredTensor, tensors_in, weight_files
+from qlora_helpers.model.stored_tensors import INDEX, StoredTensor, tensors_in, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,9 +28,6 @@ OURS = re.compile(
     r"_?(attn|experts)_implementation.*|transformers_weights|auto_map|distributed_config|use_kernels|kernel_config"
 )
 """Keys of a `config.json` that choose files, kernels or code; those are chosen by settings of a run."""
-PACKED = {"I32": 16, "U8": 4, "I8": 4}  # weights that a value of a quantised checkpoint may hold: down to 2 bits each
-SPARE_WEIGHTS, SPARE_BUFFER_BYTES = 1_000_000, 512 * 1024**2
-_OTHER_FILES = "Get its files again: they are incomplete, or belong to another model than its config.json describes."
 
 
 def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -72,9 +70,9 @@ def loading_folder(checkpoint: Checkpoint, *, whole: bool = True) -> Iterator[Pa
             (folder / "generation_config.json").write_text(json.dumps(tokens), encoding="utf-8")
         if checkpoint.origin != "random":  # that one we have written ourselves
             tensors = _tensors(files, name)
-            _need_layers(text, tensors, name)
+            need_layers(text, tensors, name)
             if whole:
-                _need_weights(config, tensors, name)
+                need_weights(config, tensors, name)
         yield folder
 
 
@@ -91,51 +89,6 @@ def _tensors(files: list[Path], name: str) -> dict[str, StoredTensor]:
         raise ModelError(
             f"{name} could not be loaded ({error.problem})", next_step="Get its files again, or choose another model."
         ) from error
-
-
-def _need_layers(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str) -> None:
-    """Compares the number of decoder layers with the highest number in the names of tensors, before a loop runs over them."""
-    numbers = [int(found[1]) for found in (re.search(r"\.(\d{1,6})\.", f".{each}") for each in tensors) if found]
-    layers = getattr(config, "num_hidden_layers", None)
-    if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
-        raise ModelError(
-            f"{name} lacks some of its weights: its files hold {max(numbers) + 1} layers, its config.json names {layers}",
-            next_step=_OTHER_FILES,
-        )
-
-
-def _need_weights(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str) -> None:
-    """Builds the model on the meta device, where weights have shapes and take no memory, and compares it with the files."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    held = sum(tensor.values * PACKED.get(tensor.dtype, 1) for tensor in tensors.values())
-    for key, weight in model.named_parameters():
-        stored = tensors.get(key)
-        if stored is not None and stored.dtype in FLOATS and stored.shape != tuple(weight.shape):
-            raise ModelError(
-                f"{name} could not be loaded: its weights have other sizes than its config.json says, {key} first",
-                expected=str(tuple(weight.shape)),
-                got=str(stored.shape),
-                next_step=_OTHER_FILES,
-            )
-    asked = sum(weight.numel() for weight in model.parameters())
-    if asked > 2 * held + SPARE_WEIGHTS:  # a tied output head is stored once
-        raise ModelError(
-            f"the config.json of {name} asks for more than its files hold",
-            expected=f"at most {held:,} weights",
-            got=f"{asked:,}",
-            next_step=_OTHER_FILES,
-        )
-    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    if tables > 2 * held + SPARE_BUFFER_BYTES:
-        raise ModelError(
-            f"the config.json of {name} asks for tables that are larger than the model, for positions or masks",
-            got=f"{tables / 1024**3:.1f} GiB",
-            next_step=_OTHER_FILES,
-        )
 
 
 def _token_ids(path: Path, name: str, vocabulary: int) -> dict[str, Any]:
