@@ -91,9 +91,10 @@ def try_out(programs: Programs, name: str) -> None:
     digest = hashlib.sha256(asked.encode()).hexdigest()
     if digest not in _FAULTS:
         _FAULTS[digest] = _fault(asked)
-    if _FAULTS[digest] is None:
+    fault = _FAULTS[digest]
+    if fault is None:
         return
-    part, why = _FAULTS[digest]
+    part, why = fault
     raise ModelError(
         f"the {part} of {name} is not used: {why}",
         next_step="Choose another model, or get the tokenizer's files from where the model was published."
