@@ -150,7 +150,7 @@ def _from_pretrained(
             use_safetensors=True,
             output_loading_info=True,
         )
-        model.config._name_or_path = model.name_or_path = checkpoint.name  # not the folder of links, which is gone then
+        model.config._name_or_path = model.name_or_path = str(checkpoint.folder)  # the folder of links is gone then
     missing = sorted(found["missing_keys"])  # transformers fills these with random values and goes on
     if missing:
         raise ModelError(
