@@ -126,16 +126,16 @@ def test_the_fingerprint_is_of_the_files_that_are_loaded(folder, torch):
     assert torch.equal(loaded["model.norm.weight"], weights["model.norm.weight"] + 0.01)
 
 
-def test_no_setting_and_no_other_file_chooses_other_weights(folder, torch):
+@pytest.mark.parametrize("how", ["setting", "shards", "adapter's weights"])
+def test_no_setting_and_no_other_file_chooses_other_weights(folder, torch, how):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    save_file(
-        {name: value * 0 for name, value in weights.items()}, folder / "other.safetensors", metadata={"format": "pt"}
-    )
-    edit(folder / "config.json", transformers_weights="other.safetensors")
-    for name in ("shard-00001-model-00001-of-00001.safetensors", "adapter_model.safetensors"):
-        shutil.copy(folder / "other.safetensors", folder / name)
+    names = {"shards": "shard-00001-model-00001-of-00001.safetensors", "adapter's weights": "adapter_model.safetensors"}
+    other = folder / names.get(how, "other.safetensors")
+    save_file({name: value * 0 for name, value in weights.items()}, other, metadata={"format": "pt"})
+    if how == "setting":
+        edit(folder / "config.json", transformers_weights=other.name)
     assert torch.equal(load(folder).model.model.norm.weight, weights["model.norm.weight"])
 
 
