@@ -398,6 +398,13 @@ def test_a_good_tokenizer_and_template_are_tried_once(folder, monkeypatch):
     assert len(started) == 1
 
 
+@pytest.mark.parametrize("value", ["many", [1], {}])
+def test_a_setting_of_the_tokenizer_that_makes_no_sense_is_one_message(folder, value):
+    edit(folder / "tokenizer_config.json", model_max_length=value)
+    message = refusal(folder, lambda place: load_tokenizer(ModelConfig(name=str(place)), say=quiet))
+    assert message.startswith("the tokenizer of model could not be loaded (TypeError: ")
+
+
 def test_a_template_that_refuses_a_conversation_is_not_refused(folder):
     """Many raise for a system message; whether one can be used is seen where it is used."""
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
