@@ -22,7 +22,7 @@ MOST_BYTES = 16 * 1024**2  # a list with the name of every layer of a large mode
 MOST_RANK = 65536
 INITIAL_WEIGHTS = ("gaussian", "orthogonal", "olora", "eva", "pissa")
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-_AGAIN = "Get the adapter from where it was published, or train the run again."
+_AGAIN = "Train the run again, or get the adapter from where it was published."
 
 
 def check_adapter(folder: Path) -> None:
@@ -42,7 +42,10 @@ def check_adapter(folder: Path) -> None:
             if pickled
             else _AGAIN,
         )
-    tensors = tensors_in([folder / ADAPTER_WEIGHTS])
+    try:
+        tensors = tensors_in([folder / ADAPTER_WEIGHTS])
+    except ModelError as error:  # its own advice is for a model's files
+        raise ModelError(error.problem, next_step=_AGAIN) from error
     stored = max(
         (tensor.rows for name, tensor in tensors.items() if re.search(r"lora_(embedding_)?A", name)), default=0
     )

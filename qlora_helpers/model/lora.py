@@ -210,11 +210,18 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    check_adapter(Path(folder))
     try:
+        check_adapter(Path(folder))
         with _without_deprecation_noise():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+    except ModelError as error:
+        raise ModelError(
+            f"the saved adapter could not be loaded ({error.problem})",
+            expected=error.expected,
+            got=error.got,
+            next_step=error.next_step,
+        ) from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the saved adapter could not be loaded ({reason})",
