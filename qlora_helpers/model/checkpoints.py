@@ -8,7 +8,6 @@ wrong on the way becomes one `ModelError`. Knows nothing of quantisation, device
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.files import cache_root, make_once, replaced_folder
 from qlora_helpers.base.text import Say
 from qlora_helpers.model import hub
-from qlora_helpers.model.adapter_files import ADAPTER_SETTINGS
+from qlora_helpers.model.adapter_files import ADAPTER_SETTINGS, read_adapter_settings
 from qlora_helpers.model.gguf_files import WHEELS, dequantised, file_in_wheel
 from qlora_helpers.model.shapes.catalog import SHAPES, unknown_shape
 from qlora_helpers.model.stored_tensors import INDEX, WEIGHTS, weight_files
@@ -138,8 +137,8 @@ def _checked_folder(path: Path) -> Path:
 
 def _base_of(settings: Path) -> str:
     try:
-        base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = read_adapter_settings(settings.parent)["base_model_name_or_path"]
+    except (ModelError, KeyError):
         return ""
     return "/".join(base.split("/")[-2:])[:100] if isinstance(base, str) else ""
 
@@ -221,6 +220,7 @@ def corpus_tokenizer(vocab_size: int = 2048) -> Any:
 
     Token 0 is `<|endoftext|>` (end of text), token 1 is `<|pad|>`.
     """
+    import json
     from importlib import resources
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -174,6 +174,19 @@ def test_an_adapter_is_not_a_model(folder, torch, with_config):
     assert "someone" not in message
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "generation_config.json", "tokenizer.json", "config.json"])
+def test_a_pipe_or_a_device_is_never_read(folder, name):
+    """Reading a pipe waits for ever, and `/dev/zero` has no end."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        try:
+            load(folder)
+        except ModelError:
+            continue
+        assert name == "generation_config.json"  # as if it were not there
+
+
 # what a configuration asks for
 
 
