@@ -25,10 +25,11 @@ import torch
 from qlora_helpers import workflow
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.export.merge import WORKING_GIB, low_ranks, merging_bytes
-from qlora_helpers.export.tensor_files import BYTES, INDEX, TensorToWrite, shards, stored_tensors, write_tensors
+from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.families import adapter_targets
 from qlora_helpers.model.shapes.sizes import adapter_parameters
+from qlora_helpers.model.stored_tensors import BYTES, INDEX, stored_tensors
 from qlora_helpers.planning.step_settings import SINGLE
 
 RANK = 8

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
+
+INSTALL = "Install what is missing: pip install -r requirements.txt (`doctor` lists it)."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,9 +99,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in NEXT_STEPS:
+            raise
+        name = f": {str(error.filename)[:200]}" if error.filename else ""
+        print(f"error: {error.strerror}{name}. {NEXT_STEPS[error.errno]}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = _missing_package(error)
+        if missing == __package__:
+            raise
+        print(f"error: the package {missing} is not installed. {INSTALL}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact", file=sys.stderr)
         return 130
+
+
+def _missing_package(error: ModuleNotFoundError) -> str:
+    """The package that could not be imported; transformers' own error names it in its cause alone."""
+    name = None
+    seen: BaseException | None = error
+    while seen is not None:
+        name = getattr(seen, "name", None) or name
+        seen = seen.__cause__
+    return (name or "that transformers needs").partition(".")[0]
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -48,6 +48,9 @@ class FakeNvml:
         self._only_the_first(handle)
         return 61
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return (8, 6)
+
     def _only_the_first(self, handle):
         if handle != 0:
             raise self.NVMLError("Not Supported")

@@ -178,3 +178,47 @@ def test_two_processes_under_torchrun_train_one_adapter(here):
     assert run.status().state == "finished"
     assert [line["step"] for line in run.progress() if "loss" in line] == [1, 2]
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
+
+
+# what the system refuses, and what is not installed
+
+
+DEEP = "/".join(["d" * 200] * 25)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", f"/tmp/{DEEP}/mine", "--profile", "tiny"],
+        ["evaluate", f"/tmp/{DEEP}/mine"],
+        ["report", f"/tmp/{DEEP}/mine"],
+        ["export", f"/tmp/{DEEP}/mine"],
+        ["plan", "--gpus", "24GiB", "--model", f"./{DEEP}"],
+        ["plan", "--gpus", "24GiB", "--model", "x" * 5000],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:12],
+)
+def test_a_path_that_is_too_long_is_one_message(here, capsys, arguments):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: File name too long: ") and error.endswith(". Give a shorter name.\n")
+    assert len(error) < 400
+
+
+def test_a_folder_that_can_t_be_made_is_one_message(here, capsys):
+    (here / "file").touch()
+    assert main(["train", "file/mine", "--profile", "tiny"]) == 2
+    assert "a part of the path is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_a_missing_package_is_named(tmp_path, package):
+    """Ours is imported by name; transformers hides the name of the one that it lacks in the error's cause."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from qlora_helpers.__main__ import main\n"
+        f"sys.exit(main(['train', {str(tmp_path / 'mine')!r}, '--profile', 'tiny']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: the package {package} is not installed. Install what is missing" in done.stderr

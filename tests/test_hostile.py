@@ -127,6 +127,50 @@ def test_a_damaged_trainer_state_is_reported(copy, text):
         workflow.train(copy, show_progress=False, say=lambda text: None)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.bin",
+        "optimizer.bin",
+        "pytorch_model_fsdp.bin",
+        "model.safetensors.index.json",
+        "pytorch_model_fsdp_0/",
+    ],
+)
+def test_a_file_that_trainer_would_take_instead_is_refused(copy, tmp_path, name):
+    place = copy.checkpoints_dir / "checkpoint-2" / name
+    if name.endswith("/"):
+        place.mkdir()
+    else:
+        torch_file(Evil(tmp_path / "executed"), place)
+    reseal(copy)
+    with pytest.raises(RunError, match=r"checkpoint-2/.* is not to be trusted; .* Nothing was run"):
+        workflow.train(copy, show_progress=False, say=lambda text: None)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"log_history": "x"}, {"log_history": ["x"]}, {"global_step": 2.0}, {"max_steps": "9"}, {"epoch": []}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_values_of_the_trainer_s_state_are_of_their_kinds(copy, changes):
+    path = copy.checkpoints_dir / "checkpoint-2" / "trainer_state.json"
+    path.write_text(json.dumps(read_json(path) | changes))
+    reseal(copy)
+    with pytest.raises(RunError, match=r"checkpoint-2/trainer_state.json is damaged \("):
+        workflow.train(copy, show_progress=False, say=lambda text: None)
+
+
+@pytest.mark.parametrize("text", ['{"loss": [1', "[]", '{"loss": "x", "since_step": 1, "recent": []}'])
+def test_a_damaged_sum_of_losses_is_reported(copy, text):
+    path = copy.checkpoints_dir / "checkpoint-2" / "loss_sum_0.json"
+    path.write_text(text)
+    reseal(copy)
+    with pytest.raises(RunError, match=r"loss_sum_0.json is damaged"):
+        workflow.train(copy, show_progress=False, say=lambda text: None)
+
+
 # settings that changed behind the run's back
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -71,13 +73,25 @@ def read_json(path: Path, *, next_step: str = RESTORE) -> Any:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Writes a folder whole or not at all: yields a temporary folder, which replaces `path` if the block raises nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.chmod(temporary, 0o755)
+    """Writes a folder whole or not at all: yields a temporary folder, which replaces `path` if the block raises nothing.
+
+    Raises:
+        RunError: the disk is full, or the folder may not be written there; what was there before is intact.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.chmod(temporary, 0o755)
+    except OSError as error:
+        raise not_written(path, error) from error
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
-        yield temporary
+        try:
+            yield temporary
+        except Exception as error:
+            if (reason := _refused_by_the_disk(error)) is not None:
+                raise not_written(path, reason) from error
+            raise
         if path.exists():
             os.replace(path, old)
         try:
@@ -135,9 +149,28 @@ def _file_digest(path: Path) -> str:
 
 def not_written(path: Path, error: OSError) -> RunError:
     """Returns the error for a file that could not be written: which one, why, and what to do."""
-    return RunError(
-        f"{path.name} could not be written ({error.strerror or error})", next_step="Free some space and try again."
-    )
+    next_step = NEXT_STEPS.get(error.errno or 0, "Free some space and try again.")
+    return RunError(f"{path.name[:100]} could not be written ({error.strerror or error})", next_step=next_step)
+
+
+NEXT_STEPS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and try again."),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "Check who may write there, or give a folder that you may write."
+    ),
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.ENOTDIR: "Give a folder: a part of the path is a file.",
+}
+"""What a person can do about what the operating system refuses, by its number; other numbers are faults."""
+
+
+def _refused_by_the_disk(error: BaseException) -> OSError | None:
+    """The system's refusal behind an error, where a person can do something about it; Rust's libraries have it in their text."""
+    if isinstance(error, OSError):
+        return error if error.errno in NEXT_STEPS else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in NEXT_STEPS else None
 
 
 def cache_root() -> Path:

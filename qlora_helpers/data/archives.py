@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import tempfile
 import urllib.error
 import urllib.parse
@@ -146,13 +147,41 @@ def _require_encrypted(url: str) -> None:
         )
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Checks every address before it is asked: a hop that is refused has not been made."""
+
+    max_redirections = 5
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        try:
+            _require_encrypted(newurl)
+            if _is_inner(newurl) and not _is_inner(req.full_url):
+                raise DataError(
+                    f"{url_name(req.full_url)} is redirected to an address inside this network",
+                    expected="an address on the internet",
+                    next_step=_BY_HAND,
+                )
+        except DataError:
+            fp.close()
+            raise
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_inner(url: str) -> bool:
+    """Whether an address is this machine's, or one that only this network reaches, such as a cloud's metadata service."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return host == "localhost" or host.endswith((".localhost", ".local", ".internal"))
+
+
 def _fetch(url: str, file: BinaryIO, progress: Callable[..., Any] | None) -> None:
     name = url_name(url)
     _require_encrypted(url)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "qlora-helpers"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            _require_encrypted(response.url)  # where redirects have led
+        with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_S) as response:
             _copy(response, file, name, progress)
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection

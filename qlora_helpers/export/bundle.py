@@ -23,8 +23,8 @@ from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
 from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge
-from qlora_helpers.export.tensor_files import stored_tensors
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
+from qlora_helpers.model.stored_tensors import stored_tensors
 from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.runs.folder import Run
 

@@ -11,8 +11,8 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import gib
 from qlora_helpers.evaluation.comparison import answered, compared
 from qlora_helpers.export.adapter import load_adapter
-from qlora_helpers.export.tensor_files import stored_tensors
 from qlora_helpers.model.run_model import RunModel
+from qlora_helpers.model.stored_tensors import stored_tensors
 from qlora_helpers.planning import out_of_memory
 from qlora_helpers.runs.folder import Run
 

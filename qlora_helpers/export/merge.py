@@ -17,25 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.files import write_json
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
-from qlora_helpers.export.certificate import SETTINGS
-from qlora_helpers.export.tensor_files import (
-    BYTES,
-    INDEX,
-    StoredTensor,
-    TensorToWrite,
-    shards,
-    stored_tensors,
-    write_tensors,
-)
+from qlora_helpers.export.certificate import WEIGHTS
+from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
+from qlora_helpers.model.adapter_files import read_adapter_settings
+from qlora_helpers.model.stored_tensors import BYTES, FLOATS, INDEX, StoredTensor, stored_tensors, tensors_in
 from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.planning.step_settings import HALF, SINGLE
 
 if TYPE_CHECKING:
     import torch
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_GIB, WORKING_GIB = 4.0, 0.25
 PREFIX = "base_model.model."
 KEPT_FILES = ("generation_config.json",)
@@ -127,7 +120,7 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
     Raises:
         ModelError: the adapter can't be merged, or belongs to another model.
     """
-    settings = read_json(adapter / SETTINGS)
+    settings = read_adapter_settings(adapter)
     refused = [
         name
         for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
@@ -143,7 +136,7 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
             next_step="Serve base model and adapter side by side, or merge with peft's merge_and_unload.",
         )
     scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
-    weights = stored_tensors(adapter)
+    weights = tensors_in([adapter / WEIGHTS])
     found = {}
     for name, down in weights.items():
         if not name.endswith(".lora_A.weight"):

@@ -23,6 +23,7 @@ from typing import Any
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.cuda_libraries import TorchBuild, package_folder, read_torch_build
+from qlora_helpers.machine.gpu_kernels import built_for, cards_without_kernels
 from qlora_helpers.machine.telemetry import (
     SILENT_GPU,
     DriverReading,
@@ -89,7 +90,7 @@ class MachineReport(Tabular):
 
 
 def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any = None) -> MachineReport:
-    """Checks the machine, which takes well under a second and changes nothing.
+    """Checks the machine, which takes well under a second, on one with a GPU as long as importing PyTorch, and changes nothing.
 
     Args:
         cache_dir: the folder into which models are downloaded; None takes huggingface_hub's (HF_HOME, HF_HUB_CACHE).
@@ -104,6 +105,7 @@ def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any 
             _gpu_check(gpus, has_device=any(Path("/dev").glob("nvidia[0-9]*"))),
             *([_driver_check(driver, torch)] if driver else []),
             _torch_check(torch, has_gpu=bool(gpus)),
+            *([_kernels_check(gpus, built_for())] if gpus and torch and torch.cuda else []),
             _bitsandbytes_check(package_folder("bitsandbytes"), torch, os.environ),
             _disk_check(model_cache_dir() if cache_dir is None else cache_dir, has_gpu=bool(gpus)),
             _ram_check(_ram_gib()),
@@ -222,6 +224,19 @@ def _torch_check(torch: TorchBuild | None, *, has_gpu: bool) -> Check:
         fix = f"pip uninstall torch, then {INSTALL}: PyPI's build uses the GPU."
         return Check("PyTorch build", "failure", "CPU only, so the GPU would stay idle", fix)
     return Check("PyTorch build", "ok", f"CUDA {torch.cuda}" if torch.cuda else "CPU only")
+
+
+def _kernels_check(gpus: list[GpuReading], architectures: tuple[str, ...] | None) -> Check:
+    name = "PyTorch kernels"
+    if architectures is None:
+        return Check(name, "warning", "PyTorch does not say for which GPUs it was built", INSTALL)
+    unusable = cards_without_kernels(gpus, architectures)
+    if not unusable:
+        return Check(name, "ok", "for this GPU" if len(gpus) == 1 else "for all GPUs")
+    major, minor = unusable[0].compute_capability or (0, 0)
+    found = f"none for {unusable[0].name} (compute capability {major}.{minor}), but for {' '.join(architectures)}"
+    fix = "Install a build of PyTorch that has them: for an older card from the package index of an earlier CUDA"
+    return Check(name, "failure", found, f"{fix} (pytorch.org/get-started), for a newer one a newer PyTorch.")
 
 
 def _bitsandbytes_check(folder: Path | None, torch: TorchBuild | None, environ: Mapping[str, str]) -> Check:

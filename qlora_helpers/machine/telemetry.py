@@ -33,6 +33,7 @@ class GpuReading:
         utilisation_percent: share of the last sampling period in which a kernel ran.
         temperature_c: degrees Celsius.
         power_w: watts.
+        compute_capability: such as `(9, 0)`; decides which kernels run on it.
     """
 
     index: int
@@ -42,6 +43,7 @@ class GpuReading:
     utilisation_percent: float | None = None
     temperature_c: float | None = None
     power_w: float | None = None
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ def _read_gpu(nvml: Any, index: int) -> GpuReading:
         utilisation_percent=None if utilisation is None else float(utilisation.gpu),
         temperature_c=_ask(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         power_w=None if milliwatts is None else milliwatts / 1000,
+        compute_capability=_ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle),
     )
 
 

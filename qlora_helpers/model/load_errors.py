@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.errors import ModelError, UserError
 
 
 @contextlib.contextmanager
 def load_errors_explained(name: str) -> Iterator[None]:
     """Turns whatever goes wrong while a checkpoint's files are read into one `ModelError`."""
     import torch
-    from safetensors import SafetensorError
 
     try:
         yield
@@ -21,8 +20,15 @@ def load_errors_explained(name: str) -> Iterator[None]:
             f"{name} does not fit on the GPU",
             next_step="Choose a smaller model or a larger GPU; notebook 08 shows what holds GPU memory.",
         ) from error
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's file makes transformers raise anything, KeyError and ImportError among it
         text = str(error)
+        if isinstance(error, ImportError):
+            raise ModelError(
+                f"{name} needs a package that is not installed ({(text.strip().splitlines() or ['?'])[0]})",
+                next_step="Install it beside this package, or choose another model.",
+            ) from error
         if "dispatched on the CPU or the disk" in text:
             raise ModelError(
                 f"{name} does not fit on the GPUs within the limit",
@@ -39,7 +45,9 @@ def load_errors_explained(name: str) -> Iterator[None]:
             ) from error
         if "You set `ignore_mismatched_sizes`" in text:
             text = "its weights have other sizes than its config.json says"
-        reason = (text.strip().splitlines() or [type(error).__name__])[0]
+        reason = (text.strip().splitlines() or [""])[0]
+        if not isinstance(error, (ValueError, OSError, RuntimeError)) or not reason:  # a KeyError's text is a bare name
+            reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         raise ModelError(
             f"{name} could not be loaded ({reason})", next_step="Get its files again, or choose another model."
         ) from error

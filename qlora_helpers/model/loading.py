@@ -16,6 +16,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.model.allocator import use_expandable_segments
 from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
 from qlora_helpers.model.load_errors import load_errors_explained
+from qlora_helpers.model.loading_folder import loading_folder
 from qlora_helpers.model.nf4 import (
     falcon_linears_as_plain,
     is_nf4,
@@ -135,10 +136,10 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with load_errors_explained(checkpoint.name), falcon_linears_as_plain():
-        shape = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with load_errors_explained(checkpoint.name), falcon_linears_as_plain(), loading_folder(checkpoint) as folder:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+            folder,
             quantization_config=quantization_settings(config, dtype),
             dtype=dtype,
             attn_implementation=attention,
@@ -146,8 +147,10 @@ def _from_pretrained(
             max_memory=memory_limits(config) if on_a_gpu(config) else None,
             local_files_only=True,
             trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
         )
+        model.config._name_or_path = model.name_or_path = str(checkpoint.folder)  # the folder of links is gone then
     missing = sorted(found["missing_keys"])  # transformers fills these with random values and goes on
     if missing:
         raise ModelError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
+from qlora_helpers.model.adapter_files import check_adapter
 from qlora_helpers.model.nf4 import unpacked_numel
 from qlora_helpers.model.shapes.families import adapter_targets
 
@@ -168,8 +169,15 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with _without_deprecation_noise():
-        return get_peft_model(model, settings)
+    try:
+        with _without_deprecation_noise():
+            return get_peft_model(model, settings)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # as for Mamba's convolutions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"adapters can't be added to this model ({reason})",
+            next_step="Set adapter.target_modules to other layers, or choose another model.",
+        ) from error
 
 
 def remove_adapters(model: PeftModel) -> None:
@@ -203,9 +211,17 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
     from safetensors import SafetensorError
 
     try:
+        check_adapter(Path(folder))
         with _without_deprecation_noise():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+    except ModelError as error:
+        raise ModelError(
+            f"the saved adapter could not be loaded ({error.problem})",
+            expected=error.expected,
+            got=error.got,
+            next_step=error.next_step,
+        ) from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the saved adapter could not be loaded ({reason})",

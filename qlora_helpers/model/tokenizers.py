@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.text import Say
+from qlora_helpers.model import trial
 from qlora_helpers.model.checkpoints import Checkpoint, find_checkpoint
 from qlora_helpers.model.load_errors import load_errors_explained
 
@@ -39,11 +40,23 @@ def load_tokenizer(config: ModelConfig, *, say: Say = print) -> PreTrainedTokeni
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer from a checkpoint's folder, with a padding token that is not its end-of-text token."""
+    """Loads the tokenizer from a checkpoint's folder, with a padding token that is not its end-of-text token.
+
+    Raises:
+        ModelError: it can't be loaded, does not end or asks for too much memory when tried (`model.trial`), or has no token to
+            pad with.
+    """
     from transformers import AutoTokenizer
 
+    strange = checkpoint.origin != "random"  # that one we have written ourselves
+    tried = trial.programs_in(checkpoint.folder, checkpoint.name) if strange else None
+    if tried is not None:
+        trial.try_out(tried, checkpoint.name)
     with load_errors_explained(f"the tokenizer of {checkpoint.name}"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a b")["input_ids"])  # a setting of the wrong kind shows at the first use
+    if tried is not None:
+        trial.try_out(trial.programs_of(tokenizer, besides=tried), checkpoint.name)
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
     set_pad_token(tokenizer)
     return tokenizer

@@ -7,6 +7,7 @@ come from anywhere: a line without a step is skipped, and a value that is not of
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,25 @@ class Progress:
             return []
         whole = len(text) if to_end else text.rfind(b"\n") + 1
         self._offset += whole
+        lines = [record for record in map(_parsed, text[:whole].splitlines()) if record is not None]
+        # From the end: a step counts if no session that began after it begins before it. A file with a start on every second
+        # line is so read in one pass, too.
         new: list[dict[str, Any]] = []
-        for line in text[:whole].splitlines():
-            record = _parsed(line)
-            if record is None:
-                continue
+        first = math.inf
+        superseded = False
+        for record in reversed(lines):
             if record.get("event") == "start":
                 resumed_from = record.get("resumed_from", 0)
                 if type(resumed_from) is int:
-                    self._supersede(resumed_from)
-                    new = [old for old in new if old["step"] <= resumed_from]
+                    first = min(first, resumed_from)
             elif type(record.get("step")) is int and abs(record["step"]) <= LARGEST_WHOLE:
-                self.records.append(record)
-                new.append(record)
+                if record["step"] <= first:
+                    new.append(record)
+                else:
+                    superseded = True
+        new.reverse()
+        self._supersede(first, superseded)
+        self.records += new
         return new
 
     def _restart(self, file: tuple[int, int]) -> None:
@@ -76,10 +83,9 @@ class Progress:
             self.generation += 1
         self.records, self._offset, self._file = [], 0, file
 
-    def _supersede(self, step: int) -> None:
-        kept = [old for old in self.records if old["step"] <= step]
-        if len(kept) < len(self.records):
-            self.generation += 1
+    def _supersede(self, step: float, superseded: bool) -> None:
+        kept = self.records if step == math.inf else [old for old in self.records if old["step"] <= step]
+        self.generation += superseded or len(kept) < len(self.records)
         self.records = kept
 
 

@@ -21,6 +21,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.base.units import gib
 from qlora_helpers.runs.folder import FIXED, Run
+from qlora_helpers.training.checkpoint_trust import read_trainer_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -146,15 +147,23 @@ def adapter_is_finite(path: Path) -> bool:
 def is_good(checkpoint: Path) -> bool:
     """Whether a checkpoint was sealed, has not changed since, and was not set aside."""
     try:
-        seal = read_json(checkpoint / SEAL)
+        seal = read_json(checkpoint / SEAL) if (checkpoint / SEAL).is_file() else {}
         files = seal["files"]
         return (
-            bool(files)
-            and "set_aside" not in seal
-            and all(_fingerprint(checkpoint / name) == mark for name, mark in files.items())
+            "set_aside" not in seal
+            and set(NEEDED) <= set(files)
+            and all(_is_sealed(checkpoint, name, mark) for name, mark in files.items())
         )
     except (RunError, OSError, KeyError, TypeError, AttributeError, ValueError):  # whatever the file holds instead
         return False
+
+
+def _is_sealed(checkpoint: Path, name: str, mark: list[int | str]) -> bool:
+    """Whether a file of the checkpoint's own is as it was sealed; a device, a pipe or a file elsewhere is not opened."""
+    path = checkpoint / name
+    if Path(name).name != name or path.is_symlink() or not path.is_file() or path.stat().st_size != mark[0]:
+        return False
+    return _fingerprint(path) == mark
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -166,39 +175,6 @@ def newest_good(folder: Path) -> Path | None:
         why = _why_set_aside(checkpoint) or "is incomplete or damaged"
         warnings.warn(f"{checkpoint.name} {why}; resuming from an older one", stacklevel=2)
     return None
-
-
-def refuse_code(checkpoint: Path) -> None:
-    """Refuses pickles that hold anything but tensors and plain values, before Trainer reads them.
-
-    Trainer reads them with `weights_only=True`, which would refuse them too, with another message. Nothing is unpickled here.
-
-    Raises:
-        RunError: a file would run code, or its form can't be checked; or the trainer's state is damaged.
-    """
-    import torch
-    from transformers import TrainerState
-    from transformers.trainer_pt_utils import safe_globals
-
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
-        try:
-            with safe_globals():
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception as error:  # an old kind of pickle, or any other bytes
-            unsafe = [f"something unreadable ({type(error).__name__})"]
-        if unsafe:
-            raise RunError(
-                f"{checkpoint.name}/{path.name} is not to be trusted: it asks for {', '.join(map(repr, unsafe[:3]))}",
-                expected="tensors and plain values",
-                next_step="Nothing was run. Delete this checkpoint if it is not yours.",
-            )
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RunError(
-            f"{checkpoint.name}/trainer_state.json is damaged ({type(error).__name__})",
-            next_step="Delete this checkpoint.",
-        ) from error
 
 
 def last_good_step(folder: Path) -> int:
@@ -232,11 +208,11 @@ def trained_on(folder: Path) -> dict[str, Any] | None:
 
 def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
     """Loads a checkpoint's adapter into a peft model and returns the state that Trainer had."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    from transformers import TrainerState
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    return read_trainer_state(checkpoint)
 
 
 def rotate(folder: Path, keep: int) -> None:

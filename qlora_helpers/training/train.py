@@ -28,6 +28,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
+from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
@@ -165,7 +166,7 @@ def _run_session(
 ) -> TrainResult:
     resume = saved.newest_good(run.checkpoints_dir)
     if resume:
-        saved.refuse_code(resume)
+        refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
     total, start = planned_steps(trainer), saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0

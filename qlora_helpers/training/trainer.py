@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,25 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.files import write_json
 from qlora_helpers.base.place import at
+from qlora_helpers.base.records import read_record
 from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
+
+
+@dataclass(frozen=True)
+class _LossSum:
+    """What `loss_sum_*.json` of a checkpoint holds; checkpoints of earlier versions have no `overflows`."""
+
+    loss: float
+    since_step: int
+    recent: tuple[float, ...]
+    overflows: int = 0
 
 
 class _OptimizerPlace(TrainerCallback):
@@ -190,8 +202,8 @@ class SummaryTrainer(Trainer):
         """Restores the loss summed between the last log and the save, so that the next log covers all its steps."""
         path = checkpoint / self._sum_name()
         if path.is_file():
-            kept = read_json(path)
-            self._tr_loss += kept["loss"]
-            self._globalstep_last_logged = kept["since_step"]
-            self.watch.recent.extend(kept["recent"])
-            self.watch.overflows = kept.get("overflows", 0)  # checkpoints of earlier versions have none
+            kept = read_record(path, _LossSum)
+            self._tr_loss += kept.loss
+            self._globalstep_last_logged = kept.since_step
+            self.watch.recent.extend(kept.recent)
+            self.watch.overflows = kept.overflows

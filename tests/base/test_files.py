@@ -128,3 +128,23 @@ def test_the_old_folder_is_restored_if_the_new_one_cannot_replace_it(tmp_path, m
         (folder / "new").touch()
     assert names(path) == ["old"]
     assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device\)\. Free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), r"No space left on device\)\. Free some"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"Permission denied\)\. Check who may write there"),
+        (OSError(errno.EROFS, "Read-only file system"), r"Read-only file system\)\. Check who may write there"),
+    ],
+)
+def test_a_folder_that_the_disk_refuses_is_one_message_and_the_old_one_stays(tmp_path, error, expected):
+    path = tmp_path / "data"
+    with replaced_folder(path) as folder:
+        (folder / "old").touch()
+    with pytest.raises(RunError, match=rf"data could not be written \({expected}"), replaced_folder(path) as folder:
+        raise error
+    assert names(path) == ["old"] and names(tmp_path) == ["data"]
+    with pytest.raises(RunError, match="out could not be written"), replaced_folder(path / "old" / "out"):
+        pass

@@ -299,6 +299,72 @@ def test_unencrypted_addresses_and_other_files_are_refused():
     assert "that is not an address" in str(refusal("https://[::1/corpus.7z"))
 
 
+class Hops(http.server.BaseHTTPRequestHandler):
+    """Answers with the redirect that `hops` names for a path, else with an archive, and notes what was asked."""
+
+    hops: dict[str, str] = {}
+    asked: list[tuple[str, str]] = []
+
+    def do_GET(self):
+        self.asked.append((self.headers["Host"].partition(":")[0], self.path))
+        to = self.hops.get(self.path)
+        self.send_response(302 if to else 200)
+        if to:
+            self.send_header("Location", to)
+        self.end_headers()
+        if not to:
+            self.wfile.write(archive(SAMSUM))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hops(monkeypatch):
+    """Two servers, of this machine and of what counts as another one: yields their addresses and the handler."""
+    monkeypatch.setattr(Hops, "hops", {})
+    monkeypatch.setattr(Hops, "asked", [])
+    servers = [http.server.ThreadingHTTPServer((host, 0), Hops) for host in ("127.0.0.1", "127.0.0.2")]
+    threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    yield *(f"http://{server.server_address[0]}:{server.server_address[1]}" for server in servers), Hops
+    for server, thread in zip(servers, threads, strict=True):
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("target", ["{other}/hop", "{other}/latest/meta-data?action=delete", "ftp://127.0.0.1/x"])
+def test_a_redirect_is_checked_before_it_is_followed(hops, target):
+    here, other, handler = hops
+    handler.hops |= {"/c.7z": target.format(other=other), "/hop": f"{here}/d.7z"}
+    assert "would come over an unencrypted connection" in str(refusal(f"{here}/c.7z"))
+    assert handler.asked == [("127.0.0.1", "/c.7z")]  # the hop was not made
+
+
+def test_a_redirect_to_a_file_or_round_in_circles_is_refused(hops):
+    here, _, handler = hops
+    handler.hops |= {"/c.7z": "file:///etc/passwd", "/round.7z": f"{here}/round.7z"}
+    assert "can't be downloaded" in str(refusal(f"{here}/c.7z"))
+    assert "can't be downloaded" in str(refusal(f"{here}/round.7z"))
+    assert len(handler.asked) < 10
+
+
+@pytest.mark.parametrize("inner", ["http://127.0.0.1:8888/api", "https://169.254.169.254/latest", "https://10.0.0.7/x"])
+def test_an_address_outside_leads_to_none_inside(inner):
+    """Such a request would be made by this machine, with what it may reach."""
+    import urllib.request
+
+    request = urllib.request.Request("https://example.org/corpus.7z")
+    with pytest.raises(DataError, match=r"corpus.7z is redirected to an address inside this network"):
+        archives._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", {}, inner)
+    further = archives._Redirects().redirect_request(
+        request, io.BytesIO(), 302, "Found", {}, "https://cdn.example.org/x"
+    )
+    assert further.full_url == "https://cdn.example.org/x"
+
+
 def test_a_redirect_to_an_unencrypted_address_is_refused():
     data = archive(SAMSUM)
     with served(data, host="127.0.0.2") as elsewhere, served(b"", to=f"{elsewhere}/corpus.7z") as address:

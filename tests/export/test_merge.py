@@ -13,8 +13,9 @@ from tiny import tiny_llama, tiny_model
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.export.merge import merge
-from qlora_helpers.export.tensor_files import TensorToWrite, shards, stored_tensors, write_tensors
+from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
 from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.stored_tensors import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 
@@ -186,6 +187,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path, torch):
 def test_a_tensor_in_two_files_is_refused(tmp_path, torch):
     for name in ("one", "two"):
         write_tensors(tmp_path / f"{name}.safetensors", [TensorToWrite("a", "F32", (3,), [torch.ones(3)])])
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="a is in two files"):
         stored_tensors(tmp_path)
 

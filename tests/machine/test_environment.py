@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from qlora_helpers.machine.environment import (
     _disk_check,
     _driver_check,
     _gpu_check,
+    _kernels_check,
     _package_check,
     _pins,
     _python_check,
@@ -32,6 +34,7 @@ from qlora_helpers.machine.environment import (
     check_machine,
     missing_requirements,
 )
+from qlora_helpers.machine.gpu_kernels import built_for
 from qlora_helpers.machine.telemetry import SILENT_GPU, DiskReading, DriverReading, GpuReading
 
 ROOT = Path(environment.__file__).resolve().parents[2]
@@ -265,6 +268,46 @@ def test_the_driver_must_support_torchs_cuda(driver, torch, level):
     check = _driver_check(DriverReading("550.1", driver), cuda_torch(torch))
     assert check.level == level
     assert ("PyTorch is built for 13.0" in check.found) == (level == "failure")
+
+
+CUDA_126 = "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90"
+CUDA_128 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+CUDA_130 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "built", "level"),
+    [
+        ("Tesla V100-SXM2-16GB", (7, 0), CUDA_130, "failure"),
+        ("Tesla V100-SXM2-16GB", (7, 0), CUDA_126, "ok"),
+        ("Tesla P100-PCIE-16GB", (6, 0), CUDA_128, "failure"),
+        ("NVIDIA GeForce GTX 1080", (6, 1), CUDA_130, "failure"),
+        ("NVIDIA GeForce GTX 1080", (6, 1), CUDA_126, "ok"),
+        ("Tesla K80", (3, 7), CUDA_130, "failure"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), CUDA_126, "failure"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), CUDA_128, "ok"),
+        ("NVIDIA L4", (8, 9), CUDA_130, "ok"),  # by the kernels for 8.6
+        ("NVIDIA H200", (9, 0), CUDA_130, "ok"),
+        ("a later card", (13, 0), CUDA_128, "failure"),
+        ("a later card", (13, 0), CUDA_130, "ok"),  # the driver compiles for it
+        ("a later card", (10, 3), "sm_100a", "failure"),
+        ("a card that does not say", None, CUDA_130, "ok"),
+    ],
+)
+def test_pytorch_must_have_kernels_for_the_gpus(card, capability, built, level):
+    """Everything else is well on such a machine, and the first operation on the GPU fails."""
+    check = _kernels_check([GpuReading(0, card, compute_capability=capability)], tuple(built.split()))
+    assert check.level == level
+    assert level == "ok" or f"none for {card} (compute capability {capability[0]}.{capability[1]})" in check.found
+
+
+def test_pytorch_is_asked_for_its_kernels(monkeypatch):
+    """In another process, with what `torch.cuda.get_arch_list` reads; a CPU build has none."""
+    import torch
+
+    assert built_for() is None
+    assert "_cuda_getArchFlags" in inspect.getsource(torch.cuda.get_arch_list)
+    assert _kernels_check([GpuReading(0, "NVIDIA L4", compute_capability=(8, 9))], None).level == "warning"
 
 
 def test_torch_build():

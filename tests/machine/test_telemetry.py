@@ -29,7 +29,7 @@ def test_the_stand_in_has_only_what_the_real_module_has():
     import pynvml
 
     names = [name for name in vars(FakeNvml) if name.startswith(("nvml", "NVML"))]
-    assert len(names) == 12
+    assert len(names) == 13
     assert [name for name in names if not hasattr(pynvml, name)] == []
 
 
@@ -40,8 +40,8 @@ def test_gib_is_1024_cubed():
 
 def test_gpus_in_their_units():
     first, second = read_gpus(FakeNvml())
-    assert first == GpuReading(0, "NVIDIA A10G", 3.0, 24.0, 97.0, 61, 212.5)
-    assert second == GpuReading(1, "NVIDIA <slice>", 3.0, 24.0, None, None, None)
+    assert first == GpuReading(0, "NVIDIA A10G", 3.0, 24.0, 97.0, 61, 212.5, (8, 6))
+    assert second == GpuReading(1, "NVIDIA <slice>", 3.0, 24.0, None, None, None, (8, 6))
 
 
 def test_a_gpu_that_does_not_answer_is_shown_beside_the_others():

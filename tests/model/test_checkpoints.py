@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -259,6 +260,62 @@ def test_a_damaged_gguf_file_is_reported_and_leaves_nothing(gguf, tmp_path, cach
     path.write_bytes(damaged)
     assert f"{damage}.gguf could not be read as GGUF" in refusal(path)
     assert not [item for item in (cache / "dequantised").glob(f"*{damage}*") if item.is_dir()]
+
+
+def gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def gguf_value(key: str, kind: int, payload: bytes) -> bytes:
+    return gguf_text(key) + struct.pack("<I", kind) + payload
+
+
+def gguf_head(tensors: int, values: int, *rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + b"".join(rest)
+
+
+LLAMA = gguf_value("general.architecture", 8, gguf_text("llama"))
+ABSURD = {
+    "values": gguf_head(0, 2**62, LLAMA),
+    "tensors": gguf_head(2**62, 1, LLAMA),
+    "list of numbers": gguf_head(0, 2, LLAMA, gguf_value("scores", 9, struct.pack("<IQ", 0, 2**62))),
+    "list of texts": gguf_head(0, 2, LLAMA, gguf_value("tokens", 9, struct.pack("<IQ", 8, 2**62))),
+    "lists of lists": gguf_head(0, 2, LLAMA, gguf_value("x", 9, struct.pack("<IQ", 9, 2**40) + bytes(2000))),
+    "length of a text": gguf_head(0, 1, gguf_text("general.architecture") + struct.pack("<IQ", 8, 2**63)),
+    "shape": gguf_head(1, 1, LLAMA, gguf_text("t"), struct.pack("<I4QIQ", 4, *[2**40] * 4, 0, 0)),
+    "dimensions": gguf_head(1, 1, LLAMA, gguf_text("t"), struct.pack("<I", 2**31 - 1), bytes(40)),
+    "kind of a value": gguf_head(0, 1, gguf_text("a"), struct.pack("<I", 77), bytes(8)),
+    "no UTF-8": gguf_head(0, 1, gguf_text("general.architecture"), struct.pack("<IQ", 8, 2), b"\xff\xfe"),
+    "magic": b"GGUX" + bytes(40),
+    "version": b"GGUF" + struct.pack("<IQQ", 9, 0, 0),
+    "architecture that is true": gguf_head(0, 1, gguf_value("general.architecture", 7, b"\x01"), bytes(8)),
+    "architecture that is a list": gguf_head(
+        0, 1, gguf_value("general.architecture", 9, struct.pack("<IQ", 4, 2) + bytes(8))
+    ),
+    "layers": gguf_head(0, 2, LLAMA, gguf_value("llama.block_count", 4, struct.pack("<I", 2**31))),
+    "layers that are a text": gguf_head(0, 2, LLAMA, gguf_value("llama.block_count", 8, gguf_text("many"))),
+}
+
+
+@pytest.mark.parametrize("kind", ABSURD)
+def test_a_gguf_header_that_asks_for_everything_is_refused_at_once(tmp_path, kind):
+    """A file of a hundred bytes may name 2**62 tensors; nothing is counted, read or said before it is compared."""
+    path = tmp_path / "absurd.gguf"
+    path.write_bytes(ABSURD[kind])
+    messages = []
+    with pytest.raises(ModelError, match=r"absurd.gguf could not be read as GGUF \("):
+        find_checkpoint(ModelConfig(name=str(path)), say=messages.append)
+    assert messages == []
+
+
+def test_a_gguf_file_with_more_layers_than_tensors_is_refused(gguf, tmp_path):
+    path, _ = gguf
+    content = bytearray(path.read_bytes())
+    content[content.index(b"llama.block_count") + len("llama.block_count") + 4] = 200
+    (tmp_path / "deep.gguf").write_bytes(content)
+    assert "lacks some of its weights: its files hold 2 layers, its config.json names 200" in refusal(
+        tmp_path / "deep.gguf"
+    )
 
 
 # the hub

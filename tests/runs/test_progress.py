@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from counted import growth
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,3 +206,60 @@ def test_a_value_that_is_not_a_finite_number_is_dropped_from_its_line(tmp_path, 
     path = tmp_path / "progress.jsonl"
     append(path, {"step": 1, "loss": value, "eval_loss": 0.5, "note": "kept"})
     assert Progress(path).read() == [{"step": 1, "eval_loss": 0.5, "note": "kept"}]
+
+
+KINDS = {
+    "steps": lambda number: [{"step": number}],
+    "starts that supersede nothing": lambda number: [{"step": 1}, {"event": "start", "resumed_from": 10**6}],
+    "starts that supersede one step": lambda number: [
+        {"step": number},
+        {"step": 10**6},
+        {"event": "start", "resumed_from": 10**5},
+    ],
+    "starts from the end to the beginning": lambda number: [
+        {"step": number},
+        {"event": "start", "resumed_from": number},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_costs_as_much_as_the_file_is_long(tmp_path, kind):
+    """A file of 1.1 MB with a start on every second line took 23 s."""
+
+    def work(size):
+        path = tmp_path / f"{size}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for number in range(size) for line in KINDS[kind](number)))
+        return lambda: Progress(path).read(to_end=True)
+
+    assert growth(work, 200) < 5
+
+
+def test_starts_and_steps_in_any_order_are_read_as_one_after_the_other(tmp_path):
+    """The one pass from the end keeps what reading line by line keeps, in one look or several."""
+    import random
+
+    draw = random.Random(0)
+    for case in range(200):
+        lines = [
+            {"event": "start", "resumed_from": draw.randrange(6)}
+            if draw.random() < 0.4
+            else {"step": draw.randrange(8)}
+            for _ in range(draw.randrange(12))
+        ]
+        expected: list[dict] = []
+        for line in lines:
+            if "event" in line:
+                expected = [old for old in expected if old["step"] <= line["resumed_from"]]
+            else:
+                expected.append(line)
+        path = tmp_path / f"{case}.jsonl"
+        whole, parts = Progress(path), Progress(path)
+        for line in lines:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if draw.random() < 0.5:
+                parts.read()
+        parts.read()
+        whole.read()
+        assert whole.records == parts.records == expected

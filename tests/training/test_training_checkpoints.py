@@ -71,6 +71,30 @@ def test_a_seal_that_holds_anything_else_is_no_seal(folder, seal):
         assert newest_good(folder) == good
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "link", "../checkpoint-9/optimizer.pt", "folder"])
+def test_a_seal_that_names_anything_but_its_own_plain_files_is_no_seal(folder, name):
+    """`/dev/zero` was hashed for ever, and a pipe waited for ever."""
+    path = write(folder, 10)
+    write(folder, 9)
+    os.mkfifo(path / "pipe")
+    (path / "link").symlink_to(path / "optimizer.pt")
+    (path / "folder").mkdir()
+    seal = json.loads((path / SEAL).read_text())
+    mark = seal["files"]["optimizer.pt"]
+    (path / SEAL).write_text(json.dumps({"files": seal["files"] | {name: [0 if name[0] == "/" else mark[0], mark[1]]}}))
+    assert not is_good(path)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_seal_covers_every_file_that_is_needed(folder, name):
+    """A seal that leaves the adapter out let another file stand in for it."""
+    path = write(folder, 10)
+    seal = json.loads((path / SEAL).read_text())
+    del seal["files"][name]
+    (path / SEAL).write_text(json.dumps(seal))
+    assert not is_good(path)
+
+
 def test_checkpoints_that_were_set_aside_are_not_resumed_from(folder):
     """From the step itself on; they are whole, and stay."""
     for step in (10, 20, 30):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.hub import download_config
 from qlora_helpers.model.shapes.catalog import HUB_NAMES, known_shape, unknown_shape
+from qlora_helpers.model.shapes.config_file import read_config_file
 
 
 def find_shape(config: ModelConfig) -> dict[str, Any]:
@@ -35,15 +35,7 @@ def find_shape(config: ModelConfig) -> dict[str, Any]:
             next_step="Give the hub id of the model that the file was made from.",
         )
     path = folder / "config.json" if folder.is_dir() else _from_hub(config)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(
-            f"the config.json of {config.name} can't be read ({type(error).__name__})", next_step="Download it again."
-        ) from error
-    if not isinstance(found, dict):
-        raise ModelError(f"the config.json of {config.name} is not a JSON object", next_step="Download it again.")
-    return found
+    return read_config_file(path, config.name)
 
 
 def _from_hub(config: ModelConfig) -> Path:
