@@ -63,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--shut-down-app", action="store_true", help="in SageMaker Studio, shut this app down afterwards"
     )
+    train.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in N processes of this machine, each with a share of the rows; with GPUs, one for each GPU",
+    )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
 
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
@@ -121,9 +128,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
-    from qlora_helpers.runs import sigterm
+    from qlora_helpers.runs import launch, ranks, sigterm
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
+    if options.processes != 1:
+        command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
+        return ranks.run_ranks(command, options.processes)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
     return sigterm.EXIT_CODE if sigterm.received() else 0
 
