@@ -6,6 +6,7 @@ This module knows no model and imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig, config_from_dict
-from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import not_written, read_json, write_json
 from qlora_helpers.base.records import read_record
+from qlora_helpers.runs import buckets
 from qlora_helpers.runs.guard import open_to_append
 from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
@@ -100,8 +102,15 @@ class Run:
         return config_from_dict(read_json(self.config_path))
 
     def save_config(self, config: RunConfig) -> None:
-        """Writes `config.json`."""
+        """Writes `config.json`. A bucket that it did not name before is confirmed: a person has set it here."""
+        if buckets.bucket_of(config) not in (None, self._bucket_on_disk()):
+            buckets.confirm(config)
         write_json(self.config_path, config.to_dict())
+
+    def _bucket_on_disk(self) -> str | None:
+        with contextlib.suppress(UserError):
+            return buckets.bucket_of(self.config())
+        return None
 
     def change_config(self, config: RunConfig) -> None:
         """Writes `config.json`, unless the run has trained and a setting that its adapter depends on would change.

@@ -18,6 +18,7 @@ from qlora_helpers.base.python import python_command, python_environment
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
+from qlora_helpers.runs.buckets import SETTING, refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
@@ -73,7 +74,10 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         UserError: the budget is in dollars and the price is unknown, or there is fewer than one process.
     """
     refuse_links(run.folder)
+    settings = list(settings)
     config = run.config().with_settings(settings)
+    if not any(setting.startswith(f"{SETTING}=") for setting in settings):
+        refuse_unconfirmed(config)
     if run.has_trained():
         run.refuse_differences(run.config().to_dict(), config.to_dict())
     status = run.status()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
+from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
@@ -37,6 +38,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
         began = False
         try:
             config = run.config()
+            refuse_unconfirmed(config)
             refuse_spent_budget(config.train, run.status())
             price = needed_price(config.train)
             gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()

@@ -24,6 +24,7 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.python import python_command, python_environment
 from qlora_helpers.base.style import inline
+from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.events_copy import s3_target
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
@@ -70,6 +71,7 @@ def start_tensorboard(*runs: Run, from_s3: bool | None = None) -> TensorBoardPag
                 f"the events of {name!r} are not copied to a bucket",
                 next_step="Set train.tensorboard=s3://bucket/prefix first.",
             )
+        refuse_unconfirmed(runs[0].config())
     else:
         place = {run.name: run.need(run.events_dir, "Notebook 04_train").resolve() for run in runs}
     key = str(place)

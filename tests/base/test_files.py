@@ -178,9 +178,14 @@ def test_what_is_changed_while_a_folder_is_replaced_is_kept_beside_it(tmp_path):
     path = tmp_path / "results"
     (path / "adapter").mkdir(parents=True)
     (path / "adapter" / "README.md").write_text("old")
-    with pytest.warns(UserWarning, match=r"its old content is in results\.kept-1/"), replaced_folder(path) as folder:
-        (folder / "adapter").mkdir()
-        (path / "adapter" / "README.md").write_text("edited by hand")
+
+    def write_anew() -> None:
+        with replaced_folder(path) as folder:
+            (folder / "adapter").mkdir()
+            (path / "adapter" / "README.md").write_text("edited by hand")
+
+    with pytest.warns(UserWarning, match=r"its old content is in results\.kept-1/"):
+        write_anew()
     assert names(path / "adapter") == []
     assert (tmp_path / "results.kept-1" / "adapter" / "README.md").read_text() == "edited by hand"
     assert names(tmp_path) == ["results", "results.kept-1"]
