@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.profiles import PROFILES, profile_config
@@ -205,5 +208,19 @@ _COMMANDS = {
     "demo": _demo,
 }
 
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _without_working_folder() -> None:
+    """Imports nothing from here on from the folder that `python -m` was started in, unless this package lies there."""
+    package = Path(__file__).resolve().parents[1]
+    if sys.path and not sys.flags.safe_path and Path(sys.path[0] or ".").resolve() == Path.cwd() != package:
+        del sys.path[0]
+
+
 if __name__ == "__main__":
+    _without_working_folder()
+    sys.excepthook = _print_redacted  # a background process's errors are in the run's log
     sys.exit(main())

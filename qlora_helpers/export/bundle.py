@@ -28,6 +28,7 @@ from qlora_helpers.export.tensor_files import stored_tensors
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.guard import refuse_links
 
 if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
@@ -85,6 +86,7 @@ def export(
         ModelError: there is no certificate that passed and fits adapter and base model, the adapter can't be merged, the disk is
             too small, or `out` holds something else.
     """
+    refuse_links(run.folder)
     out = (out or run.folder / FOLDER).resolve()
     _refuse_other_content(out)
     run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import write_json
@@ -173,9 +174,11 @@ class S3Copy:
         except Exception as error:
             self._client = None
             if self.problem is None:
-                log.warning("events could not be copied to s3://%s: %s; training goes on", self.bucket, error)
+                log.warning(
+                    "events could not be copied to s3://%s: %s; training goes on", self.bucket, redacted(str(error))
+                )
             since = self.state.failing_since or time.time()
-            changes = {"last_error": f"{type(error).__name__}: {error}", "failing_since": since}
+            changes = {"last_error": redacted(f"{type(error).__name__}: {error}"), "failing_since": since}
         self._report(changes | {"pending_bytes": self._pending_bytes()})
 
     def _copy(self) -> int:

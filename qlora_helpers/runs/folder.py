@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import not_written, read_json, write_json
@@ -192,7 +193,8 @@ class Run:
     def _write_status(self, status: Status) -> Status:
         if status.state not in STATES:
             raise ValueError(f"expected a state out of {', '.join(STATES)}, got {status.state!r}")
-        status = dataclasses.replace(status, heartbeat=time.time())
+        error = status.last_error and redacted(status.last_error)
+        status = dataclasses.replace(status, heartbeat=time.time(), last_error=error)
         write_json(self.status_path, status)
         return status
 

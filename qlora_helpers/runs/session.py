@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
@@ -57,7 +58,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
 
 
 def _record_failure(run: Run, error: BaseException) -> None:
-    message = f"{type(error).__name__}: {error}"
+    message = redacted(f"{type(error).__name__}: {error}")
     reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
     log.error("training ended: %s", message)
     with contextlib.suppress(RunError):  # a full disk must not hide the error itself
