@@ -186,7 +186,7 @@ def _clean(options: argparse.Namespace) -> int:
             raise UserError("nothing is deleted unless a run is named", next_step="Name the run: clean RUN --yes.")
         print(space)
     else:
-        cleanup.free(space.select(f"run:{options.run}/*"), confirm=options.yes)
+        cleanup.free(space.of_run(options.run), confirm=options.yes)
     return 0
 
 

@@ -75,6 +75,18 @@ class SpaceReport(Tabular):
         chosen = [item for item in self.items if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in patterns)]
         return SpaceReport(tuple(chosen))
 
+    def of_run(self, name: str) -> SpaceReport:
+        """Returns what belongs to the run of exactly this name.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        chosen = tuple(item for item in self.items if item.run is not None and item.run.name == name)
+        if not chosen:
+            known = ", ".join(sorted({item.run.name for item in self.items if item.run is not None})) or "none"
+            raise UserError("no run has that name", expected=f"one of these: {known}", got=name)
+        return SpaceReport(chosen)
+
     def table(self) -> Table:
         """Returns a row for each item, without paths, and the total below."""
         rows = [[item.id, f"{gib(item.n_bytes):.3f} GiB", item.kind, item.note] for item in self.items]
