@@ -135,6 +135,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     if options.processes != 1:
+        launch.refuse_missing_gpus(run.config(), options.processes)
         command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
         return ranks.run_ranks(command, options.processes)
     print(workflow.train(run, shut_down_app=options.shut_down_app))

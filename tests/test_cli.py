@@ -70,7 +70,7 @@ BAD_INPUT = {
     "run name with spaces": (train(run="my run"), ["be the name of a run"]),
     "no such run": (["evaluate", "nothing"], ["there is no run 'nothing'"]),
     "no such run to report": (["report", "nothing"], ["there is no run 'nothing'"]),
-    "no such run to clean": (["clean", "nothing"], ["run:nothing"]),
+    "no such run to clean": (["clean", "nothing"], ["no run has that name"]),
     "clean everything": (["clean", "--yes"], ["Name the run"]),
     "missing data file": (train("data.source=there-is-none.jsonl"), ["there-is-none.jsonl"]),
     "empty data file": (train("data.source=./empty.jsonl"), ["empty.jsonl"]),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.python import python_command, python_environment
 from qlora_helpers.machine.price import needed_price
@@ -42,6 +43,22 @@ def train_command(
     check_processes(processes)
     several = ["--processes", str(processes)] if processes > 1 else []
     return python_command(*_train_arguments(run, profile, settings), *several)
+
+
+def refuse_missing_gpus(config: RunConfig, processes: int) -> None:
+    """Refuses more processes than there are GPUs, where there are any and the model is not on the CPU.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
+    gpus = 0 if config.model.device_map == "cpu" else len(locks.visible_gpus())
+    if gpus and processes > gpus:
+        raise UserError(
+            "each process needs a GPU of its own",
+            expected=f"at most {gpus} processes",
+            got=str(processes),
+            next_step="Start fewer, or show them more GPUs (CUDA_VISIBLE_DEVICES).",
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         raise RunError(f"{run.name!r} is already being trained, {where}", next_step="Watch it with watch(run).")
     refuse_spent_budget(config.train, status)
     needed_price(config.train)
+    refuse_missing_gpus(config, processes)
     if config.model.device_map != "cpu":
         locks.refuse_busy_gpus(locks.visible_gpus())
     absolute = Run(run.folder.resolve())  # the process may look for runs in another folder

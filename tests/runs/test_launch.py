@@ -145,3 +145,15 @@ def test_more_processes_than_cores_get_a_thread_each(monkeypatch):
     monkeypatch.setattr(launch, "cpu_cores", lambda: 2)
     assert launch._cpu_environment(4)["OMP_NUM_THREADS"] == "1"
     assert launch._cpu_environment(1)["OMP_NUM_THREADS"] == "2"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    from qlora_helpers.base.config import RunConfig
+
+    monkeypatch.setattr(launch.locks, "visible_gpus", lambda: ("GPU-a", "GPU-b"))
+    launch.refuse_missing_gpus(RunConfig(), 2)
+    with pytest.raises(UserError, match="a GPU of its own; expected at most 2 processes; got 3"):
+        launch.refuse_missing_gpus(RunConfig(), 3)
+    launch.refuse_missing_gpus(RunConfig().with_settings({"model.device_map": "cpu"}), 3)
+    monkeypatch.setattr(launch.locks, "visible_gpus", lambda: ())
+    launch.refuse_missing_gpus(RunConfig(), 3)
