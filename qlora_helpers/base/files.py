@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         raise not_written(path, error) from error
     finally:
         if temporary is not None:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(OSError):  # it was renamed, or never made
                 os.unlink(temporary)
 
 

@@ -48,6 +48,6 @@ def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
             f"{out_path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
         ) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             os.unlink(temporary)
     return out_path
