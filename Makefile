@@ -5,7 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= auto
 BIN := $(VENV)/bin
-INSTALL = TORCH=$(TORCH) $(PYTHON) tools/install.py --venv $(VENV)
+# As they were typed, and handed on in the environment: neither make nor the shell reads anything into a file's name.
+override DATA := $(value DATA)
+override TORCH := $(value TORCH)
+export DATA TORCH VENV
+INSTALL = "$(PYTHON)" tools/install.py --venv "$$VENV"
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -13,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test quick slow test-demo check lab notebooks install lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m qlora_helpers demo $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
 
 # What a change is tried with first: style, imports, and the unit tests that take no time.
 quick: $(VENV)/.installed-dev
@@ -62,4 +66,4 @@ $(VENV)/.installed-dev: requirements-dev.lock requirements.lock requirements.txt
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf -- "$$VENV"

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import NEXT_STEPS
@@ -65,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--profile", choices=sorted(PROFILES), help="the profile that a new run starts from")
     train.add_argument(
         "--shut-down-app", action="store_true", help="in SageMaker Studio, shut this app down afterwards"
+    )
+    train.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in N processes of this machine, each with a share of the rows; with GPUs, one for each GPU",
     )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
 
@@ -146,9 +156,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
-    from qlora_helpers.runs import sigterm
+    from qlora_helpers.runs import launch, ranks, sigterm
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
+    if options.processes != 1:
+        launch.refuse_missing_gpus(run.config(), options.processes)
+        command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
+        return ranks.run_ranks(command, options.processes)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
     return sigterm.EXIT_CODE if sigterm.received() else 0
 
@@ -198,7 +212,7 @@ def _clean(options: argparse.Namespace) -> int:
             raise UserError("nothing is deleted unless a run is named", next_step="Name the run: clean RUN --yes.")
         print(space)
     else:
-        cleanup.free(space.select(f"run:{options.run}/*"), confirm=options.yes)
+        cleanup.free(space.of_run(options.run), confirm=options.yes)
     return 0
 
 
@@ -220,5 +234,19 @@ _COMMANDS = {
     "demo": _demo,
 }
 
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _without_working_folder() -> None:
+    """Imports nothing from here on from the folder that `python -m` was started in, unless this package lies there."""
+    package = Path(__file__).resolve().parents[1]
+    if sys.path and not sys.flags.safe_path and Path(sys.path[0] or ".").resolve() == Path.cwd() != package:
+        del sys.path[0]
+
+
 if __name__ == "__main__":
+    _without_working_folder()
+    sys.excepthook = _print_redacted  # a background process's errors are in the run's log
     sys.exit(main())

@@ -29,6 +29,7 @@ from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs import sigterm
+from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 from qlora_helpers.runs.log import prints_into
@@ -235,6 +236,7 @@ def evaluate(
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
     config = run.config()
+    refuse_unconfirmed(config)
     if why := unwritable(run):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
     if model is None or loaded is None:

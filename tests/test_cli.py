@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qlora_helpers.__main__ import main
@@ -68,7 +70,7 @@ BAD_INPUT = {
     "run name with spaces": (train(run="my run"), ["be the name of a run"]),
     "no such run": (["evaluate", "nothing"], ["there is no run 'nothing'"]),
     "no such run to report": (["report", "nothing"], ["there is no run 'nothing'"]),
-    "no such run to clean": (["clean", "nothing"], ["run:nothing"]),
+    "no such run to clean": (["clean", "nothing"], ["no run has that name"]),
     "clean everything": (["clean", "--yes"], ["Name the run"]),
     "missing data file": (train("data.source=there-is-none.jsonl"), ["there-is-none.jsonl"]),
     "empty data file": (train("data.source=./empty.jsonl"), ["empty.jsonl"]),
@@ -162,8 +164,8 @@ def test_doctor_prints_json_without_paths(here):
     assert done.returncode == (2 if any(check["level"] == "failure" for check in report["checks"]) else 0)
 
 
-def test_two_processes_under_torchrun_train_one_adapter(here):
-    from qlora_helpers.runs.launch import start_torchrun
+def test_two_processes_train_one_adapter(here):
+    from qlora_helpers.runs.launch import rehearse
     from qlora_helpers.workflow import open_run
 
     settings = {
@@ -173,8 +175,16 @@ def test_two_processes_under_torchrun_train_one_adapter(here):
         "train.logging_steps": 1,
     }
     run = open_run("two", profile="tiny", settings=settings)
-    done = start_torchrun(run, 2, say=lambda text: None)
-    assert done.returncode == 0, done.stderr
+    listening = set()
+
+    def look(text: str) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                listening.update(each.laddr.ip for each in process.net_connections("inet") if each.status == "LISTEN")
+
+    done = rehearse(run, 2, say=look)
+    assert done.returncode == 0, done.stdout
+    assert listening == {"127.0.0.1"}  # gloo's; torchrun's stores listened on every address
     assert run.status().state == "finished"
     assert [line["step"] for line in run.progress() if "loss" in line] == [1, 2]
     assert (run.adapter_dir / "adapter_model.safetensors").exists()

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_helpers.base.addresses import redacted
+from qlora_helpers.base.text import plain
+
+
+def _clean(text: str) -> str:
+    return plain(redacted(text))
+
 
 class UserError(Exception):
-    """Something that the user can fix.
+    """Something that the user can fix. Its message holds no credentials and no terminal codes, whatever it quotes.
 
     Args:
         problem: what is wrong, in one sentence without a full stop.
@@ -20,6 +27,7 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
+        problem, expected, got, next_step = map(_clean, (problem, expected, got, next_step))
         self.problem, self.expected, self.got, self.next_step = problem, expected, got, next_step
         parts = [problem.rstrip(".")]
         parts += [f"expected {expected}"] if expected else []
@@ -31,7 +39,7 @@ class ConfigError(UserError):
     """Settings are unknown or wrong; `problems` lists all of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(_clean, problems))
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         count = "1 setting is" if len(self.problems) == 1 else f"{len(self.problems)} settings are"
         Exception.__init__(self, f"{count} unknown or wrong; nothing was changed:{lines}")

@@ -7,16 +7,19 @@ import dataclasses
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
+import secrets
+import stat
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.folders import remove, rename
 
 RESTORE = "Delete it, or restore it from a copy."
 
@@ -24,25 +27,35 @@ RESTORE = "Delete it, or restore it from a copy."
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: under a temporary name, with fsync, and then renamed.
 
+    A new file gets the rights that the person's umask leaves; one that is replaced keeps its own.
+
     Raises:
         RunError: the disk is full or the folder can't be written; the old file is intact.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        with open(temporary, "x", encoding="utf-8") as file:
+            _keep_mode(path, file.fileno())
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        rename(temporary, path, root=path.parent)
     except OSError as error:
         raise not_written(path, error) from error
     finally:
         if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it was renamed, or never made
                 os.unlink(temporary)
+
+
+def _keep_mode(path: Path, handle: int) -> None:
+    """Gives an open file or folder the rights of the one that it will replace, if there is one."""
+    with contextlib.suppress(OSError):
+        old = path.lstat()
+        if not stat.S_ISLNK(old.st_mode):
+            os.fchmod(handle, stat.S_IMODE(old.st_mode))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,16 +88,22 @@ def read_json(path: Path, *, next_step: str = RESTORE) -> Any:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Writes a folder whole or not at all: yields a temporary folder, which replaces `path` if the block raises nothing.
 
+    What a person puts into `path` during the block is not lost: a new entry moves into the new folder, and where something else
+    has changed, or the name is taken, the old folder is kept beside it as `NAME.kept-N`, with a warning.
+
     Raises:
         RunError: the disk is full, or the folder may not be written there; what was there before is intact.
     """
+    root = path.parent
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        os.chmod(temporary, 0o755)
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        _keep_folder_mode(path, temporary)
     except OSError as error:
         raise not_written(path, error) from error
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    before = _listing(path)
     try:
         try:
             yield temporary
@@ -93,16 +112,56 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 raise not_written(path, reason) from error
             raise
         if path.exists():
-            os.replace(path, old)
+            rename(path, old, root=root)
         try:
-            os.replace(temporary, path)
+            rename(temporary, path, root=root)
         except OSError:
             if old.exists() and not path.exists():
-                os.replace(old, path)
+                rename(old, path, root=root)
             raise
+        if os.path.lexists(old):
+            _rescue_changes(old, path, before)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for left in (temporary, old):
+            with contextlib.suppress(OSError):
+                remove(left, root=root)
+
+
+def _keep_folder_mode(path: Path, new: Path) -> None:
+    handle = os.open(new, os.O_RDONLY)
+    try:
+        _keep_mode(path, handle)
+    finally:
+        os.close(handle)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Returns what tells the entries of a folder, at any depth, from changed ones: inode, size and time of the last change."""
+    found = {}
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = os.path.join(parent, name)
+            seen = os.lstat(path)
+            is_folder = stat.S_ISDIR(seen.st_mode)
+            mark = (seen.st_ino, 0, 0) if is_folder else (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+            found[os.path.relpath(path, folder)] = mark
+    return found
+
+
+def _rescue_changes(old: Path, path: Path, before: dict[str, tuple[int, int, int]]) -> None:
+    """Moves what is new at the top of `old` into `path`, and keeps `old` beside it where anything else was changed."""
+    for name in sorted(os.listdir(old)):
+        if name not in before and not os.path.lexists(path / name):
+            rename(old / name, path / name, root=old.parent)
+    if all(before.get(name) == mark for name, mark in _listing(old).items()):
+        return
+    kept = next(
+        place for number in itertools.count(1) if not (place := path.with_name(f"{path.name}.kept-{number}")).exists()
+    )
+    rename(old, kept, root=old.parent)
+    warnings.warn(
+        f"{path.name}/ was changed while it was written anew; its old content is in {kept.name}/", stacklevel=4
+    )
 
 
 def make_once(folder: Path, proof: str, make: Callable[[], None]) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import io
 import os
+import secrets
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.folders import rename
 
 
 def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
@@ -28,11 +29,11 @@ def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
         UserError: it can't be written; an old archive is intact.
     """
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out_path.parent, prefix=f".{out_path.name}.")
+    temporary = out_path.with_name(f".{out_path.name}.{secrets.token_hex(6)}")
     try:
         # The gzip header gets no file name and no time; TarInfo's defaults have no time and no owner.
         with (
-            os.fdopen(handle, "wb") as raw,
+            open(temporary, "xb") as raw,
             gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
             tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
         ):
@@ -41,13 +42,12 @@ def write_tarball(out_path: Path, contents: Mapping[str, bytes | Path]) -> Path:
                 entry.size = len(source) if isinstance(source, bytes) else source.stat().st_size
                 with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as content:
                     archive.addfile(entry, content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out_path)
+        rename(temporary, out_path, root=out_path.parent)
     except OSError as error:
         raise UserError(
             f"{out_path.name} could not be written ({error.strerror})", next_step="Free some space and try again."
         ) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             os.unlink(temporary)
     return out_path

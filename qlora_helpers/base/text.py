@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.units import BYTES_IN_GIB
 
 _ESCAPES = re.compile(
@@ -29,7 +30,7 @@ def plain(text: str) -> str:
 
 def brief(error: BaseException) -> str:
     """Returns the first line of a library's message without control characters, at most 200 characters long."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = redacted((str(error).strip().splitlines() or [type(error).__name__])[0])
     return "".join(char if char.isprintable() else " " for char in line)[:200].rstrip(" .")
 
 

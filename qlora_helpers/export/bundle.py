@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import RunConfig, config_from_dict
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
+from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.base.units import gib
@@ -27,6 +28,7 @@ from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_c
 from qlora_helpers.model.stored_tensors import stored_tensors
 from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.guard import refuse_links
 
 if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
@@ -84,6 +86,7 @@ def export(
         ModelError: there is no certificate that passed and fits adapter and base model, the adapter can't be merged, the disk is
             too small, or `out` holds something else.
     """
+    refuse_links(run.folder)
     out = (out or run.folder / FOLDER).resolve()
     _refuse_other_content(out)
     run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
@@ -134,12 +137,12 @@ def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
 def _write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
     folder.mkdir()
     for name in (WEIGHTS, SETTINGS, FILE):
-        shutil.copyfile(run.adapter_dir / name, folder / name)
+        copy_regular(run.adapter_dir / name, folder / name)
     if (run.adapter_dir / "config.json").exists():
         trained = config_from_dict(read_json(run.adapter_dir / "config.json"))
         write_json(folder / "config.json", _without_folders(trained).to_dict())
     for path in tokenizer_files(run.adapter_dir):
-        shutil.copyfile(path, folder / path.name)
+        copy_regular(path, folder / path.name)
     (folder / "README.md").write_text(export_card(run, certificate, merged=False), encoding="utf-8")
 
 
@@ -177,7 +180,7 @@ def _write_merged(
         ) from error
     write_hashes(folder)
     (folder / "README.md").write_text(export_card(run, certificate, merged=True), encoding="utf-8")
-    shutil.copyfile(run.adapter_dir / FILE, folder / FILE)
+    copy_regular(run.adapter_dir / FILE, folder / FILE)
     return report
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.files import write_json
+from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.export.certificate import WEIGHTS
 from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
@@ -198,7 +199,7 @@ def _write_settings(base: Path, adapter: Path, out: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(base / name, out / name)
     for path in tokenizer_files(adapter):
-        shutil.copyfile(path, out / path.name)
+        copy_regular(path, out / path.name)
 
 
 MERGING_BYTES = int(0.1 * BYTES_IN_GIB)  # beyond the adapter and the rows; 0.04 GiB were measured

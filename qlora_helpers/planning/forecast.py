@@ -49,7 +49,7 @@ class Forecast:
         step: memory, speed, time and price of the whole training with these very settings.
         steps: optimizer steps.
         plan: what would be chosen instead, in one process on the same hardware and data.
-        several: the fastest in several processes (torchrun), each with a GPU, where that is faster than the plan.
+        several: the fastest in several processes, each with a GPU, where that is faster than the plan.
         fixes: the smallest changes that fit, where the settings don't.
         notes: what a reader must know of these figures.
     """

@@ -72,7 +72,7 @@ def _choice_notes(hardware: Hardware, choice: Candidate) -> list[str]:
     """Says what a reader must know of the settings that were chosen."""
     notes = []
     if choice.copies > 1:
-        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07, torchrun)")
+        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07: --processes)")
     elif len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
     if choice.peak_gib > usable_with_margin(hardware.usable_gib):

@@ -48,7 +48,7 @@ def plan_run(
         price: USD an hour for all of the hardware, in place of the catalogue's.
         tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
         hardware: in place of `gpus` and `price`.
-        one_process: rules out a copy of the model on each of several GPUs, which takes torchrun.
+        one_process: rules out a copy of the model on each of several GPUs, which takes several processes.
 
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
@@ -94,7 +94,7 @@ def predicted_step(
         trained_share: share of the tokens that count in the loss.
         captured: whether passes were replayed as CUDA graphs.
         fill: share of a sequence that is not padding.
-        copies: processes that each train a copy (torchrun).
+        copies: processes that each train a copy (DDP).
         fp8: whether frozen weights were multiplied in FP8.
 
     Returns:

@@ -37,7 +37,7 @@ class Workload:
         hardware: the GPUs, with their price.
         tokens: of the whole training, in all epochs.
         trained_share: share of the tokens that count in the loss.
-        one_process: rules out a copy of the model on each of several GPUs, which takes torchrun.
+        one_process: rules out a copy of the model on each of several GPUs, which takes several processes.
     """
 
     config: RunConfig

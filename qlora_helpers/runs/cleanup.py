@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import cache_root
+from qlora_helpers.base.folders import remove
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.runs.folder import Run
@@ -74,6 +74,18 @@ class SpaceReport(Tabular):
                 raise UserError("no item has that id", expected=known, got=pattern)
         chosen = [item for item in self.items if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in patterns)]
         return SpaceReport(tuple(chosen))
+
+    def of_run(self, name: str) -> SpaceReport:
+        """Returns what belongs to the run of exactly this name.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        chosen = tuple(item for item in self.items if item.run is not None and item.run.name == name)
+        if not chosen:
+            known = ", ".join(sorted({item.run.name for item in self.items if item.run is not None})) or "none"
+            raise UserError("no run has that name", expected=f"one of these: {known}", got=name)
+        return SpaceReport(chosen)
 
     def table(self) -> Table:
         """Returns a row for each item, without paths, and the total below."""
@@ -267,14 +279,13 @@ def _free_one(item: SpaceItem) -> int:
     if item.kind == GPU:
         memory = free_gpu_memory()
         return round((memory.before_gib - memory.after_gib) * 1024**3)
-    freed = 0
+    freed, root = 0, _root_of(item)
+    assert root is not None  # `_check_may_free` has seen to it
     for path in item.paths:
         size = _size(path)
         try:
-            if path.is_symlink() or not path.is_dir():
-                path.unlink(missing_ok=True)
-            else:
-                shutil.rmtree(path)
+            with contextlib.suppress(FileNotFoundError):
+                remove(path.parent.resolve() / path.name, root=root)
         except OSError as error:
             raise UserError(
                 f"{item.id} could not be freed ({error.strerror})",
@@ -288,6 +299,6 @@ def _remove_if_only_config_is_left(run: Run) -> int:
     if [path.name for path in run.folder.iterdir()] != [run.config_path.name]:
         return 0
     size = _size(run.config_path)
-    run.config_path.unlink()
+    remove(run.config_path, root=run.folder)
     run.folder.rmdir()
     return size

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import write_json
+from qlora_helpers.base.folders import read_regular
 from qlora_helpers.base.records import read_record
 from qlora_helpers.base.units import duration
+from qlora_helpers.runs.buckets import expected_owner, refuse_unconfirmed
 from qlora_helpers.runs.folder import Run
 
 COPY_EVERY_S = 30.0
@@ -88,6 +93,19 @@ def new_s3_client() -> Any:
     return boto3.session.Session().client("s3", config=settings)
 
 
+def copy_of(run: Run, config: RunConfig, *, client: Any = None) -> S3Copy | None:
+    """Starts the copy of a run's events to its bucket; None where they stay local.
+
+    Raises:
+        RunError: nobody has named this bucket on this machine yet.
+    """
+    target = s3_target(run, config)
+    if target is None:
+        return None
+    refuse_unconfirmed(config)
+    return S3Copy(run.events_dir, target, client=client)
+
+
 class S3Copy:
     """Copies changed files of a folder to S3 from a thread of its own.
 
@@ -98,15 +116,28 @@ class S3Copy:
         target: `s3://bucket/prefix`.
         client: a boto3 S3 client; None makes one from the usual AWS settings, and a new one after a failure.
         every_s: seconds between two attempts; None takes `COPY_EVERY_S`.
+        owner: the account that the bucket must belong to; None asks for that of the credentials, unless a client is given.
     """
 
-    def __init__(self, folder: Path, target: str, *, client: Any = None, every_s: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        target: str,
+        *,
+        client: Any = None,
+        every_s: float | None = None,
+        owner: str | None = None,
+    ) -> None:
         self.folder, self.every_s = folder, COPY_EVERY_S if every_s is None else every_s
         target = target.rstrip("/")
         self.bucket, _, self.prefix = target.removeprefix("s3://").partition("/")
         self.state = CopyState(target)
         self._make_client: Callable[[], Any] = new_s3_client if client is None else lambda: client
         self._client: Any = None
+        if owner is not None:
+            self._owner: dict[str, str] | None = {"ExpectedBucketOwner": owner}
+        else:
+            self._owner = None if client is None else {}
         self._sizes: dict[Path, int] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="s3-copy", daemon=True)
@@ -143,33 +174,46 @@ class S3Copy:
         except Exception as error:
             self._client = None
             if self.problem is None:
-                log.warning("events could not be copied to s3://%s: %s; training goes on", self.bucket, error)
+                log.warning(
+                    "events could not be copied to s3://%s: %s; training goes on", self.bucket, redacted(str(error))
+                )
             since = self.state.failing_since or time.time()
-            changes = {"last_error": f"{type(error).__name__}: {error}", "failing_since": since}
+            changes = {"last_error": redacted(f"{type(error).__name__}: {error}"), "failing_since": since}
         self._report(changes | {"pending_bytes": self._pending_bytes()})
 
     def _copy(self) -> int:
         copied = 0
         # In the order of their names, which is that of time, and none after one that failed: TensorBoard stops reading a file
         # as soon as there is a later one.
-        for path in sorted(self.folder.rglob("events.*")):
-            if self._sizes.get(path) == path.stat().st_size:
+        for path, size in self._files():
+            if self._sizes.get(path) == size:
                 continue
             self._client = self._client or self._make_client()
+            if self._owner is None:
+                self._owner = expected_owner()
             # One request with all bytes: upload_file uses a pool of threads, and a process that ends would wait for them.
-            content = path.read_bytes()
+            content = read_regular(path)
             key = f"{self.prefix}/{path.relative_to(self.folder).as_posix()}"
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=content)
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=content, **self._owner)
             self._sizes[path] = len(content)
             copied += 1
         return copied
 
+    def _files(self) -> list[tuple[Path, int]]:
+        """Returns the event files and their sizes: regular files alone, in folders that are no links."""
+        found = []
+        for parent, _, names in os.walk(self.folder):
+            for path in (Path(parent, name) for name in names if name.startswith("events.")):
+                seen = path.lstat()
+                if stat.S_ISREG(seen.st_mode):
+                    found.append((path, seen.st_size))
+        return sorted(found)
+
     def _pending_bytes(self) -> int:
         try:
-            sizes = {path: path.stat().st_size for path in self.folder.rglob("events.*")}
+            return sum(max(0, size - self._sizes.get(path, 0)) for path, size in self._files())
         except OSError:
             return self.state.pending_bytes
-        return sum(max(0, size - self._sizes.get(path, 0)) for path, size in sizes.items())
 
     def _report(self, changes: dict[str, Any]) -> None:
         old, self.state = self.state, dataclasses.replace(self.state, **changes)

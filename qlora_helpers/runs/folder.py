@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import RunConfig, config_from_dict
-from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import content_digest, not_written, read_json, write_json
 from qlora_helpers.base.records import read_object, read_record
+from qlora_helpers.runs import buckets
 from qlora_helpers.runs.guard import open_to_append
 from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import REQUEST_KINDS, Request, Requests
@@ -101,8 +103,15 @@ class Run:
         return config_from_dict(read_json(self.config_path))
 
     def save_config(self, config: RunConfig) -> None:
-        """Writes `config.json`."""
+        """Writes `config.json`. A bucket that it did not name before is confirmed: a person has set it here."""
+        if buckets.bucket_of(config) not in (None, self._bucket_on_disk()):
+            buckets.confirm(config)
         write_json(self.config_path, config.to_dict())
+
+    def _bucket_on_disk(self) -> str | None:
+        with contextlib.suppress(UserError):
+            return buckets.bucket_of(self.config())
+        return None
 
     def change_config(self, config: RunConfig) -> None:
         """Writes `config.json`, unless the run has trained and a setting that its adapter depends on would change.
@@ -197,7 +206,8 @@ class Run:
     def _write_status(self, status: Status) -> Status:
         if status.state not in STATES:
             raise ValueError(f"expected a state out of {', '.join(STATES)}, got {status.state!r}")
-        status = dataclasses.replace(status, heartbeat=time.time())
+        error = status.last_error and redacted(status.last_error)
+        status = dataclasses.replace(status, heartbeat=time.time(), last_error=error)
         write_json(self.status_path, status)
         return status
 

@@ -1,4 +1,4 @@
-"""Trains a run in another process, in several processes (torchrun) or on several GPUs (accelerate).
+"""Trains a run in another process, in several processes (DDP) or on several GPUs with accelerate.
 
 Everything here makes or starts the command `python -m qlora_helpers train RUN` and knows nothing of what that command does, of
 models or of AWS (SageMaker training jobs are in `sagemaker.training_job`).
@@ -6,7 +6,6 @@ models or of AWS (SageMaker training jobs are in `sagemaker.training_job`).
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -14,44 +13,52 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.python import python_command, python_environment
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
+from qlora_helpers.runs.buckets import SETTING, refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
+from qlora_helpers.runs.ranks import check_processes
 
 
-def train_command(run: Run, *, profile: str | None = None, settings: Iterable[str] = ()) -> list[str]:
-    """Returns the command that starts or resumes a run in one process.
+def train_command(
+    run: Run, *, processes: int = 1, profile: str | None = None, settings: Iterable[str] = ()
+) -> list[str]:
+    """Returns the command that starts or resumes a run.
 
     Args:
         run: the run.
+        processes: with more than one, each has a share of the rows (DDP); with GPUs, one process for each GPU.
         profile: `tiny`, `demo` or `falcon-40b`; None keeps the run's own settings.
         settings: changes to the settings, such as `["train.max_steps=20"]`.
-    """
-    return [sys.executable, "-m", *_train_arguments(run, profile, settings)]
-
-
-def torchrun_command(
-    run: Run, processes: int, *, profile: str | None = None, settings: Iterable[str] = ()
-) -> list[str]:
-    """Returns the command that trains a run in several processes of one machine, each with a share of the rows (DDP).
-
-    Args:
-        run: the run.
-        processes: how many processes; with GPUs, one for each GPU.
-        profile, settings: as for `train_command`.
 
     Raises:
         UserError: fewer than one process.
     """
-    if processes < 1:
-        raise UserError("torchrun needs processes", expected="at least 1", got=str(processes))
-    # Without an address torchrun looks this machine up by its name, which fails where the name has none.
-    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    return [sys.executable, "-m", *launcher, "-m", *_train_arguments(run, profile, settings)]
+    check_processes(processes)
+    several = ["--processes", str(processes)] if processes > 1 else []
+    return python_command(*_train_arguments(run, profile, settings), *several)
+
+
+def refuse_missing_gpus(config: RunConfig, processes: int) -> None:
+    """Refuses more processes than there are GPUs, where there are any and the model is not on the CPU.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
+    gpus = 0 if config.model.device_map == "cpu" else len(locks.visible_gpus())
+    if gpus and processes > gpus:
+        raise UserError(
+            "each process needs a GPU of its own",
+            expected=f"at most {gpus} processes",
+            got=str(processes),
+            next_step="Start fewer, or show them more GPUs (CUDA_VISIBLE_DEVICES).",
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
 
     Args:
         run: an existing run.
-        processes: with more than one, torchrun gives each a share of the rows (DDP); with GPUs, one process for each GPU.
+        processes: with more than one, each has a share of the rows (DDP); with GPUs, one process for each GPU.
         settings: as for `train_command`.
         shut_down_app: whether to shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
 
@@ -84,7 +91,10 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         UserError: the budget is in dollars and the price is unknown, or there is fewer than one process.
     """
     refuse_links(run.folder)
+    settings = list(settings)
     config = run.config().with_settings(settings)
+    if not any(setting.startswith(f"{SETTING}=") for setting in settings):
+        refuse_unconfirmed(config)
     if run.has_trained():
         run.refuse_differences(run.config().to_dict(), config.to_dict())
     status = run.status()
@@ -93,20 +103,18 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         raise RunError(f"{run.name!r} is already being trained, {where}", next_step="Watch it with watch(run).")
     refuse_spent_budget(config.train, status)
     needed_price(config.train)
+    refuse_missing_gpus(config, processes)
     if config.model.device_map != "cpu":
         locks.refuse_busy_gpus(locks.visible_gpus())
     absolute = Run(run.folder.resolve())  # the process may look for runs in another folder
-    if processes == 1:
-        command = train_command(absolute, settings=settings)
-    else:
-        command = torchrun_command(absolute, processes, settings=settings)
+    command = train_command(absolute, processes=processes, settings=settings)
     command += ["--shut-down-app"] if shut_down_app else []
     return Started(run, _start_detached(run, command, processes))
 
 
 def _start_detached(run: Run, command: list[str], processes: int) -> int:
     on_cpu = processes > 1 and not locks.visible_gpus()
-    environment = (_cpu_environment(processes) if on_cpu else dict(os.environ)) | {"PYTHONUNBUFFERED": "1"}
+    environment = (_cpu_environment(processes) if on_cpu else python_environment()) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MPLBACKEND", None)  # the kernel's
     run.open_session()
     try:
@@ -134,7 +142,7 @@ def _start_detached(run: Run, command: list[str], processes: int) -> int:
 _children: list[subprocess.Popen[bytes]] = []
 
 
-def start_torchrun(
+def rehearse(
     run: Run,
     processes: int = 2,
     *,
@@ -144,7 +152,7 @@ def start_torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Trains a run in several processes on this machine's CPU (gloo; GPUs are hidden) and returns when they have ended.
 
-    This rehearses what torchrun does on several GPUs, with the same command and the same code. The processes share the cores.
+    This rehearses training on several GPUs, with the same command and the same code. The processes share the cores.
 
     Args:
         run: the run.
@@ -155,7 +163,7 @@ def start_torchrun(
     Returns:
         The command, its exit code (`returncode`) and everything it printed (`stdout`).
     """
-    command = torchrun_command(run, processes, profile=profile, settings=settings)
+    command = train_command(run, processes=processes, profile=profile, settings=settings)
     return _run_and_print(command, _cpu_environment(processes), say)
 
 
@@ -169,13 +177,15 @@ def accelerate_command(
 ) -> list[str]:
     """Returns the command that trains a run with an accelerate configuration.
 
+    Its processes meet at a port without a password: use it only on a machine without other users. `train_command` opens none.
+
     Args:
         run: the run.
         config_path: a file that holds the text of `accelerate_config`.
         profile, settings: as for `train_command`.
     """
     launcher = ["accelerate.commands.launch", "--config_file", str(config_path)]
-    return [sys.executable, "-m", *launcher, "-m", *_train_arguments(run, profile, settings)]
+    return python_command(*launcher, "-m", *_train_arguments(run, profile, settings))
 
 
 def accelerate_config(gpus: int, *, fsdp: bool = False) -> str:
@@ -205,6 +215,7 @@ def accelerate_config(gpus: int, *, fsdp: bool = False) -> str:
 
 
 _COMMON_YAML = """\
+# accelerate's processes meet at a port without a password, which other users of this machine reach: only where you are alone.
 compute_environment: LOCAL_MACHINE
 num_machines: 1
 machine_rank: 0
@@ -242,8 +253,10 @@ def _train_arguments(run: Run, profile: str | None, settings: Iterable[str]) -> 
 
 def _cpu_environment(processes: int) -> dict[str, str]:
     threads = max(1, cpu_cores() // processes)
-    # torchrun would give each process one thread; a value that the person has set is kept.
-    return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    # a value that the person has set is kept
+    return (
+        {"OMP_NUM_THREADS": str(threads)} | python_environment() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    )
 
 
 def _run_and_print(
@@ -259,6 +272,6 @@ def _run_and_print(
                 lines.append(line)
                 say(line.rstrip("\n"))
         except BaseException:
-            process.terminate()  # torchrun then ends its workers too
+            process.terminate()  # it passes the signal on to its processes
             raise
     return subprocess.CompletedProcess(command, process.returncode, "".join(lines))

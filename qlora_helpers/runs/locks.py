@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,17 +139,41 @@ def _is_locked(path: Path) -> bool:
         return not acquired
 
 
+def _lock_mode(folder: Path) -> int:
+    """Returns who may hold a lock: who may write in its folder. Everybody who can open the file can keep a trainer waiting."""
+    mode = folder.stat().st_mode
+    return 0o600 | (0o060 if mode & stat.S_IWGRP else 0) | (0o006 if mode & stat.S_IWOTH else 0)
+
+
+def _take_rights_back(path: Path, mode: int) -> None:
+    """Corrects the rights of a lock of one's own that an earlier version left open to everybody."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if stat.S_IMODE(os.fstat(handle).st_mode) & ~mode:
+                os.fchmod(handle, mode)
+        finally:
+            os.close(handle)
+
+
 @contextlib.contextmanager
 def _tried(path: Path) -> Iterator[bool]:
     """Yields whether the lock could be acquired; if so, it is held during the block."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path, mode=0o666)
+    mode = _lock_mode(path.parent)
+    _take_rights_back(path, mode)
+    lock = FileLock(path, mode=mode)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         yield False
         return
+    except PermissionError:
+        raise RunError(
+            f"{path.parent.name}/{path.name} belongs to another account",
+            next_step="Have its owner let your group write in that folder, or copy the run to a place of your own.",
+        ) from None
     try:
         yield True
     finally:

@@ -8,7 +8,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_helpers.base.addresses import redacted
+from qlora_helpers.base.text import plain
 from qlora_helpers.runs.guard import open_to_append
+
+
+class _Redacting(logging.Formatter):
+    """Writes no credentials, whatever a library logs, and no codes that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(redacted(super().format(record)))
 
 
 @contextlib.contextmanager
@@ -18,7 +27,7 @@ def logged_to(path: Path) -> Iterator[None]:
     names = ("qlora_helpers",) if prints_into(path) else ("qlora_helpers", "transformers")
     file = open_to_append(path, "a", encoding="utf-8")
     handler = logging.StreamHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in names:
         logging.getLogger(name).addHandler(handler)
     logging.getLogger("qlora_helpers").setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from typing import Any
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.profiles import profile_config
+from qlora_helpers.runs import buckets
 from qlora_helpers.runs.folder import Run, is_run_name
 from qlora_helpers.runs.guard import refuse_links
 
@@ -38,12 +39,15 @@ def open_run(
         RunError: a setting would change that is fixed once the run has trained, or the name can't be that of a run.
     """
     run = _run_at(name, root)
+    settings = settings if isinstance(settings, dict) else list(settings)
     old = run.config() if run.exists() else None
     if old is None or (profile is not None and profile != old.profile):
         config = profile_config(profile or os.environ.get("QLORA_PROFILE") or "demo")
     else:
         config = old
     config = config.with_settings(settings)
+    if any(str(setting).partition("=")[0].strip() == buckets.SETTING for setting in settings):
+        buckets.confirm(config)
     if config != old:
         run.change_config(config)
     return run

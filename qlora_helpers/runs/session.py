@@ -6,9 +6,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
+from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.machine.price import needed_price
 from qlora_helpers.runs import locks
+from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
@@ -37,6 +39,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
         began = False
         try:
             config = run.config()
+            refuse_unconfirmed(config)
             refuse_spent_budget(config.train, run.status())
             price = needed_price(config.train)
             gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
@@ -55,7 +58,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
 
 
 def _record_failure(run: Run, error: BaseException) -> None:
-    message = f"{type(error).__name__}: {error}"
+    message = redacted(f"{type(error).__name__}: {error}")
     reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
     log.error("training ended: %s", message)
     with contextlib.suppress(RunError):  # a full disk must not hide the error itself

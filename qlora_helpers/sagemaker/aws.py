@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.runs.buckets import expected_owner
+from qlora_helpers.sagemaker.tags import made_by
 
 _COMMON_REGISTRY = "763104351884"
 _REGISTRIES = {
@@ -150,13 +152,14 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
+def upload(path: Path, s3_uri: str, *, client: Any = None, owner: str | None = None) -> str:
     """Copies a file to S3.
 
     Args:
         path: the file.
         s3_uri: the destination; an address that ends in `/` is completed by the file's name.
         client: an S3 client; None makes one.
+        owner: the account that the bucket must belong to; None takes that of the credentials, unless a client is given.
 
     Returns:
         The address of the object.
@@ -170,10 +173,13 @@ def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
     key += path.name if key.endswith("/") else ""
     from boto3.exceptions import S3UploadFailedError
 
+    if owner is None and client is None:
+        owner = expected_owner().get("ExpectedBucketOwner")
     client = client or new_client("s3")
+    more = {"ExtraArgs": {"ExpectedBucketOwner": owner}} if owner else {}
     try:
         with aws_errors_explained(f"accept {path.name}"):
-            client.upload_file(str(path), bucket, key)
+            client.upload_file(str(path), bucket, key, **more)
     except S3UploadFailedError as error:
         raise UserError(
             f"AWS did not accept {path.name}", got=str(error), next_step="Check the bucket and the role's permissions."
@@ -182,7 +188,9 @@ def upload(path: Path, s3_uri: str, *, client: Any = None) -> str:
 
 
 def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
-    """Deletes an endpoint with its endpoint configuration and its models. Files in S3 stay.
+    """Deletes an endpoint, and its endpoint configuration and models if this package made them. Files in S3 stay.
+
+    A configuration or model without the package's tag may be used by other endpoints: it stays.
 
     Args:
         name: the endpoint's name.
@@ -192,12 +200,16 @@ def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
         What was deleted, such as `["endpoint demo", "endpoint configuration demo", "model demo"]`.
     """
     client = client or new_client("sagemaker")
+    deleted = [f"endpoint {name}"]
     with aws_errors_explained(f"delete the endpoint {name}"):
         config = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
-        variants = client.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"]
+        described = client.describe_endpoint_config(EndpointConfigName=config)
         client.delete_endpoint(EndpointName=name)
-        client.delete_endpoint_config(EndpointConfigName=config)
-        models = [variant["ModelName"] for variant in variants if "ModelName" in variant]
-        for model in models:
-            client.delete_model(ModelName=model)
-    return [f"endpoint {name}", f"endpoint configuration {config}", *(f"model {model}" for model in models)]
+        if made_by(described["EndpointConfigArn"], client=client) is not None:
+            client.delete_endpoint_config(EndpointConfigName=config)
+            deleted.append(f"endpoint configuration {config}")
+        for model in [variant["ModelName"] for variant in described["ProductionVariants"] if "ModelName" in variant]:
+            if made_by(client.describe_model(ModelName=model)["ModelArn"], client=client) is not None:
+                client.delete_model(ModelName=model)
+                deleted.append(f"model {model}")
+    return deleted

@@ -17,6 +17,7 @@ from qlora_helpers.export.vllm import PLAIN_NAME, VLLM_OPTIONS
 from qlora_helpers.sagemaker.aws import aws_errors_explained, checked_role, new_client, registry, split_s3_uri
 from qlora_helpers.sagemaker.aws import delete_endpoint as delete_endpoint
 from qlora_helpers.sagemaker.aws import upload as upload
+from qlora_helpers.sagemaker.tags import maker, tags
 
 LMI_IMAGE = "djl-inference:0.38.0-lmi29.0.0-cu130"
 """The newest LMI container in the SageMaker Python SDK 3.27.0."""
@@ -45,11 +46,13 @@ def endpoint_requests(
     instance_type: str,
     image_uri: str,
     environment: Mapping[str, str] | None = None,
+    made_by: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns what `deploy` sends: the arguments of boto3's three calls, in their order. Needs no network.
 
     Args:
         model_s3_uri, endpoint_name, role, instance_type, image_uri, environment: as for `deploy`.
+        made_by: who makes them, for their tag; None gives them none.
 
     Returns:
         `create_model`, `create_endpoint_config` and `create_endpoint`, each with its arguments.
@@ -83,9 +86,14 @@ def endpoint_requests(
             "ModelName": endpoint_name,
             "PrimaryContainer": container,
             "ExecutionRoleArn": checked_role(role),
+            **tags(made_by),
         },
-        "create_endpoint_config": {"EndpointConfigName": endpoint_name, "ProductionVariants": [variant]},
-        "create_endpoint": {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name},
+        "create_endpoint_config": {
+            "EndpointConfigName": endpoint_name,
+            "ProductionVariants": [variant],
+            **tags(made_by),
+        },
+        "create_endpoint": {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name, **tags(made_by)},
     }
 
 
@@ -128,6 +136,7 @@ def deploy(
         instance_type=instance_type,
         environment=environment,
         image_uri=image_uri or lmi_image_uri(client.meta.region_name),
+        made_by=maker(),
     )
     with aws_errors_explained(f"create the endpoint {endpoint_name}"), contextlib.ExitStack() as undo:
         client.create_model(**requests["create_model"])

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.studio import this_app
 from qlora_helpers.sagemaker.aws import aws_errors_explained, delete_endpoint, new_client
+from qlora_helpers.sagemaker.tags import made_by, maker
 
 _APP_KEYS = ("DomainId", "UserProfileName", "SpaceName", "AppType", "AppName")
 
@@ -29,6 +30,7 @@ class Resource:
         note: the kind of app, its owner and its instance.
         request: the arguments of the call that stops it.
         is_this: whether it is the app that this code runs in.
+        arn: by which its tags are found; empty for an app.
     """
 
     kind: str
@@ -37,16 +39,20 @@ class Resource:
     note: str = ""
     request: dict[str, str] = field(default_factory=dict, repr=False)
     is_this: bool = False
+    arn: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         warning = "  <- this notebook runs here" if self.is_this else ""
         return f"{self.kind:<17}  {self.name:<30}  {self.status:<10}  {self.note}{warning}"
 
 
-def list_sagemaker(*, client: Any = None) -> list[Resource]:
-    """Lists what runs in SageMaker in this region; the app that this code runs in comes last.
+def list_sagemaker(*, everybodys: bool = False, client: Any = None) -> list[Resource]:
+    """Lists what of one's own runs in SageMaker in this region; the app that this code runs in comes last.
+
+    One's own are the endpoints and jobs that this package made for the same person (`tags.maker`), and the apps of this space.
 
     Args:
+        everybodys: whether to list what others in this account run too, whatever made it.
         client: a SageMaker client; None makes one.
 
     Raises:
@@ -55,13 +61,24 @@ def list_sagemaker(*, client: Any = None) -> list[Resource]:
     client = client or new_client("sagemaker")
     with aws_errors_explained("list what runs in SageMaker"):
         found = [*_apps(client), *_endpoints(client), *_notebook_instances(client), *_training_jobs(client)]
-    return sorted(found, key=lambda resource: resource.is_this)
+        me = None if everybodys else maker()
+        mine = [resource for resource in found if me is None or _is_mine(resource, me, client)]
+    return sorted(mine, key=lambda resource: resource.is_this)
+
+
+def _is_mine(resource: Resource, me: str, client: Any) -> bool:
+    if resource.kind == "app":
+        here = this_app()
+        owner = [name for name in ("SpaceName", "UserProfileName") if name in here]
+        return bool(owner) and all(resource.request.get(name) == here.get(name) for name in ("DomainId", *owner))
+    return made_by(resource.arn, client=client) == me
 
 
 def stop_sagemaker(resources: Iterable[Resource], *, confirm: bool = False, client: Any = None) -> list[Resource]:
     """Shows what would be stopped and, if `confirm` is True, stops it.
 
-    Apps and endpoints (with their configuration and models) are deleted; notebook instances and training jobs are stopped.
+    Apps and endpoints (with their configuration and models, if this package made them) are deleted; notebook instances and
+    training jobs are stopped.
     SageMaker takes some minutes to finish.
 
     Args:
@@ -132,7 +149,9 @@ def _endpoints(client: Any) -> Iterator[Resource]:
     for page in client.get_paginator("list_endpoints").paginate():
         for endpoint in page["Endpoints"]:
             if endpoint["EndpointStatus"] != "Deleting":
-                yield Resource("endpoint", endpoint["EndpointName"], endpoint["EndpointStatus"])
+                yield Resource(
+                    "endpoint", endpoint["EndpointName"], endpoint["EndpointStatus"], arn=endpoint["EndpointArn"]
+                )
 
 
 def _notebook_instances(client: Any) -> Iterator[Resource]:
@@ -140,11 +159,13 @@ def _notebook_instances(client: Any) -> Iterator[Resource]:
         for instance in page["NotebookInstances"]:
             name = instance["NotebookInstanceName"]
             note = instance.get("InstanceType", "")
-            yield Resource("notebook instance", name, "InService", note, {"NotebookInstanceName": name})
+            request = {"NotebookInstanceName": name}
+            yield Resource("notebook instance", name, "InService", note, request, arn=instance["NotebookInstanceArn"])
 
 
 def _training_jobs(client: Any) -> Iterator[Resource]:
     for page in client.get_paginator("list_training_jobs").paginate(StatusEquals="InProgress"):
         for job in page["TrainingJobSummaries"]:
             name = job["TrainingJobName"]
-            yield Resource("training job", name, "InProgress", "", {"TrainingJobName": name})
+            request = {"TrainingJobName": name}
+            yield Resource("training job", name, "InProgress", "", request, arn=job["TrainingJobArn"])

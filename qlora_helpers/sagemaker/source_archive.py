@@ -73,5 +73,4 @@ def source_archive(out_path: Path, run_name: str, *, processes: int = 1) -> Path
 def _train_command(run_name: str, processes: int) -> str:
     if processes < 1:
         raise UserError("a job needs processes", expected="at least 1", got=str(processes))
-    launcher = f"-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node={processes} "
-    return f"python3 {launcher if processes > 1 else ''}-m qlora_helpers train {run_name}"
+    return f"python3 -m qlora_helpers train {run_name}" + (f" --processes {processes}" if processes > 1 else "")

@@ -21,9 +21,11 @@ from typing import Any
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.model.hub import is_hub_id
+from qlora_helpers.runs.buckets import CONFIRMED, bucket_of, expected_owner, refuse_unconfirmed
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.sagemaker.aws import aws_errors_explained, checked_role, new_client, registry, split_s3_uri, upload
 from qlora_helpers.sagemaker.source_archive import source_archive
+from qlora_helpers.sagemaker.tags import maker, tags
 
 TRAINING_IMAGE = "pytorch:2.13-cu133-amzn2023-sagemaker"
 """AWS's training container with this project's PyTorch (in the SageMaker Python SDK 3.27.0: `pytorch-amzn2023`)."""
@@ -82,7 +84,9 @@ def training_job(
     """
     checked_role(role)
     split_s3_uri(s3_uri)
+    refuse_unconfirmed(run.config())
     config, data_file = _config_for_job(run.config())
+    named = {CONFIRMED: bucket} if (bucket := bucket_of(config)) else {}  # nobody names a bucket on the job's machine
     client = client or new_client("sagemaker")
     name = _new_job_name(run.name)
     place = f"{s3_uri.rstrip('/')}/jobs/{name}/"
@@ -96,7 +100,8 @@ def training_job(
         channels=_upload_inputs(run.name, config, data_file, place, processes, s3_client or new_client("s3")),
         volume_gib=volume_gib,
         max_hours=max_hours,
-        environment=environment,
+        environment=named | dict(environment or {}),
+        made_by=maker(),
     )
     with aws_errors_explained(f"start the training job {name}"):
         client.create_training_job(**request)
@@ -115,6 +120,7 @@ def training_job_request(
     volume_gib: int = 100,
     max_hours: float = 24.0,
     environment: Mapping[str, str] | None = None,
+    made_by: str | None = None,
 ) -> dict[str, Any]:
     """Returns the arguments of boto3's `create_training_job`, which `training_job` sends. Needs no network.
 
@@ -123,6 +129,7 @@ def training_job_request(
         run_name: the run's name; names its folder in S3 and its TensorBoard events.
         channels: name -> object in S3; the container finds it in `/opt/ml/input/data/<name>/`.
         role, instance_type, s3_uri, image_uri, volume_gib, max_hours, environment: as for `training_job`.
+        made_by: who makes it, for its tag; None gives it none.
     """
     place = s3_uri.rstrip("/")
     # A container argument has 256 characters at most, so the script travels with the code.
@@ -146,6 +153,7 @@ def training_job_request(
         "ResourceConfig": {"InstanceType": instance_type, "InstanceCount": 1, "VolumeSizeInGB": volume_gib},
         "StoppingCondition": {"MaxRuntimeInSeconds": round(max_hours * 3600)},
         "Environment": {"HF_HOME": "/tmp/huggingface", "PYTHONUNBUFFERED": "1", **(environment or {})},
+        **tags(made_by),
     }
 
 
@@ -194,4 +202,5 @@ def _upload_inputs(
         }
         if data_file is not None:
             files[_DATA_CHANNEL] = data_file
-        return {channel: upload(path, place, client=s3_client) for channel, path in files.items()}
+        owner = expected_owner().get("ExpectedBucketOwner")
+        return {channel: upload(path, place, client=s3_client, owner=owner) for channel, path in files.items()}

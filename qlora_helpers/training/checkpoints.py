@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, write_json
+from qlora_helpers.base.folders import remove, rename
 from qlora_helpers.base.units import gib
 from qlora_helpers.runs.folder import FIXED, Run
 from qlora_helpers.training.checkpoint_trust import read_trainer_state
@@ -84,7 +85,7 @@ def clear_write_errors(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         free = shutil.disk_usage(checkpoint.parent if checkpoint.parent.exists() else checkpoint.parent.parent).free
-        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        discard(checkpoint.parent)
         reason = getattr(error, "strerror", None) or "its files were not written whole"
         raise RunError(
             f"{checkpoint.name} could not be written ({reason}; {gib(free):.1f} GiB were free)",
@@ -102,16 +103,22 @@ def put_in_place(written: Path) -> None:
         _flush(written)
         verify(written)
     except RunError:
-        shutil.rmtree(written.parent, ignore_errors=True)
+        discard(written.parent)
         raise
     folder = written.parent.parent
     place, old = folder / written.name, folder / f"{_REPLACED}{written.name}"
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)
     if place.exists():  # two saves at one step, or a damaged checkpoint is written again
-        os.replace(place, old)
-    os.replace(written, place)
-    shutil.rmtree(old, ignore_errors=True)
-    written.parent.rmdir()
+        rename(place, old, root=folder.parent)
+    rename(written, place, root=folder.parent)
+    discard(old)
+    remove(written.parent, root=folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder in a run's `checkpoints/` if it is there, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        remove(folder, root=folder.parent.parent)
 
 
 def _flush(folder: Path) -> None:
@@ -129,9 +136,9 @@ def _put_back(folder: Path) -> None:
     for old in folder.glob(f"{_REPLACED}checkpoint-*"):
         place = folder / old.name.removeprefix(_REPLACED)
         if place.exists():
-            shutil.rmtree(old)
+            remove(old, root=folder.parent)
         else:
-            os.replace(old, place)
+            rename(old, place, root=folder.parent)
 
 
 def adapter_is_finite(path: Path) -> bool:
@@ -223,7 +230,7 @@ def rotate(folder: Path, keep: int) -> None:
     kept = set(good[-keep:])
     for path in all_checkpoints(folder):
         if path not in kept and step_of(path) < step_of(good[-1]):
-            shutil.rmtree(path)
+            remove(path, root=folder.parent)
 
 
 def _fingerprint(path: Path) -> list[int | str]:

@@ -1,20 +1,31 @@
-"""The processes of one training: torchrun starts several, and the first of them writes for all."""
+"""The processes of one training: `runs.ranks` or torchrun starts several, and the first of them writes for all."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import datetime
+import logging
 import os
+import signal
+import sys
 from collections.abc import Iterator
+
+from qlora_helpers.runs.ranks import STORE
+
+PATIENCE = datetime.timedelta(minutes=30)
+"""How long a process waits for another, such as for the first that prepares the data."""
+log = logging.getLogger(__name__)
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of a torchrun job, or the only process."""
+    """Whether this is the first of several processes, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
 def main_process_first(*, on_cpu: bool) -> Iterator[None]:
-    """Under torchrun, lets the first process run the block before the others, so that they find what it wrote.
+    """Of several processes, lets the first run the block before the others, so that they find what it wrote.
 
     Args:
         on_cpu: whether the model is on the CPU.
@@ -24,5 +35,44 @@ def main_process_first(*, on_cpu: bool) -> Iterator[None]:
         return
     from accelerate import PartialState
 
+    join(on_cpu=on_cpu)
     with PartialState(cpu=on_cpu).main_process_first():
         yield
+
+
+def join(*, on_cpu: bool) -> None:
+    """Joins the other processes by the file that `runs.ranks` named, so that accelerate opens no port of its own to do so.
+
+    Processes that torchrun or `accelerate launch` started meet at a port; this is logged as a warning.
+    """
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    store = os.environ.get(STORE)
+    if store is None:
+        if is_main_process():
+            log.warning(
+                "these processes meet at a port without a password: whoever reaches it can run code as you. On one machine "
+                "use `train RUN --processes N` instead; across machines use a private network."
+            )
+        return
+    _end_with_parent()
+    rank = int(os.environ["RANK"])
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=PATIENCE,
+    )
+
+
+def _end_with_parent() -> None:
+    """On Linux, has this process told to end when the one that started it is killed."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))

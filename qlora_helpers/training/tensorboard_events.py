@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.text import plain
-from qlora_helpers.runs.events_copy import CopyState, S3Copy, s3_target
+from qlora_helpers.runs.events_copy import CopyState, S3Copy, copy_of
 from qlora_helpers.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def event_callback(
                 self.writer.file_writer.add_summary(summary)
             for name, texts in (samples or {}).items():
                 self.writer.add_text(f"samples/{name}", _as_code(texts), state.global_step)
-            if target := s3_target(run, config):
-                self.copy = S3Copy(run.events_dir, target, client=s3_client)
+            self.copy = copy_of(run, config, client=s3_client)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             for name, value in (logs or {}).items():
@@ -149,8 +148,8 @@ def write_answers(
             writer.add_text(f"samples/{name}", _as_code(texts), step)
         for name, value in scores.items():
             writer.add_scalar(f"scores/{name}", value, step)
-    if target := s3_target(run, config):
-        S3Copy(run.events_dir, target, client=s3_client).close()
+    if copy := copy_of(run, config, client=s3_client):
+        copy.close()
 
 
 def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
@@ -159,17 +158,16 @@ def copy_events(run: Run, *, s3_client: Any = None) -> CopyState:
     Raises:
         RunError: the run has no bucket, or the bucket does not take the events; the local ones are whole.
     """
-    target = s3_target(run, run.config())
-    if target is None:
+    copy = copy_of(run, run.config(), client=s3_client)
+    if copy is None:
         raise RunError(
             f"the events of {run.name!r} are not copied to a bucket",
             next_step="Set train.tensorboard=s3://bucket/prefix first.",
         )
-    copy = S3Copy(run.events_dir, target, client=s3_client)
     copy.close()
     if copy.problem is not None or not copy.ended:
         raise RunError(
-            f"{target} did not take the events",
+            f"{copy.state.target} did not take the events",
             got=copy.problem or "no answer in time",
             next_step="They are whole in the run folder; check bucket, region and credentials, and call this again.",
         )

@@ -5,7 +5,6 @@ Knows nothing of runs, people or status; `train` makes it and `callback` reports
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,7 +169,7 @@ class SummaryTrainer(Trainer):
         self._stop_in_trouble(wait=True)
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero():
-            shutil.rmtree(folder / saved.UNFINISHED, ignore_errors=True)
+            saved.discard(folder / saved.UNFINISHED)
         self.accelerator.wait_for_everyone()
         self._saves_to = folder / saved.UNFINISHED
         written = self._saves_to / f"checkpoint-{self.state.global_step}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_helpers.base.addresses import carries_credentials
+from qlora_helpers.base.addresses import carries_credentials, redacted
 
 SIGNED = (
     "https://bucket.s3.amazonaws.com/corpus.7z?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA&X-Amz-Signature=c"
@@ -33,6 +33,13 @@ SIGNED = (
         "https://h/c.7z?Key=s",
         "https://h/c.7z#password=s",
         "https://h/c.7z?X%2DAmz%2DSecurity%2DToken=s",
+        "https://h/c.7z?pass=s",
+        "https://h/c.7z?code=s",
+        "https://h/c.7z?sas=s&sid=1",
+        "https://h/c.7z?x=1&sid=s",
+        "https://h/hf_abcdefghijklmnopqrst/c.7z",
+        "hf_abcdefghijklmnopqrst",
+        "owner/AKIAIOSFODNN7EXAMPLE",
         "https://proxy/?url=https%3A%2F%2Fuser%3Ap%40host%2Fc.7z",
         "https://proxy/?url=https%3A%2F%2Fhost%2Fc.7z%3Ftoken%3Ds",
     ],
@@ -61,3 +68,43 @@ def test_addresses_with_credentials(address):
 )
 def test_addresses_without_credentials(text):
     assert not carries_credentials(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"403 Forbidden for url: {SIGNED}", "for url: https://bucket.s3.amazonaws.com/corpus.7z?[removed]"),
+        ("got https://h/c.7z?download=1.", "got https://h/c.7z?[removed]"),
+        ("<a href='https://u:s3/cr3t@h:80/c?x=s3cr3t'>", "<a href='https://[removed]@h:80/c?[removed]'>"),
+        ("https://h/page#section and https://h/c#token=s3cr3t", "https://h/page#section and https://h/c#[removed]"),
+        ("s3://AKIA:s3cr3t@bucket/prefix", "s3://[removed]@bucket/prefix"),
+        ("aws_secret_access_key = s3cr3ts3cr3t here", "aws_secret_access_key = [removed] here"),
+        ('{"api_key": "s3cr3ts3cr3t", "n": 1}', '{"api_key": "[removed]", "n": 1}'),
+        ("Authorization: Bearer s3cr3ts3cr3t", "Authorization: Bearer [removed]"),
+        ("the token hf_s3cr3ts3cr3ts3cr3t is wrong", "the token [removed] is wrong"),
+        ("AKIAIOSFODNN7EXAMPLE may not do that", "[removed] may not do that"),
+    ],
+)
+def test_texts_from_elsewhere_are_written_without_credentials(text, expected):
+    assert expected in redacted(text) and "s3cr3t" not in redacted(text)
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "expected s3://bucket/prefix; got 's3://bucket'",
+        "see https://huggingface.co/docs/bitsandbytes/main/fsdp_qlora",
+        "end token 2, tokens: 12, key=1",
+        "data/mine.jsonl:3: expected a row",
+        "tokenizer: corpus",
+    ],
+)
+def test_other_texts_stay_as_they_are(text):
+    assert redacted(text) == text
+
+
+def test_long_texts_are_redacted_in_one_pass():
+    """A hostile message must not hold the trainer up: no part of a pattern repeats another."""
+    for text in ("a://" * 20_000, "token" * 20_000, "x-" * 40_000, "?" * 80_000, "eyJ" * 30_000, "token =" * 10_000):
+        redacted(text)

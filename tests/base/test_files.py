@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from qlora_helpers.base import files
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json, replaced_folder, write_json, write_text
 
@@ -56,7 +57,7 @@ def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("failing", ["mkstemp", "mkdir"])
+@pytest.mark.parametrize("failing", ["open", "mkdir"])
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch, failing):
     """Such as a disk without inodes, or a folder of somebody else."""
     if failing == "mkdir":
@@ -68,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch, fail
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr("tempfile.mkstemp", refuse)
+        monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(RunError, match=r"a\.txt could not be written"):
         write_text(path, "new")
 
@@ -117,11 +118,11 @@ def test_the_old_folder_is_restored_if_the_new_one_cannot_replace_it(tmp_path, m
     (path / "old").touch()
     replace, calls = os.replace, []
 
-    def failing(source, target):
+    def failing(source, target, **folders):
         calls.append(target)
         if len(calls) == 2:
             raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="Input/output error"), replaced_folder(path) as folder:
@@ -148,3 +149,63 @@ def test_a_folder_that_the_disk_refuses_is_one_message_and_the_old_one_stays(tmp
     assert names(path) == ["old"] and names(tmp_path) == ["data"]
     with pytest.raises(RunError, match="out could not be written"), replaced_folder(path / "old" / "out"):
         pass
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask, and restores it after the test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def test_a_private_umask_keeps_files_private(tmp_path, umask):
+    umask(0o077)
+    write_text(tmp_path / "new" / "a.txt", "mine")
+    with replaced_folder(tmp_path / "adapter") as folder:
+        (folder / "weights").touch()
+    open_to_others = [path for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077]
+    assert open_to_others == [] and (tmp_path / "adapter" / "weights").exists()
+
+
+def test_what_is_replaced_keeps_its_rights(tmp_path, umask):
+    umask(0o022)
+    path, folder = tmp_path / "a.txt", tmp_path / "adapter"
+    path.touch(mode=0o600)
+    folder.mkdir(mode=0o700)
+    write_text(path, "mine")
+    with replaced_folder(folder):
+        pass
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, folder)] == [0o600, 0o700]
+
+
+def test_what_is_put_into_a_folder_while_it_is_replaced_is_kept(tmp_path):
+    """An export takes an hour, and the folder that it will replace is there for everybody to use."""
+    path = tmp_path / "results"
+    with replaced_folder(path) as folder:
+        (folder / "export.json").write_text("first")
+    with replaced_folder(path) as folder:
+        (folder / "export.json").write_text("second")
+        (path / "notes.txt").write_text("an hour of work")
+        (path / "plots").mkdir()
+        (path / "plots" / "loss.png").touch()
+    assert names(path) == ["export.json", "notes.txt", "plots"] and names(path / "plots") == ["loss.png"]
+    assert (path / "export.json").read_text() == "second"
+    assert names(tmp_path) == ["results"]
+
+
+def test_what_is_changed_while_a_folder_is_replaced_is_kept_beside_it(tmp_path):
+    path = tmp_path / "results"
+    (path / "adapter").mkdir(parents=True)
+    (path / "adapter" / "README.md").write_text("old")
+
+    def write_anew() -> None:
+        with replaced_folder(path) as folder:
+            (folder / "adapter").mkdir()
+            (path / "adapter" / "README.md").write_text("edited by hand")
+
+    with pytest.warns(UserWarning, match=r"its old content is in results\.kept-1/"):
+        write_anew()
+    assert names(path / "adapter") == []
+    assert (tmp_path / "results.kept-1" / "adapter" / "README.md").read_text() == "edited by hand"
+    assert names(tmp_path) == ["results", "results.kept-1"]

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from entry_points import declare_entry_points
+
 from qlora_helpers.runs.folder import Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,9 +73,10 @@ def running_lab(scratch: Path) -> Iterator[Lab]:
     folder, runs = scratch / "notebooks", scratch / "runs"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
     _write_settings(scratch / "settings")
+    declare_entry_points(scratch / "site")  # the environment may have been made before they were
     port, token = free_port(), secrets.token_hex(16)
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(scratch / "site")]),
         "QLORA_PROFILE": "tiny",
         "QLORA_RUNS": str(runs),
         "HF_HUB_OFFLINE": "1",

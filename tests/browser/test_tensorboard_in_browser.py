@@ -31,8 +31,12 @@ def test_its_page_comes_through_jupyter_and_shows_the_run(lab, opened):
     frame = notebook.page.frame_locator("iframe[title='TensorBoard of watched']")
     frame.get_by_text("train/loss", exact=True).first.wait_for()
     address = notebook.page.get_by_title("TensorBoard of watched").get_attribute("src")
-    assert re.fullmatch(r"/proxy/\d+/", address)
+    assert re.fullmatch(r"/qlora-tensorboard/[0-9a-f]{32}/", address)  # a Unix socket: no port is open
     assert notebook.page.request.get(f"{lab.url}{address}").status == 200
     notebook.run_cell(2)
-    notebook.page.get_by_text("TensorBoard of watched: stopped").wait_for()
-    assert notebook.page.request.get(f"{lab.url}{address}").status >= 500
+    notebook.page.get_by_text("TensorBoard of watched: stopped").first.wait_for()
+    assert notebook.page.locator("iframe[title='TensorBoard of watched']").count() == 0
+    assert notebook.page.request.get(f"{lab.url}{address}").status == 404
+    notebook.page.keyboard.press("Control+s")
+    kept = (lab.folder / "page.ipynb").read_text()
+    assert "iframe" not in kept and address not in kept

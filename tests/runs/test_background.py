@@ -120,7 +120,7 @@ def test_a_killed_run_is_dead_and_its_last_output_is_shown(make):
         run.request("stop")
 
 
-def test_a_stop_reaches_every_process_under_torchrun(make):
+def test_a_stop_reaches_every_process_of_several(make):
     """The panel of a run in two processes: it is asked, all stop at the same step, and the checkpoint is whole."""
     from qlora_helpers.views.widgets import watch
 
@@ -144,7 +144,7 @@ def test_a_stop_reaches_every_process_under_torchrun(make):
     panel.close()
 
 
-def test_a_budget_stops_every_process_under_torchrun(make):
+def test_a_budget_stops_every_process_of_several(make):
     run = make("two", "data.train_rows=8", "train.stop_at_usd=0.5", "train.usd_per_hour=100")
     started = launch.start(run, processes=2)
     until(lambda: run.status().state == "stopped", run)

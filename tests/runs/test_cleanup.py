@@ -229,3 +229,33 @@ def test_freeing_gpu_memory_collects_garbage_even_without_a_gpu():
     memory = free_gpu_memory()
     assert alive() is None
     assert memory.after_gib <= memory.before_gib
+
+
+def test_a_run_is_freed_by_exactly_its_name(machine, monkeypatch, capsys):
+    """`clean "*" --yes` would else empty every run, and a run called `a` all that begin like it."""
+    from qlora_helpers.__main__ import main
+
+    monkeypatch.setenv("QLORA_RUNS", str(machine / "runs"))
+    other = Run(machine / "runs" / "demo2")
+    other.save_config(profile_config("tiny"))
+    for name in ("*", "demo*", "?emo", "[d]emo", "dem", "demo/checkpoints", "../runs/demo", ""):
+        assert main(["clean", name, "--yes"]) == 2
+        assert "no run has that name" in capsys.readouterr().err
+    assert other.exists() and Run(machine / "runs" / "demo").exists()
+    assert main(["clean", "demo", "--yes"]) == 0
+    assert other.exists() and not (machine / "runs" / "demo").exists()
+
+
+def test_what_lies_behind_a_link_that_appeared_meanwhile_is_not_deleted(machine, monkeypatch):
+    from qlora_helpers.runs import cleanup
+
+    precious = write(machine / "precious" / "checkpoint-2" / "weights", 10)
+    run = Run(machine / "runs" / "demo")
+    item = SpaceItem("run:demo/checkpoints", "run", 1, "", (run.checkpoints_dir / "checkpoint-2",), run)
+    cleanup._check_may_free(item)
+    run.checkpoints_dir.rename(machine / "aside")
+    run.checkpoints_dir.symlink_to(machine / "precious")
+    monkeypatch.setattr(cleanup, "_check_may_free", lambda item: None)
+    with pytest.raises((UserError, ValueError)):
+        free(item, confirm=True)
+    assert precious.exists()

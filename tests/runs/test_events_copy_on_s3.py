@@ -98,7 +98,7 @@ class Api:
     """TensorBoard's HTTP API."""
 
     def __init__(self, page) -> None:
-        self.url = f"http://127.0.0.1:{page.port}/data/"
+        self.url = f"{page.url}data/"
 
     def get(self, path: str, body: dict | None = None, **query: str):
         data = None if body is None else json.dumps(body).encode()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 
 import pytest
 from fake_nvml import FakeNvml, NoDriver
+from two_users import as_other_user, needs_root
 
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
@@ -114,3 +117,60 @@ def test_a_refused_start_names_the_process_that_trains(tmp_path):
     run.start_session(max_steps=4, resumed_from=0)
     with pytest.raises(RunError, match=r"'mine' is already being trained, in process \d+ on "):
         launch.start(run)
+
+
+def lock_mode(folder_mode: int, run: Run) -> int:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.folder.chmod(folder_mode)
+    with locks.run_lock(run):
+        return stat.S_IMODE((run.folder / ".lock").stat().st_mode)
+
+
+def test_who_may_hold_a_lock_is_who_may_write_in_its_folder(tmp_path):
+    modes = {0o700: 0o600, 0o755: 0o600, 0o775: 0o660, 0o2770: 0o660, 0o777: 0o666}
+    found = {mode: lock_mode(mode, Run(tmp_path / f"run-{mode:o}")) for mode in modes}
+    assert found == modes
+
+
+def test_a_lock_that_an_earlier_version_left_open_is_closed(tmp_path):
+    run = Run(tmp_path / "mine")
+    run.folder.mkdir()
+    (run.folder / ".lock").touch()
+    (run.folder / ".lock").chmod(0o666)
+    assert lock_mode(0o755, run) == 0o600
+
+
+@needs_root
+def test_another_user_can_not_keep_a_trainer_waiting(tmp_path):
+    """Whoever can open the lock's file, for reading even, can hold the lock."""
+    run = Run(tmp_path / "mine")
+    lock_mode(0o755, run)
+    for folder in (run.folder, *run.folder.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    done = as_other_user("open(sys.argv[1]).read()", str(run.folder / ".lock"))
+    assert "PermissionError" in done.stderr
+    assert (
+        "mine" in as_other_user("print(os.listdir(sys.argv[1]))", str(run.folder.parent)).stdout
+    )  # the folder is open
+
+
+@needs_root
+def test_a_lock_of_another_account_is_one_message(tmp_path):
+    run = Run(tmp_path / "theirs")
+    run.folder.mkdir()
+    (run.folder / ".lock").touch(mode=0o600)
+    code = f"""
+import os
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.runs import locks
+from qlora_helpers.runs.folder import Run
+import filelock
+os.setgid(65534); os.setuid(65534)
+try:
+    with locks.run_lock(Run({str(run.folder)!r})): print("held")
+except RunError as error: print(error)
+"""
+    for folder in (run.folder, *run.folder.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert "theirs/.lock belongs to another account" in done.stdout, done.stderr

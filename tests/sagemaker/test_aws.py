@@ -137,7 +137,8 @@ def test_upload_of_a_missing_file_or_to_a_missing_bucket_is_refused(tmp_path):
         aws.upload(tmp_path / "model.tar.gz", "s3://my-bucket/a/", client=client)
 
 
-def test_delete_endpoint_deletes_configuration_and_models_too():
+@pytest.mark.parametrize("ours", [True, False])
+def test_delete_endpoint_deletes_configuration_and_models_that_this_package_made(ours):
     client, stub = stubbed("sagemaker")
     variants = [{"VariantName": "A", "ModelName": "m1"}, {"VariantName": "B"}]
     moment = "2026-01-01T00:00:00Z"
@@ -152,9 +153,22 @@ def test_delete_endpoint_deletes_configuration_and_models_too():
     }
     stub.add_response("describe_endpoint", described, {"EndpointName": "e1"})
     stub.add_response("describe_endpoint_config", config, {"EndpointConfigName": "c1"})
+    tags = {"Tags": [{"Key": "qlora_helpers:made-by", "Value": "somebody"}] if ours else [{"Key": "x", "Value": "y"}]}
+    model = {
+        "ModelName": "m1",
+        "ModelArn": arn + "/m",
+        "ExecutionRoleArn": "arn:aws:iam::1:role/a",
+        "CreationTime": moment,
+    }
     stub.add_response("delete_endpoint", {}, {"EndpointName": "e1"})
-    stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "c1"})
-    stub.add_response("delete_model", {}, {"ModelName": "m1"})
+    stub.add_response("list_tags", tags, {"ResourceArn": arn})
+    if ours:
+        stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "c1"})
+    stub.add_response("describe_model", model, {"ModelName": "m1"})
+    stub.add_response("list_tags", tags, {"ResourceArn": arn + "/m"})
+    if ours:
+        stub.add_response("delete_model", {}, {"ModelName": "m1"})
     with stub:
-        assert aws.delete_endpoint("e1", client=client) == ["endpoint e1", "endpoint configuration c1", "model m1"]
+        deleted = aws.delete_endpoint("e1", client=client)
+    assert deleted == ["endpoint e1", *(["endpoint configuration c1", "model m1"] if ours else [])]
     stub.assert_no_pending_responses()

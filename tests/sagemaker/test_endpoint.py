@@ -180,15 +180,16 @@ def expected_calls(container: dict) -> list[tuple[str, dict, dict]]:
         "InferenceAmiVersion": "al2023-ami-sagemaker-inference-gpu-4-1",
         "ContainerStartupHealthCheckTimeoutInSeconds": 1800,
     }
-    model = {"ModelName": "demo", "PrimaryContainer": container, "ExecutionRoleArn": ROLE}
+    tags = {"Tags": [{"Key": "qlora_helpers:made-by", "Value": "d-abc123/lab"}]}
+    model = {"ModelName": "demo", "PrimaryContainer": container, "ExecutionRoleArn": ROLE, **tags}
     return [
         ("create_model", {"ModelArn": ARN}, model),
         (
             "create_endpoint_config",
             {"EndpointConfigArn": ARN},
-            {"EndpointConfigName": "demo", "ProductionVariants": [variant]},
+            {"EndpointConfigName": "demo", "ProductionVariants": [variant], **tags},
         ),
-        ("create_endpoint", {"EndpointArn": ARN}, {"EndpointName": "demo", "EndpointConfigName": "demo"}),
+        ("create_endpoint", {"EndpointArn": ARN}, {"EndpointName": "demo", "EndpointConfigName": "demo", **tags}),
     ]
 
 
@@ -310,7 +311,12 @@ def asked(body: dict) -> dict:
 
 def test_the_requests_can_be_read_before_they_are_sent():
     requests = endpoint.endpoint_requests(
-        CONTAINER["ModelDataUrl"], "demo", role=ROLE, instance_type="ml.g5.2xlarge", image_uri=CONTAINER["Image"]
+        CONTAINER["ModelDataUrl"],
+        "demo",
+        role=ROLE,
+        instance_type="ml.g5.2xlarge",
+        image_uri=CONTAINER["Image"],
+        made_by="d-abc123/lab",
     )
     assert list(requests.items()) == [(call, arguments) for call, _, arguments in expected_calls(CONTAINER)]
 

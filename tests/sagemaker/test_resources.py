@@ -11,6 +11,7 @@ from botocore.stub import Stubber
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio
 from qlora_helpers.sagemaker.resources import Resource, list_sagemaker, stop_sagemaker
+from qlora_helpers.sagemaker.tags import TAG, maker
 
 MOMENT = "2026-01-01T00:00:00Z"
 DOMAIN = "d-abc123"
@@ -66,7 +67,7 @@ def test_everything_that_runs_is_listed_over_all_pages(stubbed):
             }
         ],
     )
-    resources = list_sagemaker(client=client)
+    resources = list_sagemaker(everybodys=True, client=client)
     assert not any(resource.is_this for resource in resources)  # this code does not run in Studio
     assert [(resource.kind, resource.name, resource.status, resource.note) for resource in resources] == [
         ("app", "default", "InService", "JupyterLab, space lab, ml.g5.xlarge"),
@@ -92,7 +93,7 @@ def test_the_app_that_this_runs_in_is_marked_and_comes_last(stubbed, tmp_path, m
         [app("default", "JupyterLab", SpaceName="lab"), app("default", "JupyterLab", SpaceName="other")],
         endpoints=[endpoint("demo", "InService")],
     )
-    found = list_sagemaker(client=client)
+    found = list_sagemaker(everybodys=True, client=client)
     assert [(resource.kind, resource.is_this) for resource in found] == [
         ("app", False),
         ("endpoint", False),
@@ -100,6 +101,34 @@ def test_the_app_that_this_runs_in_is_marked_and_comes_last(stubbed, tmp_path, m
     ]
     assert "space lab" in found[-1].note
     assert "this notebook runs here" in str(found[-1])
+
+
+def test_by_default_only_one_s_own_is_listed_and_stopped(stubbed, tmp_path, monkeypatch):
+    """In an account that others use too: their apps, endpoints and jobs, and those that something else made, are left alone."""
+    client, stub = stubbed
+    here = tmp_path / "resource-metadata.json"
+    here.write_text(
+        json.dumps({"AppType": "JupyterLab", "DomainId": DOMAIN, "SpaceName": "lab", "ResourceName": "default"})
+    )
+    monkeypatch.setattr(studio, "STUDIO_METADATA", here)
+    monkeypatch.delenv("QLORA_MAKER")
+    assert maker() == f"{DOMAIN}/lab"
+    arns = {name: f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{name}" for name in ("mine", "hers", "product")}
+    job = {"TrainingJobName": "job", "TrainingJobArn": ARN, "CreationTime": MOMENT, "TrainingJobStatus": "InProgress"}
+    add_lists(
+        stub,
+        [app("default", "JupyterLab", SpaceName="lab"), app("default", "JupyterLab", SpaceName="other")],
+        endpoints=[endpoint(name, "InService") | {"EndpointArn": arn} for name, arn in arns.items()],
+        instances=[{"NotebookInstanceName": "boss", "NotebookInstanceArn": ARN}],
+        jobs=[job],
+    )
+    made = {arns["mine"]: f"{DOMAIN}/lab", arns["hers"]: f"{DOMAIN}/other"}
+    for arn in (*arns.values(), ARN, ARN):
+        tags = [{"Key": "team", "Value": "x"}] + ([{"Key": TAG, "Value": made[arn]}] if arn in made else [])
+        stub.add_response("list_tags", {"Tags": tags}, {"ResourceArn": arn})
+    found = list_sagemaker(client=client)
+    assert [(resource.kind, resource.name) for resource in found] == [("endpoint", "mine"), ("app", "default")]
+    assert found[1].is_this
 
 
 def test_stopping_shows_first_and_stops_nothing_without_confirm(stubbed, capsys):
@@ -126,7 +155,7 @@ def test_each_kind_is_stopped_by_its_own_call(stubbed):
             }
         ],
     )
-    found = list_sagemaker(client=client)
+    found = list_sagemaker(everybodys=True, client=client)
     lab = {"DomainId": DOMAIN, "SpaceName": "lab", "AppType": "JupyterLab", "AppName": "default"}
     board = {"DomainId": DOMAIN, "UserProfileName": "alice", "AppType": "TensorBoard", "AppName": "default"}
     stub.add_response("delete_app", {}, lab)
@@ -137,7 +166,17 @@ def test_each_kind_is_stopped_by_its_own_call(stubbed):
     stub.add_response("describe_endpoint", described, {"EndpointName": "demo"})
     stub.add_response("describe_endpoint_config", config, {"EndpointConfigName": "demo-config"})
     stub.add_response("delete_endpoint", {}, {"EndpointName": "demo"})
+    tags = {"Tags": [{"Key": TAG, "Value": "somebody"}]}
+    stub.add_response("list_tags", tags, {"ResourceArn": ARN})
     stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "demo-config"})
+    model = {
+        "ModelName": "demo-model",
+        "ModelArn": ARN,
+        "ExecutionRoleArn": "arn:aws:iam::1:role/a",
+        "CreationTime": MOMENT,
+    }
+    stub.add_response("describe_model", model, {"ModelName": "demo-model"})
+    stub.add_response("list_tags", tags, {"ResourceArn": ARN})
     stub.add_response("delete_model", {}, {"ModelName": "demo-model"})
     stub.add_response("stop_notebook_instance", {}, {"NotebookInstanceName": "nb"})
     stub.add_response("stop_training_job", {}, {"TrainingJobName": "job-1"})

@@ -107,7 +107,15 @@ def start(run: Run, objects: list[str], **more):
     )
     for _ in objects:
         s3_stub.add_response(
-            "put_object", {}, {"Bucket": "my-bucket", "Key": ANY, "Body": ANY, "ChecksumAlgorithm": ANY}
+            "put_object",
+            {},
+            {
+                "Bucket": "my-bucket",
+                "Key": ANY,
+                "Body": ANY,
+                "ChecksumAlgorithm": ANY,
+                "ExpectedBucketOwner": "123456789012",
+            },
         )
     stub.add_response("create_training_job", {"TrainingJobArn": "arn:aws:sagemaker:us-east-1:1:x/job-1"})
     with stub, s3_stub:
@@ -133,6 +141,7 @@ def test_a_job_uploads_code_and_settings_and_starts(run):
     name, request = start(run, ["source.tar.gz", "config.json"], environment={"HF_TOKEN": "secret"}, max_hours=2)
     assert name.startswith("my-run-1-2")
     assert request["CheckpointConfig"]["S3Uri"] == "s3://my-bucket/qlora/runs/my_run.1"
+    assert request["Tags"] == [{"Key": "qlora_helpers:made-by", "Value": "d-abc123/lab"}]
     assert request["AlgorithmSpecification"]["TrainingImage"].endswith("/pytorch:2.13-cu133-amzn2023-sagemaker")
     assert request["Environment"]["HF_TOKEN"] == "secret"
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
@@ -268,8 +277,7 @@ def test_the_script_installs_trains_and_delivers_the_adapter(tmp_path):
 
 def test_the_script_starts_several_processes(tmp_path):
     _, _, calls = run_job(tmp_path, processes=4)
-    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4"]
-    assert calls[1] == ["-m", *launcher, "-m", "qlora_helpers", "train", "demo"]
+    assert calls[1] == ["-m", "qlora_helpers", "train", "demo", "--processes", "4"]
 
 
 def test_a_failed_job_reports_its_last_lines(tmp_path):

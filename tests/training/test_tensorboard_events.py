@@ -52,6 +52,11 @@ def points(folder, tag) -> list[tuple[int, float]]:
     return [(event.step, pytest.approx(event.value)) for event in read(folder).Scalars(tag)]
 
 
+@pytest.fixture(autouse=True)
+def _bucket_is_named(monkeypatch):
+    monkeypatch.setenv("QLORA_BUCKETS", "bucket")
+
+
 class Bucket:
     """An S3 client that keeps what it is given, or fails as told."""
 

@@ -118,7 +118,7 @@ def test_an_adapter_file_without_weights_is_not_sealed(folder):
 def test_files_reach_the_disk_before_a_checkpoint_gets_its_name(folder, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: order.append("fsync") or fsync(handle))
-    monkeypatch.setattr(os, "replace", lambda *paths: order.append("replace") or replace(*paths))
+    monkeypatch.setattr(os, "replace", lambda *paths, **folders: order.append("replace") or replace(*paths, **folders))
     written = write(folder / UNFINISHED, 10, sealed=False)
     files = len(list(written.iterdir()))
     put_in_place(written)
@@ -276,14 +276,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(folder, monkeypatch):
     write(folder, 2)
     rename, calls = os.replace, []
 
-    def killed(source, target):
+    def killed(source, target, **folders):
         calls.append(source)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        rename(source, target)
+        rename(source, target, **folders)
 
     written = write(folder / UNFINISHED, 2, sealed=False)
-    monkeypatch.setattr("qlora_helpers.training.checkpoints.os.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     monkeypatch.setattr("qlora_helpers.training.checkpoints.verify", lambda path: None)  # it renames its seal too
     with pytest.raises(KeyboardInterrupt):
         put_in_place(written)

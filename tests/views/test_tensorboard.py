@@ -1,21 +1,26 @@
-"""TensorBoard's page: started, found by a browser, stopped."""
+"""TensorBoard's page: started, shown to who has its secret path alone, stopped."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
+import re
+import signal
+import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import psutil
 import pytest
 from fake_run import fake_run
 from tensorboardX import SummaryWriter
+from two_users import as_other_user, needs_root
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.views.tensorboard import TensorBoardPage, browser_url, start_tensorboard, tensorboard_arguments
+from qlora_helpers.views.tensorboard import TensorBoardPage, start_tensorboard, tensorboard_arguments
 
 
 def test_arguments_for_tensorboard(run):
@@ -46,16 +51,21 @@ def test_a_page_of_the_run_s_events_until_it_is_stopped(tmp_path):
     page = start_tensorboard(run, other)
     try:
         assert start_tensorboard(run, other) is page  # not one more each time the cell is run
-        assert repr(page) == f"TensorBoard of demo, other: http://127.0.0.1:{page.port}/ (stop() ends it)"
-        assert f'src="http://127.0.0.1:{page.port}/"' in page._repr_html_()
+        assert repr(page) == f"TensorBoard of demo, other: {page.url} (stop() ends it)"
+        assert re.fullmatch(rf"http://127.0.0.1:{page.port}/[0-9a-f]{{32}}/", page.url)
+        shown = page._repr_mimebundle_()
+        assert f'src="{page.url}"' in page._view.value
+        # What a notebook file keeps gives nobody access.
+        assert "application/vnd.jupyter.widget-view+json" in shown and page._token not in json.dumps(shown)
         assert os.getpgid(page._process.pid) != os.getpgid(0)  # an interrupted cell does not reach it
         assert {"scalars", "text", "hparams"} <= get(f"{page.url}data/plugins_listing").keys()
         until(lambda: sorted(get(f"{page.url}data/runs")) == ["demo", "other"])
     finally:
         page.stop()
     page.stop()
-    assert repr(page) == "TensorBoard of demo, other: stopped" in page._repr_html_()
-    assert "iframe" not in page._repr_html_()
+    assert repr(page) == "TensorBoard of demo, other: stopped" in page._repr_mimebundle_()["text/html"]
+    assert "iframe" not in page._view.value  # so nothing asks again for a port that is free
+    assert page._repr_mimebundle_().keys() == {"text/plain", "text/html"}
     with pytest.raises(ProcessLookupError):
         os.kill(page._process.pid, 0)
 
@@ -75,48 +85,70 @@ def test_what_tensorboard_says_where_it_does_not_start(monkeypatch):
         TensorBoardPage("demo", "s3://bucket/prefix")
 
 
-# the way of a browser
+@pytest.fixture
+def page(tmp_path):
+    run = fake_run(tmp_path)
+    with SummaryWriter(str(run.events_dir)) as writer:
+        writer.add_text("samples/1", "what a person wrote", 1)
+    with start_tensorboard(run) as page:
+        yield page
 
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, "http://127.0.0.1:6007/"),
-        ({"JUPYTERHUB_SERVICE_PREFIX": "/user/ada/"}, "/user/ada/proxy/6007/"),
-        ({"SAGEMAKER_APP_TYPE": "JupyterLab"}, "/jupyterlab/default/proxy/6007/"),
-        ({"SAGEMAKER_APP_TYPE_LOWERCASE": "jupyterlab"}, "/jupyterlab/default/proxy/6007/"),
-        ({"TENSORBOARD_PROXY_URL": "/a/%PORT%/", "SAGEMAKER_APP_TYPE": "JupyterLab"}, "/a/6007/"),
-        ({"JPY_PARENT_PID": "not a number"}, "http://127.0.0.1:6007/"),
-        ({"JPY_PARENT_PID": "999999999"}, "http://127.0.0.1:6007/"),
-    ],
-)
-def test_browser_url(environ, expected):
-    assert browser_url(6007, environ) == expected
-
-
-@pytest.mark.parametrize("has_proxy", [True, False])
-def test_through_the_jupyter_server_where_it_has_a_proxy(has_proxy, tmp_path, monkeypatch):
-    class Jupyter(BaseHTTPRequestHandler):
-        def do_GET(self):
-            knows_me = self.headers["Authorization"] == "token secret"
-            self.send_response(200 if has_proxy and knows_me and self.path == "/lab/base/proxy/6007/" else 404)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Jupyter)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def status(url: str) -> int:
     try:
-        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-        server_info = {
-            "url": f"http://127.0.0.1:{server.server_port}/lab/base/",
-            "base_url": "/lab/base/",
-            "token": "secret",
-        }
-        (tmp_path / "jpserver-42.json").write_text(json.dumps(server_info))
-        expected = "/lab/base/proxy/6007/" if has_proxy else "http://127.0.0.1:6007/"
-        assert browser_url(6007, {"JPY_PARENT_PID": "42"}) == expected
-    finally:
-        server.shutdown()
-        server.server_close()
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_only_who_knows_the_secret_path_sees_anything(page):
+    port = f"http://127.0.0.1:{page.port}"
+    assert status(page.url) == status(f"{page.url}data/plugins_listing") == 200
+    other = "0" * 32
+    for path in ("/", "/data/plugins_listing", f"/{other}/", f"/{page._token}", f"/{page._token[:-1]}/", f"//{other}/"):
+        assert status(port + path) == 404
+    assert status(f"{page.url}data/plugin/projector/runs") == 404  # it reads the files that events name
+
+
+def test_the_secret_is_in_no_command_line_and_no_second_port_is_open(page):
+    process = psutil.Process(page._process.pid)
+    family = [process, *process.children(recursive=True)]
+    assert page._token not in " ".join(part for each in family for part in each.cmdline())
+    listening = [each.laddr for one in family for each in one.net_connections("inet") if each.status == "LISTEN"]
+    assert listening == [("127.0.0.1", page.port)]  # TensorBoard's fast data server would open another
+
+
+@needs_root
+def test_another_user_is_shown_nothing(page):
+    code = "import sys, urllib.request as r\ntry: print(r.urlopen(sys.argv[1], timeout=30).read())\nexcept Exception as e: print(e)"
+    for path in ("/", "/data/plugin/text/tags", "/data/plugins_listing"):
+        done = as_other_user(code, f"http://127.0.0.1:{page.port}{path}")
+        assert "404" in done.stdout, done.stderr
+    seen = as_other_user(f"print(open('/proc/{page._process.pid}/cmdline').read())").stdout
+    assert "tensorboard_server" in seen and page._token not in seen
+
+
+def test_it_ends_when_the_kernel_is_killed(tmp_path):
+    run = fake_run(tmp_path)
+    run.events_dir.mkdir(exist_ok=True)
+    code = f"""
+import time
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.views.tensorboard import start_tensorboard
+print(start_tensorboard(Run({str(run.folder)!r}))._process.pid, flush=True)
+time.sleep(120)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as kernel:
+        server = psutil.Process(int(kernel.stdout.readline()))
+        kernel.send_signal(signal.SIGKILL)
+    assert psutil.wait_procs([server], 30)[1] == []
+
+
+def test_a_link_among_the_events_is_refused(tmp_path):
+    run = fake_run(tmp_path)
+    run.events_dir.mkdir(exist_ok=True)
+    (tmp_path / "secret").write_text("mine")
+    (run.events_dir / "metadata.tsv").symlink_to(tmp_path / "secret")
+    with pytest.raises(RunError, match="neither a regular file nor a folder"):
+        start_tensorboard(run)

@@ -77,7 +77,7 @@ def plan_text(found: Forecast) -> str:
         text = "the plan finds nothing that fits in one process"
     elif found.plan_is_faster:
         text = f"the plan's fastest: {choice!r}"
-    return text + (f"; in {several.copies} processes (torchrun, notebook 07): {several!r}" if several else "")
+    return text + (f"; in {several.copies} processes (notebook 07): {several!r}" if several else "")
 
 
 def consequences_html(found: Forecast) -> str:

@@ -277,7 +277,9 @@ def test_a_plan_of_several_processes_is_shown_but_not_applied(falcon_run):
     settings = ["model.name=tiiuae/falcon-7b", "train.gradient_accumulation_steps=4"]
     falcon_run.save_config(profile_config("demo").with_settings(settings))
     form = ConfigForm(falcon_run, gpus="4xL4")
-    assert form.forecast.several.copies == 4 and "4 processes (torchrun" in text(find(form.box, "qlora-consequences"))
+    assert form.forecast.several.copies == 4 and "4 processes (notebook 07" in text(
+        find(form.box, "qlora-consequences")
+    )
     form.view.plan_button.click()
     train = form.config.train
     assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
