@@ -65,7 +65,10 @@ def errors(options: argparse.Namespace) -> dict[str, Any]:
 
     loaded = loading.load_model(ModelConfig(name=options.model), say=lambda text: None)
     model = lora.add_adapters(loaded.model, AdapterConfig(r=16, lora_dropout=0.0), seed=0).train()
-    settings = DataConfig(source=options.data, seq_len_tokens=options.seq_len, eval_rows=options.eval_rows, seed=0)
+    settings = DataConfig(
+        **{"source": options.data, "seq_len_tokens": options.seq_len, "eval_rows": options.eval_rows, "seed": 0}
+        | options.settings
+    )
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
     opened = {"packed": True, "longest": options.seq_len, "compiled": False}
     named = [(path, weight) for path, weight in model.named_parameters() if weight.requires_grad]
@@ -201,6 +204,9 @@ def main() -> None:
     options.add_argument("--seq-len", type=int, default=512)
     options.add_argument("--eval-rows", type=int, default=100)
     options.add_argument("--learning-rate", type=float, default=1e-3)
+    options.add_argument("--answers", type=int, default=0, help="also score greedy answers to so many held-out rows")
+    options.add_argument("--answer-tokens", type=int, default=80)
+    options.add_argument("--settings", type=json.loads, default={}, help="more settings of the data, as JSON")
     options.add_argument("--no-errors", action="store_true")
     options.add_argument("--together", action="store_true", help="all trainings at once, without CUDA graphs")
     options.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -209,6 +215,8 @@ def main() -> None:
         found = one(chosen.one[0], int(chosen.one[1]), chosen)
         chosen.out.write_text(json.dumps(found), encoding="utf-8")
         return
+    import quality
+
     from qlora_helpers import workflow
 
     results: dict[str, Any] = {
@@ -218,6 +226,8 @@ def main() -> None:
         "blocks": chosen.blocks,
         "seq_len_tokens": chosen.seq_len,
         "learning_rate": chosen.learning_rate,
+        "settings": chosen.settings,
+        "answers": chosen.answers,
         "together": chosen.together,
         "versions": workflow.versions(),
         "runs": [],
@@ -243,6 +253,11 @@ def main() -> None:
             found = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {"exit_code": code}
             results["runs"].append(found)
             results["against_bfloat16"] = summary(results["runs"])
+            results["answers_against_bfloat16"] = {
+                variant: quality.answers_compared(results["runs"], "bfloat16", variant)
+                for variant in chosen.variants
+                if variant != "bfloat16"
+            }
             write()
     print(json.dumps(results["against_bfloat16"], indent=2))
 

@@ -37,7 +37,10 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
     loaded = loading.load_model(ModelConfig(name=options.model), say=lambda text: None)
     model = lora.add_adapters(loaded.model, AdapterConfig(r=16, lora_dropout=0.0), seed=seed)
-    settings = DataConfig(source=options.data, seq_len_tokens=options.seq_len, eval_rows=options.eval_rows, seed=0)
+    held_out = {"eval_rows": options.eval_rows, "test_rows": options.answers or 30}
+    settings = DataConfig(
+        **{"source": options.data, "seq_len_tokens": options.seq_len, "seed": 0} | held_out | options.settings
+    )
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
     config = TrainConfig(
         max_steps=options.steps,
@@ -52,7 +55,8 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     )
     with tempfile.TemporaryDirectory() as folder:
         result = train.train(model, loaded.tokenizer, data, config, Run(Path(folder)), show_progress=False)
-    return {
+    answers = answered(model, loaded.tokenizer, data, settings, options) if options.answers else {}
+    return answers | {
         "path": path,
         "seed": seed,
         "eval_loss": result.eval_loss,
@@ -65,6 +69,68 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "fp8": result.fp8,
         "fast_step": result.fast_step.splitlines(),
     }
+
+
+def answered(model: Any, tokenizer: Any, data: Any, settings: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Greedy answers to held-out rows: each row's scores, without any of its text, and what they amount to."""
+    from qlora_helpers.base.config import EvaluationConfig
+    from qlora_helpers.evaluation.evaluate import evaluate
+
+    config = EvaluationConfig(batch_size=32, max_new_tokens=options.answer_tokens, chat_baseline=False, few_shot=0)
+    found = evaluate(
+        model,
+        tokenizer,
+        data.test,
+        config,
+        template=settings.template,
+        max_tokens=options.seq_len,
+        train_answers=data.train_answers,
+        only=("tuned",),
+        progress=False,
+    )
+    rows = {
+        row["id"]: {key: value for key, value in row["answers"]["tuned"].items() if not isinstance(value, str)}
+        for row in found.rows
+    }
+    return {"metric": found.scoring.metric, "scores": found.to_dict()["scores"]["tuned"], "rows": rows}
+
+
+def answers_compared(runs: list[dict[str, Any]], first: str, second: str) -> dict[str, Any]:
+    """Paired bootstrap intervals of the scores that count, by seed and over all seeds' rows together.
+
+    One row's answers under several seeds are not independent of each other, so the interval over all is too narrow if anything.
+    """
+    from qlora_helpers.evaluation.scorecard import compare
+
+    by_path: dict[str, dict[int, Any]] = {first: {}, second: {}}
+    for run in runs:
+        if "rows" in run and run["path"] in by_path:
+            by_path[run["path"]][run["seed"]] = run
+    found: dict[str, Any] = {}
+    together = []
+    for seed in sorted(by_path[first].keys() & by_path[second].keys()):
+        one, other = by_path[first][seed], by_path[second][seed]
+        rows = [
+            {"id": f"{seed}/{name}", "answers": {first: one["rows"][name], second: other["rows"][name]}}
+            for name in one["rows"]
+        ]
+        together += rows
+        found[str(seed)] = _difference(compare(rows, first, second, metric=_metric(one["metric"])))
+    if together:
+        found["all"] = _difference(compare(together, first, second, metric=_metric(one["metric"])))
+    return found
+
+
+def _metric(name: str) -> Any:
+    from qlora_helpers.base.config import EvaluationConfig
+    from qlora_helpers.evaluation.metrics.choose import metric_for
+
+    return metric_for(EvaluationConfig(metric=name), (), ())[0]
+
+
+def _difference(comparison: Any) -> dict[str, Any]:
+    main = comparison[comparison.main]
+    return {"measure": main.measure, "first": main.first, "second": main.second, "low": main.low, "high": main.high}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -90,6 +156,9 @@ def main() -> None:
     options.add_argument("--seq-len", type=int, default=512)
     options.add_argument("--eval-rows", type=int, default=100)
     options.add_argument("--learning-rate", type=float, default=1e-3)
+    options.add_argument("--answers", type=int, default=0, help="also score greedy answers to so many held-out rows")
+    options.add_argument("--answer-tokens", type=int, default=80)
+    options.add_argument("--settings", type=json.loads, default={}, help="more settings of the data, as JSON")
     options.add_argument("--together", action="store_true")
     options.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -123,6 +192,7 @@ def main() -> None:
             found = json.loads(answer.read_text(encoding="utf-8")) if answer.exists() else {"exit_code": code}
             results["runs"].append(found)
             results["fast_against_plain"] = summary(results["runs"])
+            results["answers_fast_against_plain"] = answers_compared(results["runs"], *COMPARED)
             chosen.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results["fast_against_plain"], indent=2))
 
