@@ -47,7 +47,9 @@ def words(drawing: drawings.Drawing) -> list[str]:
 def extent(element: ElementTree.Element) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a text in DejaVu Sans, which is wider than the fonts of most systems."""
     mono = "monospace" in element.get("font-family", "")
-    font = FontProperties(family="DejaVu Sans Mono" if mono else "DejaVu Sans", weight=element.get("font-weight", "400"))
+    font = FontProperties(
+        family="DejaVu Sans Mono" if mono else "DejaVu Sans", weight=element.get("font-weight", "400")
+    )
     size = float(element.get("font-size", "0"))
     width, *_ = TextToPath().get_text_width_height_descent(element.text, font, False)
     width *= size / font.get_size_in_points()
