@@ -191,8 +191,8 @@ def test_together_the_gpus_hold_every_layer(way, gpus):
 def test_the_folder_is_that_of_a_run():
     run = Run("runs/example")
     paths = (
-        *(run.config_path, run.data_dir, run.plan_path, run.status_path, run.progress_path, run.requests_dir),
-        *(run.events_dir, run.checkpoints_dir, run.adapter_dir, run.evaluation_path, run.report_path),
+        *(run.config_path, run.data_dir, run.plan_path, run.status_path, run.progress_path, run.log_path),
+        *(run.requests_dir, run.events_dir, run.checkpoints_dir, run.adapter_dir, run.evaluation_path, run.report_path),
     )
     assert [name.rstrip("/") for name, *_ in machines.FOLDER] == [path.name for path in paths]
 

@@ -13,6 +13,7 @@ FOLDER = (
     ("plan.json", "the plan and the trainer", "you, the report"),
     ("status.json", "the trainer", "panel, list of runs"),
     ("progress.jsonl", "the trainer", "panel, charts, report"),
+    ("log.txt", "the trainer", "you, the panel"),
     ("requests/", "you, by a button", "the trainer"),
     ("events/", "the trainer", "TensorBoard"),
     ("checkpoints/", "the trainer", "the trainer, to resume"),
