@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import itertools
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
+import nbformat
 import pytest
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
@@ -214,3 +216,16 @@ def test_the_folder_is_that_of_a_run():
 def test_what_cannot_be_drawn_is_refused(wrong):
     with pytest.raises(UserError, match="can't be drawn; expected"):
         wrong()
+
+
+def test_pictures_that_notebooks_store_are_those_that_are_drawn_now():
+    found = set()
+    for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            call = re.search(r"^drawings\.(\w+)\((named=False)?\)$", cell.source, re.MULTILINE)
+            if call:
+                drawing = getattr(drawings, call[1])(**({"named": False} if call[2] else {}))
+                (stored,) = [output.data for output in cell.outputs if output.output_type == "execute_result"]
+                assert stored["text/html"] == drawing._repr_html_(), f"{path.stem}: store its outputs again"
+                found.add(call[1])
+    assert found == set(drawings.__all__) - {"Drawing"}, "a drawing that no notebook shows"

@@ -53,7 +53,7 @@ def masked_row(prompt: Sequence[str] = PROMPT, answer: Sequence[str] = ANSWER, *
     canvas.text(16, 24, "Each label is predicted from the tokens to its left. −100 means: this one does not count.")
     counted = sum(text != "−100" for text in texts)
     return canvas.finish(
-        "A row and what is trained of it",
+        "A row and which of its tokens are trained",
         f"A row has {len(tokens)} tokens: {len(prompt)} of the prompt, {len(answer)} of the answer, END, and {padding} of "
         f"padding. The labels of prompt and padding are -100, so they do not count in the loss. The answer and its END are "
         f"trained, {counted} tokens in all.",
