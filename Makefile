@@ -37,8 +37,9 @@ test-demo: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/python tests/run_all.py --only style
 
+# The root is this folder, so that the notebooks' links into docs/ lead somewhere.
 lab: $(VENV)/.installed
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/primer.ipynb
 
 # Runs all notebooks in the demo profile and stores their outputs.
 notebooks: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Runs the ten notebooks in order in the demo profile and stores their outputs.
+"""Runs the notebooks in order in the demo profile and stores their outputs.
 
     python tests/store_notebooks.py [NAME ...]      such as 04_train; all where none is named
 

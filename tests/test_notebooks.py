@@ -1,4 +1,4 @@
-"""What all ten notebooks have in common; that they run is nbval's business."""
+"""What all notebooks have in common; that they run is nbval's business."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import qlora_helpers
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_ten_in_order():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(10)]
+def test_there_are_ten_in_order_and_a_primer():
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [*(f"{number:02d}" for number in range(10)), "primer"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,0 +1,41 @@
+"""The primer: short texts, predictions that are answered only after the reader has committed one, and no profile."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import mean
+
+import nbformat
+import pytest
+
+PRIMER = Path(__file__).parent.parent / "notebooks" / "primer.ipynb"
+
+
+@pytest.fixture(scope="module", name="cells")
+def _cells():
+    return nbformat.read(PRIMER, as_version=4).cells
+
+
+def test_it_is_short(cells):
+    texts = [re.sub(r"\]\([^)]*\)|</?\w+>", "", cell.source) for cell in cells if cell.cell_type == "markdown"]
+    assert len(cells) <= 30
+    assert mean(len(re.findall(r"\w[\w.,’'-]*", text)) for text in texts) <= 90
+    assert max(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code") <= 15
+
+
+def test_every_prediction_has_a_place_for_it_and_hides_its_answer(cells):
+    asked = [at for at, cell in enumerate(cells) if "**Your prediction:**" in cell.source]
+    assert len(asked) >= 7
+    for at in asked:
+        place = cells[at + 1]
+        assert re.match(r"my_\w+(, my_\w+)* = ", place.source), "the answer's place is the cell's first line"
+        shown = place if place.outputs else cells[at + 2]
+        pictures = "four_curves(named=False)" in shown.source
+        assert pictures or shown.metadata.get("jupyter", {}).get("outputs_hidden"), "the answer is in plain sight"
+        question = cells[at].source.rpartition("**Your prediction:**")[2]
+        assert "<details>" not in question
+
+
+def test_it_says_the_same_in_every_profile(cells):
+    assert not any("QLORA_PROFILE" in cell.source or "open_run" in cell.source for cell in cells)
