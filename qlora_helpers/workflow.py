@@ -25,7 +25,7 @@ from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.run_model import RunModel
-from qlora_helpers.model.shapes.families import supports_packing
+from qlora_helpers.model.shapes.families import packing_refusal
 from qlora_helpers.planning import out_of_memory, run_plan
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs import sigterm
@@ -37,10 +37,11 @@ from qlora_helpers.runs.opening import existing_run, open_run, runs_root
 from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
-from qlora_helpers.training.checkpoints import refuse_other_than_trained_on
+from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
 from qlora_helpers.training.processes import is_main_process, main_process_first
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -90,22 +91,40 @@ def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
 
 
 def prepare_data(
-    run: Run, tokenizer: PreTrainedTokenizerBase, *, shape: dict[str, Any], say: Say = print
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shape: dict[str, Any],
+    model: torch.nn.Module | None = None,
+    say: Say = print,
 ) -> PreparedData:
     """Returns the run's labelled and packed data: what is saved if it still fits the settings, else prepares and saves it.
+
+    Rows are packed where the model keeps them from attending to each other. A proof on the loaded model decides that; before there
+    is one, its `config.json` does, and once the run has trained, the data that it trained on.
 
     Args:
         run: the run.
         tokenizer: the model's.
-        shape: the model's `config.json`, which decides whether packed rows can be kept from attending to each other.
+        shape: the model's `config.json`.
+        model: the loaded model that is about to train, with or without adapters.
         say: called with a line on what takes long.
 
     Raises:
         UserError: the data can't be used, its label report failed, or the run has trained on other data.
     """
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
-    can_pack = supports_packing(shape, run.config().data.seq_len_tokens)
-    return run_data(run, tokenizer, can_pack=can_pack)
+    config, forecast = run.config(), packing_refusal(shape)
+    if model is None or not config.data.packing or has_trained(run):
+        return run_data(run, tokenizer, no_packing=forecast, settled=True)
+    from qlora_helpers.training import row_isolation
+
+    longest, sequences = config.data.seq_len_tokens, config.train.micro_batch_size
+    no_packing = row_isolation.packing_refusal(model, longest, sequences)
+    if (no_packing is None) != (forecast is None):
+        why = "its rows are proved not to attend to each other" if no_packing is None else no_packing
+        log.info("rows are %s after all: %s", "packed" if no_packing is None else "padded", why)
+    return run_data(run, tokenizer, no_packing=no_packing)
 
 
 @out_of_memory.rescued
@@ -145,7 +164,7 @@ def train(
             model = add_adapters(run, loaded)
             undone.enter_context(removed_on_error(model))
         with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
-            data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
+            data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
         if is_main_process():
             _save_result(run, model, loaded, data, result)

@@ -1,8 +1,9 @@
 """Turns packed or padded sequences into a batch of tensors: tokens, what each may attend to, and what is trained.
 
 A `SequenceCollator` has two parts, since models read batches in several forms. `attention` keeps the rows of a batch apart:
-`PaddingMask`, `BlockDiagonalMask` or, for the fast step, `RowBounds`. `targets` says where the loss is computed: `AllLogits`,
-`KeptLogits` or, for the fast step, `TrainedTokens`. `training.step.make_collator` chooses the parts that fit a model.
+`PaddingMask`, `BlockDiagonalMask`, `RestartedPositions`, `LayerMasks` or, for the fast step, `RowBounds`. `targets` says where the
+loss is computed: `AllLogits`, `KeptLogits` or, for the fast step, `TrainedTokens`. `training.step.make_collator` chooses the parts
+that fit a model.
 """
 
 from __future__ import annotations
@@ -47,18 +48,66 @@ class BlockDiagonalMask:
 
 
 @dataclass(frozen=True)
+class RestartedPositions:
+    """Attention for packed rows that do not attend to each other, by positions alone.
+
+    From positions that restart, transformers builds the mask of each kind of layer, sliding windows included; a mask of ours would
+    take their place.
+
+    Args:
+        with_state: whether the model's recurrent layers are told where rows start (`row_state`).
+    """
+
+    with_state: bool = False
+
+    def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
+        """Returns `position_ids`, `(batch, tokens)`, and where asked for the tensors of `row_state`."""
+        return {"position_ids": positions_in_row(segments)} | (row_state(segments) if self.with_state else {})
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """Attention for packed rows that do not attend to each other, by positions and one mask for each kind of layer.
+
+    For models with sliding windows that build no masks from positions (gpt-oss).
+
+    Args:
+        window: tokens that a token of a sliding layer sees, itself included.
+        dtype: as for `BlockDiagonalMask`.
+    """
+
+    window: int
+    dtype: torch.dtype | None = None
+
+    def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
+        """Returns `position_ids`, `(batch, tokens)`, and `attention_mask`, `(batch, 1, tokens, tokens)` for each kind of layer."""
+        whole = block_diagonal_mask(segments)
+        masks = {"full_attention": whole, "sliding_attention": whole.triu(1 - self.window)}
+        return {
+            "position_ids": positions_in_row(segments),
+            "attention_mask": {kind: _as_mask(mask, self.dtype) for kind, mask in masks.items()},
+        }
+
+
+@dataclass(frozen=True)
 class RowBounds:
     """Attention for packed rows that do not attend to each other, by where rows start (`fast_step.block_diagonal`).
 
     Args:
         most_rows: rows in the fullest sequence, padding counted as one (`most_rows`).
+        with_state: whether the model's recurrent layers are told where rows start (`row_state`).
     """
 
     most_rows: int
+    with_state: bool = False
 
     def tensors(self, segments: torch.Tensor) -> dict[str, Any]:
         """Returns `position_ids`, `(batch, tokens)`, and `row_starts`, `(batch * most_rows + 1,)`."""
-        return {"position_ids": positions_in_row(segments), "row_starts": row_starts(segments, self.most_rows)}
+        state = row_state(segments) if self.with_state else {}
+        return {
+            "position_ids": positions_in_row(segments),
+            "row_starts": row_starts(segments, self.most_rows),
+        } | state
 
 
 @dataclass(frozen=True)
@@ -112,7 +161,7 @@ class TrainedTokens:
         return {"trained_index": index, "trained_labels": flat[index]}
 
 
-Attention = PaddingMask | BlockDiagonalMask | RowBounds
+Attention = PaddingMask | BlockDiagonalMask | RestartedPositions | LayerMasks | RowBounds
 Targets = AllLogits | KeptLogits | TrainedTokens
 
 
@@ -219,6 +268,26 @@ def row_starts(segments: torch.Tensor, most_rows: int) -> torch.Tensor:
     starts = torch.full((batch * most_rows + 1,), batch * tokens, dtype=torch.int32)
     starts[: len(found)] = found.to(torch.int32)
     return starts
+
+
+def row_state(segments: torch.Tensor) -> dict[str, Any]:
+    """Where rows start, in the forms that kernels of recurrent layers take (Mamba 2, gated delta rule, short convolutions).
+
+    Args:
+        segments: `(batch, tokens)`, the row's number at each token; padding is 0 and counts as a row of its own.
+
+    Returns:
+        `seq_idx`, `(batch, tokens)`, int32, and for a batch of one sequence, as those kernels require, `cu_seq_lens_q` and
+        `cu_seq_lens_k`, `(rows + 1,)`, int32.
+    """
+    import torch
+
+    begins = _begins(segments)
+    found = {"seq_idx": (begins.cumsum(dim=1) - 1).to(torch.int32)}
+    if len(segments) == 1:
+        starts = torch.cat([begins[0].nonzero().squeeze(1), torch.tensor([segments.shape[1]])]).to(torch.int32)
+        found |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    return found
 
 
 def positions_in_row(segments: torch.Tensor) -> torch.Tensor:

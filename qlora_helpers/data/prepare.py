@@ -37,7 +37,7 @@ FIRST_SETTINGS = (
 
 
 def prepare(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, can_pack: bool = True
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, no_packing: str | None = None
 ) -> PreparedData:
     """Labels and packs a corpus.
 
@@ -45,15 +45,15 @@ def prepare(
         corpus: examples in three splits.
         tokenizer: the model's, with a padding token of its own.
         config: template, labels, `seq_len_tokens`.
-        can_pack: False for a model whose packed rows would attend to each other; rows are then padded, with a note.
+        no_packing: why the model's rows can't be packed, a sentence; rows are then padded, and a note says why.
 
     Raises:
         DataError: a row is longer than `seq_len_tokens` and `long_rows` is `refuse`, or nothing is left to train on.
     """
     notes = list(corpus.notes)
-    packed = config.packing and can_pack
-    if config.packing and not can_pack:
-        notes.append("packed rows of this model would attend to each other, so rows are padded instead")
+    packed = config.packing and no_packing is None
+    if config.packing and no_packing is not None:
+        notes.append(f"rows of this model are padded instead of packed: {no_packing}")
     train, report = _sequences(corpus.train, tokenizer, config, packed, notes)
     evaluation, eval_report = _sequences(corpus.eval, tokenizer, config, packed, notes)
     if not report.rows or not eval_report.rows:
@@ -148,7 +148,7 @@ def fingerprint(
     Args:
         config: the data settings. The path of files counts for nothing: the same rows are the same under another name.
         tokenizer: the model's.
-        can_pack: see `prepare`.
+        can_pack: whether rows may be packed.
         content: digest of the source's files; None takes it of the files that are there.
     """
     content = content_digest(config.source) if content is None else content
@@ -242,7 +242,8 @@ def prepared(
     folder: Path,
     *,
     read: Callable[[DataConfig], Corpus],
-    can_pack: bool = True,
+    no_packing: str | None = None,
+    settled: bool = False,
 ) -> PreparedData:
     """Returns the run's prepared data: those on disk if they still fit the settings, else newly made and saved.
 
@@ -253,14 +254,19 @@ def prepared(
         tokenizer: the model's.
         folder: the run's `data/`.
         read: reads the source (`sources.read_corpus`).
-        can_pack: see `prepare`.
+        no_packing: see `prepare`.
+        settled: whether data on disk may be packed or padded as they are, since a proof on the loaded model chose that.
     """
     content, saved = content_digest(config.source), read_prepared_file(folder)
     if content is None and saved is not None and saved.named == config.source:
         content = saved.content or None
+    can_pack = no_packing is None
+    for choice in (can_pack, not can_pack) if settled else (can_pack,):
+        mark = fingerprint(config, tokenizer, can_pack=choice, content=content)
+        data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, choice))
+        if data is not None:
+            return data
+    data = prepare(read(config), tokenizer, config, no_packing=no_packing)
     mark = fingerprint(config, tokenizer, can_pack=can_pack, content=content)
-    data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, can_pack))
-    if data is None:
-        data = prepare(read(config), tokenizer, config, can_pack=can_pack)
-        save_prepared(data, folder, mark, named=config.source, content=content or "")
+    save_prepared(data, folder, mark, named=config.source, content=content or "")
     return data

@@ -50,19 +50,21 @@ def _with_bar(config: DataConfig) -> Corpus:
     return read_corpus(config, progress=partial(tqdm, leave=False, delay=BAR_AFTER_S, disable=None))
 
 
-def run_data(run: Run, tokenizer: PreTrainedTokenizerBase, *, can_pack: bool) -> PreparedData:
+def run_data(
+    run: Run, tokenizer: PreTrainedTokenizerBase, *, no_packing: str | None, settled: bool = False
+) -> PreparedData:
     """Returns the run's labelled and packed data: what is saved if it still fits the settings, else prepares and saves it.
 
     Args:
         run: the run.
         tokenizer: the model's.
-        can_pack: whether the model can keep packed rows from attending to each other.
+        no_packing, settled: as for `prepare.prepared`.
 
     Raises:
         DataError: the source can't be read or used.
         UserError: the label report failed.
     """
-    data = prepared(run.config().data, tokenizer, run.data_dir, read=_once, can_pack=can_pack)
+    data = prepared(run.config().data, tokenizer, run.data_dir, read=_once, no_packing=no_packing, settled=settled)
     if not data.report.passed:
         raise UserError(
             "the label report failed: " + "; ".join(data.report.problems),

@@ -1,9 +1,9 @@
-"""Replaces parts of a model for a while: a module's `forward`, or the attention that its layers ask for by name."""
+"""Replaces a module's forward pass for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,28 +24,3 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any], undo: 
     else:
         undo.callback(delattr, module, "forward")
     module.forward = forward
-
-
-@contextmanager
-def attention_replaced(model: torch.nn.Module, name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """While open, layers that use transformers' sdpa attention use this one instead. It works for every model but Falcon.
-
-    Args:
-        model: a transformers model.
-        name: its name in the registry.
-        attention: as transformers calls it, with queries, keys and values of `(batch, heads, tokens, head_dim)`.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    changed = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
-    for config in changed:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"

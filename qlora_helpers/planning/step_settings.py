@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
-from qlora_helpers.model.shapes.families import adapter_targets, supports_packing
+from qlora_helpers.model.shapes.families import adapter_targets, packing_refusal
 from qlora_helpers.model.shapes.sizes import adapter_parameters
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
@@ -133,8 +133,8 @@ def sequences_per_step(train: TrainConfig) -> int:
 
 
 def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
-    """Whether rows will be packed: asked for, and the model supports block-diagonal attention."""
-    return config.data.packing and supports_packing(shape, config.data.seq_len_tokens)
+    """Whether rows will be packed: asked for, and the model's `config.json` says nothing against it."""
+    return config.data.packing and packing_refusal(shape) is None
 
 
 def may_capture(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:

@@ -238,6 +238,11 @@ def _fingerprint(path: Path) -> list[int | str]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
+def has_trained(run: Run) -> bool:
+    """Whether a run has a checkpoint or an adapter, so that its data can't change any more."""
+    return bool(all_checkpoints(run.checkpoints_dir)) or (run.adapter_dir / "config.json").exists()
+
+
 def refuse_other_than_trained_on(run: Run, marks: dict[str, str] | None = None) -> dict[str, Any]:
     """Refuses settings and marks other than those of the newest checkpoint, or of the adapter where there is none.
 

@@ -31,7 +31,9 @@ from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import StepSettings, may_capture
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 from qlora_helpers.training.fp8_proof import prove_fp8
-from qlora_helpers.training.probes import check_block_diagonal, check_same_losses, probe_losses
+from qlora_helpers.training.probes import check_same_losses, probe_losses
+from qlora_helpers.training.proving import values_rounded_anew
+from qlora_helpers.training.row_isolation import check_isolation, has_state, plain_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,10 +77,8 @@ def _attention_for(model: torch.nn.Module, data: PreparedData, fast: FastStep | 
     if not data.packed:
         return batches.PaddingMask()
     if fast and fast.block_diagonal:
-        return batches.RowBounds(most_rows(data.train, data.eval))
-    inner = base_model_of(model)
-    eager = getattr(inner.config, "_attn_implementation", "sdpa") == "eager"
-    return batches.BlockDiagonalMask(inner.dtype if eager else None)
+        return batches.RowBounds(most_rows(data.train, data.eval), has_state(base_model_of(model)))
+    return plain_attention(model, data.seq_len_tokens)
 
 
 def open_fast_step(
@@ -86,13 +86,16 @@ def open_fast_step(
 ) -> contextlib.AbstractContextManager[FastStep]:
     """Opens the fast step as the settings ask for it, and proves it on the loaded model before training."""
     longest = data.seq_len_tokens if data.packed else max(map(len, data.train["input_ids"]))
-    plain = probe_losses(model, make_collator(model, tokenizer, data), None)
+    plainly = make_collator(model, tokenizer, data)
+    plain = probe_losses(model, plainly, None)
+    with values_rounded_anew(base_model_of(model)):
+        rounded = probe_losses(model, plainly, None)
 
     def check(on: FastStep) -> None:
         collator = make_collator(model, tokenizer, data, fast=on)
         if data.packed:
-            check_block_diagonal(model, collator)
-        check_same_losses(probe_losses(model, collator, on.loss), plain)
+            check_isolation(model, collator, longest=longest)
+        check_same_losses(probe_losses(model, collator, on.loss), plain, rounded)
         _check_fp8(on, model, data, collator, config, no_fp8)
 
     compiled, checkpointed, no_fp8 = _choose(model, data, config, longest)

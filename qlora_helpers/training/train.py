@@ -30,8 +30,8 @@ from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
-from qlora_helpers.training.probes import check_block_diagonal
 from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
+from qlora_helpers.training.row_isolation import check_isolation
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
 
@@ -104,7 +104,7 @@ def _make_trainer(
         model, tokenizer, data, fast=fast, sequences=config.micro_batch_size if one_shape else None
     )
     if data.packed and fast is None:
-        check_block_diagonal(model, collator)
+        check_isolation(model, collator, longest=data.seq_len_tokens)
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     half = None if on_cpu else half_of(model)
     args = training_arguments(config, run, on_cpu=on_cpu, half=half, fast=fast is not None)

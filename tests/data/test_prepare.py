@@ -57,11 +57,12 @@ def test_packing_saves_sequences(corpus, tokenizer):
 
 
 def test_a_model_that_can_not_pack_gets_padded_rows(corpus, tokenizer):
-    made = prepare(corpus, tokenizer, DataConfig(seq_len_tokens=128), can_pack=False)
+    made = prepare(corpus, tokenizer, DataConfig(seq_len_tokens=128), no_packing="its rows leak")
     assert not made.packed
     assert len(made.train) == 4
-    assert made.notes == ("packed rows of this model would attend to each other, so rows are padded instead",)
-    assert prepare(corpus, tokenizer, DataConfig(packing=False, seq_len_tokens=128), can_pack=False).notes == ()
+    assert made.notes == ("rows of this model are padded instead of packed: its rows leak",)
+    config = DataConfig(packing=False, seq_len_tokens=128)
+    assert prepare(corpus, tokenizer, config, no_packing="its rows leak").notes == ()
 
 
 @pytest.fixture
@@ -161,9 +162,19 @@ def test_data_are_made_once_and_again_where_settings_changed(corpus, tokenizer, 
     again = prepared(config, tokenizer, tmp_path / "data", read=read)
     assert len(reads) == 1
     assert again.train.to_list() == first.train.to_list()
-    prepared(dataclasses.replace(config, loss_on="all"), tokenizer, tmp_path / "data", read=read)
-    prepared(dataclasses.replace(config, loss_on="all"), tokenizer, tmp_path / "data", read=read, can_pack=False)
+    config = dataclasses.replace(config, loss_on="all")
+    prepared(config, tokenizer, tmp_path / "data", read=read)
+    prepared(config, tokenizer, tmp_path / "data", read=read, no_packing="its rows leak")
     assert len(reads) == 3
+
+
+def test_what_a_proof_chose_stays_once_it_is_settled(corpus, tokenizer, tmp_path):
+    """`config.json` alone would have rows packed; the proof on the loaded model had them padded."""
+    config, folder = DataConfig(seq_len_tokens=128), tmp_path / "data"
+    prepared(config, tokenizer, folder, read=lambda config: corpus, no_packing="its rows leak")
+    assert not prepared(config, tokenizer, folder, read=lambda config: corpus, settled=True).packed
+    assert prepared(config, tokenizer, folder, read=lambda config: corpus).packed
+    assert prepared(config, tokenizer, folder, read=None, no_packing="forecast", settled=True).packed
 
 
 def test_a_failed_preparation_leaves_what_was_there(corpus, tokenizer, tmp_path, monkeypatch):

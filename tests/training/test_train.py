@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -25,14 +26,15 @@ from qlora_helpers.data import batches
 from qlora_helpers.data.batches import AllLogits, BlockDiagonalMask, KeptLogits, PaddingMask, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.lora import add_adapters
-from qlora_helpers.model.wiring import row_losses
+from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.fast_step import loss as token_loss
-from qlora_helpers.training.probes import check_block_diagonal
+from qlora_helpers.training.fast_step import parts
+from qlora_helpers.training.row_isolation import check_isolation
 from qlora_helpers.training.step import make_collator
 from qlora_helpers.training.train import SummaryTrainer, train
 
@@ -687,28 +689,48 @@ def test_float16_gradients_that_overflow_at_every_step_stop_it_over_two_sessions
     assert [line["step"] for line in run.progress()][-1] == 35
 
 
-@pytest.mark.parametrize("fast_step", [True, False])
-def test_rows_that_attend_to_each_other_stop_before_training(teach, run, monkeypatch, fast_step):
+def test_rows_that_attend_to_each_other_stop_before_training(teach, run, monkeypatch):
     def leaking_mask(segments):
         return torch.ones(*segments.shape, segments.shape[1]).tril()[:, None].bool()
 
+    monkeypatch.setattr(batches, "block_diagonal_mask", leaking_mask)
+    with pytest.raises(ModelError, match=r"lets packed rows attend to each other; expected .* Set data.packing=false"):
+        teach(fast_step=False)
+    assert not run.status_path.exists()
+
+
+def test_rows_that_the_kernel_lets_attend_to_each_other_get_a_mask(teach, monkeypatch):
     def one_row(segments, most_rows):
         return torch.tensor([0, segments.numel()], dtype=torch.int32)
 
-    monkeypatch.setattr(
-        batches, "row_starts" if fast_step else "block_diagonal_mask", one_row if fast_step else leaking_mask
-    )
-    with pytest.raises(ModelError, match=r"lets packed rows attend to each other; expected .* Set data.packing=false"):
-        teach(fast_step=fast_step)
-    assert not run.status_path.exists()
+    monkeypatch.setattr(batches, "row_starts", one_row)
+    _, result = teach(max_steps=1)
+    assert "off  block-diagonal attention" in result.fast_step and "its rows reach each other" in result.fast_step
 
 
 def test_a_fast_step_with_other_losses_stops_before_training(teach, run, monkeypatch):
-    right = token_loss.token_losses
-    monkeypatch.setattr(token_loss, "token_losses", lambda hidden, *args, **more: right(hidden * 2, *args, **more))
+    """Where no part's own proof saw it: a part that makes every value of a layer a thousandth larger."""
+
+    @contextlib.contextmanager
+    def larger(model):
+        layer = decoder_layers(model)[0]
+        hook = layer.register_forward_hook(lambda module, args, out: out * 1.001)
+        yield
+        hook.remove()
+
+    place = parts.PARTS.index(parts.CHECK)
+    wrong = parts.Part("larger", lambda request, on: larger(request.inner))
+    monkeypatch.setattr(parts, "PARTS", (*parts.PARTS[:place], wrong, *parts.PARTS[place:]))
     with pytest.raises(ModelError, match=r"does not give this model's own losses; .* Set train.fast_step=false"):
         teach()
     assert not run.status_path.exists()
+
+
+def test_a_loss_in_chunks_that_is_not_the_model_s_is_off_with_its_reason(teach, monkeypatch):
+    right = token_loss.token_losses
+    monkeypatch.setattr(token_loss, "token_losses", lambda hidden, *args, **more: right(hidden * 1.01, *args, **more))
+    _, result = teach(max_steps=1)
+    assert "off  loss in chunks" in result.fast_step and "differs from the loss in chunks by" in result.fast_step
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
@@ -742,7 +764,7 @@ def test_the_fast_step_trains_the_plain_steps_adapter(teach, tmp_path, packing, 
 def test_block_diagonal_attention_in_bfloat16(tokenizer, data, attention):
     """Rounding does not count as a leak."""
     model = tiny_llama(attn_implementation=attention).to(torch.bfloat16)
-    changed, apart = check_block_diagonal(model, make_collator(model, tokenizer, data))
+    changed, apart = check_isolation(model, make_collator(model, tokenizer, data), longest=128)
     assert changed == 0
     assert apart < 0.05
 

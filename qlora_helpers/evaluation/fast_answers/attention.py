@@ -7,17 +7,16 @@ also stores the copies in its cache; here it does not.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from qlora_helpers.model.patching import attention_replaced, replace_forward
-from qlora_helpers.model.wiring import base_model_of, split_falcon_heads
+from qlora_helpers.model.attention import AttentionTerms, UnsupportedAttentionError, attention_replaced
+from qlora_helpers.model.wiring import base_model_of
 
 NAME = "shared_keys"
 
@@ -66,68 +65,27 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
     if text._attn_implementation != "sdpa" or getattr(text, "attn_logit_softcapping", None):
         yield False
         return
-    with ExitStack() as undo:
-        if text.model_type == "falcon":
-            for module in inner.modules():
-                if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
-                    replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
-        else:
-            undo.enter_context(attention_replaced(inner, NAME, _attention()))
+    is_falcon = text.model_type == "falcon"  # whose cache then holds as few heads from the first token on
+
+    def takes(module: torch.nn.Module, tokens: int, mask: Any) -> bool:
+        return is_falcon or (tokens == 1 and mask is not None)
+
+    with attention_replaced(inner, NAME, _attend, takes):
         yield True
 
 
-def _attention() -> Callable[..., Any]:
-    """Makes the function for transformers' registry of attention functions."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        if query.shape[2] != 1 or attention_mask is None or kwargs.get("position_bias") is not None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2), None
-
-    return attention
-
-
-def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a forward of Falcon's attention layer whose cache holds only as many heads of keys as the model has."""
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-
-    def forward(
-        self: Any,
-        hidden_states: torch.Tensor,
-        alibi: Any = None,
-        attention_mask: Any = None,
-        *args: Any,
-        layer_past: Any = None,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        if alibi is not None or args:
-            return original(
-                hidden_states,
-                alibi,
-                attention_mask,
-                *args,
-                layer_past=layer_past,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-        query, key, value = split_falcon_heads(self, self.query_key_value(hidden_states))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-        query, key, value = (
-            rearrange(x, "batch tokens heads dim -> batch heads tokens dim") for x in (query, key, value)
-        )
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
-        out = attend(query, key, value, attention_mask)
-        return self.dense(rearrange(out, "batch heads tokens dim -> batch tokens (heads dim)")), None
-
-    return forward
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    terms: AttentionTerms,
+) -> torch.Tensor:
+    if terms.softcap is not None or terms.sinks is not None:  # a window is in the mask
+        raise UnsupportedAttentionError("its layers ask for a soft-cap or for sinks")
+    query, key, value = (
+        rearrange(part, "batch tokens heads dim -> batch heads tokens dim") for part in (query, key, value)
+    )
+    out = attend(query, key, value, mask, scale=terms.scale)
+    return rearrange(out, "batch heads tokens dim -> batch tokens heads dim")

@@ -38,24 +38,60 @@ def adapter_targets(config: dict[str, Any]) -> tuple[str, ...] | None:
     return ADAPTER_TARGETS.get(str(config.get("model_type")))
 
 
-def supports_packing(config: dict[str, Any], seq_len_tokens: int) -> bool:
-    """Whether packed rows can be isolated by block-diagonal attention and restarted positions.
+_RECURRENT = (
+    "mamba_d_state",
+    "ssm_state_size",
+    "state_size",
+    "lru_width",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "conv_L_cache",
+    "linear_attn_config",
+)
+_RECURRENT_KINDS = ("linear", "mamba", "conv", "recurrent", "hybrid")
+ALIBI = "its positions are biases of the attention scores (ALiBi), which can't restart with each row"
 
-    False where positions are not an input: ALiBi (BLOOM, Falcon-RW) builds its bias from a two-dimensional mask, and OPT counts its
-    positions from a mask. False also where a sliding window is shorter than the packed sequence, since our mask would replace it.
-    Such models are trained on padded rows. A True is proved on the loaded model before training (`probes.check_block_diagonal`).
+
+def is_recurrent(config: dict[str, Any]) -> bool:
+    """Whether some layers carry a state from token to token: state-space layers, linear attention, short convolutions.
 
     Args:
         config: a model's `config.json`.
-        seq_len_tokens: length of a packed sequence.
     """
-    family = str(config.get("model_type"))
-    if family not in ADAPTER_TARGETS or family in ("bloom", "opt") or config.get("alibi"):
-        return False
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return True
-    return isinstance(window, int | float) and window >= seq_len_tokens
+    lists = (config.get(name) for name in ("layer_types", "layers_block_type", "block_types"))
+    kinds = next((kinds for kinds in lists if isinstance(kinds, list | tuple) and kinds), None)
+    if kinds is not None:
+        return any(part in str(kind) for kind in kinds for part in _RECURRENT_KINDS)
+    return any(config.get(name) is not None for name in _RECURRENT)
+
+
+def uses_alibi(config: dict[str, Any]) -> bool:
+    """Whether positions are biases of the attention scores (Press et al. 2021, arXiv:2108.12409): BLOOM, MPT, Falcon-RW.
+
+    Args:
+        config: a model's `config.json`.
+    """
+    nested = config.get("attn_config")
+    if config.get("model_type") == "mpt":
+        return bool(nested.get("alibi", True)) if isinstance(nested, dict) else True
+    return config.get("model_type") == "bloom" or bool(config.get("alibi"))
+
+
+def packing_refusal(config: dict[str, Any]) -> str | None:
+    """Says why a model's rows will probably be padded instead of packed, as far as `config.json` tells, or None.
+
+    A forecast for plans and forms: once a model is loaded, a proof on it decides (`training.row_isolation`).
+
+    Args:
+        config: a model's `config.json`.
+    """
+    if not isinstance(config.get("model_type"), str):
+        return "its config.json names no model type"
+    if uses_alibi(config):
+        return ALIBI
+    if is_recurrent(config):
+        return "its recurrent layers carry their state from row to row"
+    return None
 
 
 _ADDED_LAST = {

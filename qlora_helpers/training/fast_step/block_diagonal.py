@@ -2,14 +2,14 @@
 
 A block-diagonal mask costs work for every pair of tokens in the packed sequence, also for pairs from two rows. Here each row is a
 short sequence of its own: on a GPU, FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) takes all rows at once; on
-a CPU, each row takes one causal call. The starts of the rows reach the layers beside the model's own arguments, so this also
-works for models that pass nothing of the kind to their layers (Falcon).
+a CPU, each row takes one causal call. Sliding windows and attention sinks are computed too, and soft-caps on a CPU. The starts of
+the rows reach the layers beside the model's own arguments, so this also works for models that pass nothing of the kind to their
+layers (Falcon).
 """
 
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -19,10 +19,18 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from qlora_helpers.model.patching import attention_replaced, replace_forward
-from qlora_helpers.model.wiring import split_falcon_heads
+from qlora_helpers.data.batches import RowBounds
+from qlora_helpers.model.attention import (
+    REPLACEABLE,
+    AttentionTerms,
+    UnsupportedAttentionError,
+    attention_replaced,
+)
+from qlora_helpers.training.proving import why_it_fails
+from qlora_helpers.training.row_isolation import has_state, prove_isolation
 
 NAME = "block_diagonal"
+WIDEST_HEAD = 256  # values of a head that the variable-length kernel takes
 
 
 class RowStarts:
@@ -40,7 +48,11 @@ class RowStarts:
 
 
 def attend_within_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, *, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowStarts,
+    terms: AttentionTerms = AttentionTerms(),  # noqa: B008 (a tuple never changes)
 ) -> torch.Tensor:
     """Computes causal attention in which a token sees only the tokens of its own row.
 
@@ -48,10 +60,13 @@ def attend_within_rows(
         query: `(batch, tokens, heads, head_dim)`.
         key, value: `(batch, tokens, kv_heads, head_dim)`; `heads` is a multiple of `kv_heads`.
         rows: where rows start in the flattened batch.
-        scale: factor of the attention scores; None takes `head_dim ** -0.5`.
+        terms: scale, window, soft-cap and sinks.
 
     Returns:
         `(batch, tokens, heads, head_dim)`.
+
+    Raises:
+        UnsupportedAttentionError: the GPU's kernel doesn't compute this.
     """
     batch = query.shape[0]
     # A view would keep the whole fused projection for the backward pass.
@@ -59,12 +74,17 @@ def attend_within_rows(
     query, key, value = (
         rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)
     )
-    attend = _by_kernel if query.is_cuda else _row_by_row
-    out = attend(query, key, value, rows, scale)
+    windowed = terms.window is not None and terms.window < rows.longest
+    if windowed or terms.softcap is not None or terms.sinks is not None:
+        attend_on = _by_kernel_on_terms if query.is_cuda else _row_by_row_on_terms
+        out = attend_on(query, key, value, rows, terms)
+    else:
+        attend = _by_kernel if query.is_cuda else _row_by_row
+        out = attend(query, key, value, rows, terms.scale)
     return rearrange(out, "(batch tokens) heads dim -> batch tokens heads dim", batch=batch)
 
 
-def kernel_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def kernel_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Says why the variable-length kernel can't run, or None where it can. A CPU needs no kernel."""
     if device.type == "cpu":
         return None
@@ -74,29 +94,31 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"variable-length attention takes 16-bit types, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "variable-length attention needs a GPU of compute capability 8.0 or newer"
-    if head_dim > 256:
-        return f"variable-length attention takes heads of at most 256 values, not {head_dim}"
     return None
 
 
-def block_diagonal_refusal(model: torch.nn.Module) -> str | None:
-    """Says why a model's attention can't be replaced by this one, or None where it can.
+def block_diagonal_refusal(model: torch.nn.Module, longest: int) -> str | None:
+    """Says why a model's attention can't be replaced by this one, or None where it is proved on the model that it can.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
+        longest: an upper bound on a row's tokens.
     """
     text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    refusal = kernel_refusal(model.get_input_embeddings().weight.device, model.dtype, head_dim)
+    refusal = kernel_refusal(model.get_input_embeddings().weight.device, model.dtype)
     if refusal is not None:
         return refusal
-    if text._attn_implementation != "sdpa":
-        return f"attention is {text._attn_implementation}: only sdpa's is replaced"
-    if getattr(text, "attn_logit_softcapping", None):
-        return "the model bounds its attention scores (soft-capping), which the kernel does not"
-    if getattr(text, "attention_dropout", 0.0):
+    if text._attn_implementation not in REPLACEABLE:
+        return f"attention is {text._attn_implementation}: only {' and '.join(REPLACEABLE)} are replaced"
+    if any("drop" in name and "att" in name and share for name, share in text.to_dict().items()):
         return "the model drops attention scores while it trains, which the kernel does not"
-    return None
+
+    def attempt() -> None:
+        with block_diagonal_attention(model, longest=longest):
+            prove_isolation(model, RowBounds(2, has_state(model)), longest)
+
+    why = why_it_fails(attempt, "it fails with block-diagonal attention")
+    return None if why is None else f"no block-diagonal attention without a mask: {why}"
 
 
 def _by_kernel(
@@ -104,6 +126,7 @@ def _by_kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    _check_width(query)
     grouped = {"enable_gqa": True} if _NEEDS_ENABLE_GQA and key.shape[1] != query.shape[1] else {}
     return varlen_attn(
         query,
@@ -119,6 +142,42 @@ def _by_kernel(
     )
 
 
+def _by_kernel_on_terms(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, terms: AttentionTerms
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _check_width(query)
+    if terms.softcap is not None:
+        raise UnsupportedAttentionError(
+            "the model bounds its attention scores (soft-capping), which the kernel does not"
+        )
+    before = -1 if terms.window is None or terms.window >= rows.longest else terms.window - 1
+    if terms.sinks is not None:
+        scale = query.shape[-1] ** -0.5 if terms.scale is None else terms.scale
+        return _WithSinks.apply(query, key, value, rows.starts, terms.sinks, rows.longest, scale, before)
+    grouped = {"enable_gqa": True} if _NEEDS_ENABLE_GQA and key.shape[1] != query.shape[1] else {}
+    return varlen_attn(
+        query,
+        key,
+        value,
+        rows.starts,
+        rows.starts,
+        rows.longest,
+        rows.longest,
+        scale=terms.scale,
+        window_size=(before, 0),
+        **grouped,
+    )
+
+
+def _check_width(query: torch.Tensor) -> None:
+    if query.shape[-1] > WIDEST_HEAD:
+        raise UnsupportedAttentionError(
+            f"variable-length attention takes heads of at most {WIDEST_HEAD} values, not {query.shape[-1]}"
+        )
+
+
 def _needs_enable_gqa() -> bool:
     """Whether the kernel must be told of fewer key and value heads: torch 2.11 takes them as they are, later versions don't."""
     try:
@@ -131,20 +190,112 @@ def _needs_enable_gqa() -> bool:
 _NEEDS_ENABLE_GQA = _needs_enable_gqa()
 
 
+class _WithSinks(torch.autograd.Function):
+    """The variable-length kernel's attention, in which every softmax has one more place, of a fixed score and no value.
+
+    The kernel returns each softmax's log-sum-exp; a further score scales its output by `sigmoid(lse - sink)`. The kernel's backward
+    pass computes probabilities from the log-sum-exp that it is given, and their common slope from the output: given both with the
+    sink, its gradients are those with the sink. Sinks are frozen and get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        sinks: torch.Tensor,
+        longest: int,
+        scale: float,
+        before: int,
+    ) -> torch.Tensor:
+        out, sums, state, *_ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            starts,
+            starts,
+            longest,
+            longest,
+            0.0,
+            before == -1,
+            return_debug_mask=False,
+            scale=scale,
+            window_size_left=before,
+            window_size_right=0,
+        )
+        sinks = sinks.to(sums.dtype).unsqueeze(1)  # sums: `(heads, tokens)`, float32
+        kept = torch.sigmoid(sums - sinks).transpose(0, 1).unsqueeze(2)
+        out = (out * kept).to(query.dtype)
+        ctx.save_for_backward(query, key, value, starts, out, torch.logaddexp(sums, sinks), state)
+        ctx.more = longest, scale, before
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, starts, out, sums, state = ctx.saved_tensors
+        longest, scale, before = ctx.more
+        gradients = torch.ops.aten._flash_attention_backward(
+            upstream.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            sums,
+            starts,
+            starts,
+            longest,
+            longest,
+            0.0,
+            before == -1,
+            state,
+            torch.empty(0, device=query.device),
+            scale=scale,
+            window_size_left=before,
+            window_size_right=0,
+        )
+        return *gradients, None, None, None, None, None
+
+
 def _row_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, scale: float | None
+) -> torch.Tensor:
+    return _row_by_row_on_terms(query, key, value, rows, AttentionTerms(scale))
+
+
+def _row_by_row_on_terms(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, terms: AttentionTerms
 ) -> torch.Tensor:
     group = query.shape[1] // key.shape[1]
     query = rearrange(query, "tokens heads dim -> 1 heads tokens dim")
     key, value = (repeat(part, "tokens heads dim -> 1 (heads group) tokens dim", group=group) for part in (key, value))
     parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, first:end], key[:, :, first:end], value[:, :, first:end], is_causal=True, scale=scale
-        )
+        _attend_in_row(query[:, :, first:end], key[:, :, first:end], value[:, :, first:end], terms)
         for first, end in pairwise(rows.starts.tolist())
         if end > first
     ]
-    return rearrange(torch.cat(parts, dim=2), "1 heads tokens dim -> tokens heads dim")
+    return rearrange(torch.cat(parts, dim=2), "1 heads tokens dim -> tokens heads dim").contiguous()
+
+
+def _attend_in_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: AttentionTerms) -> torch.Tensor:
+    """Causal attention of one row, `(1, heads, tokens, head_dim)` each."""
+    tokens = query.shape[2]
+    window = tokens if terms.window is None else min(terms.window, tokens)
+    if window == tokens and terms.softcap is None and terms.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=terms.scale)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if terms.softcap is None and terms.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=terms.scale)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if terms.scale is None else terms.scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if terms.softcap is not None:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if terms.sinks is not None:
+        sinks = repeat(terms.sinks.to(scores.dtype), "heads -> 1 heads tokens 1", tokens=tokens)
+        scores = torch.cat([scores, sinks], dim=-1)
+    return scores.softmax(-1)[..., :tokens].to(value.dtype) @ value
 
 
 @contextmanager
@@ -158,18 +309,35 @@ def block_diagonal_attention(model: torch.nn.Module, *, longest: int) -> Iterato
     by_device: dict[torch.device, RowStarts] = {}
     with ExitStack() as undo:
         for module in model.modules():
-            if not hasattr(module, "is_causal"):  # which all of transformers' attention layers have
+            if not _is_attention(module):
                 continue
             device = next(module.parameters()).device
             module.row_starts = by_device.setdefault(device, RowStarts(device, longest))
             undo.callback(delattr, module, "row_starts")
-            if hasattr(module, "query_key_value") and hasattr(module, "new_decoder_architecture"):
-                replace_forward(module, types.MethodType(_falcon_forward(module.forward), module), undo)
-        if model.config.model_type != "falcon":  # its layers accept no names but sdpa and eager
-            undo.enter_context(attention_replaced(model, NAME, _attention()))
+        undo.enter_context(attention_replaced(model, NAME, _attend, _takes))
         hook = model.register_forward_pre_hook(_take_row_starts(list(by_device.values())), with_kwargs=True)
         undo.callback(hook.remove)
         yield
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    named = hasattr(module, "is_causal") or type(module).__name__.endswith("Attention")
+    return named and next(module.parameters(), None) is not None
+
+
+def _takes(module: torch.nn.Module, tokens: int, mask: Any) -> bool:
+    return module.row_starts.starts is not None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    terms: AttentionTerms,
+) -> torch.Tensor:
+    return attend_within_rows(query, key, value, module.row_starts, terms)
 
 
 def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
@@ -177,50 +345,9 @@ def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
         starts = kwargs.pop("row_starts", None)
         for place in places:
             place.starts = starts if starts is None else starts.to(place.device, non_blocking=True)
-        if starts is not None:
+        if starts is not None and places:
             # transformers passes a mask of four dimensions on unchanged, and so builds none of its own.
             kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places[0].device)
         return args, kwargs
 
     return hook
-
-
-def _attention() -> Callable[..., Any]:
-    """Makes the function for transformers' registry of attention functions."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Takes `(batch, heads, tokens, head_dim)` each, as transformers does, and returns `(batch, tokens, heads, head_dim)`."""
-        if module.row_starts.starts is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        query, key, value = (
-            rearrange(part, "batch heads tokens dim -> batch tokens heads dim") for part in (query, key, value)
-        )
-        return attend_within_rows(query, key, value, module.row_starts, scale=scaling), None
-
-    return attention
-
-
-def _falcon_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes Falcon's attention layer attend within rows; keys and values keep as few heads as the model has."""
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-
-    def forward(
-        self: Any, hidden_states: torch.Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        if self.row_starts.starts is None:
-            return original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        query, key, value = split_falcon_heads(self, self.query_key_value(hidden_states))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-        out = attend_within_rows(query, key, value, self.row_starts)
-        return self.dense(rearrange(out, "batch tokens heads dim -> batch tokens (heads dim)")), None
-
-    return forward

@@ -3,6 +3,9 @@
 A vocabulary of 128,256 makes half a MiB of float32 logits per token. The output layer is frozen, so training needs only its
 input's gradient: loss and gradient are computed chunk by chunk in the forward pass, and no chunk's logits outlive it. The matrix
 multiplications are those of the plain path, each done once. (Liger Kernel, arXiv:2410.10989, fuses the output layer with the loss.)
+
+What a model does with its logits after the output layer is read off the model: nothing, or a multiplication (Cohere, Granite),
+which it then does to the output layer's input. Anything else, such as a soft-cap, keeps the model's own loss.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch.nn.functional as F
 from qlora_helpers.base.place import at
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.wiring import in_eval_mode
 from qlora_helpers.planning.memory import loss_chunk
+from qlora_helpers.training.proving import NotProvedError, random_rows, why_it_fails
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -83,11 +88,12 @@ class ChunkedLoss:
     Attributes:
         trained: flat index of the tokens whose successor is trained, `(trained,)`, and these successors, `(trained,)`; None where
             the batch does not list them.
+        scale: what the model multiplies its logits by, and so the output layer's input, which takes their place here.
         per_token: losses of the last call, `(trained,)`, without gradient; an evaluation weights them by tokens.
     """
 
-    def __init__(self, head: torch.nn.Module) -> None:
-        self.head = head
+    def __init__(self, head: torch.nn.Module, scale: float = 1.0) -> None:
+        self.head, self.scale = head, scale
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self.per_token: Any = None
 
@@ -107,9 +113,11 @@ class ChunkedLoss:
         else:
             index, target = self.trained
             hidden = hidden[index.to(hidden.device)]
-        weight = self.head.weight
+        weight, bias = self.head.weight, self.head.bias
         target = target.to(weight.device)
-        losses = token_losses(hidden.to(weight.device), weight, target, bias=self.head.bias)
+        if self.scale != 1 and bias is not None:
+            bias = bias * self.scale
+        losses = token_losses(hidden.to(weight), weight, target, bias=bias)
         self.per_token = losses.detach()
         if num_items_in_batch is None:
             return losses.sum() / (target != IGNORED).sum()
@@ -149,10 +157,10 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
     logits as before. The call still goes through the root module, so the hooks of peft, accelerate and DDP run.
 
     Args:
-        model: a transformers model, without peft's wrapper around it; its output layer is frozen.
+        model: a transformers model, without peft's wrapper around it; `chunked_loss_refusal` gives None for it.
     """
     head = model.get_output_embeddings()
-    loss = ChunkedLoss(head)
+    loss = ChunkedLoss(head, logit_scale(model) or 1.0)
     logits_of, before = head.forward, model.loss_function
     with_labels = False
 
@@ -174,16 +182,70 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
         yield loss
 
 
-def chunked_loss_refusal(model: torch.nn.Module) -> str | None:
-    """Says why a model needs its own loss, or None where the loss in chunks takes its place.
+@torch.no_grad()
+def logit_scale(model: torch.nn.Module) -> float | None:
+    """Returns what a model multiplies its logits by after the output layer, usually 1, or None where it does something else.
+
+    The output layer is made to return known numbers, small and large, that every data type holds exactly, and the model's logits
+    are compared with them. No name in the config is relied on: they differ by family.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
     """
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
+    given: list[torch.Tensor] = []
+
+    def numbers(hidden: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(hidden.shape[:-1].numel() * head.out_features, device=hidden.device)
+        values = ((place * 37 % 257) - 128) * torch.where(place % 2 == 0, 1, 64)
+        given.append(values.reshape(*hidden.shape[:-1], head.out_features).to(hidden.dtype))
+        return given[-1].clone()
+
+    with in_eval_mode(model), ExitStack() as undo:
+        replace_forward(head, numbers, undo)
+        ids = torch.tensor(random_rows(model, 4), device=model.get_input_embeddings().weight.device)
+        logits = model(input_ids=ids).logits
+    if len(given) != 1 or logits.shape != given[0].shape:
+        return None
+    before, after = given[0].double(), logits.to(given[0].device).double()
+    scale = float((before * after).sum() / before.square().sum())
+    rounding = torch.finfo(logits.dtype if logits.dtype.itemsize < given[0].dtype.itemsize else given[0].dtype).eps
+    if not ((after - scale * before).abs() <= 2 * rounding * (scale * before).abs()).all():
+        return None
+    written = [value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int | float)]
+    exact = [each for value in written if value for each in (float(value), 1 / value)]
+    return min([1.0, *exact, scale], key=lambda each: abs(each - scale) if abs(each / scale - 1) <= rounding else scale)
+
+
+@torch.no_grad()
+def chunked_loss_refusal(model: torch.nn.Module) -> str | None:
+    """Says why a model needs its own loss, or None where it is proved on the model that the loss in chunks can take its place.
+
+    Args:
+        model: a transformers model, without peft's wrapper around it.
+    """
+    head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.weight.requires_grad:
         return "the output layer is trained or is not a linear layer: all of its logits are needed"
-    changed = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    if any(getattr(text, name, None) for name in changed):
-        return "the model changes its logits after the output layer: its own loss is used"
-    return None
+    return why_it_fails(lambda: _prove_loss(model), "the loss in chunks does not fit this model")
+
+
+def _prove_loss(model: torch.nn.Module) -> None:
+    """Compares the model's own loss with the one in chunks, on a few random tokens.
+
+    Raises:
+        NotProvedError: they differ, or would for other logits.
+    """
+    if logit_scale(model) is None:
+        raise NotProvedError("the model changes its logits after the output layer: its own loss is used")
+    ids = torch.tensor(random_rows(model, 24), device=model.get_input_embeddings().weight.device)
+    with in_eval_mode(model):
+        own = model(input_ids=ids, labels=ids)
+        with loss_in_chunks(model) as chunked:
+            found = model(input_ids=ids, labels=ids).loss
+    if chunked.per_token is None:
+        raise NotProvedError("the model computes its loss in a way of its own, which is used")
+    apart, largest = float((found - own.loss).abs()), float(own.logits.abs().max())
+    rounding = max(torch.finfo(own.logits.dtype).eps, torch.finfo(torch.float32).eps)
+    if not apart <= 4 * rounding * max(1.0, largest):
+        raise NotProvedError(f"the model's own loss differs from the loss in chunks by {apart:.2g}: its own is used")

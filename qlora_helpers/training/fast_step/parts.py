@@ -183,7 +183,7 @@ PARTS = (
         lambda request, on: block_diagonal_attention(request.inner, longest=request.longest),
         label="block-diagonal attention without a mask",
         asked=lambda request: request.packed,
-        refusal=lambda request, on: block_diagonal_refusal(request.inner),
+        refusal=lambda request, on: block_diagonal_refusal(request.inner, request.longest),
     ),
     Part(
         "loss",

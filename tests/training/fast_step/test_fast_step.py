@@ -27,6 +27,7 @@ from qlora_helpers.data.batches import (
     most_rows,
     row_starts,
 )
+from qlora_helpers.model.attention import AttentionTerms
 from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.wiring import decoder_layers, row_losses
@@ -37,6 +38,7 @@ from qlora_helpers.training.fast_step.host_inputs import HostInputs
 from qlora_helpers.training.fast_step.layers import layers_changed
 from qlora_helpers.training.fast_step.loss import chunked_row_losses, loss_in_chunks, token_losses
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
+from qlora_helpers.training.row_isolation import plain_attention
 
 VOCABULARY = 97
 
@@ -69,6 +71,8 @@ def _llama_like(family, **more):
     } | more
 
 
+_EVERY_OTHER = ["sliding_attention", "full_attention", "sliding_attention"]
+_ONE_EXPERT = {"num_experts_per_tok": 1}
 SHAPES = {
     "falcon-40b layout": _falcon(new_decoder_architecture=True, num_kv_heads=2),
     "falcon-7b layout": _falcon(new_decoder_architecture=False, multi_query=True),
@@ -81,13 +85,23 @@ SHAPES = {
     "phi3": _llama_like("phi3"),
     "phi": _llama_like("phi"),
     "gpt_neox": _llama_like("gpt_neox"),
+    # windows shorter than the rows, in every layer and in every other one; soft-caps, sinks, logits that are multiplied
+    "mistral, window": _llama_like("mistral", sliding_window=4),
+    "olmo3, window": _llama_like("olmo3", sliding_window=4, layer_types=_EVERY_OTHER),
+    "gemma2": _llama_like("gemma2", sliding_window=4, layer_types=_EVERY_OTHER, query_pre_attn_scalar=16),
+    "gpt_oss": _llama_like("gpt_oss", sliding_window=4, layer_types=_EVERY_OTHER, num_local_experts=2, **_ONE_EXPERT),
+    "cohere2": _llama_like("cohere2", sliding_window=4, layer_types=_EVERY_OTHER, logit_scale=0.0625),
+    "granite": _llama_like("granite", logits_scaling=6.0),
 }
+
+
+IN_FLOAT32 = ("gemma2", "gpt_oss")  # softmax in float32 by their own code; experts' products that take no float64
 
 
 def built(shape: dict, *, seed: int = 0, r: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
     """A small model with adapters whose B is not zero, so that both adapter matrices get gradients."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa").to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(dtype)
     model.config.use_cache = False
     adapted = add_adapters(model, AdapterConfig(r=r, lora_dropout=dropout), seed=0)
     for name, parameter in adapted.named_parameters():
@@ -123,10 +137,11 @@ def fast(model, *, packed=True, compiled=False, checkpointed=0, **more):
     return fast_step(model, packed=packed, longest=24, compiled=compiled, checkpointed=checkpointed, **more)
 
 
-def plain_collator(packed=True):
-    return SequenceCollator(
-        0, BlockDiagonalMask() if packed else PaddingMask(), AllLogits(), length=24 if packed else None
-    )
+def plain_collator(packed=True, model=None):
+    attention = PaddingMask()
+    if packed:
+        attention = BlockDiagonalMask() if model is None else plain_attention(model, 24)
+    return SequenceCollator(0, attention, AllLogits(), length=24 if packed else None)
 
 
 def fast_collator(on, packed=True):
@@ -154,16 +169,19 @@ def assert_same(first, second, tolerance=1e-9):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_loss_and_gradients_are_those_of_the_plain_path(name, packed):
-    model = built(SHAPES[name])
+    in_float32 = SHAPES[name]["model_type"] in IN_FLOAT32
+    model = built(SHAPES[name], dtype=torch.float32 if in_float32 else torch.float64)
     blocks = BLOCKS if packed else PADDED
-    expected = gradients(model, plain_collator(packed)(blocks))
+    plain = plain_collator(packed, model)
+    expected = gradients(model, plain(blocks))
     with fast(model, packed=packed, checkpointed=2) as on:
-        assert on.adapters and on.loss and on.checkpointed == 2 and on.layers == 3
+        assert on.adapters and on.checkpointed == 2 and on.layers == 3
+        assert (on.loss is None) == (name == "gemma2")  # whose logits are soft-capped
         assert on.block_diagonal == packed
         found = gradients(model, fast_collator(on, packed)(blocks))
     # The loss is summed in float32 by design; the rest of the path is in float64 here.
-    assert_same(expected, found, tolerance=3e-6)
-    assert_same(expected, gradients(model, plain_collator(packed)(blocks)), tolerance=1e-12)
+    assert_same(expected, found, tolerance=1e-4 if in_float32 else 3e-6)
+    assert_same(expected, gradients(model, plain(blocks)), tolerance=1e-4 if in_float32 else 1e-12)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -346,8 +364,8 @@ def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatc
     )
     expected = gradients(model, plain_collator()(BLOCKS))
     every = len(hooks)
-    hooks.clear()
     with fast(model, compiled=compiled, checkpointed=1) as on:
+        hooks.clear()  # of the proofs
         found = gradients(model, fast_collator(on)(BLOCKS))
     assert_same(expected, found, tolerance=3e-6)
     layers = decoder_layers(model.get_base_model())
@@ -357,11 +375,14 @@ def test_layers_on_several_devices_are_compiled_whole(name, compiled, monkeypatc
     assert len(hooks) == every
 
 
-@pytest.mark.parametrize("name", ["falcon-40b layout", "llama"])
-def test_a_packed_row_is_answered_as_the_row_alone(name):
-    model = built(SHAPES[name]).eval()
-    with fast(model) as on:
-        batch = fast_collator(on)(BLOCKS)
+@pytest.mark.parametrize("fast_step", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_packed_row_is_answered_as_the_row_alone(name, fast_step):
+    in_float32 = SHAPES[name]["model_type"] in IN_FLOAT32
+    model = built(SHAPES[name], dtype=torch.float32 if in_float32 else torch.float64).eval()
+    with fast(model) if fast_step else contextlib.nullcontext() as on:
+        collator = fast_collator(on) if fast_step else plain_collator(model=model)
+        batch = dataclasses.replace(collator, targets=AllLogits())(BLOCKS)
         del batch["labels"]
         packed = model(**batch).logits
     for block, lengths in zip(range(2), ([9, 5, 1, 7], [12, 8]), strict=True):
@@ -369,7 +390,7 @@ def test_a_packed_row_is_answered_as_the_row_alone(name):
         for length in lengths:
             ids = torch.tensor(BLOCKS[block]["input_ids"][start : start + length])[None]
             alone = model(input_ids=ids).logits[0]
-            assert (packed[block, start : start + length] - alone).abs().max() < 1e-9
+            assert (packed[block, start : start + length] - alone).abs().max() < (1e-5 if in_float32 else 1e-9)
             start += length
 
 
@@ -554,32 +575,43 @@ def test_attention_in_rows_with_fewer_key_heads_and_a_scale():
     key_all, value_all = (part.repeat_interleave(2, dim=2).transpose(1, 2) for part in (key, value))
     scores = (query.transpose(1, 2) @ key_all.transpose(-1, -2) * 0.3).masked_fill(~mask[:, None], float("-inf"))
     expected = (scores.softmax(-1) @ value_all).transpose(1, 2)
-    torch.testing.assert_close(attend_within_rows(query, key, value, rows, scale=0.3), expected)
+    torch.testing.assert_close(attend_within_rows(query, key, value, rows, AttentionTerms(0.3)), expected)
 
 
 def test_the_kernel_refuses_with_a_reason():
-    assert kernel_refusal(torch.device("cpu"), torch.float32, 64) is None
-    assert "mps" in kernel_refusal(torch.device("mps"), torch.float16, 64)
-    assert "float32" in kernel_refusal(torch.device("cuda"), torch.float32, 64)
+    assert kernel_refusal(torch.device("cpu"), torch.float32) is None
+    assert "mps" in kernel_refusal(torch.device("mps"), torch.float16)
+    assert "float32" in kernel_refusal(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("shape", "reason", "off"),
     [
-        ({"attn_logit_softcapping": 30.0}, "soft-capping"),
-        ({"final_logit_softcapping": 30.0}, "changes its logits"),
-        ({"_attn_implementation": "eager"}, "attention is eager"),
+        (_llama_like("gemma2", query_pre_attn_scalar=16), "changes its logits", "loss"),
+        (_llama_like("recurrent_gemma", num_hidden_layers=3, lru_width=64), "changes its logits", "loss"),
+        (
+            _llama_like("gptj", rotary_dim=8, n_inner=96),
+            "reach each other",
+            "block_diagonal",
+        ),  # calls no attention but its own
+        (_llama_like("llama", attention_dropout=0.1), "drops attention scores", "block_diagonal"),
     ],
 )
-def test_a_part_that_would_change_the_model_is_off_with_its_reason(change, reason):
-    model = built(SHAPES["llama"])
-    for name, value in change.items():
-        setattr(model.get_base_model().config, name, value)
-    with fast(model) as on:
+def test_a_part_that_would_change_the_model_is_off_with_its_reason(shape, reason, off):
+    model = built(shape)
+    packed = off == "block_diagonal"
+    with fast(model, packed=packed) as on:
         assert any(reason in text for text in on.reasons)
         assert reason in repr(on)
-        assert on.block_diagonal == ("changes its logits" in reason)
-        assert (on.loss is None) == ("changes its logits" in reason)
+        assert on.block_diagonal == (packed and off != "block_diagonal")
+        assert (on.loss is None) == (off == "loss")
+
+
+def test_other_attention_than_pytorch_s_and_transformers_own_stays():
+    model = built(SHAPES["llama"])
+    model.get_base_model().config._attn_implementation = "flex_attention"
+    with fast(model) as on:
+        assert not on.block_diagonal and "attention is flex_attention: only sdpa and eager are replaced" in on.reasons
 
 
 # layers
@@ -651,8 +683,7 @@ def test_a_further_part_is_one_entry_in_the_list(monkeypatch):
     assert seen == [(True, False, True)]  # checked with the part, before layers change
     with fast(model, packed=False) as on:
         assert "off  0 layers doubled" in repr(on) and not on.reasons
-    model.get_base_model().config.final_logit_softcapping = 30.0
-    with fast(model) as on:
+    with fast(built(SHAPES["gemma2"])) as on:
         assert not on.is_on("doubled") and "(only with the loss in chunks)" in repr(on)
 
 

@@ -1,0 +1,163 @@
+"""Packed rows are proved not to attend to each other on the model in hand, whatever family it is of; a leak is always found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from qlora_helpers.data import batches
+from qlora_helpers.training import row_isolation
+from qlora_helpers.training.proving import NotProvedError
+from qlora_helpers.training.row_isolation import (
+    packing_refusal,
+    plain_attention,
+    prove_isolation,
+    shortest_window,
+    windows_narrowed,
+)
+
+LONGEST = 64
+_GROUPED = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,  # large enough for a leak to show
+}
+_BOTH = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+PACKED = {
+    "stablelm": _GROUPED,
+    "gptj": {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 2, "rotary_dim": 16},
+    "seed_oss": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": 32},
+    "gemma2": _GROUPED | _BOTH,
+    "gemma3_text": _GROUPED | _BOTH,
+    "olmo3": _GROUPED | _BOTH,
+    "cohere2": _GROUPED | _BOTH,
+    "exaone4": _GROUPED | _BOTH,
+    "gpt_oss": _GROUPED | _BOTH | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "llama4_text": _GROUPED | {"attention_chunk_size": 32, "num_local_experts": 2, "interleave_moe_layer_step": 2},
+    "qwen3_moe": _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+PADDED = {
+    "bloom": ({"vocab_size": 256, "hidden_size": 64, "n_layer": 1, "n_head": 2}, "ALiBi"),
+    "mpt": ({"vocab_size": 256, "d_model": 64, "n_layers": 1, "n_heads": 2}, "ALiBi"),
+    "qwen3_5_text": (_GROUPED | _HYBRID | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}, "causal_conv1d"),
+    "lfm2": (_GROUPED | {"layer_types": ["conv", "full_attention"]}, "causal_conv1d"),
+    "jamba": (
+        _GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        "recurrent layers carry their state over",
+    ),
+    "recurrent_gemma": (
+        _GROUPED | {"num_hidden_layers": 3, "lru_width": 64},
+        "recurrent layers carry their state over",
+    ),
+}
+
+
+def built(family: str, settings: dict, *, dtype=torch.float32):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=dtype)
+    model.config.use_cache = False  # as after loading
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", PACKED)
+def test_rows_are_isolated_in_every_kind_of_layer(family, dtype):
+    """Windows are shorter than a sequence; the proof narrows them below its own rows and puts them back."""
+    model = built(family, PACKED[family], dtype=dtype)
+    window = shortest_window(model)
+    assert packing_refusal(model, LONGEST) is None
+    changed, apart = prove_isolation(model, plain_attention(model, LONGEST), LONGEST)
+    assert changed == 0
+    assert apart < (1e-5 if dtype == torch.float32 else 0.05)
+    assert shortest_window(model) == window
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bloom"])
+def test_listed_families_are_packed(family):
+    model = tiny_model(family, initializer_range=0.5)
+    model.config.use_cache = False
+    assert packing_refusal(model, LONGEST) is None
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_rows_that_reach_each_other_are_padded_with_the_reason(family):
+    settings, reason = PADDED[family]
+    assert reason in packing_refusal(built(family, settings), LONGEST)
+
+
+def test_gpt_oss_gets_a_mask_for_each_kind_of_layer():
+    """It builds its masks without positions, so rows that only restart them would reach each other."""
+    model = built("gpt_oss", PACKED["gpt_oss"])
+    assert plain_attention(model, LONGEST) == batches.LayerMasks(32, torch.float32)
+    with pytest.raises(NotProvedError, match="reach each other"):
+        prove_isolation(model, batches.RestartedPositions(), LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        ("mistral", batches.BlockDiagonalMask()),  # our mask takes the place of the windows
+        ("gemma3_text", batches.BlockDiagonalMask()),
+        ("gpt_oss", batches.LayerMasks(4, torch.float32)),  # a token too few
+        ("stablelm", batches.PaddingMask()),
+    ],
+)
+def test_a_wrong_window_or_a_leak_is_found(family, wrong):
+    with pytest.raises(NotProvedError, match="of their spread"):
+        prove_isolation(built(family, PACKED[family]), wrong, LONGEST)
+
+
+def test_a_window_that_is_longer_than_any_row_changes_nothing():
+    model = built("mistral", PACKED["mistral"])
+    assert plain_attention(model, 32) == batches.BlockDiagonalMask()
+    assert packing_refusal(model, 32) is None
+
+
+def test_a_window_that_is_not_where_it_is_written_is_not_proved(monkeypatch):
+    """As where a model copies its window into buffers: changing the config then changes nothing."""
+    model = built("stablelm", _GROUPED)
+    model.config.sliding_window = 32
+    assert "can't be proved" in packing_refusal(model, LONGEST)
+    assert packing_refusal(model, 32) is None
+
+
+def test_narrowed_windows_are_put_back():
+    model = built("gemma3_text", PACKED["gemma3_text"])
+    with windows_narrowed(model):
+        assert shortest_window(model) == row_isolation.NARROWED
+        assert model.model.layers[0].self_attn.sliding_window == row_isolation.NARROWED
+        assert model.model.layers[1].self_attn.sliding_window is None
+    assert model.config.sliding_window == model.model.layers[0].self_attn.sliding_window == 32
+
+
+def test_experts_whose_kernels_depend_on_all_tokens_do_not_count_as_a_leak(monkeypatch):
+    """In bfloat16 a product of other shape rounds differently; unpacked rows change as much."""
+    model = built("stablelm", _GROUPED)
+    own = model.forward
+
+    def noisy(input_ids, **kwargs):
+        out = own(input_ids, **kwargs)
+        draw = torch.Generator().manual_seed(int(input_ids.sum()))
+        out.logits = out.logits + 0.002 * out.logits.std() * torch.randn(out.logits.shape, generator=draw)
+        return out
+
+    monkeypatch.setattr(model, "forward", noisy)
+    monkeypatch.setattr(row_isolation, "ROUNDINGS", 1e9)
+    changed, _ = prove_isolation(model, batches.BlockDiagonalMask(), LONGEST)
+    assert changed > row_isolation.LEAK
