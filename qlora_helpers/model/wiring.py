@@ -34,6 +34,23 @@ def takes_logits_to_keep(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
+def windows_of(owner: Any) -> list[tuple[str, int]]:
+    """Lists the attributes of a config or a layer that say how many tokens a token sees: sliding windows, chunks.
+
+    Args:
+        owner: `sliding_window`, `window_size` and the like are looked up in its own attributes.
+    """
+    return [
+        (name, value)
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if name.endswith(("window", "window_size", "attention_chunk_size"))
+        and not name.startswith("_")
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and value > 0
+    ]
+
+
 def is_spread(model: torch.nn.Module) -> bool:
     """Whether a model's layers are on several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1

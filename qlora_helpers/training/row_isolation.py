@@ -22,7 +22,7 @@ from qlora_helpers.data import batches
 from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.shapes.families import ALIBI, is_recurrent, uses_alibi
-from qlora_helpers.model.wiring import base_model_of, in_eval_mode
+from qlora_helpers.model.wiring import base_model_of, in_eval_mode, windows_of
 from qlora_helpers.training.proving import ROUNDINGS, NotProvedError, random_rows, values_rounded_anew, why_it_fails
 
 LEAK = 1e-3  # largest change when the row before changes, as a share of the logits' spread
@@ -190,17 +190,7 @@ def _packed_logits(
 def _windows(model: torch.nn.Module) -> list[tuple[Any, str, int]]:
     """Where a window is written down: owner, attribute and tokens, for configs and layers."""
     owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
-    return [
-        (owner, name, value)
-        for owner in owners.values()
-        for name, value in vars(owner or object).items()
-        if _is_window(name) and isinstance(value, int) and not isinstance(value, bool) and value > 0
-    ]
-
-
-def _is_window(name: str) -> bool:
-    """Whether a setting is a number of tokens that a layer sees: `sliding_window`, and not `max_window_layers`."""
-    return name == "attention_chunk_size" or ("window" in name and "layer" not in name)
+    return [(owner, *found) for owner in owners.values() for found in windows_of(owner)]
 
 
 @contextmanager

@@ -14,18 +14,15 @@ from typing import Any
 import torch
 
 from qlora_helpers.evaluation.fast_answers import memory
-from qlora_helpers.evaluation.fast_answers.decoder import Questions, SlotDecoder
+from qlora_helpers.evaluation.fast_answers.decoder import NotFast, Questions, SlotDecoder, unusable_cache_explained
 from qlora_helpers.evaluation.fast_answers.form import AnswerForm, answering_form
+from qlora_helpers.model.wiring import windows_of
 
 __all__ = ["AnswerForm", "NotFast", "answer_fast", "answering_form"]
 
 SAME_LOGITS = 0.1  # largest root mean square difference from the model's own logits, as a share of their spread
 MOVING_ROPE = ("dynamic", "longrope")  # its angles depend on the longest row in the batch
 CAPACITY_STEP = 64  # kernels copy masks of uneven lengths
-
-
-class NotFast(Exception):
-    """This model can't be asked the fast way; the message says why."""
 
 
 @torch.no_grad()
@@ -125,8 +122,7 @@ def _each_prompt_once(progress: Callable[[int], Any] | None) -> Callable[[int], 
 def _shape_refusal(model: torch.nn.Module, longest: int) -> str | None:
     """Why a model's answers depend on more than mask and positions say, or None."""
     text = model.config.get_text_config()
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if getattr(text, "use_sliding_window", True) and any(window and window < longest for window in windows):
+    if getattr(text, "use_sliding_window", True) and any(tokens < longest for _, tokens in windows_of(text)):
         return f"the model sees a window of fewer than {longest} tokens"
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) in MOVING_ROPE:
@@ -147,13 +143,8 @@ def _prove(model: torch.nn.Module, pad: int) -> None:
     Raises:
         NotFast: they differ, or the model can't run this way.
     """
-    try:
+    with unusable_cache_explained():
         found, own = _logits_both_ways(model, pad)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise NotFast(f"the model can't use our cache ({type(error).__name__}: {reason})") from error
     apart = float((found - own).square().mean().sqrt() / own.std())
     if not apart <= SAME_LOGITS:
         raise NotFast(f"answers in slots are not the model's own: their logits differ by {apart:.1%} of their spread")

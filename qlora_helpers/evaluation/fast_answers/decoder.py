@@ -7,7 +7,8 @@ each at a position of its own (iteration-level scheduling: Yu et al. 2022, Orca)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,26 @@ class Questions:
             del answer[answer.index(self.end) + 1 :]
         del answer[self.most :]
         return len(answer) == self.most or (bool(answer) and answer[-1] == self.end)
+
+
+class NotFast(Exception):
+    """This model can't be asked the fast way; the message says why."""
+
+
+@contextmanager
+def unusable_cache_explained() -> Iterator[None]:
+    """While open, errors of a model's own code become the reason why it can't use our cache.
+
+    Raises:
+        NotFast: in their place.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise NotFast(f"the model can't use our cache ({type(error).__name__}: {reason})") from error
 
 
 class SlotDecoder:

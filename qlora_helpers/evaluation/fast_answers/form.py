@@ -11,6 +11,7 @@ import torch
 from qlora_helpers.base.units import gib
 from qlora_helpers.evaluation.fast_answers import memory
 from qlora_helpers.evaluation.fast_answers.attention import keys_shared
+from qlora_helpers.evaluation.fast_answers.decoder import NotFast
 from qlora_helpers.evaluation.fast_answers.weights import adapters_in_model_type, dense_bytes, dense_weights
 from qlora_helpers.model.host_embedding import restore_embedding
 
@@ -70,7 +71,7 @@ def answering_form(
     form = AnswerForm(dtype=str(model.dtype).removeprefix("torch."))
     needed = dense_bytes(model)
     if needed and dense is None:
-        dense = _copies_fit(model, form, needed, memory.cache_bytes(model, rows, tokens))
+        dense = _copies_fit(model, form, needed, rows, tokens)
     with ExitStack() as opened:
         if needed and dense:
             _open_dense_weights(model, form, needed, opened)
@@ -79,7 +80,12 @@ def answering_form(
         yield form
 
 
-def _copies_fit(model: torch.nn.Module, form: AnswerForm, needed: int, cache: int) -> bool:
+def _copies_fit(model: torch.nn.Module, form: AnswerForm, needed: int, rows: int, tokens: int) -> bool:
+    try:
+        cache = memory.cache_bytes(model, rows, tokens)
+    except NotFast:  # and so answers come from `model.generate`, whose cache nobody has counted
+        form.note("weights are not unpacked, since the cache beside them has an unknown size")
+        return False
     free = memory.free_bytes(model)
     fit = needed + cache <= (1 - memory.SPARE_SHARE) * free
     if not fit:

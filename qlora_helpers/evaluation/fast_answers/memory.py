@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from qlora_helpers.evaluation.fast_answers.attention import keys_shared
+from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder, unusable_cache_explained
 from qlora_helpers.planning.step_settings import SINGLE
 
 SPARE_SHARE = 0.1  # of the free memory that stays free
@@ -38,22 +38,30 @@ def cache_bytes(model: torch.nn.Module, rows: int, tokens: int) -> int:
         model: with or without adapters.
         rows: answers at once.
         tokens: of the longest prompt with its answer.
+
+    Raises:
+        NotFast: the model keeps something else of a token than keys and values.
     """
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    # Falcon's own eager attention keeps a copy of the keys for every query head.
-    copied = getattr(text, "new_decoder_architecture", False) and text._attn_implementation == "eager"
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept_per_layer = 2 * (heads if copied else _kv_heads(text)) * width * tokens
-    value_bytes = model.dtype.itemsize
-    logits = text.vocab_size * (value_bytes + SINGLE)  # also in float32
-    return rows * (text.num_hidden_layers * kept_per_layer * value_bytes + logits)
+    logits = model.get_input_embeddings().num_embeddings * (model.dtype.itemsize + SINGLE)  # also in float32
+    return rows * (tokens * bytes_a_token(model) + logits)
 
 
-def _kv_heads(text: Any) -> int:
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        return 1
-    return getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or text.num_attention_heads
+def bytes_a_token(model: torch.nn.Module) -> int:
+    """Bytes that our cache keeps of one token, over all layers.
+
+    The model is asked for them with one token: sizes of heads have many names in configs, and may differ from layer to layer.
+
+    Raises:
+        NotFast: the model can't use our cache.
+    """
+    with keys_shared(model):
+        decoder = SlotDecoder(model, slots=1, capacity=1, graph_refusal="one token")
+        try:
+            with unusable_cache_explained():
+                decoder.read([0], [[0]], 0)
+            return decoder.cache.bytes_a_token()
+        finally:
+            decoder.release()
 
 
 def empty_cache() -> None:

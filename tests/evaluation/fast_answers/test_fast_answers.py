@@ -76,6 +76,58 @@ def test_every_family_answers_fast_or_says_why_not(family):
     assert [own_answers(model, prompt, 6) for prompt in prompts] == own
 
 
+_SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+_SPARSE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+OTHER_SIZES = {
+    "gptj": ({"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 2, "rotary_dim": 16}, None),
+    "gpt_oss": (_SMALL | _HEADS | _SPARSE | {"sliding_window": 32}, None),
+    "cohere2": (_SMALL | _HEADS | {"sliding_window": 16}, "window of fewer than 23 tokens"),
+    "mpt": (
+        {"vocab_size": 256, "d_model": 64, "n_layers": 2, "n_heads": 2},
+        "differ by",
+    ),  # ALiBi by place in the batch
+    "mamba": ({"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}, "can't use our cache"),
+    "lfm2": (_SMALL | _HEADS | {"layer_types": ["conv", "full_attention"]}, "can't use our cache"),
+    "deepseek_v3": (
+        _SMALL
+        | {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 2, "kv_lora_rank": 16}
+        | {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_SIZES)
+def test_heads_of_any_size_or_none_are_answered_or_refused_in_a_sentence(family):
+    """Keys wider than values, sizes under other names, layers without heads: nothing is read from the config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings, refused = OTHER_SIZES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+    prompts = random_prompts((3, 17, 9, 6), vocabulary=256)
+    own = [own_answers(model, prompt, 6) for prompt in prompts]
+    with answering_form(model, rows=3, tokens=24) as form:
+        if refused is None:
+            assert answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=3, form=form) == own
+        else:
+            with pytest.raises(NotFast, match=refused):
+                answer_fast(model, prompts, pad=PAD, end=END, most=6, slots=3, form=form)
+    assert [own_answers(model, prompt, 6) for prompt in prompts] == own
+
+
+def test_weights_are_not_unpacked_beside_a_cache_of_unknown_size(monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_helpers.evaluation.fast_answers import form
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **OTHER_SIZES["mamba"][0])).eval()
+    monkeypatch.setattr(form, "dense_bytes", lambda model: 1)  # as where some of its layers are in 4 bits
+    with answering_form(model, rows=3, tokens=24) as opened:
+        assert not opened.dense and "unknown size" in repr(opened)
+
+
 @pytest.mark.parametrize("layout", [{"multi_query": True}, {"multi_query": False, "num_kv_heads": 2}])
 def test_falcon_s_older_layouts(layout):
     model = tiny_model("falcon", **layout, new_decoder_architecture=False)
