@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qlora_helpers.evaluation.fast_answers.attention import keys_shared
-from qlora_helpers.evaluation.fast_answers.decoder import SlotDecoder, unusable_cache_explained
+from qlora_helpers.evaluation.fast_answers.decoder import NotFast, SlotDecoder, unusable_cache_explained
 from qlora_helpers.planning.step_settings import SINGLE
 
 SPARE_SHARE = 0.1  # of the free memory that stays free
@@ -59,6 +59,8 @@ def bytes_a_token(model: torch.nn.Module) -> int:
         try:
             with unusable_cache_explained():
                 decoder.read([0], [[0]], 0)
+            if not decoder.cache.keys:
+                raise NotFast("the model puts nothing into our cache")
             return decoder.cache.bytes_a_token()
         finally:
             decoder.release()

@@ -83,10 +83,7 @@ OTHER_SIZES = {
     "gptj": ({"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 2, "rotary_dim": 16}, None),
     "gpt_oss": (_SMALL | _HEADS | _SPARSE | {"sliding_window": 32}, None),
     "cohere2": (_SMALL | _HEADS | {"sliding_window": 16}, "window of fewer than 23 tokens"),
-    "mpt": (
-        {"vocab_size": 256, "d_model": 64, "n_layers": 2, "n_heads": 2},
-        "differ by",
-    ),  # ALiBi by place in the batch
+    "mpt": ({"vocab_size": 256, "d_model": 64, "n_layers": 2, "n_heads": 2}, None),  # ALiBi: distances alone count
     "mamba": ({"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}, "can't use our cache"),
     "lfm2": (_SMALL | _HEADS | {"layer_types": ["conv", "full_attention"]}, "can't use our cache"),
     "deepseek_v3": (
