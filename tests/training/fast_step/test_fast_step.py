@@ -101,7 +101,8 @@ IN_FLOAT32 = ("gemma2", "gpt_oss")  # softmax in float32 by their own code; expe
 def built(shape: dict, *, seed: int = 0, r: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
     """A small model with adapters whose B is not zero, so that both adapter matrices get gradients."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(dtype)
+    attention = "eager" if shape["model_type"] == "gemma2" else None  # older transformers' sdpa forgets its soft-cap
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation=attention).to(dtype)
     model.config.use_cache = False
     adapted = add_adapters(model, AdapterConfig(r=r, lora_dropout=dropout), seed=0)
     for name, parameter in adapted.named_parameters():
