@@ -8,7 +8,7 @@ settings or runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from qlora_helpers.model.wiring import base_model_of, in_eval_mode, windows_of
 from qlora_helpers.training.proving import ROUNDINGS, NotProvedError, random_rows, values_rounded_anew, why_it_fails
 
 LEAK = 1e-3  # largest change when the row before changes, as a share of the logits' spread
+MOST_APART = 0.5  # share of a gradient that is called rounding, however much more rounding moves it
 NARROWED = 5  # tokens that a window is narrowed to
 
 
@@ -131,17 +132,15 @@ def prove_isolation(
     """
     inner = base_model_of(model)
     first, other, second = random_rows(model, 23, 23, 17)
+    own_window = shortest_window(inner)
     with in_eval_mode(model), ExitStack() as narrowed:
+        wide = _logits(model, [second])
+        attention = _narrowed(inner, attention, longest, narrowed)
         alone = _logits(model, [second])
-        if NARROWED < shortest_window(inner) < longest:
-            narrowed.enter_context(windows_narrowed(inner))
-            if isinstance(attention, batches.LayerMasks):
-                attention = replace(attention, window=min(attention.window, NARROWED))
-            wide, alone = alone, _logits(model, [second])
-            if torch.equal(wide, alone):
-                raise NotProvedError(
-                    f"its window of {shortest_window(inner):g} tokens is not where its config and layers say, and can't be proved"
-                )
+        if NARROWED < own_window < longest and torch.equal(wide, alone):
+            raise NotProvedError(
+                f"its window of {own_window:g} tokens is not where its config and layers say, and can't be proved"
+            )
         spread = alone.std()
         packed = [_packed_logits(model, attention, before, second, sequences) for before in (first, other)]
         changed = float((packed[0] - packed[1]).abs().max() / spread)
@@ -159,6 +158,66 @@ def prove_isolation(
             f"{ROUNDINGS * rounded:.2%}"
         )
     return changed, apart
+
+
+def prove_gradients(model: torch.nn.Module, attention: batches.Attention, longest: int) -> float:
+    """Proves of a row's gradients in a packed sequence what `prove_isolation` proves of its logits, for kernels of our own.
+
+    A random sum of the row's logits is differentiated by the embeddings. The row before must get no gradient, and the row itself
+    the one that it gets alone, up to rounding.
+
+    Args:
+        model, attention, longest: as for `prove_isolation`, which comes first.
+
+    Returns:
+        The root mean square difference from the row alone, as a share of its gradient.
+
+    Raises:
+        NotProvedError: the gradients differ.
+    """
+    inner = base_model_of(model)
+    first, _, second = random_rows(model, 23, 23, 17)
+    with in_eval_mode(model), ExitStack() as narrowed:
+        attention = _narrowed(inner, attention, longest, narrowed)
+        alone = _slopes(model, lambda: _logits(model, [second]))
+        packed = _slopes(model, lambda: _packed_logits(model, attention, first, second, 1))
+        with values_rounded_anew(inner):
+            rounded = _slopes(model, lambda: _logits(model, [second])) - alone
+    size = alone.square().mean().sqrt()
+    leaked = float(packed[: len(first)].abs().max() / size)
+    apart = float((packed[len(first) :] - alone).square().mean().sqrt() / size)
+    allowed = min(MOST_APART, ROUNDINGS * float(rounded.square().mean().sqrt() / size))
+    if not (leaked <= LEAK and apart <= allowed):
+        raise NotProvedError(
+            f"a row's gradients differ by {apart:.2%} between packed and alone, where rounding explains {allowed:.2%}, and reach "
+            f"the row before it by {leaked:.2%}"
+        )
+    return apart
+
+
+def _slopes(model: torch.nn.Module, logits_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The gradient of a random sum of logits by the embeddings of the first sequence, `(tokens, hidden)`."""
+    embeddings: list[torch.Tensor] = []
+
+    def watch(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    with torch.enable_grad(), ExitStack() as undo:
+        undo.callback(model.get_input_embeddings().register_forward_hook(watch).remove)
+        logits = logits_of()
+        factors = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+        (slopes,) = torch.autograd.grad((logits * factors).sum(), embeddings[:1])
+    return slopes[0].float()
+
+
+def _narrowed(inner: torch.nn.Module, attention: batches.Attention, longest: int, undo: ExitStack) -> batches.Attention:
+    """Narrows windows that are shorter than the longest row and longer than the probe's, and with them a mask of ours."""
+    if NARROWED < shortest_window(inner) < longest:
+        undo.enter_context(windows_narrowed(inner))
+        if isinstance(attention, batches.LayerMasks):
+            return replace(attention, window=min(attention.window, NARROWED))
+    return attention
 
 
 def _why(inner: torch.nn.Module, changed: float) -> str:

@@ -10,6 +10,7 @@ from tiny import FAMILIES, tiny_model
 
 from qlora_helpers.data import batches
 from qlora_helpers.training import row_isolation
+from qlora_helpers.training.fast_step import block_diagonal
 from qlora_helpers.training.proving import NotProvedError
 from qlora_helpers.training.row_isolation import (
     packing_refusal,
@@ -151,6 +152,32 @@ def test_a_window_that_is_not_where_it_is_written_is_not_proved(monkeypatch):
     model.config.sliding_window = 32
     assert "can't be proved" in packing_refusal(model, LONGEST)
     assert packing_refusal(model, 32) is None
+
+
+def test_a_kernel_with_wrong_gradients_is_refused(monkeypatch):
+    """Its logits are right; the check of losses would not see it."""
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream / 2
+
+    model = built("mistral", PACKED["mistral"])
+    assert block_diagonal.block_diagonal_refusal(model, LONGEST) is None
+    right = block_diagonal._attend_in_row
+    monkeypatch.setattr(block_diagonal, "_attend_in_row", lambda *args: Halved.apply(right(*args)))
+    assert "gradients differ by" in block_diagonal.block_diagonal_refusal(model, LONGEST)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_attention_without_a_mask_is_proved_or_refused_in_a_sentence(family):
+    refusal = block_diagonal.block_diagonal_refusal(built(family, PACKED[family]), LONGEST)
+    reasons = {"gptj": "its rows reach each other", "seed_oss": "drops attention scores"}
+    assert refusal is None if family not in reasons else reasons[family] in refusal
 
 
 def test_narrowed_windows_are_put_back():

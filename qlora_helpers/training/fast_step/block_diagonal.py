@@ -27,7 +27,7 @@ from qlora_helpers.model.attention import (
     attention_replaced,
 )
 from qlora_helpers.training.proving import why_it_fails
-from qlora_helpers.training.row_isolation import has_state, prove_isolation
+from qlora_helpers.training.row_isolation import has_state, prove_gradients, prove_isolation
 
 NAME = "block_diagonal"
 WIDEST_HEAD = 256  # values of a head that the variable-length kernel takes
@@ -115,7 +115,9 @@ def block_diagonal_refusal(model: torch.nn.Module, longest: int) -> str | None:
 
     def attempt() -> None:
         with block_diagonal_attention(model, longest=longest):
-            prove_isolation(model, RowBounds(2, has_state(model)), longest)
+            attention = RowBounds(2, has_state(model))
+            prove_isolation(model, attention, longest)
+            prove_gradients(model, attention, longest)
 
     why = why_it_fails(attempt, "it fails with block-diagonal attention")
     return None if why is None else f"no block-diagonal attention without a mask: {why}"
