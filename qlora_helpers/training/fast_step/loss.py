@@ -247,5 +247,5 @@ def _prove_loss(model: torch.nn.Module) -> None:
         raise NotProvedError("the model computes its loss in a way of its own, which is used")
     apart, largest = float((found - own.loss).abs()), float(own.logits.abs().max())
     rounding = max(torch.finfo(own.logits.dtype).eps, torch.finfo(torch.float32).eps)
-    if not apart <= 4 * rounding * max(1.0, largest):
+    if not apart <= 4 * rounding * max(float(own.loss), largest):
         raise NotProvedError(f"the model's own loss differs from the loss in chunks by {apart:.2g}: its own is used")
