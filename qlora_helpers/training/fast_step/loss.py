@@ -187,7 +187,8 @@ def logit_scale(model: torch.nn.Module) -> float | None:
     """Returns what a model multiplies its logits by after the output layer, usually 1, or None where it does something else.
 
     The output layer is made to return known numbers, small and large, that every data type holds exactly, and the model's logits
-    are compared with them. No name in the config is relied on: they differ by family.
+    are compared with them. No name in the config is relied on, since they differ by family; a factor that was measured is replaced
+    by the number in the config that it is a rounding of.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
@@ -209,12 +210,12 @@ def logit_scale(model: torch.nn.Module) -> float | None:
         return None
     before, after = given[0].double(), logits.to(given[0].device).double()
     scale = float((before * after).sum() / before.square().sum())
-    rounding = torch.finfo(logits.dtype if logits.dtype.itemsize < given[0].dtype.itemsize else given[0].dtype).eps
-    if not ((after - scale * before).abs() <= 2 * rounding * (scale * before).abs()).all():
+    rounding = max(torch.finfo(each.dtype).eps for each in (logits, given[0]))
+    if scale <= 0 or not ((after - scale * before).abs() <= 2 * rounding * (scale * before).abs()).all():
         return None
     written = [value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int | float)]
-    exact = [each for value in written if value for each in (float(value), 1 / value)]
-    return min([1.0, *exact, scale], key=lambda each: abs(each - scale) if abs(each / scale - 1) <= rounding else scale)
+    exact = [1.0, *(each for value in written if value for each in (float(value), 1 / value))]
+    return next((each for each in exact if abs(each / scale - 1) <= rounding), scale)
 
 
 @torch.no_grad()

@@ -1,0 +1,104 @@
+"""What a model does with its logits is read off the model; a loss that is not its own is found, whatever the config calls it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.data.batches import PaddingMask, SequenceCollator, TrainedTokens
+from qlora_helpers.training.fast_step.loss import chunked_loss_refusal, logit_scale, loss_in_chunks
+from qlora_helpers.training.probes import check_same_losses, probe_losses
+from qlora_helpers.training.proving import values_rounded_anew
+
+_SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "pad_token_id": 0,
+}
+_PLAIN_COLLATOR = SequenceCollator(0, PaddingMask())
+_FAST_COLLATOR = SequenceCollator(0, PaddingMask(), TrainedTokens())
+
+
+def built(family: str, *, dtype=torch.float32, **more):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SMALL | more), dtype=dtype)
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "settings", "scale"),
+    [
+        ("llama", {}, 1),
+        ("cohere", {"logit_scale": 0.0625}, 0.0625),
+        ("granite", {"logits_scaling": 6.0}, 1 / 6),
+        ("gemma2", {"final_logit_softcapping": 30.0}, None),
+        ("gemma2", {"final_logit_softcapping": 3000.0}, None),  # so wide that logits of this size hardly show it
+        ("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64, "logits_soft_cap": 30.0}, None),
+    ],
+)
+def test_what_follows_the_output_layer(family, settings, scale, dtype):
+    assert logit_scale(built(family, dtype=dtype, **settings)) == scale
+
+
+def test_scaled_logits_with_a_bias_have_their_own_loss_and_gradient():
+    model = built("granite", logits_scaling=6.0, dtype=torch.float64)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(256, dtype=torch.float64), requires_grad=False)
+    assert chunked_loss_refusal(model) is None
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    ids = torch.arange(1, 25).unsqueeze(0)
+    found = []
+    own = model(input_ids=ids, labels=ids).loss
+    found.append((own, torch.autograd.grad(own, embeddings)[0]))
+    with loss_in_chunks(model) as chunked:
+        fast = model(input_ids=ids, labels=ids).loss
+        found.append((fast, torch.autograd.grad(fast, embeddings)[0]))
+    assert chunked.scale == 1 / 6
+    torch.testing.assert_close(found[1][0].double(), found[0][0].double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-8)
+
+
+def test_a_loss_of_a_model_s_own_stays():
+    model = built("llama")
+    own = model.loss_function
+    model.loss_function = lambda *args, **kwargs: own(*args, **kwargs) + 0.001  # such as a penalty of large logits
+    assert "own loss differs from the loss in chunks by 0.001" in chunked_loss_refusal(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_cap_that_is_left_out_is_found_by_the_losses(dtype):
+    """The roundings of a model set the tolerance; this difference, of 0.01 nats in 7.76, is far within a tenth of the losses' spread."""
+    settings = {"num_hidden_layers": 3, "lru_width": 128, "hidden_size": 128, "vocab_size": 2048}
+    model = built("recurrent_gemma", dtype=dtype, **settings)
+    plain = probe_losses(model, _PLAIN_COLLATOR, None)
+    with values_rounded_anew(model):
+        rounded = probe_losses(model, _PLAIN_COLLATOR, None)
+    with loss_in_chunks(model) as chunked:
+        uncapped = probe_losses(model, _FAST_COLLATOR, chunked)
+    assert 0 < float(uncapped.mean() / plain.mean()) - 1 < 0.005
+    assert float((uncapped - plain).square().mean().sqrt() / plain.std()) < 0.1
+    with pytest.raises(ModelError, match="does not give this model's own losses"):
+        check_same_losses(uncapped, plain, rounded)
+    assert check_same_losses(plain, plain, rounded) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "cohere", "qwen3"])
+def test_roundings_are_no_difference(family, dtype):
+    model = built(family, dtype=dtype)
+    plain = probe_losses(model, _PLAIN_COLLATOR, None)
+    with values_rounded_anew(model):
+        rounded = probe_losses(model, _PLAIN_COLLATOR, None)
+    for seed in range(5):
+        with values_rounded_anew(model, seed=seed + 1):
+            check_same_losses(probe_losses(model, _PLAIN_COLLATOR, None), plain, rounded)
+    with loss_in_chunks(model) as chunked:
+        check_same_losses(probe_losses(model, _FAST_COLLATOR, chunked), plain, rounded)
