@@ -118,6 +118,44 @@ def test_rows_that_reach_each_other_are_padded_with_the_reason(family):
     assert re.search(reason, packing_refusal(built(family, settings), LONGEST))
 
 
+def convolution_of_rows(hidden, weight, bias=None, activation=None, seq_idx=None, **kwargs):
+    """What a kernel of a short convolution computes that is told where rows start."""
+    width = weight.shape[-1]
+    out = torch.zeros_like(hidden)
+    for back in range(width):
+        shifted = torch.nn.functional.pad(hidden, (back, 0))[..., : hidden.shape[-1]]
+        before = (
+            torch.nn.functional.pad(seq_idx, (back, 0), value=-1)[..., : hidden.shape[-1]]
+            if seq_idx is not None
+            else None
+        )
+        same_row = 1 if before is None else (before == seq_idx).unsqueeze(1)
+        out = out + shifted * same_row * weight[:, width - 1 - back].unsqueeze(-1)
+    return out if bias is None else out + bias.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_recurrent_layers_are_told_where_rows_start_and_packed_where_their_kernel_listens(monkeypatch, sequences):
+    from transformers.models.lfm2 import modeling_lfm2
+
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", convolution_of_rows)
+    model = built("lfm2", PADDED["lfm2"][0])
+    assert plain_attention(model, LONGEST) == batches.RestartedPositions(with_state=True)
+    assert packing_refusal(model, LONGEST, sequences) is None
+    assert block_diagonal.block_diagonal_refusal(model, LONGEST) is None
+    with pytest.raises(NotProvedError, match="recurrent layers carry their state over"):
+        prove_isolation(model, batches.RestartedPositions(), LONGEST)
+
+
+def test_row_state_says_where_rows_start_in_both_forms():
+    segments = torch.tensor([[1, 1, 1, 2, 3, 3, 0, 0]])
+    state = batches.row_state(segments)
+    assert state["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2, 3, 3]]
+    assert state["cu_seq_lens_q"].tolist() == state["cu_seq_lens_k"].tolist() == [0, 3, 4, 6, 8]
+    assert {tensor.dtype for tensor in state.values()} == {torch.int32}
+    assert set(batches.row_state(segments.expand(2, -1))) == {"seq_idx"}  # kernels take these of one sequence alone
+
+
 def test_gpt_oss_gets_a_mask_for_each_kind_of_layer():
     """It builds its masks without positions, so rows that only restart them would reach each other."""
     model = built("gpt_oss", PACKED["gpt_oss"])

@@ -75,7 +75,7 @@ def test_a_loss_of_a_model_s_own_stays():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_soft_cap_that_is_left_out_is_found_by_the_losses(dtype):
-    """The roundings of a model set the tolerance; this difference, of 0.01 nats in 7.76, is far within a tenth of the losses' spread."""
+    """A model's roundings set the tolerance; this difference, 0.01 nats of 7.76, is far within a tenth of the losses' spread."""
     settings = {"num_hidden_layers": 3, "lru_width": 128, "hidden_size": 128, "vocab_size": 2048}
     model = built("recurrent_gemma", dtype=dtype, **settings)
     plain = probe_losses(model, _PLAIN_COLLATOR, None)
