@@ -401,6 +401,32 @@ def test_a_run_without_an_adapter_says_what_makes_it(tmp_path):
         workflow.load_adapter(run, None)
 
 
+def test_rows_that_the_proof_refuses_are_padded_with_the_reason_and_stay_so(whole, tmp_path, monkeypatch):
+    """`config.json` says that Falcon's rows can be packed; the loaded model has the last word, once."""
+    from qlora_helpers.training import row_isolation
+
+    _, _, loaded, _ = whole
+    run = open_run("padded", profile="tiny", settings=SETTINGS, root=tmp_path)
+    shape, tokenizer = loaded.shape, loaded.tokenizer
+    assert workflow.prepare_data(run, tokenizer, shape=shape).packed
+    asked = []
+
+    def refused(model, longest, sequences):
+        asked.append((longest, sequences))
+        return "its rows leak"
+
+    monkeypatch.setattr(row_isolation, "packing_refusal", refused)
+    data = workflow.prepare_data(run, tokenizer, shape=shape, model=loaded.model)
+    assert asked == [(256, run.config().train.micro_batch_size)]
+    assert not data.packed and "rows of this model are padded instead of packed: its rows leak" in data.notes
+    assert not workflow.prepare_data(run, tokenizer, shape=shape).packed  # an evaluation proves nothing anew
+    monkeypatch.undo()
+    (run.checkpoints_dir / "checkpoint-1").mkdir(parents=True)
+    assert not workflow.prepare_data(run, tokenizer, shape=shape, model=loaded.model).packed  # it trained on these
+    (run.checkpoints_dir / "checkpoint-1").rmdir()
+    assert workflow.prepare_data(run, tokenizer, shape=shape, model=loaded.model).packed
+
+
 def test_an_evaluation_is_written(whole, copy):
     _, model, loaded, _ = whole
     result = workflow.evaluate(copy, model=model, loaded=loaded, say=quiet)

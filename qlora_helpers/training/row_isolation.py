@@ -247,8 +247,13 @@ def _packed_logits(
 
 
 def _windows(model: torch.nn.Module) -> list[tuple[Any, str, int]]:
-    """Where a window is written down: owner, attribute and tokens, for configs and layers."""
-    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
+    """Where a window of the text part is written down: owner, attribute and tokens, for configs and layers."""
+    text = model.config.get_text_config()
+    owners = {id(text): text}
+    for module in model.modules():
+        config = getattr(module, "config", text)  # a tower for pictures has windows too, in a config of its own
+        if getattr(config, "model_type", None) == text.model_type:
+            owners |= {id(config): config, id(module): module}
     return [(owner, *found) for owner in owners.values() for found in windows_of(owner)]
 
 

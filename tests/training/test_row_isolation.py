@@ -218,6 +218,18 @@ def test_attention_without_a_mask_is_proved_or_refused_in_a_sentence(family):
     assert refusal is None if family not in reasons else reasons[family] in refusal
 
 
+def test_windows_of_a_tower_for_pictures_are_not_the_text_s():
+    from transformers import AutoConfig
+
+    model = built("stablelm", _GROUPED)
+    model.tower = torch.nn.Identity()
+    model.tower.config = AutoConfig.for_model("siglip_vision_model")
+    model.tower.config.window_size = model.tower.window_size = 8
+    assert shortest_window(model) == float("inf")
+    model.config.sliding_window = 12
+    assert shortest_window(model) == 12
+
+
 def test_narrowed_windows_are_put_back():
     model = built("gemma3_text", PACKED["gemma3_text"])
     with windows_narrowed(model):
