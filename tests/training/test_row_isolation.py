@@ -184,12 +184,24 @@ def test_a_window_that_is_longer_than_any_row_changes_nothing():
     assert packing_refusal(model, 32) is None
 
 
-def test_a_window_that_is_not_where_it_is_written_is_not_proved(monkeypatch):
+def test_a_window_that_is_not_where_it_is_written_is_proved_by_longer_rows_or_not_at_all():
     """As where a model copies its window into buffers: changing the config then changes nothing."""
+    layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 2, "hidden_size": 64}
+    model = built("gpt_neo", layers | {"vocab_size": 256, "window_size": 32})
+    assert shortest_window(model) == 32
+    assert packing_refusal(model, LONGEST) is None
+    with pytest.raises(NotProvedError, match="of their spread"):
+        prove_isolation(model, batches.PaddingMask(), LONGEST)
+    model.config.window_size = 1024
+    assert "can't be proved" in packing_refusal(model, 2048)
+    assert packing_refusal(model, 512) is None
+
+
+def test_a_window_that_no_layer_has_is_no_window():
     model = built("stablelm", _GROUPED)
-    model.config.sliding_window = 32
-    assert "can't be proved" in packing_refusal(model, LONGEST)
-    assert packing_refusal(model, 32) is None
+    model.config.sliding_window, model.config.layer_types = 32, ["full_attention"] * 2
+    assert shortest_window(model) == float("inf")
+    assert packing_refusal(model, LONGEST) is None
 
 
 def test_a_kernel_with_wrong_gradients_is_refused(monkeypatch):
