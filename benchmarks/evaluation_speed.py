@@ -36,6 +36,7 @@ from qlora_helpers.base.config import AdapterConfig, DataConfig, EvaluationConfi
 from qlora_helpers.base.units import gib
 from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.data.templates import make_template
 from qlora_helpers.evaluation import generate
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
 from qlora_helpers.model import loading, lora
@@ -150,9 +151,9 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = loaded_model(case.model)
     rows = read_corpus(DataConfig(source=chosen.data, train_rows=chosen.rows, eval_rows=1, test_rows=1)).train
     prompts = []
+    template, room = make_template("recipe", tokenizer), chosen.seq_len - chosen.new_tokens
     for row in rows:
-        tokens = prompt_tokens(row.prompt, "recipe", tokenizer)
-        prompts.append(tokens.trimmed(max(0, len(tokens) + chosen.new_tokens - chosen.seq_len)).ids)
+        prompts.append(prompt_tokens(row, template, max_tokens=room, long_rows="trim_end").ids)
     prompts.sort(key=len, reverse=True)  # as they are answered, so that answers come in the order of the prompts
     settings = EvaluationConfig(batch_size=case.batch, max_new_tokens=chosen.new_tokens)
     small = replace(settings, batch_size=PLAIN_BATCH)

@@ -66,7 +66,13 @@ def errors(options: argparse.Namespace) -> dict[str, Any]:
     loaded = loading.load_model(ModelConfig(name=options.model), say=lambda text: None)
     model = lora.add_adapters(loaded.model, AdapterConfig(r=16, lora_dropout=0.0), seed=0).train()
     settings = DataConfig(
-        **{"source": options.data, "seq_len_tokens": options.seq_len, "eval_rows": options.eval_rows, "seed": 0}
+        **{
+            "source": options.data,
+            "template": "recipe",
+            "seq_len_tokens": options.seq_len,
+            "eval_rows": options.eval_rows,
+            "seed": 0,
+        }
         | options.settings
     )
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)

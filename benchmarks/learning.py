@@ -37,9 +37,11 @@ from qlora_helpers import workflow
 from qlora_helpers.base.config import EvaluationConfig, RunConfig
 from qlora_helpers.data.duplicates import prompt_key
 from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.plain_templates import template_name
 from qlora_helpers.data.prepare import prepare
 from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.sources import Corpus, Example, read_corpus
+from qlora_helpers.data.templates import template_of
 from qlora_helpers.evaluation import evaluate, generate
 from qlora_helpers.evaluation.scorecard import compare
 from qlora_helpers.model import loading, lora
@@ -51,6 +53,7 @@ ON_GPU = torch.cuda.is_available()
 COMMON = {
     "model.name": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "data.seq_len_tokens": 1024,
+    "data.template": "recipe",
     "train.epochs": 1.0,
     "train.logging_steps": 1000,
     "evaluation.batch_size": 128,
@@ -145,7 +148,8 @@ def plain_answers(model: Any, tokenizer: Any, rows: list[Example], config: RunCo
     """How long the recipe's own way of answering takes: timed on a few rows of all lengths, scaled to all."""
     if not count:
         return {}
-    prompts = sorted((prompt_tokens(row.prompt, config.data.template, tokenizer).ids for row in rows), key=len)
+    template = template_of(config.data, tokenizer)
+    prompts = sorted((prompt_tokens(row, template).ids for row in rows), key=len)
     few = prompts[:: max(1, len(prompts) // count)][:count]
     small = EvaluationConfig(batch_size=8, max_new_tokens=config.evaluation.max_new_tokens)
     started = time.monotonic()
@@ -169,7 +173,7 @@ def measure(
         tokenizer,
         asked,
         config.evaluation,
-        template=config.data.template,
+        template=template_name(config.data),
         only=only,
         progress=False,
         max_tokens=config.data.seq_len_tokens,

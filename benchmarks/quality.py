@@ -39,7 +39,9 @@ def trained(path: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     model = lora.add_adapters(loaded.model, AdapterConfig(r=16, lora_dropout=0.0), seed=seed)
     held_out = {"eval_rows": options.eval_rows, "test_rows": options.answers or 30}
     settings = DataConfig(
-        **{"source": options.data, "seq_len_tokens": options.seq_len, "seed": 0} | held_out | options.settings
+        **{"source": options.data, "template": "recipe", "seq_len_tokens": options.seq_len, "seed": 0}
+        | held_out
+        | options.settings
     )
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
     config = TrainConfig(

@@ -312,7 +312,8 @@ def _checkpointed_by_trainer(case: Case, model: torch.nn.Module) -> int | None:
 def data_settings(source: str, seq_len_tokens: int, **more: Any) -> DataConfig:
     """The rows that every trainer gets."""
     return DataConfig(
-        **{"source": source, "train_rows": 3000, "eval_rows": 8, "test_rows": 8, "seq_len_tokens": seq_len_tokens}
+        **{"source": source, "template": "recipe", "train_rows": 3000, "eval_rows": 8, "test_rows": 8}
+        | {"seq_len_tokens": seq_len_tokens}
         | more
     )
 

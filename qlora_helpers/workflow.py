@@ -251,6 +251,7 @@ def evaluate(
     Raises:
         UserError: the metric can't be used; nothing was asked yet.
     """
+    from qlora_helpers.data.plain_templates import template_name
     from qlora_helpers.evaluation import evaluate as evaluation
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
@@ -268,8 +269,9 @@ def evaluate(
             loaded.tokenizer,
             data.test,
             config.evaluation,
-            template=config.data.template,
+            template=template_name(config.data),
             max_tokens=config.data.seq_len_tokens,
+            long_rows=config.data.long_rows,
             train_keys=data.train_keys,
             train_answers=data.train_answers,
             shots=data.shots,

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_helpers.base.files import write_json
 from qlora_helpers.base.profiles import profile_config
-from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.data.label_report import LabelReport
 from qlora_helpers.runs.folder import Run
 
 STEPS = 30

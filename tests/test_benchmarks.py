@@ -12,6 +12,7 @@ import pytest
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.sources import read_corpus
+from qlora_helpers.data.templates import make_template
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -160,7 +161,8 @@ def test_evaluation_speed_answers_the_same_rows_each_way(tmp_path, monkeypatch):
     assert "float32 copies" in good["form"][0]
     assert "error" in bad
     rows = read_corpus(DataConfig(train_rows=10, eval_rows=1, test_rows=1)).train
-    lengths = sorted((len(prompt_tokens(row.prompt, "recipe", corpus_tokenizer()).ids) for row in rows), reverse=True)
+    template = make_template("recipe", corpus_tokenizer())
+    lengths = sorted((len(prompt_tokens(row, template)) for row in rows), reverse=True)
     for name, taken in (("plain, batch 8", lengths[1:9]), ("plain, batch 4", lengths[3:7])):
         assert good["variants"][name]["mean_prompt_tokens"] == round(sum(taken) / len(taken), 1)
         assert good["variants"][name]["padded_share"] == round(1 - sum(taken) / (len(taken) * max(taken)), 4)
@@ -270,3 +272,13 @@ def test_steps_of_several_sizes_are_measured_one_setting_at_a_time(tmp_path, mon
     points = json.loads(out.read_text())["points"]
     assert [(point["seq_len_tokens"], point["rows"]) for point in points] == [(128, 20), (256, 20), (128, 40)]
     assert all(point["step_s"] > 0 and point["tokens_per_s"] > 0 for point in points)
+
+
+def test_data_speed_prepares_a_file_of_each_size(tmp_path, monkeypatch):
+    out = tmp_path / "data.json"
+    options = ["--rows", 210, 230, "--characters", 300, "--model", "random:falcon-tiny", "--template", "plain"]
+    run("data_speed", monkeypatch, *options, "--seq-len", 512, "--out", out)
+    found = json.loads(out.read_text())["points"]
+    assert [point["rows"] + 60 for point in found] == [210, 230]  # 30 evaluate, 30 are held out
+    assert all(point["whole_s"] >= point["reading_s"] and point["template"] == "plain" for point in found)
+    assert found[0]["tokens"] < found[1]["tokens"]

@@ -98,9 +98,9 @@ BAD_INPUT = {
     "unknown adapter target": (train("adapter.target_modules=q_prj"), ["q_prj", "query_key_value"]),
     "chat template that does not work": (
         train("data.template=chat", "model.name=./broken-template"),
-        ["chat template does not work", "is unsafe", "=recipe"],
+        ["chat template does not work", "is unsafe", "=plain"],
     ),
-    "chat template of a model without": (train("data.template=chat"), ["no chat template", "data.template=recipe"]),
+    "chat template of a model without": (train("data.template=chat"), ["no chat template", "data.template=plain"]),
 }
 
 

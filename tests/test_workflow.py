@@ -131,7 +131,7 @@ def test_after_training_model_adapter_and_data_are_fixed(copy):
     before = copy.config_path.read_bytes()
     with pytest.raises(RunError) as caught:
         open_run(copy.folder, settings=["adapter.r=16", "data.loss_on=all", "train.max_steps=9"])
-    assert "adapter.r: 8 -> 16; data.loss_on: 'summary' -> 'all'" in str(caught.value)
+    assert "adapter.r: 8 -> 16; data.loss_on: 'answer' -> 'all'" in str(caught.value)
     assert "train.max_steps" not in str(caught.value)
     assert "another name" in str(caught.value)
     assert copy.config_path.read_bytes() == before

@@ -169,14 +169,20 @@ class DataConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub data set; none takes the default branch.")
     template: str = option(
-        "recipe",
-        "Prompt format: the recipe's plain text, or the model's own chat template.",
-        choices=("recipe", "chat"),
+        "auto",
+        "How rows are written: chat takes the model's own chat template, plain a text of our own, recipe the 2023 recipe's prompt; "
+        "auto takes chat where it works, else plain, and recipe for the embedded dialogues.",
+        choices=("auto", "chat", "plain", "recipe"),
     )
     loss_on: str = option(
-        "summary",
-        "Tokens that are trained: the summary and its end token, which is right for this task, or all tokens, as in the recipe.",
-        choices=("summary", "all"),
+        "answer",
+        "Tokens that are trained: the answers and their ends, which is right for a task, or all tokens, as in the recipe.",
+        choices=("answer", "all"),
+    )
+    train_on: str = option(
+        "all_turns",
+        "Which of the assistant's turns are trained: all that can be, or the last one of each row alone.",
+        choices=("all_turns", "last_turn"),
     )
     packing: bool = option(
         True, "Pack several rows into one sequence, without attention between them; off pads each row instead."
@@ -187,9 +193,11 @@ class DataConfig:
         low=32,
     )
     long_rows: str = option(
-        "trim",
-        "What to do with a row longer than a sequence: trim its dialogue and keep the summary, drop it, or refuse the data.",
-        choices=("trim", "drop", "refuse"),
+        "auto",
+        "What to do with a row longer than a sequence: cut the start (oldest turns first), the middle or the end of its prompt, "
+        "split it (documents), drop it, or refuse the data. auto splits documents, and keeps a chat's newest turns and both ends "
+        "of a single text. Answers are never cut.",
+        choices=("auto", "trim_start", "trim_middle", "trim_end", "split", "drop", "refuse"),
     )
     train_rows: int | None = option(None, "Use at most this many rows for training; none takes all.", low=1)
     eval_rows: int | None = option(
@@ -378,6 +386,12 @@ SECTIONS: dict[str, type] = {
 # Settings that run folders of earlier versions hold under other names
 RENAMED = {"train.recompute_layers": "train.checkpointed_layers"}
 
+# Values of settings that they hold under other names
+RENAMED_VALUES = {
+    ("data.loss_on", "summary"): "answer",
+    ("data.long_rows", "trim"): "trim_end",
+}
+
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Builds a `RunConfig` from nested plain values, as `config.json` holds them; missing settings take their defaults.
@@ -399,6 +413,11 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
         else:
             problems.append(f"{name}: unknown; the sections are {', '.join(SECTIONS)}")
     return _changed(RunConfig(), flat, problems)
+
+
+def value_today(name: str, value: Any) -> Any:
+    """Returns a setting's value under today's name, if run folders of earlier versions hold it under another."""
+    return RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
 
 
 def describe(section: type | Any) -> list[dict[str, Any]]:
@@ -423,6 +442,7 @@ def _changed(
                 problems.append(f"profile: {error}")
             continue
         section, _, key = RENAMED.get(name, name).partition(".")
+        value = value_today(name, value)
         known = {item.name: item for item in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
         if key not in known:
             problems.append(f"{name}: unknown{_did_you_mean(name)}")

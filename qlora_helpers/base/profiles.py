@@ -16,7 +16,7 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
             "data.embedded_train_rows": 24,
             "data.embedded_eval_rows": 4,
             "data.embedded_test_rows": 4,
-            "data.long_rows": "trim",
+            "data.long_rows": "trim_end",
             "train.max_steps": 4,
             "train.micro_batch_size": 2,
             "train.learning_rate": 1e-3,
@@ -49,6 +49,7 @@ PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.name": "tiiuae/falcon-40b",
             "data.source": "knkarthick/samsum",
+            "data.template": "recipe",
             "data.seq_len_tokens": 2048,
             "adapter.lora_dropout": 0.0,  # dropout masks would add half of what a compiled layer keeps otherwise
         },

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.data.examples import Example
-from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.data.label_report import LabelReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,7 @@ class PreparedData:
         train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them proves nothing.
         train_answers: a sample of the training rows' answers, from which an evaluation sees what kind of task it is.
         shots: training rows to show an untuned model in its prompt (`shots.kept_shots`).
+        template: the name of the template that rows were written with.
     """
 
     train: Dataset
@@ -48,6 +49,7 @@ class PreparedData:
     train_keys: frozenset[str] = frozenset()
     train_answers: tuple[str, ...] = ()
     shots: tuple[Example, ...] = ()
+    template: str = ""
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
@@ -74,17 +76,50 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]
     shuffler.shuffle(order)
     order.sort(key=lambda index: -lengths[index])
     sequences: list[list[int]] = []
-    room: list[int] = []
+    room = Room(len(lengths), capacity)
     for index in order:
-        place = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
+        place = room.take(lengths[index])
+        if place == len(sequences):
             sequences.append([])
-            room.append(capacity)
-            place = len(sequences) - 1
         sequences[place].append(index)
-        room[place] -= lengths[index]
     shuffler.shuffle(sequences)
     return sequences
+
+
+class Room:
+    """Free room in sequences that begin empty: finds the first one with enough of it in logarithmic time.
+
+    A tree over the sequences: each node holds the most room that a sequence below it has.
+
+    Args:
+        count: the most sequences that can be needed.
+        capacity: tokens of a sequence.
+    """
+
+    def __init__(self, count: int, capacity: int) -> None:
+        self.size = 1 << max(0, count - 1).bit_length()
+        self.most = [capacity] * (2 * self.size)
+        self.steps = 0
+
+    def take(self, tokens: int) -> int:
+        """Takes room in the first sequence that has enough, and returns that sequence's number."""
+        most, node = self.most, 1
+        while node < self.size:
+            node *= 2
+            if most[node] < tokens:
+                node += 1
+            self.steps += 1
+        most[node] -= tokens
+        place = node - self.size
+        while node > 1:
+            node //= 2
+            left, right = most[2 * node], most[2 * node + 1]
+            highest = left if left > right else right
+            if most[node] == highest:
+                break
+            most[node] = highest
+            self.steps += 1
+        return place
 
 
 class NumberedSequences:

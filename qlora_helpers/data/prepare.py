@@ -1,7 +1,7 @@
 """Turns examples into labelled sequences of tokens, packed or padded, and keeps them on disk.
 
-Owns the preparation and the prepared data on disk. How an example becomes tokens is in `prompts` and `labels`, what a sequence is
-in `packing`, and where examples come from in `sources`.
+Owns the preparation and the prepared data on disk. How an example becomes text is in `templates`, and tokens in `labels`; what a
+sequence is is in `packing`, and where examples come from in `sources`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.files import content_digest, replaced_folder, write_json
 from qlora_helpers.data.duplicates import prompt_key
 from qlora_helpers.data.examples import Example
-from qlora_helpers.data.labels import LabelledRow, LabelReport, label_report, label_row
+from qlora_helpers.data.label_report import LabelReport, label_report
+from qlora_helpers.data.labels import LabelSettings, label_rows
+from qlora_helpers.data.outcome import Outcome, outcome_notes, shown_cut
 from qlora_helpers.data.packing import PreparedData, pack
+from qlora_helpers.data.plain_templates import Template
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
 from qlora_helpers.data.prepared_tables import read_sequences
 from qlora_helpers.data.rows import Corpus
+from qlora_helpers.data.sequences import WaitingRows, numpy_sequences, sequence_dataset
 from qlora_helpers.data.shots import kept_answers, kept_shots
+from qlora_helpers.data.templates import template_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +43,12 @@ FIRST_SETTINGS = (
 
 
 def prepare(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, no_packing: str | None = None
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    no_packing: str | None = None,
+    scratch: Path | None = None,
 ) -> PreparedData:
     """Labels and packs a corpus.
 
@@ -46,20 +57,23 @@ def prepare(
         tokenizer: the model's, with a padding token of its own.
         config: template, labels, `seq_len_tokens`.
         no_packing: why the model's rows can't be packed, a sentence; rows are then padded, and a note says why.
+        scratch: a folder for the sequences, which are read from there afterwards; None keeps them in memory.
 
     Raises:
         DataError: a row is longer than `seq_len_tokens` and `long_rows` is `refuse`, or nothing is left to train on.
+        ModelError: `template` is `chat`, and the tokenizer's chat template is missing or does not work.
     """
-    notes = list(corpus.notes)
+    template = template_of(config, tokenizer)
+    notes = [*corpus.notes, *template.notes]
     packed = config.packing and no_packing is None
     if config.packing and no_packing is not None:
         notes.append(f"rows of this model are padded instead of packed: {no_packing}")
-    train, report = _sequences(corpus.train, tokenizer, config, packed, notes)
-    evaluation, eval_report = _sequences(corpus.eval, tokenizer, config, packed, notes)
+    train, report = _sequences(corpus.train, template, config, packed, notes, scratch and scratch / "train.arrow")
+    evaluation, eval_report = _sequences(
+        corpus.eval, template, config, packed, notes, scratch and scratch / "eval.arrow"
+    )
     if not report.rows or not eval_report.rows:
-        raise DataError(
-            "no row fits into a sequence", got=f"data.seq_len_tokens={config.seq_len_tokens}", next_step="Raise it."
-        )
+        raise _nothing_left(report if not report.rows else eval_report, notes[len(corpus.notes) :], config, template)
     source = f"{corpus.name} ({corpus.licence})"
     return PreparedData(
         train,
@@ -69,75 +83,71 @@ def prepare(
         eval_report,
         packed,
         config.seq_len_tokens,
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
         source,
         frozenset(prompt_key(item) for item in corpus.train),
         kept_answers(corpus.train, config.seed),
         kept_shots(corpus.train, config.seed),
+        template.name,
+    )
+
+
+def _nothing_left(report: LabelReport, notes: Sequence[str], config: DataConfig, template: Template) -> DataError:
+    reasons = [note.partition("skipped, ")[2] for note in notes if ": skipped, " in note]
+    too_long = [reason for reason in reasons if "sequence" in reason]
+    if too_long or not reasons:
+        return DataError(
+            "no row fits into a sequence", got=f"data.seq_len_tokens={config.seq_len_tokens}", next_step="Raise it."
+        )
+    return DataError(
+        f"no row can be trained with data.template={template.name}",
+        got=f"{len(report.skipped)} rows that are skipped, the first since {reasons[0]}",
+        next_step="Set data.template=plain." if template.name != "plain" else "Look at the rows.",
     )
 
 
 def _sequences(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     config: DataConfig,
     packed: bool,
     notes: list[str],
+    file: Path | None,
 ) -> tuple[Dataset, LabelReport]:
-    from datasets import Dataset
     from datasets.utils.logging import is_progress_bar_enabled
     from tqdm.auto import tqdm
 
-    rows, skipped = [], []
-    for item in tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled()):
-        row = label_row(
-            item.id,
-            item.prompt,
-            item.answer,
-            tokenizer,
-            template=config.template,
-            loss_on=config.loss_on,
-            max_tokens=config.seq_len_tokens,
+    outcome, answers = Outcome(), {}
+    settings = LabelSettings(config.loss_on, config.train_on, config.long_rows, config.seq_len_tokens)
+    waiting = WaitingRows()
+    try:
+        shown = tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled())
+        for row in label_rows(shown, template, settings, outcome):
+            waiting.add(row)
+            answers[row.id] = row.answers
+        waiting.close()
+        lengths = waiting.lengths
+        groups = (
+            pack(lengths, config.seq_len_tokens, seed=config.seed) if packed else [[i] for i in range(len(lengths))]
         )
-        too_long = row is None or row.trimmed_tokens
-        if too_long and config.long_rows == "refuse":
-            raise DataError(
-                f"{item.where}: the row is longer than a sequence",
-                expected=f"at most {config.seq_len_tokens} tokens",
-                next_step="Raise data.seq_len_tokens, or set data.long_rows to trim or drop.",
-            )
-        if row is None or (too_long and config.long_rows == "drop"):
-            skipped.append(item.id)
-            why = "its summary alone fills the sequence" if row is None else f"{row.trimmed_tokens} tokens too long"
-            notes.append(f"{item.where}: skipped, {why}")
-            continue
-        if row.trimmed_tokens:
-            notes.append(f"{item.where}: the last {row.trimmed_tokens} tokens of its dialogue were cut off")
-        rows.append(row)
-    groups = pack([len(row) for row in rows], config.seq_len_tokens, seed=config.seed) if packed else _singles(rows)
-    sequences = [_sequence([rows[index] for index in group]) for group in groups]
+        sequences = sequence_dataset(waiting, groups, file)
+    finally:
+        waiting.release()
+    notes += outcome_notes(outcome)
     report = label_report(
-        sequences,
-        tokenizer,
-        summaries={item.id: item.answer for item in examples},
+        numpy_sequences(sequences),
+        template.tokenizer,
+        answers=answers,
         loss_on=config.loss_on,
-        trimmed=[row.id for row in rows if row.trimmed_tokens],
-        skipped=skipped,
+        unended=outcome.unended,
+        trimmed=tuple(outcome.trimmed),
+        skipped=tuple(row_id for row_id, *_ in outcome.skipped),
+        turns=outcome.turns,
+        masked_turns=sum(outcome.masked.values()),
+        trimmed_tokens=sum(tokens for _, tokens, _, _ in outcome.cuts),
+        shown_cut=shown_cut(outcome.cuts),
     )
-    return Dataset.from_list(sequences), report
-
-
-def _singles(rows: Sequence[LabelledRow]) -> list[list[int]]:
-    return [[index] for index in range(len(rows))]
-
-
-def _sequence(rows: Sequence[LabelledRow]) -> dict[str, Any]:
-    return {
-        "input_ids": [token for row in rows for token in row.input_ids],
-        "labels": [label for row in rows for label in row.labels],
-        "segment_ids": [number for number, row in enumerate(rows, start=1) for _ in row.input_ids],
-        "row_ids": [row.id for row in rows],
-    }
+    return sequences, report
 
 
 def fingerprint(
@@ -166,10 +176,13 @@ def _mark(config: DataConfig, tokenizer: PreTrainedTokenizerBase, can_pack: bool
     settings = dataclasses.asdict(config)
     later = {item.name: item.default for item in dataclasses.fields(config) if item.name not in FIRST_SETTINGS}
     settings = {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    # Values that had other names: data of earlier versions are still those of their run
+    settings["loss_on"] = {"answer": "summary"}.get(settings["loss_on"], settings["loss_on"])
+    settings["long_rows"] = {"trim_end": "trim"}.get(settings["long_rows"], settings["long_rows"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())[:5000]).encode())
     digest.update(f"{len(tokenizer)} {tokenizer.eos_token_id} {tokenizer.pad_token_id} {can_pack}".encode())
-    digest.update(str(tokenizer.chat_template).encode() if config.template == "chat" else b"")
+    digest.update(str(tokenizer.chat_template).encode() if config.template in ("auto", "chat") else b"")
     digest.update(bytes.fromhex(content or ""))
     return digest.hexdigest()
 
@@ -211,6 +224,7 @@ def save_prepared(data: PreparedData, folder: Path, mark: str, *, named: str = "
                 "train_keys": sorted(data.train_keys),
                 "train_answers": list(data.train_answers),
                 "shots": [dataclasses.asdict(item) for item in data.shots],
+                "template": data.template,
             },
         )
 
@@ -233,6 +247,7 @@ def load_prepared(folder: Path, *marks: str) -> PreparedData | None:
         frozenset(saved.train_keys),
         saved.train_answers,
         saved.shots,
+        saved.template,
     )
 
 
@@ -266,7 +281,11 @@ def prepared(
         data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, choice))
         if data is not None:
             return data
-    data = prepare(read(config), tokenizer, config, no_packing=no_packing)
     mark = fingerprint(config, tokenizer, can_pack=can_pack, content=content)
-    save_prepared(data, folder, mark, named=config.source, content=content or "")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.scratch-") as scratch:
+        data = prepare(read(config), tokenizer, config, no_packing=no_packing, scratch=Path(scratch))
+        save_prepared(data, folder, mark, named=config.source, content=content or "")
+        data = load_prepared(folder, mark)
+    assert data is not None
     return data

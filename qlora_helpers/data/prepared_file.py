@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_helpers.base.records import read_record
 from qlora_helpers.data.examples import Example
-from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.data.label_report import LabelReport
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PreparedFile:
         report, eval_report: label reports of the training and the evaluation set.
         test: rows held out for the final comparison.
         train_keys: `duplicates.prompt_key` of every training row.
-        train_answers, shots: as in `packing.PreparedData`; files of earlier versions have none.
+        train_answers, shots, template: as in `packing.PreparedData`; files of earlier versions have none.
         named: the source as the settings named it, a path included.
         content: digest of the source's files, empty where it is none: the same rows are known by it under another path.
     """
@@ -41,6 +41,7 @@ class PreparedFile:
     shots: tuple[Example, ...] = ()
     named: str = ""
     content: str = ""
+    template: str = ""
 
 
 def prepared_path(data_dir: Path) -> Path:

@@ -1,120 +1,106 @@
-"""Turns a dialogue into a prompt, and a prompt into tokens.
+"""What a model is asked with: prompts as text and as tokens, by the template that its rows were written with.
 
-Training and generation call the same function, so the model is asked exactly as it was trained. The dialogue's own text is
-tokenised as plain text: a `<|im_end|>` that somebody typed into a chat never becomes a control token. Knows nothing of labels,
-packing or models.
+Training and generation go through the same template and tokenise texts whole, so the model is asked exactly as it was trained.
+Knows nothing of labels, packing or models.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from qlora_helpers.base.errors import ModelError
-from qlora_helpers.base.text import brief
-from qlora_helpers.data.examples import SUMMARIZE
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.data.examples import SUMMARIZE, Example, Message, one_turn
+from qlora_helpers.data.long_rows import shortened, side_of
+from qlora_helpers.data.plain_templates import Template
+from qlora_helpers.data.rendering import RowProblem
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-INSTRUCTION = SUMMARIZE
-RECIPE_SUFFIX = "\n---\nSummary:\n"
-_SLOT = "[[the dialogue goes here]]"
+_MOST_CUTS = 12
 
 
 @dataclass(frozen=True)
-class PromptTokens:
-    """A prompt in three pieces, so that a dialogue can be trimmed without touching what surrounds it."""
+class Prompt:
+    """A prompt as tokens.
 
-    prefix: tuple[int, ...]
-    dialogue: tuple[int, ...]
-    suffix: tuple[int, ...]
+    Attributes:
+        ids: token ids.
+        trimmed_tokens: how many were cut from the row's own text.
+    """
 
-    @property
-    def ids(self) -> list[int]:
-        return [*self.prefix, *self.dialogue, *self.suffix]
+    ids: list[int]
+    trimmed_tokens: int = 0
 
     def __len__(self) -> int:
-        return len(self.prefix) + len(self.dialogue) + len(self.suffix)
-
-    def trimmed(self, tokens: int) -> PromptTokens:
-        """The prompt with so many tokens cut from the dialogue's end."""
-        return PromptTokens(self.prefix, self.dialogue[: max(0, len(self.dialogue) - tokens)], self.suffix)
-
-    def fitted(self, max_tokens: int) -> PromptTokens:
-        """The prompt with its dialogue trimmed as far as it takes for at most so many tokens."""
-        return self.trimmed(max(0, len(self) - max_tokens))
+        return len(self.ids)
 
 
-def prompt_text(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Returns the prompt as text, up to and including the line after which the summary begins.
-
-    Args:
-        dialogue: turns, one a line.
-        template: `recipe` (the 2023 recipe's plain text) or `chat` (the model's own template; needs the tokenizer).
-        tokenizer: the model's.
+def prompt_text(example: Example, template: Template) -> str:
+    """Returns a row's prompt as text, up to where the assistant begins to write.
 
     Raises:
-        ModelError: `chat` was asked of a tokenizer without a chat template, or with one that does not work.
+        rendering.RowProblem: the template can't write the row.
     """
-    before, after = _frame(template, tokenizer)
-    return before + dialogue + after
+    return template.prompt(example).text
 
 
-def prompt_tokens(dialogue: str, template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
-    """Returns the prompt as tokens.
+def prompt_tokens(
+    example: Example, template: Template, *, max_tokens: int | None = None, long_rows: str = "auto"
+) -> Prompt:
+    """Returns a row's prompt as tokens; of a document its first half.
 
     Args:
-        dialogue: turns, one a line.
-        template: `recipe` or `chat`.
-        tokenizer: the model's.
+        example: the row; its last turn is what the model is asked for.
+        template: writes it.
+        max_tokens: a longer prompt is cut, as rows are in training.
+        long_rows: where it is cut, as in the settings.
 
     Raises:
-        ModelError: `chat` was asked of a tokenizer without a chat template, or with one that does not work.
+        rendering.RowProblem: the template can't write the row, or it is too long without any text of its own.
     """
-    before, after = _frame(template, tokenizer)
-    # A chat template writes its own begin-of-text token; plain text gets the tokenizer's, where it has one.
-    prefix = tokenizer(before, add_special_tokens=template == "recipe")["input_ids"]
-    if template == "recipe" and prefix and prefix[-1] == tokenizer.eos_token_id:
-        prefix = prefix[:-1]
-    return PromptTokens(tuple(prefix), tuple(plain_ids(dialogue, tokenizer)), tuple(_ids(after, tokenizer)))
+    if example.is_document:
+        (encoded,) = template.encoder.encode([template.render(example)])
+        half = encoded.ids[: max(1, min(len(encoded.ids) // 2, max_tokens or len(encoded.ids)))]
+        return Prompt(half.tolist())
+    ids = _ids(example, template)
+    length = len(ids)
+    for _ in range(_MOST_CUTS):
+        if max_tokens is None or len(ids) <= max_tokens:
+            return Prompt(ids, length - len(ids))
+        found = shortened(example, len(ids), max_tokens, side_of(long_rows, example), template.encoder)
+        if found is None:
+            break
+        example = found.example
+        ids = _ids(example, template)
+    if max_tokens is not None and len(ids) > max_tokens:
+        raise RowProblem(f"its prompt does not fit into {max_tokens} tokens")
+    return Prompt(ids, length - len(ids))
 
 
-def answer_tokens(summary: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the summary's tokens and the end-of-text token, which the model has to learn so that it stops."""
-    return [*plain_ids(summary, tokenizer), tokenizer.eos_token_id]
+def _ids(example: Example, template: Template) -> list[int]:
+    (encoded,) = template.encoder.encode([template.prompt(example)])
+    return encoded.ids.tolist()
 
 
-def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenises a text in which nothing is a control token."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def question(text: str, config: DataConfig, like: Sequence[Example] = ()) -> Example:
+    """Returns a row that asks about a text as the rows of a run do, with the same instruction and system's message.
 
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _frame(template: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
-    if template == "recipe":
-        return INSTRUCTION, RECIPE_SUFFIX
-    if tokenizer is None or not tokenizer.chat_template:
-        raise ModelError("this model has no chat template", next_step="Set data.template=recipe.")
-    message = [{"role": "user", "content": INSTRUCTION + _SLOT}]
-    try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program that came with the model: it may raise anything
-        raise _broken_template(got=brief(error)) from error
-    pieces = text.split(_SLOT)
-    if len(pieces) != 2:
-        raise _broken_template(
-            expected="a text with the message in it once", got=f"one with it {len(pieces) - 1} times"
-        )
-    return pieces[0], pieces[1]
-
-
-def _broken_template(**found: str) -> ModelError:
-    return ModelError(
-        "this model's chat template does not work",
-        **found,
-        next_step="Set data.template=recipe and evaluation.chat_baseline=false.",
-    )
+    Args:
+        text: what a person brings.
+        config: the run's data settings.
+        like: rows of the run; the first conversation is the pattern.
+    """
+    for row in like:
+        asked = [message for message in row.messages if message.role == "user"]
+        if not asked:
+            continue
+        first = asked[0]
+        instruction = first.content[: first.body[0]] if first.body else ""
+        behind = first.content[first.body[1] :] if first.body else ""
+        user = Message("user", instruction + text + behind, body=(len(instruction), len(instruction) + len(text)))
+        system = tuple(message for message in row.messages[:1] if message.role == "system")
+        thinks = any(message.thinking for message in row.messages)
+        answer = Message("assistant", "", thinking="..." if thinks else "")
+        return dataclasses.replace(row, id="asked", where="asked", messages=(*system, user, answer), references=())
+    instruction = SUMMARIZE if config.instruction is None else config.instruction
+    return one_turn("asked", "asked", text, "", instruction=instruction, system=config.system or "")

@@ -22,11 +22,13 @@ RELOAD_TOLERANCE = 1e-4
 def answered(asked: RunModel, data: PreparedData, prompts: int) -> tuple[list[Any], list[Answer]]:
     """Next-token logits and short greedy answers to the first held-out rows, in the prompt that was trained."""
     from qlora_helpers.data.prompts import prompt_tokens
+    from qlora_helpers.data.templates import template_of
     from qlora_helpers.evaluation import generate
 
     config = asked.run.config()
+    template, room = template_of(config.data, asked.tokenizer), config.data.seq_len_tokens
     questions = [
-        prompt_tokens(item.prompt, config.data.template, asked.tokenizer).fitted(config.data.seq_len_tokens).ids
+        prompt_tokens(item, template, max_tokens=room, long_rows=config.data.long_rows).ids
         for item in data.test[:prompts]
     ]
     most = min(20, config.evaluation.max_new_tokens)

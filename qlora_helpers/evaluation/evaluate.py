@@ -6,6 +6,8 @@ What is measured is in `metrics`, what can be said of it in `scorecard`. Knows n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,9 +21,13 @@ from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, Seque
 from qlora_helpers.data.duplicates import is_known, prompt_key
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.labels import label_row
-from qlora_helpers.data.prompts import INSTRUCTION, RECIPE_SUFFIX, prompt_tokens
+from qlora_helpers.data.plain_templates import Template
+from qlora_helpers.data.prompts import Prompt, prompt_tokens
+from qlora_helpers.data.rendering import RowProblem
+from qlora_helpers.data.shots import with_shots
+from qlora_helpers.data.templates import make_template
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
-from qlora_helpers.evaluation.few_shot import BETWEEN, few_shot_prompts, first_answer, no_examples
+from qlora_helpers.evaluation.few_shot import few_shot_prompts, first_answer, no_examples
 from qlora_helpers.evaluation.generate import generate
 from qlora_helpers.evaluation.metrics.choose import metric_for
 from qlora_helpers.evaluation.metrics.measures import Metric, measure_of
@@ -87,6 +93,7 @@ def evaluate(
     *,
     template: str,
     max_tokens: int,
+    long_rows: str = "auto",
     train_keys: Collection[str] = (),
     train_answers: Sequence[str] = (),
     shots: Sequence[Example] | None = None,
@@ -101,8 +108,9 @@ def evaluate(
         tokenizer: the model's.
         examples: held-out rows; those with one prompt become one row with several references.
         config: generation settings, and how answers are scored.
-        template: the prompt that was trained.
-        max_tokens: of the longest row; a longer dialogue is trimmed as in training.
+        template: the name of the template that rows were written with (`templates.template_name`).
+        max_tokens: of the longest row; a longer prompt is cut as in training.
+        long_rows: where it is cut, as in the settings.
         train_keys: `duplicates.prompt_key` of every training row: a held-out row that is among them is skipped.
         train_answers: of the training rows, or a sample; they say what kind of task it is.
         shots: training rows of which the untuned model gets the first `config.few_shot` in its prompt; None does not ask it so.
@@ -113,16 +121,19 @@ def evaluate(
     Raises:
         UserError: the metric can't be used; nothing was asked yet.
     """
-    items, rows, skipped = _held_out(examples, set(train_keys))
+    asking = _Asking(make_template(template, tokenizer), max_tokens, config.max_new_tokens, long_rows)
+    usable, remarks = asking.usable(examples)
+    items, rows, skipped = _held_out(usable, set(train_keys))
     references = [reference for row in rows for reference in row["references"]]
     scored_by, reason = metric_for(config, train_answers, references, function=metric)
-    labelled = _labelled(items, tokenizer, template, max_tokens)
-    asked, trimmed, remarks = _asked(items, tokenizer, config, template, max_tokens, shots, only)
+    labelled = asking.labelled(items)
+    asked, trimmed, more = _asked(items, tokenizer, config, asking, shots, only)
     losses, form = _answered(model, tokenizer, rows, asked, config, labelled, progress=progress)
-    if "base_few" in asked and shots and template != "chat":
+    if "base_few" in asked and shots and asking.template.name != "chat":
         for row in rows:
             answer = row["answers"]["base_few"]
-            answer["text"] = first_answer(answer["text"], shots[: config.few_shot], INSTRUCTION)
+            answer["text"] = first_answer(answer["text"], shots[: config.few_shot], asking.template.opening(shots[0]))
+    remarks += more
     score_answers(rows, scored_by)
     scores = {name: _scores([row["answers"][name] for row in rows], losses[name], scored_by) for name in asked}
     against = {
@@ -133,41 +144,86 @@ def evaluate(
     return Evaluation(scores, tuple(rows), trimmed, against, skipped, form, scoring, tuple(remarks))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """How rows become prompts: their template, and the tokens of the longest row and of the longest answer."""
+
+    template: Template
+    max_tokens: int
+    answer_tokens: int
+    long_rows: str
+
+    def usable(self, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+        """The rows that can be asked, and a remark on those that can't."""
+        found, reasons = [], Counter[str]()
+        for example in examples:
+            try:
+                if example.is_document:
+                    raise RowProblem("a document asks for no answer")
+                self.template.render(example)
+                self.prompt(example)
+                found.append(example)
+            except RowProblem as problem:
+                reasons[str(problem)] += 1
+        return found, [f"{count} held-out rows were not asked: {reason}" for reason, count in reasons.items()]
+
+    def prompt(self, example: Example) -> Prompt:
+        room = self.max_tokens - self.answer_tokens
+        return prompt_tokens(example, self.template, max_tokens=room, long_rows=self.long_rows)
+
+    def prompts(self, examples: Sequence[Example]) -> tuple[list[list[int]], int]:
+        """The prompt of each row, and how many were cut."""
+        found = [self.prompt(example) for example in examples]
+        return [prompt.ids for prompt in found], sum(prompt.trimmed_tokens > 0 for prompt in found)
+
+    def labelled(self, items: Sequence[Example]) -> dict[int, dict[str, Any]]:
+        """Labels each row's last answer by the row's index; a row whose answer alone exceeds `max_tokens` is skipped."""
+        found = {}
+        for index, item in enumerate(items):
+            learned = dataclasses.replace(item.messages[-1], learned=True)
+            asked = dataclasses.replace(item, messages=(*item.messages[:-1], learned))
+            row = label_row(
+                asked, self.template, train_on="last_turn", max_tokens=self.max_tokens, long_rows=self.long_rows
+            )
+            if row is not None:
+                found[index] = row.sequence
+        return found
+
+
 def _asked(
     items: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
-    template: str,
-    max_tokens: int,
+    asking: _Asking,
     shots: Sequence[Example] | None,
     only: Collection[str],
 ) -> tuple[dict[str, list[list[int]]], int, list[str]]:
     """The prompts of each model that is asked, how many were trimmed, and what a person should know of them."""
-    prompts, trimmed = _prompts(items, tokenizer, template, max_tokens, config.max_new_tokens)
+    prompts, trimmed = asking.prompts(items)
     asked, remarks = {"base": prompts}, []
-    if config.chat_baseline and template != "chat" and tokenizer.chat_template and "base_chat" in only:
+    if config.chat_baseline and asking.template.name != "chat" and tokenizer.chat_template and "base_chat" in only:
         try:
-            asked["base_chat"], _ = _prompts(items, tokenizer, "chat", max_tokens, config.max_new_tokens)
-        except ModelError as error:
-            remarks.append(f"the untuned model was not asked under its own chat template: {error.problem}")
+            chat = dataclasses.replace(asking, template=make_template("chat", tokenizer))
+            asked["base_chat"], _ = chat.prompts(items)
+        except (ModelError, RowProblem) as error:
+            reason = f"{error.problem} ({error.got})" if isinstance(error, ModelError) and error.got else str(error)
+            remarks.append(f"the untuned model was not asked under its own chat template: {reason}")
     if config.few_shot and shots is not None and items and "base_few" in only:
-        found = few_shot_prompts(
-            items,
-            shots[: config.few_shot],
-            lambda item, before: prompt_tokens(_shown(item, before), template, tokenizer).ids,
-            max_tokens - config.max_new_tokens,
-        )
-        if found is not None:
-            asked["base_few"] = found.ids
-        remarks.append(found.remark() if found is not None else no_examples(shots))
+        template = asking.template
+        try:
+            found = few_shot_prompts(
+                items,
+                shots[: config.few_shot],
+                lambda item, before: prompt_tokens(with_shots(item, before), template).ids,
+                asking.max_tokens - asking.answer_tokens,
+            )
+            remarks.append(found.remark() if found is not None else no_examples(shots))
+            if found is not None:
+                asked["base_few"] = found.ids
+        except RowProblem as problem:
+            remarks.append(f"the untuned model was not asked with examples in its prompt: {problem}")
     asked["tuned"] = prompts
     return {name: questions for name, questions in asked.items() if name in only}, trimmed, remarks
-
-
-def _shown(item: Example, before: Sequence[Example]) -> str:
-    """A row's own text with examples before it, as the text that stands between the prompt's instruction and its end."""
-    shown = [f"{shot.prompt}{RECIPE_SUFFIX}{shot.answer}{BETWEEN}{INSTRUCTION}" for shot in before]
-    return "".join([*shown, item.prompt])
 
 
 def _answered(
@@ -225,18 +281,6 @@ def _held_out(
     return [item for item, _ in kept.values()], [row for _, row in kept.values()], tuple(skipped)
 
 
-def _labelled(
-    items: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
-) -> dict[int, dict[str, Any]]:
-    """Labels each row by its index; a row whose summary alone exceeds `max_tokens` is skipped."""
-    found = {}
-    for index, item in enumerate(items):
-        row = label_row(item.id, item.prompt, item.answer, tokenizer, template=template, max_tokens=max_tokens)
-        if row is not None:
-            found[index] = {"input_ids": row.input_ids, "labels": row.labels, "segment_ids": [1] * len(row)}
-    return found
-
-
 def _add_losses(
     answers: Sequence[dict[str, Any]], losses: Sequence[tuple[float, int]], indices: Iterable[int]
 ) -> float | None:
@@ -254,14 +298,3 @@ def _scores(answers: Sequence[dict[str, Any]], loss: float | None, metric: Metri
     one, two, longest = (found.get(key) for key in ("rouge1", "rouge2", "rouge_l"))
     low, high = interval(measure_of(metric.main), answers) or (None, None)
     return Scores(one, two, longest, mean("stopped"), mean("tokens"), loss, mean("repetition"), found, low, high)
-
-
-def _prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, room: int
-) -> tuple[list[list[int]], int]:
-    prompts, trimmed = [], 0
-    for item in examples:
-        tokens = prompt_tokens(item.prompt, template, tokenizer)
-        trimmed += len(tokens) + room > max_tokens
-        prompts.append(tokens.fitted(max_tokens - room).ids)
-    return prompts, trimmed

@@ -5,6 +5,7 @@ Works on a loaded model and token ids. Knows nothing of prompts, scores, adapter
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 
 from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
+from qlora_helpers.data.templates import AnswerMarks, answer_marks
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
 from qlora_helpers.model.wiring import in_eval_mode
 
@@ -22,12 +24,29 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> GenerationConfig:
+def marks_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> AnswerMarks:
+    """Returns the tokens around an answer, whoever gives it: the untuned model may end otherwise than it is trained to.
+
+    An answer ends at the tokenizer's end of text, the chat template's end of turn, and at what the checkpoint's
+    generation_config.json names, as far as the model has a token of that number.
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = named if isinstance(named, list | tuple) else [named]
+    most = model.get_input_embeddings().weight.shape[0]
+    named = [end for end in named if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < most]
+    marks = answer_marks(tokenizer)
+    return dataclasses.replace(marks, ends=tuple(sorted({*marks.ends, *named})))
+
+
+def generation_settings(
+    tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig, ends: Sequence[int] | None = None
+) -> GenerationConfig:
     """The settings of `model.generate`. It takes from the checkpoint what is not set here, so all that matters is set.
 
     Args:
         tokenizer: the model's.
         config: longest answer, sampling.
+        ends: the tokens that end an answer (`marks_of`); None takes the tokenizer's end of text.
     """
     from transformers import GenerationConfig
 
@@ -37,7 +56,7 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, config: EvaluationCo
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) if ends else tokenizer.eos_token_id,
         use_cache=True,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -60,6 +79,7 @@ def stream(
 
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([list(prompt)], device=device)
+    settings = generation_settings(tokenizer, config, marks_of(model, tokenizer).ends)
     tokens = _Tokens()
     ended, errors = threading.Event(), []
 
@@ -73,7 +93,7 @@ def stream(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     streamer=tokens,
-                    generation_config=generation_settings(tokenizer, config),
+                    generation_config=settings,
                     stopping_criteria=StoppingCriteriaList([asked_to_end]),
                 )
         except BaseException as error:
@@ -131,8 +151,8 @@ class Answer:
     """A model's answer to one prompt.
 
     Attributes:
-        text: the answer without control tokens.
-        tokens: new tokens, including the end-of-text token.
+        text: the answer without control tokens, and without what a reasoning model thought before it.
+        tokens: new tokens, including the one that ends the answer.
         stopped: whether the answer ended by itself, before the limit.
     """
 
@@ -168,6 +188,7 @@ def generate(
     Returns:
         An answer for each prompt, in the order given.
     """
+    marks = marks_of(model, tokenizer)
     with in_eval_mode(model):
         if form is not None and not config.do_sample:
             try:
@@ -175,16 +196,16 @@ def generate(
                     model,
                     prompts,
                     pad=tokenizer.pad_token_id,
-                    end=tokenizer.eos_token_id,
+                    end=marks.ends,
                     most=config.max_new_tokens,
                     slots=config.batch_size,
                     form=form,
                     progress=progress,
                 )
-                return [_answer(line, tokenizer) for line in lines]
+                return [_answer(line, tokenizer, marks) for line in lines]
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
-        return _generate_plainly(model, tokenizer, prompts, config, seed, progress)
+        return _generate_plainly(model, tokenizer, prompts, config, seed, progress, marks)
 
 
 def _generate_plainly(
@@ -194,8 +215,9 @@ def _generate_plainly(
     config: EvaluationConfig,
     seed: int,
     progress: Callable[[int], Any] | None,
+    marks: AnswerMarks,
 ) -> list[Answer]:
-    settings = generation_settings(tokenizer, config)
+    settings = generation_settings(tokenizer, config, marks.ends)
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
@@ -205,7 +227,7 @@ def _generate_plainly(
         ids, mask = _left_padded([prompts[index] for index in group], tokenizer.pad_token_id, device)
         produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = _answer(line, tokenizer)
+            answers[index] = _answer(line, tokenizer, marks)
         if progress is not None:
             progress(len(group))
     return [answers[index] for index in range(len(prompts))]
@@ -218,8 +240,17 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
     return ids, mask
 
 
-def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    stopped = tokenizer.eos_token_id in tokens
-    if stopped:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-    return Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens), stopped)
+def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: AnswerMarks) -> Answer:
+    place = next((index for index, token in enumerate(tokens) if token in marks.ends), None)
+    if place is not None:
+        tokens = tokens[: place + 1]
+    text = tokenizer.decode(_behind(tokens, marks.lead), skip_special_tokens=True)
+    return Answer(text.rpartition("</think>")[2].strip(), len(tokens), place is not None)
+
+
+def _behind(tokens: list[int], lead: Sequence[int]) -> list[int]:
+    """The tokens behind the last place where `lead` stands; all where it doesn't."""
+    for start in range(len(tokens) - len(lead), -1, -1) if lead else ():
+        if tokens[start : start + len(lead)] == list(lead):
+            return tokens[start + len(lead) :]
+    return tokens

@@ -155,7 +155,7 @@ class Evaluation(Tabular):
         if self.skipped:
             found.append(f"skipped: {len(self.skipped)} held-out rows whose dialogue was trained on")
         if self.prompt_tokens_trimmed:
-            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} dialogues were trimmed to fit")
+            found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} prompts were cut to fit")
         return found + list(self.remarks)
 
     def confusion(self, model: str = "tuned") -> Table:

@@ -36,7 +36,7 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         f"{what} (r={adapter.r}, alpha={adapter.lora_alpha}) for {certificate.base_model} at revision "
         f"{certificate.base_revision or 'unknown'}, trained on {source} to summarise dialogues.",
         "",
-        _CARD_NOTE.format(template=config.data.template),
+        _CARD_NOTE.format(template=(prepared and prepared.template) or config.data.template),
         "",
     ]
     if values := read_evaluation(run):
@@ -69,10 +69,11 @@ def adapter_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
     """Writes the card of an adapter that was just trained: base model, adapter, data and prompt."""
     prepared = read_prepared_file(run.data_dir)
     source = prepared.source if prepared else "dialogues"  # a name and licence, never a path
+    template = (prepared and prepared.template) or config.data.template
     storage = "in 4-bit NF4 (QLoRA) " if config.model.quantization == "nf4" else ""
     return (
         f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
         f"# {run.name}\n\nA LoRA adapter (r={config.adapter.r}, alpha={config.adapter.lora_alpha}) for "
         f"{loaded.checkpoint.name}, trained {storage}on {source} to summarise dialogues.\n\n"
-        f"Prompt: the `{config.data.template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
+        f"Prompt: the `{template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.addresses import redacted
-from qlora_helpers.base.config import RunConfig, config_from_dict
+from qlora_helpers.base.config import RunConfig, config_from_dict, value_today
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import content_digest, not_written, read_json, write_json
 from qlora_helpers.base.records import read_object, read_record
@@ -141,7 +141,7 @@ class Run:
             f"{section}.{key}: {value!r} -> {after[section][key]!r}"
             for section in FIXED
             for key, value in before.get(section, {}).items()
-            if key in after[section] and value != after[section][key]
+            if key in after[section] and value_today(f"{section}.{key}", value) != after[section][key]
             if (section, key) != ("data", "source") or not self._is_same_data(before, after[section][key])
         ]
         marks, now = before.get("marks", {}), after.get("marks", {})

@@ -13,9 +13,17 @@ from qlora_helpers.base.config import SECTIONS, RunConfig, describe
 from qlora_helpers.base.text import short_name
 from qlora_helpers.base.units import duration
 from qlora_helpers.data.known import DATA_LICENCES
-from qlora_helpers.data.labels import LabelReport
+from qlora_helpers.data.label_report import LabelReport
+from qlora_helpers.data.plain_templates import template_name
 from qlora_helpers.model.shapes.catalog import MODEL_LICENCES
 from qlora_helpers.views.report_parts import Parts
+
+PROMPTS = {
+    "recipe": "the recipe's plain text",
+    "plain": "plain text with a line that names each role",
+    "chat": "the model's own chat template",
+    "auto": "the model's own chat template where it works, else plain text",
+}
 
 
 def asked(parts: Parts) -> list[tuple[str, str]]:
@@ -45,10 +53,10 @@ def asked(parts: Parts) -> list[tuple[str, str]]:
     batch = train.micro_batch_size * train.gradient_accumulation_steps
     return [
         *facts,
-        ("Prompt", "the recipe's plain text" if data.template == "recipe" else "the model's own chat template"),
+        ("Prompt", PROMPTS[parts.prepared.get("template") or template_name(data)]),
         (
             "Trained tokens",
-            "the summary and its end" if data.loss_on == "summary" else "all of them, including the prompt",
+            "all of them, including the prompt" if data.loss_on == "all" else "the answers and their ends",
         ),
         ("Adapter", f"LoRA, r={adapter.r}, alpha={adapter.lora_alpha}, dropout {adapter.lora_dropout:g}{variant}"),
         ("Adapted layers", ", ".join(sorted(targets))),
@@ -106,7 +114,11 @@ def labels(prepared: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if not prepared:
         return []
     train, evaluation = (LabelReport(**prepared[key]) for key in ("report", "eval_report"))
-    return [(name, ours, theirs) for (name, ours), (_, theirs) in zip(train.lines(), evaluation.lines(), strict=True)]
+    ours, theirs = dict(train.lines()), dict(evaluation.lines())
+    names = sorted(
+        ours | theirs, key="verdict".__eq__
+    )  # in their order, the verdict last; one set may have lines of its own
+    return [(name, ours.get(name, "none"), theirs.get(name, "none")) for name in names]
 
 
 def reload(check: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
         )
     if evaluation["prompt_tokens_trimmed"]:
         sentences.append(
-            f"{evaluation['prompt_tokens_trimmed']} of {rows} dialogues were cut at the end to fit the sequence length."
+            f"{evaluation['prompt_tokens_trimmed']} of {rows} prompts were cut to fit the sequence length."
         )
     return sentences + [f"{_sentence(text)}" for text in (*scoring.notes, *evaluation.get("remarks", ()))]
 

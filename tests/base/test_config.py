@@ -369,6 +369,14 @@ def test_a_setting_is_read_under_its_earlier_name():
         assert key in RunConfig().to_dict()[section]
 
 
+def test_values_of_earlier_versions_are_read_as_todays():
+    values = RunConfig().to_dict()
+    values["data"] |= {"loss_on": "summary", "long_rows": "trim", "template": "recipe"}
+    data = config_from_dict(values).data
+    assert (data.loss_on, data.long_rows, data.template) == ("answer", "trim_end", "recipe")
+    assert RunConfig().with_settings(["data.loss_on=summary"]).data.loss_on == "answer"
+
+
 def test_a_text_of_many_lines_is_written_with_escapes_on_the_command_line():
     assert value_of(r"data.instruction=Classify.\n\n") == "Classify.\n\n"
     assert value_of(r"data.instruction=a\tb\\n") == "a\tb\\n"

@@ -1,4 +1,4 @@
-"""Which tokens are trained: the summary and its end, and a report that fails where that is not so."""
+"""Which tokens are trained: the answer and its end, and a report that fails where that is not so."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_helpers.data.labels import IGNORED, LabelReport, label_report, label_row
+from qlora_helpers.data.examples import SUMMARIZE, Example, Message, one_turn
+from qlora_helpers.data.label_report import LabelReport, label_report
+from qlora_helpers.data.labels import IGNORED, LabelSettings, label_row, label_rows
+from qlora_helpers.data.outcome import Outcome, outcome_notes
+from qlora_helpers.data.templates import make_template
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 from qlora_helpers.views.tokens import TokenView
 
 TOKENIZER = corpus_tokenizer()
+RECIPE = make_template("recipe", TOKENIZER)
 DIALOGUE = "Ana: are you coming?\nBo: no, I'm at work until ten tonight"
 SUMMARY = "Bo works until ten."
 
 
+def example(dialogue=DIALOGUE, summary=SUMMARY, row_id="r1"):
+    return one_turn(row_id, "rows.jsonl line 1", dialogue, summary, instruction=SUMMARIZE)
+
+
 def row(dialogue=DIALOGUE, summary=SUMMARY, **settings):
-    return label_row("r1", dialogue, summary, TOKENIZER, **settings)
+    return label_row(example(dialogue, summary), RECIPE, **settings)
 
 
 def trained(labelled) -> str:
     return TOKENIZER.decode([label for label in labelled.labels if label != IGNORED])
 
 
-def test_the_summary_and_its_end_are_trained():
+def test_the_answer_and_its_end_are_trained():
     labelled = row()
     assert trained(labelled) == SUMMARY + "<|endoftext|>"
     assert TOKENIZER.decode(labelled.input_ids) == (
@@ -31,6 +40,7 @@ def test_the_summary_and_its_end_are_trained():
     )
     assert all(label in (IGNORED, token) for token, label in zip(labelled.input_ids, labelled.labels, strict=True))
     assert (labelled.trimmed_tokens, len(labelled)) == (0, len(labelled.labels))
+    assert labelled.answers == (SUMMARY + "<|endoftext|>",)
 
 
 def test_loss_on_all_trains_every_token():
@@ -41,27 +51,52 @@ def test_loss_on_all_trains_every_token():
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=120),
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=120),
+    st.text(st.characters(exclude_categories=["Cs", "Co"]), min_size=1, max_size=60),
     st.integers(16, 120),
-    st.sampled_from(["summary", "all"]),
+    st.sampled_from(["answer", "all"]),
+    st.sampled_from(["trim_start", "trim_middle", "trim_end"]),
 )
-def test_rows_fit_or_are_none_and_keep_summary_and_prompt(dialogue, summary, limit, loss_on):
-    whole, labelled = row(dialogue, summary, loss_on=loss_on), row(dialogue, summary, loss_on=loss_on, max_tokens=limit)
+def test_rows_fit_or_are_none_and_keep_answer_and_prompt(dialogue, summary, limit, loss_on, long_rows):
+    whole = row(dialogue, summary, loss_on=loss_on)
+    labelled = row(dialogue, summary, loss_on=loss_on, max_tokens=limit, long_rows=long_rows)
     frame = len(row("", summary))
-    assert (labelled is None) == (frame > limit)
     if labelled is None:
+        assert frame > limit - 3  # a cut text may end in the middle of what was one token
         return
-    assert len(labelled) == len(labelled.labels) == min(len(whole), limit)
+    assert len(labelled) == len(labelled.labels) <= limit
     assert labelled.trimmed_tokens == len(whole) - len(labelled)
-    answer = TOKENIZER(summary, split_special_tokens=True)["input_ids"] + [TOKENIZER.eos_token_id]
-    assert labelled.labels[-len(answer) :] == labelled.input_ids[-len(answer) :] == answer
-    assert labelled.input_ids[-frame:][-len(answer) - 3 :] == whole.input_ids[-len(answer) - 3 :]
-    before = labelled.labels[: -len(answer)]
-    assert before.count(IGNORED) == (len(before) if loss_on == "summary" else 1)
-    kept = len(labelled) - frame
-    prefix = len(TOKENIZER("Summarize the chat dialogue:\n")["input_ids"])
-    assert labelled.input_ids[: prefix + kept] == whole.input_ids[: prefix + kept]
+    text = TOKENIZER.decode(labelled.input_ids)
+    assert text.startswith(SUMMARIZE) and text.endswith(f"\n---\nSummary:\n{summary}<|endoftext|>")
+    if loss_on == "answer":
+        assert trained(labelled) == summary + "<|endoftext|>"
+    else:
+        assert labelled.labels == [IGNORED, *labelled.input_ids[1:]]
+    kept = text.removeprefix(SUMMARIZE).removesuffix(f"\n---\nSummary:\n{summary}<|endoftext|>")
+    assert {"trim_start": dialogue.endswith(kept), "trim_end": dialogue.startswith(kept)}.get(long_rows, True)
+
+
+def test_rows_are_labelled_alike_one_by_one_and_together():
+    texts = [f"Ana: {word} <|endoftext|> {word}?" * count for word, count in (("so", 1), ("yes", 30), ("no", 5))]
+    rows = [example(text, f"{SUMMARY} {number}", f"r{number}") for number, text in enumerate(texts)]
+    together = list(label_rows(rows, RECIPE, LabelSettings(max_tokens=96), Outcome()))
+    apart = [label_row(each, RECIPE, max_tokens=96) for each in rows]
+    assert [(each.id, each.input_ids, each.labels) for each in together] == [
+        (each.id, each.input_ids, each.labels) for each in apart
+    ]
+
+
+def test_what_happened_to_rows_is_said_once_and_counted():
+    """Twenty rows of a kind by their place, the rest in one line."""
+    long = [example("Ana: so?\n" * 60, row_id=f"l{number}") for number in range(23)]
+    refused = [Example(f"c{n}", f"chat {n}", (Message("user", "a"), Message("assistant", "b")) * 2) for n in range(22)]
+    outcome = Outcome()
+    rows = list(label_rows([*long, *refused], RECIPE, LabelSettings(max_tokens=64), outcome))
+    notes = outcome_notes(outcome)
+    assert (len(rows), len(outcome.trimmed), len(outcome.skipped)) == (23, 23, 22)
+    assert len(notes) == 42
+    assert "and 3 more prompts were cut, " in notes[20]
+    assert notes[41].startswith("and 2 more rows skipped: 2 x the recipe's prompt takes one instruction")
 
 
 # the report
@@ -77,11 +112,12 @@ def block(*rows, ids=None) -> dict:
 
 
 def report(blocks, **settings) -> LabelReport:
-    return label_report(blocks, TOKENIZER, **{"summaries": {"r1": SUMMARY, "r2": "Ana asks."}} | settings)
+    answers = {"r1": (SUMMARY + "<|endoftext|>",), "r2": ("Ana asks.<|endoftext|>",)}
+    return label_report(blocks, TOKENIZER, **{"answers": answers} | settings)
 
 
 def two_rows(**settings):
-    return row(**settings), label_row("r2", "Ana: so?", "Ana asks.", TOKENIZER, **settings)
+    return row(**settings), label_row(example("Ana: so?", "Ana asks.", "r2"), RECIPE, **settings)
 
 
 def test_a_good_sequence_passes():
@@ -91,7 +127,7 @@ def test_a_good_sequence_passes():
     assert found.problems == ()
     assert (found.rows, found.sequences, found.tokens) == (2, 1, sum(map(len, rows)))
     assert found.trained_tokens == sum(label != IGNORED for each in rows for label in each.labels)
-    assert (found.eos_trained, found.prompt_masked, found.answers_whole) == (2, 2, 2)
+    assert (found.ends_trained, found.prompt_masked, found.answers_whole) == (2, 2, 2)
     assert repr(found).splitlines()[-1] == "verdict        PASS"
     assert found.to_dict()["passed"] is True
     assert report([block(each) for each in rows]).tokens == found.tokens
@@ -124,10 +160,10 @@ def test_the_labels_of_the_2023_recipe_fail(torch):
     ]
     found = report(blocks)
     assert not found.passed
-    assert found.eos_trained == 0
+    assert found.ends_trained == 0
     assert found.problems == (
         "2 rows don't train their end: the model would not learn to stop",
-        "2 rows train their prompt: loss is spent on the dialogue",
+        "2 rows train their prompt: loss is spent on what the user wrote",
     )
     assert repr(found).splitlines()[-1].startswith("verdict        FAIL: 2 rows don't train their end")
 
@@ -135,15 +171,15 @@ def test_the_labels_of_the_2023_recipe_fail(torch):
 def test_loss_on_all_passes_its_report():
     rows = two_rows(loss_on="all")
     assert report([block(*rows)], loss_on="all").passed
-    assert report([block(*rows)]).problems == ("2 rows train their prompt: loss is spent on the dialogue",)
+    assert report([block(*rows)]).problems == ("2 rows train their prompt: loss is spent on what the user wrote",)
 
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
         (lambda b: b["labels"].__setitem__(-1, IGNORED), "1 rows don't train their end"),
-        (lambda b: b["labels"].__setitem__(-3, IGNORED), "1 rows don't train their whole summary"),
-        (lambda b: b["labels"].__setitem__(-3, 7), "1 rows don't train their whole summary"),
+        (lambda b: b["labels"].__setitem__(-3, IGNORED), "1 rows don't train their whole answer"),
+        (lambda b: b["labels"].__setitem__(-3, 7), "1 rows don't train their whole answer"),
         (lambda b: b["labels"].__setitem__(4, b["input_ids"][4]), "1 rows train their prompt"),
         (lambda b: [b[name].pop() for name in ("labels", "input_ids", "segment_ids")], "1 rows don't train their end"),
         (
@@ -158,7 +194,7 @@ def test_each_fault_is_found(spoil, problem):
     assert any(found.startswith(problem) for found in report([spoilt]).problems)
 
 
-def test_a_summary_of_another_row_is_found():
+def test_an_answer_of_another_row_is_found():
     assert report([block(row(), ids=["r2"])]).problems
 
 

@@ -6,13 +6,16 @@ import dataclasses
 import json
 
 import pytest
+from chat_families import family_tokenizer
 from tiny import prepared_data
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError, RunError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.data import prepare as data_module
-from qlora_helpers.data.examples import SUMMARIZE, one_turn
+from qlora_helpers.data import sequences
+from qlora_helpers.data.chat_rows import REWRITTEN
+from qlora_helpers.data.examples import SUMMARIZE, Example, Message, one_turn
 from qlora_helpers.data.prepare import fingerprint, load_prepared, prepare, prepared, save_prepared
 from qlora_helpers.data.sources import Corpus, read_corpus
 from qlora_helpers.model.checkpoints import corpus_tokenizer
@@ -76,7 +79,7 @@ def long_corpus(corpus):
 
 
 def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
-    made = prepared_data(long_corpus, tokenizer)
+    made = prepared_data(long_corpus, tokenizer, long_rows="trim_end")
     texts = rows_of(made.train, tokenizer)
     assert set(texts) == {"d1", "d2", "d3", "d4", "long"}
     assert texts["long"].startswith("Summarize the chat dialogue:\nAna: really?\nAna: really?")
@@ -88,7 +91,7 @@ def test_long_rows_are_trimmed_and_named(long_corpus, tokenizer):
     assert first == "a note of the source"
     assert rest[0].startswith("rows.csv line 7: the last ")
     assert int(rest[0].split()[5]) < cut
-    assert rest[1] == "rows.csv line 9: skipped, its summary alone fills the sequence"
+    assert rest[1] == "rows.csv line 9: skipped, its answer alone fills the sequence"
 
 
 def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
@@ -96,7 +99,7 @@ def test_long_rows_are_dropped_and_named(long_corpus, tokenizer):
     assert made.report.skipped == ("long", "endless")
     assert made.report.trimmed == ()
     assert "rows.csv line 7: skipped, " in made.notes[1]
-    assert made.notes[1].endswith(" tokens too long")
+    assert " tokens" in made.notes[1] and "longer than a sequence by " in made.notes[1]
 
 
 def test_long_rows_are_refused(long_corpus, tokenizer):
@@ -115,6 +118,59 @@ def test_the_seed_changes_only_the_order(corpus, tokenizer):
     one, again, other = (prepared_data(corpus, tokenizer, seed=seed, seq_len_tokens=64) for seed in (0, 0, 5))
     assert one.train["row_ids"] == again.train["row_ids"] != other.train["row_ids"]
     assert rows_of(one.train, tokenizer) == rows_of(other.train, tokenizer)
+
+
+def test_turns_that_can_not_be_trained_are_counted(corpus):
+    """A template that writes history otherwise: the last turns are trained, the others are masked, and the report passes."""
+    chats = [
+        Example(f"c{n}", f"chats.jsonl line {n}", (Message("user", f"q {n}"), Message("assistant", "It left.")) * 2)
+        for n in range(4)
+    ]
+    made = prepare(
+        dataclasses.replace(corpus, train=tuple(chats), eval=tuple(chats[:1])),
+        family_tokenizer("qwen3"),
+        DataConfig(source="chats.jsonl", seq_len_tokens=128),
+    )
+    assert (made.template, made.report.turns, made.report.masked_turns) == ("chat", 4, 4)
+    assert made.report.passed
+    assert dict(made.report.lines())["turns trained"] == "4 of 8"
+    assert f"4 of 8 turns of the assistant are not trained: {REWRITTEN}" in made.notes
+
+
+def test_a_template_that_takes_no_row_is_refused_with_the_reason(corpus, tokenizer):
+    chat = Example("c", "row 1", (Message("user", "a"), Message("assistant", "b")) * 2)
+    with pytest.raises(
+        DataError, match=r"no row can be trained with data\.template=recipe; got 1 rows .* one instruction"
+    ):
+        prepared_data(dataclasses.replace(corpus, train=(chat,)), tokenizer)
+
+
+def test_documents_are_packed_and_cut_at_the_block_s_length(corpus, tokenizer):
+    texts = [f"Page {number}. " + "It left the depot in Leeds this morning. " * 12 for number in range(5)]
+    documents = tuple(Example(f"d{n}", f"page {n}", text=text) for n, text in enumerate(texts))
+    made = prepared_data(dataclasses.replace(corpus, train=documents, eval=documents[:1]), tokenizer, template="plain")
+    assert made.report.passed
+    assert made.report.trained_tokens == made.report.tokens - made.report.rows  # all but each part's first
+    found = sorted(rows_of(made.train, tokenizer).items())
+    assert "".join(text for _, text in found) == "".join(f"{text}<|endoftext|>" for text in texts)
+    assert all(len(block["input_ids"]) <= 128 for block in made.train)
+
+
+def test_many_rows_wait_in_a_file(corpus, tokenizer, monkeypatch, tmp_path):
+    whole = prepared_data(corpus, tokenizer)
+    monkeypatch.setattr(sequences, "TOKENS_IN_MEMORY", 50)
+    monkeypatch.setattr(sequences, "_BATCH_TOKENS", 60)
+    config = DataConfig(seq_len_tokens=128)
+    spilled = prepare(corpus, tokenizer, config, scratch=tmp_path)
+    assert spilled.train.to_list() == whole.train.to_list() and spilled.report == whole.report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.arrow", "train.arrow"]
+
+
+def test_the_fingerprint_of_an_earlier_version_s_values_is_theirs(tokenizer):
+    """`loss_on` was called `summary`, `long_rows` `trim`: data that they prepared are still those of their run."""
+    now = DataConfig(template="recipe", loss_on="answer", long_rows="trim_end")
+    then = dataclasses.replace(now, loss_on="summary", long_rows="trim")
+    assert fingerprint(now, tokenizer, can_pack=True) == fingerprint(then, tokenizer, can_pack=True)
 
 
 # on disk

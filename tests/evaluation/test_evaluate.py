@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 
 import pytest
 import torch
+from chat_families import family_tokenizer
 from tiny import prepared_data, tiny_falcon, tiny_llama, tuned
 
 from qlora_helpers.base.config import EvaluationConfig, TrainConfig
 from qlora_helpers.data.duplicates import prompt_key, words_key
-from qlora_helpers.data.examples import SUMMARIZE, one_turn
+from qlora_helpers.data.examples import SUMMARIZE, Example, Message, one_turn
 from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.templates import answer_marks
 from qlora_helpers.evaluation.comparison import same_answers
 from qlora_helpers.evaluation.evaluate import evaluate, rouge, summary_loss
-from qlora_helpers.evaluation.generate import generate
+from qlora_helpers.evaluation.fast_answers.answer import answering_form
+from qlora_helpers.evaluation.generate import _answer, generate, marks_of, stream
 from qlora_helpers.evaluation.result import Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
@@ -53,6 +57,46 @@ def test_an_answer_ends_at_the_end_of_text(tokenizer):
     texts = [range(2041, 2048), range(101, 111), [2047], []]
     assert [answer.text for answer in answers] == [tokenizer.decode(list(ids)).strip() for ids in texts]
     assert "<|endoftext|>" not in answers[0].text
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("named", [2044, [0, 2044, 5000, -1, None]])
+def test_an_answer_ends_at_the_checkpoint_s_own_end_too(tokenizer, fast, named):
+    """The tokenizer's end of text alone let the untuned model run on (case 04); a number without a token counts for nothing."""
+    model = counting_model()
+    model.generation_config.eos_token_id = named
+    config = EvaluationConfig(batch_size=4, max_new_tokens=10)
+    with answering_form(model, rows=2, tokens=20) if fast else contextlib.nullcontext() as form:
+        answers = generate(model, tokenizer, [[2040], [2045]], config, form=form)
+    assert [(answer.tokens, answer.stopped) for answer in answers] == [(4, True), (3, True)]
+    text = tokenizer.decode([2041, 2042, 2043, 2044]).strip()
+    assert answers[0].text == text == "".join(stream(model, tokenizer, [2040], config)).strip()
+
+
+def test_an_answer_ends_at_the_end_of_turn_of_the_chat_template():
+    chat = corpus_tokenizer()
+    word = chat.convert_ids_to_tokens(2044)
+    chat.add_special_tokens({"additional_special_tokens": [word]})
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.content + '" + word + "' }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    assert set(marks_of(counting_model(), chat).ends) == {0, 2044}
+    (answer,) = generate(counting_model(), chat, [[2040]], EvaluationConfig(max_new_tokens=10))
+    assert (answer.tokens, answer.stopped) == (4, True)
+    assert answer.text == chat.decode([2041, 2042, 2043]).strip()
+
+
+def test_thoughts_and_channels_before_an_answer_are_not_part_of_it():
+    harmony = family_tokenizer("harmony")
+    marks = answer_marks(harmony)
+    written = (
+        "<|channel|>analysis<|message|>In Leeds.<|end|><|start|>assistant<|channel|>final<|message|>It left.<|return|>"
+    )
+    answer = _answer(harmony(written)["input_ids"], harmony, marks)
+    assert (answer.text, answer.stopped) == ("It left.", True)
+    qwen = family_tokenizer("qwen3")
+    written = "<think>\nIn Leeds.\n</think>\n\nIt left.<|im_end|>"
+    assert _answer(qwen(written)["input_ids"], qwen, answer_marks(qwen)).text == "It left."
 
 
 def test_an_answer_that_ends_with_the_limit_has_stopped(tokenizer):
@@ -221,8 +265,10 @@ def test_base_and_tuned_answer_the_same_rows(compare, model, tokenizer, corpus):
 
 def compare_alone(model, tokenizer, corpus) -> list[str]:
     from qlora_helpers.data.prompts import prompt_tokens
+    from qlora_helpers.data.templates import make_template
 
-    prompts = [prompt_tokens(item.prompt, "recipe", tokenizer).ids for item in corpus.test]
+    template = make_template("recipe", tokenizer)
+    prompts = [prompt_tokens(item, template).ids for item in corpus.test]
     return [
         answer.text for answer in generate(model, tokenizer, prompts, EvaluationConfig(batch_size=4, max_new_tokens=6))
     ]
@@ -230,12 +276,36 @@ def compare_alone(model, tokenizer, corpus) -> list[str]:
 
 def test_the_untuned_model_is_asked_under_its_own_template_too(compare):
     chat = corpus_tokenizer()
-    chat.chat_template = "{{ messages[0]['content'] }}\nAnswer:"
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.content + ('\n' if m.role == 'user' else eos_token) }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+    )
     result = compare(tokenizer=chat)
     assert list(result.scores) == ["base", "base_chat", "tuned"]
     assert result.scores["base_chat"].loss is None
     assert list(compare(tokenizer=chat, chat_baseline=False).scores) == ["base", "tuned"]
     assert "untuned, chat template" in repr(result)
+
+
+def test_a_chat_template_that_raises_leaves_its_baseline_out(compare):
+    """Training on plain text passed, and the evaluation stopped with advice that it could not take (case 22)."""
+    broken = corpus_tokenizer()
+    broken.chat_template = "{{ raise_exception('no such role') }}"
+    result = compare(tokenizer=broken)
+    assert list(result.scores) == ["base", "tuned"]
+    assert (
+        "the untuned model was not asked under its own chat template: this model's chat template does not work "
+        "(no such role)"
+    ) in repr(result)
+
+
+def test_rows_that_ask_for_no_answer_are_counted(compare, corpus):
+    document = Example("d", "row 1", text="a document")
+    chat = Example("c", "row 2", (Message("user", "a"), Message("assistant", "b")) * 2)
+    result = compare([*corpus.test, document, chat, chat])
+    assert len(result.rows) == len(corpus.test)
+    assert "1 held-out rows were not asked: a document asks for no answer" in repr(result)
+    assert "2 held-out rows were not asked: the recipe's prompt takes one instruction" in repr(result)
 
 
 def test_dialogues_that_are_too_long_are_counted(compare):
@@ -273,7 +343,7 @@ def test_the_text_says_what_the_rows_can_tell_and_which_were_skipped(compare, co
     long = one_turn("long", "row 1", "Ana: really?\n" * 200, "Ana doubts it.", instruction=SUMMARIZE)
     said = repr(compare([*corpus.test, long], train_keys=[prompt_key(corpus.test[0])]))
     assert "skipped: 1 held-out rows whose dialogue was trained on" in said
-    assert f"1 of {len(corpus.test)} dialogues were trimmed" in said
+    assert f"1 of {len(corpus.test)} prompts were cut" in said
 
 
 NASTY = "<script>alert(1)</script> <img src=x onerror=alert(1)>"

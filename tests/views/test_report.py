@@ -97,7 +97,7 @@ def test_the_page_says_what_ran_and_how_good_it_became(tmp_path):
         "fine-tuning gained 18.1 points of ROUGE-L",
         "reaches 17.6; the tuned model is 9.7 points above that",
         "With only 30 dialogues",
-        "1 of 30 dialogues were cut",
+        "1 of 30 prompts were cut",
         "Training loss: 3.059 → 2.165, steps 2 to 30.",
         "Evaluation loss: 2.463 → 2.229, steps 10 to 30.",
         "2,442,240 of 136,957,248 parameters were trained, 1.78 %.",
@@ -553,3 +553,20 @@ def test_differences_with_intervals_and_outcomes_to_browse(tmp_path):
     assert not page.all("script") and "<script>alert" not in page.source
     for line in found["base"]["differences"]:
         assert line["verdict"] in page.text
+
+
+def test_label_reports_of_two_sets_may_have_lines_of_their_own():
+    from qlora_helpers.data.label_report import LabelReport
+    from qlora_helpers.views.report_facts import labels
+
+    train = LabelReport(2, 1, 90, 20, 2, 2, 2)
+    held_out = LabelReport(
+        2, 1, 90, 20, 2, 2, 2, trimmed=("a",), turns=2, trimmed_tokens=9, shown_cut="row 1: so [9 cut] it"
+    )
+    found = labels({"report": vars(train), "eval_report": vars(held_out)})
+    assert ("one cut", "none", "row 1: so [9 cut] it") in found and (
+        "trimmed",
+        "none",
+        "1: a, 9 tokens in all",
+    ) in found
+    assert found[-1] == ("verdict", "PASS", "PASS")

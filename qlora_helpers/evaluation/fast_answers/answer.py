@@ -8,7 +8,7 @@ can't run, `NotFast` says why. Knows nothing of text, settings or scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +31,19 @@ def answer_fast(
     prompts: Sequence[Sequence[int]],
     *,
     pad: int,
-    end: int,
+    end: int | Collection[int],
     most: int,
     slots: int,
     form: AnswerForm | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
-    """Returns the greedy answer to each prompt as new tokens, in the order given, with the end-of-text token where it ended.
+    """Returns the greedy answer to each prompt as new tokens, in the order given, with the token that ended it.
 
     Args:
         model: in eval mode, as `answering_form` put it.
         prompts: token ids of each.
-        pad, end: the padding and the end-of-text token.
+        pad: the padding token.
+        end: the token, or the tokens, that end an answer.
         most: longest answer, tokens.
         slots: answers at once; fewer are taken where memory does not allow as many.
         form: gets a record of how the answers were made.
@@ -53,7 +54,7 @@ def answer_fast(
     """
     if not prompts:
         return []
-    questions = Questions(prompts, pad, end, most)
+    questions = Questions(prompts, pad, frozenset((end,) if isinstance(end, int) else end), most)
     form = AnswerForm() if form is None else form
     refusal = _shape_refusal(model, questions.longest)
     if refusal is not None:

@@ -29,13 +29,14 @@ class Questions:
 
     Attributes:
         prompts: token ids of each.
-        pad, end: the padding and the end-of-text token.
+        pad: the padding token.
+        ends: the tokens that end an answer.
         most: longest answer, tokens.
     """
 
     prompts: Sequence[Sequence[int]]
     pad: int
-    end: int
+    ends: frozenset[int]
     most: int
 
     @property
@@ -44,11 +45,12 @@ class Questions:
         return max(map(len, self.prompts)) + self.most
 
     def trim(self, answer: list[int]) -> bool:
-        """Cuts an answer after its end-of-text token and at the longest answer; returns whether it is finished."""
-        if self.end in answer:
-            del answer[answer.index(self.end) + 1 :]
+        """Cuts an answer after the token that ends it and at the longest answer; returns whether it is finished."""
+        place = next((index for index, token in enumerate(answer) if token in self.ends), None)
+        if place is not None:
+            del answer[place + 1 :]
         del answer[self.most :]
-        return len(answer) == self.most or (bool(answer) and answer[-1] == self.end)
+        return len(answer) == self.most or (bool(answer) and answer[-1] in self.ends)
 
 
 class NotFast(Exception):

@@ -187,7 +187,7 @@ class RowBrowser(Panel):
         count = sum(each[0] == sequence for each in self._rows)
         where = f"row {number} of {count} in sequence {sequence + 1} of {self._rows[-1][0] + 1}"
         report = self._data.report if self.split == "train" else self._data.eval_report
-        trimmed = ", dialogue trimmed to fit" if row in report.trimmed else ""
+        trimmed = ", prompt cut to fit" if row in report.trimmed else ""
         return f"{self.split} row {self.index + 1} of {len(self._rows)}: {row} ({where}{trimmed})"
 
     def _tokens_html(self, *, whole: bool) -> str:

@@ -1,0 +1,185 @@
+"""Turns rendered texts into token ids: each text whole, as a server does, and a row's own text never into control tokens.
+
+A control token's string that a row holds itself (somebody typed `<|im_end|>`) must stay plain text, though the template's own
+beside it is one. Such rows go through a twin of the tokenizer, in which the control tokens have other strings of the same length,
+made of private-use characters: the template's are written in these, and the row's mean nothing. Knows nothing of templates and
+labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.data.rendering import ControlTokens, Rendering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PRIVATE_START = 0xF0000
+
+
+def control_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Returns the strings of the tokenizer's special tokens."""
+    special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | set(tokenizer.all_special_tokens)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens, which knows where in the text each token is.
+
+    Attributes:
+        ids: `(tokens,)`, int32.
+        begins: how many tokens at its start are not of the text (the begin-of-text token).
+        encoding: of the tokenizers library.
+    """
+
+    ids: np.ndarray
+    begins: int
+    encoding: Any
+
+    def token_at(self, place: int, length: int) -> int:
+        """Returns the first token that begins at or behind a character; the number of tokens behind the text's end.
+
+        Args:
+            place: a place in the text.
+            length: the text's length.
+        """
+        while place < length:
+            token = self.encoding.char_to_token(place)
+            if token is not None:
+                start, _ = self.encoding.token_to_chars(token)
+                return self.begins + token + (start < place)
+            place += 1  # white space that the tokenizer counts to no token
+        return len(self.ids)
+
+    def token_behind(self, place: int, length: int) -> int:
+        """Returns how many tokens it takes until the character before `place` is written.
+
+        Args:
+            place: a place in the text.
+            length: the text's length.
+        """
+        if place == length:
+            return len(self.ids)
+        while place > 0:
+            token = self.encoding.char_to_token(place - 1)
+            if token is not None:
+                span = chars = self.encoding.token_to_chars(token)
+                while chars == span:  # a character of several tokens
+                    token += 1
+                    chars = self.encoding.token_to_chars(token) if self.begins + token < len(self.ids) else None
+                return self.begins + token
+            place -= 1
+        return self.begins
+
+
+class Encoder:
+    """Tokenises rendered texts in batches.
+
+    Args:
+        tokenizer: one of the tokenizers library (all that transformers calls fast).
+        control: the control tokens of the template in use; None takes the tokenizer's special tokens.
+
+    Raises:
+        ModelError: the tokenizer is of another kind, which does not say where in a text a token is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens | None = None) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"the tokenizer {type(tokenizer).__name__} does not say where in a text its tokens are",
+                expected="a tokenizer of the tokenizers library (tokenizer.json)",
+                next_step="Choose another model.",
+            )
+        self.tokenizer, self.backend = tokenizer, backend
+        self.control = control or ControlTokens(control_strings(tokenizer))
+        ids = {tokenizer.convert_tokens_to_ids(each) for each in self.control.strings} | set(tokenizer.all_special_ids)
+        ids -= {None, tokenizer.unk_token_id}  # a character without a token is none of the template's
+        self._is_control = np.zeros(max([len(tokenizer), *ids]) + 1, dtype=bool)
+        self._is_control[list(ids)] = True
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """The tokens that the tokenizer puts before a plain text by itself."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+        return []
+
+    def encode(self, rows: Sequence[Rendering]) -> list[Encoded]:
+        """Tokenises texts; those that hold the strings of control tokens themselves go through the twin."""
+        common = [number for number, row in enumerate(rows) if not row.typed]
+        found: dict[int, Encoded] = {}
+        for number, encoding in zip(common, self._batch(self.backend, [rows[i].text for i in common]), strict=True):
+            found[number] = self._encoded(rows[number], encoding, np.array(encoding.ids, dtype=np.int32))
+        typed = [number for number, row in enumerate(rows) if row.typed]
+        if typed:
+            twin, table = self._twin
+            for number, encoding in zip(typed, self._batch(twin, [self._in_twin(rows[i]) for i in typed]), strict=True):
+                found[number] = self._encoded(rows[number], encoding, table[np.array(encoding.ids, dtype=np.int64)])
+        return [found[number] for number in range(len(rows))]
+
+    def plain(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenises texts as they are, in which nothing but the template's own strings is a control token."""
+        return self.encode([Rendering(text) for text in texts])
+
+    def _encoded(self, row: Rendering, encoding: Any, ids: np.ndarray) -> Encoded:
+        begin = self.begin if row.begin else []
+        return Encoded(np.concatenate([np.array(begin, np.int32), ids.astype(np.int32)]), len(begin), encoding)
+
+    def _batch(self, backend: Any, texts: list[str]) -> list[Any]:
+        if not texts:
+            return []
+        # transformers leaves what an earlier call has asked for. Nothing is set without need: another thread may be tokenising.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens:
+            backend.encode_special_tokens = False
+        return backend.encode_batch(texts, add_special_tokens=False)
+
+    @cached_property
+    def _private(self) -> dict[str, str]:
+        """Control token -> its string in the twin, of the same length."""
+        return {each: chr(_PRIVATE_START + number) * len(each) for number, each in enumerate(self.control.strings)}
+
+    @cached_property
+    def _twin(self) -> tuple[Any, np.ndarray]:
+        """The twin, and a table from its ids to the tokenizer's."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(self.backend.to_str())
+        content["truncation"] = content["padding"] = None
+        for token in content["added_tokens"]:
+            token["content"] = self._private.get(token["content"], token["content"])
+        twin = Tokenizer.from_str(json.dumps(content))
+        names = {private: name for name, private in self._private.items()}
+        words = twin.get_vocab(with_added_tokens=True)
+        table = np.arange(max(words.values()) + 1, dtype=np.int32)
+        for token in content["added_tokens"]:
+            word = token["content"]
+            table[words[word]] = self.tokenizer.convert_tokens_to_ids(names.get(word, word))
+        return twin, table
+
+    def _in_twin(self, row: Rendering) -> str:
+        pieces, last = [], 0
+        for start, end in self.control.spans(row.text, typed=row.typed):
+            pieces += [row.text[last:start], self._private[row.text[start:end]]]
+            last = end
+        return "".join([*pieces, row.text[last:]])
+
+    def controls(self, ids: np.ndarray) -> int:
+        """Counts control tokens."""
+        return int(self._is_control[ids].sum())
