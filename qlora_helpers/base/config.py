@@ -91,7 +91,8 @@ class AdapterConfig:
         0.05, "Share of the adapters' inputs that training drops at random, against overfitting.", low=0, high=0.9
     )
     target_modules: tuple[str, ...] | None = option(
-        None, "Names of the linear layers that get an adapter; none takes all linear layers of the architecture."
+        None,
+        "Names or paths of the linear layers that get an adapter; none takes all linear layers of the text part.",
     )
     use_rslora: bool = option(
         False, "Scale by lora_alpha / sqrt(r) instead, for high ranks (Kalajdzievski 2023, arXiv:2312.03732)."

@@ -18,6 +18,7 @@ from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.templates import AnswerMarks, answer_marks
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
+from qlora_helpers.model.tokenizers import refuse_tokens_without_row
 from qlora_helpers.model.wiring import in_eval_mode
 
 if TYPE_CHECKING:
@@ -187,7 +188,11 @@ def generate(
 
     Returns:
         An answer for each prompt, in the order given.
+
+    Raises:
+        ModelError: a prompt holds a token that has no row in the embedding.
     """
+    refuse_tokens_without_row(model, tokenizer, prompts, "a prompt")
     marks = marks_of(model, tokenizer)
     with in_eval_mode(model):
         if form is not None and not config.do_sample:

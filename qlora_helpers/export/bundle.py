@@ -25,6 +25,7 @@ from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificat
 from qlora_helpers.export.drift import Drift, measured_drift
 from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
+from qlora_helpers.model.stored_formats import usable_folder
 from qlora_helpers.model.stored_tensors import stored_tensors
 from qlora_helpers.model.tokenizers import tokenizer_files
 from qlora_helpers.runs.folder import Run
@@ -160,7 +161,8 @@ def _write_merged(
             f"{checkpoint.name} has no files to merge into",
             next_step="Export the adapter alone (merged=False, --no-merge).",
         )
-    needed = 2 * sum(tensor.values for tensor in stored_tensors(checkpoint.folder).values())
+    base = usable_folder(checkpoint.folder, checkpoint.name, packed=False, say=say)  # of NF4 files, an unpacked copy
+    needed = 2 * sum(tensor.values for tensor in stored_tensors(base).values())
     free = shutil.disk_usage(folder.parent).free
     if SPACE_MARGIN * needed > free:
         raise ModelError(
@@ -172,7 +174,7 @@ def _write_merged(
     say(f"Merging into {gib(needed):.2f} GiB of bfloat16 weights ...")
     folder.mkdir()
     try:
-        report = merge(checkpoint.folder, run.adapter_dir, folder, shard_gib=shard_gib)
+        report = merge(base, run.adapter_dir, folder, shard_gib=shard_gib)
     except OSError as error:  # the space that was free is taken by now
         raise ModelError(
             f"the merged model could not be written ({error.strerror or error})",

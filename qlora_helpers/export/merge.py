@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.export.certificate import WEIGHTS
+from qlora_helpers.export.live_names import Places
 from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
 from qlora_helpers.model.adapter_files import read_adapter_settings
 from qlora_helpers.model.stored_tensors import BYTES, FLOATS, INDEX, StoredTensor, stored_tensors, tensors_in
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 
 SHARD_GIB, WORKING_GIB = 4.0, 0.25
 PREFIX = "base_model.model."
-KEPT_FILES = ("generation_config.json",)
+KEPT_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class MergeReport:
         tensors, parameters: how many in all.
         files: shards.
         size_gib: of the weights.
-        bound_gib: limit on the memory of the merge, for adapter and rows, beyond what Python and PyTorch take when they start.
+        bound_gib: limit on the memory of the merge, for adapter and rows, beyond what Python and its libraries take.
     """
 
     merged: int
@@ -63,10 +69,20 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's adapter in float32: `down` is A, `(r, in)`; `up` is B times the scale, `(out, r)`."""
+    """What an adapter adds to rows of a stored tensor, in float32: `up` times `down`, to the rows from `first` on.
+
+    For a layer that is stored as it is in memory, `down` is A, `(r, in)`, and `up` is B times the scale, `(out, r)`.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
+    first: int = 0
+
+    def add(self, rows: torch.Tensor, first: int) -> None:
+        """Adds to rows of the stored tensor, of which the first has the number `first`."""
+        start, end = max(first, self.first), min(first + rows.shape[0], self.first + self.up.shape[0])
+        if start < end:
+            rows[start - first : end - first].addmm_(self.up[start - self.first : end - self.first], self.down)
 
 
 def merge(
@@ -92,21 +108,23 @@ def merge(
         ModelError: the adapter belongs to another model, or is of a kind that can't be merged.
     """
     stored = stored_tensors(base)
-    adapters = low_ranks(adapter, stored)
-    sizes = {name: (2 if t.dtype in FLOATS else BYTES[t.dtype]) * t.values for name, t in stored.items()}
+    adapters = low_ranks(adapter, stored, Places(base, {name: tensor.shape for name, tensor in stored.items()}))
+    types = _types(stored, set(adapters))
+    sizes = {name: BYTES[types[name]] * tensor.values for name, tensor in stored.items()}
     files = shards(sizes, int(shard_gib * BYTES_IN_GIB))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = [_merged(stored[each], adapters.get(each), working_gib, progress) for each in names]
+        tensors = [_merged(stored[each], types[each], adapters.get(each, []), working_gib, progress) for each in names]
         write_tensors(out / name, tensors)
         weight_map |= dict.fromkeys(names, name)
     if len(files) > 1:
         write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     _write_settings(base, adapter, out)
-    held = sum(part.numel() * part.element_size() for each in adapters.values() for part in (each.down, each.up))
+    changes = [change for each in adapters.values() for change in each]
+    held = sum(part.numel() * part.element_size() for each in changes for part in (each.down, each.up))
     return MergeReport(
-        len(adapters),
+        sum(name.endswith(".lora_A.weight") for name in tensors_in([adapter / WEIGHTS])),
         len(stored),
         sum(t.values for t in stored.values()),
         len(files),
@@ -115,18 +133,52 @@ def merge(
     )
 
 
-def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRank]:
-    """Reads the adapter's matrices, by the name of the base tensor that they change.
+def low_ranks(adapter: Path, stored: dict[str, StoredTensor], places: Places) -> dict[str, list[LowRank]]:
+    """Reads the adapter's matrices, by the names of the stored tensors that they change.
 
     Raises:
         ModelError: the adapter can't be merged, or belongs to another model.
     """
     settings = read_adapter_settings(adapter)
+    _refuse_other_kinds(settings)
+    scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
+    weights = tensors_in([adapter / WEIGHTS])
+    found: dict[str, list[LowRank]] = {}
+    layers = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+    for name in layers:
+        layer = name.removeprefix(PREFIX)
+        down, up = weights[f"{name}.lora_A.weight"], weights.get(f"{name}.lora_B.weight")
+        where = places.of(layer)
+        if up is None or not where:
+            raise _of_another_model(layer, None if up is None else (up.shape[0], down.shape[1]), "none")
+        if bool(settings.get("fan_in_fan_out")) and not all(place.transposed for place in where):
+            _refuse_other_kinds({**settings, "fan_in_fan_out": "True, but not of a layer that keeps (in, out)"})
+        first, second = down.read().float(), up.read().float() * scale
+        for place in where:
+            end = None if place.rows is None else place.first_live + place.rows
+            part = second[place.first_live : end]
+            shape, tensor = (part.shape[0], first.shape[1]), stored[place.stored]
+            held = tensor.shape[::-1] if place.transposed else (place.rows or tensor.rows, *tensor.shape[1:])
+            if shape != tuple(held) or tensor.dtype not in FLOATS:
+                raise _of_another_model(layer, shape, f"{tensor.dtype} {tensor.shape}")
+            change = LowRank(part.T.contiguous(), first.T.contiguous()) if place.transposed else LowRank(first, part)
+            found.setdefault(place.stored, []).append(replace(change, first=place.first))
+    if 2 * len(layers) != len(weights):
+        raise ModelError(
+            "the adapter has more than matrices A and B",
+            got=f"{len(weights)} tensors for {len(layers)} layers",
+            next_step="Merge with peft's merge_and_unload.",
+        )
+    return found
+
+
+def _refuse_other_kinds(settings: dict[str, Any]) -> None:
     refused = [
         name
-        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters")
         if settings.get(name)
     ]
+    refused += ["fan_in_fan_out"] if isinstance(settings.get("fan_in_fan_out"), str) else []
     refused += ["bias"] if settings.get("bias", "none") != "none" else []
     refused += ["peft_type"] if settings.get("peft_type") != "LORA" else []
     if refused:
@@ -136,52 +188,46 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor]) -> dict[str, LowRa
             got=", ".join(f"{name}={settings[name]!r}" for name in refused),
             next_step="Serve base model and adapter side by side, or merge with peft's merge_and_unload.",
         )
-    scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
-    weights = tensors_in([adapter / WEIGHTS])
-    found = {}
-    for name, down in weights.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        up = weights.get(name.replace(".lora_A.", ".lora_B."))
-        target = _target(layer, stored)
-        shape = None if up is None else (up.shape[0], down.shape[1])
-        if up is None or target is None or shape != stored[target].shape or stored[target].dtype not in FLOATS:
-            raise ModelError(
-                "the adapter does not belong to this checkpoint",
-                expected=f"an unquantised weight of {layer}, {shape}",
-                got="none" if target is None else f"{stored[target].dtype} {stored[target].shape}",
-                next_step="Merge into the base model that the adapter was trained on, not a quantised copy.",
-            )
-        found[target] = LowRank(down.read().float(), up.read().float() * scale)
-    if 2 * len(found) != len(weights):
-        raise ModelError(
-            "the adapter has more than matrices A and B",
-            got=f"{len(weights)} tensors for {len(found)} layers",
-            next_step="Merge with peft's merge_and_unload.",
-        )
-    return found
 
 
-def _target(layer: str, stored: dict[str, StoredTensor]) -> str | None:
-    """Finds a layer's weight in the checkpoint, where the first part of its name (`transformer.`, `model.`) may be missing."""
-    for name in (f"{layer}.weight", f"{layer.partition('.')[2]}.weight"):
-        if name in stored:
-            return name
-    return None
+def _of_another_model(layer: str, shape: tuple[int, int] | None, got: str) -> ModelError:
+    return ModelError(
+        "the adapter does not belong to this checkpoint",
+        expected=f"an unquantised weight of {layer}, {shape}",
+        got=got,
+        next_step="Merge into the base model that the adapter was trained on, not a quantised copy.",
+    )
+
+
+def _types(stored: dict[str, StoredTensor], merged: set[str]) -> dict[str, str]:
+    """Returns the type that each tensor is written in: bfloat16, or its own.
+
+    Where most of a checkpoint is in 16 bits, what it keeps in float32 was meant to be, such as a router's correction.
+    """
+    single = sum(tensor.values for tensor in stored.values() if tensor.dtype == "F32")
+    kept = {"F32"} if 2 * single < sum(tensor.values for tensor in stored.values()) else set()
+    return {
+        name: tensor.dtype if tensor.dtype not in FLOATS or (tensor.dtype in kept and name not in merged) else "BF16"
+        for name, tensor in stored.items()
+    }
 
 
 def _merged(
-    tensor: StoredTensor, change: LowRank | None, working_gib: float, progress: Callable[[int], Any] | None
+    tensor: StoredTensor,
+    dtype: str,
+    changes: list[LowRank],
+    working_gib: float,
+    progress: Callable[[int], Any] | None,
 ) -> TensorToWrite:
-    dtype = "BF16" if tensor.dtype in FLOATS else tensor.dtype
     step = merging_rows(tensor.row_values, working_gib * BYTES_IN_GIB)
 
     def parts() -> Iterator[torch.Tensor]:
         for first in range(0, tensor.rows, step):
             rows = tensor.read(first, first + step)
-            if change is not None:
-                rows = rows.float().addmm_(change.up[first : first + step], change.down)
+            if changes:
+                rows = rows.float()
+            for change in changes:
+                change.add(rows, first)
             yield rows
             if progress is not None:
                 progress(rows.numel() * BYTES[dtype])

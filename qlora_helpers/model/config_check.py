@@ -34,10 +34,11 @@ def need_layers(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], n
 def need_weights(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str) -> None:
     """Builds the model on the meta device, where weights have shapes and take no memory, and compares it with the files."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from qlora_helpers.model.blueprint import model_class
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
     held = sum(tensor.values * PACKED.get(tensor.dtype, 1) for tensor in tensors.values())
     for key, weight in model.named_parameters():
         stored = tensors.get(key)

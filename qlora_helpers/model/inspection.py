@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
+from qlora_helpers.model.blueprint import meta_model
 from qlora_helpers.model.checkpoints import Checkpoint
 from qlora_helpers.model.load_errors import load_errors_explained
 from qlora_helpers.model.loading_folder import model_config
@@ -39,7 +40,7 @@ class WeightCounts(Tabular):
     """How many weights a model has.
 
     Attributes:
-        linear: in the linear layers of its decoder layers, which QLoRA stores in 4 bits.
+        linear: in the linear layers and the stacks of experts of its decoder layers, which QLoRA stores in 4 bits.
         other: everything else (embedding, output head, norms), which is not quantised; tied weights count once.
     """
 
@@ -70,24 +71,24 @@ def count_weights(shape: dict[str, Any]) -> WeightCounts:
     if shape.get("model_type") not in KNOWN_FAMILIES:
         return _count_on_meta(shape)
     sizes = model_sizes(shape)
-    linear = sizes.layers * sizes.linear_parameters_per_layer
+    linear = sizes.layers * (sizes.linear_parameters_per_layer + sizes.expert_parameters_per_layer)
     return WeightCounts(linear, sizes.parameters - linear)
 
 
 def _count_on_meta(shape: dict[str, Any]) -> WeightCounts:
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
-    model.tie_weights()
+    from qlora_helpers.model.quantizer import stacks_of
+
+    model = meta_model(AutoConfig.for_model(**shape))
     head = model.get_output_embeddings()
     linear = sum(
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    linear += sum(module._parameters[name].numel() for module, names in stacks_of(model) for name in names)
     return WeightCounts(linear, sum(parameter.numel() for parameter in model.parameters()) - linear)
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
+from qlora_helpers.base.text import Say
 from qlora_helpers.model.adapter_files import check_adapter
+from qlora_helpers.model.blueprint import meta_model
 from qlora_helpers.model.nf4 import unpacked_numel
-from qlora_helpers.model.shapes.families import adapter_targets
 
 if TYPE_CHECKING:
     import torch
@@ -63,39 +64,21 @@ class ParameterCount(Tabular):
 
 
 def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Returns the names of the layers that get an adapter: the user's choice, else the architecture's, else all linear layers.
+    """Returns names of the layers that get an adapter, as peft matches them (`targets.target_paths`, `targets.shortened`).
 
     Raises:
         ModelError: a name that the user gave is not a linear layer of the model, or the model has none.
     """
-    available = linear_layer_names(model)
-    if config.target_modules is None:
-        known = adapter_targets(model.config.to_dict()) or ()
-        found = tuple(name for name in known if name in available) or tuple(sorted(available))
-        if not found:
-            raise ModelError("the model has no linear layers in its decoder layers", next_step="Choose another model.")
-        return found
-    unknown = [name for name in config.target_modules if name not in available]
-    if unknown:
-        raise ModelError(
-            "adapter.target_modules names layers that the model does not have",
-            expected="some of " + ", ".join(sorted(available)),
-            got=", ".join(unknown),
-            next_step="Set adapter.target_modules=none to take the architecture's default.",
-        )
-    return config.target_modules
+    from qlora_helpers.model import targets
+
+    return targets.shortened(model, targets.target_paths(model, config), config.target_modules)
 
 
 def linear_layer_names(model: torch.nn.Module) -> set[str]:
-    """Returns the last parts of the names of all linear layers but the output head, such as `{"q_proj", ...}`, 4-bit or not."""
-    import torch
+    """Returns the last parts of the names of the linear layers that may have an adapter, such as `{"q_proj", ...}`."""
+    from qlora_helpers.model import targets
 
-    head = model.get_output_embeddings()
-    return {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and not name.endswith("lm_head")
-    }
+    return set(targets.last_names(targets.linear_layers(model)))
 
 
 @dataclass(frozen=True)
@@ -122,22 +105,19 @@ def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[Adapte
     Raises:
         ModelError: unknown target layers.
     """
-    import torch
+    from qlora_helpers.model import targets
 
-    targets = target_modules(model, config)
     found: dict[tuple[str, int, int], int] = {}
-    for path, module in model.named_modules():
-        name = path.rsplit(".", 1)[-1]
-        if name in targets and isinstance(module, torch.nn.Linear):
-            key = (name, module.in_features, module.out_features)
-            found[key] = found.get(key, 0) + 1
+    for path in targets.target_paths(model, config):
+        key = (path.rsplit(".", 1)[-1], *targets.sizes(model.get_submodule(path)))
+        found[key] = found.get(key, 0) + 1
     return tuple(
         AdapterSize(name, inputs, outputs, layers, layers * (config.r * (inputs + outputs) + config.use_dora * outputs))
         for (name, inputs, outputs), layers in found.items()
     )
 
 
-def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) -> PeftModel:
+def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, say: Say = print) -> PeftModel:
     """Freezes the model and adds LoRA adapters in float32 beside the chosen layers.
 
     B starts at zero, so the adapted model answers as before until it is trained (Hu et al. 2021, section 4.1).
@@ -146,24 +126,30 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
         model: a causal language model, 4-bit or not.
         config: rank, scale, dropout and targets.
         seed: for the random values of A.
+        say: receives a line on layers that get no adapter because training would not reach them.
 
     Raises:
-        ModelError: unknown target layers, or the model has adapters already.
+        ModelError: unknown target layers, the model has adapters already, or it can't be trained.
     """
     import torch
     from peft import LoraConfig, get_peft_model
+
+    from qlora_helpers.model.peft_names import take_names_literally
 
     if hasattr(model, "peft_config"):
         raise ModelError(
             "the model has adapters already", next_step="Load the model again (notebook 01), then add them."
         )
-    torch.manual_seed(seed)
     model.requires_grad_(False)
+    names = _reached_targets(model, config, say)
+    torch.manual_seed(seed)
+    take_names_literally(model)
     settings = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(target_modules(model, config)),
+        target_modules=list(names),
+        fan_in_fan_out=_is_transposed(model, names),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias="none",
@@ -178,6 +164,34 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int) ->
             f"adapters can't be added to this model ({reason})",
             next_step="Set adapter.target_modules to other layers, or choose another model.",
         ) from error
+
+
+def _reached_targets(model: torch.nn.Module, config: AdapterConfig, say: Say) -> tuple[str, ...]:
+    """Returns names of the target layers that a backward pass reaches, and says which it does not reach."""
+    from qlora_helpers.model import targets
+
+    paths = targets.target_paths(model, config)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    apart = [] if on_meta else targets.without_gradient(model, paths)
+    if len(apart) == len(paths):
+        raise ModelError(
+            "no gradient reaches the layers that were to get adapters",
+            got=", ".join(targets.last_names(apart)),
+            next_step="Set adapter.target_modules=none, or choose another model.",
+        )
+    if apart:
+        say(f"{len(apart)} layers get no adapter, because no gradient reaches them: {', '.join(apart[:3])} ...")
+    return targets.shortened(model, [path for path in paths if path not in apart], config.target_modules)
+
+
+def _is_transposed(model: torch.nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether the layers keep their weights as `(in, out)`, as GPT-2's do where they are not in 4 bits."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(
+        isinstance(module, Conv1D) and path.rpartition(".")[2] in {name.rpartition(".")[2] for name in names}
+        for path, module in model.named_modules()
+    )
 
 
 def remove_adapters(model: PeftModel) -> None:
@@ -210,10 +224,13 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from qlora_helpers.model.peft_names import take_names_literally
+
+    take_names_literally(model)
     try:
         check_adapter(Path(folder))
         with _without_deprecation_noise():
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except ModelError as error:
         raise ModelError(
             f"the saved adapter could not be loaded ({error.problem})",
@@ -227,6 +244,25 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
             f"the saved adapter could not be loaded ({reason})",
             next_step="Train the run again: it takes its newest good checkpoint and saves the adapter once more.",
         ) from error
+    _refuse_other_tensors(loaded, Path(folder))
+    return loaded
+
+
+def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
+    """Refuses an adapter of which the model lacks tensors, or which lacks some of the model's; peft only warns of it."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+    for names, what in ((expected - held, "lacks {} of"), (held - expected, "has {} beyond those of")):
+        if names:
+            remove_adapters(model)
+            raise ModelError(
+                f"the saved adapter {what.format(f'{len(names)} tensor' + 's' * (len(names) > 1))} the model, {min(names)} first",
+                next_step="Load the model that it was trained on, or train the run again.",
+            )
 
 
 def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> float:
@@ -281,12 +317,9 @@ def count_from_shape(shape: dict[str, Any], config: AdapterConfig) -> ParameterC
         The count; `published_total` as if every linear layer of the decoder layers were packed, two weights to a byte.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
-    model.tie_weights()
+    model = meta_model(AutoConfig.for_model(**shape))
     head = model.get_output_embeddings()
     packed = sum(
         module.weight.numel() // 2

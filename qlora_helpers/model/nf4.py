@@ -6,6 +6,7 @@ NF4 and double quantisation: Dettmers et al. 2023, arXiv:2305.14314. Knows nothi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,21 @@ from qlora_helpers.base.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
+
+CPU_KERNELS = [
+    f"cdequantize_blockwise_cpu_{kind}_{dtype}" for kind in ("fp4", "nf4") for dtype in ("fp32", "bf16", "fp16")
+]
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """Returns the type for matrix multiplications: bfloat16, float16 on GPUs that lack it, float32 on a CPU."""
+    import torch
+
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    if config.device_map == "cpu" or not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def quantization_settings(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -60,12 +76,65 @@ def keep_gradients_exact_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Makes a model compute in this type, whatever a checkpoint that was packed already says of its own.
+
+    Of such a checkpoint transformers leaves the other weights in the type that they are stored in; those in 16 bits are cast.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    from qlora_helpers.model.expert_stacks import PackedStacks
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+        elif isinstance(module, PackedStacks):
+            module.stack_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+
+
+def unpack_rightly_on_cpu() -> None:
+    """Makes bitsandbytes unpack 4-bit weights on a CPU by each block's own constant; does so once.
+
+    bitsandbytes 0.50 packs blocks of 64 values one after another, whatever the rows. Its kernels for CPUs count blocks from the
+    beginning of each row, so where a row is not made of whole blocks, they multiply by the constants of other blocks. The blocks
+    are here given to them as the rows. `tests/model/test_nf4.py` fails once bitsandbytes no longer needs this.
+    """
+    from bitsandbytes.backends.cpu.ops import lib
+
+    for name in CPU_KERNELS:
+        own = getattr(lib, name, None)
+        if own is None or hasattr(own, "own"):
+            continue
+        wrapped = functools.partial(_by_blocks, own)
+        wrapped.own = own  # type: ignore[attr-defined]
+        setattr(lib, name, wrapped)
+
+
+def _by_blocks(own: Any, packed: Any, constants: Any, out: Any, block: Any, rows: Any, columns: Any) -> Any:
+    """Calls a kernel with as many rows as there are blocks, where its own rows are not made of whole ones."""
+    count = rows.value * columns.value
+    if columns.value % block.value:
+        whole = count % block.value == 0
+        rows = type(rows)(count // block.value if whole else 1)
+        columns = type(columns)(block.value if whole else count)
+    return own(packed, constants, out, block, rows, columns)
+
+
 def is_nf4(module: torch.nn.Module) -> bool:
     """Whether a linear layer holds NF4 weights."""
     from bitsandbytes.nn import Linear4bit
 
-    state = getattr(module.weight, "quant_state", None)
-    return isinstance(module, Linear4bit) and state is not None and state.quant_type == "nf4"
+    return isinstance(module, Linear4bit) and holds_nf4(module.weight)
+
+
+def holds_nf4(parameter: torch.Tensor) -> bool:
+    """Whether a parameter, of a linear layer or a stack of experts, is packed in NF4."""
+    state = getattr(parameter, "quant_state", None)
+    return state is not None and state.quant_type == "nf4"
 
 
 def unpacked_numel(parameter: torch.Tensor) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
-from qlora_helpers.model.nf4 import falcon_linears_as_plain, quantization_settings
+from qlora_helpers.model.blueprint import meta_model
+from qlora_helpers.model.nf4 import quantization_settings
 
 SAME_FREE = 1.05  # ratio of most to least free memory of the cards up to which the plan treats them as equal
 
@@ -37,13 +38,9 @@ def layer_map(config: Any, counts: Sequence[int]) -> dict[str, int] | None:
     Returns:
         GPU numbers by module name, or None where the model has another number of layers.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     from qlora_helpers.model.wiring import decoder_layers
 
-    with falcon_linears_as_plain(), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    model = meta_model(config)
     layers = decoder_layers(model)
     if len(layers) != sum(counts):
         return None
@@ -138,14 +135,13 @@ def placement(shape: dict[str, Any], *, gpus: int, limit_gib: float) -> dict[str
         ModelError: the weights don't fit.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
-    from transformers.quantizers import AutoHfQuantizer
 
-    quantizer = AutoHfQuantizer.from_config(quantization_settings(ModelConfig(), torch.bfloat16))
-    with falcon_linears_as_plain(), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    from qlora_helpers.model.quantizer import Nf4Quantizer
+
+    quantizer = Nf4Quantizer(quantization_settings(ModelConfig(), torch.bfloat16), pre_quantized=False)
+    model = meta_model(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
     quantizer.preprocess_model(model=model, device_map=None)
     limits = {index: int(limit_gib * BYTES_IN_GIB) for index in range(gpus)} | {"cpu": 0}
     try:

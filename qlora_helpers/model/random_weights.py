@@ -49,6 +49,7 @@ def build_random_model(
     model.tie_weights()
     if config.quantization == "nf4":
         _quantise_linears(model, config, draw)
+        _quantise_stacks(model, config, draw)
         settings = quantization_settings(config, dtype)
         model.hf_quantizer = AutoHfQuantizer.from_config(settings)
         model.config.quantization_config = settings
@@ -119,10 +120,13 @@ class _WeightDrawer:
 def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _WeightDrawer) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    head = model.get_output_embeddings()
+    from qlora_helpers.model.quantizer import left_as_they_are
+
+    head, left = model.get_output_embeddings(), left_as_they_are(model)
     for name, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear) or module is head:
+        if type(module) is not torch.nn.Linear or module is head or not should_convert_module(name, left):
             continue
         packed = Linear4bit(
             module.in_features,
@@ -141,6 +145,18 @@ def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _Weight
             module=packed,
         ).to(draw.device(name))
         _set(model, name, packed)
+
+
+def _quantise_stacks(model: PreTrainedModel, config: ModelConfig, draw: _WeightDrawer) -> None:
+    from qlora_helpers.model.expert_stacks import pack_stack, prepare_stacks
+    from qlora_helpers.model.quantizer import stacks_of
+
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module, names in stacks_of(model):
+        shapes = {name: module._parameters[name].shape for name in names}
+        prepare_stacks(module, names, double_quantization=config.double_quantization, dtype=draw.dtype)
+        for name, shape in shapes.items():
+            pack_stack(module, name, draw(f"{paths[id(module)]}.{name}", *shape))
 
 
 def _is_norm(name: str) -> bool:

@@ -77,11 +77,32 @@ def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[
     return losses.sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)
 
 
+def text_decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the part of a model that continues text: of a multimodal checkpoint its language model, without the vision tower."""
+    inner = base_model_of(model)
+    found = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    return found if isinstance(found, torch.nn.Module) else inner
+
+
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Returns the decoder layers of a causal language model: its longest list of modules of one class."""
+    """Returns the decoder layers of a causal language model in their order, also where they are of several classes.
+
+    They are what transformers would recompute under activation checkpointing; where a model has nothing of that kind, they are
+    its longest list of modules of one class.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[torch.nn.Module] = []
+    inside: set[int] = set()
+    for module in text_decoder(model).modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+            found.append(module)
+            inside.update(id(part) for part in module.modules())
+    if found:
+        return found
     lists = [
         list(module)
-        for module in model.modules()
+        for module in text_decoder(model).modules()
         if isinstance(module, torch.nn.ModuleList) and len({type(item) for item in module}) == 1
     ]
     return max(lists, key=len, default=[])

@@ -121,7 +121,7 @@ def step_settings(
         dora=adapter.use_dora,
         fast_adapters=config.train.fast_step,
         value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
-        adapted=frozenset(adapter.target_modules or adapter_targets(shape) or ()) or None,
+        adapted=frozenset(n.rpartition(".")[2] for n in adapter.target_modules or adapter_targets(shape) or ()) or None,
         captured=captured,
         skipped=config.model.compute_dtype != "float16",
     )

@@ -193,7 +193,7 @@ def _settings_of(
         inputs_on_host=config.offload_checkpoints,
         dropout=lora.lora_dropout > 0,
         dora=lora.use_dora,
-        adapted=frozenset(lora.target_modules),
+        adapted=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         skipped=model.dtype != torch.float16,
         captured=may_capture(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,

@@ -22,6 +22,7 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.place import at
 from qlora_helpers.data.packing import NumberedSequences, PreparedData
 from qlora_helpers.model.host_embedding import restore_embedding
+from qlora_helpers.model.tokenizers import refuse_tokens_without_row
 from qlora_helpers.model.wiring import base_model_of
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
@@ -67,9 +68,12 @@ def train(
         trained_on: plain values that can't change in later sessions; kept in every checkpoint.
 
     Raises:
-        ModelError: packed rows would attend to each other, or the fast step's losses differ from the plain path's.
+        ModelError: a token has no row in the embedding, packed rows would attend to each other, or the fast step's losses differ
+            from the plain path's.
         RunError: a loss or gradient is no longer finite, or a checkpoint can't be written.
     """
+    for rows, what in ((data.train, "the training data"), (data.eval, "the evaluation data")):
+        refuse_tokens_without_row(model, tokenizer, rows["input_ids"], what)
     restore_embedding(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))

@@ -46,6 +46,7 @@ def asked(parts: Parts) -> list[tuple[str, str]]:
     else:
         facts.append(("Data", f"{short_name(data.source)} ({DATA_LICENCES.get(data.source, 'licence not known yet')})"))
     targets = parts.adapter.get("target_modules") or adapter.target_modules or ["the linear layers of the architecture"]
+    targets = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))  # a path names one layer of many
     variant = ", rank-stabilised" * adapter.use_rslora + ", DoRA" * adapter.use_dora
     unit = (
         f"packed sequences of {data.seq_len_tokens:,} tokens" if parts.prepared.get("packed", data.packing) else "rows"

@@ -60,3 +60,18 @@ def test_a_missing_4_bit_layer_or_original_is_reported(torch, falcon, tmp_path):
         compare_layer(tiny_model("llama"), falcon.checkpoint)
     with pytest.raises(ModelError, match="no file with the weight transformer"):
         compare_layer(falcon.model, Checkpoint("random:falcon-7b", tmp_path, "random"))
+
+
+def test_a_mixtures_experts_count_as_stored_in_4_bits(torch):
+    """By arithmetic for a listed family, and on the meta device for others: in both, what loading packs."""
+    from mixtures import MIXTURES, tiny_mixture
+
+    from qlora_helpers.model.quantizer import stacks_of
+
+    for family in ("mixtral", "olmoe"):
+        counts = count_weights({"model_type": family, **MIXTURES[family]})
+        model = tiny_mixture(family)
+        stacks = sum(module._parameters[name].numel() for module, names in stacks_of(model) for name in names)
+        attention = sum(layer.self_attn.q_proj.weight.numel() * 2 for layer in model.model.layers)
+        assert stacks + attention <= counts.linear <= stacks + 2 * attention
+        assert counts.linear + counts.other == sum(parameter.numel() for parameter in model.parameters())

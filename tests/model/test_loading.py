@@ -28,7 +28,7 @@ from qlora_helpers.model.nf4 import (
 from qlora_helpers.model.placement import device_map_argument, layer_map, memory_limits, placement
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.model.tokenizers import load_tokenizer, set_pad_token
+from qlora_helpers.model.tokenizers import load_tokenizer, refuse_tokens_without_row, set_pad_token
 from qlora_helpers.planning.run_plan import forecast, layers_per_gpu
 
 FALCON = ModelConfig(name="random:falcon-tiny")
@@ -144,8 +144,11 @@ def test_a_falcon_that_was_silently_not_quantised_is_refused(torch, monkeypatch)
     monkeypatch.setattr(loading, "falcon_linears_as_plain", contextlib.nullcontext)
     with pytest.raises(ModelError) as caught:
         tiny_falcon()
-    assert "the model was not quantised as asked; expected 16 linear layers in 4-bit NF4; got 0" in str(caught.value)
-    assert "transformer.h.0.mlp.dense_4h_to_h is not" in str(caught.value)
+    expected = (
+        "the model was not quantised as asked; expected every weight matrix of its decoder layers in 4-bit NF4; got "
+    )
+    assert expected in str(caught.value)
+    assert "bytes that are not, in transformer.h.0.mlp.dense_h_to_4h.weight and 15 more" in str(caught.value)
 
 
 def test_transformers_still_skips_falcons_layers(torch):
@@ -272,6 +275,15 @@ def tokenizer_of(special: dict[str, str], more: tuple[str, ...] = (), added: tup
             (),
             "[PAD]",
         ),
+        # a token that nobody uses, else any: what is padded is masked
+        (
+            {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>"},
+            ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+            (),
+            "<|reserved_special_token_0|>",
+        ),  # Llama 3
+        ({"eos_token": "</s>", "bos_token": "<s>"}, ("<unused0>", "<unused1>"), (), "<unused0>"),
+        ({"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}, (), (), "hello"),
     ],
 )
 def test_the_padding_token_is_never_the_end_of_text(special, more, added, pad):
@@ -283,20 +295,9 @@ def test_the_padding_token_is_never_the_end_of_text(special, more, added, pad):
     assert len(tokenizer) == size  # no row is added to the embedding
 
 
-@pytest.mark.parametrize(
-    ("special", "expected"),
-    [
-        ({"unk_token": "<unk>"}, "no end-of-text token"),
-        (
-            {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-            "no token to pad with",
-        ),
-        ({"eos_token": "</s>", "bos_token": "<s>"}, "no token to pad with"),
-    ],
-)
-def test_a_tokenizer_without_a_spare_token_is_refused(special, expected):
-    with pytest.raises(ModelError, match=expected):
-        set_pad_token(tokenizer_of(special))
+def test_a_tokenizer_without_an_end_of_text_is_refused():
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        set_pad_token(tokenizer_of({"unk_token": "<unk>"}))
 
 
 def test_model_and_tokenizer_agree(falcon):
@@ -317,6 +318,29 @@ def test_a_token_beyond_the_embedding_is_refused(tmp_path):
     assert "padding token has no row in the model's embedding; expected a number below 2048; got 2048" in refusal(
         tmp_path / "m"
     )
+
+
+def test_a_token_of_the_data_beyond_the_embedding_is_refused_with_its_row(torch):
+    """Many tokenizers hold more tokens than the model has rows, so only those that are used count."""
+    tokenizer, model = corpus_tokenizer(), tiny_llama()
+    tokenizer.add_tokens(["<extra>"])
+    good = tokenizer("hello")["input_ids"]
+    refuse_tokens_without_row(model, tokenizer, [good, []], "a prompt")
+    with pytest.raises(ModelError) as caught:
+        refuse_tokens_without_row(model, tokenizer, [good, tokenizer("a <extra> b")["input_ids"]], "the training data")
+    assert (
+        "the training data holds a token that the model's embedding has no row for; expected numbers below 2,048"
+        in str(caught.value)
+    )
+    assert "got '<extra>', which is 2,048, in row 2." in str(caught.value)
+
+
+def test_prompts_are_looked_at_before_they_are_asked(torch):
+    from qlora_helpers.base.config import EvaluationConfig
+    from qlora_helpers.evaluation.generate import generate
+
+    with pytest.raises(ModelError, match="a prompt holds a token that the model's embedding has no row for"):
+        generate(tiny_llama(), corpus_tokenizer(), [[5, 2048]], EvaluationConfig(max_new_tokens=2))
 
 
 # damaged, foreign and incomplete checkpoints
@@ -390,7 +414,7 @@ def test_weights_of_another_size_are_refused(folder):
 
 def test_a_model_with_another_quantisation_is_refused(folder):
     edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "GPTQConfig" in refusal(folder)
+    assert "the weights of spoilt are stored in GPTQ, which can't be tuned here" in refusal(folder)
 
 
 def test_a_model_of_another_kind_is_refused(folder):
@@ -464,7 +488,9 @@ def test_the_audit_finds_one_layer_that_is_not_in_4_bits(torch, own_falcon):
     block = own_falcon.model.transformer.h[2].self_attention
     block.dense = torch.nn.Linear(256, 256)
     assert not is_nf4(block.dense)
-    with pytest.raises(ModelError, match=r"expected 16 linear.* got 15; transformer.h.2.self_attention.dense is not"):
+    with pytest.raises(
+        ModelError, match="got 262,144 bytes that are not, in transformer.h.2.self_attention.dense.weight."
+    ):
         audit(own_falcon.model, FALCON)
     assert audit(own_falcon.model, ModelConfig(quantization="none")).quantized == 15
 

@@ -91,10 +91,17 @@ def test_layers_of_an_unlisted_family_are_discovered(torch, family, expected):
 
 
 def test_a_model_without_linear_layers_is_refused(torch):
-    """GPT-2's layers are of a kind of its own (Conv1D)."""
-    model = tiny_model("gpt2")
     with pytest.raises(ModelError, match="no linear layers in its decoder layers"):
-        add_adapters(model, AdapterConfig(), seed=0)
+        add_adapters(tiny_llama(num_hidden_layers=0), AdapterConfig(), seed=0)
+
+
+def test_gpt2s_transposed_layers_get_adapters(torch):
+    """Its layers are of a kind of its own (Conv1D), which keeps `(in, out)`."""
+    adapted = add_adapters(tiny_model("gpt2"), AdapterConfig(r=2), seed=0)
+    settings = adapted.active_peft_config
+    assert (set(settings.target_modules), settings.fan_in_fan_out) == ({"c_attn", "c_proj", "c_fc"}, True)
+    shapes = {name.split(".")[-4]: tuple(w.shape) for name, w in adapted.named_parameters() if "lora_B" in name}
+    assert shapes["c_attn"] == (192, 2)
 
 
 def test_the_users_own_layers_are_taken(llama):
@@ -107,7 +114,7 @@ def test_the_users_own_layers_are_taken(llama):
 
 
 @pytest.mark.parametrize(
-    "name", ["query_key_value", "lm_head", "embed_tokens", "norm", "proj", "layers.0.self_attn.q_proj"]
+    "name", ["query_key_value", "lm_head", "embed_tokens", "norm", "proj", "layers.2.self_attn.q_proj"]
 )
 def test_layers_that_the_model_does_not_have_are_refused(llama, name):
     with pytest.raises(

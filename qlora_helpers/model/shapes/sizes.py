@@ -49,7 +49,7 @@ def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | 
     Args:
         config: the model's `config.json`.
         r: rank.
-        target_modules: names of linear layers; None takes the family's own, or all where none are listed.
+        target_modules: names or paths of linear layers; None takes the family's own, or all where none are listed.
         use_dora: whether each output also gets a magnitude.
 
     Raises:
@@ -57,7 +57,8 @@ def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | 
     """
     sizes = model_sizes(config)
     available = {layer.name for layer in sizes.linears}
-    wanted = set(target_modules or adapter_targets(config) or available)
+    named = target_modules or adapter_targets(config) or available
+    wanted = {name.rpartition(".")[2] for name in named}  # of a path, all layers of its last name: a few too many
     if target_modules and not wanted <= available:
         raise ModelError(
             "target_modules names layers that the model does not have",

@@ -1,0 +1,176 @@
+"""Decides which layers of a loaded model get an adapter, by their full paths.
+
+A layer gets one because of what it is: a linear layer of the text part's decoder layers that is no router, and that a forward and
+a backward pass over a few tokens reach. Last parts of names alone would match a vision tower's layers too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_helpers.base.config import AdapterConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.audit import routers
+from qlora_helpers.model.expert_stacks import stack_names
+from qlora_helpers.model.shapes.families import adapter_targets
+from qlora_helpers.model.wiring import decoder_layers
+
+FEWEST = 16  # rows and columns; a layer with fewer is a gate or a coefficient
+PROBE_TOKENS = 16
+
+
+def linear_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """Returns the linear layers of a model's decoder layers by path, 4-bit or not; routers and gates are none of them."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, routing = model.get_output_embeddings(), routers(model)
+    inside = {id(part) for layer in decoder_layers(model) for part in layer.modules()}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and id(module) in inside
+        and module is not head
+        and id(module) not in routing
+        and min(sizes(module)) > FEWEST
+    }
+
+
+def sizes(module: Any) -> tuple[int, int]:
+    """Returns the numbers of inputs and outputs of a linear layer; those of GPT-2's `Conv1D` are in its weight alone."""
+    return (module.in_features, module.out_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
+
+
+def target_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Returns the paths of the layers that get an adapter: those that the user named, else all linear layers of the text part.
+
+    Raises:
+        ModelError: a name that the user gave is not a linear layer of the model, or the model has none.
+    """
+    available = linear_layers(model)
+    if config.target_modules is None:
+        found = tuple(path for path in available if not _refused_by_peft(model, path))
+        if not found:
+            raise ModelError("the model has no linear layers in its decoder layers", next_step="Choose another model.")
+        return found
+    named = {name: [path for path in available if f".{path}".endswith(f".{name}")] for name in config.target_modules}
+    unknown = [name for name, paths in named.items() if not paths]
+    if unknown:
+        raise _unknown_names(model, unknown, available)
+    wanted = {path for paths in named.values() for path in paths}
+    return tuple(path for path in available if path in wanted)
+
+
+def _unknown_names(model: torch.nn.Module, unknown: list[str], available: dict[str, Any]) -> ModelError:
+    held = {name for module in model.modules() for name in stack_names(module)}
+    stacks = [name for name in unknown if name.rpartition(".")[2] in held | {"experts"}]
+    if stacks:
+        return ModelError(
+            "adapters on a mixture's experts are not supported",
+            expected="some of " + ", ".join(last_names(available)),
+            got=", ".join(stacks),
+            next_step="Set adapter.target_modules=none: the attention and all shared layers get adapters.",
+        )
+    return ModelError(
+        "adapter.target_modules names layers that the model does not have",
+        expected="some of " + ", ".join(last_names(available)),
+        got=", ".join(unknown),
+        next_step="Set adapter.target_modules=none to take the architecture's default.",
+    )
+
+
+def last_names(paths: Any) -> list[str]:
+    """Returns the last parts of paths, sorted, each once."""
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def shortened(model: torch.nn.Module, paths: Sequence[str], named: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Returns names that peft matches to exactly these paths: last parts where they are the same layers, else whole paths.
+
+    Args:
+        model: a causal language model.
+        paths: of the layers.
+        named: what the user named, whose order is kept; the default is the order of the family's known layers, then by name.
+    """
+    chosen, ends = set(paths), {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
+    found: list[str] = []
+    for name in last_names(paths):
+        same = {path for path, end in ends.items() if end == name}
+        found += [name] if same <= chosen and not name.isdigit() else sorted(same & chosen)
+    known = named or adapter_targets(model.config.to_dict()) or ()
+    return tuple(sorted(found, key=lambda name: (known.index(name) if name in known else len(known), name)))
+
+
+def _refused_by_peft(model: torch.nn.Module, path: str) -> bool:
+    """Whether peft refuses an adapter on a layer, as it does for some layers of state-space models."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is None:
+        return False
+    try:
+        check(LoraModel.__new__(LoraModel), LoraConfig(), model, path.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
+    """Returns the layers whose output has no gradient after one forward and backward pass over a few tokens.
+
+    The model may never call such a layer, or may read its weight directly; an adapter there would never move. A layer of a list,
+    of which a forward pass uses some, counts as reached where another of the list is.
+
+    Args:
+        model: a causal language model whose weights are frozen; not on the meta device.
+        paths: of the layers to be examined.
+
+    Raises:
+        ModelError: the model can't be trained at all.
+    """
+    reached: set[str] = set()
+    handles = [
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    ]
+    for path in paths:
+        handles.append(model.get_submodule(path).register_forward_hook(_watch(path, reached)))
+    training, device = model.training, model.get_input_embeddings().weight.device
+    ids = torch.arange(2, 2 + PROBE_TOKENS, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    try:
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else None), torch.enable_grad():
+            model.train()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the model can't be trained: a forward and backward pass over {PROBE_TOKENS} tokens fails ({reason})",
+            next_step="Choose another model.",
+        ) from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    lists = {_list_of(path) for path in reached}
+    return [path for path in paths if path not in reached and _list_of(path) not in lists]
+
+
+def _watch(path: str, reached: set[str]) -> Any:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if tensor.requires_grad and bool(inputs[0].any()):  # from zeros alone an adapter learns nothing either
+            tensor.register_hook(lambda gradient: reached.add(path) if bool(gradient.any()) else None)
+
+    return hook
+
+
+def _list_of(path: str) -> str:
+    """Returns a path with all numbers but the decoder layer's, the first, replaced: the same for each expert of a list."""
+    first, number, rest = re.split(r"(\.\d+\.)", path, maxsplit=1) if re.search(r"\.\d+\.", path) else (path, "", "")
+    return first + number + re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", rest)
