@@ -197,6 +197,25 @@ def test_random_mixtures_are_drawn_packed(torch):
     assert torch.equal(experts.down_proj, again.model.layers[0].mlp.experts.down_proj)
 
 
+def test_layers_with_packed_experts_are_compiled_once_for_all(torch):
+    """A guard on something that differs by layer would compile each anew, and give up after eight."""
+    from qlora_helpers.model.random_weights import build_random_model
+
+    shape = {"model_type": "qwen3_moe", **MIXTURES["qwen3_moe"], "num_hidden_layers": 4}
+    model = build_random_model(shape, ModelConfig(name="random:x"), dtype=torch.float32, attention=None)
+    ids, layers = torch.arange(2, 34)[None], model.model.layers
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for layer in layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False, backend="eager")
+            found = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert len({type(layer.mlp.experts) for layer in layers}) == 1
+
+
 def test_adapters_around_packed_experts_have_the_gradients_of_the_same_values(torch):
     from qlora_helpers.model.lora import add_adapters
 
