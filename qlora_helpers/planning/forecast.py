@@ -17,7 +17,7 @@ from qlora_helpers.planning.candidates import Candidate, candidate, fastest_data
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.memory import usable_with_margin
-from qlora_helpers.planning.notes import SPREAD, hardware_notes, settings_notes
+from qlora_helpers.planning.notes import SPREAD, hardware_notes, model_notes, settings_notes
 from qlora_helpers.planning.plan import Plan, make_plan
 from qlora_helpers.planning.speed import compile_pays
 from qlora_helpers.planning.step_settings import StepSettings, sequences_per_step
@@ -109,7 +109,7 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
     if several and plan.choice and several.seconds >= plan.choice.seconds:
         several = None
     fixes = _fixes(plan, step) if step.peak_gib > workload.hardware.usable_gib else ()
-    notes = *hardware_notes(workload.hardware, workload.sizes), *_notes(workload)
+    notes = *hardware_notes(workload.hardware), *model_notes(workload.sizes), *_notes(workload)
     notes += tuple(fp8_notes(workload.config.train, workload.gpu, step.fp8))
     return Forecast(step, steps, plan, several, fixes, notes)
 

@@ -107,18 +107,18 @@ class GpuMemory:
 
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     """Counts what one decoder layer holds for the whole step; activations as without checkpointing."""
-    linear, other = sizes.linear_parameters_per_layer, sizes.other_parameters_per_layer
+    in_4_bits, other = sizes.quantized_parameters_per_layer, sizes.other_parameters_per_layer
     adapters = settings.adapter_parameters // sizes.layers
-    constants = linear / QUANTISATION_BLOCK
+    constants = in_4_bits / QUANTISATION_BLOCK
     constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
     return GpuMemory(
-        weights_quantized=linear // 2 if settings.quantized else 0,
+        weights_quantized=int(in_4_bits // 2) if settings.quantized else 0,
         constants=round(constants) if settings.quantized else 0,
-        weights_other=settings.value_bytes * (other if settings.quantized else other + linear),
+        weights_other=round(settings.value_bytes * (other if settings.quantized else other + in_4_bits)),
         adapters=SINGLE * adapters,
         gradients=SINGLE * adapters * (2 if settings.copies > 1 else 1),  # DDP sends copies of them
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
-        activations=settings.tokens * kept_bytes(sizes, settings),
+        activations=round(settings.tokens * kept_bytes(sizes, settings)),
     )
 
 
@@ -136,7 +136,7 @@ class StepMemory:
         self.layer = layer_bytes(sizes, settings)
         self.layer_input = settings.value_bytes * settings.tokens * sizes.hidden  # all that a checkpointed layer keeps
         self.most_inputs = INPUTS_AT_ONCE if settings.inputs_on_host else sizes.layers
-        self.in_backward = _widest_weight(sizes, settings)
+        self.in_backward = _widest_weight(sizes, settings) + _experts_in_full(sizes, settings)
         self.in_backward += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
         self.loss = loss_bytes(sizes, settings)
         offloaded = settings.offloaded and not sizes.tied
@@ -208,8 +208,15 @@ class StepMemory:
 
 
 def _inner_in_backward(sizes: ModelSizes) -> int:
-    """Counts an MLP's inner values that exist at once in its backward pass, a token: recomputed ones and their gradients."""
-    return sizes.intermediate * (4 if sizes.gated_mlp else 2) * max(1, sizes.experts_per_token)
+    """Counts inner values of the widest MLP that exist at once in its backward pass, a token: recomputed ones, their gradients."""
+    widest = sizes.inner if sizes.widest_inner is None else sizes.widest_inner
+    return round(widest * (4 if sizes.gated_mlp else 2))
+
+
+def _experts_in_full(sizes: ModelSizes, settings: StepSettings) -> int:
+    """Counts what the experts of one layer take while they are dequantised, in forward and backward."""
+    widest = sizes.expert_parameters_per_layer if sizes.widest_experts is None else sizes.widest_experts
+    return round(settings.value_bytes * widest) if settings.quantized else 0
 
 
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:

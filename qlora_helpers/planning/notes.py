@@ -35,7 +35,8 @@ def plan_notes(
         idle_gpus: whether some GPUs are idle that could hold a copy of the model.
     """
     return (
-        *hardware_notes(workload.hardware, workload.sizes),
+        *hardware_notes(workload.hardware),
+        *model_notes(workload.sizes),
         *(_choice_notes(workload.hardware, choice) if choice else ()),
         *settings_notes(workload),
         *fp8_notes(workload.config.train, workload.gpu, (choice or smallest).fp8),
@@ -121,8 +122,8 @@ def settings_notes(workload: Workload) -> list[str]:
     return notes
 
 
-def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
-    """Says what a reader must know of any figures for this hardware and model."""
+def hardware_notes(hardware: Hardware) -> list[str]:
+    """Says what a reader must know of any figures for this hardware."""
     notes = []
     if hardware.gpu is None:
         notes.append(f"no GPU was named: speed is extrapolated to the datasheet of an {UNNAMED_GPU.name}")
@@ -134,8 +135,24 @@ def hardware_notes(hardware: Hardware, sizes: ModelSizes) -> list[str]:
         notes.append(
             f"{hardware.gpu.name} has no bfloat16: matrix multiplications run in float16, and attention without the fast kernel"
         )
+    return notes
+
+
+def model_notes(sizes: ModelSizes) -> list[str]:
+    """Says where the sizes come from, and which parts of the model were never measured."""
+    notes = []
+    if sizes.counted == "built":
+        notes.append("its weights were counted on the layers that transformers builds from the config.json")
+    if sizes.beside_text:
+        notes.append(
+            f"the text part alone is planned; {sizes.beside_text:,} weights for pictures and sound come on top where they are loaded"
+        )
     if sizes.experts:
-        notes.append("experts are not quantised when they are loaded, so most weights stay in bfloat16")
-    if sizes.assumed:
-        notes.append("the architecture is not known and is assumed to be Llama's")
+        notes.append(
+            f"a mixture of experts: a token goes through {sizes.experts_per_token} of {sizes.experts}, with "
+            f"{sizes.parameters_in_use:,} weights; all are in 4 bits, a layer's are dequantised together, and none of it was measured"
+        )
+    if sizes.recurrent_share:
+        share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"
+        notes.append(f"{share} a state along the sequence: their memory and time are arithmetic for the fast kernels, not measured")
     return notes

@@ -69,6 +69,7 @@ ATTENTION_FORWARD = 0.26  # of attention's time, as its kernels were timed
 FP8_MATRIX_SHARE = (
     0.68  # of the datasheet's FP8 rate, as three steps on an H200 took (`benchmarks/fp8_step_speed_one_gpu.json`)
 )
+WEIGHT_BYTES = 2.5  # that cross the bus for a weight: read in 4 bits, written in 16; counted
 FP8_WEIGHT_BYTES = 1.5  # that cross the bus for a weight: read in 4 bits, written in 8; counted
 FP8_ROUNDING_BYTES = 3  # for a value that is rounded: read in 16 bits, written in 8; counted
 LOSS_BYTES = 64  # that cross the bus for each logit, its part of the sum and its gradient in `fast_step.loss`; counted
@@ -84,12 +85,12 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     """
     matrix = gpu.bf16_tflops * 1e12 * speed.matrix_share
     memory = gpu.bandwidth_gb_s * 1e9 * speed.memory_share
-    weights = sizes.linear_parameters_per_layer + sizes.expert_parameters_per_layer * sizes.experts_per_token / max(
-        1, sizes.experts
-    )
-    matmuls = 2 * step.tokens * weights / (gpu.fp8_tflops * 1e12 * FP8_MATRIX_SHARE if step.fp8 else matrix)
-    weight_bytes = FP8_WEIGHT_BYTES if step.fp8 else 2.5
-    dequantised = sizes.linear_parameters_per_layer * weight_bytes / memory if step.quantized else 0.0
+    narrow = gpu.fp8_tflops * 1e12 * FP8_MATRIX_SHARE if step.fp8 else matrix
+    chosen = sizes.expert_parameters_per_layer * sizes.experts_per_token / max(1, sizes.experts)
+    matmuls = 2 * step.tokens * (sizes.linear_parameters_per_layer / narrow + chosen / matrix)
+    dequantised = sizes.linear_parameters_per_layer * (FP8_WEIGHT_BYTES if step.fp8 else WEIGHT_BYTES) / memory
+    dequantised += sizes.expert_parameters_per_layer * WEIGHT_BYTES / memory  # of all experts, chosen or not
+    dequantised *= 1.0 if step.quantized else 0.0
     rounded = step.tokens * FP8_ROUNDING_BYTES / memory if step.fp8 else 0.0  # a value of each token
     inputs = rounded * sum(layer.in_features * layer.per_layer for layer in sizes.linears)
     gradients = rounded * sum(layer.out_features * layer.per_layer for layer in sizes.linears)
@@ -102,7 +103,7 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
     forward = matmuls + dequantised + inputs + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
     skipped = step.skipped and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
     added_last = sizes.parameters_added_last_per_layer if skipped else 0
-    again = forward - (matmuls + dequantised) * added_last / sizes.linear_parameters_per_layer
+    again = forward - (matmuls + dequantised) * added_last / max(1, sizes.linear_parameters_per_layer)
     backward = matmuls + dequantised + gradients + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory

@@ -149,7 +149,7 @@ def may_capture(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSiz
     return train.fast_step and train.cuda_graph and packed and not dropout and not sizes.logit_softcap
 
 
-def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> int:
+def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> float:
     """Counts the values a token that one decoder layer keeps for its backward pass, with fast adapters and no dropout.
 
     Compiled, it keeps what no pointwise kernel can recompute: the layer's input, the residual between attention and MLP, queries,
@@ -162,20 +162,20 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
     norms = sizes.norms_per_layer
     extra_norms = max(0, norms - 2)  # Gemma's norms after attention and MLP keep inputs of their own
     stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
-    attention = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in float32
+    attention: float = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in float32
+    if sizes.mixer_values is not None:
+        attention = sizes.mixer_values
     if sizes.qk_norm:
         attention += queries + keys
-    inner = sizes.intermediate * (2 if sizes.gated_mlp else 1)
+    inner = sizes.inner * (2 if sizes.gated_mlp else 1)
     if not compiled:
         stream = sizes.hidden * (residuals + extra_norms) * (2 if sizes.norm == "rms" else 1) + sizes.hidden * norms
-        inner += sizes.intermediate * (2 if sizes.gated_mlp else 1)
-    if sizes.experts:
-        inner *= sizes.experts_per_token
+        inner *= 2
     low_rank = r * sum(layer.per_layer for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
 
 
-def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
+def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> float:
     """Counts the bytes a token that one decoder layer keeps for its backward pass."""
     fast = settings.fast_adapters and not settings.dora
     adapted = settings.adapted_layers(sizes)
@@ -183,7 +183,7 @@ def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     return settings.value_bytes * values + kept_by_adapters(sizes, settings)
 
 
-def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> int:
+def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> float:
     """Counts the bytes a token that one layer's adapters keep beyond fast ones without dropout.
 
     Counted on a CPU (`test_kept_values`). DoRA keeps inputs in float32, and outputs in float32 and in part in bfloat16. The plain
@@ -197,7 +197,7 @@ def kept_by_adapters(sizes: ModelSizes, settings: StepSettings) -> int:
         without = 8 * outputs if settings.value_bytes == SINGLE else SINGLE * inputs + 5 * outputs
         return without + settings.dropout * (SINGLE * inputs + 2 * outputs)
     if not settings.fast_adapters:
-        return 3 * inputs // 2 + settings.dropout * SINGLE * inputs
+        return 1.5 * inputs + settings.dropout * SINGLE * inputs
     if not settings.dropout:
         return 0
-    return 5 * inputs // 4 if settings.compiled else (1 + settings.value_bytes) * inputs
+    return 1.25 * inputs if settings.compiled else (1 + settings.value_bytes) * inputs

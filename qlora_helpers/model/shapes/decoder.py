@@ -14,18 +14,18 @@ class LinearLayer:
     Attributes:
         name: last part of the module's name, such as `q_proj`.
         in_features, out_features: the weight is `(out_features, in_features)`.
-        per_layer: how many of them a decoder layer has.
+        per_layer: how many of them a decoder layer has; a mean over the layers where these differ (hybrids).
         bias: whether it has a bias of `out_features`, which stays unquantised.
     """
 
     name: str
     in_features: int
     out_features: int
-    per_layer: int = 1
+    per_layer: float = 1
     bias: bool = False
 
     @property
-    def parameters_per_layer(self) -> int:
+    def parameters_per_layer(self) -> float:
         """Weights without biases."""
         return self.per_layer * self.in_features * self.out_features
 
@@ -33,6 +33,9 @@ class LinearLayer:
 @dataclass(frozen=True)
 class ModelSizes:
     """What a causal language model is made of; every count is in weights, not bytes.
+
+    Where layers differ (hybrids, a few dense layers before the experts, sizes of their own), a decoder layer here is the mean of
+    all: so each sum over the layers is exact. The widest one is told apart where it sets a peak.
 
     Attributes:
         family: the `model_type` whose wiring this is.
@@ -42,8 +45,8 @@ class ModelSizes:
         intermediate: inner width of one MLP, or of one expert.
         vocab: rows of the embedding.
         tied: whether the output head is the embedding.
-        linears: the `nn.Linear` modules of ONE decoder layer: exactly what bitsandbytes stores in 4 bits.
-        other_parameters_per_layer: the rest of a decoder layer: norms, biases, a router, and experts (see below).
+        linears: the `nn.Linear` modules of ONE decoder layer: what bitsandbytes stores in 4 bits.
+        other_parameters_per_layer: the rest of a decoder layer that is not quantised: norms, biases, a router, convolutions.
         other_parameters: outside the decoder layers: embeddings, final norm. OPT-350M's two projections are counted here although
             they are stored in 4 bits (1 M weights).
         head_parameters: of the output head, which is not quantised; 0 where it is tied (Phi's bias always counts).
@@ -54,12 +57,15 @@ class ModelSizes:
         qk_norm: whether queries and keys are normalised for each head.
         logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
         experts, experts_per_token: of a mixture of experts, else 0.
-        expert_parameters_per_layer: of all experts together; they are part of `other_parameters_per_layer`.
-        assumed: the family is not known here and was taken to be wired like Llama.
-
-    Mixtral: transformers 5 keeps a layer's experts in two three-dimensional parameters, not in `nn.Linear` modules. On loading,
-    bitsandbytes replaces `nn.Linear` alone, so 97 % of the weights stay in bfloat16 whatever `load_in_4bit` says (Mixtral 8x7B
-    takes about 85 GiB), and peft's `target_modules` reaches the attention only. The same holds for Qwen3's mixtures.
+        expert_parameters_per_layer: of all experts together. transformers keeps them in parameters of three dimensions, not in
+            `nn.Linear` modules; they are stored in 4 bits too, and peft's `target_modules` does not reach them.
+        widest_experts: of the layer that has most of them; dequantised together while that layer computes. None: as in the mean.
+        inner_per_token: inner values of all MLPs and experts that a token goes through; None: of one MLP, or of each chosen expert.
+        widest_inner: the same of the widest layer.
+        mixer_values: values a token that attention, or what stands for it, keeps for the backward pass; None: by `heads`.
+        recurrent_share: share of the layers that carry a state along the sequence (state space, linear attention, convolution).
+        beside_text: weights of vision and audio parts, which no other count includes.
+        counted: `arithmetic` from the configuration, or `built`: on the layers that transformers builds of it.
     """
 
     family: str
@@ -72,27 +78,50 @@ class ModelSizes:
     vocab: int
     tied: bool
     linears: tuple[LinearLayer, ...]
-    other_parameters_per_layer: int
+    other_parameters_per_layer: float
     other_parameters: int
     head_parameters: int
     gated_mlp: bool
     parallel_attention: bool = False
     norm: str = "rms"
-    norms_per_layer: int = 2
+    norms_per_layer: float = 2
     qk_norm: bool = False
     logit_softcap: float | None = None
     experts: int = 0
     experts_per_token: int = 0
-    expert_parameters_per_layer: int = 0
-    assumed: bool = False
+    expert_parameters_per_layer: float = 0
+    widest_experts: int | None = None
+    inner_per_token: float | None = None
+    widest_inner: int | None = None
+    mixer_values: float | None = None
+    recurrent_share: float = 0.0
+    beside_text: int = 0
+    counted: str = "arithmetic"
 
     @property
-    def linear_parameters_per_layer(self) -> int:
-        """Weights of a decoder layer that are stored in 4 bits."""
+    def linear_parameters_per_layer(self) -> float:
+        """Weights of a decoder layer's linear layers, which are stored in 4 bits."""
         return sum(layer.parameters_per_layer for layer in self.linears)
 
     @property
-    def parameters_added_last_per_layer(self) -> int:
+    def quantized_parameters_per_layer(self) -> float:
+        """Weights of a decoder layer that are stored in 4 bits: of linear layers and experts."""
+        return self.linear_parameters_per_layer + self.expert_parameters_per_layer
+
+    @property
+    def inner(self) -> float:
+        """Inner values of the MLPs that a token goes through in a layer, before a gate doubles them."""
+        active = self.intermediate * max(1, self.experts_per_token)
+        return active if self.inner_per_token is None else self.inner_per_token
+
+    @property
+    def parameters_in_use(self) -> int:
+        """Weights that a token is multiplied with or looked up in: all but the experts that it does not go through."""
+        idle = 1 - self.experts_per_token / self.experts if self.experts else 0.0
+        return round(self.parameters - self.layers * self.expert_parameters_per_layer * idle)
+
+    @property
+    def parameters_added_last_per_layer(self) -> float:
         """Weights of a decoder layer whose matrix multiplications a recomputation can skip."""
         names = added_to_residual({"model_type": self.family, "parallel_attn": self.parallel_attention})
         return sum(layer.parameters_per_layer for layer in self.linears if layer.name in names)
@@ -100,5 +129,5 @@ class ModelSizes:
     @property
     def parameters(self) -> int:
         """All weights; tied ones count once."""
-        in_layers = self.layers * (self.linear_parameters_per_layer + self.other_parameters_per_layer)
-        return in_layers + self.other_parameters + self.head_parameters
+        in_a_layer = self.quantized_parameters_per_layer + self.other_parameters_per_layer
+        return round(self.layers * in_a_layer) + self.other_parameters + self.head_parameters

@@ -7,22 +7,22 @@ nothing else. How a family is wired is in `wirings`. Knows nothing of bytes, dev
 from __future__ import annotations
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.base.text import plain
+from qlora_helpers.model.shapes.counted import counted_sizes
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.families import adapter_targets
 from qlora_helpers.model.shapes.values import Shape, family_of
-from qlora_helpers.model.shapes.wirings import DEFAULTS, WIRINGS, like_llama
+from qlora_helpers.model.shapes.wirings import DEFAULTS, WIRINGS
 
 
 def model_sizes(config: Shape) -> ModelSizes:
-    """Returns the sizes of a model; an unknown `model_type` with Llama's keys is assumed to be a Llama (`assumed`).
+    """Returns the sizes of a model: by arithmetic for listed families, else counted on what transformers builds of it.
 
     Args:
-        config: a model's `config.json`, raw or with its defaults filled in. Of Gemma 3 with vision the text decoder is meant:
-            the vision tower (417 M weights) that transformers loads with it is not counted.
+        config: a model's `config.json`, raw or with its defaults filled in. Of a multimodal model the text part is meant: the
+            vision tower that transformers loads with it is told apart where it is known (`beside_text`).
 
     Raises:
-        ModelError: a size is missing or larger than any model's, or the family is unknown and has experts.
+        ModelError: a size is missing or larger than any model's, or transformers does not build such a model.
     """
     family = family_of(config)
     if family == "gemma3":
@@ -31,14 +31,15 @@ def model_sizes(config: Shape) -> ModelSizes:
             raise ModelError(
                 "the text_config of a config.json is not an object", next_step="Give the model's own config.json."
             )
-    if family not in WIRINGS and (surprises := [key for key in config if "expert" in key]):
-        raise ModelError(
-            f"a mixture of experts of the family {family} is not supported",
-            expected="mixtral, qwen3_moe, or a model without experts",
-            got=", ".join(plain(key)[:60] for key in sorted(surprises)[:5]),
-            next_step="Choose another model, or measure this one by loading it.",
-        )
-    return WIRINGS.get(family, like_llama)(family, DEFAULTS.get(family, {}) | config | {"model_type": family})
+    if family not in WIRINGS or not _uniform(family, config):
+        return counted_sizes(config)
+    return WIRINGS[family](family, DEFAULTS.get(family, {}) | config | {"model_type": family})
+
+
+def _uniform(family: str, config: Shape) -> bool:
+    """Whether all decoder layers have the same parts: Qwen's mixtures may have some without experts."""
+    sparse = config.get("decoder_sparse_step")
+    return family != "qwen3_moe" or (sparse in (None, 1) and not config.get("mlp_only_layers"))
 
 
 def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | None, use_dora: bool) -> int:
@@ -66,14 +67,11 @@ def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | 
             got=", ".join(sorted(wanted - available)),
             next_step="Set adapter.target_modules=none to take the architecture's own.",
         )
-    return sizes.layers * sum(
+    return round(
+        sizes.layers
+        * sum(
         layer.per_layer * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
         for layer in sizes.linears
         if layer.name in wanted
-    )
+    ))
 
-
-# families
-
-
-"""Values of `model_type` whose sizes are exact; each is compared with transformers' own model in the tests."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
 from qlora_helpers.model.shapes.values import Shape, flag, head_width, optional_size, size, softcap
 
@@ -97,12 +96,11 @@ def _attention(
 
 
 def like_llama(family: str, config: Shape) -> ModelSizes:
-    """Returns the sizes of a Llama or of a family that differs from it in little."""
+    """Returns the sizes of a Llama or of a listed family that differs from it in little."""
     hidden, inner = size(config, "hidden_size"), size(config, "intermediate_size")
-    assumed = family not in WIRINGS
     out_bias = family not in ("mistral", "qwen2") and flag(config, "attention_bias", False)
     kv_heads, head_dim, attention = _attention(config, bias=out_bias or family == "qwen2", out_bias=out_bias)
-    mlp_bias = (family == "llama" or assumed) and flag(config, "mlp_bias", False)
+    mlp_bias = family == "llama" and flag(config, "mlp_bias", False)
     mlp = (
         LinearLayer("gate_proj", hidden, inner, bias=mlp_bias),
         LinearLayer("up_proj", hidden, inner, bias=mlp_bias),
@@ -121,7 +119,6 @@ def like_llama(family: str, config: Shape) -> ModelSizes:
         gated_mlp=True,
         qk_norm=qk_norm,
         logit_softcap=softcap(config),
-        assumed=assumed,
     )
 
 
@@ -144,7 +141,7 @@ def _mixture_of_experts(
         intermediate=inner,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        layer_extra=experts * hidden + expert_parameters + 2 * head_dim * qk_norm,
+        layer_extra=experts * hidden + 2 * head_dim * qk_norm,
         qk_norm=qk_norm,
         gated_mlp=True,
         experts=experts,
@@ -164,13 +161,7 @@ def _mixtral(family: str, config: Shape) -> ModelSizes:
 
 
 def _qwen3_moe(family: str, config: Shape) -> ModelSizes:
-    """Like Mixtral, with smaller experts, and queries and keys normalised; every decoder layer must have experts."""
-    if size(config, "decoder_sparse_step") != 1 or config.get("mlp_only_layers"):
-        raise ModelError(
-            "decoder layers without experts among those with experts are not supported",
-            expected="decoder_sparse_step 1 and no mlp_only_layers",
-            next_step="Choose another model, or measure this one by loading it.",
-        )
+    """Like Mixtral, with smaller experts, and queries and keys normalised; every decoder layer has experts."""
     bias = flag(config, "attention_bias", False)
     return _mixture_of_experts(
         family,

@@ -1,0 +1,302 @@
+"""Counts a model on the layers that transformers builds from its configuration: on the meta device, so without weights or memory.
+
+`python -m qlora_helpers.model.built_sizes` reads a `config.json` from standard input and prints the sizes as JSON; `shapes.counted`
+runs it with limits on time and memory, since a configuration may come from anywhere. Only transformers' own classes are built,
+never code that a checkpoint brings along. Of a multimodal model the text part is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import resource
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
+
+SMALLEST_SIDE = 32  # a matrix with a shorter side is a router or a gate; a stack with one holds no matrices
+_RECURRENT = re.compile(r"mamba|delta|recurrent|lightning|linearattention|rwkv|mlstm", re.I)
+_MIXER = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal|ssm|mlstm|\bdense\b|query_key_value", re.I)
+_MLP = re.compile(r"mlp|feed_forward|ffn|\bff\b|expert|moe|dense_h_to_4h|dense_4h_to_h|\bfc\d|\bw\d\b", re.I)
+_BACK = re.compile(r"down|w2\b|fc2|fc_out|4h_to_h|c_proj|wo\b|output_linear|linear_2|dense_out|out_proj", re.I)
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Builds the model of a `config.json` on the meta device, with tied weights.
+
+    Raises:
+        ValueError: transformers knows no language model of that kind, or the configuration does not fit it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_type")}
+    read = AutoConfig.for_model(config["model_type"], **plain)
+    for loader in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(read) in loader._model_mapping:
+            with init_empty_weights():
+                model: nn.Module = loader.from_config(read, trust_remote_code=False)
+            model.tie_weights()
+            return model
+    raise ValueError(f"transformers has no causal language model of the kind {config['model_type']}")
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """Returns the decoder layers in their order, also of several classes: what activation checkpointing would recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+            found.append(module)
+            inside.update(id(part) for part in module.modules())
+    lists = [list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return found or max(lists, key=len, default=[])
+
+
+@dataclasses.dataclass
+class _Layer:
+    """What one decoder layer is made of; counts in weights, widths in values a token."""
+
+    linears: Counter[tuple[str, int, int, bool]] = dataclasses.field(default_factory=Counter)
+    experts: int = 0
+    expert_inner: int = 0
+    expert_gated: bool = False
+    inner: int = 0
+    inner_outputs: int = 0
+    mixer: int = 0
+    norms: int = 0
+    layer_norm: bool = False
+    qk_norm: bool = False
+    recurrent: bool = False
+    parameters: int = 0
+
+
+def _matrix(module: nn.Module) -> tuple[int, int] | None:
+    """Returns the input and output features of a linear layer, GPT-2's `Conv1D` included; None for other modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def _measure(layer: nn.Module, hidden: int, seen: set[int], per_token: int, experts: int) -> _Layer:
+    """Counts one layer; a weight that an earlier layer holds too counts there alone."""
+    found = _Layer()
+    for name, module in layer.named_modules():
+        own = [part for part in module.parameters(recurse=False) if id(part) not in seen]
+        seen.update(id(part) for part in own)
+        found.parameters += sum(part.numel() for part in own)
+        kind, last = type(module).__name__, name.rpartition(".")[2]
+        found.recurrent |= bool(_RECURRENT.search(kind)) or isinstance(module, nn.Conv1d)
+        if (matrix := _matrix(module)) is not None:
+            if own:
+                _add_linear(found, name, matrix, getattr(module, "bias", None) is not None, hidden, per_token, experts)
+        elif "norm" in kind.lower() and len(own) and own[0].numel() == hidden and not last.startswith(("q_", "k_")):
+            found.norms += 1
+            found.layer_norm |= getattr(module, "bias", None) is not None
+        elif "norm" in kind.lower():
+            found.qk_norm |= last.startswith(("q_", "k_", "query_", "key_"))
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            found.mixer += 2 * module.out_channels  # before and after its non-linearity
+        else:
+            _add_stacks(found, name, module, own, hidden, per_token)
+    return found
+
+
+def _add_linear(
+    found: _Layer, name: str, matrix: tuple[int, int], bias: bool, hidden: int, per_token: int, experts: int
+) -> None:
+    inputs, outputs = matrix
+    last = name.rpartition(".")[2]
+    if re.search(r"experts\.\d+\.", name):  # a list of experts, each with linear layers of its own
+        found.experts += inputs * outputs
+        if _BACK.search(last):
+            found.expert_inner += round(inputs * per_token / max(1, experts))
+        return
+    if min(inputs, outputs) < SMALLEST_SIDE:
+        return
+    found.linears[last, inputs, outputs, bias] += 1
+    back = bool(_BACK.search(last)) or (outputs == hidden and inputs != hidden)
+    if _MLP.search(name) and not re.search(r"attn|attention", name):
+        found.inner += inputs if back else 0
+        found.inner_outputs += 0 if back else outputs
+    else:
+        found.mixer += inputs if back or last in ("o_proj", "dense", "wo") else outputs
+
+
+def _add_stacks(found: _Layer, name: str, module: nn.Module, own: list[Any], hidden: int, per_token: int) -> None:
+    names = {id(part): part_name for part_name, part in module.named_parameters(recurse=False)}
+    for part in own:
+        if part.ndim != 3 or min(part.shape[1:]) < SMALLEST_SIDE:
+            continue
+        found.experts += part.numel()
+        path = f"{name.rpartition('.')[2]}.{names[id(part)]}"
+        other = part.shape[1] if part.shape[2] == hidden else part.shape[2]
+        if _BACK.search(path):
+            found.expert_inner += other * per_token
+        elif "gate" in path or "input_linear" in path:
+            found.expert_gated = True
+
+
+def count(model: nn.Module, family: str) -> ModelSizes:
+    """Counts a model's text part.
+
+    Args:
+        model: as `build` gives it.
+        family: the `model_type`.
+
+    Raises:
+        ValueError: it has no decoder layers, or no output head.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder if isinstance(decoder, nn.Module) and decoder is not model else getattr(model, "model", model)
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    layers = layers_of(decoder)
+    if not layers or head is None or embedding is None:
+        raise ValueError("it is not made of an embedding, decoder layers and an output head")
+    vocab, hidden = head.weight.shape
+    per_token, experts = _experts_of(config)
+    seen: set[int] = set()
+    measured = [_measure(layer, hidden, seen, per_token, experts) for layer in layers]
+    if not any(each.experts for each in measured):
+        per_token = experts = 0
+    text = {id(part): part.numel() for part in (*decoder.parameters(), *embedding.parameters(), *head.parameters())}
+    in_head = sum(part.numel() for part in head.parameters() if id(part) not in _ids(decoder, embedding))
+    layers_hold = sum(each.parameters for each in measured)
+    total = sum(text.values())
+    everything = sum(part.numel() for part in model.parameters())
+    of_text = model.config.get_text_config(decoder=True) is model.config  # type: ignore[operator]
+    total = everything if of_text else total
+    return _sizes(
+        measured,
+        config,
+        family=family,
+        hidden=hidden,
+        vocab=vocab,
+        tied=any(id(part) in _ids(embedding) for part in head.parameters()),
+        other_parameters=total - layers_hold - in_head,
+        head_parameters=in_head,
+        experts=experts,
+        experts_per_token=per_token,
+        beside_text=everything - total,
+    )
+
+
+def _ids(*modules: nn.Module) -> set[int]:
+    return {id(part) for module in modules for part in module.parameters()}
+
+
+def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
+    count_of, hidden = len(measured), found["hidden"]
+    heads = _largest(config, "num_attention_heads", "n_head", "num_heads") or 1
+    head_dim = _largest(config, "head_dim") or max(1, hidden // heads)
+    linears: Counter[tuple[str, int, int, bool]] = Counter()
+    for each in measured:
+        linears.update(each.linears)
+    matrices = sum(times * inputs * outputs for (_, inputs, outputs, _), times in linears.items())
+    in_experts = sum(each.experts for each in measured)
+    inner = [each.inner + each.expert_inner for each in measured]
+    gated = sum(each.inner_outputs for each in measured) > 1.5 * sum(each.inner for each in measured)
+    norms = _mean([each.norms for each in measured])
+    mixers = [each.mixer + (0 if each.recurrent else 2 * heads) + _state(config, each) for each in measured]
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return ModelSizes(
+        layers=count_of,
+        heads=heads,
+        kv_heads=_largest(config, "num_key_value_heads") or heads,
+        head_dim=head_dim,
+        intermediate=max(1, round(_mean(inner) / max(1, found["experts_per_token"]))),
+        linears=tuple(
+            LinearLayer(name, inputs, outputs, per_layer=_share(times, count_of), bias=bias)
+            for (name, inputs, outputs, bias), times in sorted(linears.items())
+        ),
+        other_parameters_per_layer=_share(
+            sum(each.parameters for each in measured) - matrices - in_experts, count_of
+        ),
+        gated_mlp=gated or any(each.expert_gated for each in measured),
+        parallel_attention=norms < 1.5,
+        norm="layer" if any(each.layer_norm for each in measured) else "rms",
+        norms_per_layer=norms,
+        qk_norm=any(each.qk_norm for each in measured),
+        logit_softcap=float(cap) if isinstance(cap, int | float) and cap > 0 else None,
+        expert_parameters_per_layer=_share(in_experts, count_of),
+        widest_experts=max(each.experts for each in measured),
+        inner_per_token=_mean(inner),
+        widest_inner=max(inner),
+        mixer_values=_mean(mixers),
+        recurrent_share=_mean([each.recurrent for each in measured]),
+        counted="built",
+        **found,
+    )
+
+
+def _share(total: int, count_of: int) -> float:
+    return total // count_of if total % count_of == 0 else total / count_of
+
+
+def _mean(values: list[Any]) -> float:
+    return _share(sum(values), len(values))
+
+
+def _largest(config: Any, *names: str) -> int:
+    """Returns the first of some sizes that a configuration has; the largest where layers have their own; 0 where none has."""
+    try:
+        parts = list(config.per_layer_config) or [config]
+    except AttributeError:  # of transformers before 5.20, and of parts of a configuration
+        parts = [config]
+    for name in names:
+        held = [getattr(part, name, None) for part in parts]
+        values = [each for value in held for each in (value if isinstance(value, list | tuple) else [value])]
+        found = [each for each in values if isinstance(each, int)]
+        if found:
+            return max(found)
+    return 0
+
+
+def _experts_of(config: Any) -> tuple[int, int]:
+    """Returns how many experts a token goes through, and how many a layer has."""
+    nested = getattr(config, "ffn_config", None) or config
+    per_token = _largest(nested, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "top_k")  # fmt: skip
+    experts = _largest(nested, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return max(1, per_token) if experts else 0, experts
+
+
+def _state(config: Any, layer: _Layer) -> int:
+    """Counts values a token of the states that a recurrent layer's kernel keeps: one state for each chunk of tokens."""
+    if not layer.recurrent:
+        return 0
+    width = _largest(config, "linear_num_value_heads") * _largest(config, "linear_key_head_dim") * _largest(
+        config, "linear_value_head_dim"
+    )
+    inner = _largest(config, "mamba_d_ssm", "mamba_intermediate", "lru_width") or 2 * (_largest(config, "hidden_size") or 1)
+    width = width or inner * _largest(config, "mamba_d_state", "ssm_state_size", "state_size")
+    return width // max(64, _largest(config, "mamba_chunk_size", "chunk_size"))
+
+
+def main() -> None:
+    """Reads a `config.json`, prints the sizes, or `{"refused": reason}`."""
+    if len(sys.argv) > 1:
+        limit = int(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(1)
+    config = json.load(sys.stdin)
+    try:
+        answer: dict[str, Any] = dataclasses.asdict(count(build(config), config["model_type"]))
+    except Exception as error:  # whatever a stranger's configuration makes transformers raise
+        said = re.split(r"[\n;]|\. ", str(error).strip(), maxsplit=1)[0]
+        answer = {"refused": f"{type(error).__name__}: {said}"[:300]}
+    print("\n" + json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
