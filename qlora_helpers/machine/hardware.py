@@ -5,6 +5,7 @@ Owns how hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xlarge`). Looks a
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -58,6 +59,33 @@ GPUS: dict[str, Gpu] = {
     )
 }
 """GPUs by short name. H100 and H200 are the SXM cards, as are both A100."""
+ALSO_CALLED = {
+    "a100": "A100-80GB",
+    "a100-80": "A100-80GB",
+    "a100-80g": "A100-80GB",
+    "a100-80gib": "A100-80GB",
+    "a100-40": "A100-40GB",
+    "a100-40g": "A100-40GB",
+    "a100-40gib": "A100-40GB",
+    "h100-80gb": "H100",
+    "h200-141gb": "H200",
+}
+"""Names that a card has beside `GPUS`' own, as `_plain_name` writes them; a bare A100 is taken for the larger one, and said so."""
+UNSUPPORTED = {
+    "mi": "an AMD GPU: weights in 4 bits and the fast step's kernels were made for CUDA and never tried on ROCm",
+    "radeon": "an AMD GPU: weights in 4 bits and the fast step's kernels were made for CUDA and never tried on ROCm",
+    "gaudi": "an Intel accelerator, which has no CUDA",
+    "arc": "an Intel GPU, which has no CUDA",
+    "tpu": "a TPU, which has no CUDA",
+    "trn": "AWS Trainium, which has no CUDA",
+    "trainium": "AWS Trainium, which has no CUDA",
+    "inf": "AWS Inferentia, which has no CUDA",
+    "inferentia": "AWS Inferentia, which has no CUDA",
+    "m": "an Apple chip, which has no CUDA",
+    "p": "a GPU without tensor cores, for which bitsandbytes and the fast step were not made",
+    "k": "a GPU that CUDA no longer supports",
+}
+"""Start of a name, before its number -> why it can't be planned."""
 
 
 def find_gpu(driver_name: str) -> Gpu | None:
@@ -207,7 +235,7 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     count = int(match[1] or 1) if match and len(match[1] or "") <= len(str(MAX_GPUS)) else 0
     if match is None or not 1 <= count <= MAX_GPUS:
         return None
-    gpu = next((gpu for name, gpu in GPUS.items() if name.lower() == match[2].replace(" ", "-")), None)
+    gpu = named_gpu(match[2])
     if gpu is not None:
         return count, gpu.name, gpu, gpu.usable_gib
     amount = _AMOUNT.fullmatch(match[2])
@@ -219,8 +247,38 @@ def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:
     return count, f"{amount[1]}GB", None, gib(number * 1e9)
 
 
+def named_gpu(text: str) -> Gpu | None:
+    """Finds a GPU by the name that people give it: `A100`, `RTX4090`, `4090`, `rtx 3090`, `A100 80GB`, `NVIDIA L40S`."""
+    wanted = _plain_name(text)
+    return next(
+        (gpu for name, gpu in GPUS.items() if wanted in (_plain_name(name), name.lower())), GPUS.get(ALSO_CALLED.get(wanted, ""))
+    )
+
+
+def _plain_name(text: str) -> str:
+    """Returns a card's name without maker, line and form, so that `GeForce RTX 4090`, `RTX-4090` and `4090` are one."""
+    words = re.split(r"[\s_-]+", text.strip().lower())
+    kept = [re.sub(r"^(?:rtx|gtx)(?=\d)", "", word) for word in words]
+    return "-".join(word for word in kept if word not in ("nvidia", "tesla", "geforce", "rtx", "gpu", "sxm", "sxm4", "sxm5"))
+
+
+def _unsupported(text: str) -> str | None:
+    """Why a known kind of hardware can't be planned, or None where the name is simply not known."""
+    counted = _COUNTED.fullmatch(text.strip())
+    name = _plain_name(counted[2] if counted else text).removeprefix("amd-").removeprefix("intel-").removeprefix("instinct-")
+    start = re.match(r"(?:ml\.)?([a-z]+)(?=[\d.-]|$)", name)
+    return UNSUPPORTED.get(start[1]) if start and name not in ("m", "p", "k") else None
+
+
 def _unknown_hardware(text: str) -> UserError:
-    """Returns the error for hardware that is not known; for a known family of instances it names the sizes."""
+    """Returns the error for hardware that is not known: why, the sizes of a known family of instances, or near names."""
+    if reason := _unsupported(text):
+        return UserError(
+            f"{text.strip()[:40]} can't be planned: it is {reason}",
+            expected="an NVIDIA GPU from the T4 on, such as " + ", ".join(GPUS),
+            got=text.strip()[:80],
+            next_step="Choose one of these, or a SageMaker instance such as ml.g5.12xlarge.",
+        )
     family = text.strip().lower().removeprefix("ml.").split(".")[0]
     if sizes := [name for name in INSTANCES if name.startswith(f"ml.{family}.")]:
         return UserError(
@@ -229,9 +287,13 @@ def _unknown_hardware(text: str) -> UserError:
             got=text.strip(),
             next_step="Choose one of these, or give its GPUs, such as 4xA10G.",
         )
+    counted = _COUNTED.fullmatch(text.strip().lower())
+    names = {_plain_name(name): name for name in GPUS}
+    close = difflib.get_close_matches(_plain_name(counted[2]) if counted else "", names, n=3, cutoff=0.5)
     return UserError(
         "these GPUs are not known",
         expected=f"NxMGiB such as 4x24GiB, a number (1 to {MAX_GPUS}) of {', '.join(GPUS)} such as 2xL4, or a SageMaker instance such as ml.g5.12xlarge",
         got=text.strip() or "nothing",
-        next_step="Give the memory of one GPU as an amount if yours is not listed.",
+        next_step=(f"Did you mean {' or '.join(names[each] for each in close)}? " if close else "")
+        + "Give the memory of one GPU as an amount if yours is not listed.",
     )

@@ -33,16 +33,15 @@ def build(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: transformers knows no language model of that kind, or the configuration does not fit it.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_type")}
     read = AutoConfig.for_model(config["model_type"], **plain)
     for loader in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(read) in loader._model_mapping:
-            with init_empty_weights():
+            with torch.device("meta"):  # accelerate's `init_empty_weights` allocates each weight before it drops it
                 model: nn.Module = loader.from_config(read, trust_remote_code=False)
-            model.tie_weights()
+            model.tie_weights()  # type: ignore[operator]
             return model
     raise ValueError(f"transformers has no causal language model of the kind {config['model_type']}")
 

@@ -71,7 +71,7 @@ def count_weights(shape: dict[str, Any]) -> WeightCounts:
     if shape.get("model_type") not in KNOWN_FAMILIES:
         return _count_on_meta(shape)
     sizes = model_sizes(shape)
-    linear = sizes.layers * (sizes.linear_parameters_per_layer + sizes.expert_parameters_per_layer)
+    linear = round(sizes.layers * sizes.quantized_parameters_per_layer)
     return WeightCounts(linear, sizes.parameters - linear)
 
 

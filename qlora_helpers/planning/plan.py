@@ -89,6 +89,7 @@ class Plan(Tabular):
         return {
             "model": self.model,
             "parameters": self.sizes.parameters,
+            "counted": self.sizes.counted,
             "trainable_parameters": self.adapter_parameters,
             "hardware": self.hardware.label,
             "gpus": self.hardware.gpus,

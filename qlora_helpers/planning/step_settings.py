@@ -171,6 +171,7 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
     if not compiled:
         stream = sizes.hidden * (residuals + extra_norms) * (2 if sizes.norm == "rms" else 1) + sizes.hidden * norms
         inner *= 2
+    inner += sizes.hidden * sizes.experts_per_token  # each expert's output waits for the gradient of its router weight
     low_rank = r * sum(layer.per_layer for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
 

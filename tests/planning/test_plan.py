@@ -493,10 +493,20 @@ def test_a_plan_s_work_grows_with_the_logarithm_of_the_layers(monkeypatch):
     assert work[1] <= 2 * work[0]
 
 
-def test_mixtral_is_planned_as_it_is_loaded():
+def test_a_mixture_is_planned_with_its_experts_in_4_bits():
     plan = planned("mistralai/Mixtral-8x7B-v0.1", "A100-80GB")
-    assert not plan.fits
-    assert any("experts are not quantised" in note for note in plan.notes)
+    assert plan.fits
+    assert 22 < plan.smallest.memory[0].weights_quantized / 1024**3 < 23  # 46.7 B weights less embeddings, half a byte each
+    assert any("goes through 2 of 8, with 12," in note for note in plan.notes)  # "12.9 B active"
+    assert plan.smallest.memory[0].working > 8 * 3 * 4096 * 14336 * 2  # a layer's experts, dequantised
+
+
+def test_a_hybrid_s_plan_says_where_its_sizes_come_from_and_what_was_not_measured():
+    plan = planned("Qwen/Qwen3.5-9B", "A100-80GB")
+    assert plan.fits
+    assert plan.to_dict()["counted"] == "built"
+    assert any("counted on the layers that transformers builds" in note for note in plan.notes)
+    assert any("75% of its layers carry a state" in note for note in plan.notes)
 
 
 # the command

@@ -11,6 +11,7 @@ import difflib
 from typing import Any
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.shapes.recent import RECENT, RECENT_HUB_NAMES
 
 Shape = dict[str, Any]
 
@@ -296,6 +297,7 @@ SHAPES: dict[str, Shape] = {
     "smollm2-360m": _smollm2(960, 32, 15, 5, 2560),
     "smollm2-1.7b": _smollm2(2048, 24, 32, 32, 8192, theta=130000.0),
     "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 32000, positions=2048, rope=_rope(10000.0), bos=1, eos=2),
+    **RECENT,
 }
 """`config.json` of models that can be planned, and built with random weights (`random:NAME`). falcon-tiny has the wiring of
 Falcon-40B. gemma-3-4b, -12b and -27b are the text decoders: the published checkpoints also hold a vision tower. phi-3.5-mini
@@ -356,6 +358,7 @@ HUB_NAMES: dict[str, str] = {
         "TinyLlama", {"1.1B": "tinyllama-1.1b"}, "TinyLlama-{}-Chat-v1.0", "TinyLlama-{}-intermediate-step-1431k-3T"
     ),
     "TinyLlama/TinyLlama_v1.1": "tinyllama-1.1b",
+    **RECENT_HUB_NAMES,
 }
 """Hub id -> key in `SHAPES`."""
 

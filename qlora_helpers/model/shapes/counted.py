@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import reprlib
 import subprocess
 import sys
 from functools import lru_cache
@@ -46,8 +48,16 @@ def counted_sizes(config: Shape) -> ModelSizes:
     Raises:
         ModelError: transformers can't build it, or not within `COUNT_S` and `COUNT_BYTES`; the message has its reason.
     """
+    family = family_of(config)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", family) or config.get("model_type") is None:
+        raise ModelError(
+            "a config.json names no family of models",
+            expected="model_type, a name such as llama",
+            got=reprlib.repr(config.get("model_type")),
+            next_step="Give the model's own config.json; other kinds of models than causal language models can't be planned.",
+        )
     key = digest(config)
-    return _kept(key) or _counted(key, json.dumps(config, default=str), family_of(config))
+    return _kept(key) or _counted(key, json.dumps(config, default=str), family)
 
 
 def from_plain(found: dict[str, Any]) -> ModelSizes:

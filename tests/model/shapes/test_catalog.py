@@ -6,6 +6,7 @@ import pytest
 
 from qlora_helpers.base.profiles import PROFILES, profile_config
 from qlora_helpers.model.shapes.catalog import HUB_NAMES, MODEL_LICENCES, SHAPES, known_shape
+from qlora_helpers.model.shapes.recent import RECENT, SOURCES
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.shapes.wirings import KNOWN_FAMILIES
 
@@ -62,12 +63,72 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
     "tinyllama-1.1b": 1_100_048_384,
+    "qwen3-30b-a3b-2507": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "mistral-small-24b": 23_572_403_200,
+    "ministral-8b": 8_019_808_256,
+    "smollm3-3b": 3_075_098_624,
+    "granite-4.0-h-tiny": 6_939_037_248,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "glm-4-9b-0414": 9_400_279_040,
+    "deepseek-v3": 671_026_419_200 - 58 * 256,  # less the routers' corrections, which transformers keeps as buffers
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+}
+# Where the published file holds more than the text part, or no total is at hand: as publishers round it, in billions
+ROUNDED = {
+    "qwen3.5-0.8b": 0.8,
+    "qwen3.5-2b": 2,
+    "qwen3.5-4b": 4,
+    "qwen3.5-9b": 9,
+    "qwen3.5-27b": 27,
+    "qwen3.5-35b-a3b": 35,
+    "qwen3.5-122b-a10b": 122,
+    "gemma-4-e2b": 5.1,  # with its encoders of 0.5
+    "gemma-4-e4b": 8,  # with its encoders of 0.5
+    "gemma-4-31b": 30.7,
+    "gemma-4-26b-a4b": 25.2,
+    "llama-4-scout": 109,
+    "llama-4-maverick": 400,
+    "ministral-3-3b": 3.4,
+    "granite-4.0-h-small": 32,
+    "glm-4.5-air": 106,
+    "falcon-h1-7b": 7.6,
 }
 
 
 def test_all_but_our_own_model_have_a_published_total():
-    assert set(SHAPES) - set(PUBLISHED) == {"falcon-tiny"}
-    assert len(SHAPES) >= 51
+    assert set(SHAPES) - set(PUBLISHED) - set(ROUNDED) == {"falcon-tiny"}
+    assert len(SHAPES) >= 81
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_shape_is_about_as_large_as_its_publisher_says(name):
+    assert abs(model_sizes(SHAPES[name]).parameters / 1e9 - ROUNDED[name]) <= max(0.02 * ROUNDED[name], 0.55)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gpt-oss-20b", 3.6 + 0.58),  # its publisher leaves the embedding out
+        ("qwen3-235b-a22b", 22),
+        ("qwen3.5-35b-a3b", 3.45),
+        ("gemma-4-26b-a4b", 3.8),
+        ("llama-4-scout", 17),
+        ("llama-4-maverick", 17),
+        ("granite-4.0-h-small", 9),
+        ("glm-4.5-air", 13),
+        ("deepseek-v3", 37.6),
+    ],
+)
+def test_as_many_weights_are_in_use_as_publishers_say(name, billions):
+    assert model_sizes(SHAPES[name]).parameters_in_use / 1e9 == pytest.approx(billions, rel=0.04)
+
+
+def test_every_recent_shape_has_a_source():
+    assert all(any(key.startswith(start) for start in SOURCES) for key in RECENT)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -82,6 +143,13 @@ def test_catalogued_shapes_are_transformers_own(torch, name):
 
     shape = known_shape(name)
     read = AutoConfig.for_model(**known_shape(name)).to_dict()
+    if name in RECENT:
+        renamed = {"layer_types", "head_dim", "num_key_value_heads", "global_head_dim", "num_global_key_value_heads"}
+        assert set(shape) - renamed <= set(read) and "tie_word_embeddings" in shape
+        assert {key: read[key] for key in shape if key not in renamed} == {
+            key: value for key, value in shape.items() if key not in renamed
+        }
+        return
     assert {key: read[key] for key in shape} == shape
     assert shape["model_type"] in KNOWN_FAMILIES
     assert {"tie_word_embeddings", "max_position_embeddings", "rope_parameters", "eos_token_id"} <= set(shape)
@@ -150,6 +218,10 @@ def test_every_hub_name_has_a_shape_and_every_shape_a_hub_name():
         ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
         ("random:falcon-7b", "falcon-7b"),
         (" phi-4 ", "phi-4"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama-3.1-8b"),
+        ("openai/gpt-oss-20b", "gpt-oss-20b"),
+        ("google/gemma-4-E4B-it", "gemma-4-e4b"),
+        ("Qwen/Qwen3.5-35B-A3B-Base", "qwen3.5-35b-a3b"),
     ],
 )
 def test_a_shape_is_found_by_any_of_its_names(name, key):
