@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import SECTIONS, describe
@@ -42,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--model", help="hub id, folder with a config.json, or random:NAME (default: the profile's model)"
     )
-    plan.add_argument("--gpus", help="such as 4x24GiB, H100, 2xL4 or ml.g5.12xlarge (default: this machine's)")
+    plan.add_argument(
+        "--gpus",
+        help="such as 4x24GiB, H100, 2xL4 or ml.g5.12xlarge (default: this machine's; without one, --model lists all that fit)",
+    )
     plan.add_argument(
         "--price", type=float, help="USD an hour for all of the hardware (default: the catalogue's price)"
     )
@@ -145,12 +149,16 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from qlora_helpers.planning.run_plan import plan_run
+    from qlora_helpers.planning.offers import find_offers
+    from qlora_helpers.planning.run_plan import has_gpu, plan_run
 
     model = {"model.name": options.model} if options.model else {}
     config = profile_config(options.profile).with_settings(model).with_settings(options.settings)
-    plan = plan_run(config, gpus=options.gpus, price=options.price, tokens=options.tokens)
-    print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
+    if options.model and not options.gpus and options.price is None and not has_gpu():
+        found: Any = find_offers(config, tokens=options.tokens)
+    else:
+        found = plan_run(config, gpus=options.gpus, price=options.price, tokens=options.tokens)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 0
 
 

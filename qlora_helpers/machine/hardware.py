@@ -60,7 +60,7 @@ GPUS: dict[str, Gpu] = {
 }
 """GPUs by short name. H100 and H200 are the SXM cards, as are both A100."""
 ALSO_CALLED = {
-    "a100": "A100-80GB",
+    "a100": "A100-40GB",
     "a100-80": "A100-80GB",
     "a100-80g": "A100-80GB",
     "a100-80gib": "A100-80GB",
@@ -70,7 +70,8 @@ ALSO_CALLED = {
     "h100-80gb": "H100",
     "h200-141gb": "H200",
 }
-"""Names that a card has beside `GPUS`' own, as `_plain_name` writes them; a bare A100 is taken for the larger one, and said so."""
+"""Names that a card has beside `GPUS`' own, as `_plain_name` writes them; a bare A100 is the smaller one: what fits
+there fits on both."""
 UNSUPPORTED = {
     "mi": "an AMD GPU: weights in 4 bits and the fast step's kernels were made for CUDA and never tried on ROCm",
     "radeon": "an AMD GPU: weights in 4 bits and the fast step's kernels were made for CUDA and never tried on ROCm",
@@ -81,11 +82,13 @@ UNSUPPORTED = {
     "trainium": "AWS Trainium, which has no CUDA",
     "inf": "AWS Inferentia, which has no CUDA",
     "inferentia": "AWS Inferentia, which has no CUDA",
-    "m": "an Apple chip, which has no CUDA",
-    "p": "a GPU without tensor cores, for which bitsandbytes and the fast step were not made",
-    "k": "a GPU that CUDA no longer supports",
 }
 """Start of a name, before its number -> why it can't be planned."""
+_ONE_LETTER = {
+    "m": "an Apple chip, which has no CUDA",
+    "p": "a GPU without tensor cores, for which 4-bit weights and the fast step were not made",
+    "k": "a GPU that CUDA no longer supports",
+}
 
 
 def find_gpu(driver_name: str) -> Gpu | None:
@@ -251,7 +254,8 @@ def named_gpu(text: str) -> Gpu | None:
     """Finds a GPU by the name that people give it: `A100`, `RTX4090`, `4090`, `rtx 3090`, `A100 80GB`, `NVIDIA L40S`."""
     wanted = _plain_name(text)
     return next(
-        (gpu for name, gpu in GPUS.items() if wanted in (_plain_name(name), name.lower())), GPUS.get(ALSO_CALLED.get(wanted, ""))
+        (gpu for name, gpu in GPUS.items() if wanted in (_plain_name(name), name.lower())),
+        GPUS.get(ALSO_CALLED.get(wanted, "")),
     )
 
 
@@ -259,15 +263,24 @@ def _plain_name(text: str) -> str:
     """Returns a card's name without maker, line and form, so that `GeForce RTX 4090`, `RTX-4090` and `4090` are one."""
     words = re.split(r"[\s_-]+", text.strip().lower())
     kept = [re.sub(r"^(?:rtx|gtx)(?=\d)", "", word) for word in words]
-    return "-".join(word for word in kept if word not in ("nvidia", "tesla", "geforce", "rtx", "gpu", "sxm", "sxm4", "sxm5"))
+    return "-".join(
+        word for word in kept if word not in ("nvidia", "tesla", "geforce", "rtx", "gpu", "sxm", "sxm4", "sxm5")
+    )
 
 
 def _unsupported(text: str) -> str | None:
     """Why a known kind of hardware can't be planned, or None where the name is simply not known."""
     counted = _COUNTED.fullmatch(text.strip())
-    name = _plain_name(counted[2] if counted else text).removeprefix("amd-").removeprefix("intel-").removeprefix("instinct-")
+    name = (
+        _plain_name(counted[2] if counted else text)
+        .removeprefix("amd-")
+        .removeprefix("intel-")
+        .removeprefix("instinct-")
+    )
+    if re.fullmatch(r"[mpk]\d+(?:-\w+)*", name):
+        return _ONE_LETTER[name[0]]
     start = re.match(r"(?:ml\.)?([a-z]+)(?=[\d.-]|$)", name)
-    return UNSUPPORTED.get(start[1]) if start and name not in ("m", "p", "k") else None
+    return UNSUPPORTED.get(start[1]) if start else None
 
 
 def _unknown_hardware(text: str) -> UserError:
@@ -277,7 +290,7 @@ def _unknown_hardware(text: str) -> UserError:
             f"{text.strip()[:40]} can't be planned: it is {reason}",
             expected="an NVIDIA GPU from the T4 on, such as " + ", ".join(GPUS),
             got=text.strip()[:80],
-            next_step="Choose one of these, or a SageMaker instance such as ml.g5.12xlarge.",
+            next_step="Choose one of them, or a SageMaker instance such as ml.g5.12xlarge.",
         )
     family = text.strip().lower().removeprefix("ml.").split(".")[0]
     if sizes := [name for name in INSTANCES if name.startswith(f"ml.{family}.")]:

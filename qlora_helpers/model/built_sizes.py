@@ -21,6 +21,16 @@ from torch import nn
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
 
 SMALLEST_SIDE = 32  # a matrix with a shorter side is a router or a gate; a stack with one holds no matrices
+_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "top_k",
+)
 _RECURRENT = re.compile(r"mamba|delta|recurrent|lightning|linearattention|rwkv|mlstm", re.I)
 _MIXER = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal|ssm|mlstm|\bdense\b|query_key_value", re.I)
 _MLP = re.compile(r"mlp|feed_forward|ffn|\bff\b|expert|moe|dense_h_to_4h|dense_4h_to_h|\bfc\d|\bw\d\b", re.I)
@@ -35,13 +45,15 @@ def build(config: dict[str, Any]) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_type")}
+    plain = {
+        key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_type")
+    }
     read = AutoConfig.for_model(config["model_type"], **plain)
     for loader in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(read) in loader._model_mapping:
             with torch.device("meta"):  # accelerate's `init_empty_weights` allocates each weight before it drops it
                 model: nn.Module = loader.from_config(read, trust_remote_code=False)
-            model.tie_weights()  # type: ignore[operator]
+            model.tie_weights()
             return model
     raise ValueError(f"transformers has no causal language model of the kind {config['model_type']}")
 
@@ -158,8 +170,8 @@ def count(model: nn.Module, family: str) -> ModelSizes:
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     decoder = decoder if isinstance(decoder, nn.Module) and decoder is not model else getattr(model, "model", model)
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    config: Any = model.config.get_text_config(decoder=True)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = layers_of(decoder)
     if not layers or head is None or embedding is None:
         raise ValueError("it is not made of an embedding, decoder layers and an output head")
@@ -174,7 +186,7 @@ def count(model: nn.Module, family: str) -> ModelSizes:
     layers_hold = sum(each.parameters for each in measured)
     total = sum(text.values())
     everything = sum(part.numel() for part in model.parameters())
-    of_text = model.config.get_text_config(decoder=True) is model.config  # type: ignore[operator]
+    of_text = model.config.get_text_config(decoder=True) is model.config
     total = everything if of_text else total
     return _sizes(
         measured,
@@ -219,9 +231,7 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
             LinearLayer(name, inputs, outputs, per_layer=_share(times, count_of), bias=bias)
             for (name, inputs, outputs, bias), times in sorted(linears.items())
         ),
-        other_parameters_per_layer=_share(
-            sum(each.parameters for each in measured) - matrices - in_experts, count_of
-        ),
+        other_parameters_per_layer=_share(sum(each.parameters for each in measured) - matrices - in_experts, count_of),
         gated_mlp=gated or any(each.expert_gated for each in measured),
         parallel_attention=norms < 1.5,
         norm="layer" if any(each.layer_norm for each in measured) else "rms",
@@ -265,7 +275,7 @@ def _largest(config: Any, *names: str) -> int:
 def _experts_of(config: Any) -> tuple[int, int]:
     """Returns how many experts a token goes through, and how many a layer has."""
     nested = getattr(config, "ffn_config", None) or config
-    per_token = _largest(nested, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "top_k")  # fmt: skip
+    per_token = _largest(nested, *_PER_TOKEN)
     experts = _largest(nested, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return max(1, per_token) if experts else 0, experts
 
@@ -274,10 +284,14 @@ def _state(config: Any, layer: _Layer) -> int:
     """Counts values a token of the states that a recurrent layer's kernel keeps: one state for each chunk of tokens."""
     if not layer.recurrent:
         return 0
-    width = _largest(config, "linear_num_value_heads") * _largest(config, "linear_key_head_dim") * _largest(
-        config, "linear_value_head_dim"
+    width = (
+        _largest(config, "linear_num_value_heads")
+        * _largest(config, "linear_key_head_dim")
+        * _largest(config, "linear_value_head_dim")
     )
-    inner = _largest(config, "mamba_d_ssm", "mamba_intermediate", "lru_width") or 2 * (_largest(config, "hidden_size") or 1)
+    inner = _largest(config, "mamba_d_ssm", "mamba_intermediate", "lru_width") or 2 * (
+        _largest(config, "hidden_size") or 1
+    )
     width = width or inner * _largest(config, "mamba_d_state", "ssm_state_size", "state_size")
     return width // max(64, _largest(config, "mamba_chunk_size", "chunk_size"))
 

@@ -145,14 +145,16 @@ def model_notes(sizes: ModelSizes) -> list[str]:
         notes.append("its weights were counted on the layers that transformers builds from the config.json")
     if sizes.beside_text:
         notes.append(
-            f"the text part alone is planned; {sizes.beside_text:,} weights for pictures and sound come on top where they are loaded"
+            f"the text part alone is planned; {sizes.beside_text:,} weights for pictures and sound come on top if they are loaded"
         )
     if sizes.experts:
         notes.append(
             f"a mixture of experts: a token goes through {sizes.experts_per_token} of {sizes.experts}, with "
-            f"{sizes.parameters_in_use:,} weights; all are in 4 bits, a layer's are dequantised together, and none of it was measured"
+            f"{sizes.parameters_in_use:,} weights; all are in 4 bits, a layer's are dequantised together; none of it was measured"
         )
     if sizes.recurrent_share:
         share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"
-        notes.append(f"{share} a state along the sequence: their memory and time are arithmetic for the fast kernels, not measured")
+        notes.append(
+            f"{share} a state along the sequence: their memory and time are arithmetic for the fast kernels, not measured"
+        )
     return notes

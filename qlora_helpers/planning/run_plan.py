@@ -19,6 +19,7 @@ from qlora_helpers.data.local_files import local_files
 from qlora_helpers.data.sources import EMBEDDED, read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
+from qlora_helpers.model.shapes.headers import checkpoint_parameters
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.planning.candidates import copies_speedup
 from qlora_helpers.planning.forecast import Forecast, make_forecast, steps_and_tokens
@@ -28,6 +29,7 @@ from qlora_helpers.planning.speed import step_seconds
 from qlora_helpers.planning.step_settings import SUMMARY_SHARE, is_packed, sequences_per_step
 from qlora_helpers.planning.workload import Workload
 
+HEADERS_TOLERANCE = 0.001  # of the weights
 UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known
 
 
@@ -64,6 +66,8 @@ def plan_run(
     share = trained_share(config.data)
     workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process)
     plan = make_plan(workload)
+    for note in _checked_with_headers(config.model.name, plan):
+        plan = plan.with_note(note)
     if not workload.packed and config.train.max_steps is None:
         plan = plan.with_note("padding comes on top of the data's tokens: training takes longer than this")
     if known is None and config.train.max_steps is None:
@@ -71,6 +75,22 @@ def plan_run(
             f"the size of {config.data.source} is not known: time is for a million tokens (--tokens N)"
         )
     return plan
+
+
+def _checked_with_headers(name: str, plan: Plan) -> list[str]:
+    """Compares a plan's weights with a local checkpoint's own, and says so."""
+    folder, sizes = Path(name).expanduser(), plan.sizes
+    held = checkpoint_parameters(folder) if folder.is_dir() else None
+    if held is None:
+        return []
+    repeated = sizes.vocab * sizes.hidden if sizes.tied else 0
+    whole = sizes.parameters + sizes.beside_text
+    if min(abs(held - each) for each in (sizes.parameters, whole, whole + repeated)) <= HEADERS_TOLERANCE * whole:
+        return [f"the checkpoint's own headers hold as many weights: {held:,}"]
+    return [
+        f"the checkpoint's own headers hold {held:,} weights, the plan counts {whole:,}: its config.json is not this checkpoint's, "
+        "or the checkpoint holds parts that are not loaded"
+    ]
 
 
 def predicted_step(
@@ -157,6 +177,11 @@ def this_machine(price: float | None = None) -> Hardware:
     if known is not None:
         usable = min(usable, known.usable_gib)
     return Hardware(label, len(found), usable, known, price, "as given" if price is not None else "")
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that a plan can be made for."""
+    return any(gpu.memory_total_gib for gpu in telemetry.read_gpus())
 
 
 def estimated_tokens(config: DataConfig) -> int | None:

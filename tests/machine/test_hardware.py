@@ -22,6 +22,15 @@ from qlora_helpers.machine.hardware import GPUS, INSTANCES, parse_gpus
         ("H100", 1, 79.11, "H100"),
         ("2xA100-80GB", 2, GPUS["A100-80GB"].usable_gib, "A100-80GB"),
         ("8X rtx 4090", 8, GPUS["RTX-4090"].usable_gib, "RTX-4090"),
+        ("4090", 1, GPUS["RTX-4090"].usable_gib, "RTX-4090"),
+        ("RTX4090", 1, GPUS["RTX-4090"].usable_gib, "RTX-4090"),
+        ("NVIDIA GeForce RTX 3090", 1, GPUS["RTX-3090"].usable_gib, "RTX-3090"),
+        ("2x3090", 2, GPUS["RTX-3090"].usable_gib, "RTX-3090"),
+        ("Tesla T4", 1, GPUS["T4"].usable_gib, "T4"),
+        ("L40S", 1, GPUS["L40S"].usable_gib, "L40S"),
+        ("h200", 1, GPUS["H200"].usable_gib, "H200"),
+        ("A100 80GB", 1, GPUS["A100-80GB"].usable_gib, "A100-80GB"),
+        ("A100", 1, GPUS["A100-40GB"].usable_gib, "A100-40GB"),  # what fits there fits on both
         ("ml.g5.12xlarge", 4, GPUS["A10G"].usable_gib, "A10G"),
         ("ML.P5.4xlarge", 1, GPUS["H100"].usable_gib, "H100"),
     ],
@@ -45,7 +54,7 @@ def test_hardware_is_read_as_people_write_it(text, gpus, usable_gib, name):
         "0x24GiB",
         "4x0GiB",
         "24MiB",
-        "A100",
+        "B300",
         "0xH100",
         "ml.g9.xlarge",
         "4xml.g5.xlarge",
@@ -149,3 +158,36 @@ def test_less_of_a_gpu_is_usable_than_it_is_sold_as(gpu):
 def test_only_what_was_measured_counts_as_measured():
     assert {name for name, gpu in GPUS.items() if gpu.measured} == {"H100", "H200"}
     assert {name for name, gpu in GPUS.items() if not gpu.supports_bf16} == {"T4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("MI300X", "AMD GPU"),
+        ("2x MI250", "AMD GPU"),
+        ("AMD Instinct MI210", "AMD GPU"),
+        ("M3", "Apple chip"),
+        ("P100", "without tensor cores"),
+        ("K80", "no longer supports"),
+        ("Gaudi2", "Intel accelerator"),
+        ("trn1.32xlarge", "Trainium"),
+        ("ml.inf2.xlarge", "Inferentia"),
+    ],
+)
+def test_hardware_that_can_not_be_used_is_refused_with_the_reason(text, reason):
+    with pytest.raises(UserError, match=f"can't be planned: it is .*{reason}"):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [("L40", "L40S"), ("RTX-4080", "RTX-4090"), ("2xA10", "A10G"), ("H10O", "H100"), ("A100-8OGB", "A100-80GB")],
+)
+def test_a_near_name_is_suggested(text, near):
+    with pytest.raises(UserError, match=f"Did you mean .*{near}"):
+        parse_gpus(text)
+
+
+def test_an_instance_without_these_gpus_is_not_called_something_else():
+    with pytest.raises(UserError, match="these GPUs are not known"):
+        parse_gpus("ml.p3.2xlarge")

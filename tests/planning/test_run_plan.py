@@ -42,7 +42,7 @@ def test_any_other_model_is_planned_from_its_config_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "can't be read"), ("[1]", "is not a JSON object"), ("{}", "lacks a size")]
+    ("text", "message"), [("{", "can't be read"), ("[1]", "is not a JSON object"), ("{}", "names no family")]
 )
 def test_a_damaged_config_json_is_reported(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)

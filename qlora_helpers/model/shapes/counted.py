@@ -30,7 +30,15 @@ from qlora_helpers.model.shapes.values import Shape, family_of
 COUNT_S = 180.0  # for building a model on the meta device; a few seconds on an idle machine
 COUNT_BYTES = 16 * 1024**3  # of address space; PyTorch with CUDA maps several GiB that it never touches
 KEPT = "counted.json"
-_NO_SIZES = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "quantization_config"}
+_NO_SIZES = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+}
 
 
 def digest(config: Shape) -> str:
@@ -49,7 +57,7 @@ def counted_sizes(config: Shape) -> ModelSizes:
         ModelError: transformers can't build it, or not within `COUNT_S` and `COUNT_BYTES`; the message has its reason.
     """
     family = family_of(config)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", family) or config.get("model_type") is None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", str(config.get("model_type") or "")):
         raise ModelError(
             "a config.json names no family of models",
             expected="model_type, a name such as llama",

@@ -21,7 +21,9 @@ def _decoder(*sizes: int) -> dict[str, Any]:
     return dict(zip((*names, "vocab_size"), sizes, strict=True))
 
 
-def _qwen35(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, *, values: int, tied: bool = False) -> Shape:
+def _qwen35(
+    hidden: int, layers: int, heads: int, kv_heads: int, inner: int, *, values: int, tied: bool = False
+) -> Shape:
     return _shape(
         "qwen3_5_text",
         "Qwen3_5ForCausalLM",
@@ -166,12 +168,19 @@ def _qwen3_moe(*sizes: int, inner: int, positions: int) -> Shape:
 def _mistral(*sizes: int, model_type: str = "mistral", tied: bool = False) -> Shape:
     architecture = "MistralForCausalLM" if model_type == "mistral" else "Ministral3ForCausalLM"
     return _shape(
-        model_type, architecture, **_decoder(*sizes, 131072), head_dim=128, sliding_window=None, tie_word_embeddings=tied
+        model_type,
+        architecture,
+        **_decoder(*sizes, 131072),
+        head_dim=128,
+        sliding_window=None,
+        tie_word_embeddings=tied,
     )
 
 
 def _olmo3(*sizes: int) -> Shape:
-    return _shape("olmo3", "Olmo3ForCausalLM", **_decoder(*sizes, 100278), sliding_window=4096, tie_word_embeddings=False)
+    return _shape(
+        "olmo3", "Olmo3ForCausalLM", **_decoder(*sizes, 100278), sliding_window=4096, tie_word_embeddings=False
+    )
 
 
 RECENT: dict[str, Shape] = {
@@ -238,12 +247,8 @@ RECENT: dict[str, Shape] = {
     "smollm3-3b": _shape(
         "smollm3", "SmolLM3ForCausalLM", **_decoder(2048, 36, 16, 4, 11008, 128256), tie_word_embeddings=True
     ),
-    "granite-4.0-h-tiny": _granite_hybrid(
-        1536, 40, 12, 4, 512, shared=1024, mamba_heads=48, experts=64, chosen=6
-    ),
-    "granite-4.0-h-small": _granite_hybrid(
-        4096, 40, 32, 8, 768, shared=1536, mamba_heads=128, experts=72, chosen=10
-    ),
+    "granite-4.0-h-tiny": _granite_hybrid(1536, 40, 12, 4, 512, shared=1024, mamba_heads=48, experts=64, chosen=6),
+    "granite-4.0-h-small": _granite_hybrid(4096, 40, 32, 8, 768, shared=1536, mamba_heads=128, experts=72, chosen=10),
     "olmo-3-7b": _olmo3(4096, 32, 32, 32, 11008),
     "olmo-3-32b": _olmo3(5120, 64, 40, 8, 27648),
     "glm-4-9b-0414": _shape(

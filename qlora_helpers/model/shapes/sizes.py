@@ -70,8 +70,8 @@ def adapter_parameters(config: Shape, r: int, target_modules: tuple[str, ...] | 
     return round(
         sizes.layers
         * sum(
-        layer.per_layer * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
-        for layer in sizes.linears
-        if layer.name in wanted
-    ))
-
+            layer.per_layer * (r * (layer.in_features + layer.out_features) + use_dora * layer.out_features)
+            for layer in sizes.linears
+            if layer.name in wanted
+        )
+    )
