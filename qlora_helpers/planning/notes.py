@@ -8,6 +8,7 @@ from typing import Any
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.model.shapes.families import packing_refusal
 from qlora_helpers.planning.candidates import Candidate
 from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.memory import predict, usable_with_margin
@@ -111,11 +112,8 @@ def settings_notes(workload: Workload) -> list[str]:
             "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
         )
     if not workload.packed:
-        why = (
-            ""
-            if not config.data.packing
-            else f": this model can't be packed in sequences of {config.data.seq_len_tokens} tokens"
-        )
+        reason = packing_refusal(workload.shape) if config.data.packing else None
+        why = f": {reason}" if reason else ""
         notes.append(PADDED + why)
     if config.model.compute_dtype == "float32":
         notes.append("float32: memory is arithmetic, and the speed is that of bfloat16, which float32 does not reach")

@@ -496,9 +496,8 @@ def test_a_plan_s_work_grows_with_the_logarithm_of_the_layers(monkeypatch):
 def test_a_mixture_is_planned_with_its_experts_in_4_bits():
     plan = planned("mistralai/Mixtral-8x7B-v0.1", "A100-80GB")
     assert plan.fits
-    assert (
-        22 < plan.smallest.memory[0].weights_quantized / 1024**3 < 23
-    )  # 46.7 B weights less embeddings, half a byte each
+    held = plan.smallest.memory[0].weights_quantized / 1024**3
+    assert 21 < held < 22  # 46.7 B weights less embeddings, half a byte each
     assert any("goes through 2 of 8, with 12," in note for note in plan.notes)  # "12.9 B active"
     assert plan.smallest.memory[0].working > 8 * 3 * 4096 * 14336 * 2  # a layer's experts, dequantised
 
