@@ -386,7 +386,8 @@ def known_shape(name: str) -> Shape | None:
 def unknown_shape(name: str) -> ModelError:
     """Returns the error for a `random:NAME` that is not catalogued, with the closest names."""
     key = name.strip().lower().removeprefix("random:")
-    close = difflib.get_close_matches(key, SHAPES, n=3, cutoff=0.5) or ["falcon-tiny", "falcon-40b", "llama-3.1-8b"]
+    near = difflib.get_close_matches(key, SHAPES, n=3, cutoff=0.5)
+    close = list(dict.fromkeys([*near, "falcon-tiny", "falcon-40b", "llama-3.1-8b"]))[:3]
     return ModelError(
         f"no shape is catalogued for {name}",
         expected=f"one of {len(SHAPES)} such as random:{', random:'.join(close)}",
