@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -164,10 +163,15 @@ class PackedStacks:
                 destination[f"{prefix}{name}.{part}"] = value if keep_vars else value.detach()
 
 
-@functools.cache  # one class for the layers of a model: a compiled layer is compiled anew for each class that it meets
 def _packed_class(own: type[torch.nn.Module], names: tuple[str, ...]) -> type[torch.nn.Module]:
-    properties = {name: property(_reader(name)) for name in names}
-    return type(own.__name__, (PackedStacks, own), {"__module__": own.__module__, **properties})
+    """Returns one class for the layers of a model: a compiled layer is compiled anew for each class that it meets."""
+    if (own, names) not in _CLASSES:
+        properties = {name: property(_reader(name)) for name in names}
+        _CLASSES[own, names] = type(own.__name__, (PackedStacks, own), {"__module__": own.__module__, **properties})
+    return _CLASSES[own, names]
+
+
+_CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
 def _reader(name: str) -> Any:
