@@ -282,3 +282,27 @@ def test_data_speed_prepares_a_file_of_each_size(tmp_path, monkeypatch):
     assert [point["rows"] + 60 for point in found] == [210, 230]  # 30 evaluate, 30 are held out
     assert all(point["whole_s"] >= point["reading_s"] and point["template"] == "plain" for point in found)
     assert found[0]["tokens"] < found[1]["tokens"]
+
+
+def test_tickets_are_measured_over_seeds(tmp_path, monkeypatch):
+    out = tmp_path / "tickets.json"
+    limits = ["data.train_rows=12", "data.eval_rows=4", "data.test_rows=4", "train.max_steps=2"]
+    small = ["model.device_map=cpu", "evaluation.max_new_tokens=8", "train.eval_steps=2", "train.save_steps=2"]
+    run("tickets", monkeypatch, out, "--model", "random:falcon-tiny", "--seeds", 0, 1, "--set", *limits, *small)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    first, second = found["cases"]
+    assert found["machine"] and found["versions"]["torch"] and set(found["over_seeds"]) == {"base", "base_few"}
+    assert first["eval_loss"] != second["eval_loss"], "each seed draws other adapters"
+    for one, other in zip(first["rows"], second["rows"], strict=True):
+        rivals = [{name: row["answers"][name] for name in ("base", "base_few")} for row in (one, other)]
+        assert rivals[0] == rivals[1] and one["answers"]["tuned"]["fields_wanted"] == 5
+        assert not [value for answer in one["answers"].values() for value in answer.values() if isinstance(value, str)]
+    assert first["reached"] == {"valid": False, "over_untuned": False, "over_few_shot": False}
+
+
+def test_tickets_are_trained_as_in_the_notebook(monkeypatch):
+    notebook = json.loads((BENCHMARKS.parent / "notebooks" / "10_your_own_task.ipynb").read_text(encoding="utf-8"))
+    (cell,) = [text for text in ("".join(cell["source"]) for cell in notebook["cells"]) if "SETTINGS = {" in text]
+    names: dict[str, object] = {}
+    exec(cell.partition("run = ")[0], names)
+    assert names["SETTINGS"] == script("tickets", monkeypatch).SETTINGS

@@ -17,8 +17,8 @@ import qlora_helpers
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_ten_in_order_and_a_primer():
-    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [*(f"{number:02d}" for number in range(10)), "primer"]
+def test_there_are_eleven_in_order_and_a_primer():
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [*(f"{number:02d}" for number in range(11)), "primer"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
-"""The primer: short texts, predictions that are answered only after the reader has committed one, and no profile."""
+"""The primer and notebook 10: short texts, predictions that are answered only after the reader has committed one. The primer
+has no profile."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from statistics import mean
 import nbformat
 import pytest
 
-PRIMER = Path(__file__).parent.parent / "notebooks" / "primer.ipynb"
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
-@pytest.fixture(scope="module", name="cells")
-def _cells():
-    return nbformat.read(PRIMER, as_version=4).cells
+@pytest.fixture(name="cells", params=["primer", "10_your_own_task"])
+def _cells(request):
+    return nbformat.read(NOTEBOOKS / f"{request.param}.ipynb", as_version=4).cells
 
 
 def test_it_is_short(cells):
@@ -37,5 +38,6 @@ def test_every_prediction_has_a_place_for_it_and_hides_its_answer(cells):
         assert "<details>" not in question
 
 
-def test_it_says_the_same_in_every_profile(cells):
+def test_the_primer_says_the_same_in_every_profile():
+    cells = nbformat.read(NOTEBOOKS / "primer.ipynb", as_version=4).cells
     assert not any("QLORA_PROFILE" in cell.source or "open_run" in cell.source for cell in cells)

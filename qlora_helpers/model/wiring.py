@@ -71,10 +71,11 @@ def row_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[
     shifted = batch.get("shift_labels")
     if shifted is None:
         logits, shifted = logits[:, :-1], batch["labels"][:, 1:]
+    # Rows are flattened, since on a CPU a softmax over a dimension that is not the last one adds up inexactly.
     losses = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), shifted.to(logits.device), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1), shifted.to(logits.device).flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)
+    return losses.view(shifted.shape).sum(dim=1), shifted.ne(IGNORED).sum(dim=1).to(losses.device)
 
 
 def text_decoder(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data.batches import PaddingMask, SequenceCollator, TrainedTokens
+from qlora_helpers.model.wiring import row_losses
 from qlora_helpers.training.fast_step.loss import chunked_loss_refusal, logit_scale, loss_in_chunks
 from qlora_helpers.training.probes import check_same_losses, probe_losses
-from qlora_helpers.training.proving import values_rounded_anew
+from qlora_helpers.training.proving import random_rows, values_rounded_anew
 
 _SMALL = {
     "vocab_size": 256,
@@ -102,3 +103,28 @@ def test_roundings_are_no_difference(family, dtype):
             check_same_losses(probe_losses(model, _PLAIN_COLLATOR, None), plain, rounded)
     with loss_in_chunks(model) as chunked:
         check_same_losses(probe_losses(model, _FAST_COLLATOR, chunked), plain, rounded)
+
+
+def test_a_large_vocabulary_s_losses_are_exact_on_a_cpu():
+    model = built("llama", vocab_size=49_152)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=3 / 8)  # logits as far apart as a trained model's
+    plain = probe_losses(model, _PLAIN_COLLATOR, None)
+    first, second = random_rows(model, 37, 29)
+    with torch.no_grad():
+        exact = [
+            torch.nn.functional.cross_entropy(
+                model(input_ids=torch.tensor([row])).logits[0, :-1].double(), torch.tensor(row[1:]), reduction="none"
+            )
+            for row in (first, second)
+        ]
+    assert float((plain - torch.cat(exact)).mean().abs()) < 1e-5
+    batch = _PLAIN_COLLATOR(
+        [{"input_ids": row, "labels": row, "segment_ids": [1] * len(row)} for row in (first, second)]
+    )
+    with torch.no_grad():
+        sums, tokens = row_losses(model, batch)
+    assert tokens.tolist() == [36, 28]
+    torch.testing.assert_close(
+        sums / tokens, torch.stack([losses.mean() for losses in exact]).float(), rtol=0, atol=1e-5
+    )
