@@ -15,6 +15,7 @@ import pytest
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.data import compressed, duplicates, encodings, excel, rows, tables
+from qlora_helpers.data.arrow_messages import unpacked_bytes
 from qlora_helpers.data.sources import read_corpus
 
 TEXTS = [(f"Zoë: naïve café {n}?\nBo: größer", f"Über {n}, dit Élise.") for n in range(12)]
@@ -245,6 +246,28 @@ def test_rows_values_and_bytes_are_limited_before_they_are_taken(tmp_path, monke
         read(path)
 
 
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_a_batch_that_unpacks_to_far_more_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, new, compression):
+    """Arrow unpacks a batch as a whole, and has no limit of its own."""
+    path, options = tmp_path / "rows.arrow", pyarrow.ipc.IpcWriteOptions(compression=compression)
+    more = pyarrow.array(["z" * 100_000] * len(TEXTS))
+    sizes = []
+    for values in (more.dictionary_encode(), more):  # a dictionary holds the text once
+        found = pyarrow.Table.from_pylist(RECORDS).append_column("more", values)
+        with new(str(path), found.schema, options=options) as file:
+            file.write_table(found)
+        assert path.stat().st_size < 20_000
+        with path.open("rb") as file:
+            file.seek(8 if new == pyarrow.ipc.new_file else 0)
+            sizes.append(unpacked_bytes(file))
+    assert 100_000 < sizes[0] < 110_000 and 1_200_000 < sizes[1] < 1_210_000
+    assert pairs(read(path)) == set(TEXTS)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 900_000)
+    with pytest.raises(DataError, match=r"rows.arrow is too large to be held in memory; .*got 1.1 MiB"):
+        read(path)  # said before a batch is read; what is counted while reading "unfolds"
+
+
 def test_rows_of_any_kind_of_file_are_limited(tmp_path, monkeypatch):
     from qlora_helpers.data import conversion
 
@@ -306,6 +329,27 @@ def test_broken_and_endless_sheets_are_refused(tmp_path, monkeypatch):
             patch.setattr(excel, name, most)
             with pytest.raises(DataError, match=piece):
                 read(path)
+
+
+def test_parts_of_a_workbook_that_are_read_as_a_whole_are_limited(tmp_path, monkeypatch):
+    """Styles of kilobytes would take gigabytes, whatever the rows are; the sheet itself is streamed."""
+    path = workbook(tmp_path / "rows.xlsx", ("a", [["question", "answer"], *([f"q{n}", "a"] for n in range(9))]))
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+
+    def spoilt(count):
+        styles = parts["xl/styles.xml"].replace(b"<cellXfs", b"<dxfs>" + b"<dxf/>" * count + b"</dxfs><cellXfs")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in parts.items():
+                archive.writestr(name, styles if name == "xl/styles.xml" else content)
+        return path
+
+    assert len(pairs(read(spoilt(100)))) == 9
+    with pytest.raises(DataError, match=r"rows.xlsx unpacks to more.* 500,000 entries in xl/styles.xml at most"):
+        read(spoilt(600_000))
+    monkeypatch.setattr(excel, "GROWTH_BYTES", 100_000)
+    with pytest.raises(DataError, match=r"rows.xlsx unpacks to more than can be held in memory; expected .* at most"):
+        read(spoilt(400_000))
 
 
 def test_a_cell_at_the_far_end_of_a_sheet_takes_no_memory(tmp_path, monkeypatch):
