@@ -433,7 +433,7 @@ def test_numbered_summaries_are_more_references(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", ["pandas", "json", "text"])
 def test_the_name_of_a_kind_of_file_reads_no_files_of_the_working_folder(tmp_path, monkeypatch, name):
-    """`datasets` has readers of these names; that of pandas unpickles every file around it."""
+    """`datasets` has readers of these names, which take every file around them; that of pandas would unpickle it."""
     marker = tmp_path / "executed"
 
     class Evil:
