@@ -16,6 +16,7 @@ from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data import compressed, encodings
 from qlora_helpers.data.arrow_messages import unpacked_bytes
 from qlora_helpers.data.compressed import opened
+from qlora_helpers.data.parquet_pages import unpacked_page_bytes
 from qlora_helpers.data.rows import MAX_ROWS, Part, Row, listed
 
 BATCH_ROWS = 64
@@ -42,6 +43,9 @@ def parquet_part(path: Path, file: BinaryIO, name: str, config: DataConfig, note
         names, kinds = list(schema.names), unusable_columns(schema)
         flat = {column for column, kind in zip(names, schema.types, strict=True) if _is_text(kind)}
     limit(name, rows=metadata.num_rows, values=values, size=size)
+    with _complete(name, "Parquet"):
+        size = unpacked_page_bytes(file, metadata, compressed.MAX_FILE_BYTES)
+    limit(name, size=size)
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
         needed = needed_columns(names, columns, kinds)

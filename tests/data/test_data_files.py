@@ -16,6 +16,7 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.data import compressed, duplicates, encodings, excel, rows, tables
 from qlora_helpers.data.arrow_messages import unpacked_bytes
+from qlora_helpers.data.parquet_pages import unpacked_page_bytes
 from qlora_helpers.data.sources import read_corpus
 
 TEXTS = [(f"Zoë: naïve café {n}?\nBo: größer", f"Über {n}, dit Élise.") for n in range(12)]
@@ -243,6 +244,44 @@ def test_rows_values_and_bytes_are_limited_before_they_are_taken(tmp_path, monke
     once = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), pyarrow.array(["y" * 9000]))
     path = written(tmp_path / "once.arrow", pyarrow.table({"dialogue": once, "summary": ["x"] * 64}))
     with pytest.raises(DataError, match=r"once.arrow unfolds to more"):
+        read(path)
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift's compact protocol writes it."""
+    number, found = number << 1, []
+    while number >= 128:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_parquet_file_that_says_it_is_small_is_not_believed(tmp_path, monkeypatch, version, dictionary):
+    """The sizes in the file's own list of columns are replaced by 1; those of the pages are what a reader takes."""
+    path = tmp_path / "rows.parquet"
+    more = [f"{n}" + "z" * 100_000 for n in range(len(TEXTS))]
+    found = pyarrow.Table.from_pylist(RECORDS).append_column("more", pyarrow.array(more))
+    pyarrow.parquet.write_table(
+        found, path, compression="zstd", use_dictionary=dictionary, data_page_version=version, data_page_size=1000
+    )
+    metadata = pyarrow.parquet.read_metadata(path)
+    group = metadata.row_group(0)
+    with path.open("rb") as file:
+        assert 0 <= group.total_byte_size - unpacked_page_bytes(file, metadata, 10**9) < 10_000  # without the headers
+    content = bytearray(path.read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for size in {group.total_byte_size, *(group.column(n).total_uncompressed_size for n in range(3))}:
+        if size > 900_000:
+            old = varint(size)
+            assert old in content[start:]
+            content[start:] = content[start:].replace(old, b"\x82" + b"\x80" * (len(old) - 2) + b"\x00")
+    path.write_bytes(content)
+    assert pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size == 1
+    assert pairs(read(path)) == set(TEXTS)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 900_000)
+    with pytest.raises(DataError, match=r"rows.parquet is too large to be held in memory; .*got 1.\d MiB"):
         read(path)
 
 
