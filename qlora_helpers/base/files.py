@@ -19,35 +19,43 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.base.folders import remove, rename
+from qlora_helpers.base.folders import open_regular, opened_parent, remove, rename
 
 RESTORE = "Delete it, or restore it from a copy."
+MOST_JSON_BYTES = 512 * 1024**2  # far more than a run's largest file; a file with a hole takes no disk space
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, root: Path | None = None) -> None:
     """Writes a file whole or not at all: under a temporary name, with fsync, and then renamed.
 
     A new file gets the rights that the person's umask leaves; one that is replaced keeps its own.
 
+    Args:
+        path: the file.
+        text: its new content.
+        root: a folder that it lies below; no folder between them may be a link. Without it, the file's folder may be one.
+
     Raises:
         RunError: the disk is full or the folder can't be written; the old file is intact.
     """
-    temporary = None
+    temporary = f".{path.name}.{secrets.token_hex(6)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        with open(temporary, "x", encoding="utf-8") as file:
-            _keep_mode(path, file.fileno())
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path, root=path.parent)
+        with opened_parent(path, root or path.parent) as (parent, name):
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=parent)
+            try:
+                with open(handle, "w", encoding="utf-8") as file:
+                    _keep_mode(path, file.fileno())
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=parent)
+                raise
     except OSError as error:
         raise not_written(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # it was renamed, or never made
-                os.unlink(temporary)
 
 
 def _keep_mode(path: Path, handle: int) -> None:
@@ -58,10 +66,10 @@ def _keep_mode(path: Path, handle: int) -> None:
             os.fchmod(handle, stat.S_IMODE(old.st_mode))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all; a dataclass becomes an object."""
+def write_json(path: Path, value: Any, *, root: Path | None = None) -> None:
+    """Writes a value as indented JSON, whole or not at all; a dataclass becomes an object. `root` is as for `write_text`."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n", root=root)
 
 
 def read_json(path: Path, *, next_step: str = RESTORE) -> Any:
@@ -75,11 +83,16 @@ def read_json(path: Path, *, next_step: str = RESTORE) -> Any:
         RunError: the file is missing, can't be read, or is not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(MOST_JSON_BYTES + 1)
+        if len(content) > MOST_JSON_BYTES:
+            raise ValueError(f"it is larger than {MOST_JSON_BYTES // 1024**2} MiB")
+        return json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path.name} is not in {path.parent}") from None
     except OSError as error:
-        raise RunError(f"{path} can't be read ({error.strerror})", next_step="Check who owns the file.") from error
+        reason = error.strerror or str(error)
+        raise RunError(f"{path} can't be read ({reason})", next_step="Check what it is and who owns it.") from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error})", next_step=next_step) from error
 
@@ -233,9 +246,25 @@ def _refused_by_the_disk(error: BaseException) -> OSError | None:
 
 
 def cache_root() -> Path:
-    """Returns `$QLORA_CACHE`, else `$HF_HOME/qlora_helpers`, else `~/.cache/qlora_helpers`, which need not exist yet."""
+    """Returns `$QLORA_CACHE`, else `$HF_HOME/qlora_helpers`, else `~/.cache/qlora_helpers`, which need not exist yet.
+
+    A hub cache is often shared: a folder there that another user of the machine owns, or that everybody may write in, is passed
+    over, since whoever writes in it decides which weights are used. `$QLORA_CACHE` is a person's own choice and taken as it is.
+    """
     if os.environ.get("QLORA_CACHE"):
         return Path(os.environ["QLORA_CACHE"]).expanduser()
     if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"]).expanduser() / "qlora_helpers"
+        shared = Path(os.environ["HF_HOME"]).expanduser() / "qlora_helpers"
+        if _is_private(shared):
+            return shared
     return Path.home() / ".cache" / "qlora_helpers"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is one's own or root's and not everybody's, or does not exist yet."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return True
+    is_ours = not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0)
+    return is_ours and (stat.S_ISLNK(found.st_mode) or not found.st_mode & stat.S_IWOTH)

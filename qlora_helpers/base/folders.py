@@ -13,14 +13,20 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would hold the process up
 
 
 @contextlib.contextmanager
-def _opened_parent(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """Yields the descriptor of the folder that `path` lies in, and its name there."""
+def opened_parent(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Yields the descriptor of the folder that `path` lies in, and its name there.
+
+    Raises:
+        OSError: a folder between root and path is a link, or is missing.
+    """
     *folders, name = path.relative_to(root).parts
     if ".." in (*folders, name):
         raise OSError(f"{path} leads out of {root}")
@@ -42,7 +48,7 @@ def remove(path: Path, *, root: Path) -> None:
         FileNotFoundError: it does not exist.
         OSError: a folder between root and path is a link, or something can't be deleted.
     """
-    with _opened_parent(path, root) as (parent, name):
+    with opened_parent(path, root) as (parent, name):
         if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
             shutil.rmtree(name, dir_fd=parent)
         else:
@@ -55,21 +61,43 @@ def rename(path: Path, to: Path, *, root: Path) -> None:
     Raises:
         OSError: a folder on either way is a link, or it can't be renamed.
     """
-    with _opened_parent(path, root) as (parent, name), _opened_parent(to, root) as (new_parent, new_name):
+    with opened_parent(path, root) as (parent, name), opened_parent(to, root) as (new_parent, new_name):
         os.replace(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent)
 
 
-def read_regular(path: Path) -> bytes:
-    """Reads a regular file.
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Opens a regular file to read it, and never waits for one that is something else, such as a pipe.
+
+    Args:
+        path: the file.
+        follow: whether it may be a link to a regular file.
 
     Raises:
-        OSError: it is a link or something else that is no regular file.
+        OSError: it is something else.
     """
-    # O_NONBLOCK: a pipe without a writer would hold the process up.
-    handle = os.open(path, os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(f"{path.name} is not a regular file")
+    return _regular(os.open(path, _READ | (0 if follow else _NO_LINK)), path)
+
+
+def _regular(handle: int, path: Path) -> BinaryIO:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path.name} is not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, *, root: Path | None = None) -> bytes:
+    """Reads a regular file.
+
+    Args:
+        path: the file.
+        root: a folder that it lies below; no folder between them may be a link.
+
+    Raises:
+        OSError: it, or a folder on the way, is a link; or it is something else that is no regular file.
+    """
+    with opened_parent(path, root or path.parent) as (parent, name):
+        handle = os.open(name, _READ | _NO_LINK, dir_fd=parent)
+    with _regular(handle, path) as file:
         return file.read()
 
 
@@ -79,9 +107,5 @@ def copy_regular(path: Path, to: Path) -> None:
     Raises:
         OSError: it is a link or something else that is no regular file; nothing is written.
     """
-    handle = os.open(path, os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(f"{path.name} is not a regular file")
-        with open(to, "wb") as copy:
-            shutil.copyfileobj(file, copy, 1024**2)
+    with open_regular(path, follow=False) as file, open(to, "wb") as copy:
+        shutil.copyfileobj(file, copy, 1024**2)

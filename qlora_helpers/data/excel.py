@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from qlora_helpers.data.rows import Part, Row, listed
 MAX_SHEET_ROWS = 1_048_576  # Excel's own limit
 MAX_SHEET_CELLS = 50_000_000
 MAX_UNZIPPED_BYTES = 1024**3
+MAX_GROWTH, GROWTH_BYTES = 200, 16 * 1024**2  # times that a file may grow; counts beyond so many bytes
+MAX_WHOLE_TAGS = 500_000  # of a part that is parsed as a whole, such as the styles; each takes a kilobyte
 _DIVIDE = "Cut it into smaller files and name one of them."
 
 
@@ -107,10 +110,17 @@ class _workbook:
         self._file, self._name = file, name
 
     def __enter__(self) -> Any:
-        import openpyxl
+        from openpyxl.reader.excel import ExcelReader
 
         try:
-            self._book = openpyxl.load_workbook(self._file, read_only=True, data_only=True)
+            # As `load_workbook` does, from an archive with limits.
+            reader = ExcelReader(self._file, read_only=True, data_only=True, keep_links=False)
+            reader.archive = _Archive(self._file)
+            reader.archive.book_name = self._name
+            reader.read()
+            self._book = reader.wb
+        except DataError:
+            raise
         except Exception as error:  # whatever its parsers run into
             raise self._damaged(error) from error
         return self._book
@@ -127,6 +137,36 @@ class _workbook:
         )
 
 
+class _Archive(zipfile.ZipFile):
+    """An archive of which sheets and texts are streamed, and no part with many tags is read as a whole."""
+
+    book_name = ""
+
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        """Opens a part; reading it as a whole raises a `DataError` where it would take far more memory than a workbook does."""
+        part = super().open(*arguments, **options)
+        read = part.read
+
+        def limited(size: int | None = -1) -> bytes:
+            if size is not None and size >= 0:
+                return read(size)
+            pieces: list[bytes] = []
+            tags = 0
+            while piece := read(1024**2):
+                tags += piece.count(b"<")
+                if tags > MAX_WHOLE_TAGS:
+                    raise DataError(
+                        f"{self.book_name} unpacks to more than can be held in memory",
+                        expected=f"{MAX_WHOLE_TAGS:,} entries in {part.name[:60]} at most",
+                        next_step="Copy its rows into a new workbook, or save them as .csv.",
+                    )
+                pieces.append(piece)
+            return b"".join(pieces)
+
+        part.read = limited  # type: ignore[method-assign]
+        return part
+
+
 def _check_zip(file: BinaryIO, name: str) -> None:
     """Refuses an Excel file whose parts unpack to too much; Python's zipfile reads no more of a part than it declares."""
     try:
@@ -137,12 +177,13 @@ def _check_zip(file: BinaryIO, name: str) -> None:
             f"{name} is not a complete Excel file ({brief(error)})",
             next_step="Save it as .xlsx again, without a password, or as .csv.",
         ) from error
-    finally:
-        file.seek(0)
-    if size > MAX_UNZIPPED_BYTES:
+    packed = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    most = min(MAX_UNZIPPED_BYTES, max(GROWTH_BYTES, MAX_GROWTH * packed))
+    if size > most:
         raise DataError(
             f"{name} unpacks to more than can be held in memory",
-            expected=f"{size_text(MAX_UNZIPPED_BYTES)} at most",
+            expected=f"{size_text(most)} at most",
             got=size_text(size),
             next_step=_DIVIDE,
         )

@@ -27,7 +27,7 @@ def from_hub(config: DataConfig) -> Source:
         config: its name, configuration, split and revision.
 
     Raises:
-        DataError: unreachable, unknown, private, gated, not readable without running code, or too large.
+        DataError: unreachable, unknown, private, gated, not readable without running code, too large, or not a data set's name.
     """
     name, notes = config.source, list[str]()
     if name in SCRIPT_ONLY:
@@ -60,7 +60,12 @@ def _part(dataset: Any, name: str) -> Part:
 
 def _tables(name: str, config: DataConfig) -> Any:
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
 
+    if name in readers:  # `datasets` would read the files of the folder that the process runs in
+        raise DataError(
+            f"{name!r} is a kind of file and not a data set", next_step="Name a data file, or a data set of the hub."
+        )
     try:
         return datasets.load_dataset(name, config.hub_config, split=config.hub_split, revision=config.revision)
     except datasets.exceptions.DatasetNotFoundError as error:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.text import brief
+from qlora_helpers.data.arrow_messages import unpacked_bytes
+from qlora_helpers.data.compressed import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +32,9 @@ def read_sequences(folder: Path) -> Dataset:
 
     files = sorted(path for path in folder.glob("data-*.arrow") if path.is_file() and not path.is_symlink())
     try:
+        unpacked = [unpacked_bytes(pyarrow.memory_map(str(file))) for file in files]
+        if max(unpacked, default=0) > MAX_FILE_BYTES:
+            raise ValueError("they unpack to more than can be held in memory")
         tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files]
         table = pyarrow.concat_tables([each.replace_schema_metadata(None) for each in tables])
         table.validate(full=True)  # Arrow would follow a damaged offset anywhere

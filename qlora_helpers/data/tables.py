@@ -14,12 +14,15 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data import compressed, encodings
+from qlora_helpers.data.arrow_messages import unpacked_bytes
 from qlora_helpers.data.compressed import opened
+from qlora_helpers.data.parquet_pages import unpacked_page_bytes
 from qlora_helpers.data.rows import MAX_ROWS, Part, Row, listed
 
 BATCH_ROWS = 64
 MAX_VALUES = 64_000_000  # of all columns and lists together
 VALUE_BYTES = 40  # of a number, or of a list's or text's object, in Python
+_FILE_MARK = b"ARROW1"
 _DIVIDE = "Cut it into smaller files and name one of them."
 
 
@@ -40,6 +43,9 @@ def parquet_part(path: Path, file: BinaryIO, name: str, config: DataConfig, note
         names, kinds = list(schema.names), unusable_columns(schema)
         flat = {column for column, kind in zip(names, schema.types, strict=True) if _is_text(kind)}
     limit(name, rows=metadata.num_rows, values=values, size=size)
+    with _complete(name, "Parquet"):
+        size = unpacked_page_bytes(file, metadata, compressed.MAX_FILE_BYTES)
+    limit(name, size=size)
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
         needed = needed_columns(names, columns, kinds)
@@ -55,30 +61,34 @@ def arrow_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes:
     """Opens an Arrow or Feather file, of the file or the stream format; see `readers.read_file`.
 
     Raises:
-        DataError: it is not a complete Arrow file.
+        DataError: it is not a complete Arrow file, or a batch of it unpacks to more than the limit.
     """
     import pyarrow
 
-    def batches(source: BinaryIO) -> tuple[Any, Iterable[Any]]:
-        try:
-            reader = pyarrow.ipc.open_file(source)
-            return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            stream = pyarrow.ipc.open_stream(source)
-            return stream.schema, stream
-
     with _complete(name, "Arrow"):
-        schema = batches(file)[0]
+        size = unpacked_bytes(_stream_of(file))
+        schema = pyarrow.ipc.open_stream(_stream_of(file)).schema
         names, kinds = list(schema.names), unusable_columns(schema)
+    limit(name, size=size)
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
         needed = needed_columns(names, columns, kinds)
         with opened(path) as again, _complete(name, "Arrow"):
-            pieces = (piece for batch in batches(again)[1] for piece in _pieces(_valid(batch.select(needed))))
+            batches = pyarrow.ipc.open_stream(_stream_of(again))
+            pieces = (piece for batch in batches for piece in _pieces(_valid(batch.select(needed))))
             yield from table_rows(pieces, names, name)
 
     return Part(name, rows, kinds)
+
+
+def _stream_of(file: BinaryIO) -> BinaryIO:
+    """Goes to where the stream of messages begins: a file of the file format has one, between its mark and its table of contents.
+
+    It is read as a stream, so that what is read are the messages that were counted.
+    """
+    file.seek(0)
+    file.seek(8 if file.read(len(_FILE_MARK)) == _FILE_MARK else 0)
+    return file
 
 
 def _valid(batch: Any) -> Any:

@@ -88,15 +88,17 @@ def _header(reader: _Reader) -> Iterator[tuple[str, StoredTensor]]:
         if name == "general.architecture" and not isinstance(value, str):
             raise _Damaged("its architecture is not a name")
     path = Path(reader.file.name)
+    # A value takes an eighth of a byte at least, whatever its type; tensors that share their bytes count each.
+    left = 8 * os.fstat(reader.file.fileno()).st_size
     for _ in range(tensors):
         name, dimensions = reader.text(), reader.scalar("<I")
         if dimensions > _MOST_DIMENSIONS:
             raise _Damaged(f"{name[:60]} has {dimensions} dimensions")
         shape = tuple(reader.scalar("<Q") for _ in range(dimensions))
         reader.scalar("<I")
-        # A value takes an eighth of a byte at least, whatever its type.
-        if math.prod(shape) > 8 * os.fstat(reader.file.fileno()).st_size:
-            raise _Damaged(f"{name[:60]} is larger than the file")
+        left -= math.prod(shape)
+        if left < 0:
+            raise _Damaged(f"its tensors up to {name[:60]} are larger than the file")
         yield name, StoredTensor(name, path, "GGUF", shape, reader.scalar("<Q"))
 
 

@@ -58,9 +58,10 @@ def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         trial.try_out(tried, checkpoint.name)
     with load_errors_explained(f"the tokenizer of {checkpoint.name}"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a b")["input_ids"])  # a setting of the wrong kind shows at the first use
     if tried is not None:
         trial.try_out(trial.programs_of(tokenizer, besides=tried), checkpoint.name)
+    with load_errors_explained(f"the tokenizer of {checkpoint.name}"):
+        tokenizer.decode(tokenizer("a b")["input_ids"])  # a setting of the wrong kind shows at the first use
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces from a byte-level tokenizer's text
     set_pad_token(tokenizer)
     return tokenizer

@@ -50,7 +50,8 @@ def programs_in(folder: Path, name: str) -> Programs:
     """Reads the tokenizer and all chat templates that transformers may take from a folder.
 
     Raises:
-        ModelError: a file is larger than any tokenizer, or can't be read.
+        ModelError: a file is larger than any tokenizer, can't be read, or says that another one is taken instead of
+            `tokenizer.json`.
     """
     tokenizer = _text(folder / "tokenizer.json", name)
     files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
@@ -60,8 +61,16 @@ def programs_in(folder: Path, name: str) -> Programs:
         try:
             values = json.loads(_text(folder / file, name) or "{}")
             templates += _templates(values.get("chat_template"))
+            others = values.get("fast_tokenizer_files")
         except (ValueError, AttributeError, RecursionError):
             continue  # loading the tokenizer says that it is damaged
+        # transformers would load tokenizer.4.0.0.json instead, which nobody has tried and no fingerprint covers.
+        if others and others != ["tokenizer.json"]:
+            raise ModelError(
+                f"{file} of {name} names other files than tokenizer.json for its tokenizer",
+                got=repr(others)[:100],
+                next_step="Delete fast_tokenizer_files from it, or choose another model.",
+            )
         special |= {key: _token(values[key]) for key in _SPECIAL if values.get(key)}
     return Programs(tokenizer, tuple(dict.fromkeys(filter(None, templates))), special)
 

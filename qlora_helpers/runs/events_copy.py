@@ -192,7 +192,7 @@ class S3Copy:
             if self._owner is None:
                 self._owner = expected_owner()
             # One request with all bytes: upload_file uses a pool of threads, and a process that ends would wait for them.
-            content = read_regular(path)
+            content = read_regular(path, root=self.folder.parent)
             key = f"{self.prefix}/{path.relative_to(self.folder).as_posix()}"
             self._client.put_object(Bucket=self.bucket, Key=key, Body=content, **self._owner)
             self._sizes[path] = len(content)
@@ -219,6 +219,6 @@ class S3Copy:
         old, self.state = self.state, dataclasses.replace(self.state, **changes)
         if self.state != old:
             try:
-                write_json(self.folder / STATE_FILE, self.state)
+                write_json(self.folder / STATE_FILE, self.state, root=self.folder.parent)
             except UserError as error:
                 log.warning("%s", error)

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.folders import open_regular
 from qlora_helpers.base.records import LARGEST_WHOLE
 
 NUMBERS = frozenset(
@@ -45,9 +47,12 @@ class Progress:
 
         Args:
             to_end: whether to read a last line that has no line end yet; for a reader that reads only once.
+
+        Raises:
+            RunError: it is a link or something else that is no regular file, or may not be read.
         """
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path, follow=False) as file:
                 found = os.fstat(file.fileno())
                 if self._file != (found.st_dev, found.st_ino) or found.st_size < self._offset:
                     self._restart((found.st_dev, found.st_ino))
@@ -55,6 +60,11 @@ class Progress:
                 text = file.read()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise RunError(
+                f"{self.path} can't be read ({error.strerror or error})",
+                next_step="Check what it is and who owns it.",
+            ) from error
         whole = len(text) if to_end else text.rfind(b"\n") + 1
         self._offset += whole
         lines = [record for record in map(_parsed, text[:whole].splitlines()) if record is not None]

@@ -68,6 +68,8 @@ class Requests:
         self.folder = folder
 
     def __iter__(self) -> Iterator[Request]:
+        if self.folder.is_symlink():  # it leads to somebody's other files
+            return
         for path in sorted(self.folder.glob("[0-9]*.json")):
             with contextlib.suppress(RunError):
                 # What a file says of its own name is not believed: the answer is written under it.
@@ -111,4 +113,4 @@ class Requests:
                     self.acknowledge(request, answer)
 
     def _write(self, request: Request) -> None:
-        write_json(self.folder / f"{request.id}.json", request)
+        write_json(self.folder / f"{request.id}.json", request, root=self.folder.parent)

@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.folders import open_regular
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.events_copy import CopyState, copy_state
@@ -198,7 +199,7 @@ def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | N
 def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
     """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, follow=False) as file:
             file.seek(0, 2)
             start = max(0, file.tell() - LOG_BYTES)
             file.seek(start)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from two_users import NOBODY, needs_root
 
 from qlora_helpers.base import files
 from qlora_helpers.base.errors import RunError
-from qlora_helpers.base.files import read_json, replaced_folder, write_json, write_text
+from qlora_helpers.base.files import cache_root, read_json, replaced_folder, write_json, write_text
 
 
 @pytest.fixture
@@ -209,3 +210,34 @@ def test_what_is_changed_while_a_folder_is_replaced_is_kept_beside_it(tmp_path):
     assert names(path / "adapter") == []
     assert (tmp_path / "results.kept-1" / "adapter" / "README.md").read_text() == "edited by hand"
     assert names(tmp_path) == ["results", "results.kept-1"]
+
+
+def test_no_folder_between_the_root_and_a_file_may_be_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requests").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"1.json could not be written"):
+        write_json(tmp_path / "run" / "requests" / "1.json", {}, root=tmp_path / "run")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "by-link").symlink_to(tmp_path / "run")  # the root itself may be one
+    write_json(tmp_path / "by-link" / "more" / "1.json", {}, root=tmp_path / "by-link")
+    assert (tmp_path / "run" / "more" / "1.json").read_text() == "{}\n"
+
+
+@needs_root
+def test_a_cache_of_another_user_in_a_shared_hub_cache_is_passed_over(tmp_path, monkeypatch):
+    """Whoever may write in a cache decides which weights are loaded from it, and which buckets count as confirmed."""
+    monkeypatch.delenv("QLORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "shared"))
+    place, own = tmp_path / "shared" / "qlora_helpers", tmp_path / "home" / ".cache" / "qlora_helpers"
+    assert cache_root() == place
+    place.mkdir(parents=True)
+    assert cache_root() == place
+    os.chown(place, NOBODY, NOBODY)
+    assert cache_root() == own
+    os.chown(place, os.geteuid(), os.getegid())
+    place.chmod(0o777)
+    assert cache_root() == own
+    monkeypatch.setenv("QLORA_CACHE", str(place))  # a person's own choice
+    assert cache_root() == place

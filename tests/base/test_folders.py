@@ -86,3 +86,16 @@ def test_only_regular_files_are_copied_and_read(place, tmp_path):
     assert not (tmp_path / "copy").exists()
     copy_regular(precious / "checkpoint-2" / "weights", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "mine"
+
+
+def test_nothing_is_read_behind_a_folder_that_became_a_link(tmp_path):
+    """Events are uploaded: what lies behind a link that appeared meanwhile must not be."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "events.1").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="events"):
+        read_regular(tmp_path / "run" / "events" / "events.1", root=tmp_path / "run")
+    (tmp_path / "run" / "events").unlink()
+    (tmp_path / "precious").rename(tmp_path / "run" / "events")
+    assert read_regular(tmp_path / "run" / "events" / "events.1", root=tmp_path / "run") == b"mine"

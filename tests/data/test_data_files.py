@@ -15,6 +15,8 @@ import pytest
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.data import compressed, duplicates, encodings, excel, rows, tables
+from qlora_helpers.data.arrow_messages import unpacked_bytes
+from qlora_helpers.data.parquet_pages import unpacked_page_bytes
 from qlora_helpers.data.sources import read_corpus
 
 TEXTS = [(f"Zoë: naïve café {n}?\nBo: größer", f"Über {n}, dit Élise.") for n in range(12)]
@@ -245,6 +247,66 @@ def test_rows_values_and_bytes_are_limited_before_they_are_taken(tmp_path, monke
         read(path)
 
 
+def varint(number: int) -> bytes:
+    """A number as Thrift's compact protocol writes it."""
+    number, found = number << 1, []
+    while number >= 128:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_parquet_file_that_says_it_is_small_is_not_believed(tmp_path, monkeypatch, version, dictionary):
+    """The sizes in the file's own list of columns are replaced by 1; those of the pages are what a reader takes."""
+    path = tmp_path / "rows.parquet"
+    more = [f"{n}" + "z" * 100_000 for n in range(len(TEXTS))]
+    found = pyarrow.Table.from_pylist(RECORDS).append_column("more", pyarrow.array(more))
+    pyarrow.parquet.write_table(
+        found, path, compression="zstd", use_dictionary=dictionary, data_page_version=version, data_page_size=1000
+    )
+    metadata = pyarrow.parquet.read_metadata(path)
+    group = metadata.row_group(0)
+    with path.open("rb") as file:
+        assert 0 <= group.total_byte_size - unpacked_page_bytes(file, metadata, 10**9) < 10_000  # without the headers
+    content = bytearray(path.read_bytes())
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for size in {group.total_byte_size, *(group.column(n).total_uncompressed_size for n in range(3))}:
+        if size > 900_000:
+            old = varint(size)
+            assert old in content[start:]
+            content[start:] = content[start:].replace(old, b"\x82" + b"\x80" * (len(old) - 2) + b"\x00")
+    path.write_bytes(content)
+    assert pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size == 1
+    assert pairs(read(path)) == set(TEXTS)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 900_000)
+    with pytest.raises(DataError, match=r"rows.parquet is too large to be held in memory; .*got 1.\d MiB"):
+        read(path)
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_a_batch_that_unpacks_to_far_more_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, new, compression):
+    """Arrow unpacks a batch as a whole, and has no limit of its own."""
+    path, options = tmp_path / "rows.arrow", pyarrow.ipc.IpcWriteOptions(compression=compression)
+    more = pyarrow.array(["z" * 100_000] * len(TEXTS))
+    sizes = []
+    for values in (more.dictionary_encode(), more):  # a dictionary holds the text once
+        found = pyarrow.Table.from_pylist(RECORDS).append_column("more", values)
+        with new(str(path), found.schema, options=options) as file:
+            file.write_table(found)
+        assert path.stat().st_size < 20_000
+        with path.open("rb") as file:
+            file.seek(8 if new == pyarrow.ipc.new_file else 0)
+            sizes.append(unpacked_bytes(file))
+    assert 100_000 < sizes[0] < 110_000 and 1_200_000 < sizes[1] < 1_210_000
+    assert pairs(read(path)) == set(TEXTS)
+    monkeypatch.setattr(compressed, "MAX_FILE_BYTES", 900_000)
+    with pytest.raises(DataError, match=r"rows.arrow is too large to be held in memory; .*got 1.1 MiB"):
+        read(path)  # said before a batch is read; what is counted while reading "unfolds"
+
+
 def test_rows_of_any_kind_of_file_are_limited(tmp_path, monkeypatch):
     from qlora_helpers.data import conversion
 
@@ -306,6 +368,27 @@ def test_broken_and_endless_sheets_are_refused(tmp_path, monkeypatch):
             patch.setattr(excel, name, most)
             with pytest.raises(DataError, match=piece):
                 read(path)
+
+
+def test_parts_of_a_workbook_that_are_read_as_a_whole_are_limited(tmp_path, monkeypatch):
+    """Styles of kilobytes would take gigabytes, whatever the rows are; the sheet itself is streamed."""
+    path = workbook(tmp_path / "rows.xlsx", ("a", [["question", "answer"], *([f"q{n}", "a"] for n in range(9))]))
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+
+    def spoilt(count):
+        styles = parts["xl/styles.xml"].replace(b"<cellXfs", b"<dxfs>" + b"<dxf/>" * count + b"</dxfs><cellXfs")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in parts.items():
+                archive.writestr(name, styles if name == "xl/styles.xml" else content)
+        return path
+
+    assert len(pairs(read(spoilt(100)))) == 9
+    with pytest.raises(DataError, match=r"rows.xlsx unpacks to more.* 500,000 entries in xl/styles.xml at most"):
+        read(spoilt(600_000))
+    monkeypatch.setattr(excel, "GROWTH_BYTES", 100_000)
+    with pytest.raises(DataError, match=r"rows.xlsx unpacks to more than can be held in memory; expected .* at most"):
+        read(spoilt(400_000))
 
 
 def test_a_cell_at_the_far_end_of_a_sheet_takes_no_memory(tmp_path, monkeypatch):

@@ -357,6 +357,24 @@ def test_files_elsewhere_that_a_stranger_s_folder_lists_are_not_read(corpus, tok
         load_prepared(tmp_path / "data", "mark")
 
 
+def test_prepared_data_that_unpack_to_far_more_are_refused(corpus, tokenizer, tmp_path, monkeypatch):
+    import pyarrow
+
+    from qlora_helpers.data import prepared_tables
+
+    save_prepared(prepared_data(corpus, tokenizer), tmp_path / "data", "mark")
+    path = next((tmp_path / "data" / "train").glob("*.arrow"))
+    table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
+    table = table.append_column("more", pyarrow.array(["z" * 100_000] * len(table)))
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(str(path), table.schema, options=options) as file:
+        file.write_table(table)
+    assert load_prepared(tmp_path / "data", "mark").train["row_ids"]
+    monkeypatch.setattr(prepared_tables, "MAX_FILE_BYTES", 90_000)
+    with pytest.raises(RunError, match="they unpack to more than can be held in memory"):
+        load_prepared(tmp_path / "data", "mark")
+
+
 def test_the_same_rows_under_another_path_are_the_same_data(corpus, tokenizer, tmp_path):
     source, moved = tmp_path / "rows.jsonl", tmp_path / "deeper" / "renamed.jsonl"
     source.write_text("the content counts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -428,3 +429,21 @@ def test_numbered_summaries_are_more_references(tmp_path, suffix):
     for row in (*corpus.train, *corpus.eval, *corpus.test):
         number = row.prompt.split()[1]
         assert (row.answer, row.references) == (f"Ana says {number}.", (f"{number}, says Ana.",))
+
+
+@pytest.mark.parametrize("name", ["pandas", "json", "text"])
+def test_the_name_of_a_kind_of_file_reads_no_files_of_the_working_folder(tmp_path, monkeypatch, name):
+    """`datasets` has readers of these names, which take every file around them; that of pandas would unpickle it."""
+    marker = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.write_text, ("x",))
+
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "rows.pkl").write_bytes(pickle.dumps(Evil()))
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=f"'{name}' is a kind of file and not a data set"):
+        read_corpus(DataConfig(source=name))
+    assert not marker.exists()

@@ -285,6 +285,9 @@ ABSURD = {
     "lists of lists": gguf_head(0, 2, LLAMA, gguf_value("x", 9, struct.pack("<IQ", 9, 2**40) + bytes(2000))),
     "length of a text": gguf_head(0, 1, gguf_text("general.architecture") + struct.pack("<IQ", 8, 2**63)),
     "shape": gguf_head(1, 1, LLAMA, gguf_text("t"), struct.pack("<I4QIQ", 4, *[2**40] * 4, 0, 0)),
+    "tensors that share their bytes": gguf_head(
+        400, 1, LLAMA, *(gguf_text(f"t{n}") + struct.pack("<I2QIQ", 2, 100, 100, 0, 0) for n in range(400))
+    ),
     "dimensions": gguf_head(1, 1, LLAMA, gguf_text("t"), struct.pack("<I", 2**31 - 1), bytes(40)),
     "kind of a value": gguf_head(0, 1, gguf_text("a"), struct.pack("<I", 77), bytes(8)),
     "no UTF-8": gguf_head(0, 1, gguf_text("general.architecture"), struct.pack("<IQ", 8, 2), b"\xff\xfe"),

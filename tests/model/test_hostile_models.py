@@ -370,6 +370,19 @@ def test_a_normalizer_that_lengthens_a_text_without_end_is_refused(folder, chang
     assert f"the tokenizer of model is not used: its {expected} makes far more of a text than it is" in message
 
 
+def test_another_tokenizer_than_the_one_that_was_tried_is_not_loaded(folder):
+    """transformers takes tokenizer.4.0.0.json instead of tokenizer.json where tokenizer_config.json says so."""
+    good = (folder / "tokenizer.json").read_text()
+    definition(folder, normalizer=sequence({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}, 10))
+    (folder / "tokenizer.json").rename(folder / "tokenizer.4.0.0.json")
+    (folder / "tokenizer.json").write_text(good)
+    edit(folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    message = refusal(folder, lambda place: load_tokenizer(ModelConfig(name=str(place)), say=quiet))
+    assert "tokenizer_config.json of model names other files than tokenizer.json" in message
+    edit(folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json"])
+    assert len(load_tokenizer(ModelConfig(name=str(folder)), say=quiet)("a" * 10)["input_ids"]) <= 10
+
+
 def test_thousands_of_tokens_around_a_text_are_refused(folder):
     pieces = [{"SpecialToken": {"id": "<|pad|>", "type_id": 0}}] * 3 + [{"Sequence": {"id": "A", "type_id": 0}}]
     special = {"<|pad|>": {"id": "<|pad|>", "ids": [1] * 2000, "tokens": ["<|pad|>"] * 2000}}

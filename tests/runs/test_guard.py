@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
+import subprocess
 
 import pytest
 from fake_run import finished_run
@@ -16,6 +19,7 @@ from qlora_helpers.runs.launch import start
 from qlora_helpers.runs.log import logged_to
 from qlora_helpers.runs.opening import existing_run, open_run
 from qlora_helpers.runs.session import training_session
+from qlora_helpers.views.follow import last_lines
 
 
 @pytest.fixture
@@ -104,3 +108,61 @@ def test_a_request_names_no_path(tmp_path):
         "victim.json",
     ]
     assert [request.answer for request in run.requests] == ["done"] * 3
+
+
+def test_folders_deeper_than_a_run_s_are_refused_in_one_message(theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(theirs.folder)
+    for _ in range(1500):  # deeper than a path or Python's stack can be
+        os.mkdir("d")
+        os.chdir("d")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="at most 20 inside each other; got d/d/d"):
+        existing_run(theirs.folder)
+    subprocess.run(["rm", "-rf", str(theirs.folder / "d")], check=True)
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "progress.jsonl", "log.txt", "requests/1-stop.json"])
+def test_a_pipe_that_appears_later_holds_nobody_up(theirs, name):
+    """Whoever waits for a pipe without a writer waits forever: a panel, `clean`, the trainer's heartbeat."""
+    place = theirs.folder / name
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    os.mkfifo(place)
+    readers = {
+        "status.json": theirs.status,
+        "config.json": theirs.config,
+        "progress.jsonl": theirs.progress,
+        "log.txt": lambda: open_to_append(place),
+    }
+    if name in readers:
+        with pytest.raises((RunError, OSError)):
+            readers[name]()
+    else:
+        assert list(theirs.requests) == []
+    assert last_lines(theirs.log_path) == ()
+
+
+def test_a_file_with_a_hole_takes_no_memory(theirs):
+    with open(theirs.status_path, "wb") as file:
+        file.truncate(2**40)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RunError, match="status.json is damaged .it is larger than 512 MiB"):
+        theirs.status()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024**2  # KiB
+
+
+def test_requests_and_progress_that_became_links_are_not_followed(theirs, tmp_path):
+    """What lies there is neither read nor answered, and nothing is put there."""
+    (tmp_path / "precious" / "1-stop.json").write_text('{"id": "x", "kind": "stop", "session": 0, "asked_at": 1}')
+    (tmp_path / "precious" / "lines").write_text('{"step": 1, "loss": 3}\n')
+    before = {path.name: path.read_text() for path in (tmp_path / "precious").iterdir()}
+    shutil.rmtree(theirs.requests_dir, ignore_errors=True)
+    theirs.requests_dir.symlink_to(tmp_path / "precious")
+    assert list(theirs.requests) == [] and theirs.requests.pending(5) == []
+    with pytest.raises(RunError, match="could not be written"):
+        theirs.requests.add("stop", 1)
+    theirs.progress_path.unlink()
+    theirs.progress_path.symlink_to(tmp_path / "precious" / "lines")
+    with pytest.raises(RunError, match="progress.jsonl can't be read"):
+        theirs.progress()
+    assert {path.name: path.read_text() for path in (tmp_path / "precious").iterdir()} == before
