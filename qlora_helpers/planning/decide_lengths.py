@@ -48,7 +48,7 @@ def decide_lengths(decided: Decided, lengths: RowLengths, shape: dict[str, Any],
     length = decided.value(SEQUENCE)
     if longer := sum(total > length for total in lengths.totals):
         decided.notes.append(
-            f"{longer:,} of {counted(lengths)} are longer than {length:,} tokens: data.long_rows="
+            f"{longer:,} of {counted(lengths)} {'are' if longer > 1 else 'is'} longer than {length:,} tokens: data.long_rows="
             f"{decided.config.data.long_rows} says what happens to them; no answer is ever cut"
         )
 

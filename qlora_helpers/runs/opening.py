@@ -17,6 +17,8 @@ from qlora_helpers.runs import buckets
 from qlora_helpers.runs.folder import Run, is_run_name
 from qlora_helpers.runs.guard import refuse_links
 
+MOST_NAMED = 8  # settings in a message
+
 
 def open_run(
     name: str | os.PathLike[str] = "demo",
@@ -87,11 +89,12 @@ def refuse_other_settings(run: Run, wanted: RunConfig) -> None:
     if not run.exists() or run.config() == wanted:
         return
     asked, has = _by_name(wanted), _by_name(run.config())
-    differing = "; ".join(f"{key}={has[key]!r}, not {asked[key]!r}" for key in has if has[key] != asked[key])
+    found = [f"{key}={has[key]!r}, not {asked[key]!r}" for key in has if has[key] != asked[key]]
+    rest = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
     raise RunError(
         f"there is a run {run.name!r} already, with other settings",
         expected="a new name, or the settings that the run has",
-        got=differing,
+        got="; ".join([*found[:MOST_NAMED], *rest]),
         next_step="Choose another name, or go on with this run: open_run.",
     )
 
