@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.text import Say
 from qlora_helpers.data.prepare import content_marks
 from qlora_helpers.data.run_data import check_source, run_data
@@ -28,10 +27,8 @@ from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.model.shapes.families import packing_refusal
 from qlora_helpers.planning import out_of_memory, run_plan
-from qlora_helpers.planning.cost import TrainingCost, training_cost
-from qlora_helpers.planning.cpu_speed import cpu_threads
+from qlora_helpers.planning.cost import cost_of_run
 from qlora_helpers.planning.measured import write_measured
-from qlora_helpers.planning.run_plan import this_machine
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.folder import Run
@@ -170,41 +167,11 @@ def train(
         with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         if is_main_process():
-            say(str(expected_cost(run, loaded, data)))
+            say(str(cost_of_run(run, loaded, data)))
         result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
         if is_main_process():
             _save_result(run, model, loaded, data, result)
     return result
-
-
-def expected_cost(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCost:
-    """Estimates what a run's training takes on this machine: rows, tokens, epochs, steps, time and price.
-
-    Args:
-        run: the run; the steps that it has done don't count in the time.
-        loaded: the model, whose device counts.
-        data: the run's prepared data.
-    """
-    config, status = run.config(), run.status()
-    hardware = None
-    if loaded.model.device.type == "cuda":
-        with contextlib.suppress(UserError):  # a card that does not report its memory
-            holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)
-            hardware = dataclasses.replace(this_machine(), gpus=max(1, holding))
-    return training_cost(
-        config,
-        loaded.shape,
-        rows=data.report.rows,
-        tokens=data.report.tokens,
-        sequences=data.report.sequences,
-        trained_share=data.report.trained_tokens / max(1, data.report.tokens),
-        hardware=hardware,
-        cores=cpu_threads(),
-        usd_per_hour=status.usd_per_hour,
-        done=status.step,
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
-        packed=data.packed,
-    )
 
 
 @contextlib.contextmanager

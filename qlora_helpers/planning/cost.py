@@ -5,20 +5,28 @@ Imports no torch; reads no file.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.units import duration
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.candidates import copies_speedup
-from qlora_helpers.planning.cpu_speed import cpu_seconds
+from qlora_helpers.planning.cpu_speed import cpu_seconds, cpu_threads
 from qlora_helpers.planning.forecast import settings_as_given
+from qlora_helpers.planning.run_plan import this_machine
 from qlora_helpers.planning.step_settings import is_packed
 from qlora_helpers.planning.workload import Workload
+from qlora_helpers.runs.folder import Run
+
+if TYPE_CHECKING:
+    from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.model.loading import LoadedModel
 
 LONG_S = 3600.0  # from here on a CPU's time is said first
 FEWER = "fewer: data.train_rows=N, train.epochs=N or train.max_steps=N"
@@ -74,6 +82,35 @@ class TrainingCost:
             f"{first}Training: {self.rows:,} rows, {self.tokens:,} tokens, {epochs}, {steps}: "
             f"{time} on {self.machine}, {price}; {FEWER}"
         )
+
+
+def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCost:
+    """Estimates what a run's training takes on this machine: rows, tokens, epochs, steps, time and price.
+
+    Args:
+        run: the run; the steps that it has done don't count in the time.
+        loaded: the model, whose device counts.
+        data: the run's prepared data.
+    """
+    status, hardware = run.status(), None
+    if loaded.model.device.type == "cuda":
+        with contextlib.suppress(UserError):  # a card that does not report its memory
+            holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)
+            hardware = replace(this_machine(), gpus=max(1, holding))
+    return training_cost(
+        run.config(),
+        loaded.shape,
+        rows=data.report.rows,
+        tokens=data.report.tokens,
+        sequences=data.report.sequences,
+        trained_share=data.report.trained_tokens / max(1, data.report.tokens),
+        hardware=hardware,
+        cores=cpu_threads(),
+        usd_per_hour=status.usd_per_hour,
+        done=status.step,
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        packed=data.packed,
+    )
 
 
 def training_cost(

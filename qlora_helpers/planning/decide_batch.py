@@ -13,12 +13,12 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data.lengths import RowLengths
 from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning.candidates import Candidate
 from qlora_helpers.planning.decide_lengths import ANSWER, FEWEST_PACKED, SEQUENCE, SMALL_LENGTHS, rounded
 from qlora_helpers.planning.decided import Decided
 from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.plan import Plan, make_plan
+from qlora_helpers.planning.step_settings import is_packed
 from qlora_helpers.planning.workload import Workload
 
 FEWEST_STEPS, MOST_SEQUENCES, CPU_SEQUENCES = 50, 16, 4  # optimizer steps of a training; sequences in one
@@ -133,7 +133,7 @@ def _fitting_plan(
 def sequences_an_epoch(config: RunConfig, lengths: RowLengths, shape: dict[str, Any]) -> int:
     """Estimates the sequences of an epoch: packed ones full to their end, padded ones a row each."""
     length = config.data.seq_len_tokens
-    if not config.data.packing or not supports_packing(shape, length):
+    if not is_packed(config, shape):
         return max(1, lengths.rows)
     if not lengths.answers:  # long documents are split
         return max(1, math.ceil(lengths.tokens / length))

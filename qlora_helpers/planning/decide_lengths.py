@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from qlora_helpers.data.lengths import RowLengths, covering
-from qlora_helpers.model.shapes.families import supports_packing
 from qlora_helpers.planning.decided import Decided
+from qlora_helpers.planning.step_settings import is_packed
 
 COVERED = 0.99  # of the rows fit whole
 # What lengths are rounded up to a multiple of, and up to which length
@@ -76,7 +76,7 @@ def _sequence_length(
     length = rounded(need)
     examples = decided.config.evaluation.few_shot * covering(lengths.totals, 0.5) if lengths.prompts else 0
     shared = max(FEWEST_PACKED, min(MOST_FOR_EXAMPLES, rounded(prompt + answer + examples)))
-    if length < shared and decided.config.data.packing and supports_packing(shape, shared):
+    if length < shared and is_packed(decided.config, shape):
         length, why = shared, f"{why}; rows share a sequence, and examples for the untuned model fit"
     else:
         why += f"; rounded up to a multiple of {_step(need)}"
