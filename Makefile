@@ -1,4 +1,4 @@
-# make demo    the whole job on a small model: runs/demo/report.html   (DATA=file.jsonl takes your own dialogues)
+# make demo    the whole job on a small model: runs/demo/report.html   (DATA=FILE takes your own data: docs/data.md)
 # make test    every test;   make lab   JupyterLab on the notebooks
 # TORCH=cpu or TORCH=cuda chooses PyTorch's build; without it, an NVIDIA driver decides.
 PYTHON ?= python3

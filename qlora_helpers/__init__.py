@@ -16,7 +16,7 @@ _HOMES = {
     "profile_config": "base.profiles",
     "check_machine": "machine.environment",
     "versions": "machine.environment",
-    "new_run": "runs.opening",
+    "new_run": "beginning",
     "open_run": "runs.opening",
     "existing_run": "runs.opening",
     "runs_root": "runs.opening",
@@ -48,11 +48,12 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:  # what editors and the type checker see; a test compares it with the table
     from qlora_helpers.base.errors import UserError
     from qlora_helpers.base.profiles import profile_config
+    from qlora_helpers.beginning import new_run
     from qlora_helpers.machine.environment import check_machine, versions
     from qlora_helpers.planning.run_plan import plan_run
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.launch import start
-    from qlora_helpers.runs.opening import existing_run, new_run, open_run, runs_root
+    from qlora_helpers.runs.opening import existing_run, open_run, runs_root
     from qlora_helpers.views.monitor import run_table as list_runs
     from qlora_helpers.views.report import write_report
     from qlora_helpers.views.tensorboard import start_tensorboard

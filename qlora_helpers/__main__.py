@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,6 +62,19 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+    new = commands.add_parser(
+        "new",
+        help="set up a run on your data: recognises it, decides the settings and says why",
+        epilog="Nothing is trained yet: `train RUN` does that. Every setting can be set by hand; `train --help` lists them.",
+    )
+    new.add_argument("run", help="the new run's name below runs/, or a path")
+    new.add_argument(
+        "--model",
+        help="hub id, folder, .gguf file or random:NAME (default: SmolLM2-135M-Instruct, which a laptop trains)",
+    )
+    new.add_argument("--data", required=True, help="a data file, a folder or pattern of several, or a hub data set")
+    new.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
 
     train = commands.add_parser(
         "train",
@@ -162,6 +176,14 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _new(options: argparse.Namespace) -> int:
+    from qlora_helpers.beginning import new_run
+
+    run = new_run(options.run, model=options.model, data=options.data, settings=options.settings)
+    print(f"{run.name} is set up. Next: {parser().prog} train {shlex.quote(options.run)}")
+    return 0
+
+
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
     from qlora_helpers.runs import launch, ranks, sigterm
@@ -234,6 +256,7 @@ def _demo(options: argparse.Namespace) -> int:
 _COMMANDS = {
     "doctor": _doctor,
     "plan": _plan,
+    "new": _new,
     "train": _train,
     "evaluate": _evaluate,
     "report": _report,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from qlora_helpers import workflow
 from qlora_helpers.base.text import Say
+from qlora_helpers.beginning import new_run
 from qlora_helpers.data.run_data import check_source
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.opening import run_at
 from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.views import report
 
@@ -17,7 +20,8 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     """Does the whole job on a small model and writes a report; results of an earlier call are used again.
 
     Args:
-        data: a data file (`.jsonl`, `.json`, `.csv`, `.parquet`, `.7z`) or a hub data set; None takes the embedded corpus.
+        data: a data file in any form (`docs/data.md`), whose settings are then decided as by `qlora new`, or a hub data set; None
+            takes the embedded corpus and the profile's settings.
         root: the folder that holds the runs; None takes `$QLORA_RUNS`, else `runs`.
         say: called with each line to show.
 
@@ -25,8 +29,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
         The report's path.
     """
     started = time.monotonic()
-    name = "demo" if data is None else _demo_name(data)
-    run = workflow.open_run(name, profile="demo", settings={"data.source": data} if data else {}, root=root)
+    run = workflow.open_run("demo", profile="demo", root=root) if data is None else _run_on(data, root, say)
     if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
         say(f"{run.name} is finished already; its report is written again from the saved results.")
         return report.write_report(run)
@@ -48,6 +51,14 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     path = report.write_report(run)
     say(f"The report is {path}.")
     return path
+
+
+def _run_on(data: str, root: str | os.PathLike[str] | None, say: Say) -> Run:
+    """Opens the demo's run on a person's data, or sets it up as `qlora new` does."""
+    run = run_at(_demo_name(data), root)
+    if run.exists() and run.config().data.source == data:
+        return run
+    return new_run(_demo_name(data), data=data, root=root, say=say)
 
 
 def _demo_name(data: str) -> str:

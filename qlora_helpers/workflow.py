@@ -27,6 +27,7 @@ from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.model.shapes.families import packing_refusal
 from qlora_helpers.planning import out_of_memory, run_plan
+from qlora_helpers.planning.cost import cost_of_run
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.buckets import refuse_unconfirmed
@@ -165,6 +166,8 @@ def train(
             undone.enter_context(removed_on_error(model))
         with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
             data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
+        if is_main_process():
+            say(str(cost_of_run(run, loaded, data)))
         result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
         if is_main_process():
             _save_result(run, model, loaded, data, result)

@@ -68,6 +68,11 @@ BAD_INPUT = {
     "bucket without prefix": (train("train.tensorboard=s3://bucket"), ["train.tensorboard", "s3://bucket/prefix"]),
     "run name leaves its folder": (train(run="../mine/.."), ["be the name of a run"]),
     "run name with spaces": (train(run="my run"), ["be the name of a run"]),
+    "a new run on a missing file": (["new", "mine", "--data", "gone.jsonl"], ["gone.jsonl"]),
+    "a new run on a bad setting": (
+        ["new", "mine", "--data", "good.jsonl", "--set", "train.seed"],
+        ["section.name=value"],
+    ),
     "no such run": (["evaluate", "nothing"], ["there is no run 'nothing'"]),
     "no such run to report": (["report", "nothing"], ["there is no run 'nothing'"]),
     "no such run to clean": (["clean", "nothing"], ["no run has that name"]),

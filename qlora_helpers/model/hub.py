@@ -32,6 +32,17 @@ def is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model)) and not Path(model).exists()
 
 
+TOKENIZER_PATTERNS = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+)
+
+
 # Does it answer?
 
 
@@ -113,6 +124,25 @@ def download_model(name: str, revision: str | None, *, say: Say = print) -> Path
         _check_space(name, revision)
         say(f"Downloading {name} ...")
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED_FILES)))
+
+
+def download_tokenizer(name: str, revision: str | None) -> Path:
+    """Fetches a model's tokenizer and `config.json` alone, after a look at whether its weights could follow.
+
+    Returns:
+        The folder; its name is the commit.
+
+    Raises:
+        ModelError: as for `download_model`, or the repository has no config.json.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors_explained(name):
+        _check_space(name, revision)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_PATTERNS)))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json", next_step="Check model.name.")
+    return folder
 
 
 def _check_space(name: str, revision: str | None) -> None:

@@ -103,7 +103,7 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     workload = replace(workload, one_process=True)
-    step = _as_set(workload, steps)
+    step = settings_as_given(workload, steps)
     plan = make_plan(workload, fix=False)
     several = fastest_data_parallel(workload)
     if several and plan.choice and several.seconds >= plan.choice.seconds:
@@ -133,7 +133,7 @@ def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tupl
     return steps, tokens
 
 
-def _as_set(workload: Workload, steps: int) -> Candidate:
+def settings_as_given(workload: Workload, steps: int) -> Candidate:
     """The settings as they are, in one process whose layers are spread over the GPUs, with what the trainer makes of `auto`."""
     train, sizes, hardware = workload.config.train, workload.sizes, workload.hardware
     step = workload.step(captured=hardware.gpus == 1 and workload.may_capture)

@@ -17,6 +17,8 @@ from qlora_helpers.runs import buckets
 from qlora_helpers.runs.folder import Run, is_run_name
 from qlora_helpers.runs.guard import refuse_links
 
+MOST_NAMED = 8  # settings in a message
+
 
 def open_run(
     name: str | os.PathLike[str] = "demo",
@@ -38,7 +40,7 @@ def open_run(
         ConfigError: settings are unknown or wrong; the message lists all of them.
         RunError: a setting would change that is fixed once the run has trained, or the name can't be that of a run.
     """
-    run = _run_at(name, root)
+    run = run_at(name, root)
     settings = settings if isinstance(settings, dict) else list(settings)
     old = run.config() if run.exists() else None
     if old is None or (profile is not None and profile != old.profile):
@@ -69,21 +71,32 @@ def new_run(
         ConfigError: settings are unknown or wrong; the message lists all of them.
         RunError: there is a run of that name with other settings, which the message names; nothing is changed.
     """
-    run = _run_at(name, root)
+    run = run_at(name, root)
     settings = settings if isinstance(settings, dict) else list(settings)
     wanted = profile_config(profile or os.environ.get("QLORA_PROFILE") or "demo").with_settings(settings)
-    if run.exists() and run.config() != wanted:
-        asked, has = _by_name(wanted), _by_name(run.config())
-        differing = "; ".join(f"{key}={has[key]!r}, not {asked[key]!r}" for key in has if has[key] != asked[key])
-        raise RunError(
-            f"there is a run {run.name!r} already, with other settings",
-            expected="a new name, or the settings that the run has",
-            got=differing,
-            next_step="Choose another name, or go on with this run: open_run.",
-        )
+    refuse_other_settings(run, wanted)
     if not run.exists():
         run.save_config(wanted)
     return run
+
+
+def refuse_other_settings(run: Run, wanted: RunConfig) -> None:
+    """Refuses settings that a run would be made with, if there is a run of that name with other ones.
+
+    Raises:
+        RunError: there is; the message names the differences.
+    """
+    if not run.exists() or run.config() == wanted:
+        return
+    asked, has = _by_name(wanted), _by_name(run.config())
+    found = [f"{key}={has[key]!r}, not {asked[key]!r}" for key in has if has[key] != asked[key]]
+    rest = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+    raise RunError(
+        f"there is a run {run.name!r} already, with other settings",
+        expected="a new name, or the settings that the run has",
+        got="; ".join([*found[:MOST_NAMED], *rest]),
+        next_step="Choose another name, or go on with this run: open_run.",
+    )
 
 
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
@@ -96,7 +109,7 @@ def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] |
     Raises:
         RunError: it does not exist, and the message names the runs that do; or the name can't be that of a run.
     """
-    run = _run_at(name, root)
+    run = run_at(name, root)
     if not run.exists():
         existing = ", ".join(found.name for found in find_runs(run.folder.parent)) or "none"
         raise RunError(f"there is no run {run.name!r}", got=f"these runs: {existing}", next_step="Train one first.")
@@ -112,7 +125,16 @@ def _by_name(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Run:
+def run_at(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Run:
+    """Returns the run of a name or path, whether it exists or not.
+
+    Args:
+        name: the run's name below `root`, or a path.
+        root: as for `open_run`.
+
+    Raises:
+        RunError: the name can't be that of a run, or its folder holds links.
+    """
     path = Path(name)
     if ".." in path.parts and not path.is_absolute():
         raise RunError(

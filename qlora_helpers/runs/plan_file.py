@@ -71,6 +71,15 @@ class MemoryFailure:
 
 
 @dataclass(frozen=True)
+class DecidedSetting:
+    """A setting that was decided when the run was made, with its reason."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
 class PlanFile:
     """What `plan.json` holds; None stands for what has not happened yet."""
 
@@ -79,6 +88,7 @@ class PlanFile:
     reload: Reloaded | None = None
     out_of_memory: MemoryFailure | None = None
     demo_seconds: float | None = None
+    decisions: tuple[DecidedSetting, ...] = ()
 
 
 def read_plan(run: Run) -> PlanFile:

@@ -97,7 +97,7 @@ def _page(parts: Parts) -> dict[str, Any]:
         "notes": parts.prepared.get("notes", [])[:NOTES_SHOWN],
         "more_notes": max(0, len(parts.prepared.get("notes", [])) - NOTES_SHOWN),
         "reload": facts.reload(parts.plan.get("reload")),
-        "settings": facts.settings(parts.config),
+        "settings": facts.settings(parts.config, parts.plan.get("decisions", ())),
         "command": lambda step: f"python -m qlora_helpers {step} {_run_argument(parts.run)}",
     }
 

@@ -6,7 +6,7 @@ Functions take the files of a run and return plain values for the template. This
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_helpers.base.config import SECTIONS, RunConfig, describe
@@ -132,18 +132,29 @@ def reload(check: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"passed": check["same_answers"] == check["prompts"], "text": text}
 
 
-def settings(config: RunConfig) -> list[dict[str, Any]]:
-    """Returns every setting with its value, its default if that differs, and what it does."""
+def settings(config: RunConfig, decisions: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Returns every setting with its value, its default if that differs, what it does, and why it was decided so.
+
+    Args:
+        config: of the run.
+        decisions: what was decided when the run was made (`plan.json`); a value that was changed since has no reason any more.
+    """
+    decided = {each["setting"]: each for each in decisions}
     return [
         {
             "name": f"{section}.{row['name']}",
             "value": _value_text(row["value"]),
             "default": "" if row["value"] == default["value"] else _value_text(default["value"]),
             "text": row["text"],
+            "why": _reason(decided.get(f"{section}.{row['name']}"), row["value"]),
         }
         for section, kind in SECTIONS.items()
         for row, default in zip(describe(getattr(config, section)), describe(kind), strict=True)
     ]
+
+
+def _reason(decision: Mapping[str, Any] | None, value: Any) -> str:
+    return decision["reason"] if decision and decision["value"] == value else ""
 
 
 def _value_text(value: Any) -> str:
