@@ -8,12 +8,14 @@ import re
 import sys
 import unicodedata
 from collections.abc import Collection
+from typing import NamedTuple
 
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.rows import SkippedRows
 
 _RUN = 30  # combining marks in a row that a letter has at most in any script; normalising a longer run takes its square
 _LONG_RUN = re.compile(rf"[^\w\s]{{{_RUN + 1}}}")
+_SPACED = {code: " " for code in range(128) if not re.match(r"\w", chr(code))}
 
 
 def text_key(text: str) -> bytes:
@@ -28,7 +30,9 @@ def words_key(text: str) -> str:
         if _LONG_RUN.search(text):
             plain = _marks().sub(r"\1", text)
         plain = unicodedata.normalize("NFKC", plain)
-    words = re.sub(r"\W+", " ", plain.casefold()).strip(" ")
+    folded = plain.casefold()
+    found = folded.translate(_SPACED).split() if folded.isascii() else re.findall(r"\w+", folded)
+    words = " ".join(found)
     return hashlib.sha256((words or text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
@@ -54,15 +58,30 @@ def is_known(example: Example, keys: Collection[str]) -> bool:
     return prompt_key(example) in keys or words_key(example.prompt) in keys
 
 
-def without_repeats(rows: list[Example], skipped: SkippedRows) -> list[Example]:
+class RowKey(NamedTuple):
+    """What is held of a row while splits are made: its number and place, and hashes of its prompt, and of it with its answer."""
+
+    number: int
+    where: str
+    prompt: bytes
+    whole: bytes
+
+
+def row_key(number: int, example: Example) -> RowKey:
+    """Returns the keys of a row; white space counts for nothing."""
+    prompt = text_key(prompt_text(example))
+    answer = text_key(example.answer)
+    return RowKey(number, example.where, prompt, hashlib.blake2b(prompt + answer, digest_size=16).digest())
+
+
+def without_repeats(rows: list[RowKey], skipped: SkippedRows) -> list[RowKey]:
     """Keeps the first of several rows with the same prompt and answer, ignoring white space."""
-    first: dict[tuple[bytes, bytes], str] = {}
+    first: dict[bytes, str] = {}
     kept = []
     for row in rows:
-        key = (text_key(prompt_text(row)), text_key(row.answer))
-        if key in first:
-            skipped.add(row.where, "a duplicate", f" of {first[key]}")
+        if row.whole in first:
+            skipped.add(row.where, "a duplicate", f" of {first[row.whole]}")
         else:
-            first[key] = row.where
+            first[row.whole] = row.where
             kept.append(row)
     return kept
