@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PRIVATE_START = 0xF0000
 MOST_CONTEXTS = 4096  # prompts' ends whose tokens are kept
-_FEW = 4  # texts
+_FEW = 20_000  # characters that are tokenised at once
 _LONG_PIECE = 256  # tokens on average, from which the tokenizer's own threads are worth the wait for them
 
 
@@ -180,7 +180,9 @@ class Encoder:
         if len(self._contexts) + len(wanted) > MOST_CONTEXTS:
             self._contexts.clear()
         new = [context for context in wanted if context not in self._contexts]
-        for context, encoded in zip(new, self.encode([Rendering(text, typed=typed) for text, typed in new]), strict=True):
+        for context, encoded in zip(
+            new, self.encode([Rendering(text, typed=typed) for text, typed in new]), strict=True
+        ):
             self._contexts[context] = encoded.ids
         return [self._contexts[context] for context in wanted]
 
@@ -198,7 +200,9 @@ class Encoder:
             backend.no_padding()
         if backend.encode_special_tokens:
             backend.encode_special_tokens = False
-        if len(texts) <= _FEW:  # here: the tokenizer's own threads take them only after all that they were given before
+        if (
+            sum(map(len, texts)) <= _FEW
+        ):  # here: the tokenizer's own threads take them only after all that they were given before
             return [backend.encode(text, add_special_tokens=False) for text in texts]
         return backend.encode_batch(texts, add_special_tokens=False)
 

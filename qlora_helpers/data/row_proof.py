@@ -157,7 +157,9 @@ def _within(typed: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
 
 def _check_texts(rows: Sequence[Rendering], proved: Sequence[Proved], encoder: Encoder) -> None:
     """Keeps the turns whose tokens decode to their text and hold no control token of the row's own making."""
-    pieces = [(made.ids[max(0, start - 1) : start], made.ids[start:end]) for made in proved for start, end in made.spans]
+    pieces = [
+        (made.ids[max(0, start - 1) : start], made.ids[start:end]) for made in proved for start, end in made.spans
+    ]
     texts = iter(Decoder(encoder.backend).pairs(pieces))
     for row, made in zip(rows, proved, strict=True):
         kept = []

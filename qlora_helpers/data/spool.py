@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -51,7 +51,7 @@ class Spool(Generic[T]):
         else:
             self._held.append(row)
             if self._characters > CHARACTERS_IN_MEMORY:
-                self._file = tempfile.TemporaryFile(prefix="qlora-rows-")
+                self._file = tempfile.TemporaryFile(prefix="qlora-rows-")  # noqa: SIM115 - open while there is a spool
                 for each in self._held:
                     self._put(each)
                 self._held = []
@@ -106,6 +106,30 @@ class SpooledRows(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         return (self._spool[number] for number in self._numbers.tolist())
+
+
+class SpooledByName(Mapping[str, T]):
+    """Rows of a spool by the names they were given.
+
+    Args:
+        spool: takes the rows, and holds them.
+    """
+
+    def __init__(self, spool: Spool[T]) -> None:
+        self._spool, self._numbers = spool, dict[str, int]()
+
+    def add(self, name: str, row: T, characters: int) -> None:
+        """Takes a row; one that had the name before is forgotten."""
+        self._numbers[name] = self._spool.add(row, characters)
+
+    def __getitem__(self, name: str) -> T:
+        return self._spool[self._numbers[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def rows_of(spool: Spool[T], numbers: Sequence[int]) -> Sequence[T]:
