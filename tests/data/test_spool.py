@@ -70,7 +70,7 @@ def test_rows_in_a_file_give_the_same_data(tmp_path, tokenizer, monkeypatch):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = DataConfig(source=str(path), seq_len_tokens=128, train_rows=60, template="plain")
+    config = DataConfig(source=str(path), seq_len_tokens=128, train_rows=40, template="plain")
 
     def made(folder: str):
         data = prepared(config, tokenizer, tmp_path / folder, read=read_corpus)
@@ -79,7 +79,7 @@ def test_rows_in_a_file_give_the_same_data(tmp_path, tokenizer, monkeypatch):
     held, *held_rows = made("held")
     monkeypatch.setattr(spool_module, "CHARACTERS_IN_MEMORY", 50)
     corpus = read_corpus(config)
-    assert isinstance(corpus.train, SpooledRows) and len(corpus.train) == 60
+    assert isinstance(corpus.train, SpooledRows) and len(corpus.train) == 40
     filed, *filed_rows = made("filed")
     assert filed_rows == held_rows
     for name in ("test", "report", "eval_report", "notes", "train_keys", "train_answers", "shots"):
