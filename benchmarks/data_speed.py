@@ -1,7 +1,8 @@
 """Measures how long data take from a file to saved sequences, and how much memory: reading, labelling, packing and saving.
 
-Rows are made from the embedded dialogues by a seed: a question of several dialogues, and one summary as its answer, about 5,000
-characters a row. Every number of rows is measured in a process of its own.
+Rows are made from the embedded dialogues by a seed: chats with a system's text and three exchanges, each a question of several
+dialogues with one summary as its answer, about 5,000 characters a row. Every number of rows is measured in a process of its own,
+whose memory is counted together with that of the processes it started.
 
     python benchmarks/data_speed.py --rows 25000 50000 100000 200000 --out benchmarks/data_speed_two_cores.json
 """
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qlora_helpers.base.config import DataConfig, ModelConfig
 from qlora_helpers.base.files import write_json
 from qlora_helpers.base.units import BYTES_IN_GIB
@@ -29,6 +32,8 @@ from qlora_helpers.data.sources import Corpus, read_corpus
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.tokenizers import load_tokenizer
 
+TURNS = 3
+
 
 def write_rows(path: Path, rows: int, characters: int) -> int:
     """Writes rows as JSONL, no two alike, and returns the file's bytes."""
@@ -36,18 +41,25 @@ def write_rows(path: Path, rows: int, characters: int) -> int:
     draw = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
-            parts, length = [f"Case {number}:"], 0
-            while length < characters:
-                row = draw.choice(corpus.train)
-                parts.append(row.prompt)
-                length += len(row.prompt) + 1
-            values = {"dialogue": "\n".join(parts), "summary": draw.choice(corpus.train).answer}
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            messages = [
+                {"role": "system", "content": "You sum up what people wrote to each other, in a sentence or two."}
+            ]
+            for turn in range(TURNS):
+                parts, length = [f"Case {number}, part {turn + 1}:"], 0
+                while length < characters / TURNS:
+                    parts.append(draw.choice(corpus.train).prompt)
+                    length += len(parts[-1]) + 1
+                messages.append({"role": "user", "content": "\n".join(parts)[: round(characters / TURNS)]})
+                messages.append({"role": "assistant", "content": draw.choice(corpus.train).answer})
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path.stat().st_size
 
 
 class Memory(threading.Thread):
-    """Watches this process's own memory: pages of mapped files, which the system takes back at will, are not counted."""
+    """Watches the memory of this process and of those that it started.
+
+    Pages of mapped files, which the system takes back at will, are not counted; those in memory without a file are.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -55,9 +67,17 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(0.2):
-            status = Path("/proc/self/status").read_text()
-            held = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-            self.peak_gib = max(self.peak_gib, int(held.split()[1]) * 1024 / BYTES_IN_GIB)
+            own = psutil.Process()
+            held = sum(_held_bytes(process.pid) for process in (own, *own.children(recursive=True)))
+            self.peak_gib = max(self.peak_gib, held / BYTES_IN_GIB)
+
+
+def _held_bytes(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # it has ended meanwhile
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +95,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         seconds["peak_while_reading_gib"] = round(memory.peak_gib, 2)
         return corpus
 
-    started, used = time.monotonic(), time.process_time()
+    started, used = time.monotonic(), sum(os.times()[:4])
     data = prepared(config, tokenizer, path.parent / "data", read=read)
     whole = time.monotonic() - started
     assert data.report.passed, data.report
@@ -86,7 +106,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         "sequences": len(data.train),
         "template": data.template,
         "whole_s": round(whole, 1),
-        "cpu_s": round(time.process_time() - used, 1),
+        "cpu_s": round(sum(os.times()[:4]) - used, 1),
         **seconds,
         "labelling_packing_saving_s": round(whole - seconds["reading_s"], 1),
         "rows_per_s": round(data.report.rows / whole),
@@ -98,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures every number of rows in a process of its own and writes what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000, 200_000])
-    parser.add_argument("--characters", type=int, default=4_700, help="of a row's question, about")
+    parser.add_argument("--characters", type=int, default=4_200, help="of a row's questions")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--template", default="chat")
     parser.add_argument("--seq-len", type=int, default=2048)

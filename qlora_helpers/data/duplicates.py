@@ -8,12 +8,15 @@ import re
 import sys
 import unicodedata
 from collections.abc import Collection
+from typing import NamedTuple
 
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.rows import SkippedRows
 
 _RUN = 30  # combining marks in a row that a letter has at most in any script; normalising a longer run takes its square
 _LONG_RUN = re.compile(rf"[^\w\s]{{{_RUN + 1}}}")
+_WORD = re.compile(r"\w")
+_SPACED = bytes(32 if code < 128 and not _WORD.match(chr(code)) else code for code in range(256))
 
 
 def text_key(text: str) -> bytes:
@@ -25,10 +28,17 @@ def words_key(text: str) -> str:
     """A key that is the same for copies of a text: a hash of its words, ignoring case, punctuation and white space."""
     plain = text
     if not text.isascii():
-        if _LONG_RUN.search(text):
+        if any(map(unicodedata.combining, set(text))) and _LONG_RUN.search(text):
             plain = _marks().sub(r"\1", text)
         plain = unicodedata.normalize("NFKC", plain)
-    words = re.sub(r"\W+", " ", plain.casefold()).strip(" ")
+    folded = plain.casefold()
+    if not folded.isascii():
+        for char in set(folded):
+            if char > "\x7f" and not _WORD.match(char):
+                folded = folded.replace(char, " ")
+    # Byte by byte, which is several times as fast as a pattern for what stands between words
+    found = folded.encode("utf-8", "surrogatepass").translate(_SPACED).decode("utf-8", "surrogatepass").split()
+    words = " ".join(found)
     return hashlib.sha256((words or text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
@@ -54,15 +64,30 @@ def is_known(example: Example, keys: Collection[str]) -> bool:
     return prompt_key(example) in keys or words_key(example.prompt) in keys
 
 
-def without_repeats(rows: list[Example], skipped: SkippedRows) -> list[Example]:
+class RowKey(NamedTuple):
+    """What is held of a row while splits are made: its number and place, and hashes of its prompt, and of it with its answer."""
+
+    number: int
+    where: str
+    prompt: bytes
+    whole: bytes
+
+
+def row_key(number: int, example: Example) -> RowKey:
+    """Returns the keys of a row; white space counts for nothing."""
+    prompt = text_key(prompt_text(example))
+    answer = text_key(example.answer)
+    return RowKey(number, example.where, prompt, hashlib.blake2b(prompt + answer, digest_size=16).digest())
+
+
+def without_repeats(rows: list[RowKey], skipped: SkippedRows) -> list[RowKey]:
     """Keeps the first of several rows with the same prompt and answer, ignoring white space."""
-    first: dict[tuple[bytes, bytes], str] = {}
+    first: dict[bytes, str] = {}
     kept = []
     for row in rows:
-        key = (text_key(prompt_text(row)), text_key(row.answer))
-        if key in first:
-            skipped.add(row.where, "a duplicate", f" of {first[key]}")
+        if row.whole in first:
+            skipped.add(row.where, "a duplicate", f" of {first[row.whole]}")
         else:
-            first[key] = row.where
+            first[row.whole] = row.where
             kept.append(row)
     return kept

@@ -9,7 +9,7 @@ labels.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.data.rendering import ControlTokens, Rendering
+from qlora_helpers.data.rendering import ControlTokens, Rendering, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PRIVATE_START = 0xF0000
+MOST_CONTEXTS = 4096  # prompts' ends whose tokens are kept
+_FEW = 20_000  # characters that are tokenised at once
+_LONG_PIECE = 256  # tokens on average, from which the tokenizer's own threads are worth the wait for them
 
 
 def control_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -81,6 +84,42 @@ class Encoded:
         return self.begins
 
 
+class Decoder:
+    """Decodes trained stretches together with the token before them, control tokens included.
+
+    Args:
+        backend: of the tokenizers library.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._single: dict[int, str] = {}
+
+    def pairs(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[str, str]]:
+        """Decodes pieces.
+
+        Args:
+            pieces: of each, the token before it (`(1,)`, or none), and its own.
+
+        Returns:
+            Of each, what both decode to together, and the token before it alone.
+        """
+        wholes = [np.concatenate(piece).tolist() for piece in pieces]
+        if sum(map(len, wholes)) > _LONG_PIECE * len(wholes):
+            texts = self._backend.decode_batch(wholes, skip_special_tokens=False)
+        else:  # the tokenizer's threads are busy with the next rows: short pieces are sooner decoded here than there
+            texts = [self._backend.decode(whole, skip_special_tokens=False) for whole in wholes]
+        return [(text, self._before(before)) for text, (before, _) in zip(texts, pieces, strict=True)]
+
+    def _before(self, ids: np.ndarray) -> str:
+        if not len(ids):
+            return ""
+        token = int(ids[0])
+        if token not in self._single:
+            self._single[token] = self._backend.decode([token], skip_special_tokens=False)
+        return self._single[token]
+
+
 class Encoder:
     """Tokenises rendered texts in batches.
 
@@ -106,6 +145,7 @@ class Encoder:
         ids -= {None, tokenizer.unk_token_id}  # a character without a token is none of the template's
         self._is_control = np.zeros(max([len(tokenizer), *ids]) + 1, dtype=bool)
         self._is_control[list(ids)] = True
+        self._contexts: dict[tuple[str, tuple[Span, ...]], np.ndarray] = {}
 
     @cached_property
     def begin(self) -> list[int]:
@@ -134,6 +174,18 @@ class Encoder:
         """Tokenises texts as they are, in which nothing but the template's own strings is a control token."""
         return self.encode([Rendering(text) for text in texts])
 
+    def contexts(self, contexts: Iterable[tuple[str, tuple[Span, ...]]]) -> list[np.ndarray]:
+        """Tokenises what stands before turns, `(tokens,)` each: texts and what is typed in them. Those that come again are kept."""
+        wanted = list(contexts)
+        if len(self._contexts) + len(wanted) > MOST_CONTEXTS:
+            self._contexts.clear()
+        new = [context for context in wanted if context not in self._contexts]
+        for context, encoded in zip(
+            new, self.encode([Rendering(text, typed=typed) for text, typed in new]), strict=True
+        ):
+            self._contexts[context] = encoded.ids
+        return [self._contexts[context] for context in wanted]
+
     def _encoded(self, row: Rendering, encoding: Any, ids: np.ndarray) -> Encoded:
         begin = self.begin if row.begin else []
         return Encoded(np.concatenate([np.array(begin, np.int32), ids.astype(np.int32)]), len(begin), encoding)
@@ -148,6 +200,10 @@ class Encoder:
             backend.no_padding()
         if backend.encode_special_tokens:
             backend.encode_special_tokens = False
+        if (
+            sum(map(len, texts)) <= _FEW
+        ):  # here: the tokenizer's own threads take them only after all that they were given before
+            return [backend.encode(text, add_special_tokens=False) for text in texts]
         return backend.encode_batch(texts, add_special_tokens=False)
 
     @cached_property

@@ -91,6 +91,11 @@ class Example:
         return kept | {"messages": [asked, {"role": "assistant", "content": summary}]}
 
 
+def characters_of(example: Example) -> int:
+    """Counts the characters of a row's texts."""
+    return len(example.text) + sum(len(message.content) + len(message.thinking) for message in example.messages)
+
+
 def one_turn(
     row_id: str,
     where: str,

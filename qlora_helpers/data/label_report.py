@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qlora_helpers.base.tables import Table, Tabular
+from qlora_helpers.data.encoding import Decoder
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.data.row_proof import same_text
 
@@ -126,12 +127,10 @@ class _Row:
     starts: list[int]
     ends: list[int]
 
-    def pieces(self) -> Iterator[list[int]]:
-        """Yields what is to be decoded of each stretch: its labels behind the token before it, and that token alone."""
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields what is to be decoded of each stretch: the token before it, and its labels."""
         for start, end in zip(self.starts, self.ends, strict=True):
-            before = self.ids[max(0, start - 1) : start].tolist()
-            yield before + self.labels[start:end].tolist()
-            yield before
+            yield self.ids[max(0, start - 1) : start], self.labels[start:end]
 
 
 def label_report(
@@ -155,16 +154,15 @@ def label_report(
         more: further fields of the report.
     """
     rows = count = tokens = trained = ended = masked = whole = 0
-    without_end, remaining = set(unended), iter(sequences)
+    without_end, remaining, decoder = set(unended), iter(sequences), Decoder(tokenizer.backend_tokenizer)
     end_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     end_texts = tuple(str(token.content) for token in tokenizer.added_tokens_decoder.values())
     while group := list(islice(remaining, _AT_ONCE)):
         count += len(group)
         found = [(row_id, row) for each in group for row_id, row in _rows(each, answers)]
-        pieces = [piece for _, row in found for piece in row.pieces()]
-        texts = iter(tokenizer.backend_tokenizer.decode_batch(pieces, skip_special_tokens=False) if pieces else ())
+        texts = iter(decoder.pairs([piece for _, row in found for piece in row.pieces()]))
         for row_id, row in found:
-            stretches = [(next(texts), next(texts)) for _ in row.starts]
+            stretches = [next(texts) for _ in row.starts]
             rows, tokens = rows + 1, tokens + len(row.ids)
             trained += sum(row.ends) - sum(row.starts)
             ended += row_id in without_end or (bool(row.ends) and int(row.labels[row.ends[-1] - 1]) in end_ids)
@@ -176,14 +174,16 @@ def label_report(
 def _rows(sequence: Mapping[str, Any], answers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, _Row]]:
     ids, labels = np.asarray(sequence["input_ids"]), np.asarray(sequence["labels"])
     segments = np.asarray(sequence["segment_ids"])
-    order = np.argsort(segments, kind="stable")
+    if (segments[1:] < segments[:-1]).any():  # rows that do not follow each other, or padding behind them
+        order = np.argsort(segments, kind="stable")
+        ids, labels, segments = ids[order], labels[order], segments[order]
     numbers = np.arange(1, len(sequence["row_ids"]) + 1)
-    first = np.searchsorted(segments[order], numbers)
-    last = np.searchsorted(segments[order], numbers, side="right")
+    first, last = np.searchsorted(segments, numbers), np.searchsorted(segments, numbers, side="right")
     for number, row_id in enumerate(sequence["row_ids"]):
-        where = order[first[number] : last[number]]
-        own_ids, own_labels = ids[where], labels[where]
-        marks = np.flatnonzero(np.diff(np.concatenate([[0], (own_labels != IGNORED).astype(np.int8), [0]])))
+        own_ids, own_labels = ids[first[number] : last[number]], labels[first[number] : last[number]]
+        is_trained = np.zeros(len(own_labels) + 2, dtype=bool)
+        np.not_equal(own_labels, IGNORED, out=is_trained[1:-1])
+        marks = np.flatnonzero(is_trained[1:] != is_trained[:-1])
         yield str(row_id), _Row(own_ids, own_labels, answers[row_id], marks[0::2].tolist(), marks[1::2].tolist())
 
 

@@ -24,7 +24,8 @@ from qlora_helpers.data.rendering import Rendering, RowProblem, Span
 from qlora_helpers.data.row_proof import NORMALISED, Proved, prove, tokenised
 
 IGNORED = -100
-GROUP, GROUP_CHARACTERS = 512, 2_000_000  # rows that are tokenised at once, and about how many characters of them
+GROUP, GROUP_CHARACTERS = 512, 500_000  # rows that are tokenised at once, and about how many characters of them
+_AHEAD = 2  # groups that are tokenised while one is proved
 Written = list[tuple[Example, Rendering]]
 _MOST_CUTS = 12
 
@@ -129,7 +130,7 @@ def label_rows(
         for written in _groups(examples, template, outcome):
             renderings = [rendering for _, rendering in written]
             ahead.append((written, pool.submit(tokenised, renderings, template.encoder)))
-            if len(ahead) > 1:
+            if len(ahead) > _AHEAD:
                 yield from _proved(*ahead.popleft(), template, settings, outcome)
         while ahead:
             yield from _proved(*ahead.popleft(), template, settings, outcome)

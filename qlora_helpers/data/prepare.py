@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,9 @@ from qlora_helpers.data.plain_templates import Template
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
 from qlora_helpers.data.prepared_tables import read_sequences
 from qlora_helpers.data.rows import Corpus
-from qlora_helpers.data.sequences import WaitingRows, numpy_sequences, sequence_dataset
-from qlora_helpers.data.shots import kept_answers, kept_shots
+from qlora_helpers.data.sequences import MOVED, WaitingRows, numpy_sequences, save_sequences, sequence_dataset
+from qlora_helpers.data.shots import RowSize, kept_rows, row_size
+from qlora_helpers.data.spool import Spool, SpooledByName
 from qlora_helpers.data.templates import template_of
 
 if TYPE_CHECKING:
@@ -68,28 +70,44 @@ def prepare(
     packed = config.packing and no_packing is None
     if config.packing and no_packing is not None:
         notes.append(f"rows of this model are padded instead of packed: {no_packing}")
-    train, report = _sequences(corpus.train, template, config, packed, notes, scratch and scratch / "train.arrow")
-    evaluation, eval_report = _sequences(
-        corpus.eval, template, config, packed, notes, scratch and scratch / "eval.arrow"
-    )
+    seen = _Seen()
+    files = [scratch and scratch / name for name in MOVED]
+    train, report = _sequences(corpus.train, template, config, packed, notes, files[0], seen)
+    evaluation, eval_report = _sequences(corpus.eval, template, config, packed, notes, files[1])
     if not report.rows or not eval_report.rows:
         raise _nothing_left(report if not report.rows else eval_report, notes[len(corpus.notes) :], config, template)
     source = f"{corpus.name} ({corpus.licence})"
+    answers, shots = kept_rows(corpus.train, seen.sizes, config.seed)
     return PreparedData(
         train,
         evaluation,
-        corpus.test,
+        tuple(corpus.test),
         report,
         eval_report,
         packed,
         config.seq_len_tokens,
         tuple(dict.fromkeys(notes)),
         source,
-        frozenset(prompt_key(item) for item in corpus.train),
-        kept_answers(corpus.train, config.seed),
-        kept_shots(corpus.train, config.seed),
+        frozenset(seen.keys),
+        answers,
+        shots,
         template.name,
     )
+
+
+@dataclass
+class _Seen:
+    """What is kept of training rows as they go by, so that a large source is gone through once."""
+
+    keys: set[str] = field(default_factory=set)
+    sizes: list[RowSize] = field(default_factory=list)
+
+    def passing(self, rows: Iterable[Example]) -> Iterator[Example]:
+        """Yields the rows."""
+        for row in rows:
+            self.keys.add(prompt_key(row))
+            self.sizes.append(row_size(row))
+            yield row
 
 
 def _nothing_left(report: LabelReport, notes: Sequence[str], config: DataConfig, template: Template) -> DataError:
@@ -113,18 +131,19 @@ def _sequences(
     packed: bool,
     notes: list[str],
     file: Path | None,
+    seen: _Seen | None = None,
 ) -> tuple[Dataset, LabelReport]:
     from datasets.utils.logging import is_progress_bar_enabled
     from tqdm.auto import tqdm
 
-    outcome, answers = Outcome(), {}
+    outcome, answers = Outcome(), SpooledByName[tuple[str, ...]](Spool())
     settings = LabelSettings(config.loss_on, config.train_on, config.long_rows, config.seq_len_tokens)
     waiting = WaitingRows()
     try:
         shown = tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled())
-        for row in label_rows(shown, template, settings, outcome):
+        for row in label_rows(seen.passing(shown) if seen else shown, template, settings, outcome):
             waiting.add(row)
-            answers[row.id] = row.answers
+            answers.add(row.id, row.answers, sum(map(len, row.answers)))
         waiting.close()
         lengths = waiting.lengths
         groups = (
@@ -206,8 +225,8 @@ def save_prepared(data: PreparedData, folder: Path, mark: str, *, named: str = "
         content: digest of the source's files; empty where it is none.
     """
     with replaced_folder(folder) as temporary:
-        data.train.save_to_disk(temporary / "train")
-        data.eval.save_to_disk(temporary / "eval")
+        save_sequences(data.train, temporary / "train")
+        save_sequences(data.eval, temporary / "eval")
         write_json(
             prepared_path(temporary),
             {

@@ -72,7 +72,13 @@ class ControlTokens:
 
     def any_in(self, texts: Iterable[str]) -> bool:
         """Whether one of the texts holds the string of a control token; most texts are settled without a pattern."""
-        return any(any(hint in text for hint in self._hints) and self._pattern.search(text) for text in texts)
+        for text in texts:
+            for hint in self._hints:
+                if hint in text:
+                    if self._pattern.search(text):
+                        return True
+                    break
+        return False
 
     def spans(self, text: str, start: int = 0, *, typed: Iterable[Span] = ()) -> list[Span]:
         """Returns where control tokens of the template's own are, from `start` on; `typed` are the row's own."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_helpers.data.encoding import Encoded, Encoder
+from qlora_helpers.data.encoding import Decoder, Encoded, Encoder
 from qlora_helpers.data.rendering import Rendering, Span, Turn
 
 NEAR = 400  # characters before a turn in which a control token is looked for
@@ -109,10 +109,10 @@ def _check_seams(
             place = tokens.token_at(begin, len(row.text)) if begin else tokens.begins
             key = (row.text[begin : turn.start], _within(row.typed, begin, turn.start))
             wanted.append((number, turn, contexts.setdefault(key, len(contexts)), place, (first, behind)))
-    found = encoder.encode([Rendering(text, typed=typed) for text, typed in contexts])
+    found = encoder.contexts(contexts)
     for number, turn, context, place, (first, behind) in wanted:
         row, made = rows[number], proved[number]
-        if np.array_equal(found[context].ids, made.ids[place:first]):
+        if np.array_equal(found[context], made.ids[place:first]):
             made.turns.append(turn)
             made.spans.append((first, behind))
         elif turn is row.turns[-1] and turn.end == len(row.text):
@@ -157,16 +157,15 @@ def _within(typed: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
 
 def _check_texts(rows: Sequence[Rendering], proved: Sequence[Proved], encoder: Encoder) -> None:
     """Keeps the turns whose tokens decode to their text and hold no control token of the row's own making."""
-    pieces = []
-    for made in proved:
-        for start, end in made.spans:
-            pieces += [made.ids[max(0, start - 1) : end], made.ids[max(0, start - 1) : start]]
-    texts = iter(decoded(pieces, encoder))
+    pieces = [
+        (made.ids[max(0, start - 1) : start], made.ids[start:end]) for made in proved for start, end in made.spans
+    ]
+    texts = iter(Decoder(encoder.backend).pairs(pieces))
     for row, made in zip(rows, proved, strict=True):
         kept = []
         typed_made = bool(row.typed) and _controls_differ(row, made, encoder)
         for turn, span in zip(made.turns, made.spans, strict=True):
-            together, before = next(texts), next(texts)
+            together, before = next(texts)
             text = row.text[turn.start : turn.end]
             exact, alike = same_text(together, before, text)
             own = len(encoder.control.spans(text, typed=_within(row.typed, turn.start, turn.end)))
@@ -184,11 +183,6 @@ def _check_texts(rows: Sequence[Rendering], proved: Sequence[Proved], encoder: E
 def _controls_differ(row: Rendering, made: Proved, encoder: Encoder) -> bool:
     own = len(encoder.control.spans(row.text, typed=row.typed))
     return encoder.controls(made.ids[made.begins :]) != own
-
-
-def decoded(pieces: Sequence[np.ndarray], encoder: Encoder) -> list[str]:
-    """Decodes token ids as they are, control tokens included."""
-    return encoder.backend.decode_batch([piece.tolist() for piece in pieces], skip_special_tokens=False)
 
 
 def same_text(together: str, before: str, text: str) -> tuple[bool, bool]:

@@ -6,7 +6,7 @@ Owns the notes on rows that are skipped. Knows nothing of files, columns, tokens
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,13 +61,16 @@ class Source:
 
 @dataclass(frozen=True, repr=False)
 class Corpus:
-    """Examples in three splits that share none; `notes` name what was skipped, cut or changed, `form` what the rows are."""
+    """Examples in three splits that share none; `notes` name what was skipped, cut or changed, `form` what the rows are.
+
+    The splits of a large source are read from a file as they are gone through (`spool`).
+    """
 
     name: str
     licence: str
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    eval: Sequence[Example]
+    test: Sequence[Example]
     notes: tuple[str, ...]
     form: str = "dialogue"
 
@@ -119,13 +122,13 @@ class SkippedRows:
             )
 
 
-def need_rows(name: str, splits: dict[str, list[Example]], skipped: SkippedRows, each: bool = False) -> None:
+def need_rows(name: str, splits: Mapping[str, Sized], skipped: SkippedRows, each: bool = False) -> None:
     """Checks that there are `MIN_ROWS` rows, and with `each` at least one in every split.
 
     Raises:
         DataError: there are fewer; the message says which rows were skipped, and why.
     """
-    counts = {split: len(splits.get(split, [])) for split in SPLITS}
+    counts = {split: len(splits.get(split, ())) for split in SPLITS}
     total = sum(counts.values())
     if total >= MIN_ROWS and (not each or all(counts.values())):
         return

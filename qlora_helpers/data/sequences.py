@@ -6,6 +6,7 @@ of templates, tokenizers or runs.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKENS_IN_MEMORY = 4_000_000  # more wait in a file
 _BATCH_TOKENS = 1_000_000  # of sequences that are written at once
+MOVED = ("train.arrow", "eval.arrow")  # files of sequences that are moved where they are saved
 
 
 class WaitingRows:
@@ -92,10 +94,39 @@ def sequence_dataset(rows: WaitingRows, groups: Sequence[Sequence[int]], file: P
     batches = _batches(rows, groups)
     if file is None:
         return Dataset(pa.Table.from_batches(list(batches), schema=_schema()))
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer:
+    from datasets.utils.logging import is_progress_bar_enabled
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=len(groups), desc="packing", unit=" sequences", leave=False, disable=not is_progress_bar_enabled())
+    with bar, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer:
         for batch in batches:
             writer.write_batch(batch)
+            bar.update(len(batch))
     return Dataset.from_file(str(file))
+
+
+def save_sequences(sequences: Dataset, folder: Path) -> None:
+    """Saves sequences as `Dataset.save_to_disk` does; those that are in a file of their own (`sequence_dataset`) are moved there.
+
+    Args:
+        sequences: made by `sequence_dataset`; where they were in a file, that is gone afterwards.
+        folder: gets the files.
+    """
+    files = [Path(file["filename"]) for file in sequences.cache_files]
+    if len(files) != 1 or files[0].name not in MOVED or not files[0].is_file() or not len(sequences):
+        sequences.save_to_disk(folder)
+        return
+    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        sequences.select(range(1)).save_to_disk(folder)  # for the files beside the data that describe them
+    finally:
+        if shown:
+            enable_progress_bars()
+    (saved,) = folder.glob("data-*.arrow")
+    os.replace(files[0], saved)
 
 
 def _schema() -> pyarrow.Schema:

@@ -6,9 +6,11 @@ Both are drawn by a seed from the training rows alone, so the same data give the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from qlora_helpers.data.examples import Example
 
@@ -21,10 +23,7 @@ LABEL_REPEATS = (
 
 def kept_answers(train: Sequence[Example], seed: int) -> tuple[str, ...]:
     """Returns a sample of the training rows' answers, in the rows' order."""
-    usable = [example.answer for example in train if 0 < len(example.answer) <= LONGEST_ANSWER]
-    if len(usable) <= MOST_ANSWERS:
-        return tuple(usable)
-    return tuple(usable[index] for index in sorted(random.Random(seed).sample(range(len(usable)), MOST_ANSWERS)))
+    return _kept_answers(train, [row_size(example) for example in train], seed)
 
 
 def kept_shots(train: Sequence[Example], seed: int) -> tuple[Example, ...]:
@@ -33,19 +32,55 @@ def kept_shots(train: Sequence[Example], seed: int) -> tuple[Example, ...]:
     They come from the shorter half of the rows, so that several fit. Where rows share answers, as labels do, every answer comes
     once before one comes again, the most frequent first.
     """
-    usable = [example for example in train if example.answer and not example.tools]
+    return _kept_shots(train, [row_size(example) for example in train], seed)
+
+
+class RowSize(NamedTuple):
+    """What the choice needs of a row: the characters of its answer and of all its messages, a hash of the answer, and its tools."""
+
+    answer: int
+    whole: int
+    mark: bytes
+    has_tools: bool
+
+
+def row_size(example: Example) -> RowSize:
+    """Measures a row."""
+    answer = example.answer
+    mark = hashlib.blake2b(answer.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    whole = sum(len(message.content) for message in example.messages)
+    return RowSize(len(answer), whole, mark, bool(example.tools))
+
+
+def kept_rows(
+    train: Sequence[Example], sizes: Sequence[RowSize], seed: int
+) -> tuple[tuple[str, ...], tuple[Example, ...]]:
+    """Returns what `kept_answers` and `kept_shots` do, of rows that were measured as they went by."""
+    return _kept_answers(train, sizes, seed), _kept_shots(train, sizes, seed)
+
+
+def _kept_answers(train: Sequence[Example], sizes: Sequence[RowSize], seed: int) -> tuple[str, ...]:
+    usable = [place for place, size in enumerate(sizes) if 0 < size.answer <= LONGEST_ANSWER]
+    if len(usable) > MOST_ANSWERS:
+        usable = sorted(random.Random(seed).sample(usable, MOST_ANSWERS))
+    return tuple(train[place].answer for place in usable)
+
+
+def _kept_shots(train: Sequence[Example], sizes: Sequence[RowSize], seed: int) -> tuple[Example, ...]:
+    usable = [place for place, size in enumerate(sizes) if size.answer and not size.has_tools]
     drawn = random.Random(seed).sample(usable, len(usable))
-    middle = sorted(map(_size, drawn))[(len(drawn) - 1) // 2] if drawn else 0
-    drawn = [example for example in drawn if _size(example) <= middle]
-    counts = Counter(example.answer for example in usable)
+    middle = sorted(sizes[place].whole for place in drawn)[(len(drawn) - 1) // 2] if drawn else 0
+    drawn = [place for place in drawn if sizes[place].whole <= middle]
+    counts = Counter(sizes[place].mark for place in usable)
     if len(counts) * LABEL_REPEATS <= len(usable):
-        seen: Counter[str] = Counter()
+        seen: Counter[bytes] = Counter()
         turns = []
-        for place, example in enumerate(drawn):
-            turns.append((seen[example.answer], -counts[example.answer], place))
-            seen[example.answer] += 1
-        drawn = [drawn[place] for _, _, place in sorted(turns)]
-    return tuple(dataclasses.replace(example, references=()) for example in drawn[:MOST_SHOTS])
+        for order, place in enumerate(drawn):
+            mark = sizes[place].mark
+            turns.append((seen[mark], -counts[mark], order))
+            seen[mark] += 1
+        drawn = [drawn[order] for _, _, order in sorted(turns)]
+    return tuple(dataclasses.replace(train[place], references=()) for place in drawn[:MOST_SHOTS])
 
 
 def with_shots(example: Example, shots: Sequence[Example]) -> Example:
@@ -54,7 +89,3 @@ def with_shots(example: Example, shots: Sequence[Example]) -> Example:
     shown = [message for shot in shots for message in shot.messages if message.role != "system"]
     rest = example.messages[len(first) :]
     return dataclasses.replace(example, messages=(*first, *shown, *rest))
-
-
-def _size(example: Example) -> int:
-    return sum(len(message.content) for message in example.messages)

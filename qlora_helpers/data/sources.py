@@ -21,8 +21,8 @@ from qlora_helpers.data import encodings
 from qlora_helpers.data.archives import MAX_ARCHIVE_BYTES, downloaded, read_archive, url_name
 from qlora_helpers.data.compressed import open_file
 from qlora_helpers.data.conversion import Conversion, first_values
-from qlora_helpers.data.duplicates import without_repeats
-from qlora_helpers.data.examples import Example
+from qlora_helpers.data.duplicates import RowKey, row_key, without_repeats
+from qlora_helpers.data.examples import Example, characters_of
 from qlora_helpers.data.forms import Form, recognised
 from qlora_helpers.data.hub_data import SAMSUM, from_hub
 from qlora_helpers.data.known import DATA_LICENCES
@@ -30,6 +30,7 @@ from qlora_helpers.data.local_files import local_files, split_of
 from qlora_helpers.data.readers import json_parts, read_file
 from qlora_helpers.data.rows import Corpus, Part, Row, SkippedRows, Source, need_rows
 from qlora_helpers.data.splits import cut_missing, kept_apart, named_splits, sampled
+from qlora_helpers.data.spool import Spool, rows_of
 
 __all__ = ["Corpus", "Example", "read_corpus"]
 
@@ -63,21 +64,27 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
         config = replace(config, prompt=prompt, answer=answer)
     source = _source(config, progress)
     notes, skipped = source.notes, SkippedRows()
-    splits, form = _examples(source, config, skipped, progress)
+    spool: Spool[Example] = Spool()
+    splits, form = _examples(source, config, skipped, progress, spool)
     if config.bad_rows == "refuse":
         skipped.refuse(source.name)
     splits = {split: without_repeats(rows, skipped) for split, rows in splits.items()}
     need_rows(source.name, splits, skipped)
     splits = kept_apart(cut_missing(source.name, splits, config, notes), skipped)
     need_rows(source.name, splits, skipped, each=True)
-    chosen = {split: sampled(rows, config.most_rows(split), f"{config.seed}/{split}") for split, rows in splits.items()}
+    drawn = {split: sampled(rows, config.most_rows(split), f"{config.seed}/{split}") for split, rows in splits.items()}
+    chosen = {split: rows_of(spool, [row.number for row in rows]) for split, rows in drawn.items()}
     return Corpus(source.name, source.licence, notes=(*dict.fromkeys(notes), *skipped.notes()), form=form, **chosen)
 
 
 def _examples(
-    source: Source, config: DataConfig, skipped: SkippedRows, progress: Callable[..., Any] | None
-) -> tuple[dict[str, list[Example]], str]:
-    """Recognises the form and turns all rows into examples; also returns the form's name."""
+    source: Source,
+    config: DataConfig,
+    skipped: SkippedRows,
+    progress: Callable[..., Any] | None,
+    spool: Spool[Example],
+) -> tuple[dict[str, list[RowKey]], str]:
+    """Recognises the form and puts all rows as examples into the spool; returns their keys by split, and the form's name."""
     parts = [part for several in source.splits.values() for part in several]
     kinds = {column: kind for part in parts for column, kind in part.kinds.items()}
     columns = first_values(parts)
@@ -86,13 +93,13 @@ def _examples(
     source.notes += said if config.source not in EMBEDDED else []
     conversion = Conversion(form, config, skipped)
     needed = {*form.needed, "id"}
-    splits: dict[str, list[Example]] = {}
+    splits: dict[str, list[RowKey]] = {}
     with contextlib.closing(progress(unit=" rows", desc="reading")) if progress else contextlib.nullcontext() as bar:
         for split, several in source.splits.items():
             splits[split] = []
             for part in several:
                 for number, example in enumerate(conversion.examples(part.rows(needed)), start=1):
-                    splits[split].append(example)
+                    splits[split].append(row_key(spool.add(example, characters_of(example)), example))
                     if bar is not None and number % BAR_ROWS == 0:
                         bar.update(BAR_ROWS)
     source.notes += conversion.notes(source.name)

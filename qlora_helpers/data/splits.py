@@ -10,8 +10,7 @@ import random
 from collections.abc import Mapping
 
 from qlora_helpers.base.config import DataConfig
-from qlora_helpers.data.duplicates import prompt_text, text_key
-from qlora_helpers.data.examples import Example
+from qlora_helpers.data.duplicates import RowKey
 from qlora_helpers.data.rows import SPLITS, Part, SkippedRows, listed
 
 SPLIT_NAMES = {
@@ -51,8 +50,8 @@ def named_splits(name: str, parts: Mapping[str, list[Part]]) -> tuple[dict[str, 
 
 
 def cut_missing(
-    name: str, splits: dict[str, list[Example]], config: DataConfig, notes: list[str]
-) -> dict[str, list[Example]]:
+    name: str, splits: dict[str, list[RowKey]], config: DataConfig, notes: list[str]
+) -> dict[str, list[RowKey]]:
     """Cuts the splits that are missing or empty from train, or where there is no train, from eval, else from test.
 
     Test is cut first, then eval; the rest is train, at least half of the rows where there are four or more.
@@ -72,7 +71,7 @@ def cut_missing(
     sizes = _sizes(name, len(rows), [split for split in ("test", "eval") if split in (*missing, donor)], config, notes)
     order = list(range(len(rows)))
     random.Random(f"{config.seed}/cut").shuffle(order)
-    cut: dict[str, list[Example]] = {}
+    cut: dict[str, list[RowKey]] = {}
     for split, size in (*sizes.items(), ("train", len(rows))):
         cut[split], order = [rows[i] for i in sorted(order[:size])], order[size:]
     counts = ", ".join(f"{len(cut[split])} {split}" for split in SPLITS if split in cut)
@@ -97,14 +96,14 @@ def _sizes(name: str, count: int, wanted: list[str], config: DataConfig, notes: 
     return scaled
 
 
-def kept_apart(splits: dict[str, list[Example]], skipped: SkippedRows) -> dict[str, list[Example]]:
+def kept_apart(splits: dict[str, list[RowKey]], skipped: SkippedRows) -> dict[str, list[RowKey]]:
     """Skips training rows whose prompt is in test or eval too, and eval rows whose prompt is in test too, ignoring white space."""
     seen: dict[bytes, tuple[str, str]] = {}
-    apart: dict[str, list[Example]] = {}
+    apart: dict[str, list[RowKey]] = {}
     for split in ("test", "eval", "train"):
         apart[split] = []
         for row in splits[split]:
-            other, where = seen.setdefault(text_key(prompt_text(row)), (split, row.where))
+            other, where = seen.setdefault(row.prompt, (split, row.where))
             if other == split:
                 apart[split].append(row)
             else:
@@ -112,10 +111,10 @@ def kept_apart(splits: dict[str, list[Example]], skipped: SkippedRows) -> dict[s
     return apart
 
 
-def sampled(rows: list[Example], limit: int | None, seed: str) -> tuple[Example, ...]:
+def sampled(rows: list[RowKey], limit: int | None, seed: str) -> list[RowKey]:
     """Draws at most `limit` rows, in their order; a smaller sample is part of every larger one with the same seed."""
     if limit is None or len(rows) <= limit:
-        return tuple(rows)
+        return rows
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    return tuple(rows[i] for i in sorted(order[:limit]))
+    return [rows[i] for i in sorted(order[:limit])]
