@@ -142,7 +142,12 @@ class Encoder:
         self.tokenizer, self.backend = tokenizer, backend
         self.control = control or ControlTokens(control_strings(tokenizer))
         ids = {tokenizer.convert_tokens_to_ids(each) for each in self.control.strings} | set(tokenizer.all_special_ids)
-        ids -= {None, tokenizer.unk_token_id}  # a character without a token is none of the template's
+        ids.discard(None)
+        if tokenizer.unk_token_id not in (
+            tokenizer.eos_token_id,
+            tokenizer.bos_token_id,
+        ):  # as they are in GPT-2 and Qwen2
+            ids.discard(tokenizer.unk_token_id)  # a character without a token is none of the template's
         self._is_control = np.zeros(max([len(tokenizer), *ids]) + 1, dtype=bool)
         self._is_control[list(ids)] = True
         self._contexts: dict[tuple[str, tuple[Span, ...]], np.ndarray] = {}

@@ -157,6 +157,16 @@ def test_control_tokens_in_a_turn_are_counted():
     assert made.masked == [(1, row_proof.TYPED)]
 
 
+@pytest.mark.parametrize("name", ["recipe", "plain"])
+def test_an_end_token_that_is_also_the_unknown_token_ends_an_answer(name):
+    """As in GPT-2's and Qwen2's own tokenizers, whose every row was left out."""
+    tokenizer = family_tokenizer("chatml")
+    tokenizer.unk_token = tokenizer.eos_token
+    row, outcome = labelled(one_turn("1", "row 1", "Where?", "It left."), make_template(name, tokenizer))
+    assert not outcome.masked and not outcome.skipped
+    assert row.ids[row.trained[0][1] - 1] == tokenizer.eos_token_id
+
+
 def test_texts_are_the_same_up_to_what_a_tokenizer_changes():
     assert same_text("a b", "a", " b") == (True, True)
     assert same_text("b", "", "b") == (True, True)
