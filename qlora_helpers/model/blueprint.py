@@ -16,10 +16,16 @@ def model_class(config: Any) -> Any:
     """Returns transformers' automatic class for a configuration: causal language models, else those that take pictures too.
 
     Raises:
-        ModelError: it is neither.
+        ModelError: it is neither, or an encoder-decoder.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model_type} is an encoder-decoder, whose answers depend on what its encoder reads",
+            expected="a causal language model, which continues one text",
+            next_step="Choose another model.",
+        )
     for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in found._model_mapping:
             return found

@@ -123,7 +123,7 @@ def _refused_by_peft(model: torch.nn.Module, path: str) -> bool:
 def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     """Returns the layers whose output has no gradient after one forward and backward pass over a few tokens.
 
-    The model may never call such a layer, or may read its weight directly; an adapter there would never move. A layer of a list,
+    The same pass proves that the model continues text: what it says of a token has no gradient from later ones. The model may never call such a layer, or may read its weight directly; an adapter there would never move. A layer of a list,
     of which a forward pass uses some, counts as reached where another of the list is.
 
     Args:
@@ -131,11 +131,14 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
         paths: of the layers to be examined.
 
     Raises:
-        ModelError: the model can't be trained at all.
+        ModelError: the model can't be trained at all, or its tokens see those after them, as those of encoders do.
     """
     reached: set[str] = set()
+    embedded: list[torch.Tensor] = []
     handles = [
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: embedded.append(output.requires_grad_())
+        )
     ]
     for path in paths:
         handles.append(model.get_submodule(path).register_forward_hook(_watch(path, reached)))
@@ -144,7 +147,9 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     try:
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else None), torch.enable_grad():
             model.train()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            found = model(input_ids=ids, labels=ids, use_cache=False)
+            sees_later = _sees_later_tokens(found.logits, embedded)
+            found.loss.backward()
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
@@ -157,8 +162,36 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
         model.train(training)
         for handle in handles:
             handle.remove()
+    if sees_later:
+        raise ModelError(
+            "the model can't be tuned to continue text: its tokens see those after them, so it would only copy what it learns",
+            expected="a causal language model, in which a token depends on itself and those before it",
+            got=f"{type(model).__name__}, which reads in both directions",
+            next_step="Choose another model; encoders such as BERT are trained in other ways.",
+        )
     lists = {_list_of(path) for path in reached}
     return [path for path in paths if path not in reached and _list_of(path) not in lists]
+
+
+def _sees_later_tokens(logits: torch.Tensor, embedded: Sequence[torch.Tensor]) -> bool:
+    """Whether the first half of a row's logits, `(1, tokens, vocabulary)`, has a gradient from its second half.
+
+    A causal mask's gradient is zero and not only small, so this needs no tolerance. The graph is kept.
+    """
+    half = PROBE_TOKENS // 2
+    places = {(1, PROBE_TOKENS): 1, (PROBE_TOKENS, 1): 0}  # where the tokens are; XLNet has them first
+    inputs = [tensor for tensor in embedded if tensor.dim() == 3 and tuple(tensor.shape[:2]) in places]
+    if not inputs:
+        return False
+    weights = torch.linspace(
+        -1, 1, logits.shape[-1], device=logits.device
+    )  # of logits alone a sum may have no gradient
+    early = (logits[:, :half].float() * weights).sum()
+    gradients = torch.autograd.grad(early, inputs, retain_graph=True, allow_unused=True)
+    return any(
+        gradient is not None and bool(gradient.narrow(places[tuple(gradient.shape[:2])], half, half).any())
+        for gradient in gradients
+    )
 
 
 def _watch(path: str, reached: set[str]) -> Any:

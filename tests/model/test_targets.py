@@ -12,6 +12,7 @@ from qlora_helpers.base.config import AdapterConfig, ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model import targets
 from qlora_helpers.model.audit import routers
+from qlora_helpers.model.blueprint import model_class
 from qlora_helpers.model.lora import add_adapters, load_adapter
 from qlora_helpers.model.wiring import decoder_layers, text_decoder
 
@@ -22,6 +23,13 @@ def adapted_paths(model) -> set[str]:
     """Paths of the layers that have an adapter, as in the model without peft's wrappers."""
     names = (name for name, weight in model.named_parameters() if weight.requires_grad and "lora_A" in name)
     return {name.removeprefix("base_model.model.").split(".lora_A")[0] for name in names}
+
+
+def built(family: str, **sizes: object):
+    """A model of a family with random weights, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=256, **sizes)).eval()
 
 
 def quiet(text: str) -> None:
@@ -174,6 +182,31 @@ def test_a_model_that_fails_in_its_backward_pass_is_refused_before_training(torc
     model.model.layers[1].mlp.forward = lambda x: (_ for _ in ()).throw(RuntimeError("no such kernel"))
     with pytest.raises(ModelError, match=r"can't be trained: a forward and backward pass .* fails \(no such kernel\)"):
         add_adapters(model, AdapterConfig(), seed=0, say=quiet)
+
+
+# what continues no text
+
+
+@pytest.mark.parametrize("family", ["bert", "xlnet"])
+def test_a_model_whose_tokens_see_later_ones_is_refused(torch, family):
+    """Its losses would fall to nothing while it learns to copy."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    if family == "xlnet":
+        sizes = {"d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 128}
+    with pytest.raises(ModelError, match="its tokens see those after them"):
+        add_adapters(built(family, **sizes), AdapterConfig(r=2), seed=0, say=quiet)
+
+
+def test_the_same_model_as_a_decoder_is_tuned(torch):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    assert adapted_paths(add_adapters(built("bert", is_decoder=True, **sizes), AdapterConfig(r=2), seed=0, say=quiet))
+
+
+def test_an_encoder_decoder_is_refused_before_anything_is_built(torch):
+    from transformers import AutoConfig
+
+    with pytest.raises(ModelError, match="bart is an encoder-decoder"):
+        model_class(AutoConfig.for_model("bart"))
 
 
 # reloading
