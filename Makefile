@@ -14,7 +14,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test quick slow test-demo check lab notebooks install lock clean
+.PHONY: demo test quick slow matrix test-demo check lab notebooks install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
@@ -29,6 +29,10 @@ test: $(VENV)/.installed-dev
 # What `make test` does a few times is done many times here.
 slow: $(VENV)/.installed-dev
 	$(BIN)/python tests/run_all.py --slow
+
+# Every family of causal language models that transformers has, down the whole path (docs/models.md); a part of `make slow`.
+matrix: $(VENV)/.installed-dev
+	QLORA_SLOW=1 $(BIN)/python -m pytest tests/matrix
 
 # The notebooks in the profile whose outputs they store: minutes, and a small model really learns.
 test-demo: $(VENV)/.installed-dev

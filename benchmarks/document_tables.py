@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import matplotlib
@@ -219,7 +220,64 @@ def plot() -> str:
     return text.getvalue()
 
 
+def families() -> str:
+    """Every judged family of causal language models: how far it comes, its rows, what stays out of 4 bits, and its plan."""
+    lines = [
+        "| family | result | rows | in 16 or 32 bits, beside embedding, head and vectors | plan's parameters |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in record("matrix_two_cores")["families"].items():
+        rows = {True: "packed", False: "padded", None: ""}[found.get("packed")]
+        why = found.get("why_padded")
+        kept = {reason: share for reason, share in found.get("reasons", {}).items() if reason not in COMMON_REASONS}
+        cells = [
+            name,
+            "**passes**" if found["passed"] else _stopped(found["failed"]),
+            f"{rows}: {_cell(why)}" if why else rows,
+            ", ".join(f"{reason} {share:.1%}" for reason, share in kept.items()) or ("none" if "reasons" in found else ""),
+            _planned(found.get("plan")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+COMMON_REASONS = ("embedding", "output head", "norms, biases and other vectors")
+STAGES = {
+    "build": "its tiny model is not built",
+    "load": "refused when it is loaded",
+    "adapters": "refused before training",
+    "data": "its rows can't be prepared",
+    "plain": "training",
+    "fast": "the fast step",
+    "certificate": "the certificate",
+    "evaluation": "answers",
+    "reload": "reloading",
+    "export": "the merged export",
+}
+
+
+def _stopped(failed: dict[str, Any]) -> str:
+    what = STAGES.get(failed["stage"], failed["stage"])
+    return f"{what}: {_cell(failed['sentence'])}"
+
+
+def _cell(text: str) -> str:
+    """A sentence as a cell of a table, without the folders of the machine."""
+    text = re.sub(r"(/[\w.-]+){3,}", "...", text).replace("|", "\\|").replace("<", "&lt;")
+    return text if len(text) <= 240 else text[:240].rsplit(" ", 1)[0] + " ..."
+
+
+def _planned(plan: dict[str, Any] | None) -> str:
+    if not plan:
+        return ""
+    if "refused" in plan:
+        return "refused"
+    off = "exact" if plan["off"] == 0 else f"{plan['off']:+.1%}"
+    return f"{off}, assumed" if plan["assumed"] else off
+
+
 TABLES = {
+    "families": families,
     "demo": demo,
     "gpu": gpu,
     "trainers": trainers,

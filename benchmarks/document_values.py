@@ -52,6 +52,23 @@ def machines() -> dict[str, str]:
     return {f"{name}_machine": _machine(name) for name in names}
 
 
+def matrix() -> dict[str, str]:
+    """How many families of causal language models go down the whole path."""
+    found = list(record("matrix_two_cores")["families"].values())
+    passed = [each for each in found if each["passed"]]
+    plans = [each["plan"] for each in found if "plan" in each]
+    return {
+        "matrix_judged": f"{len(found)}",
+        "matrix_passed": f"{len(passed)}",
+        "matrix_packed": f"{sum(each['packed'] for each in passed)}",
+        "matrix_padded": f"{sum(not each['packed'] for each in passed)}",
+        "matrix_plans_close": f"{sum(abs(plan.get('off', 1)) <= 0.001 for plan in plans)}",
+        "matrix_plans_wrong": f"{sum(abs(plan['off']) > 0.001 for plan in plans if 'off' in plan)}",
+        "matrix_plans_refused": f"{sum('refused' in plan for plan in plans)}",
+        "matrix_machine": _machine("matrix_two_cores"),
+    }
+
+
 def demo() -> dict[str, str]:
     """What `make demo` took and reached."""
     found = record("demo_two_cores")
@@ -336,6 +353,7 @@ def _speeds(variant: str, limit: float) -> str:
 
 PARTS = (
     machines,
+    matrix,
     demo,
     against_the_recipe,
     loss_on_all_tokens,

@@ -19,7 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 TESTS = Path(__file__).parent
 # What `--quick` leaves out: folders and files that load models, train, compile or start processes, and tests by their fixtures.
-HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "training"}
+HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "matrix", "training"}
 HEAVY_FILES = {
     *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
     *("test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory", "test_sigterm"),

@@ -179,19 +179,21 @@ def _sees_later_tokens(logits: torch.Tensor, embedded: Sequence[torch.Tensor]) -
     A causal mask's gradient is zero and not only small, so this needs no tolerance. The graph is kept.
     """
     half = PROBE_TOKENS // 2
-    places = {(1, PROBE_TOKENS): 1, (PROBE_TOKENS, 1): 0}  # where the tokens are; XLNet has them first
-    inputs = [tensor for tensor in embedded if tensor.dim() == 3 and tuple(tensor.shape[:2]) in places]
+    inputs = [tensor for tensor in embedded if tensor.dim() == 3 and max(tensor.shape[:2]) >= PROBE_TOKENS]
     if not inputs:
         return False
     weights = torch.linspace(
         -1, 1, logits.shape[-1], device=logits.device
     )  # of logits alone a sum may have no gradient
     early = (logits[:, :half].float() * weights).sum()
-    gradients = torch.autograd.grad(early, inputs, retain_graph=True, allow_unused=True)
-    return any(
-        gradient is not None and bool(gradient.narrow(places[tuple(gradient.shape[:2])], half, half).any())
-        for gradient in gradients
-    )
+    for gradient in torch.autograd.grad(early, inputs, retain_graph=True, allow_unused=True):
+        if gradient is not None:
+            place = (
+                int(gradient.shape[0] > gradient.shape[1]) ^ 1
+            )  # XLNet has its tokens first, CPM-Ant a prompt before them
+            if bool(gradient.narrow(place, gradient.shape[place] - half, half).any()):
+                return True
+    return False
 
 
 def _watch(path: str, reached: set[str]) -> Any:

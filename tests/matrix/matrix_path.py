@@ -1,0 +1,231 @@
+"""The whole path of one family: what a person does with a model, from its files to a merged export, on a tiny configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matrix_configurations import LONGEST, tiny_config
+
+STAGES = ("build", "load", "adapters", "data", "plain", "fast", "certificate", "evaluation", "reload", "export")
+"""In this order, each after those before it have passed; the plan stands beside them."""
+SETTINGS = (
+    *(f"data.seq_len_tokens={LONGEST}", "data.train_rows=8", "data.eval_rows=1", "data.test_rows=2"),
+    *("train.max_steps=3", "train.eval_steps=3", "train.save_steps=3", "train.activation_checkpointing=true"),
+    *("train.tensorboard=off", "adapter.lora_dropout=0", "adapter.r=4", "evaluation.max_new_tokens=4"),
+    *("evaluation.few_shot=0", "evaluation.chat_baseline=false"),
+)
+LOSS_TOLERANCE = 1e-4  # of a loss, in float32; a soft-cap that is left out moves it by ten times as much
+MERGED_TOLERANCE = 0.25  # between logits in float32 whose weights were rounded to bfloat16 once more
+
+
+class FailedError(Exception):
+    """A stage came to its end with a wrong result."""
+
+
+def judge(family: str, folder: Path, keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+    """Takes a family down the whole path.
+
+    Args:
+        family: a key of transformers' causal-LM mapping.
+        folder: an empty folder for the model and its runs.
+        keep: called with what was found so far, after each stage.
+
+    Returns:
+        `family`, `reached` (the last stage that passed), `passed`, and what each stage found; where one failed, `failed` with its
+        name, the error's class and sentence, and whether the package refused it by itself.
+    """
+    found: dict[str, Any] = {"family": family, "reached": None, "passed": False, "seconds": {}}
+    path = _Path(family, folder, found)
+    for stage in STAGES:
+        started = time.process_time()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                getattr(path, stage)()
+        except Exception as error:
+            found["failed"] = _failure(stage, error)
+        found["seconds"][stage] = round(time.process_time() - started, 2)
+        if "failed" in found:
+            break
+        found["reached"] = stage
+        keep(found)
+    else:
+        found["passed"] = True
+    keep(found)
+    return found
+
+
+def _failure(stage: str, error: Exception) -> dict[str, Any]:
+    import traceback
+
+    from qlora_helpers.base.errors import UserError
+
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in frame.filename]
+    text = " ".join(str(error).split())
+    return {
+        "stage": stage,
+        "error": type(error).__name__,
+        "sentence": text[:500],
+        "refused": isinstance(error, UserError),
+        "place": f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "",
+    }
+
+
+class _Path:
+    """The stages, each a method that raises where it fails and writes what it found into `found`."""
+
+    def __init__(self, family: str, folder: Path, found: dict[str, Any]) -> None:
+        self.family, self.folder, self.found = family, folder, found
+        self.model: Any = None
+        self.loaded: Any = None
+        self.run: Any = None
+        self.losses: dict[str, list[float]] = {}
+
+    def build(self) -> None:
+        """The model's files, with random weights and the corpus tokenizer."""
+        import torch
+
+        from qlora_helpers.model.blueprint import model_class
+        from qlora_helpers.model.checkpoints import corpus_tokenizer
+
+        config = tiny_config(self.family)
+        torch.manual_seed(0)
+        model = model_class(config).from_config(config, dtype=torch.bfloat16)
+        self.found |= {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
+        if self.found["parameters"] > 40e6:
+            raise FailedError(f"{self.found['parameters']:,} parameters are not tiny")
+        text = config.get_text_config()
+        kinds = list(getattr(text, "layer_types", None) or [])
+        self.found["layers"] = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} or {
+            "all": getattr(text, "num_hidden_layers", None)
+        }
+        model.save_pretrained(self.folder / "model")
+        corpus_tokenizer().save_pretrained(self.folder / "model")
+
+    def load(self) -> None:
+        """The plan from `config.json`; then the model in NF4, with every weight accounted for."""
+        self.found["plan"] = self._plan()
+        self.run = self._opened("plain", "train.fast_step=false")
+        self.loaded = self._load()
+        audit = self.loaded.audit
+        self.found |= {
+            "attention": audit.attention,
+            "not_in_4_bits": round(sum(each.values for each in audit.unquantised) / audit.parameters, 4),
+            "reasons": {each.reason: round(each.values / audit.parameters, 4) for each in audit.unquantised},
+        }
+
+    def adapters(self) -> None:
+        """At the recipe's dropout, which peft refuses for some layers, and then without."""
+        from qlora_helpers import workflow
+
+        self.model = workflow.add_adapters(self.run, self.loaded)
+        self.found["adapters"] = sum("lora_A" in name for name, _ in self.model.named_parameters())
+        if not self.found["adapters"]:
+            raise FailedError("no layer has an adapter")
+
+    def data(self) -> None:
+        from qlora_helpers import workflow
+
+        data = workflow.prepare_data(
+            self.run, self.loaded.tokenizer, shape=self.loaded.shape, model=self.model, say=lambda text: None
+        )
+        self.found["packed"] = data.packed
+        if not data.packed:
+            self.found["why_padded"] = self._why_padded()
+
+    def plain(self) -> None:
+        self.losses["plain"] = self._train()
+
+    def fast(self) -> None:
+        """The same three steps in the fast way, on the same model with adapters that start anew."""
+        from qlora_helpers import workflow
+
+        self.run = self._opened("fast", "train.fast_step=true")
+        self.loaded = self._load()
+        self.model = workflow.add_adapters(self.run, self.loaded)
+        self.losses["fast"] = self._train()
+        apart = max(
+            abs(one - other) / abs(one) for one, other in zip(self.losses["plain"], self.losses["fast"], strict=True)
+        )
+        self.found |= {"losses": self.losses, "losses_apart": float(f"{apart:.1e}")}
+        if not apart <= LOSS_TOLERANCE:
+            raise FailedError(f"the losses of plain and fast steps differ by {apart:.2%}: {self.losses}")
+
+    def certificate(self) -> None:
+        from qlora_helpers.export.certificate import read_certificate
+
+        found = read_certificate(self.run.adapter_dir)
+        if found is None or not found.passed:
+            raise FailedError("; ".join(found.problems) if found else "there is none")
+
+    def evaluation(self) -> None:
+        from qlora_helpers import workflow
+
+        workflow.evaluate(self.run, model=self.model, loaded=self.loaded, say=lambda text: None)
+
+    def reload(self) -> None:
+        from qlora_helpers import workflow
+
+        workflow.check_reload(self.run, self.model, self.loaded, prompts=2, say=lambda text: None)
+
+    def export(self) -> None:
+        """Merged, and the merged model loaded and asked beside the adapter on the unquantised base."""
+        from qlora_helpers import workflow
+
+        self.loaded = self.model = None
+        report = workflow.export_run(self.run, say=lambda text: None)
+        pairs = {(each.first, each.second): each for each in report.drift}
+        beside = pairs.get(("adapter on 16 bits", "merged"))
+        if beside is None:
+            raise FailedError("; ".join(report.notes) or "the merged model was not asked")
+        self.found["merged_apart"] = float(f"{beside.largest_difference:.1e}")
+        if not beside.largest_difference <= MERGED_TOLERANCE:
+            raise FailedError(f"the merged model's logits are off by {beside.largest_difference:.3g}")
+
+    def _opened(self, name: str, *more: str) -> Any:
+        from qlora_helpers import workflow
+
+        return workflow.open_run(
+            str(self.folder / "runs" / name),
+            profile="tiny",
+            settings=[f"model.name={self.folder / 'model'}", *SETTINGS, *more],
+        )
+
+    def _load(self) -> Any:
+        from qlora_helpers import workflow
+
+        return workflow.load(self.run, say=lambda text: None)
+
+    def _train(self) -> list[float]:
+        from qlora_helpers import workflow
+        from qlora_helpers.runs.progress import Progress
+
+        workflow.train(self.run, model=self.model, loaded=self.loaded, show_progress=False, say=lambda text: None)
+        return [each["loss"] for each in Progress(self.run.progress_path).read(to_end=True) if "loss" in each]
+
+    def _plan(self) -> dict[str, Any]:
+        from qlora_helpers.base.errors import UserError
+        from qlora_helpers.model.shapes.sizes import model_sizes
+
+        shape = json.loads((self.folder / "model" / "config.json").read_text())
+        try:
+            sizes = model_sizes(shape)
+        except UserError as error:
+            return {"refused": " ".join(str(error).split())[:300]}
+        true = self.found["parameters"]
+        return {
+            "assumed": sizes.assumed,
+            "parameters": sizes.parameters,
+            "off": round(sizes.parameters / true - 1, 4),
+        }
+
+    def _why_padded(self) -> str:
+        from qlora_helpers.training.row_isolation import packing_refusal
+
+        config = self.run.config()
+        return packing_refusal(self.model, config.data.seq_len_tokens, config.train.micro_batch_size) or "?"
