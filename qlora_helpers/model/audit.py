@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
     packed = [module for module in linears if is_nf4(module)]
     states = [parameter.quant_state for parameter in model.parameters() if holds_nf4(parameter)]
     if config.quantization == "nf4" and (unexplained or not states):
-        raise _not_quantised(unexplained)
+        raise _shared_weights(model, unexplained) or _not_quantised(unexplained)
     return LoadAudit(
         quantized=len(packed),
         expected=sum(config.quantization == "none" or is_nf4(each) or id(each) not in excused for each in linears),
@@ -145,6 +146,23 @@ def _not_quantised(unexplained: dict[str, int]) -> ModelError:
         expected="every weight matrix of its decoder layers in 4-bit NF4",
         got=got,
         next_step="Set model.quantization=none to train it in bfloat16, or choose another model.",
+    )
+
+
+def _shared_weights(model: torch.nn.Module, unexplained: dict[str, int]) -> ModelError | None:
+    """The error where several decoder layers have the same weights, as Zamba's do; transformers converts none of these."""
+    first, places = (
+        dict(model.named_parameters()),
+        Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False)),
+    )
+    shared = [name for name in unexplained if places[id(first[name])] > 1]
+    if not shared:
+        return None
+    return ModelError(
+        "several decoder layers of the model share one block of weights, which is not supported",
+        expected="weights of its own in each decoder layer",
+        got=f"{shared[0]} in {places[id(first[shared[0]])]} layers",
+        next_step="Choose another model: the adapters of several layers can't be merged into one block.",
     )
 
 

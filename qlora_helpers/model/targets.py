@@ -123,8 +123,9 @@ def _refused_by_peft(model: torch.nn.Module, path: str) -> bool:
 def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     """Returns the layers whose output has no gradient after one forward and backward pass over a few tokens.
 
-    The same pass proves that the model continues text: what it says of a token has no gradient from later ones. The model may never call such a layer, or may read its weight directly; an adapter there would never move. A layer of a list,
-    of which a forward pass uses some, counts as reached where another of the list is.
+    The model may never call such a layer, or may read its weight directly; an adapter there would never move. A layer of a list,
+    of which a forward pass uses some, counts as reached where another of the list is. The same pass proves that the model continues
+    text: what it says of a token has no gradient from later ones.
 
     Args:
         model: a causal language model whose weights are frozen; not on the meta device.

@@ -57,7 +57,9 @@ def test_a_family_goes_down_the_path(results, family):
 
 def test_every_family_is_judged_or_listed_with_its_reason():
     """A new transformers brings new families; none is taken for granted."""
-    unknown = [name for name in configurations.mapping() if name not in RECORDED and name not in configurations.NOT_JUDGED]
+    unknown = [
+        name for name in configurations.mapping() if name not in RECORDED and name not in configurations.NOT_JUDGED
+    ]
     assert unknown == [], f"tests/matrix/measure.py --write {' '.join(unknown)}"
     assert set(configurations.NOT_JUDGED).isdisjoint(RECORDED)
 
@@ -130,7 +132,9 @@ def test_a_package_is_needed_that_is_not_installed(torch, name, package):
 # the configurations
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "granitemoehybrid", "nemotron_h", "deepseek_v3", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gpt_oss", "granitemoehybrid", "nemotron_h", "deepseek_v3", "mistral"]
+)
 def test_tiny_models_have_two_layers_of_each_kind_and_short_windows(family):
     config = configurations.tiny_config(family)
     kinds = list(getattr(config, "layer_types", None) or [])

@@ -113,3 +113,27 @@ def test_without_quantisation_nothing_is_demanded(torch, tmp_path):
     assert (found.stacks, found.double_quantization, found.storage) == (0, None, "none")
     assert found.parameters == sum(unpacked_numel(parameter) for parameter in tiny_mixture("mixtral").parameters())
     assert "in 4 bits" not in repr(found)
+
+
+def test_layers_that_share_their_weights_are_refused_with_the_reason(torch, tmp_path):
+    """Zamba's attention blocks are one block in several layers; transformers converts no weights that are tied."""
+    from transformers import AutoModelForCausalLM, Zamba2Config
+
+    config = Zamba2Config(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_headdim=32,
+        n_mamba_heads=4,
+        mamba_ngroups=1,
+        mamba_d_state=16,
+        adapter_rank=8,
+        num_mem_blocks=1,
+        max_position_embeddings=256,
+    )
+    with pytest.raises(ModelError, match=r"share one block of weights.* in 2 layers.*can't be merged"):
+        load(save(AutoModelForCausalLM.from_config(config), tmp_path / "m"))
