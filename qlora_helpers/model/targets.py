@@ -136,11 +136,12 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     """
     reached: set[str] = set()
     embedded: list[torch.Tensor] = []
-    handles = [
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: embedded.append(output.requires_grad_())
-        )
-    ]
+
+    def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.requires_grad_())
+        return output.clone()  # a model may add its positions in place, which a leaf does not allow
+
+    handles = [model.get_input_embeddings().register_forward_hook(keep)]
     for path in paths:
         handles.append(model.get_submodule(path).register_forward_hook(_watch(path, reached)))
     training, device = model.training, model.get_input_embeddings().weight.device
