@@ -34,6 +34,12 @@ def takes_logits_to_keep(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
+def can_recompute(model: torch.nn.Module) -> bool:
+    """Whether transformers can recompute a model's activations in the backward pass, as it can't for CTRL and the first GPT."""
+    names = ("supports_activation_checkpointing", "supports_gradient_checkpointing")  # by transformers' version
+    return any(getattr(base_model_of(model), name, False) for name in names)
+
+
 def windows_of(owner: Any) -> list[tuple[str, int]]:
     """Lists the attributes of a config or a layer that say how many tokens a token sees: sliding windows, chunks.
 

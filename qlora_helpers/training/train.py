@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from qlora_helpers.base.place import at
 from qlora_helpers.data.packing import NumberedSequences, PreparedData
 from qlora_helpers.model.host_embedding import restore_embedding
 from qlora_helpers.model.tokenizers import refuse_tokens_without_row
-from qlora_helpers.model.wiring import base_model_of
+from qlora_helpers.model.wiring import base_model_of, can_recompute
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
@@ -111,6 +112,9 @@ def _make_trainer(
         check_isolation(model, collator, longest=data.seq_len_tokens)
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     half = None if on_cpu else half_of(model)
+    if fast is None and config.activation_checkpointing and not can_recompute(model):
+        log.warning("no activation checkpointing: transformers has none for %s", type(base_model_of(model)).__name__)
+        config = replace(config, activation_checkpointing=False)
     args = training_arguments(config, run, on_cpu=on_cpu, half=half, fast=fast is not None)
     args.disable_tqdm = not show_progress
     if args.n_gpu > 1:  # with several GPUs and one process Trainer would wrap the model in DataParallel

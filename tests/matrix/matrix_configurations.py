@@ -253,7 +253,8 @@ LISTS_OF_KINDS = ("layer_types", "layers_block_type", "block_types")
 def _with_every_kind_of_layer(kind: type, sizes: dict[str, Any]) -> Any:
     """Two layers of each kind that the class's default has; as the family spreads them where it takes no list."""
     lists, lengths = _kinds_of_layers(kind), [sizes.get("num_hidden_layers", 2)]
-    named = next((name for name in LISTS_OF_KINDS if name in lists and name not in sizes), None)
+    own = any(name in sizes for name in LISTS_OF_KINDS)
+    named = None if own else next((name for name in LISTS_OF_KINDS if name in lists), None)
     if named:
         lengths.append(2 * len(lists[named]))
     if "mlp_layer_types" in lists:

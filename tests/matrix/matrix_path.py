@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SETTINGS = (
     *("evaluation.few_shot=0", "evaluation.chat_baseline=false"),
 )
 LOSS_TOLERANCE = 1e-4  # of a loss, in float32; a soft-cap that is left out moves it by ten times as much
-MERGED_TOLERANCE = 0.25  # between logits in float32 whose weights were rounded to bfloat16 once more
+MERGED_TOLERANCE = 2**-8  # of a weight: a rounding to bfloat16
 
 
 class FailedError(Exception):
@@ -174,18 +175,27 @@ class _Path:
         workflow.check_reload(self.run, self.model, self.loaded, prompts=2, say=lambda text: None)
 
     def export(self) -> None:
-        """Merged, and the merged model loaded and asked beside the adapter on the unquantised base."""
+        """Merged, and each weight of the merged model compared with what peft itself makes of base and adapter."""
         from qlora_helpers import workflow
+        from qlora_helpers.model.loading import load_model
+        from qlora_helpers.model.lora import load_adapter
 
         self.loaded = self.model = None
-        report = workflow.export_run(self.run, say=lambda text: None)
-        pairs = {(each.first, each.second): each for each in report.drift}
-        beside = pairs.get(("adapter on 16 bits", "merged"))
-        if beside is None:
-            raise FailedError("; ".join(report.notes) or "the merged model was not asked")
-        self.found["merged_apart"] = float(f"{beside.largest_difference:.1e}")
-        if not beside.largest_difference <= MERGED_TOLERANCE:
-            raise FailedError(f"the merged model's logits are off by {beside.largest_difference:.3g}")
+        report = workflow.export_run(self.run, drift=False, say=lambda text: None)
+        whole = replace(self.run.config().model, quantization="none")
+        base = load_model(whole, say=lambda text: None).model
+        merged = load_model(replace(whole, name=str(report.folder / "merged")), say=lambda text: None).model
+        expected = dict(load_adapter(base, self.run.adapter_dir).merge_and_unload().named_parameters())
+        found = dict(merged.named_parameters())
+        if found.keys() != expected.keys():
+            raise FailedError(f"other weights: {sorted(found.keys() ^ expected.keys())[:3]}")
+        apart = {
+            name: float(((found[name] - value).abs() - MERGED_TOLERANCE * value.abs()).max())
+            for name, value in expected.items()
+        }
+        worst = max(apart, key=lambda name: apart[name])
+        if not apart[worst] <= 1e-6:
+            raise FailedError(f"the merged model's {worst} is off by {apart[worst]:.2g}")
 
     def _opened(self, name: str, *more: str) -> Any:
         from qlora_helpers import workflow

@@ -462,6 +462,17 @@ def test_activation_checkpointing_changes_nothing(teach, tmp_path):
     assert largest_difference(plain, checkpointed) < 1e-6
 
 
+def test_a_model_without_activation_checkpointing_trains_and_says_so(teach, padded_data, caplog):
+    """The first GPT and CTRL; transformers raises a ValueError for them."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    sizes = {"vocab_size": 2048, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    model = tuned(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)))
+    _, result = teach(model=model, data=padded_data, activation_checkpointing=True, fast_step=False, max_steps=1)
+    assert result.steps == 1
+    assert "no activation checkpointing: transformers has none for OpenAIGPTLMHeadModel" in caplog.text
+
+
 def test_an_embedding_on_the_host_trains_the_same_and_is_saved_as_any(teach, tmp_path):
     """Evaluations, checkpoints and accumulation included."""
     settings = {"fast_step": True, "micro_batch_size": 1, "gradient_accumulation_steps": 2}
