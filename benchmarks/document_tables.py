@@ -234,7 +234,8 @@ def families() -> str:
             name,
             "**passes**" if found["passed"] else _stopped(found["failed"]),
             f"{rows}: {_cell(why)}" if why else rows,
-            ", ".join(f"{reason} {share:.1%}" for reason, share in kept.items()) or ("none" if "reasons" in found else ""),
+            ", ".join(f"{reason} {share:.1%}" for reason, share in kept.items())
+            or ("none" if "reasons" in found else ""),
             _planned(found.get("plan")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
