@@ -44,8 +44,9 @@ def why_it_fails(attempt: Callable[[], object], what: str) -> str | None:
 
 
 def random_rows(model: torch.nn.Module, *lengths: int) -> list[list[int]]:
-    """Returns rows of random tokens of a model's vocabulary, always the same."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    """Returns rows of random tokens of a model's vocabulary, always the same; each has an embedding and a logit."""
+    head = model.get_output_embeddings()
+    vocabulary = min(model.get_input_embeddings().num_embeddings, getattr(head, "out_features", None) or 2**31)
     draw = torch.Generator().manual_seed(0)
     return [torch.randint(2, vocabulary, (length,), generator=draw).tolist() for length in lengths]
 

@@ -90,6 +90,7 @@ class _Path:
     def build(self) -> None:
         """The model's files, with random weights and the corpus tokenizer."""
         import torch
+        from transformers import AutoModelForImageTextToText
 
         from qlora_helpers.model.blueprint import model_class
         from qlora_helpers.model.checkpoints import corpus_tokenizer
@@ -97,6 +98,8 @@ class _Path:
         config = tiny_config(self.family)
         torch.manual_seed(0)
         model = model_class(config).from_config(config, dtype=torch.bfloat16)
+        if type(model.config) is not type(config):  # the text part alone; a checkpoint holds all parts
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
         self.found |= {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
         if self.found["parameters"] > 40e6:
             raise FailedError(f"{self.found['parameters']:,} parameters are not tiny")

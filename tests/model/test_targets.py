@@ -260,6 +260,15 @@ def test_decoder_layers_of_two_classes_are_all_found(torch):
     assert len({type(layer) for layer in found}) == 2
 
 
+def test_a_decoder_that_is_an_output_layer_is_none(torch):
+    """ModernBERT calls its output layer `decoder`, which transformers' `get_decoder` returns."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    model = built("modernbert-decoder", **sizes, **ends)
+    assert isinstance(model.get_decoder(), torch.nn.Linear)
+    assert len(decoder_layers(model)) == 2 and targets.target_paths(model, AdapterConfig())
+
+
 def test_decoder_layers_are_the_text_parts(torch):
     model = tiny_gemma3()
     assert decoder_layers(model) == list(model.model.language_model.layers)

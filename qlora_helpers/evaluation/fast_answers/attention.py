@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from qlora_helpers.model.attention import AttentionTerms, UnsupportedAttentionError, attention_replaced
-from qlora_helpers.model.wiring import base_model_of
+from qlora_helpers.model.wiring import base_model_of, in_eval_mode
 
 NAME = "shared_keys"
 
@@ -34,7 +34,7 @@ def attend(
     Args:
         query: `(batch, heads, tokens, head_dim)`.
         key, value: `(batch, kv_heads, places, head_dim)`; `heads` is a multiple of `kv_heads`.
-        mask: `(batch, 1, tokens, places)`, additive or boolean; None is causal.
+        mask: `(batch, 1, tokens, places)`, additive or boolean, or of its own for each query head; None is causal.
         scale: of queries times keys; None takes `head_dim ** -0.5`.
 
     Returns:
@@ -43,6 +43,8 @@ def attend(
     group = query.shape[1] // key.shape[1]
     if query.shape[2] == 1 and group > 1:
         several = rearrange(query, "batch (kv group) 1 dim -> batch kv group dim", group=group)
+        if mask is not None and mask.shape[1] > 1:
+            mask = rearrange(mask, "batch (kv group) 1 places -> batch kv group places", group=group)
         out = F.scaled_dot_product_attention(several, key, value, attn_mask=mask, scale=scale)
         return rearrange(out, "batch kv group dim -> batch (kv group) 1 dim")
     if group > 1:
@@ -65,6 +67,9 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
     if text._attn_implementation != "sdpa" or getattr(text, "attn_logit_softcapping", None):
         yield False
         return
+    if _asks_for_more(inner):
+        yield False
+        return
     is_falcon = text.model_type == "falcon"  # whose cache then holds as few heads from the first token on
 
     def takes(module: torch.nn.Module, tokens: int, mask: Any) -> bool:
@@ -72,6 +77,17 @@ def keys_shared(model: torch.nn.Module) -> Iterator[bool]:
 
     with attention_replaced(inner, NAME, _attend, takes):
         yield True
+
+
+def _asks_for_more(model: torch.nn.Module) -> bool:
+    """Whether a model's layers ask for what `attend` does not do, such as attention to chosen places alone (DeepSeek-V3.2)."""
+    ids = torch.arange(2, 6, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with torch.no_grad(), in_eval_mode(model), attention_replaced(model, NAME, _attend, lambda *layer: True):
+            model(input_ids=ids, use_cache=False)
+    except UnsupportedAttentionError:
+        return True
+    return False
 
 
 def _attend(

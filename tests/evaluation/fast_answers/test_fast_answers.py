@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_falcon, tiny_llama, tiny_model, tuned
 
 from qlora_helpers.evaluation.fast_answers.answer import NotFast, answer_fast, answering_form
+from qlora_helpers.evaluation.fast_answers.attention import attend, keys_shared
 
 pytestmark = pytest.mark.usefixtures("cache", "torch")
 PAD, END = 1, 0
@@ -419,3 +420,34 @@ def test_bfloat16_loses_no_more_than_on_the_plain_path():
     assert form.dtype == "bfloat16"
     assert (fast - right).square().mean() < 1.5**2 * (plain - right).square().mean()
     assert all(len(answer) == 3 or answer[-1] == END for answer in found)
+
+
+def test_a_mask_of_each_head_stays_with_its_head():
+    """As Doge's layers have; one for all heads alike was taken for granted."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, tokens, 8, generator=draw) for heads, tokens in ((4, 1), (2, 5), (2, 5)))
+    mask = torch.randn(2, 4, 1, 5, generator=draw)
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), attn_mask=mask
+    )
+    assert torch.allclose(attend(query, key, value, mask), whole, atol=1e-6)
+
+
+def test_layers_that_attend_to_chosen_places_alone_keep_their_own_attention():
+    """DeepSeek-V3.2's raised an error at the first answer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "deepseek_v32" not in CONFIG_MAPPING:
+        pytest.skip("the installed transformers does not have it")
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4}
+    sizes |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32}
+    sizes |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "qk_head_dim": 32}
+    sizes |= {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v32", **sizes, **ends)).eval()
+    with keys_shared(model) as on:
+        assert not on
+    with keys_shared(tiny_llama()) as on:
+        assert on
