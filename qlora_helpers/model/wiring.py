@@ -88,8 +88,11 @@ def text_decoder(model: torch.nn.Module) -> torch.nn.Module:
     """Returns the part of a model that continues text: of a multimodal checkpoint its language model, without the vision tower."""
     inner = base_model_of(model)
     found = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
-    is_whole = isinstance(found, torch.nn.Module) and any(True for _ in found.children())  # ModernBERT's is its output layer
-    return found if is_whole else inner
+    if not isinstance(found, torch.nn.Module) or not any(
+        True for _ in found.children()
+    ):  # ModernBERT's is its output layer
+        return inner
+    return found
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
