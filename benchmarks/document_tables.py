@@ -273,8 +273,7 @@ def _planned(plan: dict[str, Any] | None) -> str:
         return ""
     if "refused" in plan:
         return "refused"
-    off = "exact" if plan["off"] == 0 else f"{plan['off']:+.1%}"
-    return f"{off}, assumed" if plan["assumed"] else off
+    return "exact" if plan["off"] == 0 else f"{plan['off']:+.1%}"
 
 
 TABLES = {

@@ -230,12 +230,8 @@ class _Path:
             sizes = model_sizes(shape)
         except UserError as error:
             return {"refused": " ".join(str(error).split())[:300]}
-        true = self.found["parameters"]
-        return {
-            "assumed": sizes.assumed,
-            "parameters": sizes.parameters,
-            "off": round(sizes.parameters / true - 1, 4),
-        }
+        whole = sizes.parameters + sizes.beside_text
+        return {"counted": sizes.counted, "parameters": whole, "off": round(whole / self.found["parameters"] - 1, 4)}
 
     def _why_padded(self) -> str:
         from qlora_helpers.training.row_isolation import packing_refusal
