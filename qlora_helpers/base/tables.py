@@ -16,6 +16,10 @@ BADGES = ("ok", "warning", "failure")
 """In a column without a name, a cell that holds one of these words is shown as a coloured badge."""
 
 
+AS_TEXT = 'class="mathjax_ignore tex2jax_ignore"'
+"""For elements with texts of files: JupyterLab would draw what stands between dollar signs as a formula, which can hide it."""
+
+
 class Table:
     """Rows that print as fixed-width text and show as HTML in a notebook.
 
@@ -49,7 +53,7 @@ class Table:
             table = html_table(self.header, self.rows, caption=self.caption, numbers=self.numbers)
         else:
             table = f"<p>{escape(self.caption)}</p>"
-        return table + "".join(f'<p style="{inline("note")}">{escape(note)}</p>' for note in self.notes)
+        return table + "".join(f'<p {AS_TEXT} style="{inline("note")}">{escape(note)}</p>' for note in self.notes)
 
 
 class Tabular:
@@ -125,7 +129,7 @@ def html_table(
         for row in rows
     )
     title = f'<caption style="{inline("caption")}">{escape(caption)}</caption>' if caption else ""
-    return f'<table style="{inline("table")}">{title}{head}<tbody>{body}</tbody></table>'
+    return f'<table {AS_TEXT} style="{inline("table")}">{title}{head}<tbody>{body}</tbody></table>'
 
 
 def _cell(text: str, *, is_level: bool) -> str:

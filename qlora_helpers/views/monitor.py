@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.base.tables import Table
+from qlora_helpers.base.tables import AS_TEXT, Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.evaluation.evaluation_file import read_evaluation
@@ -131,7 +131,7 @@ class Watch:
 
     def _repr_html_(self) -> str:
         first, *rest = map(html.escape, self.lines())
-        return f"<div><strong>{first}</strong>{''.join(f'<br>{line}' for line in rest)}</div>"
+        return f"<div {AS_TEXT}><strong>{first}</strong>{''.join(f'<br>{line}' for line in rest)}</div>"
 
 
 def watch_once(run: Run) -> Watch:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.style import inline
+from qlora_helpers.base.tables import AS_TEXT
 from qlora_helpers.base.text import plain
 from qlora_helpers.data.labels import IGNORED
 
@@ -61,7 +62,7 @@ class TokenView:
             last_segment = segment
         key = " ".join(f'<span style="{inline(kind)}">{kind}</span>' for kind in KINDS)
         body = "".join(parts) + html.escape(self._rest())
-        return f'<div style="{inline("tokens")}">{body}<div style="{inline("key")}">{key}</div></div>'
+        return f'<div {AS_TEXT} style="{inline("tokens")}">{body}<div style="{inline("key")}">{key}</div></div>'
 
     def _rest(self) -> str:
         return f" ... and {self.hidden} more tokens" if self.hidden else ""

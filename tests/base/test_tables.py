@@ -25,6 +25,13 @@ def test_html_is_escaped_everywhere():
     assert not any(tag in html for tag in ("<h>", "<b>", "<i>"))
 
 
+def test_no_page_draws_formulas_out_of_foreign_texts():
+    """MathJax leaves out elements of the class that its version looks for; each element with texts carries both."""
+    html = Table(["$h$"], [[r"$\phantom{a}$"]], caption="$c$", notes=["$n$"])._repr_html_()
+    assert [tag[1] for tag in re.finditer(r'<(\w+) class="mathjax_ignore tex2jax_ignore"', html)] == ["table", "p"]
+    assert all("$" not in text for text in re.split(r"<table.*?</table>|<p class.*?</p>", html))
+
+
 def test_control_characters_are_removed_from_foreign_texts():
     """Colours, titles, one-byte codes (C1), bells, overrides of the writing direction, halves of characters."""
     text = "a\x1b[1;31mb\x9b0mc\x1b]0;title\x07d\x07e\x85\x7ff\u202e\u202dg\u2066\u2069h\ud83di\n\tj👍\u200f"

@@ -52,3 +52,19 @@ def test_rows_token_by_token(notebook):
     rows.locator(".qlora-whole-sequence input").check()
     expect(rows.locator(".qlora-bound").nth(1)).to_be_visible()
     assert_not_attacked(page)
+
+
+def test_a_text_is_no_formula(lab, opened):
+    """JupyterLab's MathJax would draw it, and leave out what a formula hides."""
+    text = r"costs $\phantom{hidden}$ $5 or \(10\)"
+    cells = [
+        f"text = {text!r}\nfrom qlora_helpers.base.tables import Table\nTable(['row'], [[text]], caption=text, notes=[text])",
+        "from qlora_helpers.runs.status import Status\nfrom qlora_helpers.views.monitor import Watch\n"
+        "Watch('run', Status(last_error=text), {})",
+        "from IPython.display import HTML\nHTML(f'<p>{text}</p>')",
+    ]
+    notebook = opened(lab.add_notebook("formulas.ipynb", cells))
+    notebook.run_all()
+    outputs = notebook.page.locator(".jp-OutputArea-output")
+    expect(outputs.nth(2).locator("mjx-container").first).to_be_attached()  # MathJax has come
+    assert [outputs.nth(number).inner_text().count(text) for number in range(3)] == [3, 1, 0]
