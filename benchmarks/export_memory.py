@@ -24,6 +24,7 @@ import torch
 
 from qlora_helpers import workflow
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.export.live_names import Places
 from qlora_helpers.export.merge import WORKING_GIB, low_ranks, merging_bytes
 from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
 from qlora_helpers.model.shapes.catalog import SHAPES
@@ -112,12 +113,15 @@ def largest_error(folder: Path) -> float:
     Of the larger of base and sum: where the two parts cancel, 32 bits keep no more of the difference.
     """
     base, merged = stored_tensors(folder / "base"), stored_tensors(folder / "merged")
-    adapters = low_ranks(folder / "adapter", base)
+    places = Places(folder / "base", {name: tensor.shape for name, tensor in base.items()})
+    adapters = low_ranks(folder / "adapter", base, places)
     names = list(adapters)
     worst = 0.0
     for name in (names[0], names[len(names) // 2], names[-1]):
         first = base[name].read().double()
-        exact = first + adapters[name].up.double() @ adapters[name].down.double()
+        exact = first.clone()
+        for part in adapters[name]:
+            exact[part.first : part.first + part.up.shape[0]] += part.up.double() @ part.down.double()
         place = 2.0 ** (exact.abs().maximum(first.abs()).clamp(min=1e-30).log2().floor() - 7)
         worst = max(worst, float(((merged[name].read().double() - exact).abs() / place).max()))
     return worst

@@ -19,7 +19,7 @@ from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say
 from qlora_helpers.model.adapter_files import check_adapter
 from qlora_helpers.model.blueprint import meta_model
-from qlora_helpers.model.nf4 import unpacked_numel
+from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu, unpack_rightly_on_cpu, unpacked_numel
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +141,8 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
             "the model has adapters already", next_step="Load the model again (notebook 01), then add them."
         )
     model.requires_grad_(False)
+    unpack_rightly_on_cpu()  # as `load_model` does: the model may have been loaded otherwise
+    keep_gradients_exact_on_cpu(model)
     names = _reached_targets(model, config, say)
     torch.manual_seed(seed)
     take_names_literally(model)

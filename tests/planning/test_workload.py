@@ -36,7 +36,8 @@ def workload(*settings: str, model: str = "llama-3.1-8b", gpus: str = "H100", **
         (False, workload("train.fast_step=false")),
         (False, workload(model="gemma-2-9b")),  # caps its logits
         (True, workload(model="gemma-3-1b", sliding_window=1024)),
-        (False, workload(model="gemma-3-1b", sliding_window=1023)),  # not packed
+        (True, workload(model="gemma-3-1b", sliding_window=1023)),  # windows are packed, too
+        (False, workload(alibi=True)),  # not packed
     ],
 )
 def test_where_cuda_graphs_are_possible(may, asked):
