@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from fake_nvml import FakeNvml, NoDriver
-from two_users import as_other_user, needs_root
+from two_users import as_other_user, needs_root, open_way_to
 
 from qlora_helpers import workflow
 from qlora_helpers.base.errors import RunError
@@ -145,8 +145,7 @@ def test_another_user_can_not_keep_a_trainer_waiting(tmp_path):
     """Whoever can open the lock's file, for reading even, can hold the lock."""
     run = Run(tmp_path / "mine")
     lock_mode(0o755, run)
-    for folder in (run.folder, *run.folder.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    open_way_to(run.folder)
     done = as_other_user("open(sys.argv[1]).read()", str(run.folder / ".lock"))
     assert "PermissionError" in done.stderr
     assert (
@@ -170,7 +169,6 @@ try:
     with locks.run_lock(Run({str(run.folder)!r})): print("held")
 except RunError as error: print(error)
 """
-    for folder in (run.folder, *run.folder.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    open_way_to(run.folder)
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert "theirs/.lock belongs to another account" in done.stdout, done.stderr

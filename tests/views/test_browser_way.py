@@ -8,6 +8,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -94,11 +95,12 @@ class Jupyter:
 
 
 @pytest.fixture
-def jupyter(tmp_path, monkeypatch):
+def jupyter(monkeypatch):
     started = []
+    short = tempfile.TemporaryDirectory(prefix="q-")  # a socket's path has room for about a hundred characters
 
     def start(*, with_relay: bool) -> Jupyter:
-        started.append(Jupyter(tmp_path / "jupyter", with_relay=with_relay))
+        started.append(Jupyter(Path(short.name) / "jupyter", with_relay=with_relay))
         for name, value in started[-1].environ.items():
             monkeypatch.setenv(name, value)
         return started[-1]
@@ -107,6 +109,7 @@ def jupyter(tmp_path, monkeypatch):
     for each in started:
         each.process.terminate()
         each.process.wait(30)
+    short.cleanup()
 
 
 def page_of(tmp_path: Path):
@@ -134,7 +137,7 @@ def test_through_jupyter_it_is_a_socket_that_no_other_user_reaches(jupyter, tmp_
 
 
 @needs_root
-def test_another_user_can_not_take_its_place(jupyter, tmp_path):
+def test_another_user_can_not_take_its_place(jupyter):
     jupyter(with_relay=True)
     place = str(sockets_folder() / "impostor")
     done = as_other_user("import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])", place)
