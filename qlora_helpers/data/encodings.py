@@ -54,7 +54,7 @@ def encoding_of(file: BinaryIO, name: str, asked: str | None, notes: list[str], 
     if mark == "utf-8-sig":
         return "utf-8"  # its mark is dropped where it is read
     found = mark or _without_mark(start)
-    if found is None and (not guess or _is_utf8(file)):
+    if found is None and (not guess or _decodes(file, "utf-8")):
         return "utf-8"
     if found is None:
         found = _guessed(file, name)
@@ -173,19 +173,6 @@ def _without_mark(start: bytes) -> str | None:
     if odd > 0.4 and even < 0.02:
         return "utf-16-le"
     return "utf-16-be" if even > 0.4 and odd < 0.02 else None
-
-
-def _is_utf8(file: BinaryIO) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        while chunk := file.read(_CHUNK):
-            decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-        return True
-    except UnicodeDecodeError:
-        return False
-    finally:
-        file.seek(0)
 
 
 def _guessed(file: BinaryIO, name: str) -> str:

@@ -37,7 +37,7 @@ class FewShotPrompts:
             return f"{many} stood in each prompt of the untuned model with examples"
         without = f", {none} of them for none" if none else ""
         return (
-            f"{self.asked} training examples were to stand in each prompt of the untuned model with examples; {fewer} of "
+            f"{self.asked} training examples were asked for in each prompt of the untuned model with examples; {fewer} of "
             f"{len(self.shown)} rows had room for fewer{without}"
         )
 

@@ -230,10 +230,10 @@ def _narrowed(inner: torch.nn.Module, attention: batches.Attention, longest: int
 
 
 def _why(inner: torch.nn.Module, changed: float) -> str:
-    told = f"a row's logits change by {changed:.2%} of their spread with the row before it"
+    change = f"a row's logits change by {changed:.2%} of their spread with the row before it"
     if has_state(inner):
-        return f"{told}, since its recurrent layers carry their state over with the kernels in use here"
-    return told
+        return f"{change}, since its recurrent layers carry their state over with the kernels in use here"
+    return change
 
 
 def _logits(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:

@@ -541,4 +541,5 @@ def test_our_own_adapters_are_among_the_known_ones(tmp_path, torch):
 
     for number, config in enumerate((AdapterConfig(), AdapterConfig(use_dora=True), AdapterConfig(use_rslora=True))):
         add_adapters(tiny_llama(), config, seed=0).save_pretrained(tmp_path / str(number))
-        load_adapter(tiny_llama(), tmp_path / str(number))
+        found = load_adapter(tiny_llama(), tmp_path / str(number)).active_peft_config
+        assert (found.use_dora, found.use_rslora) == (config.use_dora, config.use_rslora)

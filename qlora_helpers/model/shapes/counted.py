@@ -43,8 +43,8 @@ _NO_SIZES = {
 
 def digest(config: Shape) -> str:
     """Returns a digest of what in a `config.json` may set a size."""
-    told = {key: value for key, value in config.items() if key not in _NO_SIZES and not key.endswith("token_id")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    sizes = {key: value for key, value in config.items() if key not in _NO_SIZES and not key.endswith("token_id")}
+    return hashlib.sha256(json.dumps(sizes, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def counted_sizes(config: Shape) -> ModelSizes:

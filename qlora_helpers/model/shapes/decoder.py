@@ -35,7 +35,7 @@ class ModelSizes:
     """What a causal language model is made of; every count is in weights, not bytes.
 
     Where layers differ (hybrids, a few dense layers before the experts, sizes of their own), a decoder layer here is the mean of
-    all: so each sum over the layers is exact. The widest one is told apart where it sets a peak.
+    all: so each sum over the layers is exact. The widest one is kept apart where it sets a peak.
 
     Attributes:
         family: the `model_type` whose wiring this is.

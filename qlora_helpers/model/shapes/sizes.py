@@ -19,7 +19,7 @@ def model_sizes(config: Shape) -> ModelSizes:
 
     Args:
         config: a model's `config.json`, raw or with its defaults filled in. Of a multimodal model the text part is meant: the
-            vision tower that transformers loads with it is told apart where it is known (`beside_text`).
+            vision tower that transformers loads with it is counted apart where it is known (`beside_text`).
 
     Raises:
         ModelError: a size is missing or larger than any model's, or transformers does not build such a model.

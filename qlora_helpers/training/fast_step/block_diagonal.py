@@ -124,7 +124,12 @@ def block_diagonal_refusal(model: torch.nn.Module, longest: int) -> str | None:
 
 
 def _by_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowStarts,
+    scale: float | None,
+    before: int = -1,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -139,7 +144,7 @@ def _by_kernel(
         rows.longest,
         rows.longest,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=(before, 0),
         **grouped,
     )
 
@@ -147,8 +152,6 @@ def _by_kernel(
 def _by_kernel_on_terms(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, terms: AttentionTerms
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     _check_width(query)
     if terms.softcap is not None:
         raise UnsupportedAttentionError(
@@ -158,19 +161,7 @@ def _by_kernel_on_terms(
     if terms.sinks is not None:
         scale = query.shape[-1] ** -0.5 if terms.scale is None else terms.scale
         return _WithSinks.apply(query, key, value, rows.starts, terms.sinks, rows.longest, scale, before)
-    grouped = {"enable_gqa": True} if _NEEDS_ENABLE_GQA and key.shape[1] != query.shape[1] else {}
-    return varlen_attn(
-        query,
-        key,
-        value,
-        rows.starts,
-        rows.starts,
-        rows.longest,
-        rows.longest,
-        scale=terms.scale,
-        window_size=(before, 0),
-        **grouped,
-    )
+    return _by_kernel(query, key, value, rows, terms.scale, before)
 
 
 def _check_width(query: torch.Tensor) -> None:
@@ -181,7 +172,7 @@ def _check_width(query: torch.Tensor) -> None:
 
 
 def _needs_enable_gqa() -> bool:
-    """Whether the kernel must be told of fewer key and value heads: torch 2.11 takes them as they are, later versions don't."""
+    """Whether the kernel needs a flag for fewer key and value heads: torch 2.11 takes them as they are, later versions don't."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
