@@ -417,9 +417,16 @@ def test_a_model_with_another_quantisation_is_refused(folder):
     assert "the weights of spoilt are stored in GPTQ, which can't be tuned here" in refusal(folder)
 
 
-def test_a_model_of_another_kind_is_refused(folder):
-    edit(folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
-    assert "is not a causal language model" in refusal(folder)
+@pytest.mark.parametrize(
+    ("kind", "architecture", "reason"),
+    [
+        ("t5", "T5ForConditionalGeneration", "t5 is an encoder-decoder"),
+        ("vit", "ViTForImageClassification", "vit is not a causal language model"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(folder, kind, architecture, reason):
+    edit(folder, model_type=kind, architectures=[architecture])
+    assert reason in refusal(folder)
 
 
 def test_an_unsupported_attention_is_refused(tmp_path):
