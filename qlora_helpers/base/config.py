@@ -288,6 +288,14 @@ class TrainConfig:
         "Keep the inputs of layers with activation checkpointing in CPU memory until the backward pass: longer batches fit on a "
         "small card, and copies go on beside the computation.",
     )
+    share: str = option(
+        "auto",
+        "How several GPUs work together: copies (each has the whole 4-bit model and its own rows), shards (each holds a part of "
+        "every layer and gathers the others' parts when it computes that layer), copies of shards (shards within a machine, "
+        "copies between machines), spread (the layers lie one after another on the GPUs), or one (a single GPU). auto takes "
+        "copies for several processes, and spreads the layers in a single one.",
+        choices=("auto", "one", "copies", "shards", "copies of shards", "spread"),
+    )
     logging_steps: int = option(2, "Write a line of progress every so many optimizer steps.", low=1)
     eval_steps: int | None = option(
         None, "Compute the evaluation loss every so many optimizer steps; none does it after each epoch.", low=1
