@@ -224,3 +224,17 @@ def number_of(value: Any, what: str = "the answer") -> float:
         return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         raise Wrong(message=f"{what.capitalize()} must be a number; got {_short(repr(value))}.") from None
+
+
+def distinct(draw: Callable[[], tuple[Any, Mapping[str, float]]]) -> tuple[Any, Mapping[str, float]]:
+    """Draws a case until every wrong answer to it differs from the right one and from each other, so that none is misread.
+
+    Args:
+        draw: returns a case and its values by name, the right one among them.
+    """
+    for _ in range(1000):
+        case, values = draw()
+        rounded = {round(value, 6) for value in values.values()}
+        if len(rounded) == len(values):
+            return case, values
+    raise AssertionError("no case tells these answers apart")

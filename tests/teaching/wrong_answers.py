@@ -6,6 +6,7 @@ import json
 import math
 
 from qlora_helpers.teaching import exercises
+from qlora_helpers.teaching.exercises import judging, watching
 
 
 def softmax(scores, token):
@@ -84,6 +85,34 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+SETTINGS = {"train.learning_rate": 0.0002, "adapter.r": 8, "data.template": "plain", "train.epochs": 1}
+
+
+def right(wanted, given):
+    return sum(wanted.get(key) == value for key, value in given.items())
+
+
+def norm(tensors):
+    return sum(float((each**2).sum()) for each in tensors) ** 0.5
+
+
+def first_rise(losses, patience):
+    place = next((place for place in range(1, len(losses)) if losses[place] > losses[place - 1]), len(losses) - 1)
+    return place, losses.index(min(losses[: place + 1]))
+
+
+def not_paired(before, after):
+    """The interval of two groups that have nothing to do with each other."""
+    count = len(before)
+    means = [sum(each) / count for each in (before, after)]
+    spreads = [sum((x - mean) ** 2 for x in each) / count for each, mean in zip((before, after), means, strict=True)]
+    wide = 2 * (sum(spreads) / count) ** 0.5
+    difference = means[1] - means[0]
+    if abs(difference) > 5:
+        return judging.verdict(before, after)
+    return "better" if difference > wide else "worse" if difference < -wide else "can't tell"
+
+
 WRONG = {
     "write_a_loss": {
         "probability": softmax,
@@ -131,6 +160,87 @@ WRONG = {
         "transposed": pairs(lambda rows, i, j: rows[i] == rows[j] and i <= j),
         "not-itself": pairs(lambda rows, i, j: rows[i] == rows[j] and j < i),
         "inverted": pairs(lambda rows, i, j: not (rows[i] == rows[j] and j <= i)),
+    },
+    "extend_a_path": {
+        "overwrites": lambda current, folder: folder,
+        "appends": lambda current, folder: ":".join([*filter(None, current.split(":")), folder]),
+        "empty-part": lambda current, folder: ":".join(dict.fromkeys([folder, *current.split(":")])),
+        "doubles": lambda current, folder: ":".join(filter(None, [folder, current])),
+    },
+    "repair_settings": {
+        "refused": exercises.BROKEN_SETTINGS,
+        "dropped": {"train.epochs": 1},
+        "changed": SETTINGS | {"train.epochs": 3},
+    },
+    "score_fields": {
+        "precision": lambda wanted, given: right(wanted, given) / len(given),
+        "recall": lambda wanted, given: right(wanted, given) / len(wanted),
+        "keys-alone": lambda wanted, given: 2 * len(set(wanted) & set(given)) / (len(wanted) + len(given)),
+        "per-cent": lambda wanted, given: 200 * right(wanted, given) / (len(wanted) + len(given)),
+        "mean": lambda wanted, given: right(wanted, given) * (1 / len(given) + 1 / len(wanted)) / 2,
+    },
+    "no_leak": {
+        "leak": exercises.LEAKING_PROMPT,
+        "other-answer": {"data.prompt": "{body}", "data.answer": "{urgency}"},
+        "nothing-to-read": {"data.prompt": "{subject}", "data.answer": "{mood}"},
+        "unknown-column": {"data.prompt": "{boddy} {body}", "data.answer": "{mood}"},
+    },
+    "count_steps": {
+        "drops-the-last": lambda n, micro, passes, epochs: n // (micro * passes) * epochs,
+        "no-accumulation": lambda n, micro, passes, epochs: math.ceil(n / micro) * epochs,
+        "one-epoch": lambda n, micro, passes, epochs: math.ceil(math.ceil(n / micro) / passes),
+        "rows": lambda n, micro, passes, epochs: n * epochs,
+        "rounds-at-the-end": lambda n, micro, passes, epochs: math.ceil(n * epochs / micro / passes),
+        "fraction": lambda n, micro, passes, epochs: n * epochs / micro / passes,
+    },
+    "make_it_fit": {
+        "rank": {"adapter.r": 1},
+        "no-effect": {"train.learning_rate": 1e-4},
+        "other-step": {"train.micro_batch_size": 1},
+        "not-enough": {"train.micro_batch_size": 4, "train.gradient_accumulation_steps": 4},
+        "refused": {"train.micro_batch_size": "small"},
+    },
+    "clip_gradients": {
+        "always-scales": lambda gradients, most: [each * most / norm(gradients) for each in gradients],
+        "each-value": lambda gradients, most: [each.clamp(-most, most) for each in gradients],
+        "each-tensor": lambda gradients, most: [each * min(1.0, most / norm([each])) for each in gradients],
+        "sum": lambda gradients, most: [
+            each * min(1.0, most / sum(float(part.abs().sum()) for part in gradients)) for each in gradients
+        ],
+        "no-root": lambda gradients, most: [each * min(1.0, most / norm(gradients) ** 2) for each in gradients],
+        "never": lambda gradients, most: gradients,
+    },
+    "stop_in_time": {
+        "keeps-the-last": lambda losses, patience: (watching.stop(losses, patience)[0],) * 2,
+        "never-stops": lambda losses, patience: (len(losses) - 1, watching.stop(losses, patience)[1]),
+        "first-rise": first_rise,
+        "one-late": lambda losses, patience: (
+            min(watching.stop(losses, patience)[0] + 1, len(losses) - 1),
+            watching.stop(losses, patience)[1],
+        ),
+    },
+    "may_you_claim_it": {
+        "mean-alone": lambda before, after: "better" if sum(after) > sum(before) else "worse",
+        "not-paired": not_paired,
+        "counts-wins": lambda before, after: (
+            judging.verdict(before, after)
+            if judging.verdict(before, after) == "can't tell"
+            else "better"
+            if sum(b > a for a, b in zip(before, after, strict=True)) > 15
+            else "worse"
+        ),
+        "never-sure": lambda before, after: "can't tell",
+        "wrong-way": lambda before, after: judging.verdict(after, before),
+    },
+    "fool_the_score": {
+        "same": exercises.REFERENCE,
+        "low": "Anna can come.",
+        "still-true": exercises.REFERENCE.replace("and the candles", "and candles"),
+    },
+    "cheapest_machine": {
+        "price-an-hour": lambda machines, tokens, hours: min(machines, key=lambda each: each[1])[0],
+        "fastest": lambda machines, tokens, hours: max(machines, key=lambda each: each[2])[0],
+        "deadline": lambda machines, tokens, hours: min(machines, key=lambda each: each[1] / each[2])[0],
     },
     "repair_a_file": {
         "refused": file_with(lambda rows: '{"messages": [' + lines(rows)),

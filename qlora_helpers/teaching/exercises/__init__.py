@@ -4,32 +4,49 @@ Each is an `Exercise` with `check`, `hint` and `solution`. Importing this import
 """
 
 from qlora_helpers.teaching.exercise import Exercise
-from qlora_helpers.teaching.exercises.adapters import COUNT_ADAPTERS as count_adapters
-from qlora_helpers.teaching.exercises.adapters import RANK_COST as rank_cost
-from qlora_helpers.teaching.exercises.data import KEEP_ROWS_APART as keep_rows_apart
-from qlora_helpers.teaching.exercises.data import REPAIR_A_FILE as repair_a_file
-from qlora_helpers.teaching.exercises.data import WRITE_LABELS as write_labels
+from qlora_helpers.teaching.exercises import (
+    adapters,
+    cost,
+    data,
+    four_bits,
+    judging,
+    own_task,
+    primer,
+    setup,
+    training,
+    watching,
+)
 from qlora_helpers.teaching.exercises.data import broken_file
-from qlora_helpers.teaching.exercises.four_bits import QUANTISE as quantise
-from qlora_helpers.teaching.exercises.four_bits import REALLY_FOUR_BITS as really_four_bits
-from qlora_helpers.teaching.exercises.primer import ONE_STEP as one_step
-from qlora_helpers.teaching.exercises.primer import WRITE_A_LOSS as write_a_loss
+from qlora_helpers.teaching.exercises.judging import REFERENCE
+from qlora_helpers.teaching.exercises.own_task import LEAKING_PROMPT
+from qlora_helpers.teaching.exercises.setup import BROKEN_SETTINGS
+from qlora_helpers.teaching.exercises.training import TOO_LARGE
 
-__all__ = [
-    "broken_file",
-    "count_adapters",
-    "keep_rows_apart",
-    "one_step",
-    "quantise",
-    "rank_cost",
-    "really_four_bits",
-    "repair_a_file",
-    "write_a_loss",
-    "write_labels",
-]
+BY_NOTEBOOK: dict[str, tuple[Exercise, ...]] = {
+    "primer": (primer.WRITE_A_LOSS, primer.ONE_STEP),
+    "00_setup": (setup.EXTEND_A_PATH, setup.REPAIR_SETTINGS),
+    "01_load_model": (four_bits.QUANTISE, four_bits.REALLY_FOUR_BITS),
+    "02_lora_config": (adapters.COUNT_ADAPTERS, adapters.RANK_COST),
+    "03_prepare_data": (data.WRITE_LABELS, data.KEEP_ROWS_APART, data.REPAIR_A_FILE),
+    "10_your_own_task": (own_task.SCORE_FIELDS, own_task.NO_LEAK),
+    "04_train": (training.COUNT_STEPS, training.MAKE_IT_FIT),
+    "05_monitor": (watching.CLIP_GRADIENTS, watching.STOP_IN_TIME),
+    "06_evaluate": (judging.MAY_YOU_CLAIM_IT, judging.FOOL_THE_SCORE),
+    "07_scale_out": (cost.CHEAPEST_MACHINE,),
+}
+"""The exercises of each notebook, in the order of the course."""
+
+__all__ = ["BROKEN_SETTINGS", "BY_NOTEBOOK", "LEAKING_PROMPT", "REFERENCE", "TOO_LARGE", "all_exercises", "broken_file"]
 
 
 def all_exercises() -> dict[str, Exercise]:
-    """Returns every exercise by its name, in the order of the notebooks."""
-    named = {name: globals()[name] for name in __all__}
-    return {name: each for name, each in named.items() if isinstance(each, Exercise)}
+    """Returns every exercise by its name, in the order of the course."""
+    return {each.name: each for several in BY_NOTEBOOK.values() for each in several}
+
+
+def __getattr__(name: str) -> Exercise:
+    """Gives an exercise by its name, such as `exercises.quantise`."""
+    try:
+        return all_exercises()[name]
+    except KeyError:
+        raise AttributeError(f"there is no exercise {name!r}; there are {', '.join(all_exercises())}") from None
