@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import read_json
 from qlora_helpers.base.text import Say
 from qlora_helpers.data.prepare import content_marks
 from qlora_helpers.data.run_data import check_source, run_data
@@ -238,10 +239,14 @@ def evaluate(
     model: PeftModel | None = None,
     loaded: LoadedModel | None = None,
     metric: Function | None = None,
+    rivals: Sequence[Run | str] = (),
+    again: bool = False,
     say: Say = print,
 ) -> Evaluation:
     """Asks the base and the tuned model the run's held-out rows and writes `evaluation.json`.
 
+    Each answer is kept as soon as it is there, so an evaluation that was interrupted goes on where it was; what the run holds
+    already for this adapter, these rows, settings and versions is not asked again, and without a missing answer no model is loaded.
     Where the run's folder can't be written, that is said before anything is asked, and the result is kept in the current folder.
 
     Args:
@@ -249,41 +254,45 @@ def evaluate(
         model: the tuned model, if it is in memory already; else the adapter is loaded onto the base model.
         metric: a function of an answer and a reference that returns a number, or a dict of numbers, of which higher is better;
             None takes what `evaluation.metric` says.
+        rivals: further runs, or their names, on the same base model: they answer the same rows, each in its own prompt.
+        again: whether to ask everything anew.
         loaded, say: as for `train`.
 
     Raises:
-        UserError: the metric can't be used; nothing was asked yet.
+        UserError: the metric can't be used, or a rival has another base model; nothing was asked yet.
     """
-    from qlora_helpers.data.plain_templates import template_name
-    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.evaluation.run_evaluation import Subject, evaluate_run, refuse_unfit
+    from qlora_helpers.model.checkpoints import find_checkpoint
+    from qlora_helpers.model.tokenizers import tokenizer_of
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
     config = run.config()
     refuse_unconfirmed(config)
     if why := unwritable(run):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
-    if model is None or loaded is None:
-        loaded = load(run, say=say)
-        model = load_adapter(run, loaded)
-    data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
-    with MODEL_IN_USE:
-        result = evaluation.evaluate(
-            model,
-            loaded.tokenizer,
-            data.test,
-            config.evaluation,
-            template=template_name(config.data),
-            max_tokens=config.data.seq_len_tokens,
-            long_rows=config.data.long_rows,
-            train_keys=data.train_keys,
-            train_answers=data.train_answers,
-            shots=data.shots,
-            metric=metric,
-        )
-    path = keep_evaluation(run, result, random_weights=loaded.checkpoint.is_random, say=say)
+    model, loaded = (None, None) if model is None or loaded is None else (model, loaded)
+    others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
+    checkpoint = loaded.checkpoint if loaded else find_checkpoint(config.model, weights=False, say=say)
+    refuse_unfit(run, others, checkpoint)
+    tokenizer = loaded.tokenizer if loaded else tokenizer_of(checkpoint)
+    shape = loaded.shape if loaded else checkpoint.shape or read_json(checkpoint.folder / "config.json")
+    data = prepare_data(run, tokenizer, shape=shape, say=say)
+
+    def opened() -> PeftModel:
+        return load_adapter(run, load(run, say=say)) if model is None else model
+
+    subject = Subject(run, checkpoint, tokenizer, data, others, model)
+    result, kept = evaluate_run(subject, opened, metric=metric, again=again, say=say)
+    path = keep_evaluation(run, result, random_weights=checkpoint.is_random, asked=bool(kept.given), say=say)
     if path == run.evaluation_path:
+        kept.finish(result.rows)
         write_answers(run, config, *answered_samples(result))
     return result
+
+
+def _existing_beside(run: Run, name: str) -> Run:
+    """Opens another run by its name, in the folder that holds this one, or by a path."""
+    return existing_run(name, root=run.folder.parent)
 
 
 @out_of_memory.rescued

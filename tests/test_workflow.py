@@ -461,7 +461,7 @@ def read_only(copy):
 
 
 def test_an_evaluation_of_a_read_only_run_is_kept_and_says_so_before_it_asks(read_only, tmp_path, monkeypatch):
-    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.evaluation import answering as evaluation
 
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
@@ -478,7 +478,7 @@ def test_an_evaluation_of_a_read_only_run_is_kept_and_says_so_before_it_asks(rea
 
 
 def test_a_metric_that_can_t_work_is_refused_before_anything_is_asked(whole, copy, monkeypatch):
-    from qlora_helpers.evaluation import evaluate as evaluation
+    from qlora_helpers.evaluation import answering as evaluation
 
     _, model, loaded, _ = whole
     monkeypatch.setattr(evaluation, "generate", lambda *args, **more: pytest.fail("it was asked"))

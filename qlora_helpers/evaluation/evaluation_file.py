@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,7 +58,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """What `evaluation.json` holds; see `result.Evaluation`."""
+    """What `evaluation.json` holds; see `result.Evaluation`. `made` says when its last answer was given, UTC."""
 
     scores: dict[str, Scores]
     rouge_l_gain: float | None
@@ -68,6 +71,7 @@ class EvaluationFile:
     worth: str = ""
     remarks: tuple[str, ...] = ()
     random_weights: bool = False
+    made: str = ""
 
     RENAMED: ClassVar[dict[str, str]] = {"left_out": "skipped"}
 
@@ -92,11 +96,11 @@ def unwritable(run: Run) -> str:
         return error.strerror or str(error)
 
 
-def keep_evaluation(run: Run, result: Evaluation, *, random_weights: bool, say: Say) -> Path:
+def keep_evaluation(run: Run, result: Evaluation, *, random_weights: bool, asked: bool = True, say: Say) -> Path:
     """Writes the run's `evaluation.json`; where the run's folder does not take it, a file in another folder, and says so.
 
     Args:
-        run, result, random_weights: as for `write_evaluation`.
+        run, result, random_weights, asked: as for `write_evaluation`.
         say: called with where the result is, if it is not in the run's folder.
 
     Returns:
@@ -106,10 +110,10 @@ def keep_evaluation(run: Run, result: Evaluation, *, random_weights: bool, say: 
         RunError: no folder takes it.
     """
     try:
-        write_evaluation(run, result, random_weights=random_weights)
+        write_evaluation(run, result, random_weights=random_weights, asked=asked)
         return run.evaluation_path
     except RunError as error:
-        values, name = result.to_dict() | {"random_weights": random_weights}, f"{run.name}-evaluation.json"
+        values, name = _values(result, random_weights, _now()), f"{run.name}-evaluation.json"
         folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.mkdtemp(prefix="qlora-"))
         path = _free(folder / name)
         write_json(path, values)
@@ -123,12 +127,27 @@ def _free(path: Path) -> Path:
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
-def write_evaluation(run: Run, result: Evaluation, *, random_weights: bool) -> None:
-    """Writes the run's `evaluation.json`.
+def write_evaluation(run: Run, result: Evaluation, *, random_weights: bool, asked: bool = True) -> None:
+    """Writes the run's `evaluation.json`; a file that says the same already is left alone.
 
     Args:
         run: the run.
         result: what was found.
         random_weights: whether the model has random weights, so that its scores mean nothing.
+        asked: whether answers were given now; False keeps the time of those that the file holds.
     """
-    write_json(run.evaluation_path, result.to_dict() | {"random_weights": random_weights})
+    before: dict[str, Any] = {}
+    with contextlib.suppress(RunError):
+        before = read_evaluation(run)
+    made = _now() if asked else str(before.get("made", "")) or _now()
+    values = _values(result, random_weights, made)
+    if json.dumps(values, sort_keys=True) != json.dumps(before, sort_keys=True):
+        write_json(run.evaluation_path, values)
+
+
+def _values(result: Evaluation, random_weights: bool, made: str) -> dict[str, Any]:
+    return result.to_dict() | {"random_weights": random_weights, "made": made}
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,13 @@ def generation_settings(
 
 
 def stream(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], config: EvaluationConfig
-) -> Iterator[str]:
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    config: EvaluationConfig,
+    *,
+    seed: int = 0,
+) -> Generator[str, None, Answer]:
     """Yields one answer in pieces of text, as they come; closing the iterator ends the generation after the current token.
 
     Args:
@@ -75,12 +80,24 @@ def stream(
         tokenizer: the model's.
         prompt: token ids.
         config: longest answer, sampling.
+        seed: of the sampling; the process's own random numbers are left as they were.
+
+    Yields:
+        A text for each token, empty where it completes no character; the last may be followed by the rest of a broken one.
+
+    Returns:
+        The whole answer, as `generate` would return it.
+
+    Raises:
+        ModelError: the prompt holds a token that has no row in the embedding.
     """
     from transformers import StoppingCriteriaList
 
+    refuse_tokens_without_row(model, tokenizer, [prompt], "the prompt")
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([list(prompt)], device=device)
-    settings = generation_settings(tokenizer, config, marks_of(model, tokenizer).ends)
+    marks = marks_of(model, tokenizer)
+    settings = generation_settings(tokenizer, config, marks.ends)
     tokens = _Tokens()
     ended, errors = threading.Event(), []
 
@@ -89,7 +106,10 @@ def stream(
 
     def work() -> None:
         try:
-            with torch.no_grad():  # a thread has its own gradient mode
+            devices = [device] if device.type == "cuda" else []
+            # A thread has its own gradient mode.
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
                 model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -113,6 +133,7 @@ def stream(
     if errors:
         with at("generation"):
             raise errors[0]
+    return _answer(tokens.seen, tokenizer, marks)
 
 
 class _Tokens:
@@ -121,6 +142,7 @@ class _Tokens:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._prompt_seen = False
+        self.seen: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
@@ -131,18 +153,19 @@ class _Tokens:
         self._queue.put(None)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._queue.get, None)
+        for token in iter(self._queue.get, None):
+            self.seen.append(token)
+            yield token
 
 
 def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yields the text that each token adds; half a character is held back until it is whole."""
+    """Yields the text that each token adds, which is empty while a character is not whole."""
     ids, sent = [], ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[len(sent) :]
-            sent = text
+        piece, sent = ("", sent) if text.endswith("\ufffd") else (text[len(sent) :], text)
+        yield piece
     if rest := tokenizer.decode(ids, skip_special_tokens=True)[len(sent) :]:
         yield rest
 
@@ -172,6 +195,7 @@ def generate(
     *,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
+    given: Callable[[int, Answer], Any] | None = None,
     form: AnswerForm | None = None,
 ) -> list[Answer]:
     """Answers prompts in batches of similar length, greedily or by sampling.
@@ -183,6 +207,7 @@ def generate(
         config: batch size, longest answer, sampling.
         seed: of the sampling.
         progress: called with how many more prompts were answered.
+        given: called with a prompt's place and its answer as soon as there is one.
         form: what `fast_answers.answering_form` opened. Greedy answers then come from `answer_fast`, which notes in it how they
             were made; None takes `model.generate`.
 
@@ -194,6 +219,11 @@ def generate(
     """
     refuse_tokens_without_row(model, tokenizer, prompts, "a prompt")
     marks = marks_of(model, tokenizer)
+
+    def hand_over(index: int, tokens: list[int]) -> None:
+        if given is not None:
+            given(index, _answer(tokens, tokenizer, marks))
+
     with in_eval_mode(model):
         if form is not None and not config.do_sample:
             try:
@@ -206,11 +236,12 @@ def generate(
                     slots=config.batch_size,
                     form=form,
                     progress=progress,
+                    given=hand_over,
                 )
                 return [_answer(line, tokenizer, marks) for line in lines]
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
-        return _generate_plainly(model, tokenizer, prompts, config, seed, progress, marks)
+        return _generate_plainly(model, tokenizer, prompts, config, seed, progress, hand_over, marks)
 
 
 def _generate_plainly(
@@ -220,6 +251,7 @@ def _generate_plainly(
     config: EvaluationConfig,
     seed: int,
     progress: Callable[[int], Any] | None,
+    given: Callable[[int, list[int]], None],
     marks: AnswerMarks,
 ) -> list[Answer]:
     settings = generation_settings(tokenizer, config, marks.ends)
@@ -233,6 +265,7 @@ def _generate_plainly(
         produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
             answers[index] = _answer(line, tokenizer, marks)
+            given(index, line)
         if progress is not None:
             progress(len(group))
     return [answers[index] for index in range(len(prompts))]

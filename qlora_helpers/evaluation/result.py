@@ -14,8 +14,16 @@ from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import plain
 from qlora_helpers.evaluation.metrics.labels import confusion
 from qlora_helpers.evaluation.metrics.measures import measure_of
-from qlora_helpers.evaluation.scorecard import LEVEL, Comparison, comparison_from_dict, number_text
-from qlora_helpers.evaluation.worth import MODELS, worth
+from qlora_helpers.evaluation.scorecard import (
+    LEVEL,
+    Comparison,
+    compare,
+    comparison_from_dict,
+    gain_cells,
+    number_text,
+)
+from qlora_helpers.evaluation.worth import MODELS as MODELS
+from qlora_helpers.evaluation.worth import model_name, worth
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Evaluation(Tabular):
     def table(self) -> Table:
         """Returns a row of scores for each model, with what the rows can tell below."""
         keys, main = self.scoring.measures, self.scoring.main
-        header, lines = ["model"], [[MODELS[name]] for name in self.scores]
+        header, lines = ["model"], [[model_name(name)] for name in self.scores]
         for key in keys:
             header.append(measure_of(key).label)
             for line, score in zip(lines, self.scores.values(), strict=True):
@@ -149,7 +157,7 @@ class Evaluation(Tabular):
         """What was measured, what the rows can tell, and which of them do not count."""
         found = [self.scoring.sentence()]
         found += [
-            f"tuned against {MODELS[name]}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
+            f"tuned against {model_name(name)}: {comparison.verdict()}" for name, comparison in self.comparisons.items()
         ]
         found += [self.worth] if self.worth else []
         if self.skipped:
@@ -158,10 +166,28 @@ class Evaluation(Tabular):
             found.append(f"{self.prompt_tokens_trimmed} of {len(self.rows)} prompts were cut to fit")
         return found + list(self.remarks)
 
+    def compare(self, first: str, second: str) -> Comparison:
+        """Compares any two of those who answered, by their names in `scores`: paired intervals of every measure."""
+        return compare(self.rows, first, second, metric=self.scoring)
+
+    def pairs(self) -> Table:
+        """Returns a row for each two of those who answered: the difference in the measure that counts, and what it says."""
+        names = list(self.scores)
+        found = [self.compare(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
+        rows = [[model_name(each.first), model_name(each.second), *gain_cells(each.gain)] for each in found]
+        header = [
+            "first",
+            "second",
+            f"{measure_of(self.scoring.main).name}, second − first",
+            f"{LEVEL:.0%} interval",
+            "verdict",
+        ]
+        return Table(header, rows, caption=f"all pairs on the same {len(self.rows)} rows", numbers=range(2, 4))
+
     def confusion(self, model: str = "tuned") -> Table:
         """Returns how often each expected label was answered by which one; without rows where the answers are no labels."""
         answers = [row["answers"][model] for row in self.rows if model in row["answers"]]
-        return confusion(answers, caption=f"expected labels and what the model ({MODELS[model]}) answered")
+        return confusion(answers, caption=f"expected labels and what the model ({model_name(model)}) answered")
 
     def side_by_side(self, rows: int = 5, *, outcome: str | None = None, against: str = "base") -> SideBySide:
         """Returns rows to browse: dialogue, reference and each model's answer.
@@ -251,13 +277,17 @@ class SideBySide(Tabular):
         """Returns the texts below each other: a dialogue has too many lines for a column of a terminal."""
         parts = []
         for row in self.rows:
-            answers = [f"{MODELS[name] + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
+            answers = [f"{model_name(name) + ':':<24} {_one_line(a['text'])}" for name, a in row["answers"].items()]
             parts.append("\n".join([plain(row["dialogue"]), f"{'reference:':<24} {plain(row['summary'])}", *answers]))
         return "\n\n".join(parts)
 
     def table(self) -> Table:
         """Returns a row for each dialogue: its turns, the reference and each model's answer."""
-        names = ["dialogue", "reference", *(MODELS[name] for name in (self.rows[0]["answers"] if self.rows else ()))]
+        names = [
+            "dialogue",
+            "reference",
+            *(model_name(name) for name in (self.rows[0]["answers"] if self.rows else ())),
+        ]
         rows = [
             [plain(row["dialogue"]), plain(row["summary"]), *(_one_line(a["text"]) for a in row["answers"].values())]
             for row in self.rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -161,8 +161,23 @@ def comparison_from_dict(values: Mapping[str, Any]) -> Comparison:
     return Comparison(values["first"], values["second"], differences, wins, ties, losses, main)
 
 
+class Measured(Protocol):
+    """What was scored: a metric, or what an evaluation says of one."""
+
+    @property
+    def measures(self) -> Sequence[str]: ...
+
+    @property
+    def main(self) -> str: ...
+
+
 def compare(
-    rows: Sequence[Mapping[str, Any]], first: str, second: str, *, metric: Metric = TEXT, seed: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    first: str,
+    second: str,
+    *,
+    metric: Measured = TEXT,
+    seed: int = 0,
 ) -> Comparison:
     """Compares two models that answered the same rows.
 
@@ -187,6 +202,13 @@ def compare(
         tuple(name for gain, name in reversed(gains) if gain < -SAME_SCORE),
         metric.main,
     )
+
+
+def gain_cells(gain: Difference | None) -> list[str]:
+    """Returns a difference as tables show it: the difference, its interval, and what it says."""
+    if gain is None:
+        return ["", "", "no row has it"]
+    return [_signed(gain.difference), f"{_signed(gain.low)} to {_signed(gain.high)}", gain.verdict]
 
 
 def _gains(measure: Measure, ids: Sequence[str], one: Answers, other: Answers) -> list[tuple[float, str]]:

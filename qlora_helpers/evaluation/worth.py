@@ -14,11 +14,23 @@ MODELS = {
     "tuned": "tuned",
 }
 """Who answers: the untuned model under the trained prompt, under its own chat template and with training examples in the prompt."""
+RUN = "run:"
+"""What the name of another run begins with in scores and answers, so that no run's name is that of one of `MODELS`."""
 RIVALS = {
     "base": "the untuned model",
     "base_chat": "the untuned model under its own chat template",
     "base_few": "the untuned model with examples in its prompt",
 }
+
+
+def rival_name(run: str) -> str:
+    """Returns another run's name in scores and answers."""
+    return RUN + run
+
+
+def model_name(name: str) -> str:
+    """Returns who answers under a name in scores and answers, for people to read."""
+    return MODELS.get(name) or f"run {name.removeprefix(RUN)}"
 
 
 def worth(comparisons: Mapping[str, Comparison]) -> str:

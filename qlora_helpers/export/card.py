@@ -8,7 +8,8 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.evaluation.evaluation_file import read_evaluation
 from qlora_helpers.evaluation.metrics.measures import measure_of
-from qlora_helpers.evaluation.result import MODELS, score_cells, scoring_from_dict
+from qlora_helpers.evaluation.result import score_cells, scoring_from_dict
+from qlora_helpers.evaluation.worth import model_name
 from qlora_helpers.export.certificate import FILE, Certificate
 from qlora_helpers.runs.folder import Run
 
@@ -49,9 +50,7 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
             "|---" * len(header) + "|",
         ]
         lines += [
-            "| "
-            + " | ".join([MODELS.get(name, name), *score_cells(score, scoring), f"{score['stop_rate']:.0%}"])
-            + " |"
+            "| " + " | ".join([model_name(name), *score_cells(score, scoring), f"{score['stop_rate']:.0%}"]) + " |"
             for name, score in values["scores"].items()
         ]
         verdict = values.get("comparisons", {}).get("base", {}).get("verdict")

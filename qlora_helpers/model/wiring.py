@@ -145,9 +145,14 @@ def split_falcon_heads(layer: Any, fused: torch.Tensor) -> tuple[torch.Tensor, t
     return query, key, value
 
 
-def is_plain_lora(layer: Any) -> bool:
-    """Whether a LoRA layer is two matrices beside a linear layer: one adapter, not merged, without DoRA and bias."""
-    names = list(layer.active_adapters)
+def is_plain_lora(layer: Any, adapter: str | None = None) -> bool:
+    """Whether a LoRA layer is two matrices beside a linear layer: one adapter, not merged, without DoRA and bias.
+
+    Args:
+        layer: a layer of peft's.
+        adapter: the adapter that is looked at; None takes the active one.
+    """
+    names = list(layer.active_adapters) if adapter is None else [adapter]
     if len(names) != 1 or names[0] not in layer.lora_A or layer.merged:
         return False
     (name,) = names

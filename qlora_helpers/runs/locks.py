@@ -55,6 +55,27 @@ def is_locked(run: Run) -> bool:
 
 
 @contextlib.contextmanager
+def evaluation_lock(run: Run) -> Iterator[None]:
+    """Holds the lock of a run's evaluation during the block; it keeps no trainer off.
+
+    Raises:
+        RunError: another process evaluates the run.
+    """
+    with _tried(_evaluation_lock_path(run)) as acquired:
+        if not acquired:
+            raise RunError(
+                f"another process is evaluating {run.name!r}",
+                next_step="Wait for it; ql.evaluation_panel(run) shows how far it is.",
+            )
+        yield
+
+
+def is_being_evaluated(run: Run) -> bool:
+    """Whether a process on this machine holds the lock of the run's evaluation."""
+    return _is_locked(_evaluation_lock_path(run))
+
+
+@contextlib.contextmanager
 def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
     """Holds the locks of some GPUs during the block.
 
@@ -126,6 +147,10 @@ def _busy(gpu: str) -> RunError:
 
 def _run_lock_path(run: Run) -> Path:
     return run.folder / ".lock"
+
+
+def _evaluation_lock_path(run: Run) -> Path:
+    return run.folder / ".evaluation.lock"
 
 
 def _gpu_lock_path(gpu: str) -> Path:

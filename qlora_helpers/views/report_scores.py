@@ -6,7 +6,7 @@ Functions take the values of an `evaluation.json` and return plain values for th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_helpers.base.tables import Table
@@ -15,7 +15,7 @@ from qlora_helpers.evaluation.metrics.labels import confusion
 from qlora_helpers.evaluation.metrics.measures import measure_of
 from qlora_helpers.evaluation.result import Scoring, score_text, score_value, scoring_from_dict
 from qlora_helpers.evaluation.scorecard import LEVEL, amount, comparison_from_dict, points
-from qlora_helpers.evaluation.worth import worth
+from qlora_helpers.evaluation.worth import RUN, worth
 
 MODELS = {
     "base": "untuned",
@@ -28,6 +28,17 @@ FEW_ROWS = 100
 ROW_SCORES = {"rouge_l": "ROUGE-L", "row_field_f1": "field F1"}  # values of an answer that are shown with it
 RIGHT = ("correct", "exact_match", "number_right")  # values of an answer that are 0 or 100
 LONGEST_DIALOGUE, LONGEST_ANSWER = 4000, 400  # characters shown
+
+
+def shown_name(name: str) -> str:
+    """Returns who answers under a name in an evaluation, as the page calls them."""
+    return MODELS.get(name) or f"the run {name.removeprefix(RUN)}"
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """The names as the page lists them: the untuned model's prompts, the tuned model, other runs."""
+    given = list(names)
+    return [name for name in MODELS if name in given] + [name for name in given if name not in MODELS]
 
 
 def has_scores(evaluation: Mapping[str, Any]) -> bool:
@@ -56,7 +67,7 @@ def score_header(evaluation: Mapping[str, Any]) -> list[str]:
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns a row for each model: its name, the cells in the header's order, and its bar in percent of the longest bar."""
-    scores = {name: evaluation["scores"][name] for name in MODELS if name in evaluation.get("scores", ())}
+    scores = {name: evaluation["scores"][name] for name in _in_order(evaluation.get("scores", ()))}
     scoring = scoring_from_dict(evaluation.get("scoring", {}))
     values = {name: score_value(score, scoring.main) or 0.0 for name, score in scores.items()}
     top = max(values.values(), default=0.0)
@@ -71,7 +82,7 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         losses = ["", ""] if loss is None else [f"{loss:.3f}", f"{math.exp(min(loss, 50.0)):,.1f}"]
         cells += [percent(score["stop_rate"]), f"{score['mean_tokens']:.0f}", *losses]
         bar = f"{100 * max(0.0, values[name]) / top if top > 0 else 0:.1f}"
-        rows.append({"model": MODELS[name], "tuned": name == "tuned", "bar": bar, "cells": cells})
+        rows.append({"model": shown_name(name), "tuned": name == "tuned", "bar": bar, "cells": cells})
     return rows
 
 
@@ -117,7 +128,7 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[str]:
         change = "gained" if tuned >= base else "lost"
         sentences.append(f"With the same prompt, fine-tuning {change} {amount(tuned - base, measure)}.")
         sentences += _rival_sentences(scores, scoring.main, tuned)
-    sentences += [f"Tuned against {MODELS[name]}: {found.verdict()}" for name, found in comparisons.items()]
+    sentences += [f"Tuned against {shown_name(name)}: {found.verdict()}" for name, found in comparisons.items()]
     if rows < FEW_ROWS and not comparisons:  # a file from before intervals were computed
         sentences.append(f"With only {rows} dialogues, a difference of a point or two can be chance.")
     if count := len(evaluation.get("skipped", ())):
@@ -177,7 +188,7 @@ def intervals(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, values in evaluation.get("comparisons", {}).items():
         lines = comparison_from_dict(values).table().rows
         if lines:
-            found.append({"against": MODELS[name], "lines": lines, "level": percent(values["level"])})
+            found.append({"against": shown_name(name), "lines": lines, "level": percent(values["level"])})
     return found
 
 
@@ -210,7 +221,7 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "reference": row["summary"],
         "answers": [
             _answer(name, row["answers"][name])
-            for name in ("tuned", "base", "base_chat", "base_few")
+            for name in ("tuned", *(name for name in _in_order(row["answers"]) if name != "tuned"))
             if name in row["answers"]
         ],
     }
@@ -222,7 +233,7 @@ def _answer(name: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     score = "".join(f"{ROW_SCORES[key]} {value:.0f}, " for key, value in known.items())
     score += {None: "", 0.0: "wrong, ", 100.0: "right, "}[_right(answer)]
     return {
-        "model": MODELS[name],
+        "model": shown_name(name),
         "tuned": name == "tuned",
         "text": _shortened(" ".join(answer["text"].split()), LONGEST_ANSWER),
         "end": f"{score}{count}, {'ended by itself' if answer['stopped'] else 'cut off at the token limit'}",

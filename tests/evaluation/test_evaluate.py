@@ -465,7 +465,7 @@ def test_only_some_models_are_asked(model, tokenizer, corpus):
 
 def test_the_untuned_model_is_asked_with_examples_too(model, tokenizer, corpus, monkeypatch):
     from qlora_helpers.data.shots import kept_shots
-    from qlora_helpers.evaluation import evaluate as module
+    from qlora_helpers.evaluation import answering as module
 
     seen = {}
     asked = module.generate

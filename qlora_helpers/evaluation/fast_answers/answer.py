@@ -36,6 +36,7 @@ def answer_fast(
     slots: int,
     form: AnswerForm | None = None,
     progress: Callable[[int], Any] | None = None,
+    given: Callable[[int, list[int]], None] = lambda index, tokens: None,
 ) -> list[list[int]]:
     """Returns the greedy answer to each prompt as new tokens, in the order given, with the token that ended it.
 
@@ -48,6 +49,7 @@ def answer_fast(
         slots: answers at once; fewer are taken where memory does not allow as many.
         form: gets a record of how the answers were made.
         progress: called with how many more prompts were answered.
+        given: called with a prompt's place and its answer as soon as that has ended; again with the same where memory ran out.
 
     Raises:
         NotFast: the model can't be asked this way, or does not give the answers that it gives by itself.
@@ -63,7 +65,7 @@ def answer_fast(
     capacity = -(-questions.longest // CAPACITY_STEP) * CAPACITY_STEP
     slots = _slots_that_fit(model, min(slots, len(prompts)), capacity, form)
     progress = _each_prompt_once(progress)
-    while (answers := _answers_in_slots(model, questions, slots, capacity, form, progress)) is None:
+    while (answers := _answers_in_slots(model, questions, slots, capacity, form, progress, given)) is None:
         # Reading prompts takes memory beside the cache, which is not counted. Greedy answers are the same when begun again.
         slots = _half(slots)
         form.note(f"{slots} answers at once: more ran out of memory")
@@ -90,11 +92,12 @@ def _answers_in_slots(
     capacity: int,
     form: AnswerForm,
     progress: Callable[[int], None],
+    given: Callable[[int, list[int]], None],
 ) -> list[list[int]] | None:
     """Returns the answers, or None where memory ran out and fewer at once may fit; then no memory is held any more."""
     decoder = SlotDecoder(model, slots=slots, capacity=capacity, graph_refusal=_graph_refusal(model))
     try:
-        answers = decoder.answer(questions, progress=progress)
+        answers = decoder.answer(questions, progress=progress, given=given)
         form.slots, form.graphs, form.steps = slots, form.graphs + decoder.step.captured, form.steps + decoder.steps
         if decoder.step.refusal:
             form.note(decoder.step.refusal)

@@ -138,12 +138,19 @@ class SlotDecoder:
         )  # a slot whose answer has ended may go on for a few steps
         return logits
 
-    def answer(self, questions: Questions, *, progress: Callable[[int], None]) -> list[list[int]]:
+    def answer(
+        self,
+        questions: Questions,
+        *,
+        progress: Callable[[int], None],
+        given: Callable[[int, list[int]], None] = lambda index, tokens: None,
+    ) -> list[list[int]]:
         """Returns the new tokens of each prompt, in the order given; an answer that ended keeps its end-of-text token.
 
         Args:
             questions: the prompts.
             progress: called with how many prompts are answered by now.
+            given: called with a prompt's place and its answer, as soon as that has ended.
         """
         prompts = questions.prompts
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
@@ -167,7 +174,8 @@ class SlotDecoder:
                 self._take(found, list(held), held, answers)
             done = [slot for slot, index in held.items() if questions.trim(answers[index])]
             for slot in done:
-                del held[slot]
+                index = held.pop(slot)
+                given(index, answers[index])
             progress(len(prompts) - len(waiting) - len(held))
         return answers
 

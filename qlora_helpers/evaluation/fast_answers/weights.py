@@ -72,7 +72,8 @@ def _dense_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[
 def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
     """While open, plain LoRA layers multiply by copies of A and B in the model's type; yields how many do.
 
-    peft casts the activations to the adapters' float32 and back at every layer and token. `disable_adapter` still works.
+    peft casts the activations to the adapters' float32 and back at every layer and token. `disable_adapter` and `set_adapter` still
+    work; a layer of which one adapter is not plain keeps its own way.
 
     Args:
         model: with or without adapters.
@@ -82,22 +83,28 @@ def adapters_in_model_type(model: torch.nn.Module) -> Iterator[int]:
     dtype, changed = model.get_input_embeddings().weight.dtype, 0
     with ExitStack() as undo:
         for module in model.modules():
-            if isinstance(module, LoraLayer) and is_plain_lora(module):
+            plain = isinstance(module, LoraLayer) and len(module.lora_A) > 0
+            if plain and all(is_plain_lora(module, name) for name in module.lora_A):
                 replace_forward(module, types.MethodType(_lora_forward(module, dtype), module), undo)
                 changed += 1
         yield changed
 
 
 def _lora_forward(layer: Any, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    (name,) = layer.active_adapters
-    down = layer.lora_A[name].weight.detach().to(dtype)
-    up = layer.lora_B[name].weight.detach().to(dtype).t()
+    copies = {
+        name: (layer.lora_A[name].weight.detach().to(dtype), layer.lora_B[name].weight.detach().to(dtype).t())
+        for name in layer.lora_A
+    }
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` -> `(..., out_features)`."""
+        """`(..., in_features)` -> `(..., out_features)`, with the adapter that is active now."""
         out = self.base_layer(x)
         if self.disable_adapters:
             return out
+        (name,) = self.active_adapters
+        if name not in copies:  # another run's adapter, which has none at this layer
+            return out
+        down, up = copies[name]
         low = F.linear(x, down)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up, alpha=self.scaling[name]).view_as(out)
 
