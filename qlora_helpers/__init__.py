@@ -35,6 +35,8 @@ _HOMES = {
     "export_run": "workflow",
     "ask": "workflow",
     "streaming_answers": "workflow",
+    "playground": "workflow",
+    "read_votes": "evaluation.votes",
     "list_runs": "views.monitor:run_table",
     "write_report": "views.report",
     "start_tensorboard": "views.tensorboard",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.base.errors import UserError
     from qlora_helpers.base.profiles import profile_config
     from qlora_helpers.beginning import new_run
+    from qlora_helpers.evaluation.votes import read_votes
     from qlora_helpers.machine.environment import check_machine, versions
     from qlora_helpers.planning.run_plan import plan_run
     from qlora_helpers.runs.cleanup import find_space, free
@@ -69,6 +72,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
         export_run,
         load,
         load_adapter,
+        playground,
         prepare_data,
         retry,
         streaming_answers,

@@ -19,7 +19,7 @@ from qlora_helpers.base.files import read_json
 from qlora_helpers.base.text import Say
 from qlora_helpers.data.prepare import content_marks
 from qlora_helpers.data.run_data import check_source, run_data
-from qlora_helpers.evaluation.ask import ask, streaming_answers
+from qlora_helpers.evaluation.ask import Answers, ask
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.evaluation.evaluation_file import keep_evaluation, unwritable
 from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.training.result import TrainResult
+    from qlora_helpers.views.widgets.answers import AnswerPanel
 
 # What a notebook calls in the course of a run, whichever module it is in
 __all__ = [
@@ -293,6 +294,64 @@ def evaluate(
 def _existing_beside(run: Run, name: str) -> Run:
     """Opens another run by its name, in the folder that holds this one, or by a path."""
     return existing_run(name, root=run.folder.parent)
+
+
+def streaming_answers(
+    run: Run, model: PeftModel | None = None, loaded: LoadedModel | None = None, *, rivals: Sequence[Run | str] = ()
+) -> Answers:
+    """Makes a function that answers conversations in pieces, one at a time, as `answer_panel` takes it.
+
+    Args:
+        run: a run with a saved adapter.
+        model, loaded: the tuned model and its base, if they are in memory; else they are loaded when the first question comes.
+        rivals: further runs, or their names, on the same base model.
+
+    Raises:
+        UserError: the run has no adapter yet, or a rival was trained on another base model.
+    """
+    if model is None or loaded is None:
+        run.need(
+            run.adapter_dir / "adapter_model.safetensors", "Notebook 04_train (or `python -m qlora_helpers train`)"
+        )
+
+    def opened() -> tuple[PeftModel, LoadedModel]:
+        base = load(run, say=log.info) if model is None or loaded is None else loaded
+        return (load_adapter(run, base), base) if model is None or loaded is None else (model, base)
+
+    others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
+    answers = Answers(run, others, opened)
+    if model is not None and loaded is not None:
+        answers.open()
+    return answers
+
+
+def playground(
+    run: Run, *rivals: Run | str, model: PeftModel | None = None, loaded: LoadedModel | None = None
+) -> AnswerPanel:
+    """Makes a panel that holds a conversation with two models at once: the untuned one, the run, or other runs on its base model.
+
+    It shows itself at once; without a model in memory the run's is loaded when the first question comes. Votes are kept in the
+    run's `votes.json`.
+
+    Args:
+        run: a run with a saved adapter.
+        rivals: further runs, or their names, on the same base model.
+        model, loaded: as for `streaming_answers`.
+    """
+    from qlora_helpers.data.prepared_file import read_prepared_file
+    from qlora_helpers.evaluation.votes import keep_vote
+    from qlora_helpers.views.widgets.answers import answer_panel
+
+    answers = streaming_answers(run, model, loaded, rivals=rivals)
+    saved, config = read_prepared_file(run.data_dir), run.config().evaluation
+    return answer_panel(
+        answers,
+        [row for row in saved.test if not row.is_document] if saved else (),
+        temperature=config.temperature if config.do_sample else 0.0,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        vote=lambda vote: " ".join(keep_vote(run, vote, answers.runs).sentences()),
+    )
 
 
 @out_of_memory.rescued

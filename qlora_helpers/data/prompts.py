@@ -26,10 +26,14 @@ class Prompt:
     Attributes:
         ids: token ids.
         trimmed_tokens: how many were cut from the row's own text.
+        cut_at: where: its `start`, `middle` or `end`; empty where nothing was cut.
+        shown: the first cut, for people: what comes before it and after it.
     """
 
     ids: list[int]
     trimmed_tokens: int = 0
+    cut_at: str = ""
+    shown: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,18 +67,19 @@ def prompt_tokens(
         half = encoded.ids[: max(1, min(len(encoded.ids) // 2, max_tokens or len(encoded.ids)))]
         return Prompt(half.tolist())
     ids = _ids(example, template)
-    length = len(ids)
+    length, side, shown = len(ids), side_of(long_rows, example), ""
     for _ in range(_MOST_CUTS):
         if max_tokens is None or len(ids) <= max_tokens:
-            return Prompt(ids, length - len(ids))
+            break
         found = shortened(example, len(ids), max_tokens, side_of(long_rows, example), template.encoder)
         if found is None:
             break
-        example = found.example
+        example, shown = found.example, shown or found.shown
         ids = _ids(example, template)
     if max_tokens is not None and len(ids) > max_tokens:
         raise RowProblem(f"its prompt does not fit into {max_tokens} tokens")
-    return Prompt(ids, length - len(ids))
+    cut = length - len(ids)
+    return Prompt(ids, cut, side if cut else "", shown)
 
 
 def _ids(example: Example, template: Template) -> list[int]:

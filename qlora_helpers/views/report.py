@@ -85,6 +85,7 @@ def _page(parts: Parts) -> dict[str, Any]:
         "verdicts": [] if parts.has_random_weights else verdicts(parts.evaluation),
         "intervals": [] if parts.has_random_weights else intervals(parts.evaluation),
         "outcomes": [] if parts.has_random_weights else outcomes(parts.evaluation),
+        "votes": [] if parts.has_random_weights else list(parts.votes),
         "form": parts.evaluation.get("form", [])[:1],
         "chart": Markup(parts.curve.svg("currentColor")),  # made by matplotlib, with the run's name escaped
         "loss_notes": _loss_notes(parts.curve),

@@ -13,6 +13,7 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.records import read_object, read_values
 from qlora_helpers.data.prepared_file import PreparedFile, prepared_path
 from qlora_helpers.evaluation.evaluation_file import read_evaluation
+from qlora_helpers.evaluation.votes import read_votes
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.plan_file import PlanFile
 from qlora_helpers.views.monitor import LossCurve, loss_curve
@@ -20,7 +21,7 @@ from qlora_helpers.views.monitor import LossCurve, loss_curve
 
 @dataclass(frozen=True)
 class Parts:
-    """The contents of a run folder; a dict is empty if its file is missing."""
+    """The contents of a run folder; a dict is empty if its file is missing. `votes` says in sentences what people voted for."""
 
     run: Run
     config: RunConfig
@@ -30,6 +31,7 @@ class Parts:
     evaluation: dict[str, Any]
     prepared: dict[str, Any]
     adapter: dict[str, Any]
+    votes: tuple[str, ...] = ()
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -62,4 +64,5 @@ def read_parts(run: Run) -> Parts:
         read_evaluation(run),
         found(prepared_path(run.data_dir), PreparedFile),
         read_object(adapter_path) if adapter_path.exists() else {},
+        tuple(read_votes(run).sentences()),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from playwright.sync_api import expect
@@ -47,13 +48,13 @@ def test_06_asks_both_models_what_a_person_types(opened, run):
     page.keyboard.press("End")
     panel.locator("button.qlora-ask").click()
     printed = notebook.kernel(
-        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel.asking.dialogue]))"
+        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel.asking.turns[-1].question]))"
     )
     answers, asked = json.loads(printed)
-    assert ATTACK in asked and set(answers) == {"base", "tuned"} and any(answers.values())
-    for model, text in answers.items():
-        shown = panel.locator(f".qlora-answer-{model}")
-        expect(shown).to_contain_text("done")
+    assert ATTACK in asked and set(answers) == {"left", "right"} and any(answers.values())
+    for side, text in answers.items():
+        shown = panel.locator(f".qlora-answer-{side}")
+        expect(shown).to_contain_text(re.compile(r"ended by itself after|cut off at"))
         expect(shown.locator(".qlora-text")).to_contain_text(" ".join(plain(text).split()))
     assert_not_attacked(page)
 
@@ -62,7 +63,7 @@ def test_what_models_and_people_write_is_shown_and_never_run(lab, opened):
     """A model that answers with the dialogue: the shortest way for a tag to come back."""
     cells = [
         "from qlora_helpers.views.widgets import answer_panel\n"
-        "def echo(dialogue, *, tuned, temperature, top_p, max_new_tokens):\n    yield from dialogue",
+        "def echo(asked, **settings):\n    yield from asked.turns[-1]",
         f"answer_panel(echo, [{{'id': 'a', 'dialogue': {('Ana: ' + ATTACK)!r}, 'summary': {('Sum: ' + ATTACK)!r}}}])",
     ]
     notebook = opened(lab.add_notebook("echo.ipynb", cells))
@@ -71,8 +72,8 @@ def test_what_models_and_people_write_is_shown_and_never_run(lab, opened):
     panel = page.locator(".qlora-answers")
     expect(panel).to_contain_text(f"Sum: {ATTACK}")
     panel.locator("button.qlora-ask").click()
-    for model in ("base", "tuned"):
-        expect(panel.locator(f".qlora-answer-{model} .qlora-text")).to_have_text(f"Ana: {ATTACK}")
+    for side in ("left", "right"):
+        expect(panel.locator(f".qlora-answer-{side} .qlora-said")).to_have_text(f"Ana: {ATTACK}")
     assert_not_attacked(page)
 
 

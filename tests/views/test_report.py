@@ -276,7 +276,7 @@ def test_labels_have_their_measures_their_confusion_table_and_a_verdict(tmp_path
     score_answers(rows, metric)
     names = ("base", "base_few", "tuned")
     result = Evaluation(
-        {name: _scores([row["answers"][name] for row in rows], None, metric) for name in names},
+        {name: _scores([row["answers"][name] for row in rows], metric) for name in names},
         tuple(rows),
         comparisons={name: compare(rows, name, "tuned", metric=metric) for name in names[:2]},
         scoring=Scoring("labels", metric.task, metric.main, metric.measures, "240 answers have 3 texts", metric.notes),

@@ -1,35 +1,28 @@
-"""A panel that asks the untuned and the tuned model the same question and shows both answers as they are written.
+"""A panel that holds a conversation with two models at once and shows both answers as they are written.
 
-It knows no model: it is handed a function that answers, which `asking` calls in a thread. What people and models write is escaped
-and never executed.
+It knows no model: it is handed a function that answers, which `asking` calls in a thread, and one that keeps votes. What people and
+models write is escaped and never executed.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import ipywidgets
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.text import plain
-from qlora_helpers.data.examples import Example
-from qlora_helpers.views.widgets.asking import MODELS, Answer, AnswerProgress, Asking
-from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled
+from qlora_helpers.evaluation.votes import Vote, plain_settings
+from qlora_helpers.views.widgets.answer_controls import Controls
+from qlora_helpers.views.widgets.asking import MODELS, SIDES, Answer, AnswerProgress, Asking
+from qlora_helpers.views.widgets.panel import Panel, error_html
+from qlora_helpers.views.widgets.samples import as_sample
+from qlora_helpers.views.widgets.transcript import before_html, settings_text, turn_html
 
-OWN = "your own"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A dialogue to pick, and the summary that a person wrote of it, if there is one."""
-
-    name: str
-    dialogue: str
-    summary: str = ""
+HIDDEN = {"left": "A", "right": "B"}
+KeepVote = Callable[[Vote], str]
 
 
 def answer_panel(
@@ -39,41 +32,66 @@ def answer_panel(
     temperature: float = 0.0,
     top_p: float = 0.9,
     max_new_tokens: int = 80,
+    seed: int = 0,
+    vote: KeepVote | None = None,
 ) -> AnswerPanel:
-    """Makes a panel that asks a function once as the untuned and once as the tuned model.
+    """Makes a panel that asks a function as two models: the untuned and the tuned one, or any two that the function knows.
 
     Args:
-        answer: the function that answers; see `Answer`.
-        dialogues: the dialogues to pick from: texts, rows of the data, or mappings with `dialogue`, `summary` and `id`.
-        temperature, top_p, max_new_tokens: where the sliders start.
+        answer: the function that answers; see `asking.Answer`. `ql.streaming_answers(run)` makes one, whose model is loaded when
+            the first question comes.
+        dialogues: what to pick from: texts, rows of the data, or mappings with `dialogue`, `summary` and `id`.
+        temperature, top_p, max_new_tokens, seed: where the controls start.
+        vote: keeps a vote and returns what to show of all votes; None has no buttons to vote.
 
     Raises:
         UserError: an item of `dialogues` has no dialogue.
     """
-    return AnswerPanel(answer, dialogues, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    values = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    return AnswerPanel(answer, dialogues, values, vote)
 
 
 class AnswerPanel(Panel):
-    """A dialogue, three sliders and two answers; the arguments are those of `answer_panel`.
+    """A question, the settings and two conversations; the arguments are those of `answer_panel`.
 
     Attributes:
-        examples: the dialogues to pick from.
+        examples: what to pick from.
     """
 
     def __init__(
-        self, answer: Answer, dialogues: Sequence[Any] = (), *, temperature: float, top_p: float, max_new_tokens: int
+        self, answer: Answer, dialogues: Sequence[Any], values: Mapping[str, Any], vote: KeepVote | None
     ) -> None:
-        self.asking = Asking(answer, changed=self._draw, failed=self._show_error, ended=self._allow_asking)
-        self.examples = tuple(_sample(item, number) for number, item in enumerate(dialogues, start=1))
-        self._make_controls(temperature, top_p, max_new_tokens)
-        self.box = self._layout()
-        self._draw(*MODELS)
+        self.asking = Asking(answer, changed=self._draw, failed=self._show_error, ended=self._enable)
+        self.examples = tuple(as_sample(item, number) for number, item in enumerate(dialogues, start=1))
+        self.models: Mapping[str, str] = getattr(answer, "models", MODELS)
+        self._keep_vote, self._swapped, self._hidden = vote, False, False
+        self._typing = False  # whether the row is deselected because its text was changed
+        self._begin = True  # whether the next question begins a new conversation
+        self.controls = Controls([each.name for each in self.examples], self.models, values, can_vote=vote is not None)
+        self.controls.question.value = self.examples[0].dialogue if self.examples else ""
+        actions: dict[str, Callable[[], Any]] = {
+            "ask": self.ask,
+            "again": self.ask_again,
+            "stop": self.stop,
+            "new": self.new_conversation,
+        }
+        self.box = self.controls.lay_out(
+            actions | {name: (lambda name=name: self.vote(name)) for name in ("left", "tie", "right")}
+        )
+        self.controls.pick.observe(self._on_pick, names="value")
+        self.controls.question.observe(self._on_question, names="value")
+        for each in (*self.controls.models.values(), self.controls.temperature, self.controls.top_p):
+            each.observe(lambda _: self._draw(*SIDES), names="value")
+        for each in (self.controls.length, self.controls.seed):
+            each.observe(lambda _: self._draw(*SIDES), names="value")
+        self._draw(*SIDES)
+        self._enable()
 
     # what a person does
 
     @property
     def answers(self) -> dict[str, AnswerProgress]:
-        """The answers `base` and `tuned` to the dialogue asked last."""
+        """The answers to the last question, `left` and `right`."""
         return self.asking.answers
 
     @property
@@ -82,180 +100,180 @@ class AnswerPanel(Panel):
         return self.asking.busy
 
     def ask(self) -> None:
-        """Asks both models about the shown dialogue and returns at once; does nothing while they answer."""
+        """Asks both models the shown question and returns at once; does nothing while they answer."""
+        question = self.controls.question.value
         if self.busy:
             return
-        if not self._dialogue.value.strip():
-            self._show_error("There is nothing to ask about. Type a dialogue with one turn per line, or pick one.")
+        if not question.strip():
+            self._show_error("There is nothing to ask. Type a question, or pick a row of the data.")
             return
-        self._message.value = ""
-        settings = {
-            "temperature": self._temperature.value,
-            "top_p": self._top_p.value,
-            "max_new_tokens": self._length.value,
-        }
-        self._ask_button.disabled, self._stop_button.disabled = True, False
-        self.asking.start(self._dialogue.value, settings)
+        self.controls.message.value = ""
+        if self._begin:
+            self.asking.forget()
+        if not self.asking.turns:
+            self._hidden = self.controls.blind.value
+            self._swapped = self._hidden and random.random() < 0.5
+        sample = self.examples[self.controls.pick.value] if self.controls.pick.value >= 0 else None
+        self._begin = False
+        self.asking.ask(question, self._chosen(), self.controls.settings(), row=sample.row if sample else None)
+        self.controls.question.value = ""
+        self._enable()
+
+    def ask_again(self) -> None:
+        """Asks the last question again, with the models and settings as they are now."""
+        if self.busy or not self.asking.turns:
+            return
+        self.controls.message.value = ""
+        self.asking.ask_again(self._chosen(), self.controls.settings())
+        self._enable()
 
     def stop(self) -> None:
-        """Ends the answer that is being written after its next piece and keeps its text."""
+        """Ends the answer that is being written after its next token and keeps its text."""
         self.asking.stop()
+
+    def new_conversation(self) -> None:
+        """Forgets the conversation; its last question comes back to be changed."""
+        if self.busy:
+            return
+        if not self.controls.question.value.strip() and self.asking.turns:
+            self.controls.question.value = self.asking.turns[-1].question
+        self._begin, self._hidden = True, False
+        self.asking.forget()
+        self._enable()
+
+    def vote(self, better: str) -> None:
+        """Keeps which answer to the last question is better: `left`, `right` or `tie`."""
+        if self._keep_vote is None or not self._votable():
+            return
+        turn = self.asking.turns[-1]
+        left, right = (turn.answers[side] for side in SIDES)
+        vote = Vote(
+            left.model,
+            right.model,
+            better,
+            self._hidden,
+            turn.question,
+            (left.text.strip(), right.text.strip()),
+            plain_settings(left.settings),
+            len(self.asking.turns),
+        )
+        try:
+            said = self._keep_vote(vote)
+        except UserError as error:
+            self._show_error(str(error))
+            return
+        turn.vote, self._hidden = better, False
+        self.controls.votes.value = f'<span class="muted" role="status">{html.escape(plain(said))}</span>'
+        self._draw(*SIDES)
+        self._enable()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until both models have answered and returns whether they have; meant for code."""
         return self.asking.wait(timeout_s)
 
+    def _chosen(self) -> dict[str, str]:
+        """Who is asked, by side."""
+        names = [self.controls.models[side].value for side in SIDES]
+        return dict(zip(SIDES, reversed(names) if self._swapped else names, strict=True))
+
+    def _votable(self) -> bool:
+        if not self.asking.turns or self.asking.turns[-1].vote or len(set(self.asking.models.values())) < 2:
+            return False
+        return all(each.state in ("done", "stopped") and each.text.strip() for each in self.answers.values())
+
     # what it looks like
 
-    def _make_controls(self, temperature: float, top_p: float, max_new_tokens: int) -> None:
-        wide, label = {"width": "auto"}, {"description_width": "124px"}
-        names = [(OWN, -1), *((each.name, index) for index, each in enumerate(self.examples))]
-        self._pick = ipywidgets.Dropdown(
-            options=names, value=min(0, len(self.examples) - 1), description="dialogue", layout=wide, style=label
-        )
-        self._dialogue = ipywidgets.Textarea(
-            self.examples[0].dialogue if self.examples else "",
-            rows=8,
-            layout=wide,
-            continuous_update=True,
-            placeholder="Ann: are we still on for lunch?\nBo: yes! at one, the usual place",
-            tooltip="One turn per line, as Name: text",
-        )
-        self._temperature = ipywidgets.FloatSlider(
-            temperature,
-            min=0,
-            max=2,
-            step=0.05,
-            description="temperature",
-            tooltip="0 takes the likeliest token each time; a higher value draws unlikely tokens more often",
-            layout=wide,
-            style=label,
-        )
-        self._top_p = ipywidgets.FloatSlider(
-            top_p,
-            min=0.01,
-            max=1,
-            step=0.01,
-            description="top_p",
-            layout=wide,
-            style=label,
-            tooltip="Draws from the likeliest tokens that make up this share; has no effect at temperature 0",
-        )
-        self._length = ipywidgets.IntSlider(
-            max_new_tokens,
-            min=1,
-            max=max(256, max_new_tokens),
-            description="max_new_tokens",
-            tooltip="The length of the longest answer, in tokens",
-            layout=wide,
-            style=label,
-        )
-        self._message, self._reference = ipywidgets.HTML(), ipywidgets.HTML()
-        self._shown = {name: ipywidgets.HTML(layout={"flex": "1 1 380px", "min_width": "0"}) for name in MODELS}
-        self._pick.observe(self._on_pick, names="value")
-        self._dialogue.observe(self._on_dialogue, names="value")
-
-    def _layout(self) -> ipywidgets.VBox:
-        self._ask_button = button("Ask both", "The untuned model answers, then the tuned one", self.ask, "primary")
-        self._stop_button = button("Stop", "Ends both answers and keeps their text", self.stop)
-        self._stop_button.disabled = True
-        for each, name in (
-            (self._dialogue, "qlora-dialogue"),
-            (self._ask_button, "qlora-ask"),
-            (self._stop_button, "qlora-stop"),
-            (self._pick, "qlora-pick"),
-            *((shown, f"qlora-answer-{name}") for name, shown in self._shown.items()),
-        ):
-            add_classes(each, name)
-        left = ipywidgets.VBox([self._pick, self._dialogue], layout={"flex": "2 1 420px", "min_width": "0"})
-        buttons = ipywidgets.HBox([self._ask_button, self._stop_button])
-        right = ipywidgets.VBox(
-            [self._temperature, self._top_p, self._length, buttons, self._message],
-            layout={"flex": "1 1 320px", "min_width": "0"},
-        )
-        top, answers = ipywidgets.HBox([left, right]), ipywidgets.HBox([*self._shown.values()])
-        for each in (top, answers):
-            add_classes(each, "qlora-columns")
-        panel = ipywidgets.VBox([top, answers, self._reference])
-        return styled([add_classes(panel, "qlora-card")], "qlora-answers")
-
     def _on_pick(self, change: dict[str, Any]) -> None:
-        if change["new"] >= 0:
-            self._dialogue.value = self.examples[change["new"]].dialogue
+        if self._typing:
+            return
+        self._begin = True
+        self.controls.question.value = self.examples[change["new"]].dialogue if change["new"] >= 0 else ""
+        self._draw(*SIDES)
 
-    def _on_dialogue(self, change: dict[str, Any]) -> None:
-        """Shows `your own` once the picked dialogue has been edited."""
-        if self._pick.value >= 0 and change["new"] != self.examples[self._pick.value].dialogue:
-            self._pick.value = -1
+    def _on_question(self, change: dict[str, Any]) -> None:
+        """Shows `your own` once the box no longer holds the picked row; an edited question of a row stays in its place."""
+        picked = self.controls.pick.value
+        if picked >= 0 and self.examples[picked].row is None and change["new"] != self.examples[picked].dialogue:
+            self._typing = True
+            self.controls.pick.value = -1
+            self._typing = False
         self._draw_reference()
 
     def _show_error(self, message: str) -> None:
-        self._message.value = error_html(message)
+        self.controls.message.value = error_html(message)
 
-    def _allow_asking(self) -> None:
-        self._ask_button.disabled, self._stop_button.disabled = False, True
+    def _enable(self) -> None:
+        thread_ends = self.busy and all(each.state not in ("waiting", "writing") for each in self.answers.values())
+        busy = self.busy and not thread_ends
+        self.controls.enable(busy=busy, asked=bool(self.asking.turns), votable=self._votable())
 
-    def _draw(self, *names: str) -> None:
-        for name in names:
-            progress = self.answers.get(name)
-            text = html.escape(plain(progress.text).strip()) if progress else ""
-            if progress and progress.text and not text:
-                text = '<span class="muted">only white space so far</span>'
-            cursor = "▌" if progress and progress.state == "writing" else ""
-            self._shown[name].value = (
-                f'<b>{MODELS[name]}</b> <span class="muted">{progress.describe() if progress else ""}</span>'
-                f'<div class="qlora-text qlora-answer" '
-                f'aria-label="{MODELS[name]} answer" role="log" tabindex="0">{text}{cursor}</div>'
+    def _name(self, side: str) -> str:
+        """Who answers on a side, as far as a person may know it now."""
+        asked = self.asking.models or self._chosen()
+        return HIDDEN[side] if self._hidden else self.models.get(asked[side], asked[side])
+
+    def _stale(self, side: str) -> str:
+        """Says why the answers shown are not those that the controls would give now; empty where they are."""
+        if not self.asking.turns:
+            return ""
+        if self._begin:
+            return "answers of the conversation so far; the next question begins a new one"
+        progress = self.answers[side]
+        if progress.model != self._chosen()[side] and not self._hidden:
+            return (
+                f"answers of another model than is chosen now: asking begins a new conversation with {self._next(side)}"
+            )
+        if dict(progress.settings) != self.controls.settings():
+            return f"answered with other settings than are set now: {settings_text(progress.settings)}"
+        return ""
+
+    def _next(self, side: str) -> str:
+        return self.models.get(self._chosen()[side], "")
+
+    def _draw(self, *sides: str) -> None:
+        for side in sides:
+            name, stale = html.escape(self._name(side)), self._stale(side)
+            progress = self.answers.get(side)
+            state = html.escape(progress.describe()) if progress else ""
+            note = f'<div class="qlora-stale">{html.escape(stale)}</div>' if stale else ""
+            turns = before_html(self.asking.row) + "".join(turn_html(turn, side) for turn in self.asking.turns)
+            self.controls.shown[side].value = (
+                f'<b>{name}</b> <span class="muted">{state}</span>{note}'
+                f'<div class="qlora-text qlora-answer{" qlora-old" if stale else ""}" '
+                f'aria-label="{name} answers" role="log" tabindex="0">{turns}</div>'
             )
         self._draw_reference()
 
     def _draw_reference(self) -> None:
-        summary = self._summary(self._dialogue.value)
-        self._reference.value = (
-            f'<div class="muted">summary that a person wrote</div><div>{html.escape(summary)}</div>' if summary else ""
+        summary = self._summary()
+        self.controls.reference.value = (
+            f'<div class="muted">answer that a person wrote</div><div>{html.escape(plain(summary))}</div>'
+            if summary
+            else ""
         )
 
-    def _summary(self, dialogue: str) -> str:
-        """Returns the summary of a dialogue that equals one of the examples."""
-        return next((each.summary for each in self.examples if each.dialogue == dialogue), "")
+    def _summary(self) -> str:
+        """Returns the reference of the question that was asked last, or of the one that is about to be asked."""
+        shown = self.asking.turns[0].question if self.asking.turns and not self._begin else self.controls.question.value
+        single = len(self.asking.turns) < 2 or self._begin
+        return next((each.summary for each in self.examples if each.dialogue == shown), "") if single else ""
 
     # where there are no widgets
 
     def _rows(self) -> list[tuple[str, str]]:
-        dialogue = self.asking.dialogue or self._dialogue.value
-        rows = [("dialogue", dialogue)] if dialogue else []
-        rows += [("reference", self._summary(dialogue))] if self._summary(dialogue) else []
-        return rows + [
-            (
-                MODELS[name],
-                f"{progress.text.strip()} [{progress.describe()}]"
-                if (progress := self.answers.get(name))
-                else "not asked yet",
-            )
-            for name in MODELS
-        ]
+        rows: list[tuple[str, str]] = []
+        for turn in self.asking.turns:
+            rows.append(("question", turn.question))
+            rows += [(self._name(side), f"{p.text.strip()} [{p.describe()}]") for side, p in turn.answers.items()]
+        if not rows:
+            rows = [("question", self.controls.question.value)] if self.controls.question.value else []
+            rows += [(self._name(side), "not asked yet") for side in SIDES]
+        return rows + ([("reference", self._summary())] if self._summary() else [])
 
     def still_text(self) -> str:
-        """Returns the dialogue, the reference and the answers so far."""
+        """Returns the conversation so far and the reference."""
         return "\n".join(f"{name:<10} {plain(text)}" for name, text in self._rows())
 
     def still_html(self) -> str:
         """Returns the same as a table."""
-        return Table(["model", "text"], [(name, plain(text)) for name, text in self._rows()])._repr_html_()
-
-
-def _sample(item: Any, number: int) -> Sample:
-    if isinstance(item, str):
-        return Sample(f"{number}: {item.strip().splitlines()[0][:60] if item.strip() else ''}", item)
-    values = item if isinstance(item, Mapping) else vars(item) if hasattr(item, "__dict__") else {}
-    if isinstance(item, Example):
-        values = {"id": item.id, "dialogue": item.prompt, "summary": item.answer}
-    dialogue = values.get("dialogue")
-    if not isinstance(dialogue, str):
-        raise UserError(
-            "this is not a dialogue",
-            expected="a text, a row of the data, or an object with `dialogue` and optionally `summary`",
-            got=repr(item)[:80],
-        )
-    first = dialogue.splitlines()[0][:60] if dialogue else ""
-    return Sample(f"{values.get('id', number)}: {first}", dialogue, values.get("summary", ""))
+        return Table(["who", "text"], [(name, plain(text)) for name, text in self._rows()])._repr_html_()
