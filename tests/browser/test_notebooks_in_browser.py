@@ -48,7 +48,8 @@ def test_06_asks_both_models_what_a_person_types(opened, run):
     page.keyboard.press("End")
     panel.locator("button.qlora-ask").click()
     printed = notebook.kernel(
-        "import json; panel.wait(); print(json.dumps([{m: a.text for m, a in panel.answers.items()}, panel.asking.turns[-1].question]))"
+        "import json; panel.wait(); turn = panel.asking.turns[-1]\n"
+        "print(json.dumps([{side: answer.text for side, answer in turn.answers.items()}, turn.question]))"
     )
     answers, asked = json.loads(printed)
     assert ATTACK in asked and set(answers) == {"left", "right"} and any(answers.values())

@@ -179,7 +179,7 @@ class AnswerPanel(Panel):
     def _votable(self) -> bool:
         if not self.asking.turns or self.asking.turns[-1].vote or len(set(self.asking.models.values())) < 2:
             return False
-        return all(each.state in ("done", "stopped") and each.text.strip() for each in self.answers.values())
+        return all(each.state in ("done", "stopped") and each.tokens for each in self.answers.values())
 
     # what it looks like
 
