@@ -14,6 +14,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.opening import run_at
 from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.views import report
+from qlora_helpers.views.file_links import address_of
 
 
 def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None, say: Say = print) -> Path:
@@ -32,7 +33,7 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     run = workflow.open_run("demo", profile="demo", root=root) if data is None else _run_on(data, root, say)
     if run.status().state == "finished" and run.evaluation_path.exists() and run.adapter_dir.exists():
         say(f"{run.name} is finished already; its report is written again from the saved results.")
-        return report.write_report(run)
+        return _reported(run, say)
     check_source(run)
     loaded = workflow.load(run, say=say)
     say(str(loaded))
@@ -48,8 +49,13 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     result = workflow.evaluate(run, model=model, loaded=loaded, say=say)
     say(str(result))
     add_to_plan(run, demo_seconds=round(time.monotonic() - started))
+    return _reported(run, say)
+
+
+def _reported(run: Run, say: Say) -> Path:
+    """Writes the report and ends with the address under which a browser opens it."""
     path = report.write_report(run)
-    say(f"The report is {path}.")
+    say(f"The report: {address_of(path)}")
     return path
 
 

@@ -52,7 +52,7 @@ def way_of_browser(environ: Mapping[str, str] = os.environ) -> Way:
     """
     if "TENSORBOARD_PROXY_URL" in environ:
         return Way(environ["TENSORBOARD_PROXY_URL"].replace("%PORT%", PORT))
-    server = _jupyter_server(environ)
+    server = jupyter_server(environ)
     token = (server or {}).get("token") or environ.get("JUPYTERHUB_API_TOKEN", "")
     if server and _status(f"{server['url']}{NAME}/", token) == 204:
         return Way(f"{server['base_url']}{NAME}/", by_socket=True)
@@ -67,7 +67,7 @@ def way_of_browser(environ: Mapping[str, str] = os.environ) -> Way:
     return Way(f"http://127.0.0.1:{PORT}/")
 
 
-def _jupyter_server(environ: Mapping[str, str]) -> dict[str, Any] | None:
+def jupyter_server(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns what the Jupyter server that started this kernel wrote about itself, or None if there is no such server."""
     try:
         from jupyter_core.paths import jupyter_runtime_dir

@@ -20,6 +20,7 @@ from qlora_helpers.base.units import duration
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.views import report_facts as facts
+from qlora_helpers.views.file_links import KeptFile
 from qlora_helpers.views.monitor import LossCurve
 from qlora_helpers.views.report_parts import Parts, read_parts
 from qlora_helpers.views.report_scores import (
@@ -40,18 +41,18 @@ from qlora_helpers.views.report_scores import (
 NOTES_SHOWN = 20
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run) -> KeptFile:
     """Writes the run's `report.html`, whole or not at all. For a missing part the page says what makes it.
 
     Returns:
-        The path of the page.
+        The path of the page; in a notebook it shows as links to open and to download it.
 
     Raises:
         RunError: the run does not exist, or one of its files is damaged.
     """
     parts = read_parts(run)
     write_text(run.report_path, _template().render(_page(parts)))
-    return run.report_path
+    return KeptFile(run.report_path)
 
 
 def _template() -> Any:

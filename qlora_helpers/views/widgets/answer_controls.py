@@ -14,7 +14,9 @@ OWN = "your own"
 LONGEST = 1024  # tokens, where the slider ends unless the panel begins with more
 SEEDS = 2**31 - 1
 PLACEHOLDER = "Ann: are we still on for lunch?\nBo: yes! at one, the usual place"
-# The kernel hears of no key: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not.
+# The kernel hears of no key: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not. What
+# was typed is sent first, as one message: sent key by key, the last keys would wait until the kernel has taken those before them,
+# and the button would overtake them.
 KEYS = """<style onload="
 const panel = this.closest('.qlora-answers');
 if (panel && !panel.dataset.keys) {
@@ -23,7 +25,9 @@ if (panel && !panel.dataset.keys) {
     if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault(); event.stopPropagation();
     const ask = panel.querySelector('button.qlora-ask');
-    if (ask && !ask.disabled) ask.click();
+    if (!ask || ask.disabled) return;
+    if (event.target.tagName === 'TEXTAREA') event.target.dispatchEvent(new Event('change', {bubbles: true}));
+    ask.click();
   }, true);
 }">.qlora-answers { --qlora-keys: on; }</style>"""
 
@@ -52,7 +56,7 @@ class Controls:
         self.question = ipywidgets.Textarea(
             rows=7,
             layout=wide,
-            continuous_update=True,
+            continuous_update=False,
             placeholder=PLACEHOLDER,
             tooltip="The question; Ctrl+Enter asks",
         )
