@@ -98,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
+    evaluate.add_argument(
+        "--rival",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="another run on the same base model that answers the same rows; may be given several times",
+    )
+    evaluate.add_argument("--again", action="store_true", help="ask again what is answered already")
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
     export = commands.add_parser(
@@ -200,7 +208,8 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
 
-    print(workflow.evaluate(workflow.existing_run(options.run)))
+    rivals = [workflow.existing_run(rival) for rival in options.rival]
+    print(workflow.evaluate(workflow.existing_run(options.run), rivals=rivals, again=options.again))
     return 0
 
 

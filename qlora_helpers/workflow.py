@@ -52,8 +52,10 @@ if TYPE_CHECKING:
     from qlora_helpers.evaluation.metrics.own import Function
     from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.model.loading import LoadedModel
+    from qlora_helpers.runs.launch_evaluation import StartedEvaluation
     from qlora_helpers.training.result import TrainResult
     from qlora_helpers.views.widgets.answers import AnswerPanel
+    from qlora_helpers.views.widgets.evaluation_panel import EvaluationPanel
 
 # What a notebook calls in the course of a run, whichever module it is in
 __all__ = [
@@ -289,6 +291,37 @@ def evaluate(
         kept.finish(result.rows)
         write_answers(run, config, *answered_samples(result))
     return result
+
+
+def start_evaluation(run: Run, *, rivals: Sequence[Run | str] = (), again: bool = False) -> StartedEvaluation:
+    """Evaluates a run in a process of its own and returns at once; `evaluation_panel(run)` shows how far it is.
+
+    Args:
+        run, rivals, again: as for `evaluate`.
+
+    Raises:
+        UserError: as for `evaluate`, or the run is being evaluated already.
+    """
+    from qlora_helpers.evaluation.run_evaluation import refuse_unfit
+    from qlora_helpers.runs.launch_evaluation import launch_evaluation
+
+    refuse_unconfirmed(run.config())
+    others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
+    refuse_unfit(run, others)
+    return launch_evaluation(run, rivals=others, again=again)
+
+
+def evaluation_panel(run: Run, *, rivals: Sequence[Run | str] = ()) -> EvaluationPanel:
+    """Makes a panel that evaluates a run in the background, shows how far it is, and the scorecard when it is done.
+
+    A page that was closed comes back to it: the panel reads the run's folder alone.
+
+    Args:
+        run, rivals: as for `evaluate`.
+    """
+    from qlora_helpers.views.widgets.evaluation_panel import EvaluationPanel
+
+    return EvaluationPanel(run, lambda run: start_evaluation(run, rivals=rivals))
 
 
 def _existing_beside(run: Run, name: str) -> Run:

@@ -203,6 +203,7 @@ class EvaluationProgress:
         model: who is answering, by its name in an evaluation; empty before the first answer.
         started: when it began, seconds since 1970.
         left_s: seconds that are left at the speed so far; None while nothing can be said.
+        pid: the process that began it.
     """
 
     done: int
@@ -211,6 +212,7 @@ class EvaluationProgress:
     model: str
     started: float
     left_s: float | None
+    pid: int = 0
 
     def __repr__(self) -> str:
         state = "is running" if self.running else "was interrupted; it goes on where it was"
@@ -227,14 +229,19 @@ def evaluation_progress(run: Run) -> EvaluationProgress | None:
             start, answers, last = line, set(), 0.0
         elif start and "text" in line:
             answers.add(str(line.get(KEY)))
-            model, last = str(line.get("model", "")), float(line.get("time") or 0.0)
+            model, last = str(line.get("model", "")), _number(line.get("time"))
     if not start:
         return None
-    known, total, began = (start.get(key, 0) for key in ("known", "total", "time"))
+    known, total, began, pid = (_number(start.get(key)) for key in ("known", "total", "time", "pid"))
     seconds = last - began
     speed = len(answers) / seconds if answers and seconds > 0 else 0.0
     left = (total - known - len(answers)) / speed if speed else None
-    return EvaluationProgress(known + len(answers), total, is_being_evaluated(run), model, began, left)
+    done = int(known) + len(answers)
+    return EvaluationProgress(done, int(total), is_being_evaluated(run), model, began, left, int(pid))
+
+
+def _number(value: Any) -> float:
+    return value if type(value) in (int, float) and value >= 0 else 0
 
 
 @contextlib.contextmanager

@@ -250,3 +250,64 @@ def test_other_bases_are_refused_by_their_fingerprint_before_a_model_is_loaded(p
     shutil.rmtree(other.adapter_dir)
     with pytest.raises(RunError, match="two/adapter_model.safetensors is not there yet"):
         workflow.evaluate(run, rivals=["two"], say=quiet)
+
+
+# in the background
+
+
+def test_a_background_evaluation_is_seen_stopped_and_gone_on_with(pair, monkeypatch):
+    """A real process; the panel reads the folder alone, as on a page that was closed and opened again."""
+    from qlora_helpers.views.widgets import EvaluationPanel, evaluation_panel
+
+    monkeypatch.setattr(evaluation_panel, "LOOK_EVERY_S", 0.05)
+    run, other, *_ = pair
+    panel = workflow.evaluation_panel(run, rivals=[other])
+    assert "one: not evaluated yet" in repr(panel)
+    panel.start()
+    panel.start()  # a second click changes nothing
+    assert panel.running and panel.wait(200)
+    assert "one: evaluated" in repr(panel) and "run two" in repr(panel)
+    assert "run two" in panel._result.value and not panel._start_button.disabled
+    seen = EvaluationPanel(run)
+    assert "run two" in seen.still_html()
+    answers_path(run).write_text(json.dumps({"event": "start", "total": 6, "known": 1, "time": 1.0, "pid": 0}) + "\n")
+    seen.look()
+    assert "an evaluation was interrupted, 1 of 6 answers" in repr(seen)
+    assert seen._start_button.description == "Go on"
+    with evaluation_lock(run):
+        back = EvaluationPanel(run)
+        assert back.running and "evaluating, 1 of 6 answers" in repr(back) and back._result.value == ""
+        assert not back._stop_button.disabled
+        with pytest.raises(RunError, match="is being evaluated already"):
+            workflow.start_evaluation(run)
+        back.close()
+    assert back.wait(20)
+
+
+def test_a_background_evaluation_that_fails_says_why(pair):
+    from qlora_helpers.runs.launch_evaluation import log_path
+    from qlora_helpers.views.widgets import EvaluationPanel
+
+    class Ended:
+        def is_alive(self):
+            return False
+
+    run, *_ = pair
+    log_path(run).write_text("loading\nerror: no adapter <here>\n")
+    panel = EvaluationPanel(run, lambda run: Ended())
+    panel.start()
+    assert panel.wait(20)
+    assert "ended without a result: error: no adapter <here>" in repr(panel) and "&lt;here" in panel._state.value
+
+
+def test_a_running_evaluation_is_interrupted_and_nothing_else(pair):
+    import os
+    import time
+
+    from qlora_helpers.runs.launch_evaluation import stop_evaluation
+
+    run, *_ = pair
+    stop_evaluation(run, os.getpid())  # nothing is running: nobody is interrupted
+    with evaluation_lock(run), pytest.raises(KeyboardInterrupt):
+        stop_evaluation(run, os.getpid())
+        time.sleep(5)

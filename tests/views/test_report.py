@@ -296,6 +296,25 @@ def test_labels_have_their_measures_their_confusion_table_and_a_verdict(tmp_path
     assert "ROUGE" not in page.text.split("All settings")[0] and "<b>returns" not in page.source
 
 
+def test_votes_are_shown_as_what_they_are(tmp_path):
+    from qlora_helpers.evaluation.votes import Vote, keep_vote
+
+    run = finished_run(tmp_path)
+    assert "What people preferred" not in page_of(run).text
+    keep_vote(run, Vote("base", "tuned", "right", True, "<b>", ("a", "b"), {}), {"tuned": run})
+    text = page_of(run).text
+    assert "1 vote between untuned and tuned: untuned was preferred 0 times, tuned 1 times" in text
+    assert "not a measurement" in text
+
+
+def test_other_runs_stand_in_the_scores(tmp_path):
+    values = evaluation_values()
+    rows = [row | {"answers": row["answers"] | {"run:b": row["answers"]["tuned"]}} for row in values["rows"]]
+    run = finished_run(tmp_path)
+    write_json(run.evaluation_path, values | {"rows": rows, "scores": values["scores"] | {"run:b": values["scores"]["tuned"]}})
+    assert page_of(run).text.count("the run b") >= 2
+
+
 def test_a_reloaded_adapter_that_differs_is_reported(tmp_path):
     run = finished_run(tmp_path)
     changed(run.plan_path, reload={"prompts": 3, "same_answers": 2, "largest_difference": 0.5})

@@ -12,6 +12,7 @@ _HOMES = {
     "ConfigForm": "form",
     "row_browser": "rows",
     "answer_panel": "answers",
+    "EvaluationPanel": "evaluation_panel",
     "watch": "watch_panel",
     "shown_in_cell": "watch_panel",
 }

@@ -14,9 +14,9 @@ OWN = "your own"
 LONGEST = 1024  # tokens, where the slider ends unless the panel begins with more
 SEEDS = 2**31 - 1
 PLACEHOLDER = "Ann: are we still on for lunch?\nBo: yes! at one, the usual place"
-# The kernel hears of no key: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not. What
-# was typed is sent first, as one message: sent key by key, the last keys would wait until the kernel has taken those before them,
-# and the button would overtake them.
+# The kernel hears of no key: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not.
+# What was typed is sent first, as one message: sent key by key, the last keys would wait until the kernel has taken those before
+# them, and the button would overtake them.
 KEYS = """<style onload="
 const panel = this.closest('.qlora-answers');
 if (panel && !panel.dataset.keys) {

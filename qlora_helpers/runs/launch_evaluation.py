@@ -1,0 +1,99 @@
+"""Evaluates a run in a process of its own, which a closed browser or a restarted kernel does not stop.
+
+Knows nothing of what the command does; how far it has come stands in the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.python import python_command, python_environment
+from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.guard import open_to_append, refuse_links
+from qlora_helpers.runs.locks import is_being_evaluated
+
+_children: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True)
+class StartedEvaluation:
+    """A run that is evaluated in a process of its own."""
+
+    run: Run
+    pid: int
+
+    def __repr__(self) -> str:
+        return f"{self.run.name} is evaluated in process {self.pid}; its log: {self.run.name}/{log_path(self.run).name}"
+
+    def is_alive(self) -> bool:
+        """Whether the process is still there."""
+        for child in list(_children):
+            if child.poll() is not None:
+                _children.remove(child)
+        return any(child.pid == self.pid for child in _children)
+
+
+def log_path(run: Run) -> Path:
+    """Returns the path of what a background evaluation prints."""
+    return run.folder / "evaluation_log.txt"
+
+
+def launch_evaluation(run: Run, *, rivals: Sequence[Run] = (), again: bool = False) -> StartedEvaluation:
+    """Starts `python -m qlora_helpers evaluate RUN` and returns at once; it prints into the run's `evaluation_log.txt`.
+
+    Args:
+        run: a run with a saved adapter.
+        rivals: further runs on the same base model.
+        again: whether to ask everything anew.
+
+    Raises:
+        RunError: the run is being evaluated already, or the process could not be started.
+    """
+    refuse_links(run.folder)
+    if is_being_evaluated(run):
+        raise RunError(
+            f"{run.name!r} is being evaluated already", next_step="ql.evaluation_panel(run) shows how far it is."
+        )
+    command = python_command("qlora_helpers", "evaluate", str(run.folder.resolve()))
+    for rival in rivals:
+        command += ["--rival", str(rival.folder.resolve())]
+    command += ["--again"] if again else []
+    environment = python_environment() | {"PYTHONUNBUFFERED": "1"}
+    environment.pop("MPLBACKEND", None)  # the kernel's
+    try:
+        with open_to_append(log_path(run)) as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
+    _children.append(process)
+    return StartedEvaluation(run, process.pid)
+
+
+def stop_evaluation(run: Run, pid: int) -> None:
+    """Interrupts the process that evaluates a run on this machine; what was answered is kept, and the next one goes on there."""
+    if pid > 0 and is_being_evaluated(run):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+
+
+def last_line(run: Run) -> str:
+    """Returns the last line that a background evaluation printed; empty where there is none."""
+    with contextlib.suppress(OSError), open(log_path(run), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+    return ""
