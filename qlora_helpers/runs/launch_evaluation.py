@@ -8,16 +8,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.base.files import write_json
 from qlora_helpers.base.python import python_command, python_environment
+from qlora_helpers.base.records import read_record
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
 from qlora_helpers.runs.locks import is_being_evaluated
+from qlora_helpers.runs.status import Status, is_alive
 
 _children: list[subprocess.Popen[bytes]] = []
 
@@ -34,10 +39,32 @@ class StartedEvaluation:
 
     def is_alive(self) -> bool:
         """Whether the process is still there."""
-        for child in list(_children):
-            if child.poll() is not None:
-                _children.remove(child)
-        return any(child.pid == self.pid for child in _children)
+        return is_launched(self.run)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was started to evaluate a run: `evaluation_process.json`."""
+
+    pid: int
+    host: str
+    started: float
+
+
+def process_path(run: Run) -> Path:
+    """Returns the path of what is known of the last background evaluation's process."""
+    return run.folder / "evaluation_process.json"
+
+
+def is_launched(run: Run) -> bool:
+    """Whether the process of the last background evaluation lives on this machine; it may still be starting."""
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)
+    with contextlib.suppress(RunError):
+        found = read_record(process_path(run), Process)
+        return is_alive(Status(pid=found.pid, host=found.host, heartbeat=found.started))
+    return False
 
 
 def log_path(run: Run) -> Path:
@@ -57,7 +84,7 @@ def launch_evaluation(run: Run, *, rivals: Sequence[Run] = (), again: bool = Fal
         RunError: the run is being evaluated already, or the process could not be started.
     """
     refuse_links(run.folder)
-    if is_being_evaluated(run):
+    if is_being_evaluated(run) or is_launched(run):
         raise RunError(
             f"{run.name!r} is being evaluated already", next_step="ql.evaluation_panel(run) shows how far it is."
         )
@@ -80,12 +107,20 @@ def launch_evaluation(run: Run, *, rivals: Sequence[Run] = (), again: bool = Fal
     except OSError as error:
         raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
     _children.append(process)
+    write_json(process_path(run), Process(process.pid, socket.gethostname(), time.time()))
     return StartedEvaluation(run, process.pid)
 
 
 def stop_evaluation(run: Run, pid: int) -> None:
-    """Interrupts the process that evaluates a run on this machine; what was answered is kept, and the next one goes on there."""
-    if pid > 0 and is_being_evaluated(run):
+    """Interrupts the process that evaluates a run on this machine; what was answered is kept, and the next one goes on there.
+
+    Args:
+        run: the run.
+        pid: of the process that evaluates it; 0 where it is still starting.
+    """
+    if not pid and is_launched(run):
+        pid = read_record(process_path(run), Process).pid
+    if pid > 0 and (is_being_evaluated(run) or is_launched(run)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
 

@@ -1,4 +1,5 @@
-"""A conversation in the answer panel, by the keyboard alone, with a model that is loaded by the first question."""
+"""A conversation in the answer panel by the keyboard alone, with a model that is loaded by the first question; and an evaluation in
+the background, to which a page that was closed comes back."""
 
 from __future__ import annotations
 
@@ -27,6 +28,10 @@ panel = ql.playground(ql.existing_run("talk"), "talk-2")
 assert not panel.asking.answer.loaded
 panel"""
 
+EVALUATE = """\
+panel = ql.evaluation_panel(ql.existing_run("kept"), rivals=["kept-2"])
+panel"""
+
 
 def test_a_conversation_by_the_keyboard_alone(lab, opened, picture):
     notebook = opened(lab.add_notebook("talk.ipynb", [PREPARE, SHOW]))
@@ -35,6 +40,7 @@ def test_a_conversation_by_the_keyboard_alone(lab, opened, picture):
     panel = page.locator(".qlora-answers")
     box = panel.locator(".qlora-dialogue textarea")
     expect(box).not_to_have_value("")  # it shows itself, and its first row, before the model is loaded
+    picture(notebook, panel, "playground")
     panel.locator(".qlora-pick select").focus()
     page.keyboard.press("Tab")
     expect(box).to_be_focused()
@@ -48,7 +54,9 @@ def test_a_conversation_by_the_keyboard_alone(lab, opened, picture):
     expect(box).to_be_focused()
     page.keyboard.type("Ann: and tomorrow?")
     page.keyboard.press("Control+Enter")
-    expect(panel.locator(".qlora-answer-left .qlora-asked")).to_have_count(2)
+    expect(panel.locator(".qlora-answer-left .qlora-asked").nth(1)).to_have_text(
+        "Ann: and tomorrow?"
+    )  # to the last key
     expect(panel.locator(".qlora-answer-right .qlora-said").nth(1)).not_to_be_empty()
     left = panel.locator(".qlora-answer-left")
     expect(left).to_contain_text("single questions")
@@ -68,3 +76,20 @@ def test_a_conversation_by_the_keyboard_alone(lab, opened, picture):
     expect(left).to_contain_text("run talk-2")
     expect(panel.locator(".qlora-answer-left .qlora-said").nth(1)).not_to_be_empty()
     assert notebook.kernel("print(len(ql.read_votes(ql.existing_run('talk')).votes))").strip() == "1"
+
+
+def test_a_closed_page_comes_back_to_an_evaluation(lab, opened, picture):
+    notebook = opened(lab.add_notebook("evaluation.ipynb", [PREPARE.replace("talk", "kept"), EVALUATE]))
+    page = notebook.page
+    notebook.run_all()
+    panel = page.locator(".qlora-evaluation")
+    expect(panel.locator(".qlora-state")).to_contain_text("not evaluated yet")
+    panel.locator("button.qlora-evaluate").focus()
+    page.keyboard.press("Enter")
+    expect(panel.locator(".qlora-state")).to_contain_text("starting")
+    notebook.reload()
+    notebook.kernel("del panel")
+    notebook.run_cell(1)
+    panel = page.locator(".qlora-evaluation")
+    expect(panel.locator(".qlora-scorecard")).to_contain_text("run kept-2", timeout=180_000)
+    picture(notebook, panel, "evaluation")

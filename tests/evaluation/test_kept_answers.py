@@ -265,6 +265,7 @@ def test_a_background_evaluation_is_seen_stopped_and_gone_on_with(pair, monkeypa
     assert "one: not evaluated yet" in repr(panel)
     panel.start()
     panel.start()  # a second click changes nothing
+    assert EvaluationPanel(run).running, "a page that comes back while it is starting"
     assert panel.running and panel.wait(200)
     assert "one: evaluated" in repr(panel) and "run two" in repr(panel)
     assert "run two" in panel._result.value and not panel._start_button.disabled
@@ -288,15 +289,9 @@ def test_a_background_evaluation_that_fails_says_why(pair):
     from qlora_helpers.runs.launch_evaluation import log_path
     from qlora_helpers.views.widgets import EvaluationPanel
 
-    class Ended:
-        def is_alive(self):
-            return False
-
     run, *_ = pair
     log_path(run).write_text("loading\nerror: no adapter <here>\n")
-    panel = EvaluationPanel(run, lambda run: Ended())
-    panel.start()
-    assert panel.wait(20)
+    panel = EvaluationPanel(run)
     assert "ended without a result: error: no adapter <here>" in repr(panel) and "&lt;here" in panel._state.value
 
 
@@ -308,6 +303,10 @@ def test_a_running_evaluation_is_interrupted_and_nothing_else(pair):
 
     run, *_ = pair
     stop_evaluation(run, os.getpid())  # nothing is running: nobody is interrupted
-    with evaluation_lock(run), pytest.raises(KeyboardInterrupt):
+
+    def interrupted():
         stop_evaluation(run, os.getpid())
         time.sleep(5)
+
+    with evaluation_lock(run), pytest.raises(KeyboardInterrupt):
+        interrupted()

@@ -311,7 +311,9 @@ def test_other_runs_stand_in_the_scores(tmp_path):
     values = evaluation_values()
     rows = [row | {"answers": row["answers"] | {"run:b": row["answers"]["tuned"]}} for row in values["rows"]]
     run = finished_run(tmp_path)
-    write_json(run.evaluation_path, values | {"rows": rows, "scores": values["scores"] | {"run:b": values["scores"]["tuned"]}})
+    write_json(
+        run.evaluation_path, values | {"rows": rows, "scores": values["scores"] | {"run:b": values["scores"]["tuned"]}}
+    )
     assert page_of(run).text.count("the run b") >= 2
 
 

@@ -9,7 +9,7 @@ import contextlib
 import html
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import ipywidgets
 
@@ -21,18 +21,10 @@ from qlora_helpers.evaluation.kept_answers import EvaluationProgress, evaluation
 from qlora_helpers.evaluation.result import Evaluation, evaluation_from_dict
 from qlora_helpers.evaluation.worth import model_name
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.launch_evaluation import last_line, stop_evaluation
+from qlora_helpers.runs.launch_evaluation import is_launched, last_line, log_path, stop_evaluation
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled
 
 LOOK_EVERY_S = 1.0
-
-
-class Started(Protocol):
-    """A process that was started."""
-
-    def is_alive(self) -> bool:
-        """Whether it is still there."""
-        ...
 
 
 class EvaluationPanel(Panel):
@@ -43,9 +35,8 @@ class EvaluationPanel(Panel):
         start: starts an evaluation in the background; None has no button for it.
     """
 
-    def __init__(self, run: Run, start: Callable[[Run], Started] | None = None) -> None:
+    def __init__(self, run: Run, start: Callable[[Run], Any] | None = None) -> None:
         self.run, self._start_it = run, start
-        self._started: Started | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar = ipywidgets.IntProgress(0, min=0, max=1, layout={"width": "auto"})
@@ -70,14 +61,14 @@ class EvaluationPanel(Panel):
     def running(self) -> bool:
         """Whether an evaluation is running or starting."""
         progress = evaluation_progress(self.run)
-        return (progress is not None and progress.running) or (self._started is not None and self._started.is_alive())
+        return (progress is not None and progress.running) or is_launched(self.run)
 
     def start(self) -> None:
         """Starts an evaluation in the background, or goes on with one that was interrupted."""
         if self._start_it is None or self.running:
             return
         try:
-            self._started = self._start_it(self.run)
+            self._start_it(self.run)
         except UserError as error:
             self._state.value = error_html(str(error))
             return
@@ -87,8 +78,7 @@ class EvaluationPanel(Panel):
     def stop(self) -> None:
         """Interrupts the running evaluation."""
         progress = evaluation_progress(self.run)
-        if progress is not None and progress.running:
-            stop_evaluation(self.run, progress.pid)
+        stop_evaluation(self.run, progress.pid if progress is not None and progress.running else 0)
 
     def close(self) -> None:
         """Ends the looking; the evaluation goes on."""
@@ -129,7 +119,7 @@ class EvaluationPanel(Panel):
             return f"{self.run.name}: {state}, {progress.done} of {progress.total} answers{who}"
         if running:
             return f"{self.run.name}: an evaluation is starting"
-        if self._started is not None and result is None:
+        if result is None and log_path(self.run).exists():
             return f"{self.run.name}: the evaluation ended without a result: {last_line(self.run)}"
         return f"{self.run.name}: {'evaluated' if result else 'not evaluated yet'}"
 
