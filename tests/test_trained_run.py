@@ -81,7 +81,8 @@ def test_an_answer_is_safe_to_print(trained, monkeypatch):
     run, loaded, model = trained
     given = generate.Answer("a\x1b[31mb\x9b1m\u202ec\nd", 4, True)
     monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [given])
-    assert workflow.ask(run, model, loaded, DIALOGUE) == generate.Answer("abc\nd", 4, True)
+    reply = workflow.ask(run, model, loaded, DIALOGUE)
+    assert (reply.text, reply.tokens, reply.stopped, reply.trimmed) == ("abc\nd", 4, True, "")
 
 
 def test_ask_samples_with_its_seed(trained):

@@ -17,7 +17,7 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.base.records import read_record
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.evaluation.worth import model_name
-from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.folder import Run, is_run_name
 
 MOST_VOTES, LONGEST = 1000, 4000  # votes in the file, and characters of a text; the oldest go first
 BETTER = ("left", "right", "tie")
@@ -162,17 +162,15 @@ def read_votes(run: Run) -> Votes:
     def same(vote: Vote) -> bool:
         for name, sha in vote.adapters.items():
             if name not in now:
-                now[name] = _adapter_sha(run if name == "tuned" else _beside(run, name))
+                beside = name.partition(":")[2]
+                known = name == "tuned" or is_run_name(beside)
+                now[name] = _adapter_sha(run if name == "tuned" else Run(run.folder.parent / beside)) if known else ""
             if now[name] != sha:
                 return False
         return True
 
     current = tuple(vote for vote in found.votes if same(vote))
     return Votes(current, len(found.votes) - len(current), found.dropped)
-
-
-def _beside(run: Run, name: str) -> Run:
-    return Run(run.folder.parent / name.partition(":")[2])
 
 
 def _read(run: Run) -> VotesFile:

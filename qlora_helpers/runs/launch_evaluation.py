@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
+from qlora_helpers.base.folders import open_regular
 from qlora_helpers.base.python import python_command, python_environment
 from qlora_helpers.base.records import read_record
 from qlora_helpers.runs.folder import Run
@@ -127,7 +128,7 @@ def stop_evaluation(run: Run, pid: int) -> None:
 
 def last_line(run: Run) -> str:
     """Returns the last line that a background evaluation printed; empty where there is none."""
-    with contextlib.suppress(OSError), open(log_path(run), "rb") as file:
+    with contextlib.suppress(OSError), open_regular(log_path(run), follow=False) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""

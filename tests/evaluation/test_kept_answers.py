@@ -267,7 +267,7 @@ def test_a_background_evaluation_is_seen_stopped_and_gone_on_with(pair, monkeypa
     panel.start()  # a second click changes nothing
     assert EvaluationPanel(run).running, "a page that comes back while it is starting"
     assert panel.running and panel.wait(200)
-    assert "one: evaluated" in repr(panel) and "run two" in repr(panel)
+    assert "one: evaluated; random weights, so its scores mean nothing" in repr(panel) and "run two" in repr(panel)
     assert "run two" in panel._result.value and not panel._start_button.disabled
     seen = EvaluationPanel(run)
     assert "run two" in seen.still_html()

@@ -45,6 +45,12 @@ def test_votes_on_an_adapter_that_is_gone_are_not_counted(run):
     assert "1 votes are about adapters that the runs no longer have" in repr(found)
 
 
+def test_a_strangers_vote_leads_nowhere(run):
+    write_json(votes_path(run), {"votes": [dataclasses.asdict(VOTE) | {"adapters": {"run:../x y": "0", "else": "1"}}]})
+    found = read_votes(run)
+    assert (found.votes, found.older) == ((), 1)
+
+
 def test_the_file_is_bounded(run, monkeypatch):
     monkeypatch.setattr(votes, "MOST_VOTES", 3)
     for number in range(5):

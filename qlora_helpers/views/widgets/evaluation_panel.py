@@ -37,6 +37,7 @@ class EvaluationPanel(Panel):
 
     def __init__(self, run: Run, start: Callable[[Run], Any] | None = None) -> None:
         self.run, self._start_it = run, start
+        self._random = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar = ipywidgets.IntProgress(0, min=0, max=1, layout={"width": "auto"})
@@ -103,7 +104,7 @@ class EvaluationPanel(Panel):
         """Reads the run's folder and shows what it says."""
         progress, running = evaluation_progress(self.run), self.running
         self._bar.max, self._bar.value = (progress.total, progress.done) if progress else (1, 0)
-        self._bar.layout.visibility = "visible" if running or progress else "hidden"
+        self._bar.layout.display = None if running or progress else "none"
         self._start_button.disabled, self._stop_button.disabled = running, not running
         self._start_button.description = "Go on" if progress and not running else "Evaluate"
         result = self._scorecard()
@@ -121,11 +122,14 @@ class EvaluationPanel(Panel):
             return f"{self.run.name}: an evaluation is starting"
         if result is None and log_path(self.run).exists():
             return f"{self.run.name}: the evaluation ended without a result: {last_line(self.run)}"
-        return f"{self.run.name}: {'evaluated' if result else 'not evaluated yet'}"
+        if result is None:
+            return f"{self.run.name}: not evaluated yet"
+        return f"{self.run.name}: evaluated" + ("; random weights, so its scores mean nothing" if self._random else "")
 
     def _scorecard(self) -> Evaluation | None:
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
             values: dict[str, Any] = read_evaluation(self.run)
+            self._random = bool(values.get("random_weights"))
             return evaluation_from_dict(values) if values else None
         return None
 
