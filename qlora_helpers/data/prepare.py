@@ -92,6 +92,7 @@ def prepare(
         answers,
         shots,
         template.name,
+        config,
     )
 
 
@@ -299,7 +300,7 @@ def prepared(
         mark = fingerprint(config, tokenizer, can_pack=choice, content=content)
         data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, choice))
         if data is not None:
-            return data
+            return dataclasses.replace(data, config=config)
     mark = fingerprint(config, tokenizer, can_pack=can_pack, content=content)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.scratch-") as scratch:
@@ -307,4 +308,4 @@ def prepared(
         save_prepared(data, folder, mark, named=config.source, content=content or "")
         data = load_prepared(folder, mark)
     assert data is not None
-    return data
+    return dataclasses.replace(data, config=config)

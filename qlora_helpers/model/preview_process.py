@@ -7,9 +7,9 @@ and which turns are trained. Nothing is downloaded or converted: a tokenizer tha
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import signal
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -141,7 +141,10 @@ def main() -> None:
 
     answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not print into an answer
     tokenizers: dict[ModelConfig, PreTrainedTokenizerBase] = {}
+    idle_s = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    signal.alarm(idle_s)
     for line in sys.stdin:
+        signal.alarm(0)
         asked = json.loads(line)
         try:
             model = ModelConfig(**asked["model"])
@@ -152,12 +155,7 @@ def main() -> None:
         except UserError as error:
             found = {"error": str(error)}
         print(json.dumps(found), file=answers, flush=True)
-
-
-def request(model: ModelConfig, data: DataConfig, example: Example) -> str:
-    """Returns the line that asks for a row."""
-    asked = {"model": {"name": model.name, "revision": model.revision}, "data": dataclasses.asdict(data)}
-    return json.dumps(asked | {"example": dataclasses.asdict(example)}) + "\n"
+        signal.alarm(idle_s)  # nobody asks any more: the process ends
 
 
 if __name__ == "__main__":

@@ -206,17 +206,17 @@ def data_size(config: DataConfig) -> DataSize | None:
     if config.source in DATA_SIZES:
         return DATA_SIZES[config.source]
     if config.source in EMBEDDED:
-        return _file_size(_as_read(config), ())
+        return _file_size(as_read(config), ())
     files = None if "://" in config.source else local_files(config.source)
     if files is None:
         return None
     changed = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    return _file_size(_as_read(config), changed)
+    return _file_size(as_read(config), changed)
 
 
-def _as_read(config: DataConfig) -> DataConfig:
+def as_read(config: DataConfig) -> DataConfig:
     """Returns the settings without what is done with rows once they are read, so that a change of it reads no file again."""
-    plain = {item.name: item.default for item in fields(config) if item.name in AFTER_READING}
+    plain: dict[str, Any] = {item.name: item.default for item in fields(config) if item.name in AFTER_READING}
     return replace(config, **plain)
 
 

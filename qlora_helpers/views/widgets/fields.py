@@ -1,8 +1,8 @@
 """A control for each setting, made from the configuration's own text, choices and limits.
 
-Choices become buttons or a list, numbers a box to type into, beside a slider where the range is known. What is typed is refused where
-it is not a number, never guessed. An optional setting has an 'automatic' state, or is left empty. A field shows its own error. This
-module knows nothing of runs, models or consequences.
+Choices become buttons or a list, numbers a box to type into, beside a slider where the range is known. What is typed is refused
+where it is not a number, never guessed. An optional setting has an 'automatic' state, or is left empty. A field shows its own
+error. This module knows nothing of runs, models or consequences.
 """
 
 from __future__ import annotations

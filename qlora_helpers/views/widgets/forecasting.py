@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from qlora_helpers.machine.price import machine_price
 from qlora_helpers.planning.cost import TrainingCost, training_cost
 from qlora_helpers.planning.cpu_speed import cpu_threads
 from qlora_helpers.planning.forecast import Forecast
-from qlora_helpers.planning.run_plan import AFTER_READING, ROW_TOKENS, UNKNOWN_TOKENS, data_size, forecast, trained_share
+from qlora_helpers.planning.run_plan import (
+    ROW_TOKENS,
+    UNKNOWN_TOKENS,
+    as_read,
+    data_size,
+    forecast,
+    trained_share,
+)
 from qlora_helpers.planning.step_settings import is_packed
 
 LARGE_BYTES = 4 << 20
@@ -47,7 +54,11 @@ class Look:
 
 
 def look(
-    config: RunConfig, hardware: Hardware | None, usual: Hardware, shape: dict[str, Any], usd_per_hour: float | None = None
+    config: RunConfig,
+    hardware: Hardware | None,
+    usual: Hardware,
+    shape: dict[str, Any],
+    usd_per_hour: float | None = None,
 ) -> Look:
     """Works out what settings lead to.
 
@@ -78,9 +89,8 @@ def read_first(config: DataConfig) -> FirstRows:
     Raises:
         DataError: as for `first_rows`.
     """
-    after = {item.name: item.default for item in fields(config) if item.name in AFTER_READING}
     files = _files(config)
-    return _first_rows(replace(config, **after), tuple((str(file), file.stat().st_mtime_ns) for file in files))
+    return _first_rows(as_read(config), tuple((str(file), file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=8)
@@ -116,7 +126,7 @@ def _characters(row: Example) -> int:
     return len(row.text) + sum(len(message.content) for message in row.messages)
 
 
-def _tokens(row: Example) -> int:
+def _tokens(row: Example) -> float:
     return sum(estimated_tokens(text) for text in (row.text, *(message.content for message in row.messages)))
 
 
@@ -158,7 +168,7 @@ def placed(error: UserError, shown: Collection[str]) -> dict[str, str]:
     named = _SETTING.findall(f"{error.problem} {error.got} {error.next_step}")
     if isinstance(error, DataError):
         named = [name for name in named if name.startswith("data.")]
-        named = (named if "no file" not in error.problem else []) + ["data.source"]
+        named = (named if "no such file" not in error.problem else []) + ["data.source"]
     elif isinstance(error, ModelError):
         named = ["model.name"]
     return {next((name for name in named if name in shown), ""): sentence}

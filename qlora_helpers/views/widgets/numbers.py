@@ -79,7 +79,9 @@ def control(
         stops = [digit * 10.0**power for power in range(first, last) for digit in (1, 1.5, 2, 3, 5, 7)] + [10.0**last]
         return _with_slider(kind, start, [float(f"{stop:.2g}") for stop in stops], label)
     if kind is float and low is not None and high is not None and high <= 10:
-        return _with_slider(kind, start, [round(low + step / 100, 2) for step in range(round(100 * (high - low)) + 1)], label)
+        return _with_slider(
+            kind, start, [round(low + step / 100, 2) for step in range(round(100 * (high - low)) + 1)], label
+        )
     if kind is int and high is not None and high <= 100:
         return _with_slider(kind, start, range(int(low), int(high) + 1), label)
     box = _box(start, label)
