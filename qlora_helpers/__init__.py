@@ -36,6 +36,7 @@ _HOMES = {
     "ask": "workflow",
     "streaming_answers": "workflow",
     "list_runs": "views.monitor:run_table",
+    "data_card": "views.data_card",
     "write_report": "views.report",
     "start_tensorboard": "views.tensorboard",
     "watch": "views.widgets",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.launch import start
     from qlora_helpers.runs.opening import existing_run, open_run, runs_root
+    from qlora_helpers.views.data_card import data_card
     from qlora_helpers.views.monitor import run_table as list_runs
     from qlora_helpers.views.report import write_report
     from qlora_helpers.views.tensorboard import start_tensorboard

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class PreparedData:
         shots: training rows to show an untuned model in its prompt (`shots.kept_shots`).
         template: the name of the template that rows were written with.
         config: the settings that they were prepared by.
+        scripts: script -> rows of a sample of the training rows that are written in it.
     """
 
     train: Dataset
@@ -58,6 +59,7 @@ class PreparedData:
     shots: tuple[Example, ...] = ()
     template: str = ""
     config: DataConfig | None = None
+    scripts: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
