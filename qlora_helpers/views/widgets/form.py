@@ -25,6 +25,7 @@ from qlora_helpers.planning.forecast import Forecast
 from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.widgets.access import accessible
+from qlora_helpers.views.widgets.beside import Beside
 from qlora_helpers.views.widgets.consequences import consequences_table, cpu_table, short
 from qlora_helpers.views.widgets.forecast_view import ForecastView
 from qlora_helpers.views.widgets.forecasting import look, placed
@@ -32,7 +33,7 @@ from qlora_helpers.views.widgets.form_pages import TITLES, SectionPages, make_fi
 from qlora_helpers.views.widgets.hardware import HardwareChoice
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, copyable, error_html, styled, success_html
 from qlora_helpers.views.widgets.preview import RowPreview
-from qlora_helpers.views.widgets.settings_code import differences, settings_code, settings_command
+from qlora_helpers.views.widgets.settings_code import change_text, differences, settings_code, settings_command
 
 USUAL = "ml.g5.xlarge"  # the forecast on a machine without a GPU is for this one, if the run can be made to fit on it
 
@@ -135,7 +136,7 @@ class ConfigForm(Panel):
             if self.run.status().state == "running":
                 later = " A trainer is running; it uses the new settings from its next start."
         self.message.value = success_html(
-            f"Saved to {self.run.name}: {_change_text(changes) or 'there was nothing to change'}.{later}"
+            f"Saved to {self.run.name}: {change_text(changes) or 'there was nothing to change'}.{later}"
         )
         return True
 
@@ -165,30 +166,14 @@ class ConfigForm(Panel):
         bar = add_classes(ipywidgets.VBox([line, self.problems, self.message]), "qlora-save-bar")
         controls = ipywidgets.VBox([self.pages.box, bar], layout={"flex": "1 1 370px", "min_width": "0"})
         add_classes(controls, "qlora-controls", "qlora-card")
-        columns = add_classes(ipywidgets.HBox([controls, self._beside()]), "qlora-columns")
+        self.beside = Beside(self.view, self.preview)
+        columns = add_classes(ipywidgets.HBox([controls, self.beside.box]), "qlora-columns")
         if self.pages.section == "data":
             self._page_turned()
         return styled([columns, self.code, accessible()], "qlora-form")
 
-    def _beside(self) -> ipywidgets.Widget:
-        """Returns what stands beside the controls: the consequences, and a row of the data on a page of its own."""
-        if self.preview is None:
-            self.beside = ipywidgets.VBox([self.view.box])
-        else:
-            self.beside = ipywidgets.Tab(
-                [self.view.box, self.preview.box], titles=["Consequences", "One row"], selected_index=0
-            )
-            self.beside.observe(lambda _: self._row_seen(), names="selected_index")
-        self.beside.layout = {"flex": "1 1 370px", "min_width": "0"}
-        return add_classes(self.beside, "qlora-beside", "qlora-card")
-
     def _page_turned(self) -> None:
-        if self.preview is not None:
-            self.beside.selected_index = int(self.pages.section == "data")
-
-    def _row_seen(self) -> None:
-        if self.preview is not None and self.beside.selected_index == 1:
-            self.preview.activate()
+        self.beside.turn_to(row=self.pages.section == "data")
 
     # what happens
 
@@ -299,7 +284,7 @@ class ConfigForm(Panel):
             "in a terminal", settings_command(self.run, self.config, self.saved)
         )
         changes = differences(self.config, self.saved)
-        text = f"Not saved yet: {_change_text(changes)}" if changes else ""
+        text = f"Not saved yet: {change_text(changes)}" if changes else ""
         self.message.value = f'<div class="muted" role="status">{html.escape(text)}</div>'
         if self.preview is not None:
             self.preview.show(self.config)
@@ -333,13 +318,3 @@ class ConfigForm(Panel):
         """Returns the same in HTML."""
         code = f"<pre>{html.escape(settings_command(self.run, self.config, self.saved))}</pre>"
         return "".join(table._repr_html_() for table in self._tables()) + code
-
-
-def _change_text(changes: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {_plain(old)} → {_plain(new)}" for name, (new, old) in changes.items())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "+".join(value)
-    return "automatic" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

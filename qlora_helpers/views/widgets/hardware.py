@@ -52,7 +52,7 @@ class HardwareChoice:
             description="hardware",
             continuous_update=False,
             style=_LABEL,
-            layout={"width": "270px"},
+            layout={"width": "270px", "max_width": "100%"},
             tooltip="The hardware to plan for, such as this machine, 4x24GiB, 2xL4, H100 or ml.g5.12xlarge",
         )
         self.price = ipywidgets.Text(
@@ -61,7 +61,7 @@ class HardwareChoice:
             continuous_update=False,
             style=_LABEL,
             tooltip="The price of all GPUs together; leave empty for the list price",
-            layout={"width": "170px"},
+            layout={"width": "170px", "max_width": "100%"},
         )
         self.message = ipywidgets.HTML()
         for each, name in ((self.name, "qlora-hardware"), (self.price, "qlora-price")):

@@ -196,12 +196,12 @@ def test_a_form_shows_a_row_beside_the_settings_of_the_data(run, chats, falcon):
     form = ConfigForm(run)
     assert form.preview.first.rows == (), "the first page is another one"
     form.pages.box.selected_index = 1
-    assert form.beside.selected_index == 1 and len(form.preview.first.rows) == 4
+    assert form.beside.box.selected_index == 1 and len(form.preview.first.rows) == 4
     form.preview.finish()
     assert form.preview.found["template"] == "plain" and form.preview.found["trained"] == [1, 3, 5]
     form.fields["data.system"].control.value = "Be brief."
     form.preview.finish()
     assert marks(form.preview._turns.value)[0] == ("system", "") and "Be brief." in form.preview._turns.value
     form.pages.box.selected_index = 0
-    assert form.beside.selected_index == 0
+    assert form.beside.box.selected_index == 0
     form.preview.close()
