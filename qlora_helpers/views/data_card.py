@@ -120,10 +120,11 @@ class DataCard(Tabular):
             f'style="{inline("bar")};height:{max(1 if count else 0, round(BAR_PX * count / highest))}px"></span>'
             for first, last, count in bars
         )
+        whole = ", a whole sequence" if bars[-1][1] == self.seq_len_tokens else ""
         label = html.escape(f"Histogram: {self.length_text()}")
         return (
             f'<div role="img" aria-label="{label}"><div style="{inline("bars")}">{drawn}</div></div>'
-            f'<div style="{inline("ends")}" aria-hidden="true"><span>1 token</span><span>{bars[-1][1]:,} tokens</span></div>'
+            f'<div style="{inline("ends")}" aria-hidden="true"><span>1 token</span><span>{bars[-1][1]:,} tokens{whole}</span></div>'
         )
 
     def badge_html(self) -> str:

@@ -7,7 +7,9 @@ the last valid settings' row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import html
+import threading
 from collections import Counter
 from typing import Any
 
@@ -122,8 +124,20 @@ class RowPreview:
         await asyncio.sleep(0.05)  # what comes at once, such as both ends of a slider's move, asks once
         if asked != self._asked:
             return
-        found = await asyncio.to_thread(lambda: self._writer.ask(asked) if asked == self._asked else {})
-        self._answered(asked, found)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[dict[str, Any]] = loop.create_future()
+
+        def arrive(found: dict[str, Any]) -> None:
+            if not answer.done():
+                answer.set_result(found)
+
+        def work() -> None:
+            found = self._writer.ask(asked) if asked == self._asked else {}
+            with contextlib.suppress(RuntimeError):  # the kernel has ended meanwhile
+                loop.call_soon_threadsafe(arrive, found)
+
+        threading.Thread(target=work, name="row as tokens", daemon=True).start()  # no kernel waits for it at its end
+        self._answered(asked, await answer)
 
     def _answered(self, asked: str, found: dict[str, Any]) -> None:
         if asked != self._asked or not found or self._config is None:

@@ -87,7 +87,8 @@ class RowTurns:
         if not any(row.id == row_id and row.input_ids == list(ids) for row in seen.rows):
             return _muted("The turns are not shown: the source has changed since these rows were prepared.")
         notes = "".join(map(_muted, seen.notes))
-        return f"{_muted(example.where)}{turns_html(example, seen.trained, seen.masked)}{notes}"
+        where = "" if example.where == row_id else _muted(example.where)
+        return f"{where}{turns_html(example, seen.trained, seen.masked)}{notes}"
 
     def _is_small(self, config: DataConfig) -> bool:
         if self._corpus is not None or config.source.startswith("embedded"):

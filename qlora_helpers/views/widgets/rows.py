@@ -141,7 +141,7 @@ class RowBrowser(Panel):
             placeholder="text in a row, then Enter",
             description="search",
             continuous_update=False,
-            layout={"width": "290px"},
+            layout={"width": "290px", "max_width": "100%"},
             style={"description_width": "48px"},
         )
         self._whole = ipywidgets.Checkbox(False, description="whole sequence", indent=False, layout={"width": "140px"})
@@ -162,7 +162,7 @@ class RowBrowser(Panel):
         self._search.observe(lambda change: self.search(change["new"]), names="value")
         self._whole.observe(lambda _: self._draw(), names="value")
         self._split.observe(self._on_split, names="value")
-        wrapped = {"flex_flow": "row wrap", "align_items": "center", "overflow": "visible"}
+        wrapped = {"flex_flow": "row wrap", "align_items": "center", "overflow": "visible", "max_width": "100%"}
         self._moves = ipywidgets.HBox([previous, self._number, following, self._search, self._whole], layout=wrapped)
         line = ipywidgets.HBox([self._split, self._moves], layout=wrapped)
         panel = ipywidgets.VBox([line, self._found, self._head, self._turns, self._read, self._tokens])

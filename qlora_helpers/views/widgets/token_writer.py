@@ -30,7 +30,7 @@ IDLE_S = 600
 def request(model: ModelConfig, data: DataConfig, example: Example) -> str:
     """Returns the line that asks for a row's tokens."""
     asked = {"model": {"name": model.name, "revision": model.revision}, "data": dataclasses.asdict(data)}
-    return json.dumps(asked | {"example": dataclasses.asdict(example)}) + "\n"
+    return json.dumps(asked | {"example": dataclasses.asdict(example)}, default=str) + "\n"
 
 
 class TokenWriter:

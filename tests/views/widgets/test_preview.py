@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -173,6 +174,22 @@ def test_a_row_is_shown_as_turns_and_as_tokens(shown):
     preview.go(-1)
     preview.finish()
     assert "chats.jsonl line 5" in preview._place.value and preview.found["tokens"]
+
+
+def test_in_a_kernel_the_tokens_come_while_other_cells_run(folder, chats, writer):
+    async def notebook() -> RowPreview:
+        preview = RowPreview()
+        preview._writer = writer
+        preview.show(profile_config("tiny").with_settings({"model.name": str(folder), "data.source": str(chats)}))
+        preview.activate()
+        assert "on their way" in preview._tokens.value
+        preview.go(1)  # before the first row's tokens are there
+        await asyncio.gather(*preview._tasks)
+        return preview
+
+    preview = asyncio.run(notebook())
+    assert preview.found["tokens"] and "chats.jsonl line 3" in preview._place.value
+    assert "What is 2" in "".join(preview.found["texts"]), "the tokens are those of the row that is shown"
 
 
 def test_it_follows_the_settings(shown, tmp_path):

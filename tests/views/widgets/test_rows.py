@@ -176,8 +176,8 @@ def test_a_row_is_shown_as_the_turns_of_its_source(chats, tokenizer):
     marks = re.findall(r'<li class="turn ([a-z-]*)">', turns)
     assert marks == ["", "trained", "", "not-trained", "", "trained"]
     assert "calls <code>add</code>" in turns and "the data say that it is not trained" in turns
-    assert "&lt;b&gt;" in turns and "chats.jsonl line" in turns and "<b>?" not in turns
-    where = re.search(r"chats.jsonl line (\d+)", turns)[1]
+    assert "&lt;b&gt;" in turns and "<b>?" not in turns
+    where = re.search(r"chats.jsonl line (\d+)", browser._head.value)[1]
     assert f"What is {int(where) - 1}?" in turns, "the turns are those of the row"
     assert f"What is {int(where) - 1}?" in of_kind(shown(browser), "masked")
 
