@@ -30,6 +30,8 @@ def made(request, run, tokenizer, tmp_path):
     settings = {"data.source": str(path), "data.packing": request.param, "data.seq_len_tokens": 256}
     run.save_config(profile_config("tiny").with_settings(settings | {"data.eval_rows": 4, "data.test_rows": 4}))
     data = prepared(run.config().data, tokenizer, run.data_dir, read=read_corpus)
+    again = prepared(run.config().data, tokenizer, run.data_dir, read=lambda config: pytest.fail("it is on the disk"))
+    assert data.config == again.config == run.config().data and again.scripts == data.scripts
     return run, data
 
 
