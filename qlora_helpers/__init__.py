@@ -40,6 +40,7 @@ _HOMES = {
     "playground": "workflow",
     "read_votes": "evaluation.votes",
     "list_runs": "views.monitor:run_table",
+    "data_card": "views.data_card",
     "write_report": "views.report",
     "KeptFiles": "views.file_links",
     "start_tensorboard": "views.tensorboard",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.launch import start
     from qlora_helpers.runs.opening import existing_run, open_run, runs_root
+    from qlora_helpers.views.data_card import data_card
     from qlora_helpers.views.file_links import KeptFiles
     from qlora_helpers.views.monitor import run_table as list_runs
     from qlora_helpers.views.report import write_report

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -55,6 +56,51 @@ def outcome_notes(outcome: Outcome, most: int = 20) -> list[str]:
         kinds = "; ".join(f"{count} x {kind}" for kind, count in counts.items())
         notes.append(f"and {counts.total()} more rows skipped: {kinds}")
     return notes
+
+
+_SKIPPED = re.compile(r"(?P<where>.+?): skipped, (?P<why>.+)", re.DOTALL)
+_MORE = re.compile(r"and (?P<count>\d+) more rows skipped: (?P<kinds>.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The rows of a source that are not used.
+
+    Attributes:
+        named: place and reason of the first ones.
+        more: reason -> how many further ones.
+    """
+
+    named: tuple[tuple[str, str], ...]
+    more: dict[str, int]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self.named) + sum(self.more.values())
+
+    def kinds(self) -> dict[str, int]:
+        """Returns how many rows there are of each kind of reason, details such as a row's number aside."""
+        found = Counter(self.more)
+        known = sorted(self.more, key=len, reverse=True)
+        for _, why in self.named:
+            plain = re.split(r" of | by | but ", why)[0]
+            found[next((kind for kind in known if why.startswith(kind)), plain)] += 1
+        return dict(found.most_common())
+
+
+def left_out(notes: Iterable[str]) -> LeftOut:
+    """Finds the rows that are not used among the notes that `outcome_notes` and `rows.SkippedRows` write."""
+    named, more = list[tuple[str, str]](), Counter[str]()
+    for note in notes:
+        if rest := _MORE.fullmatch(note):
+            for each in rest["kinds"].split("; "):
+                count, _, kind = each.partition(" x ")
+                if count.isdecimal():
+                    more[kind] += int(count)
+        elif found := _SKIPPED.fullmatch(note):
+            named.append((found["where"], found["why"]))
+    return LeftOut(tuple(named), dict(more))
 
 
 def shown_cut(cuts: Sequence[tuple[str, int, str, str]]) -> str:

@@ -8,15 +8,21 @@ other. Knows nothing of models or files.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import DataError
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.label_report import LabelReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_helpers.data.row_view import SeenRow
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class PreparedData:
         train_answers: a sample of the training rows' answers, from which an evaluation sees what kind of task it is.
         shots: training rows to show an untuned model in its prompt (`shots.kept_shots`).
         template: the name of the template that rows were written with.
+        config: the settings that they were prepared by.
+        scripts: script -> rows of a sample of the training rows that are written in it.
     """
 
     train: Dataset
@@ -50,6 +58,8 @@ class PreparedData:
     train_answers: tuple[str, ...] = ()
     shots: tuple[Example, ...] = ()
     template: str = ""
+    config: DataConfig | None = None
+    scripts: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = f"{self.report.rows} training, {self.eval_report.rows} evaluation and {len(self.test)} test rows"
@@ -58,6 +68,23 @@ class PreparedData:
             f"{len(self.train)} sequences of {self.seq_len_tokens} tokens, {fill:.0%} full" if self.packed else "padded"
         )
         return f"{self.source}: {sizes}; {how}"
+
+    def seen_by(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], SeenRow]:
+        """Returns a function that says of a row of the source what these data make of it.
+
+        Args:
+            tokenizer: the model's.
+
+        Raises:
+            DataError: these data don't say how they were prepared.
+            ModelError: the template does not work with the tokenizer.
+        """
+        from qlora_helpers.data.row_view import seen_row
+        from qlora_helpers.data.templates import template_of
+
+        if self.config is None:
+            raise DataError("these data don't say how they were prepared", next_step="Prepare them again.")
+        return partial(seen_row, template=template_of(self.config, tokenizer), config=self.config)
 
 
 def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:

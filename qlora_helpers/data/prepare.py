@@ -28,6 +28,7 @@ from qlora_helpers.data.plain_templates import Template
 from qlora_helpers.data.prepared_file import prepared_path, read_prepared_file
 from qlora_helpers.data.prepared_tables import read_sequences
 from qlora_helpers.data.rows import Corpus
+from qlora_helpers.data.scripts import ScriptSample
 from qlora_helpers.data.sequences import MOVED, WaitingRows, numpy_sequences, save_sequences, sequence_dataset
 from qlora_helpers.data.shots import RowSize, kept_rows, row_size
 from qlora_helpers.data.spool import Spool, SpooledByName
@@ -72,7 +73,8 @@ def prepare(
         notes.append(f"rows of this model are padded instead of packed: {no_packing}")
     seen = _Seen()
     files = [scratch and scratch / name for name in MOVED]
-    train, report = _sequences(corpus.train, template, config, packed, notes, files[0], seen)
+    scripts = ScriptSample(corpus.train)
+    train, report = _sequences(corpus.train, template, config, packed, notes, files[0], seen, scripts)
     evaluation, eval_report = _sequences(corpus.eval, template, config, packed, notes, files[1])
     if not report.rows or not eval_report.rows:
         raise _nothing_left(report if not report.rows else eval_report, notes[len(corpus.notes) :], config, template)
@@ -92,6 +94,8 @@ def prepare(
         answers,
         shots,
         template.name,
+        config,
+        dict(scripts.counts.most_common()),
     )
 
 
@@ -132,6 +136,7 @@ def _sequences(
     notes: list[str],
     file: Path | None,
     seen: _Seen | None = None,
+    scripts: ScriptSample | None = None,
 ) -> tuple[Dataset, LabelReport]:
     from datasets.utils.logging import is_progress_bar_enabled
     from tqdm.auto import tqdm
@@ -141,7 +146,8 @@ def _sequences(
     waiting = WaitingRows()
     try:
         shown = tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled())
-        for row in label_rows(seen.passing(shown) if seen else shown, template, settings, outcome):
+        rows = scripts.passing(shown) if scripts else shown
+        for row in label_rows(seen.passing(rows) if seen else rows, template, settings, outcome):
             waiting.add(row)
             answers.add(row.id, row.answers, sum(map(len, row.answers)))
         waiting.close()
@@ -244,6 +250,7 @@ def save_prepared(data: PreparedData, folder: Path, mark: str, *, named: str = "
                 "train_answers": list(data.train_answers),
                 "shots": [dataclasses.asdict(item) for item in data.shots],
                 "template": data.template,
+                "scripts": data.scripts,
             },
         )
 
@@ -267,6 +274,7 @@ def load_prepared(folder: Path, *marks: str) -> PreparedData | None:
         saved.train_answers,
         saved.shots,
         saved.template,
+        scripts=saved.scripts,
     )
 
 
@@ -299,7 +307,7 @@ def prepared(
         mark = fingerprint(config, tokenizer, can_pack=choice, content=content)
         data = load_prepared(folder, mark, _earlier_fingerprint(config, tokenizer, choice))
         if data is not None:
-            return data
+            return dataclasses.replace(data, config=config)
     mark = fingerprint(config, tokenizer, can_pack=can_pack, content=content)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.scratch-") as scratch:
@@ -307,4 +315,4 @@ def prepared(
         save_prepared(data, folder, mark, named=config.source, content=content or "")
         data = load_prepared(folder, mark)
     assert data is not None
-    return data
+    return dataclasses.replace(data, config=config)

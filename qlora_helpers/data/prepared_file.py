@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_helpers.base.records import read_record
@@ -23,7 +23,7 @@ class PreparedFile:
         report, eval_report: label reports of the training and the evaluation set.
         test: rows held out for the final comparison.
         train_keys: `duplicates.prompt_key` of every training row.
-        train_answers, shots, template: as in `packing.PreparedData`; files of earlier versions have none.
+        train_answers, shots, template, scripts: as in `packing.PreparedData`; files of earlier versions have none.
         named: the source as the settings named it, a path included.
         content: digest of the source's files, empty where it is none: the same rows are known by it under another path.
     """
@@ -42,6 +42,7 @@ class PreparedFile:
     named: str = ""
     content: str = ""
     template: str = ""
+    scripts: dict[str, int] = field(default_factory=dict)
 
 
 def prepared_path(data_dir: Path) -> Path:

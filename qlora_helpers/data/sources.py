@@ -62,7 +62,7 @@ def read_corpus(config: DataConfig, progress: Callable[..., Any] | None = None) 
     if config.source in EMBEDDED and config.prompt is None and config.answer is None:
         _, prompt, answer = EMBEDDED[config.source]
         config = replace(config, prompt=prompt, answer=answer)
-    source = _source(config, progress)
+    source = open_source(config, progress)
     notes, skipped = source.notes, SkippedRows()
     spool: Spool[Example] = Spool()
     splits, form = _examples(source, config, skipped, progress, spool)
@@ -106,7 +106,12 @@ def _examples(
     return splits, form.name
 
 
-def _source(config: DataConfig, progress: Callable[..., Any] | None) -> Source:
+def open_source(config: DataConfig, progress: Callable[..., Any] | None = None) -> Source:
+    """Opens a source; its rows are read when they are asked for.
+
+    Raises:
+        DataError: as for `read_corpus`.
+    """
     name = config.source
     if name in EMBEDDED:
         return _embedded(config)

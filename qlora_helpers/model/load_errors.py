@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from qlora_helpers.base.errors import ModelError, UserError
@@ -11,11 +12,9 @@ from qlora_helpers.base.errors import ModelError, UserError
 @contextlib.contextmanager
 def load_errors_explained(name: str) -> Iterator[None]:
     """Turns whatever goes wrong while a checkpoint's files are read into one `ModelError`."""
-    import torch
-
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except _out_of_memory() as error:
         raise ModelError(
             f"{name} does not fit on the GPU",
             next_step="Choose a smaller model or a larger GPU; notebook 08 shows what holds GPU memory.",
@@ -51,3 +50,9 @@ def load_errors_explained(name: str) -> Iterator[None]:
         raise ModelError(
             f"{name} could not be loaded ({reason})", next_step="Get its files again, or choose another model."
         ) from error
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """Returns the error of a full GPU; none in a process that never imported torch, such as that of a preview."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.cuda.OutOfMemoryError,)

@@ -17,6 +17,7 @@ from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.workload import Workload
 
 MIN_SEQ_LEN_TOKENS = 256  # a sequence that still holds a dialogue
+LEAST_RANK = 8  # no lower one is offered
 LENGTH_STEP_TOKENS = 64  # shorter sequences are tried in these steps
 
 
@@ -24,7 +25,7 @@ def smallest_change(workload: Workload) -> tuple[list[str], Candidate] | None:
     """Finds the mildest change with which something fits, and the fastest candidate that then does.
 
     From the mildest on: inputs of checkpointed layers in the host's memory, an 8-bit optimizer,
-    4-bit weights, a lower rank, sequences as long as then fit, and these together.
+    4-bit weights, the highest lower rank that fits, sequences as long as then fit, and these together.
     """
 
     def fastest(change: list[str]) -> Candidate | None:
@@ -38,23 +39,31 @@ def smallest_change(workload: Workload) -> tuple[list[str], Candidate] | None:
         return ([*change, length], found) if length and found else None
 
     singles = _changes(workload.config)
-    for change in [[each] for each in singles]:
+    ranks = _lower_ranks(workload.config)
+    for change in [[each] for each in [*singles, *ranks]]:
         if best := fastest(change):
             return change, best
     if found := fastest_shorter([]):
         return found
+    singles += ranks[-1:]
     best = fastest(singles) if len(singles) > 1 else None
     return (singles, best) if best else fastest_shorter(singles) if singles else None
 
 
 def _changes(config: RunConfig) -> list[str]:
-    """Lists what can be changed besides the sequence length, the mildest first."""
+    """Lists what can be changed besides the rank and the sequence length, the mildest first."""
     train = config.train
     offload = train.fast_step and train.activation_checkpointing and not train.offload_checkpoints
     changes = ["train.offload_checkpoints=true"] if offload else []
     changes += ["train.optim=adamw_8bit"] if config.train.optim != "adamw_8bit" else []
     changes += ["model.quantization=nf4"] if config.model.quantization != "nf4" else []
-    return changes + (["adapter.r=8"] if config.adapter.r > 8 else [])
+    return changes
+
+
+def _lower_ranks(config: RunConfig) -> list[str]:
+    """Lists lower ranks, the highest first: powers of two down to `LEAST_RANK`."""
+    powers = [1 << power for power in range(config.adapter.r.bit_length() - 1, -1, -1)]
+    return [f"adapter.r={rank}" for rank in powers if LEAST_RANK <= rank < config.adapter.r]
 
 
 def _longest_fitting(config: RunConfig, fits: Callable[[str], Any]) -> str | None:

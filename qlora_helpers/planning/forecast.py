@@ -7,6 +7,7 @@ Imports no torch; knows nothing of forms, runs or files.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
@@ -108,7 +109,7 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
     several = fastest_data_parallel(workload)
     if several and plan.choice and several.seconds >= plan.choice.seconds:
         several = None
-    fixes = _fixes(plan, step) if step.peak_gib > workload.hardware.usable_gib else ()
+    fixes = _fixes(plan, step, steps) if step.peak_gib > workload.hardware.usable_gib else ()
     notes = *hardware_notes(workload.hardware), *model_notes(workload.sizes), *_notes(workload)
     notes += tuple(fp8_notes(workload.config.train, workload.gpu, step.fp8))
     return Forecast(step, steps, plan, several, fixes, notes)
@@ -188,22 +189,48 @@ def compiled_and_checkpointed(
     return compiled, fewest_checkpointed(sizes, replace(step, compiled=compiled), usable_gib)
 
 
-def _fixes(plan: Plan, step: Candidate) -> tuple[Fix, ...]:
-    """Lists fixes: one that learns the same where there is one, else the plan or its smallest change, and other hardware."""
+def _fixes(plan: Plan, step: Candidate, steps: int) -> tuple[Fix, ...]:
+    """Lists fixes: one that learns the same where there is one, else the plan or its smallest change, and other hardware.
+
+    Each names only settings that it changes.
+    """
     workload = plan.workload
     if same := _same_learning(workload, step):
         return (same,)
     found = []
     if plan.choice:
-        found.append(Fix(tuple(plan.choice.settings), "", repr(plan.choice)))
+        found.append(Fix(changed_settings(workload.config, plan.choice.settings), "", repr(plan.choice)))
     elif change := smallest_change(workload):
         settings, best = change
-        changed = {item.partition("=")[0] for item in settings}
-        rest = [item for item in best.settings if item.partition("=")[0] not in changed]
-        found.append(Fix((*settings, *rest), "", repr(best)))
+        found.append(_least_fix(workload, settings, best, steps))
     if other := cheapest_instance(workload):
         found.append(Fix((), other.label, other.priced))
     return tuple(found)
+
+
+def _least_fix(workload: Workload, settings: list[str], best: Candidate, steps: int) -> Fix:
+    """Returns a change with no more settings besides than it needs to fit, or else with those of the best way to run it."""
+    changed = workload.with_settings(settings)
+    step = settings_as_given(changed, steps)
+    if step.peak_gib <= workload.hardware.usable_gib:
+        return Fix(tuple(settings), "", f"{step.peak_gib:.1f} GiB")
+    if same := _same_learning(changed, step):
+        return Fix((*settings, *same.settings), "", same.text.partition(",")[0])
+    names = {item.partition("=")[0] for item in settings}
+    rest = [item for item in best.settings if item.partition("=")[0] not in names]
+    return Fix((*settings, *changed_settings(changed.config, rest)), "", repr(best))
+
+
+def changed_settings(config: RunConfig, settings: Sequence[str]) -> tuple[str, ...]:
+    """Returns the settings, in the form of `--set`, that a configuration does not have already."""
+    after = config.with_settings(list(settings)).to_dict()
+    before = config.to_dict()
+
+    def differs(name: str) -> bool:
+        section, _, key = name.partition(".")
+        return bool(before[section][key] != after[section][key])
+
+    return tuple(item for item in settings if differs(item.partition("=")[0]))
 
 
 def _same_learning(workload: Workload, step: Candidate) -> Fix | None:

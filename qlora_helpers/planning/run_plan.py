@@ -5,7 +5,7 @@ Notebooks, forms and the command line call this. Downloads at most a config.json
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ from qlora_helpers.planning.workload import Workload
 
 HEADERS_TOLERANCE = 0.001  # of the weights
 UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known
+AFTER_READING = (
+    *("template", "loss_on", "train_on", "packing", "seq_len_tokens", "long_rows", "train_rows", "embedded_train_rows"),
+)
+"""Settings of the data that the number of training rows and their texts don't depend on."""
 
 
 def plan_run(
@@ -202,12 +206,18 @@ def data_size(config: DataConfig) -> DataSize | None:
     if config.source in DATA_SIZES:
         return DATA_SIZES[config.source]
     if config.source in EMBEDDED:
-        return _file_size(replace(config, train_rows=None, embedded_train_rows=None), ())
+        return _file_size(as_read(config), ())
     files = None if "://" in config.source else local_files(config.source)
     if files is None:
         return None
     changed = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    return _file_size(replace(config, train_rows=None), changed)
+    return _file_size(as_read(config), changed)
+
+
+def as_read(config: DataConfig) -> DataConfig:
+    """Returns the settings without what is done with rows once they are read, so that a change of it reads no file again."""
+    plain: dict[str, Any] = {item.name: item.default for item in fields(config) if item.name in AFTER_READING}
+    return replace(config, **plain)
 
 
 @lru_cache(maxsize=8)
@@ -221,7 +231,12 @@ def _file_size(config: DataConfig, changed: tuple[tuple[str, int, int], ...]) ->
 
 
 def forecast(
-    config: RunConfig, *, hardware: Hardware, shape: dict[str, Any] | None = None, tokens: int | None = None
+    config: RunConfig,
+    *,
+    hardware: Hardware,
+    shape: dict[str, Any] | None = None,
+    tokens: int | None = None,
+    size: DataSize | None = None,
 ) -> Forecast:
     """Works out what these very settings lead to on some hardware, and the plan to compare with.
 
@@ -230,12 +245,14 @@ def forecast(
         hardware: as `this_machine` or `parse_gpus` gives it.
         shape: the model's `config.json`; None looks it up.
         tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
+        size: of the training data, where the caller knows it.
 
     Raises:
         UserError: no such model, or the data can't be read.
     """
     shape = find_shape(config.model) if shape is None else shape
-    size = data_size(config.data) if tokens is None else DataSize(max(1, round(tokens / ROW_TOKENS)), ROW_TOKENS)
+    if size is None:
+        size = data_size(config.data) if tokens is None else DataSize(max(1, round(tokens / ROW_TOKENS)), ROW_TOKENS)
     assumed = DataSize(UNKNOWN_TOKENS // ROW_TOKENS, ROW_TOKENS)
     steps, total = steps_and_tokens(config, size or assumed, packed=is_packed(config, shape))
     workload = Workload(config, shape, hardware, tokens=total, trained_share=trained_share(config.data))

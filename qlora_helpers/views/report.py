@@ -17,9 +17,11 @@ from qlora_helpers.base.files import write_text
 from qlora_helpers.base.style import stylesheet
 from qlora_helpers.base.text import plain, short_name
 from qlora_helpers.base.units import duration
+from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import stopped_by
 from qlora_helpers.views import report_facts as facts
+from qlora_helpers.views.data_card import card_of
 from qlora_helpers.views.file_links import KeptFile
 from qlora_helpers.views.monitor import LossCurve
 from qlora_helpers.views.report_parts import Parts, read_parts
@@ -96,12 +98,25 @@ def _page(parts: Parts) -> dict[str, Any]:
         "parameters": facts.parameters(parts),
         "memory": facts.memory(parts),
         "labels": facts.labels(parts.prepared),
+        "card": _card_of_data(parts),
         "notes": parts.prepared.get("notes", [])[:NOTES_SHOWN],
         "more_notes": max(0, len(parts.prepared.get("notes", [])) - NOTES_SHOWN),
         "reload": facts.reload(parts.plan.get("reload")),
         "settings": facts.settings(parts.config, parts.plan.get("decisions", ())),
         "command": lambda step: f"python -m qlora_helpers {step} {_run_argument(parts.run)}",
     }
+
+
+def _card_of_data(parts: Parts) -> dict[str, Any]:
+    """Returns the data card: the verdict, its reasons, facts and the histogram of lengths; empty before the data are prepared."""
+    from markupsafe import Markup
+
+    prepared = read_prepared_file(parts.run.data_dir)
+    if prepared is None:
+        return {}
+    card = card_of(parts.run, prepared)
+    word, reasons = card.verdict()
+    return {"verdict": word, "reasons": reasons, "facts": card.facts(), "histogram": Markup(card.histogram_html())}
 
 
 def _run_argument(run: Run) -> str:

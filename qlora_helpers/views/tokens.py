@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.style import inline
 from qlora_helpers.base.tables import AS_TEXT
-from qlora_helpers.base.text import plain
-from qlora_helpers.data.labels import IGNORED
+from qlora_helpers.data.token_texts import KINDS, token_kind, token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LONGEST_CHARACTER = 8  # tokens; a character has at most four bytes in UTF-8
-KINDS = ("trained", "end", "masked", "padding")
-"""What can happen to a token; each is a class in the stylesheet."""
+__all__ = ["KINDS", "TokenView", "token_kind", "token_texts"]
 
 
 class TokenView:
@@ -66,29 +63,3 @@ class TokenView:
 
     def _rest(self) -> str:
         return f" ... and {self.hidden} more tokens" if self.hidden else ""
-
-
-def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the text that each token adds, without control characters.
-
-    A character made of several tokens, such as an emoji, is the text of its last token; the others add nothing.
-    """
-    texts, open_ids = [], []
-    for token in ids:
-        open_ids.append(token)
-        text = tokenizer.decode(open_ids)
-        unfinished = text.endswith("\ufffd") and len(open_ids) < LONGEST_CHARACTER
-        texts.append("" if unfinished else text)
-        open_ids = open_ids if unfinished else []
-    if open_ids:
-        texts[-1] = tokenizer.decode(open_ids)
-    return [plain(text) for text in texts]
-
-
-def token_kind(token: int, label: int, segment: int, eos: int) -> str:
-    """Returns what happens to a token: `padding`, `masked`, `end` (the trained end of the text) or `trained`."""
-    if segment == 0:
-        return "padding"
-    if label == IGNORED:
-        return "masked"
-    return "end" if token == eos else "trained"

@@ -9,7 +9,8 @@ import html
 
 from qlora_helpers.base.tables import Table
 from qlora_helpers.base.units import duration, gib
-from qlora_helpers.planning.forecast import Fix, Forecast
+from qlora_helpers.planning.cost import TrainingCost
+from qlora_helpers.planning.forecast import Fix, Forecast, changed_settings
 from qlora_helpers.planning.memory import GpuMemory
 
 # name -> (parts of `GpuMemory`, colour in the stylesheet); the colours are distinct to colour-blind readers on white and on black
@@ -60,6 +61,59 @@ def fix_text(fix: Fix) -> str:
     return f"{change} ({fix.text})"
 
 
+def short(found: Forecast, cost: TrainingCost | None = None) -> str:
+    """Returns the consequences in one line, for where the figures are not in sight.
+
+    Args:
+        found: on GPUs.
+        cost: on this machine's CPU, if that is planned for.
+    """
+    if cost is not None:
+        time = "time not known" if cost.seconds is None else f"about {duration(cost.seconds)}"
+        return f"{time} on {cost.machine}" + (f", ${cost.dollars:,.2f}" if cost.dollars is not None else "")
+    room = found.hardware.usable_gib - found.step.peak_gib
+    fits = f"Fits, {room:.1f} GiB stay free" if found.fits else f"Does not fit, {found.shortfall_gib:.1f} GiB too much"
+    price = "" if found.step.dollars is None else f", ${found.step.dollars:,.2f}"
+    return f"{fits}; {duration(found.step.seconds)} on {found.hardware.label}{price}"
+
+
+def cpu_verdict(cost: TrainingCost) -> str:
+    """Returns what training on this machine's CPU means, in a sentence."""
+    if cost.seconds is None:
+        return f"How long it takes on {cost.machine} is not known"
+    if cost.is_long:
+        return f"This takes hours on {cost.machine}: about {duration(cost.seconds)} for {cost.steps:,} steps"
+    return f"Trains on {cost.machine} in about {duration(cost.seconds)}"
+
+
+def cpu_figures(found: Forecast, cost: TrainingCost) -> dict[str, str]:
+    """Returns the figures of `figures` for this machine's CPU, whose memory is not planned."""
+    share = f"{found.adapter_parameters / found.parameters:.3%} of all"
+    figures = {
+        f"trainable parameters, {share}": f"{found.adapter_parameters:,}",
+        f"tokens in {cost.rows:,} rows and {cost.epochs:.3g} epochs": f"{cost.tokens:,}",
+    }
+    figures[f"for {cost.steps:,} steps on {cost.machine}"] = (
+        "not known" if cost.seconds is None else duration(cost.seconds)
+    )
+    return figures | ({"price": f"${cost.dollars:,.2f}"} if cost.dollars is not None else {})
+
+
+def cpu_html(found: Forecast, cost: TrainingCost) -> str:
+    """Returns these figures, with what a GPU would make of it."""
+    return _figures_html(cpu_figures(found, cost)) + (
+        f'<div class="muted">This machine has no GPU. On {html.escape(found.hardware.label)}: '
+        f"{html.escape(short(found).partition(' on ')[0])}</div>"
+    )
+
+
+def cpu_table(found: Forecast, cost: TrainingCost) -> Table:
+    """Returns the same as a table."""
+    rows = [[name, value] for name, value in cpu_figures(found, cost).items()]
+    rows += [["verdict", cpu_verdict(cost)], [f"on {found.hardware.label}", short(found)]]
+    return Table(["consequence", "predicted"], [*rows, *(["note", note] for note in found.notes)])
+
+
 def verdict(found: Forecast) -> str:
     """Returns whether the run fits, in a sentence, and if not the smallest fix."""
     if found.fits:
@@ -70,22 +124,19 @@ def verdict(found: Forecast) -> str:
 
 
 def plan_text(found: Forecast) -> str:
-    """Returns what the plan would do instead, in a sentence or two."""
+    """Returns what the plan would change, in a sentence or two."""
     choice, several = found.plan.choice, found.several
-    text = "the plan finds nothing faster"
+    text = "The plan finds nothing faster"
     if choice is None:
-        text = "the plan finds nothing that fits in one process"
+        text = "The plan finds nothing that fits in one process"
     elif found.plan_is_faster:
-        text = f"the plan's fastest: {choice!r}"
+        changes = changed_settings(found.plan.workload.config, choice.settings)
+        text = f"Faster by the plan: {', '.join(changes)} ({duration(choice.seconds)}, {choice.peak_gib:.1f} GiB)"
     return text + (f"; in {several.copies} processes (notebook 07): {several!r}" if several else "")
 
 
 def consequences_html(found: Forecast) -> str:
     """Returns figures and bars in JupyterLab's own colours."""
-    shown = "".join(
-        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
-        for name, value in figures(found).items()
-    )
     bars = "".join(_bar(index, found) for index in range(len(found.step.memory)))
     fullest = max(found.step.memory, key=lambda each: each.total)
     legend = "".join(
@@ -93,9 +144,16 @@ def consequences_html(found: Forecast) -> str:
         for name, value in parts_gib(fullest).items()
     )
     return (
-        f'<div class="qlora-figures">{shown}</div><div class="muted">{html.escape(how(found))}</div>'
+        f'{_figures_html(figures(found))}<div class="muted">{html.escape(how(found))}</div>'
         f'{bars}<div class="qlora-legend muted"><span>GiB on the fullest GPU:</span>{legend}</div>'
     )
+
+
+def _figures_html(figures: dict[str, str]) -> str:
+    shown = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in figures.items()
+    )
+    return f'<div class="qlora-figures">{shown}</div>'
 
 
 def _bar(index: int, found: Forecast) -> str:

@@ -1,14 +1,14 @@
 """A control for each setting, made from the configuration's own text, choices and limits.
 
-Choices become buttons or a list, a setting with two limits a slider, and a wide range a number beside a slider over round numbers.
-An optional setting has an 'automatic' state. This module knows nothing of runs, models or consequences.
+Choices become buttons or a list, numbers a box to type into, beside a slider where the range is known. What is typed is refused
+where it is not a number, never guessed. An optional setting has an 'automatic' state, or is left empty. A field shows its own
+error. This module knows nothing of runs, models or consequences.
 """
 
 from __future__ import annotations
 
 import functools
 import html
-import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -17,30 +17,21 @@ from typing import Any
 import ipywidgets
 
 from qlora_helpers.base.config import SECTIONS
+from qlora_helpers.base.errors import ConfigError
+from qlora_helpers.views.widgets import numbers
+from qlora_helpers.views.widgets.panel import add_classes, error_html
 
 Changed = Callable[[], None]
-STOPS: dict[str, tuple[int, ...]] = {
-    "adapter.r": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
-    "adapter.lora_alpha": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
-    "data.seq_len_tokens": (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192),
-    "train.micro_batch_size": (1, 2, 4, 8, 16, 32, 64),
-    "train.gradient_accumulation_steps": (1, 2, 4, 8, 16, 32, 64),
-}
-"""The stops of a slider for whole numbers in a wide range; any other number can be typed."""
-LOGARITHMIC = ("train.learning_rate",)
 _LABEL = {"description_width": "initial"}
-START: dict[str, int | float] = {
-    "data.train_rows": 100,
-    "train.max_steps": 100,
-    "train.eval_steps": 10,
-    "train.save_steps": 10,
-    "model.max_memory_per_gpu_gib": 20.0,
-}
-"""Where an automatic setting starts when a person switches automatic off; otherwise it starts at the smallest number allowed."""
+EMPTY_IS_NONE = (
+    *("data.prompt", "data.answer", "data.system", "data.column", "data.encoding", "data.separator", "data.sheet"),
+    *("data.hub_config", "data.hub_split", "data.revision", "model.revision"),
+)
+"""Optional texts that are none where nothing is typed; the other optional settings have a check box for it."""
 
 
 class Field:
-    """One setting: its control, its help, and its value in the configuration's terms.
+    """One setting: its control, its help, its error, and its value in the configuration's terms.
 
     Args:
         name: `section.key`.
@@ -52,15 +43,17 @@ class Field:
         box: the widget to show.
         control: the widget that holds the value.
         automatic: the check box that leaves an optional setting to the trainer, or None.
+        error: what is wrong with the value, beside it.
     """
 
     def __init__(self, name: str, row: dict[str, Any], changed: Changed, *, options: Sequence[str] = ()) -> None:
         self.name, self._changed, self._quiet = name, changed, False
-        kind, optional = _kind(name)
+        self.kind, self._optional = _kind(name)
+        self._lines = bool(row.get("many_lines"))
         self._value = row["value"]
-        self.control, parts = _control(name, kind, row, options)
+        self.control, parts = _control(name, self.kind, row, options)
         self.automatic = None
-        if optional:
+        if self._optional and name not in EMPTY_IS_NONE:
             self.automatic = ipywidgets.Checkbox(row["value"] is None, description="automatic", indent=False)
             self.automatic.layout.width, self.automatic.tooltip = "96px", row["text"]
             self.automatic.add_class("qlora-automatic")
@@ -69,20 +62,24 @@ class Field:
         self.control.tooltip = row["text"]
         line = ipywidgets.HBox(parts, layout={"align_items": "flex-end", "overflow": "visible"})
         help_text = ipywidgets.HTML(f'<div class="qlora-help">{html.escape(row["text"])}</div>')
-        self.box = ipywidgets.VBox([line, help_text], layout={"overflow": "visible"})
-        self.box.add_class("qlora-field")
-        self.box.add_class("qlora-field-" + name.replace(".", "-"))
+        self.error = add_classes(ipywidgets.HTML(layout={"display": "none"}), "qlora-field-error")
+        self.box = ipywidgets.VBox([line, self.error, help_text], layout={"overflow": "visible"})
+        add_classes(self.box, "qlora-field", "qlora-field-" + name.replace(".", "-"))
         self.control.observe(self._on_change, names="value")
         self.show(row["value"])
 
     @property
     def value(self) -> Any:
-        """The value as the configuration takes it; None if the setting is left to the trainer."""
+        """The value as the configuration takes it; None if the setting is left to the trainer.
+
+        Raises:
+            ConfigError: what was typed is not a number.
+        """
         if self.automatic is not None and self.automatic.value:
             return None
         if self.control.value == self._shown:
-            return self._value  # exact, although a slider may round it
-        return _read(self.control, _kind(self.name)[0])
+            return self._value  # exact, although the control may round it
+        return self._read()
 
     @value.setter
     def value(self, value: Any) -> None:
@@ -95,12 +92,40 @@ class Field:
         try:
             if self.automatic is not None:
                 self.automatic.value = value is None
-            self.control.disabled = value is None
-            if value is not None:
-                _write(self.control, value)
-            self._shown = self.control.value if value is not None else _Nothing
+                self.control.disabled = value is None
+            if value is not None or self.automatic is None:
+                self._write(value)
+            self._shown = self.control.value if value is not None or self.automatic is None else _Nothing
         finally:
             self._quiet = False
+
+    def complain(self, text: str) -> None:
+        """Shows what is wrong with the value; an empty text says that all is well."""
+        if self.error.value == (shown := error_html(text)):
+            return
+        self.error.value, self.error.layout.display = shown, "" if text else "none"
+        (self.box.add_class if text else self.box.remove_class)("qlora-wrong")
+
+    def _read(self) -> Any:
+        value = self.control.value
+        if self.kind in (int, float) and isinstance(value, str):
+            try:
+                return numbers.read(value, self.kind)
+            except ValueError as error:
+                raise ConfigError([f"{self.name}: {error}"]) from None
+        if self.kind is tuple:
+            return tuple(value)
+        if self.kind is str and self.name in EMPTY_IS_NONE and not value:
+            return None
+        return value.replace("\\t", "\t") if self.name == "data.separator" else value
+
+    def _write(self, value: Any) -> None:
+        if isinstance(self.control, ipywidgets.SelectMultiple):
+            self.control.options = list(dict.fromkeys([*self.control.options, *value]))
+        if isinstance(self.control, ipywidgets.Text | ipywidgets.Textarea):
+            value = "" if value is None else numbers.text(value) if self.kind in (int, float) else value
+            value = value.replace("\t", "\\t") if self.name == "data.separator" else value
+        self.control.value = value
 
     def _on_change(self, change: dict[str, Any]) -> None:
         if self._quiet:
@@ -129,7 +154,7 @@ def _control(
 ) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
     """Returns the widget that holds the value, and all widgets of its line."""
     label = {"description": name.partition(".")[2], "style": _LABEL}
-    wide, low, high = {"layout": {"flex": "1 1 auto", "width": "auto"}}, row["low"], row["high"]
+    wide = {"layout": {"flex": "1 1 auto", "width": "auto"}}
     if kind is bool:
         one = ipywidgets.Checkbox(description=label["description"], indent=False, **wide)
     elif row["choices"] and len(row["choices"]) <= 3:
@@ -140,60 +165,10 @@ def _control(
     elif kind is tuple:
         names = list(dict.fromkeys([*options, *(row["value"] or ())]))
         one = ipywidgets.SelectMultiple(options=names, value=names, rows=max(2, min(7, len(names))), **label, **wide)
-    elif name in STOPS:
-        return _number_and_slider(STOPS[name], label)
-    elif name in LOGARITHMIC:
-        limits = {"min": math.floor(math.log10(low)), "max": math.ceil(math.log10(high))}
-        one = ipywidgets.FloatLogSlider(**limits, step=0.05, readout_format=".1e", **label, **wide)
-    elif kind is float and low is not None and high is not None and high <= 10:
-        one = ipywidgets.FloatSlider(min=low, max=high, step=0.01, readout_format=".2f", **label, **wide)
-    elif kind is int and high is not None and high <= 100:
-        one = ipywidgets.IntSlider(min=low, max=high, **label, **wide)
     elif kind in (int, float):
-        kinds = {int: ipywidgets.IntText, float: ipywidgets.FloatText}
-        start = row["value"] if row["value"] is not None else START.get(name, low or 0)
-        one = kinds[kind](start, **label, layout={"width": "200px"})
+        return numbers.control(name, kind, row, label)
+    elif row.get("many_lines") and name != "data.separator":
+        one = ipywidgets.Textarea(continuous_update=False, rows=2, **label, **wide)
     else:
         one = ipywidgets.Text(continuous_update=False, **label, **wide)
     return one, [one]
-
-
-def _number_and_slider(
-    stops: Sequence[int], label: dict[str, Any]
-) -> tuple[ipywidgets.Widget, list[ipywidgets.Widget]]:
-    """Returns a number to type, and that number with a slider that moves from one round number to the next."""
-    number = ipywidgets.IntText(**label, layout={"width": "100px", "flex": "0 0 auto", "overflow": "visible"})
-    slider = ipywidgets.IntSlider(max=len(stops) - 1, readout=False, layout={"flex": "1 1 auto", "width": "auto"})
-    quiet = False
-
-    def nearest(value: int) -> int:
-        return min(range(len(stops)), key=lambda index: abs(math.log2(stops[index]) - math.log2(max(1, value))))
-
-    def on_number(change: dict[str, Any]) -> None:
-        nonlocal quiet
-        quiet = True
-        slider.value = nearest(change["new"])
-        quiet = False
-
-    def on_slider(change: dict[str, Any]) -> None:
-        if not quiet:
-            number.value = stops[change["new"]]
-
-    number.observe(on_number, names="value")
-    slider.observe(on_slider, names="value")
-    number.observe(lambda change: setattr(slider, "disabled", change["new"]), names="disabled")
-    return number, [number, slider]
-
-
-def _read(control: ipywidgets.Widget, kind: type) -> Any:
-    if isinstance(control, ipywidgets.FloatLogSlider):
-        return float(f"{control.value:.2g}")
-    if isinstance(control, ipywidgets.FloatSlider):
-        return float(f"{control.value:.6g}")
-    return tuple(control.value) if kind is tuple else control.value
-
-
-def _write(control: ipywidgets.Widget, value: Any) -> None:
-    if isinstance(control, ipywidgets.SelectMultiple):
-        control.options = list(dict.fromkeys([*control.options, *value]))
-    control.value = value

@@ -19,16 +19,21 @@ from qlora_helpers.base.tables import Table, settings_table
 from qlora_helpers.machine.hardware import Hardware, parse_gpus
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.cost import TrainingCost
 from qlora_helpers.planning.fixes import cheapest_instance
 from qlora_helpers.planning.forecast import Forecast
 from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.views.widgets.consequences import consequences_table
+from qlora_helpers.views.widgets.access import accessible
+from qlora_helpers.views.widgets.beside import Beside
+from qlora_helpers.views.widgets.consequences import consequences_table, cpu_table, short
 from qlora_helpers.views.widgets.forecast_view import ForecastView
-from qlora_helpers.views.widgets.form_pages import TITLES, make_fields, section_pages
+from qlora_helpers.views.widgets.forecasting import look, placed
+from qlora_helpers.views.widgets.form_pages import TITLES, SectionPages, make_fields
 from qlora_helpers.views.widgets.hardware import HardwareChoice
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, copyable, error_html, styled, success_html
-from qlora_helpers.views.widgets.settings_code import differences, settings_code, settings_command
+from qlora_helpers.views.widgets.preview import RowPreview
+from qlora_helpers.views.widgets.settings_code import change_text, differences, settings_code, settings_command
 
 USUAL = "ml.g5.xlarge"  # the forecast on a machine without a GPU is for this one, if the run can be made to fit on it
 
@@ -39,15 +44,17 @@ class ConfigForm(Panel):
     Args:
         run: a run with settings (`workflow.open_run` makes one).
         sections: some of `adapter`, `data`, `train`, `model`, `evaluation`.
-        gpus: the hardware to plan for, such as `4x24GiB`, `H100` or `ml.g5.12xlarge`; None takes this machine's GPUs, or without
-            a GPU `ml.g5.xlarge` or else the cheapest instance on which the run can be made to fit.
+        gpus: the hardware to plan for, such as `4x24GiB`, `H100` or `ml.g5.12xlarge`; None takes this machine: its GPUs, or
+            its CPU, beside which `ml.g5.xlarge` or else the cheapest instance that would do is shown.
         save: writes the settings; None takes `run.change_config`.
 
     Attributes:
         config: the last valid settings that were shown.
         saved: the settings as the run has them.
-        forecast: what `config` leads to, or None if there is no forecast.
+        forecast: what `config` leads to on GPUs, or None if there is no forecast.
+        cost: what it leads to on this machine's CPU; None where it is planned for GPUs.
         fields: name -> the control of a setting.
+        preview: the look at a row of the data; None without the section `data`.
 
     Raises:
         RunError: the run has no settings yet.
@@ -70,18 +77,21 @@ class ConfigForm(Panel):
         self.run, self.sections, self._write = run, sections, save or run.change_config
         self.config = self.saved = run.config()
         self.forecast: Forecast | None = None
+        self.cost: TrainingCost | None = None
+        self._usual: Hardware | None = None
         self._trouble = ""  # why there is no forecast for the run's own settings
         self._hidden: dict[str, Any] = {}  # changes of settings without a control here
         self._busy = False
         self._shapes: dict[tuple[str, str | None], dict[str, Any] | UserError] = {}
-        self.choice = HardwareChoice(gpus, self._usual_hardware, self._hardware_changed)
+        self.choice = HardwareChoice(gpus, self._hardware_changed)
         self.fields = make_fields(self.config, self.sections, self._changed, self._layer_names())
+        self.preview = RowPreview() if "data" in self.sections else None
         self.box = self._layout()
         self._hardware_changed()
 
     @property
-    def hardware(self) -> Hardware:
-        """The hardware that the form plans for."""
+    def hardware(self) -> Hardware | None:
+        """The hardware that the form plans for; None stands for this machine's CPU."""
         return self.choice.hardware
 
     # what a person does
@@ -111,7 +121,7 @@ class ConfigForm(Panel):
         """
         changes = differences(self.config, self.saved)
         if self.problems.value:
-            self.message.value = error_html("Not saved. Correct what is marked above first, or press Reset.")
+            self.message.value = error_html("Not saved. Correct what is marked first, or press Reset.")
             return False
         try:
             config = self.run.config().with_settings({name: value for name, (value, _) in changes.items()})
@@ -126,7 +136,7 @@ class ConfigForm(Panel):
             if self.run.status().state == "running":
                 later = " A trainer is running; it uses the new settings from its next start."
         self.message.value = success_html(
-            f"Saved to {self.run.name}: {_change_text(changes) or 'there was nothing to change'}.{later}"
+            f"Saved to {self.run.name}: {change_text(changes) or 'there was nothing to change'}.{later}"
         )
         return True
 
@@ -139,25 +149,31 @@ class ConfigForm(Panel):
             return []
 
     def _layout(self) -> ipywidgets.VBox:
-        self.problems, self.message, self.code = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.problems, self.message, self.code, self.summary = (ipywidgets.HTML() for _ in range(4))
         add_classes(self.code, "qlora-code")
+        add_classes(self.summary, "qlora-summary")
         self.save_button = button("Save", f"Writes the settings to the run {self.run.name}", self.save, "primary")
         add_classes(self.save_button, "qlora-save-config")
         reset = button("Reset", "Discards the changes and shows the settings that the run has now", self.reset)
         add_classes(reset, "qlora-reset")
-        self.view = ForecastView(self.choice.box, self.take)
-        controls = ipywidgets.VBox(
-            [
-                section_pages(self.fields, self.sections),
-                self.problems,
-                ipywidgets.HBox([self.save_button, reset]),
-                self.message,
-            ],
-            layout={"flex": "1 1 370px", "min_width": "0"},
+        self.view = ForecastView(self.choice.box, self.take, self.choice.choose)
+        self.pages = SectionPages(self.fields, self.sections)
+        self.pages.when_turned(self._page_turned)
+        line = ipywidgets.HBox(
+            [self.save_button, reset, self.summary], layout={"align_items": "center", "overflow": "visible"}
         )
+        # What must be in sight wherever a person scrolls stands outside the pages, which scroll for themselves
+        bar = add_classes(ipywidgets.VBox([line, self.problems, self.message]), "qlora-save-bar")
+        controls = ipywidgets.VBox([self.pages.box, bar], layout={"flex": "1 1 370px", "min_width": "0"})
         add_classes(controls, "qlora-controls", "qlora-card")
-        columns = add_classes(ipywidgets.HBox([controls, self.view.box]), "qlora-columns")
-        return styled([columns, self.code], "qlora-form")
+        self.beside = Beside(self.view, self.preview)
+        columns = add_classes(ipywidgets.HBox([controls, self.beside.box]), "qlora-columns")
+        if self.pages.section == "data":
+            self._page_turned()
+        return styled([columns, self.code, accessible()], "qlora-form")
+
+    def _page_turned(self) -> None:
+        self.beside.turn_to(row=self.pages.section == "data")
 
     # what happens
 
@@ -166,22 +182,53 @@ class ConfigForm(Panel):
         if self._busy:
             return
         try:
-            config = self.saved.with_settings(self._hidden | {name: field.value for name, field in self.fields.items()})
+            config = self.saved.with_settings(self._hidden | self._values())
             found = self._look(config)
         except UserError as error:
-            text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
-            self.problems.value = error_html(f"{text}\nThe forecast beside is for the last valid settings.")
+            self._complain(error)
             return
-        self.config, self.forecast, self.problems.value = config, found, ""
+        self._complain(None)
+        self.config, (self.forecast, self.cost) = config, found
         self._draw()
+
+    def _values(self) -> dict[str, Any]:
+        """Returns the values of the controls.
+
+        Raises:
+            ConfigError: some are not what their settings need; names all of them.
+        """
+        values, problems = {}, list[str]()
+        for name, field in self.fields.items():
+            try:
+                values[name] = field.value
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return values
+
+    def _complain(self, error: UserError | None) -> None:
+        """Says what is wrong beside each field, and in one place that is always in sight; None says that all is well."""
+        wrong = placed(error, self.fields) if error is not None else {}
+        for name, field in self.fields.items():
+            field.complain(wrong.get(name, ""))
+            if name in wrong:
+                self.pages.reveal(name)
+        lines = [f"{name}: {text}" if name else text for name, text in wrong.items()]
+        self.problems.value = error_html(
+            "\n".join([*lines, "The figures are for the last valid settings."] if lines else [])
+        )
 
     def _hardware_changed(self) -> None:
         """Computes the forecast for the last valid settings again; the run's own settings are never refused here."""
         try:
             self._trouble = ""
-            self.forecast = self._look(self.config)
+            self.forecast, self.cost = self._look(self.config)
         except UserError as error:
-            self.forecast, self._trouble = None, str(error)
+            self.forecast, self.cost, self._trouble = None, None, str(error)
+            for name, text in placed(error, self.fields).items():
+                if name:
+                    self.fields[name].complain(text)
         self._draw()
 
     def _show(self, config: RunConfig) -> None:
@@ -195,17 +242,20 @@ class ConfigForm(Panel):
         self._busy = False
         self._changed()
 
-    def _look(self, config: RunConfig) -> Forecast | None:
-        """Returns the forecast, or None for a problem that the run had already, so that the rest can be edited.
+    def _look(self, config: RunConfig) -> tuple[Forecast | None, TrainingCost | None]:
+        """Returns the forecast and the CPU's time, or nothing for a problem that the run had already: the rest can be edited.
 
         Raises:
             UserError: a new problem, such as a missing file.
         """
         try:
-            return forecast(config, hardware=self.hardware, shape=self._shape(config))
+            shape = self._shape(config)
+            usual = self.hardware or self._usual_hardware()
+            found = look(config, self.hardware, usual, shape, self.choice.usd_per_hour)
+            return found.forecast, found.cost
         except UserError as error:
             if str(error) == self._trouble:
-                return None
+                return None, None
             raise
 
     def _shape(self, config: RunConfig) -> dict[str, Any]:
@@ -226,23 +276,26 @@ class ConfigForm(Panel):
         return found
 
     def _draw(self) -> None:
-        choice = self.forecast.plan.choice if self.forecast and self.forecast.plan_is_faster else None
-        takes_plan = choice is not None and self.config.with_settings(choice.settings) != self.config
-        self.view.show(self.forecast, takes_plan=takes_plan, notes=self.choice.notes(), trouble=self._trouble)
+        self.view.show(self.forecast, cost=self.cost, trouble=self._trouble)
+        summary = short(self.forecast, self.cost) if self.forecast else "no forecast"
+        fits = self.forecast is None or self.cost is not None or self.forecast.fits
+        self.summary.value = f'<span class="{"" if fits else "qlora-over"}" role="status">{html.escape(summary)}</span>'
         self.code.value = copyable("in a notebook", settings_code(self.run, self.config, self.saved)) + copyable(
             "in a terminal", settings_command(self.run, self.config, self.saved)
         )
         changes = differences(self.config, self.saved)
-        text = f"Not saved yet: {_change_text(changes)}" if changes else ""
+        text = f"Not saved yet: {change_text(changes)}" if changes else ""
         self.message.value = f'<div class="muted" role="status">{html.escape(text)}</div>'
+        if self.preview is not None:
+            self.preview.show(self.config)
 
     def _usual_hardware(self) -> Hardware:
-        usual = parse_gpus(USUAL)
-        try:
-            plan = forecast(self.config, hardware=usual, shape=self._shape(self.config)).plan
-            return usual if plan.fits else cheapest_instance(plan.workload) or usual
-        except UserError:
-            return usual
+        """Returns the GPUs that are shown beside a CPU: an instance that many have, if the run can be made to fit on it."""
+        if self._usual is None:
+            self._usual = parse_gpus(USUAL)
+            plan = forecast(self.config, hardware=self._usual, shape=self._shape(self.config)).plan
+            self._usual = self._usual if plan.fits else cheapest_instance(plan.workload) or self._usual
+        return self._usual
 
     # where there are no widgets
 
@@ -251,9 +304,9 @@ class ConfigForm(Panel):
         for table, section in zip(tables, self.sections, strict=True):
             table.caption = f"{TITLES[section]}: settings of {self.run.name}"
         if self.forecast is not None:
-            found = consequences_table(self.forecast)
-            found.rows += [["note", note] for note in self.choice.notes()]
-            found.caption = f"What they lead to on {self.hardware.label}"
+            on_cpu = self.cost is not None
+            found = cpu_table(self.forecast, self.cost) if self.cost else consequences_table(self.forecast)
+            found.caption = f"What they lead to on {self.cost.machine if on_cpu else self.forecast.hardware.label}"  # type: ignore[union-attr]
             tables.append(found)
         return tables
 
@@ -265,13 +318,3 @@ class ConfigForm(Panel):
         """Returns the same in HTML."""
         code = f"<pre>{html.escape(settings_command(self.run, self.config, self.saved))}</pre>"
         return "".join(table._repr_html_() for table in self._tables()) + code
-
-
-def _change_text(changes: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {_plain(old)} → {_plain(new)}" for name, (new, old) in changes.items())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "+".join(value)
-    return "automatic" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

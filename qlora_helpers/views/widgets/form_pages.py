@@ -15,7 +15,10 @@ from qlora_helpers.views.widgets.panel import add_classes
 
 BASIC: dict[str, tuple[str, ...]] = {
     "adapter": ("r", "lora_alpha", "lora_dropout", "target_modules"),
-    "data": ("source", "seq_len_tokens", "packing", "template", "train_rows"),
+    "data": (
+        *("source", "format", "prompt", "answer", "system", "instruction", "column"),
+        *("template", "train_on", "seq_len_tokens", "long_rows", "packing", "train_rows"),
+    ),
     "train": (
         "learning_rate",
         "epochs",
@@ -25,7 +28,7 @@ BASIC: dict[str, tuple[str, ...]] = {
         "optim",
     ),
 }
-"""The settings of a section that come first; the others are under 'more'."""
+"""The settings of a section that come first; the others are shown by a button."""
 TITLES = {"adapter": "Adapter", "data": "Data", "train": "Training", "model": "Model", "evaluation": "Evaluation"}
 
 
@@ -49,19 +52,77 @@ def make_fields(
     return fields
 
 
-def section_pages(fields: Mapping[str, Field], sections: Sequence[str]) -> ipywidgets.Widget:
-    """Returns the fields on a page for each section, with tabs if there are several."""
-    pages = []
-    for section in sections:
-        names = [name for name in fields if name.startswith(f"{section}.")]
-        first = [f"{section}.{key}" for key in BASIC.get(section, ())] or names
-        rest = [name for name in names if name not in first]
-        page = [fields[name].box for name in first]
-        if rest:
-            more = ipywidgets.Accordion([ipywidgets.VBox([fields[name].box for name in rest])])
-            more.titles, more.selected_index = ("more",), None
-            page.append(add_classes(more, "qlora-more"))
-        pages.append(ipywidgets.VBox(page, layout={"overflow": "visible"}))
-    if len(pages) == 1:
-        return pages[0]
-    return ipywidgets.Tab(pages, titles=[TITLES[section] for section in sections], selected_index=0)
+class MoreSettings:
+    """The settings of a page that come last, behind a button that the keyboard reaches like any other.
+
+    Args:
+        fields: those settings.
+
+    Attributes:
+        box: the widget to show.
+    """
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self._count = len(fields)
+        self._rest = ipywidgets.VBox([field.box for field in fields], layout={"overflow": "visible"})
+        self._button = add_classes(ipywidgets.Button(layout={"width": "auto"}), "qlora-more-button")
+        self._button.on_click(lambda _: self.show(not self.shown))
+        self.box = add_classes(ipywidgets.VBox([self._button, self._rest]), "qlora-more")
+        self.box.layout.overflow = "visible"
+        self.show(False)
+
+    @property
+    def shown(self) -> bool:
+        """Whether these settings are seen."""
+        return self._rest.layout.display != "none"
+
+    def show(self, shown: bool) -> None:
+        """Shows or hides these settings."""
+        self._rest.layout.display = "" if shown else "none"
+        self._button.description = f"Hide {self._count} settings" if shown else f"Show {self._count} more settings"
+        (self._button.add_class if shown else self._button.remove_class)("qlora-open")
+
+
+class SectionPages:
+    """The fields on a page for each section, with tabs if there are several.
+
+    Args:
+        fields: name -> field.
+        sections: the sections, in the order of the pages.
+
+    Attributes:
+        box: the widget to show.
+        more: section -> its settings that come last.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], sections: Sequence[str]) -> None:
+        self.sections, self.more = tuple(sections), dict[str, MoreSettings]()
+        pages = []
+        for section in sections:
+            names = [name for name in fields if name.startswith(f"{section}.")]
+            first = [f"{section}.{key}" for key in BASIC.get(section, ())] or names
+            page = [fields[name].box for name in first]
+            if rest := [fields[name] for name in names if name not in first]:
+                self.more[section] = MoreSettings(rest)
+                page.append(self.more[section].box)
+            pages.append(ipywidgets.VBox(page, layout={"overflow": "visible"}))
+        titles = [TITLES[section] for section in sections]
+        several = len(pages) > 1
+        self.box = ipywidgets.Tab(pages, titles=titles, selected_index=0) if several else ipywidgets.VBox(pages)
+        add_classes(self.box, "qlora-pages" if several else "qlora-page")
+
+    @property
+    def section(self) -> str:
+        """The section whose page is seen."""
+        return self.sections[self.box.selected_index or 0] if len(self.sections) > 1 else self.sections[0]
+
+    def when_turned(self, turned: Callable[[], None]) -> None:
+        """Calls a function each time that another page is chosen."""
+        if len(self.sections) > 1:
+            self.box.observe(lambda _: turned(), names="selected_index")
+
+    def reveal(self, name: str) -> None:
+        """Shows the settings that come last on the page of a setting, if it is among them."""
+        section, _, key = name.partition(".")
+        if section in self.more and key not in BASIC.get(section, ()):
+            self.more[section].show(True)

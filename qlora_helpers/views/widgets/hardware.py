@@ -1,10 +1,11 @@
-"""The hardware that a form plans for: this machine, or what a person types, optionally with their own price.
+"""The hardware that a form plans for: this machine, its GPUs or its CPU, or what a person types, optionally with their own price.
 
 This module knows nothing of settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -25,34 +26,33 @@ class HardwareChoice:
     """A box to type hardware into, and one for its price.
 
     Args:
-        gpus: the first choice, in the form of `parse_gpus` or `this machine`; None takes this machine, or `usual` if it has no GPU.
-        usual: returns the hardware to plan for on a machine without a GPU.
+        gpus: the first choice, in the form of `parse_gpus` or `this machine`; None takes this machine.
         changed: called after a valid change.
 
     Attributes:
         box: the widget to show.
-        hardware: the last valid choice.
+        hardware: the last valid choice; None stands for this machine's CPU.
+        price: the box for a price.
+        usd_per_hour: the price that was typed, or None.
 
     Raises:
-        UserError: the hardware is unknown, or this machine was asked for and has no GPU.
+        UserError: the hardware is unknown.
     """
 
-    def __init__(self, gpus: str | None, usual: Callable[[], Hardware], changed: Callable[[], None]) -> None:
+    def __init__(self, gpus: str | None, changed: Callable[[], None]) -> None:
         self._changed = changed
-        self._machine: Hardware | None
-        try:
-            self._machine, self._missing = this_machine(), ""
-        except UserError as error:
-            self._machine, self._missing = None, error.problem
-        self.hardware = self._find(gpus) if gpus is not None else self._machine or usual()
-        names = ([THIS_MACHINE] if self._machine else []) + [*GPUS, "4x24GiB", *INSTANCES]
+        self._machine: Hardware | None = None
+        with contextlib.suppress(UserError):  # it has no GPU
+            self._machine = this_machine()
+        self.usd_per_hour: float | None = None
+        self.hardware = self._find(gpus) if gpus is not None else self._machine
         self.name = ipywidgets.Combobox(
-            value=THIS_MACHINE if self.hardware is self._machine else self.hardware.label,
-            options=names,
+            value=THIS_MACHINE if self.hardware in (None, self._machine) else self.hardware.label,
+            options=[THIS_MACHINE, *GPUS, "4x24GiB", *INSTANCES],
             description="hardware",
             continuous_update=False,
             style=_LABEL,
-            layout={"width": "270px"},
+            layout={"width": "270px", "max_width": "100%"},
             tooltip="The hardware to plan for, such as this machine, 4x24GiB, 2xL4, H100 or ml.g5.12xlarge",
         )
         self.price = ipywidgets.Text(
@@ -61,7 +61,7 @@ class HardwareChoice:
             continuous_update=False,
             style=_LABEL,
             tooltip="The price of all GPUs together; leave empty for the list price",
-            layout={"width": "170px"},
+            layout={"width": "170px", "max_width": "100%"},
         )
         self.message = ipywidgets.HTML()
         for each, name in ((self.name, "qlora-hardware"), (self.price, "qlora-price")):
@@ -70,28 +70,30 @@ class HardwareChoice:
         row = ipywidgets.HBox([self.name, self.price], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([row, self.message])
 
-    def notes(self) -> list[str]:
-        """Returns what a reader must know about the choice."""
-        if self._machine is not None:
-            return []
-        return [f"this machine has no GPU; the forecast is for {self.hardware.label}, and a CPU takes far longer"]
+    @property
+    def label(self) -> str:
+        """What is planned for, in words."""
+        return "this CPU" if self.hardware is None else self.hardware.label
+
+    def choose(self, name: str) -> None:
+        """Chooses other hardware, as a person would by typing it."""
+        self.name.value = name
 
     def _on_change(self) -> None:
         try:
-            self.hardware = self._find(self.name.value, _price(self.price.value))
+            price = _price(self.price.value)
+            self.hardware = self._find(self.name.value, price)
         except UserError as error:
-            self.message.value = error_html(f"{error} The forecast is still for {self.hardware.label}.")
+            self.message.value = error_html(f"{error} The forecast is still for {self.label}.")
             return
-        self.message.value = ""
+        self.message.value, self.usd_per_hour = "", price
         self._changed()
 
-    def _find(self, gpus: str, price: float | None = None) -> Hardware:
+    def _find(self, gpus: str, price: float | None = None) -> Hardware | None:
         if gpus.strip().lower() != THIS_MACHINE:
             return parse_gpus(gpus, price)
-        if self._machine is None:
-            raise UserError(self._missing, next_step="Name hardware to plan for, such as 4x24GiB or ml.g5.12xlarge.")
         given: dict[str, Any] = {"price_usd_per_hour": price, "price_note": "as given"} if price is not None else {}
-        return dataclasses.replace(self._machine, **given) if given else self._machine
+        return dataclasses.replace(self._machine, **given) if given and self._machine else self._machine
 
 
 def _price(text: str) -> float | None:

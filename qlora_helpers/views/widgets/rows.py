@@ -1,46 +1,49 @@
-"""A browser for prepared rows: each token is coloured by what happens to it, and a person can search and jump.
+"""A browser for prepared rows: the turns of each, its tokens coloured by what happens to them, and the rows that are left out.
 
-It shows what the trainer will see. `tokens` decides kinds and texts of the tokens; everything from a dialogue is escaped.
+It shows what the trainer will see; a person can search and jump. `tokens` decides kinds and texts of the tokens, `row_turns` finds
+the turns; everything from a row is escaped.
 """
 
 from __future__ import annotations
 
 import html
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
 from qlora_helpers.base.errors import DataError
+from qlora_helpers.data.outcome import left_out
+from qlora_helpers.views.token_html import framed, key, spans
 from qlora_helpers.views.tokens import TokenView, token_kind, token_texts
+from qlora_helpers.views.widgets.access import accessible
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled, success_html
+from qlora_helpers.views.widgets.row_turns import RowTurns, left_out_html, left_out_table, left_out_title
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.data.rows import Corpus
 
-KINDS = {
-    "trained": "trained: the model learns to write it",
-    "end": "END: the end-of-text token, trained",
-    "masked": "masked: the model reads it and does not learn to write it",
-    "padding": "padding: fills the sequence",
-}
+LEFT_OUT = "left out"
 
 
-def row_browser(data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train") -> RowBrowser:
+def row_browser(
+    data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", corpus: Corpus | None = None
+) -> RowBrowser:
     """Makes a browser for prepared rows.
 
     Args:
         data: the result of `workflow.prepare_data`.
         tokenizer: the model's tokenizer.
         split: the split to begin with, `train` or `eval`.
+        corpus: the rows as they were read, whose turns are shown; None reads the source again, a large one when asked.
 
     Raises:
         DataError: there is no such split, or it is empty.
     """
-    return RowBrowser(data, tokenizer, split=split)
+    return RowBrowser(data, tokenizer, split=split, corpus=corpus)
 
 
 class RowBrowser(Panel):
@@ -52,8 +55,17 @@ class RowBrowser(Panel):
         matches: the rows that contain the text searched for; empty without a search.
     """
 
-    def __init__(self, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, split: str = "train") -> None:
+    def __init__(
+        self,
+        data: PreparedData,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        split: str = "train",
+        corpus: Corpus | None = None,
+    ) -> None:
         self._data, self._tokenizer = data, tokenizer
+        self._sources = RowTurns(data, tokenizer, corpus)
+        self._left_out = left_out(data.notes)
         self.split, self.index, self._query = split, 0, ""
         self.matches: tuple[int, ...] = ()
         self._texts: dict[str, list[str]] = {}
@@ -110,25 +122,31 @@ class RowBrowser(Panel):
 
     def _layout(self) -> ipywidgets.VBox:
         narrow = {"width": "auto"}
-        self._split = ipywidgets.ToggleButtons(options=("train", "eval"), value=self.split, layout=narrow)
+        self._split = ipywidgets.ToggleButtons(
+            options=("train", "eval", LEFT_OUT), value=self.split, layout=narrow, tooltip="Which rows are shown"
+        )
         self._split.style.button_width = "auto"
         previous = button(
             "Previous", "The row before; during a search, the one before with the text", lambda: self.next(-1)
         )
         following = button("Next", "The next row; during a search, the next one with the text", self.next)
-        self._number = ipywidgets.IntText(
-            1, description="row", layout={"width": "120px"}, style={"description_width": "30px"}
+        self._number = ipywidgets.Text(
+            "1",
+            description="row",
+            layout={"width": "120px"},
+            style={"description_width": "30px"},
+            continuous_update=False,
         )
-        self._number.continuous_update = False
         self._search = ipywidgets.Text(
             placeholder="text in a row, then Enter",
             description="search",
             continuous_update=False,
-            layout={"width": "290px"},
+            layout={"width": "290px", "max_width": "100%"},
             style={"description_width": "48px"},
         )
         self._whole = ipywidgets.Checkbox(False, description="whole sequence", indent=False, layout={"width": "140px"})
-        self._head, self._found, self._tokens = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self._head, self._found, self._tokens, self._turns = (ipywidgets.HTML() for _ in range(4))
+        self._read = button("Show the turns", "Reads the source again, whole", self.read_turns)
         for each, name in (
             (previous, "qlora-previous"),
             (following, "qlora-next"),
@@ -136,28 +154,40 @@ class RowBrowser(Panel):
             (self._search, "qlora-search"),
             (self._whole, "qlora-whole-sequence"),
             (self._tokens, "qlora-row-tokens"),
+            (self._turns, "qlora-row-turns"),
+            (self._read, "qlora-read-turns"),
         ):
             add_classes(each, name)
         self._number.observe(self._on_number, names="value")
         self._search.observe(lambda change: self.search(change["new"]), names="value")
         self._whole.observe(lambda _: self._draw(), names="value")
         self._split.observe(self._on_split, names="value")
-        parts = [self._split, previous, self._number, following, self._search, self._whole]
-        line = ipywidgets.HBox(parts, layout={"flex_flow": "row wrap", "align_items": "center", "overflow": "visible"})
-        panel = ipywidgets.VBox([line, self._found, self._head, self._tokens])
-        return styled([add_classes(panel, "qlora-card")], "qlora-rows")
+        wrapped = {"flex_flow": "row wrap", "align_items": "center", "overflow": "visible", "max_width": "100%"}
+        self._moves = ipywidgets.HBox([previous, self._number, following, self._search, self._whole], layout=wrapped)
+        line = ipywidgets.HBox([self._split, self._moves], layout=wrapped)
+        panel = ipywidgets.VBox([line, self._found, self._head, self._turns, self._read, self._tokens])
+        return styled([add_classes(panel, "qlora-card"), accessible()], "qlora-rows")
 
     def _on_number(self, change: dict[str, Any]) -> None:
         if self._quiet:
             return
-        if 1 <= change["new"] <= len(self._rows):
-            self.show(change["new"] - 1)
+        typed = str(change["new"]).strip()
+        if typed.isdecimal() and len(typed) < 12 and 1 <= int(typed) <= len(self._rows):
+            self.show(int(typed) - 1)
         else:
             self._found.value = error_html(
                 f"The rows are numbered 1 to {len(self._rows)}; row {self.index + 1} is still shown."
             )
 
     def _on_split(self, change: dict[str, Any]) -> None:
+        is_left_out = change["new"] == LEFT_OUT
+        self._moves.layout.display = "none" if is_left_out else ""
+        if is_left_out:
+            self._found.value = self._turns.value = ""
+            self._read.layout.display = "none"
+            self._head.value = f"<b>{html.escape(left_out_title(self._left_out))}</b>"
+            self._tokens.value = left_out_html(self._left_out)
+            return
         try:
             self._rows = self._row_places(change["new"])
         except DataError as error:
@@ -168,7 +198,7 @@ class RowBrowser(Panel):
 
     def _draw(self) -> None:
         self._quiet = True
-        self._number.value = self.index + 1
+        self._number.value = str(self.index + 1)
         self._quiet = False
         count = len(self.matches)
         self._found.value = ""
@@ -180,7 +210,19 @@ class RowBrowser(Panel):
                 f"{place}{count} row{'s' * (count != 1)} with “{self._query}”; Next goes to the next one"
             )
         self._head.value = f"<b>{html.escape(self._title())}</b>"
+        self._draw_turns()
         self._tokens.value = self._tokens_html(whole=self._whole.value)
+
+    def read_turns(self) -> None:
+        """Reads the source again and shows the turns of its rows; a small source is read without being asked."""
+        self._sources.read()
+        self._draw_turns()
+
+    def _draw_turns(self) -> None:
+        sequence, number, row = self._rows[self.index]
+        ids, _ = _row_tokens(getattr(self._data, self.split)[sequence], number)
+        self._turns.value = self._sources.html(row, ids)
+        self._read.layout.display = "none" if self._sources.is_read else ""
 
     def _title(self) -> str:
         sequence, number, row = self._rows[self.index]
@@ -206,19 +248,12 @@ class RowBrowser(Panel):
                 for token, label in zip(ids, labels, strict=True)
             ]
             counts.update(kinds)
-            parts.append(_spans(ids, token_texts(ids, self._tokenizer), kinds, self._query))
+            parts.append(spans(token_texts(ids, self._tokenizer), kinds, ids=ids, query=self._query))
         padding = self._data.seq_len_tokens - len(segments) + segments.count(0) if self._data.packed else 0
         if whole and padding > 0:
             counts["padding"] = padding
             parts.append(f'<div class="qlora-bound">padding</div><span class="k-padding">{padding} tokens</span>')
-        total = max(1, sum(counts.values()))
-        key = "".join(
-            f'<span><span class="k-{kind}">{text.partition(":")[0]}</span>{text[len(text.partition(":")[0]) :]} '
-            f"({counts[kind]:,} tokens, {counts[kind] / total:.0%})</span>"
-            for kind, text in KINDS.items()
-            if counts[kind]
-        )
-        return f'<div class="qlora-text qlora-tokens" tabindex="0">{"".join(parts)}</div><div class="qlora-kinds">{key}</div>'
+        return framed("".join(parts), "the row's tokens") + key(counts)
 
     def _row_texts(self) -> list[str]:
         """Returns the text of each row of the split, decoded once."""
@@ -240,34 +275,17 @@ class RowBrowser(Panel):
         return TokenView({"input_ids": ids, "labels": labels}, self._tokenizer)
 
     def still_text(self) -> str:
-        """Returns the row with its trained tokens in brackets."""
-        return f"{self._title()}\n{self._still()!r}"
+        """Returns the row with its trained tokens in brackets, and how many rows are left out."""
+        rest = f"\n{left_out_title(self._left_out)}" if self._left_out.count else ""
+        return f"{self._title()}\n{self._still()!r}{rest}"
 
     def still_html(self) -> str:
-        """Returns the row in colours."""
-        return f"<b>{html.escape(self._title())}</b>{self._still()._repr_html_()}"
+        """Returns the row in colours, and the rows that are left out."""
+        rest = left_out_table(self._left_out)._repr_html_() if self._left_out.count else ""
+        return f"<b>{html.escape(self._title())}</b>{self._still()._repr_html_()}{rest}"
 
 
 def _row_tokens(sequence: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
     """Returns tokens and labels of one row of a packed sequence, counted from 1."""
     where = [place for place, segment in enumerate(sequence["segment_ids"]) if segment == number]
     return [sequence["input_ids"][place] for place in where], [sequence["labels"][place] for place in where]
-
-
-def _spans(ids: list[int], texts: list[str], kinds: list[str], query: str) -> str:
-    """Returns a row as HTML: an element for each token, with a frame around those that contain the text searched for."""
-    found, place = set(), 0
-    if query:
-        ends = [match.span() for match in re.finditer(re.escape(query), "".join(texts), re.IGNORECASE)]
-        for index, text in enumerate(texts):
-            if any(start < place + len(text) and place < end for start, end in ends):
-                found.add(index)
-            place += len(text)
-    parts = []
-    for index, (token, text, kind) in enumerate(zip(ids, texts, kinds, strict=True)):
-        if not text and kind != "end":
-            continue  # part of a character whose text is that of a later token
-        shown = "END" if kind == "end" else html.escape(text).replace("\n", "↵\n")
-        mark = " k-found" if index in found else ""
-        parts.append(f'<s class="k-{kind}{mark}" title="{kind}, token {token}">{shown}</s>')
-    return "".join(parts)

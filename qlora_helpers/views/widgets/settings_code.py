@@ -27,6 +27,17 @@ def differences(config: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any
     }
 
 
+def change_text(changes: dict[str, tuple[Any, Any]]) -> str:
+    """Returns what `differences` found in one line, the old values before the new ones."""
+    return ", ".join(f"{name} {_plain(old)} → {_plain(new)}" for name, (new, old) in changes.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(value)
+    return "automatic" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def as_setting(name: str, value: Any) -> str:
     """Returns `name=value` in the form of `--set` and `open_run`."""
     if isinstance(value, list | tuple):
