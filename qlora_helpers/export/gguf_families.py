@@ -48,7 +48,11 @@ class GgufFamily:
     windows: bool = False
 
 
-GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # llama.cpp's GELU is the one by tanh; it differs from 'gelu' by 1e-3 at most
+GELU = (
+    "gelu_pytorch_tanh",
+    "gelu_new",
+    "gelu",
+)  # llama.cpp's GELU is the one by tanh; it differs from 'gelu' by 1e-3 at most
 FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily("llama", permuted=True),
     "mistral": GgufFamily("llama", permuted=True),

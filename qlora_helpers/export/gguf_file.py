@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.export.gguf_families import INSTEAD, GgufFamily, extra_tensors, gguf_family, stored_as, write_settings
+from qlora_helpers.export.gguf_families import (
+    INSTEAD,
+    GgufFamily,
+    extra_tensors,
+    gguf_family,
+    stored_as,
+    write_settings,
+)
 from qlora_helpers.export.gguf_vocabulary import vocabulary, write_vocabulary
 from qlora_helpers.export.serving_template import ServingTemplate
 from qlora_helpers.model.adapter_files import ADAPTER_WEIGHTS, read_adapter_settings
@@ -27,7 +34,16 @@ WRITTEN = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 """Types of values that the `gguf` package writes; llama.cpp makes further ones from a bfloat16 file (`quantize`)."""
 _LARGEST_F16 = 65504.0
 # By how much of a block's largest value a weight may be off, for a step of the type's own: half a step, and its rounding to F16
-_STEP = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127, "q5_0": 1 / 16, "q5_1": 2 / 31, "q4_0": 1 / 8, "q4_1": 2 / 15}
+_STEP = {
+    "f32": 0.0,
+    "f16": 2**-11,
+    "bf16": 2**-8,
+    "q8_0": 1 / 127,
+    "q5_0": 1 / 16,
+    "q5_1": 2 / 31,
+    "q4_0": 1 / 8,
+    "q4_1": 2 / 15,
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,11 @@ def write_gguf(
     config = AutoConfig.from_pretrained(merged, local_files_only=True, trust_remote_code=False)
     family = gguf_family(config)
     stored = stored_tensors(merged)
-    rows = next(tensor.rows for name, tensor in stored.items() if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    rows = next(
+        tensor.rows
+        for name, tensor in stored.items()
+        if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))
+    )
     found = vocabulary(tokenizer, rows)
     writer = gguf.GGUFWriter(out, family.architecture)
     name = f"{about.name} (strips white space behind control tokens, as phi-3 does)" if found.strips else about.name

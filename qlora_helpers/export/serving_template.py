@@ -70,8 +70,6 @@ class ServingTemplate:
         end: the string that ends a turn.
         system: a system's text that the template writes where a conversation brings none; may be empty.
         thinks: whether rows hold thoughts; None where the template knows no thinking.
-        proved: how many held-out prompts were rendered with it and compared with those that were trained.
-        differ: how many of them differ.
         notes: what a person who serves the model should know.
     """
 
@@ -81,8 +79,6 @@ class ServingTemplate:
     end: str
     system: str = ""
     thinks: bool | None = None
-    proved: int = 0
-    differ: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -114,11 +110,8 @@ def serving_template(
     else:
         system = ""
         text = _without_system_role() * (not getattr(template, "knows_system", True)) + text
-    proved, differ, reason = _compared(template, text, rows, thinks)
-    if differ:
-        notes = [f"{differ} of {proved} held-out prompts are not rendered by servers as they were trained ({reason})", *notes]
     ends = answer_marks(tokenizer).ends  # those by which answers were cut when the run was evaluated
-    return ServingTemplate(text, template.name, ends, template.end, system, thinks, proved, differ, tuple(notes))
+    return ServingTemplate(text, template.name, ends, template.end, system, thinks, tuple(notes))
 
 
 def shared_system(config: DataConfig, rows: Sequence[Example]) -> str:
@@ -173,7 +166,9 @@ def _pinned(template: ChatTemplate, rows: Sequence[Example]) -> tuple[str, bool 
         count = sum(any(m.thinking or "</think>" in m.content for m in row.messages) for row in rows)
         thinks = 2 * count > len(rows)
         value = "true" if thinks else "false"
-        text = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = " + value + " -%}{%- endif -%}" + text
+        text = (
+            "{%- if enable_thinking is not defined -%}{%- set enable_thinking = " + value + " -%}{%- endif -%}" + text
+        )
         if 0 < count < len(rows):
             notes.append("some rows hold thoughts and some do not; a request says which with enable_thinking")
     return text, thinks, notes
@@ -205,24 +200,57 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _compared(template: Template, text: str, rows: Sequence[Example], thinks: bool | None) -> tuple[int, int, str]:
-    """Returns how many prompts were compared, how many differ, and a reason."""
-    proved, differ, reason = 0, 0, ""
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out prompts as a server renders them beside those that were trained.
+
+    Attributes:
+        prompts: how many were compared.
+        equal: how many are equal, token for token.
+        reason: why the first other one differs.
+    """
+
+    prompts: int
+    equal: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        because = f" ({self.reason})" if self.reason else ""
+        return f"a server renders {self.equal} of {self.prompts} held-out prompts token for token as they were trained{because}"
+
+
+def compared(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    served: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+) -> Comparison:
+    """Compares the prompts that were trained with those that a server renders.
+
+    Args:
+        config: the run's data settings.
+        tokenizer: the one that the run was trained with.
+        served: loaded from the exported folder, with its own chat template.
+        rows: held-out rows.
+    """
+    template = template_of(config, tokenizer)
+    prompts = equal = 0
+    reason = ""
     for row in rows:
         try:
-            trained = prompt_tokens(row, template).ids
+            trained = prompt_tokens(row, template).ids if not row.is_document else []
         except RowProblem:
             continue
-        proved += 1
+        if not trained:
+            continue
+        prompts += 1
+        problem = "other tokens"
         try:
-            served = rendered_ids(text, template.tokenizer, row)
+            ids = rendered_ids(str(served.chat_template), served, row)
         except Exception as error:  # a template is a program: it may raise anything
-            served, problem = [], f"the template raises {type(error).__name__}"
-        else:
-            problem = "other tokens"
-        if served != trained:
-            differ += 1
-            if template.control.any_in(row_texts(row)):
-                problem = "they hold the string of a control token, which a server takes for one"
-            reason = reason or problem
-    return proved, differ, reason
+            ids, problem = [], f"the template raises {type(error).__name__}"
+        equal += ids == trained
+        if ids != trained and template.control.any_in(row_texts(row)):
+            problem = "it holds the string of a control token, which a server takes for one"
+        reason = reason or (problem if ids != trained else "")
+    return Comparison(prompts, equal, reason)

@@ -24,12 +24,23 @@ CONVERSATIONS: tuple[Messages, ...] = tuple(
         (("user", "Where is it?"), ("assistant", "In Leeds."), ("user", "And when will it come?")),
         (("system", "You are brief."), ("user", "Hello!")),
         (("system", "Answer in\n\ntwo lines."), ("user", "a"), ("assistant", "b"), ("user", "c")),
-        (("user", 'Quote "this" and `that`, {{ .Content }} and {% if %}'), ("assistant", "<b>&amp;</b>"), ("user", "\\n")),
+        (
+            ("user", 'Quote "this" and `that`, {{ .Content }} and {% if %}'),
+            ("assistant", "<b>&amp;</b>"),
+            ("user", "\\n"),
+        ),
         (("system", "Sei freundlich 🎂."), ("user", "Grüße, 你好"), ("assistant", "مرحبا"), ("user", "Привет")),
         (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"), ("user", "five")),
         (("user", "def f(x):\n    return x\n\n# end"), ("assistant", "1. a\n2. b"), ("user", "3\n---\n4")),
         (("system", "s"), ("user", "u" * 300)),
-        (("system", "Be kind; end with 'ok'."), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5")),
+        (
+            ("system", "Be kind; end with 'ok'."),
+            ("user", "1"),
+            ("assistant", "2"),
+            ("user", "3"),
+            ("assistant", "4"),
+            ("user", "5"),
+        ),
     )
 )
 """Ten conversations that a template's parts are proved on; each ends with a question."""

@@ -27,7 +27,12 @@ PROGRAM = Path(__file__).parent / "go" / "render.go"
 
 def rendered_by_go(requests: list[dict]) -> list[list[str]]:
     done = subprocess.run(
-        ["go", "run", str(PROGRAM)], input=json.dumps(requests), capture_output=True, text=True, timeout=300, check=False
+        ["go", "run", str(PROGRAM)],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -38,7 +43,7 @@ def test_go_renders_ten_conversations_as_they_were_trained(written):
     assert len(CONVERSATIONS) == 10
     requests, expected = [], []
     for name in FAMILIES:
-        for system in (None, "Be kind;\nsay \"ok\"."):
+        for system in (None, 'Be kind;\nsay "ok".'):
             tokenizer = family_tokenizer(name)
             template = serving_template(DataConfig(template=written, system=system), tokenizer)
             text, _ = modelfile("m.gguf", template, tokenizer, RunConfig(), "CC0-1.0")
@@ -46,7 +51,8 @@ def test_go_renders_ten_conversations_as_they_were_trained(written):
             # What a Modelfile's SYSTEM says is put first where a conversation has no system's message of its own
             own = [[{"role": "system", "content": system}] if system else [], []]
             asked = [
-                [*own[messages[0]["role"] == "system"], *(dict(message) for message in messages)] for messages in CONVERSATIONS
+                [*own[messages[0]["role"] == "system"], *(dict(message) for message in messages)]
+                for messages in CONVERSATIONS
             ]
             requests.append({"template": body, "conversations": asked})
             begin = tokenizer.bos_token or ""

@@ -1,0 +1,76 @@
+"""Asks llama.cpp, where it is installed, whether it cuts a run's prompts into the tokens that were trained."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_helpers.base.config import DataConfig
+from qlora_helpers.base.errors import ModelError
+from qlora_helpers.data.examples import Example
+from qlora_helpers.data.prompts import prompt_tokens
+from qlora_helpers.data.rendering import RowProblem, row_texts
+from qlora_helpers.data.templates import template_of
+from qlora_helpers.export.gguf_vocabulary import INSTEAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOT_INSTALLED = "llama.cpp did not check the tokens: llama-cpp-python is not installed"
+
+
+def checked_by_llama_cpp(
+    path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+) -> str:
+    """Compares llama.cpp's tokens of held-out prompts with those that were trained.
+
+    Args:
+        path: the GGUF file, of which only the tokenizer is loaded.
+        config: the run's data settings.
+        tokenizer: the run's.
+        rows: held-out rows.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ModelError: the tokens differ, or llama.cpp refuses the file.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return NOT_INSTALLED
+    import llama_cpp
+
+    template = template_of(config, tokenizer)
+    asked: list[tuple[str, list[int]]] = []
+    for row in rows:
+        try:
+            if row.is_document or template.control.any_in(row_texts(row)):
+                continue  # a server takes a control token's string for the token, wherever it stands
+            rendering = template.prompt(row)
+            asked.append((rendering.text, prompt_tokens(row, template).ids))
+        except RowProblem:
+            continue
+    model = _vocabulary_of(llama_cpp, path)
+    begin, string = tokenizer.bos_token_id, tokenizer.bos_token or ""
+    equal = 0
+    for text, ids in asked:
+        text = text.removeprefix(string) if begin is not None and ids[:1] == [begin] else text
+        found = model.tokenize(text.encode(), add_bos=begin is not None and ids[:1] == [begin], special=True)
+        equal += found == ids
+    model.close()
+    if equal < len(asked):
+        raise ModelError(
+            "llama.cpp cuts prompts into other tokens than those that were trained",
+            got=f"{len(asked) - equal} of {len(asked)} prompts",
+            next_step=INSTEAD,
+        )
+    return f"llama.cpp cuts {equal} of {len(asked)} held-out prompts into the tokens that were trained"
+
+
+def _vocabulary_of(llama_cpp: Any, path: Path) -> Any:
+    try:
+        return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    except ValueError as error:
+        raise ModelError(f"llama.cpp does not load {path.name}", next_step=INSTEAD) from error
