@@ -83,9 +83,9 @@ def gguf_family(config: Any) -> GgufFamily:
             expected=", ".join(FAMILIES),
             next_step=INSTEAD,
         )
-    for refused, what in _refusals(config, family):
-        if refused:
-            raise ModelError(f"llama.cpp does not compute this model: {what}", next_step=INSTEAD)
+    found = [what for refused, what in _refusals(config, family) if refused]
+    if found:
+        raise ModelError(f"llama.cpp does not compute this model: {'; '.join(found)}", next_step=INSTEAD)
     return family
 
 
@@ -109,7 +109,6 @@ def _refusals(config: Any, family: GgufFamily) -> list[tuple[bool, str]]:
         (bool(getattr(config, "qk_layernorm", False)), "it normalises q and k (qk_layernorm)"),
         (family.fused and not getattr(config, "parallel_attn", True), "its attention and MLP are not parallel"),
         (family.fused and key_value_heads(config) == heads, "it is a Falcon without shared keys"),
-        (family.architecture == "phi3" and size % 2 == 1, "its heads have an odd size"),
     ]
 
 

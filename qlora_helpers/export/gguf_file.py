@@ -1,4 +1,4 @@
-"""Writes a merged model, or an adapter alone, as a GGUF file: a tensor at a time, by the `gguf` package's writer and names.
+"""Writes a merged model as a GGUF file: a tensor at a time, by the `gguf` package's writer and names.
 
 What is written is read again, and compared with what it was made of. Knows nothing of runs.
 """
@@ -22,8 +22,7 @@ from qlora_helpers.export.gguf_families import (
 )
 from qlora_helpers.export.gguf_vocabulary import vocabulary, write_vocabulary
 from qlora_helpers.export.serving_template import ServingTemplate
-from qlora_helpers.model.adapter_files import ADAPTER_WEIGHTS, read_adapter_settings
-from qlora_helpers.model.stored_tensors import StoredTensor, stored_tensors, tensors_in
+from qlora_helpers.model.stored_tensors import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -126,23 +125,23 @@ def write_gguf(
     name = f"{about.name} (strips white space behind control tokens, as phi-3 does)" if found.strips else about.name
     _write_about(writer, about, name, kind)
     write_settings(writer, config, family)
-    write_vocabulary(writer, found, tokenizer, end=template.end, begins=_begins(template, tokenizer))
+    write_vocabulary(writer, found, tokenizer, end=template.end, prompt=rendered(template, tokenizer, "a"))
     writer.add_chat_template(template.text)
     tensors = [*_tensors(stored, config, family), *_extra(config, family)]
-    return _written(writer, out, tensors, family, kind, found.pre)
+    return written_file(writer, out, tensors, family, kind, found.pre)
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the new file: its name, shape, and what reads it in float32."""
+class GgufTensor:
+    """One tensor of a new file: its name, its shape, and what reads it in float32."""
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
 
-def _tensors(stored: Mapping[str, StoredTensor], config: Any, family: GgufFamily) -> Iterator[_Tensor]:
-    names = _names(config, family)
+def _tensors(stored: Mapping[str, StoredTensor], config: Any, family: GgufFamily) -> Iterator[GgufTensor]:
+    names = tensor_names(config, family)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, tensor in stored.items():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -153,10 +152,12 @@ def _tensors(stored: Mapping[str, StoredTensor], config: Any, family: GgufFamily
         if new is None:
             raise ModelError(f"GGUF has no name for {name}", next_step=INSTEAD)
         change = stored_as(name, config, family)
-        yield _Tensor(new, tensor.shape, _reader(tensor, change))
+        yield GgufTensor(new, tensor.shape, reading(tensor, change))
 
 
-def _reader(tensor: StoredTensor, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[], torch.Tensor]:
+def reading(tensor: StoredTensor, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[], torch.Tensor]:
+    """Returns what reads a checkpoint's tensor in float32, changed into what GGUF holds."""
+
     def read() -> torch.Tensor:
         value = tensor.read().float()
         return value if change is None else change(value)
@@ -164,16 +165,17 @@ def _reader(tensor: StoredTensor, change: Callable[[torch.Tensor], torch.Tensor]
     return read
 
 
-def _names(config: Any, family: GgufFamily) -> Any:
+def tensor_names(config: Any, family: GgufFamily) -> Any:
+    """Returns the `gguf` package's map from a checkpoint's names to GGUF's."""
     import gguf
 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
-def _extra(config: Any, family: GgufFamily) -> Iterator[_Tensor]:
+def _extra(config: Any, family: GgufFamily) -> Iterator[GgufTensor]:
     for name, value in extra_tensors(config, family).items():
-        yield _Tensor(name, tuple(value.shape), lambda value=value: value.float())  # type: ignore[misc]
+        yield GgufTensor(name, tuple(value.shape), lambda value=value: value.float())  # type: ignore[misc]
 
 
 def _write_about(writer: GGUFWriter, about: About, name: str, kind: str) -> None:
@@ -196,22 +198,29 @@ def _file_type(kind: str) -> str:
     return "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
 
 
-def _begins(template: ServingTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether what a server renders begins with the begin-of-text token."""
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}],
-        chat_template=template.text,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+def rendered(template: ServingTemplate, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Returns what a server renders for a question."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], chat_template=template.text, add_generation_prompt=True, tokenize=False
     )
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def _written(
-    writer: GGUFWriter, out: Path, tensors: list[_Tensor], family: GgufFamily, kind: str, pre: str
+def written_file(
+    writer: GGUFWriter, out: Path, tensors: list[GgufTensor], family: GgufFamily, kind: str, pre: str
 ) -> GgufReport:
-    """Writes the tensors one by one, reads each back, and compares it."""
+    """Writes tensors one by one, reads each back, and compares it.
+
+    Args:
+        writer: of the file, with all that is no tensor.
+        out: the file.
+        tensors: in the order in which they are written.
+        family: of the model.
+        kind: one of `WRITTEN`.
+        pre: the splitting's name, for the report.
+
+    Raises:
+        ModelError: a value does not fit into its type, or was not written as it is.
+    """
     import gguf
     import numpy as np
 
@@ -236,14 +245,14 @@ def _written(
     return GgufReport(out.name, family.architecture, kind, len(tensors), out.stat().st_size / 2**30, worst, pre)
 
 
-def _kind_of(tensor: _Tensor, kind: str) -> str:
+def _kind_of(tensor: GgufTensor, kind: str) -> str:
     """Vectors stay in float32, as llama.cpp needs them; a matrix whose rows are no whole blocks stays in F16."""
     if len(tensor.shape) == 1:
         return "f32"
     return "f16" if kind.startswith("q") and tensor.shape[-1] % 32 else kind
 
 
-def _read_back(path: Path, tensors: list[_Tensor], kinds: list[str]) -> float:
+def _read_back(path: Path, tensors: list[GgufTensor], kinds: list[str]) -> float:
     """Returns the largest error of a weight in the file, as a share of its block's largest value.
 
     Raises:
@@ -264,51 +273,3 @@ def _read_back(path: Path, tensors: list[_Tensor], kinds: list[str]) -> float:
             raise ModelError(f"{tensor.name} was not written as it is", next_step="Report this.")
         worst = max(worst, float((errors.max(axis=1) / np.maximum(blocks.max(axis=1), 2**-14)).max(initial=0)))
     return worst
-
-
-def write_adapter_gguf(base: Path, adapter: Path, out: Path, name: str) -> GgufReport:
-    """Writes an adapter alone as GGUF, for `--lora` beside a GGUF file of its base model.
-
-    Args:
-        base: folder of the base model's checkpoint.
-        adapter: folder of the saved adapter.
-        out: the file.
-        name: of the model.
-
-    Raises:
-        ModelError: llama.cpp can't add this adapter.
-    """
-    import gguf
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    family = gguf_family(config)
-    settings = read_adapter_settings(adapter)
-    _refuse_other_kinds(settings)
-    scale = settings["lora_alpha"] * (math.sqrt(settings["r"]) if settings.get("use_rslora") else 1)
-    writer = gguf.GGUFWriter(out, family.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(name)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale)
-    tensors = list(_adapter_tensors(tensors_in([adapter / ADAPTER_WEIGHTS]), config, family))
-    return _written(writer, out, tensors, family, "f32", "")
-
-
-def _adapter_tensors(weights: Mapping[str, StoredTensor], config: Any, family: GgufFamily) -> Iterator[_Tensor]:
-    names = _names(config, family)
-    for stored, tensor in weights.items():
-        layer, _, part = stored.removeprefix("base_model.model.").rpartition(".lora_")
-        new = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-        if new is None or part not in ("A.weight", "B.weight"):
-            raise ModelError(f"GGUF has no name for the adapter's {stored}", next_step=INSTEAD)
-        change = stored_as(f"{layer}.weight", config, family) if part == "B.weight" else None
-        yield _Tensor(f"{new}.lora_{part[0].lower()}", tensor.shape, _reader(tensor, change))
-
-
-def _refuse_other_kinds(settings: Mapping[str, Any]) -> None:
-    refused = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if settings.get(key)]
-    if refused:
-        raise ModelError(
-            "llama.cpp takes plain LoRA alone", got=", ".join(refused), next_step="Use --to gguf: the merged model."
-        )

@@ -64,7 +64,7 @@ class Vocabulary:
         types: of each, GGUF's kind of token.
         merges: of byte-level BPE.
         scores: of SentencePiece.
-        space_prefix: whether a space is put before texts.
+        space_prefix: whether a space is put before texts, at the start and behind control tokens; None: at the start alone.
         strips: whether white space behind control tokens belongs to them, as Phi-3's do.
     """
 
@@ -74,7 +74,7 @@ class Vocabulary:
     types: tuple[int, ...]
     merges: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
-    space_prefix: bool = False
+    space_prefix: bool | None = False
     strips: bool = False
 
 
@@ -204,8 +204,8 @@ def _scores(vocab: dict[str, int], merges: Sequence[tuple[str, ...]]) -> dict[st
     return {token: -float(found[0] + 1) for token, found in places.items()}
 
 
-def _space_prefix(content: dict[str, Any]) -> bool:
-    """Whether a space is put before each stretch of text, as llama.cpp does it: at the start and behind control tokens.
+def _space_prefix(content: dict[str, Any]) -> bool | None:
+    """Whether a space is put before each stretch of text, as llama.cpp does it; None where it is put at the start alone.
 
     Raises:
         ModelError: the tokenizer changes its texts in another way.
@@ -216,7 +216,7 @@ def _space_prefix(content: dict[str, Any]) -> bool:
     if kinds == ["Prepend", "Replace"] and not splitter:
         return True
     if splitter.get("type") == "Metaspace" and not splitter.get("split", True) and not kinds:
-        return splitter.get("prepend_scheme") == "always"  # 'first' puts none behind a control token, nor does 'never'
+        return {"always": True, "never": False}.get(splitter.get("prepend_scheme", "always"))
     # Gemma's splits at spaces that its normalizer has replaced, so at none
     if kinds == ["Replace"] and (not splitter or splitter.get("type") == "Split"):
         return False
@@ -230,7 +230,7 @@ def _strips(added: dict[int, dict[str, Any]]) -> bool:
 
 
 def write_vocabulary(
-    writer: GGUFWriter, found: Vocabulary, tokenizer: PreTrainedTokenizerBase, *, end: str, begins: bool
+    writer: GGUFWriter, found: Vocabulary, tokenizer: PreTrainedTokenizerBase, *, end: str, prompt: str
 ) -> None:
     """Writes a tokenizer into a GGUF file.
 
@@ -239,8 +239,10 @@ def write_vocabulary(
         found: the tokenizer in GGUF's terms.
         tokenizer: the run's.
         end: the string that ends a turn.
-        begins: whether prompts began with the begin-of-text token in training.
+        prompt: what a server renders: whether it begins with the begin-of-text token, or another, decides what is added.
     """
+    begins = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    control = any(prompt.startswith(str(token)) for token in tokenizer.added_tokens_decoder.values())
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)
@@ -249,7 +251,7 @@ def write_vocabulary(
         writer.add_token_merges(found.merges)
     else:
         writer.add_token_scores(found.scores)
-        writer.add_add_space_prefix(found.space_prefix)
+        writer.add_add_space_prefix(not control if found.space_prefix is None else found.space_prefix)
     numbers = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,

@@ -113,7 +113,8 @@ def _llama_python(gguf: str, longest: int, message: Sequence[Any]) -> str:
 
 def _peft(base: str, message: Sequence[Any]) -> str:
     return (
-        "python - <<'END'\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n\n"
+        "python - <<'END'\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n\n"
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), '.')\n{_asked(message)}"
     )
 

@@ -252,7 +252,8 @@ class _Job:
 
     def _write_gguf(self, folder: Path, shard_gib: float, say: Say) -> None:
         """Writes the GGUF file, and for Ollama the Modelfile beside it."""
-        from qlora_helpers.export.gguf_file import About, write_adapter_gguf, write_gguf
+        from qlora_helpers.export.gguf_adapter import write_adapter_gguf
+        from qlora_helpers.export.gguf_file import About, write_gguf
         from qlora_helpers.export.llama_cpp_check import checked_by_llama_cpp
         from qlora_helpers.export.modelfile import modelfile
         from qlora_helpers.export.quantize import K_QUANTS, quantize
@@ -287,7 +288,7 @@ class _Job:
         self.proofs.append(
             f"every weight was read back, {report.tensors} tensors, within {report.largest_error:.2g} of its block's largest"
         )
-        self.proofs.append(checked_by_llama_cpp(path, self.config.data, self.tokenizer, self.rows))
+        self.proofs.append(checked_by_llama_cpp(path, self.config.data, self.template, self.tokenizer, self.rows))
         if self.to == "ollama":
             text, notes = modelfile(path.name, self.template, self.tokenizer, self.config, str(self.licences))
             write_text(folder / "Modelfile", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.rendering import RowProblem, row_texts
 from qlora_helpers.data.templates import template_of
 from qlora_helpers.export.gguf_vocabulary import INSTEAD
+from qlora_helpers.export.serving_template import ServingTemplate, rendered_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,13 +24,18 @@ NOT_INSTALLED = "llama.cpp did not check the tokens: llama-cpp-python is not ins
 
 
 def checked_by_llama_cpp(
-    path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+    path: Path,
+    config: DataConfig,
+    served: ServingTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
 ) -> str:
     """Compares llama.cpp's tokens of held-out prompts with those that were trained.
 
     Args:
         path: the GGUF file, of which only the tokenizer is loaded.
         config: the run's data settings.
+        served: what a server renders with.
         tokenizer: the run's.
         rows: held-out rows.
 
@@ -45,19 +52,16 @@ def checked_by_llama_cpp(
     template = template_of(config, tokenizer)
     asked: list[tuple[str, list[int]]] = []
     for row in rows:
-        try:
-            if row.is_document or template.control.any_in(row_texts(row)):
-                continue  # a server takes a control token's string for the token, wherever it stands
-            rendering = template.prompt(row)
-            asked.append((rendering.text, prompt_tokens(row, template).ids))
-        except RowProblem:
-            continue
+        if row.is_document or template.control.any_in(row_texts(row)):
+            continue  # a server takes a control token's string for the token, wherever it stands
+        with contextlib.suppress(RowProblem):
+            asked.append((rendered_text(served, tokenizer, row), prompt_tokens(row, template).ids))
     model = _vocabulary_of(llama_cpp, path)
-    begin, string = tokenizer.bos_token_id, tokenizer.bos_token or ""
+    begin = tokenizer.bos_token or ""
     equal = 0
     for text, ids in asked:
-        text = text.removeprefix(string) if begin is not None and ids[:1] == [begin] else text
-        found = model.tokenize(text.encode(), add_bos=begin is not None and ids[:1] == [begin], special=True)
+        adds = bool(begin) and text.startswith(begin)  # llama.cpp's server takes it from the text and adds the token
+        found = model.tokenize(text.removeprefix(begin).encode(), add_bos=adds, special=True)
         equal += found == ids
     model.close()
     if equal < len(asked):

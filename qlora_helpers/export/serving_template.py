@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.data.chat_rows import ChatTemplate
 from qlora_helpers.data.chat_template import TEMPLATE_DATE, asks_for_date, chat_message
-from qlora_helpers.data.examples import Example
+from qlora_helpers.data.examples import Example, Message
 from qlora_helpers.data.plain_templates import RECIPE_SUFFIX, RecipeTemplate, Template
 from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.rendering import RowProblem, row_texts
@@ -38,7 +38,8 @@ _RECIPE = """\
 {%- endfor -%}
 """
 _PLAIN = """\
-{%- set labels = {'system': '### System:\\n', 'user': '### User:\\n', 'assistant': '### Assistant:\\n', 'tool': '### Tool result:\\n'} -%}
+{%- set labels = {'system': '### System:\\n', 'user': '### User:\\n',
+    'assistant': '### Assistant:\\n', 'tool': '### Tool result:\\n'} -%}
 {%- if tools -%}
 {{- '### Tools:\\n' -}}
 {%- for tool in tools -%}{{- tool | tojson + ('' if loop.last else '\\n') -}}{%- endfor -%}
@@ -49,7 +50,8 @@ _PLAIN = """\
 {%- if message.reasoning_content -%}{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}{%- endif -%}
 {{- message.content or '' -}}
 {%- for call in message.tool_calls or [] -%}
-{{- ('' if loop.first and not message.content else '\\n') + 'Call: {"name": ' + call.function.name | tojson + ', "arguments": ' + call.function.arguments | tojson + '}' -}}
+{{- ('' if loop.first and not message.content else '\\n') + 'Call: {"name": ' + call.function.name | tojson -}}
+{{- ', "arguments": ' + call.function.arguments | tojson + '}' -}}
 {%- endfor -%}
 {{- eos_token -}}
 {%- else -%}{{- message.content -}}
@@ -98,13 +100,13 @@ def serving_template(
     template = template_of(config, tokenizer)
     rows = [row for row in rows if not row.is_document]
     system = shared_system(config, rows)
-    thinks, notes = None, []
+    thinks: bool | None = None
+    notes: list[str] = []
     if isinstance(template, ChatTemplate):
         text, thinks, notes = _pinned(template, rows)
     else:
-        begin = "{{- bos_token -}}\n" if _begins(template) else ""
         body = _RECIPE.replace("SUFFIX", _quoted(RECIPE_SUFFIX)) if isinstance(template, RecipeTemplate) else _PLAIN
-        text = begin + body
+        text = _beginning(template, body) + body
     if system and not isinstance(template, RecipeTemplate):
         text = _with_system(system, bool(getattr(template, "knows_system", True))) + text
     else:
@@ -125,7 +127,7 @@ def shared_system(config: DataConfig, rows: Sequence[Example]) -> str:
 def rendered_ids(
     template: ServingTemplate | str, tokenizer: PreTrainedTokenizerBase, example: Example, *, system: bool = True
 ) -> list[int]:
-    """Returns a row's prompt as a server of `messages` writes it: by transformers' own rendering, with no argument of ours.
+    """Returns a row's prompt as the tokens of a server of `messages`: by transformers' own rendering, with no argument of ours.
 
     Args:
         template: of the export.
@@ -133,6 +135,22 @@ def rendered_ids(
         example: a conversation that ends with the assistant's turn, whose text does not count.
         system: False leaves the system's message to the template.
     """
+    return _rendered(template, tokenizer, example, system, tokenize=True)
+
+
+def rendered_text(template: ServingTemplate | str, tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """Returns a row's prompt as the text that a server of `messages` renders."""
+    return _rendered(template, tokenizer, example, True, tokenize=False)
+
+
+def _rendered(
+    template: ServingTemplate | str,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    system: bool,
+    *,
+    tokenize: bool,
+) -> Any:
     messages = [chat_message(message) for message in example.messages[:-1]]
     if not system and messages and messages[0]["role"] == "system":
         messages = messages[1:]
@@ -141,16 +159,24 @@ def rendered_ids(
         tools=[dict(tool) for tool in example.tools] or None,
         chat_template=template if isinstance(template, str) else template.text,
         add_generation_prompt=True,
-        tokenize=True,
+        tokenize=tokenize,
         return_dict=False,
     )
 
 
-def _begins(template: Template) -> bool:
-    """Whether the tokenizer puts its begin-of-text token before plain texts, as it did in training."""
-    tokenizer = template.tokenizer
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+_PROBE = Example("probe", "", (Message("user", "Hello!"), Message("assistant", "")))
+
+
+def _beginning(template: Template, body: str) -> str:
+    """Returns what a plain prompt begins with: nothing, or the begin-of-text token that the tokenizer adds to plain texts.
+
+    A SentencePiece tokenizer puts a space before a text, but not behind a token that the text itself holds: there it is written.
+    """
+    trained = prompt_tokens(_PROBE, template).ids
+    for found in ("", "{{- bos_token -}}\n", "{{- bos_token + ' ' -}}\n"):
+        if rendered_ids(found + body, template.tokenizer, _PROBE) == trained:
+            return found
+    return ""  # `compared` says so
 
 
 def _pinned(template: ChatTemplate, rows: Sequence[Example]) -> tuple[str, bool | None, list[str]]:

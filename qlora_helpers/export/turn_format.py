@@ -1,7 +1,7 @@
 """A chat template taken apart into what stands around each turn, which other template languages can write too.
 
-The parts are found by rendering probes, never by reading the template, and they count only where they write a set of conversations
-exactly as the template does. A template that does more (a system's text in the last question, thoughts that are dropped) is refused.
+The parts are found by rendering probes, never by reading the template, and they count only where they write ten conversations
+exactly as the template does. A template that does more, such as to put a system's text into the last question, is refused.
 """
 
 from __future__ import annotations
