@@ -40,6 +40,9 @@ SPLITTINGS: dict[str, tuple[str, ...]] = {
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
+}
+# llama.cpp's own expressions for these cut combining marks off their letters, as in Hindi: it reads such a text in other tokens
+UNEQUAL: dict[str, tuple[str, ...]] = {
     "tekken": ((_MIXED % ("", "")) + r"|\p{N}|" + _REST,),
     "gpt-4o": ((_MIXED % (f"{_CASED}?", f"{_CASED}?")) + r"|\p{N}{1,3}|" + _REST,),
 }
@@ -123,8 +126,10 @@ def splitting_name(content: dict[str, Any], backend: Any) -> str:
         raise _refused("it splits text in no way that llama.cpp knows")
     own = [_pieces(splitter, text) for text in TEXTS]
     ignores = bool(content["model"].get("ignore_merges"))
-    for name in SPLITTINGS:
+    for name in (*SPLITTINGS, *UNEQUAL):
         if ignores == (name in IGNORES_MERGES) and [_pieces(_splitter(name), text) for text in TEXTS] == own:
+            if name in UNEQUAL:
+                raise _refused(f"llama.cpp's {name} cuts combining marks off their letters, as in Hindi")
             return name
     raise _refused("it splits text in no way that llama.cpp knows", got=f"{len(own[0])} pieces of a test text")
 
@@ -136,7 +141,7 @@ def _pieces(splitter: Any, text: str) -> list[str]:
 def _splitter(name: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in SPLITTINGS[name]]
+    splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in (SPLITTINGS | UNEQUAL)[name]]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -223,10 +228,24 @@ def _space_prefix(content: dict[str, Any]) -> bool | None:
     raise _refused(f"it changes texts by {', '.join(kinds) or splitter.get('type') or 'nothing'}")
 
 
+_PHI_3 = {"<unk>": False, "<s>": False, "<|endoftext|>": False, "</s>": True}  # of which llama.cpp knows who strips
+
+
 def _strips(added: dict[int, dict[str, Any]]) -> bool:
-    if any(token["lstrip"] for token in added.values() if token["special"] and token["content"] != "<mask>"):
+    """Whether white space behind control tokens belongs to them; llama.cpp knows that of Phi-3 alone, whose rule is checked.
+
+    Raises:
+        ModelError: it belongs to others than Phi-3's, or white space before a control token does.
+    """
+    control = {token["content"]: token for token in added.values() if token["special"]}
+    if any(token["lstrip"] for name, token in control.items() if name != "<mask>"):
         raise _refused("its control tokens swallow the white space before them")
-    return any(token["rstrip"] for token in added.values() if token["special"])
+    strips = {name: token["rstrip"] for name, token in control.items()}
+    if not any(strips.values()):
+        return False
+    if not strips.keys() >= _PHI_3.keys() or any(found != _PHI_3.get(name, True) for name, found in strips.items()):
+        raise _refused("its control tokens swallow the white space behind them, which llama.cpp does for Phi-3's alone")
+    return True
 
 
 def write_vocabulary(

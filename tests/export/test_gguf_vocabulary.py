@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from chat_families import FAMILIES, family_tokenizer
+from chat_families import FAMILIES, TEMPLATES, family_tokenizer
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.export import gguf_vocabulary
@@ -53,7 +53,14 @@ def test_a_splitting_is_known_by_what_it_does(written, name):
             splitting_name(json.loads(tokenizer.to_str()), tokenizer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", gguf_vocabulary.UNEQUAL)
+def test_a_splitting_that_llama_cpp_only_resembles_is_refused(name):
+    backend = split_by(name)
+    with pytest.raises(ModelError, match=f"llama.cpp's {name} cuts combining marks off their letters"):
+        splitting_name(json.loads(backend.to_str()), backend)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].strip_behind])
 def test_tokens_have_their_kinds(family):
     from gguf import TokenType
 
@@ -65,8 +72,7 @@ def test_tokens_have_their_kinds(family):
     for plain in FAMILIES[family].plain:
         assert kinds[plain] == TokenType.USER_DEFINED
     assert found.types[-3:] == (TokenType.UNUSED,) * 3
-    assert found.strips == FAMILIES[family].strip_behind
-    assert found.model == "gpt2" and found.pre == "gpt-2" and len(found.merges) > 100
+    assert not found.strips and found.model == "gpt2" and found.pre == "gpt-2" and len(found.merges) > 100
 
 
 def test_a_sentencepiece_models_scores_are_the_order_of_its_merges(tmp_path):
@@ -77,6 +83,29 @@ def test_a_sentencepiece_models_scores_are_the_order_of_its_merges(tmp_path):
     scores = dict(zip(found.tokens, found.scores, strict=True))
     joined = [scores["".join(pair)] for pair in merges]
     assert joined == sorted(joined, reverse=True) and len(set(joined)) > 50
+
+
+def phi_3_tokenizer(folder):
+    """A SentencePiece tokenizer with Phi-3's control tokens, which swallow the white space behind them."""
+    from tokenizers import AddedToken
+
+    tokenizer = sentencepiece_tokenizer(folder)
+    for name in ("</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"):
+        tokenizer.add_tokens([AddedToken(name, rstrip=True, normalized=False, special=True)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)], special_tokens=True)
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.chat_template = (TEMPLATES / "phi.jinja").read_text()
+    tokenizer.save_pretrained(folder / "phi-3")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "phi-3")
+
+
+def test_white_space_that_control_tokens_swallow_is_phi_3s_or_refused(tmp_path):
+    tokenizer = phi_3_tokenizer(tmp_path)
+    assert vocabulary(tokenizer, len(tokenizer)).strips
+    with pytest.raises(ModelError, match="which llama.cpp does for Phi-3's alone"):
+        vocabulary(family_tokenizer("phi"), 500)
 
 
 def sentencepiece_tokenizer(folder):
