@@ -34,7 +34,7 @@ class Way:
 
 
 def ways(
-    to: str, name: str, config: RunConfig, *, gguf: str = "", adapter: bool = False, question: str = "Hello!"
+    to: str, name: str, config: RunConfig, *, gguf: str = "", adapter: bool = False, question: str = "YOUR TEXT"
 ) -> tuple[Way, ...]:
     """Returns how to run what was exported.
 
@@ -61,7 +61,7 @@ def ways(
                 _llama_server(gguf, config),
                 "llama-cpp-python, whose llama.cpp is the same, in this project's tests",
             ),
-            Way("llama-cpp-python", _llama_python(gguf, longest, message), "in this project's tests"),
+            Way("llama-cpp-python", _llama_python(gguf, config, message), "in this project's tests"),
         )
     if to == "ollama":
         command = f"ollama create {shlex.quote(name)} -f Modelfile\nollama run {shlex.quote(name)}"
@@ -82,7 +82,7 @@ def ways(
             Way("transformers", _transformers(message), "in this project's tests"),
             Way(
                 "transformers serve",
-                _transformers_serve(message),
+                _transformers_serve(message, config.evaluation.max_new_tokens),
                 "asked by the openai client, streaming too, in this project's tests",
             ),
         ),
@@ -102,11 +102,15 @@ def _llama_server(gguf: str, config: RunConfig) -> str:
     )
 
 
-def _llama_python(gguf: str, longest: int, message: Sequence[Any]) -> str:
+def _llama_python(gguf: str, config: RunConfig, message: Sequence[Any]) -> str:
+    evaluation = config.evaluation
+    sampling = f"temperature={evaluation.temperature if evaluation.do_sample else 0.0}, repeat_penalty=1.0, "
+    sampling += f"top_p={evaluation.top_p}, top_k=0, min_p=0.0, " if evaluation.do_sample else ""
+    sampling += f"max_tokens={evaluation.max_new_tokens}"
     return (
         "python - <<'END'\nfrom llama_cpp import Llama\n\n"
-        f"model = Llama({gguf!r}, n_ctx={longest}, verbose=False)\n"
-        f"answer = model.create_chat_completion({message!r}, temperature=0.0, repeat_penalty=1.0)\n"
+        f"model = Llama({gguf!r}, n_ctx={config.data.seq_len_tokens}, verbose=False)\n"
+        f"answer = model.create_chat_completion({message!r}, {sampling})\n"
         'print(answer["choices"][0]["message"]["content"])\nEND'
     )
 
@@ -135,13 +139,15 @@ def _asked(message: Sequence[Any]) -> str:
     )
 
 
-def _transformers_serve(message: Sequence[Any]) -> str:
-    body = json.dumps({"model": "MODEL", "messages": message}, ensure_ascii=False).replace('"MODEL"', '"\'"$PWD"\'"')
+def _transformers_serve(message: Sequence[Any], most: int) -> str:
+    body = json.dumps({"model": "MODEL", "max_tokens": most, "messages": message}, ensure_ascii=False)
+    before, after = (shlex.quote(part) for part in body.split("MODEL", 1))
     return (
         "pip install 'transformers[serving]'\n"
-        "transformers serve --host 127.0.0.1 --port 8000 &\n"
+        'transformers serve "$PWD" --host 127.0.0.1 --port 8000 &\n'
+        "# once it listens:\n"
         "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"  -d '{body}'"
+        f'  -d {before}"$PWD"{after}'
     )
 
 

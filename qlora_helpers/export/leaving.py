@@ -19,6 +19,7 @@ from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.prompts import question
 from qlora_helpers.export import vllm
 from qlora_helpers.export.bundle import check_base, held_out, without_folders, write_adapter, write_merged
 from qlora_helpers.export.card import export_card
@@ -185,6 +186,12 @@ class _Job:
     def config(self) -> RunConfig:
         return without_folders(self.run.config())
 
+    @property
+    def question(self) -> str:
+        """What the model is asked, with the instruction of the run's rows and none of their texts."""
+        asked = question("YOUR TEXT", self.config.data, self.rows)
+        return next(message.content for message in asked.messages if message.role == "user")
+
     def refuse_gguf(self, say: Say) -> None:
         """Refuses what can't be written as GGUF, or as a Modelfile, before anything is merged."""
         from transformers import AutoConfig
@@ -207,9 +214,10 @@ class _Job:
             self._write_gguf(folder, shard_gib, say)
         else:
             self._write_folder(folder, shard_gib, say)
-        question = next((m.content for row in self.rows[:1] for m in row.messages if m.role == "user"), "Hello!")
         gguf = self.values.get("gguf", {}).get("file", "")
-        self.ways = ways(self.to, self.run.name, self.config, gguf=gguf, adapter=not self.merged, question=question)
+        self.ways = ways(
+            self.to, self.run.name, self.config, gguf=gguf, adapter=not self.merged, question=self.question
+        )
         card = export_card(
             self.run,
             self.certificate,
