@@ -37,6 +37,7 @@ Messages = list[dict[str, Any]]
 PACKAGES = ("transformers", "torch", "gguf", "llama-cpp-python", "openai", "peft")
 NOT_RUN = "not run: not installed"
 START_SECONDS = 300
+KEPT = ("file", "architecture", "kind", "tensors", "pre")
 
 
 def trained(folder: Path, profile: str, steps: int, settings: Sequence[str]) -> Run:
@@ -175,7 +176,7 @@ def tried(run: Run, folder: Path, kinds: Sequence[str], most: int) -> dict[str, 
         "questions": len(asked),
         "equal_to_the_merged_folder": equal,
         "not_run": ["Ollama", "vLLM", "AWS's LMI container"],
-        "gguf": {kind: left.values["gguf"] for kind, left in exports.items()},
+        "gguf": {kind: {key: left.values["gguf"][key] for key in KEPT} for kind, left in exports.items()},
         "proofs": {left.to: list(left.proofs) for left in (merged, exports[kinds[0]], ollama)},
         "answers": answers,
         "modelfile": (ollama.folder / "Modelfile").read_text(encoding="utf-8").split('LICENSE """')[0],

@@ -26,7 +26,7 @@ from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
 from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge
-from qlora_helpers.export.serving_files import check_serving_files, write_serving_files
+from qlora_helpers.export.serving_files import check_serving_files, server_options, write_serving_files
 from qlora_helpers.export.serving_template import serving_template
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.model.stored_formats import usable_folder
@@ -98,9 +98,12 @@ def export(
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     check_base(checkpoint, certificate)
+    tokenizer, rows = tokenizer_of(checkpoint), held_out(run)
+    template = serving_template(run.config().data, tokenizer, rows)
     report, notes = None, []
     with replaced_folder(out) as folder:
         write_adapter(run, folder / "adapter", certificate)
+        write_serving_files(folder / "adapter", template, run.config().evaluation, tokenizer)
         if merged:
             report = write_merged(run, checkpoint, folder / "merged", certificate, shard_gib, say)
         notes += _write_serving(run, folder, merged)
@@ -108,7 +111,12 @@ def export(
         if merged and prepare:
             found, reason = measured_drift(run, folder / "merged", prepare=prepare, say=say)
             notes += [reason] if reason else []
-        notes += _write_serving_files(run, checkpoint, folder, merged)
+        notes += template.notes
+        if merged:  # only now: prepared data that was made with the model's own template would not fit this one
+            write_serving_files(folder / "merged", template, run.config().evaluation, tokenizer)
+            write_hashes(folder / "merged")
+            asked = check_serving_files(folder / "merged", run.config().data, tokenizer, rows)
+            notes += [str(asked)] if asked.equal < asked.prompts else []
         values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
         write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
     return ExportReport(out, certificate.weights_sha256, report, found, tuple(notes))
@@ -191,23 +199,6 @@ def write_merged(
     return report
 
 
-def _write_serving_files(run: Run, checkpoint: Checkpoint, folder: Path, merged: bool) -> list[str]:
-    """Writes template, end tokens and settings into both parts; returns a note where a server renders other prompts.
-
-    After the drift is measured: prepared data that was made with the model's own template would not fit this one.
-    """
-    config, tokenizer = run.config(), tokenizer_of(checkpoint)
-    rows = held_out(run)
-    template = serving_template(config.data, tokenizer, rows)
-    for part in ("adapter", "merged") if merged else ("adapter",):
-        write_serving_files(folder / part, template, config.evaluation, tokenizer)
-    if not merged:
-        return list(template.notes)
-    write_hashes(folder / "merged")
-    found = check_serving_files(folder / "merged", config.data, tokenizer, rows)
-    return [*template.notes, *([str(found)] if found.equal < found.prompts else [])]
-
-
 def held_out(run: Run) -> tuple[Example, ...]:
     """Returns the run's held-out rows."""
     prepared = read_prepared_file(run.data_dir)
@@ -221,7 +212,8 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
     commands: dict[str, Any] = {"seq_len_tokens": longest}
     if merged:
         commands["vllm_merged"] = (
-            f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
+            f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name} "
+            f"{server_options(config.evaluation)}"
         )
         properties = vllm.merged_properties(max_model_len=longest)
         (folder / "merged" / "serving.properties").write_text(properties, encoding="utf-8")
@@ -230,7 +222,7 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
         rank = vllm.allowed_rank(config.adapter.r)
         commands["vllm_adapter"] = (
             f"vllm serve {config.model.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned=./adapter "
-            f"--max-model-len {longest}"
+            f"--max-model-len {longest} --chat-template ./adapter/chat_template.jinja {server_options(config.evaluation)}"
         )
         with tarfile.open(archive) as opened:
             commands["lmi_archive"] = sorted(opened.getnames())

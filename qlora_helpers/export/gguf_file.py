@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.base.units import gib
 from qlora_helpers.export.gguf_families import (
     INSTEAD,
     GgufFamily,
@@ -242,7 +243,7 @@ def written_file(
     finally:
         writer.close()
     worst = _read_back(out, tensors, kinds)
-    return GgufReport(out.name, family.architecture, kind, len(tensors), out.stat().st_size / 2**30, worst, pre)
+    return GgufReport(out.name, family.architecture, kind, len(tensors), gib(out.stat().st_size), worst, pre)
 
 
 def _kind_of(tensor: GgufTensor, kind: str) -> str:

@@ -59,7 +59,7 @@ def ways(
             Way(
                 "llama.cpp",
                 _llama_server(gguf, config),
-                "llama-cpp-python, whose llama.cpp is the same, in this project's tests",
+                "its library read and asked such files in this project's tests; the server itself was not run",
             ),
             Way("llama-cpp-python", _llama_python(gguf, config, message), "in this project's tests"),
         )

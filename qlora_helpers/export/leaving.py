@@ -18,6 +18,7 @@ from qlora_helpers.base.files import read_json, replaced_folder, write_json, wri
 from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say
+from qlora_helpers.base.units import gib
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.prompts import question
 from qlora_helpers.export import vllm
@@ -257,6 +258,9 @@ class _Job:
             write_text(folder / "serving.properties", vllm.merged_properties(max_model_len=longest))
         elif self.to == "lmi":
             vllm.package_adapter(folder, self.config.model.name, folder / "model.tar.gz")
+            self.notes.append(
+                "the container renders messages with the base model's own template: send it prompts as text"
+            )
 
     def _write_gguf(self, folder: Path, shard_gib: float, say: Say) -> None:
         """Writes the GGUF file, and for Ollama the Modelfile beside it."""
@@ -289,12 +293,17 @@ class _Job:
         report = write_gguf(merged, first, self.tokenizer, self.template, about, kind=written)
         _removed(merged)
         values = dataclasses.asdict(report) | {"file": path.name, "kind": self.kind}
+        read_back = (
+            "every weight was read back" if first == path else "every weight was read back before it was quantised"
+        )
         if first != path:
+            del values["largest_error"]
             values["root_mean_square_error"] = quantize(first, path, self.kind)
+            values["size_gib"] = gib(path.stat().st_size)
             first.unlink()
         self.values["gguf"] = values
         self.proofs.append(
-            f"every weight was read back, {report.tensors} tensors, within {report.largest_error:.2g} of its block's largest"
+            f"{read_back}, {report.tensors} tensors, within {report.largest_error:.2g} of its block's largest"
         )
         self.proofs.append(checked_by_llama_cpp(path, self.config.data, self.template, self.tokenizer, self.rows))
         if self.to == "ollama":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,22 @@ def checked_by_llama_cpp(
     return f"llama.cpp cuts {equal} of {len(asked)} held-out prompts into the tokens that were trained"
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps llama.cpp's lines off the screen while the block runs."""
+    import llama_cpp
+
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)  # its own, as it was
+
+
 def _vocabulary_of(llama_cpp: Any, path: Path) -> Any:
     try:
-        return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        with quietly():
+            return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     except ValueError as error:
         raise ModelError(f"llama.cpp does not load {path.name}", next_step=INSTEAD) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.export.gguf_file import WRITTEN
+from qlora_helpers.export.llama_cpp_check import quietly
 
 K_QUANTS = {
     "q2_k": "Q2_K",
@@ -62,28 +63,11 @@ def quantize(source: Path, out: Path, kind: str) -> float:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{K_QUANTS[kind]}")
     settings.nthread = os.cpu_count() or 1
-    with _quiet():
+    with quietly():
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings)
     if code != 0 or not out.is_file():
         raise ModelError(f"llama.cpp could not write {kind}", got=f"code {code}", next_step="Use --quantize q8_0.")
     return _error(source, out)
-
-
-class _quiet:
-    """Keeps llama.cpp's lines off the screen while the block runs."""
-
-    def __enter__(self) -> None:
-        import llama_cpp
-
-        self._callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._callback, None)
-
-    def __exit__(self, *error: object) -> None:
-        pass  # a callback that is still set must stay alive: it is kept below
-        _CALLBACKS.append(self._callback)
-
-
-_CALLBACKS: list[object] = []
 
 
 def _error(source: Path, out: Path) -> float:

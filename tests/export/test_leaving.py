@@ -9,7 +9,7 @@ import pytest
 from fake_hub import writable_hub
 
 from qlora_helpers import workflow
-from qlora_helpers.__main__ import main
+from qlora_helpers.__main__ import main, parser
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.export import leaving
@@ -147,6 +147,12 @@ def test_arguments_that_do_not_go_together_are_refused(copy, capsys):
     with pytest.raises(UserError, match="that is no target of an export; expected adapter, merged"):
         export_to(copy, "onnx", say=quiet)
     assert not list(copy.folder.glob("export*"))
+
+
+def test_the_command_offers_every_target():
+    (commands,) = (action for action in parser()._actions if action.dest == "command")
+    (to,) = (action for action in commands.choices["export"]._actions if action.dest == "to")
+    assert tuple(to.choices) == leaving.TARGETS
 
 
 def test_a_k_quant_without_llama_cpp_is_refused_with_the_command(copy, monkeypatch):
