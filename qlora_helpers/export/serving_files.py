@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import DataConfig, EvaluationConfig
 from qlora_helpers.base.files import read_json, write_json, write_text
+from qlora_helpers.base.text import brief
 from qlora_helpers.data.examples import Example
 from qlora_helpers.export.serving_template import Comparison, ServingTemplate, compared
 
@@ -76,7 +77,10 @@ def check_serving_files(
     """
     from transformers import AutoTokenizer
 
-    served = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        served = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the merged model may have taken hours and is kept
+        return Comparison(len(rows), 0, f"its tokenizer does not load there: {brief(error)}")
     return compared(config, tokenizer, served, rows)
 
 

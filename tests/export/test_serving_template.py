@@ -115,3 +115,9 @@ def test_the_evaluated_settings_go_along():
     assert (found["temperature"], found["top_p"], found["top_k"], found["max_new_tokens"]) == (0.4, 0.8, 0, 33)
     greedy = generation_settings(template, EvaluationConfig(), tokenizer)
     assert greedy["do_sample"] is False and "temperature" not in greedy
+
+
+def test_a_tokenizer_that_does_not_load_from_the_folder_is_said(tmp_path):
+    tokenizer = family_tokenizer("chatml")
+    found = check_serving_files(tmp_path, DataConfig(template="chat"), tokenizer, ROWS)
+    assert (found.prompts, found.equal) == (5, 0) and "its tokenizer does not load there" in str(found)
