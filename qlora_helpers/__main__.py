@@ -13,13 +13,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
+
+if TYPE_CHECKING:
+    from qlora_helpers.runs.folder import Run
 
 INSTALL = "Install what is missing: pip install -r requirements.txt (`doctor` lists it)."
 
@@ -109,14 +112,31 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
     export = commands.add_parser(
-        "export", help="write the adapter and the merged bfloat16 model, ready to serve or publish"
+        "export",
+        help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
+        epilog="Each folder's README.md holds the exact commands that run it. docs/leaving.md says which were tried.",
     )
     export.add_argument("run")
-    export.add_argument("--out", help="the folder to write to (default: export/ in the run's folder)")
+    export.add_argument(
+        "--to",
+        choices=("adapter", "merged", "gguf", "ollama", "vllm", "lmi", "hub"),
+        help="one target alone, in a folder of its own (default: adapter and merged model, with their drift)",
+    )
+    export.add_argument(
+        "--quantize",
+        metavar="TYPE",
+        help="type of a GGUF file's values: f16 (default), bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0, or with llama-cpp-python "
+        "q2_k to q6_k, such as q4_k_m",
+    )
+    export.add_argument(
+        "--out", help="the folder to write to (default: export/ in the run's folder, or export-TARGET/ with --to)"
+    )
     export.add_argument("--no-merge", action="store_true", help="write only the adapter")
     export.add_argument("--no-drift", action="store_true", help="do not load the merged model to measure its drift")
     export.add_argument(
-        "--publish", metavar="OWNER/NAME", help="upload to the hub: the merged model, or the adapter with --no-merge"
+        "--publish",
+        metavar="OWNER/NAME",
+        help="upload to the hub: the merged model, or the adapter with --no-merge (with --to hub, or without --to)",
     )
     export.add_argument("--public", action="store_true", help="make a new repository public")
     clean = commands.add_parser("clean", help="show what takes space, and free it with --yes")
@@ -233,11 +253,30 @@ def _export(options: argparse.Namespace) -> int:
     elif options.public:
         raise UserError("--public needs a repository", next_step="Name it with --publish OWNER/NAME.")
     out = Path(options.out) if options.out else None
+    if options.to:
+        return _export_to(run, options, out)
+    if options.quantize:
+        raise UserError("--quantize is for GGUF files", next_step="Add --to gguf or --to ollama.")
     report = workflow.export_run(run, out=out, merged=not options.no_merge, drift=not options.no_drift)
     print(report)
     if options.publish:
         part = "adapter" if options.no_merge else "merged"
         publish(report.folder / part, options.publish, private=not options.public)
+    return 0
+
+
+def _export_to(run: Run, options: argparse.Namespace, out: Path | None) -> int:
+    from qlora_helpers import workflow
+    from qlora_helpers.export.publish import publish
+
+    if (options.to == "hub") != bool(options.publish):
+        raise UserError(
+            "--to hub and --publish go together", next_step="Name the repository: --to hub --publish OWNER/NAME."
+        )
+    left = workflow.export_to(run, options.to, quantize=options.quantize, out=out, merged=not options.no_merge)
+    print(left)
+    if options.publish:
+        publish(left.folder, options.publish, private=not options.public)
     return 0
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qlora_helpers.evaluation.evaluate import Evaluation
     from qlora_helpers.evaluation.metrics.own import Function
     from qlora_helpers.export.bundle import ExportReport
+    from qlora_helpers.export.leaving import Leaving
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.runs.launch_evaluation import StartedEvaluation
     from qlora_helpers.training.result import TrainResult
@@ -433,6 +434,33 @@ def export_run(
         return prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
 
     return export(run, out=out, merged=merged, prepare=prepare if drift else None, shard_gib=shard_gib, say=say)
+
+
+def export_to(
+    run: Run,
+    to: str,
+    *,
+    quantize: str | None = None,
+    out: Path | None = None,
+    merged: bool = True,
+    say: Say = print,
+) -> Leaving:
+    """Writes the run's model for one place where it goes next, with the commands that run it there (`export.leaving`).
+
+    Args:
+        run: a trained run.
+        to: `adapter`, `merged`, `gguf`, `ollama`, `vllm`, `lmi` or `hub`.
+        quantize: of GGUF files, the type of their values, such as `q8_0` or `q4_k_m`; None takes F16.
+        out: the folder, which is new, empty or an earlier export; None takes `export-TO` in the run's folder.
+        merged: False writes the adapter alone.
+        say: as for `train`.
+
+    Raises:
+        UserError: as for `export.leaving.leave`.
+    """
+    from qlora_helpers.export.leaving import leave
+
+    return leave(run, to, quantize=quantize, out=out, merged=merged, say=say)
 
 
 def _shown_in_cell(run: Run) -> contextlib.AbstractContextManager[Callable[[], None] | None]:

@@ -1,1 +1,1 @@
-"""Writes what leaves a run: adapter files, certificate, merged model, drift, model card, publishing."""
+"""Writes what leaves a run: adapter, merged model, GGUF, Modelfile, chat template, certificate, drift, card, publishing."""

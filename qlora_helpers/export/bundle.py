@@ -19,15 +19,19 @@ from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.base.units import gib
+from qlora_helpers.data.examples import Example
+from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.export import vllm
 from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
 from qlora_helpers.export.merge import SHARD_GIB, MergeReport, merge
+from qlora_helpers.export.serving_files import check_serving_files, server_options, write_serving_files
+from qlora_helpers.export.serving_template import serving_template
 from qlora_helpers.model.checkpoints import Checkpoint, base_fingerprint, find_checkpoint
 from qlora_helpers.model.stored_formats import usable_folder
 from qlora_helpers.model.stored_tensors import stored_tensors
-from qlora_helpers.model.tokenizers import tokenizer_files
+from qlora_helpers.model.tokenizers import tokenizer_files, tokenizer_of
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
 
@@ -93,17 +97,26 @@ def export(
     run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
-    _check_base(checkpoint, certificate)
+    check_base(checkpoint, certificate)
+    tokenizer, rows = tokenizer_of(checkpoint), held_out(run)
+    template = serving_template(run.config().data, tokenizer, rows)
     report, notes = None, []
     with replaced_folder(out) as folder:
-        _write_adapter(run, folder / "adapter", certificate)
+        write_adapter(run, folder / "adapter", certificate)
+        write_serving_files(folder / "adapter", template, run.config().evaluation, tokenizer)
         if merged:
-            report = _write_merged(run, checkpoint, folder / "merged", certificate, shard_gib, say)
+            report = write_merged(run, checkpoint, folder / "merged", certificate, shard_gib, say)
         notes += _write_serving(run, folder, merged)
         found: tuple[Drift, ...] = ()
         if merged and prepare:
             found, reason = measured_drift(run, folder / "merged", prepare=prepare, say=say)
             notes += [reason] if reason else []
+        notes += template.notes
+        if merged:  # only now: prepared data that was made with the model's own template would not fit this one
+            write_serving_files(folder / "merged", template, run.config().evaluation, tokenizer)
+            write_hashes(folder / "merged")
+            asked = check_serving_files(folder / "merged", run.config().data, tokenizer, rows)
+            notes += [str(asked)] if asked.equal < asked.prompts else []
         values = {"adapter_sha256": certificate.weights_sha256, "merged": asdict(report) if report else None}
         write_json(folder / "export.json", values | {"drift": [asdict(one) for one in found], "notes": notes})
     return ExportReport(out, certificate.weights_sha256, report, found, tuple(notes))
@@ -124,7 +137,7 @@ def _refuse_other_content(out: Path) -> None:
         )
 
 
-def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
+def check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
     found = base_fingerprint(checkpoint.folder)
     if found != certificate.base_sha256:
         raise ModelError(
@@ -135,25 +148,25 @@ def _check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
         )
 
 
-def _write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
+def write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
     folder.mkdir()
     for name in (WEIGHTS, SETTINGS, FILE):
         copy_regular(run.adapter_dir / name, folder / name)
     if (run.adapter_dir / "config.json").exists():
         trained = config_from_dict(read_json(run.adapter_dir / "config.json"))
-        write_json(folder / "config.json", _without_folders(trained).to_dict())
+        write_json(folder / "config.json", without_folders(trained).to_dict())
     for path in tokenizer_files(run.adapter_dir):
         copy_regular(path, folder / path.name)
     (folder / "README.md").write_text(export_card(run, certificate, merged=False), encoding="utf-8")
 
 
-def _without_folders(config: RunConfig) -> RunConfig:
+def without_folders(config: RunConfig) -> RunConfig:
     """Returns settings that name a local model or data file by its last part, so that no path of this machine is exported."""
     names = {"model.name": config.model.name, "data.source": config.data.source}
     return config.with_settings({key: short_name(name, keep_owner=True) for key, name in names.items()})
 
 
-def _write_merged(
+def write_merged(
     run: Run, checkpoint: Checkpoint, folder: Path, certificate: Certificate, shard_gib: float, say: Say
 ) -> MergeReport:
     if checkpoint.shape is not None:
@@ -180,20 +193,27 @@ def _write_merged(
             f"the merged model could not be written ({error.strerror or error})",
             next_step="Nothing of it is left: free some space (notebook 08), or name another folder with `out`.",
         ) from error
-    write_hashes(folder)
     (folder / "README.md").write_text(export_card(run, certificate, merged=True), encoding="utf-8")
     copy_regular(run.adapter_dir / FILE, folder / FILE)
+    write_hashes(folder)
     return report
+
+
+def held_out(run: Run) -> tuple[Example, ...]:
+    """Returns the run's held-out rows."""
+    prepared = read_prepared_file(run.data_dir)
+    return prepared.test if prepared else ()
 
 
 def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
     """Writes what vLLM and AWS's LMI container need for adapter and merged model; returns notes on what can't be served."""
-    config, notes = _without_folders(run.config()), []
+    config, notes = without_folders(run.config()), []
     longest = config.data.seq_len_tokens
     commands: dict[str, Any] = {"seq_len_tokens": longest}
     if merged:
         commands["vllm_merged"] = (
-            f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name}"
+            f"vllm serve ./merged --dtype bfloat16 --max-model-len {longest} --served-model-name {run.name} "
+            f"{server_options(config.evaluation)}"
         )
         properties = vllm.merged_properties(max_model_len=longest)
         (folder / "merged" / "serving.properties").write_text(properties, encoding="utf-8")
@@ -202,7 +222,7 @@ def _write_serving(run: Run, folder: Path, merged: bool) -> list[str]:
         rank = vllm.allowed_rank(config.adapter.r)
         commands["vllm_adapter"] = (
             f"vllm serve {config.model.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned=./adapter "
-            f"--max-model-len {longest}"
+            f"--max-model-len {longest} --chat-template ./adapter/chat_template.jinja {server_options(config.evaluation)}"
         )
         with tarfile.open(archive) as opened:
             commands["lmi_archive"] = sorted(opened.getnames())

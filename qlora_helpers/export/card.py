@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import RunConfig
@@ -17,17 +18,35 @@ if TYPE_CHECKING:
     from qlora_helpers.model.loading import LoadedModel
 
 
-_CARD_NOTE = "Answers need the prompt that was trained; see `qlora_helpers`, template `{template}`."
+_CARD_NOTE = "Answers need the prompt that was trained; `chat_template.jinja` writes it (template `{template}` of `qlora_helpers`)."
 
 
-def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
-    """Writes the card of an export: what it is, its base model and data, its scores, and its limits."""
+def export_card(
+    run: Run,
+    certificate: Certificate,
+    *,
+    merged: bool,
+    licences: str = "",
+    run_it: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """Writes the card of an export: what it is, its base model and data, its scores, its terms, how to run it, and its limits.
+
+    Args:
+        run: the run.
+        certificate: of its adapter.
+        merged: whether base model and adapter are one.
+        licences: the terms of base model and data, in words.
+        run_it: the section on how to run it.
+        notes: what a person who serves it should know.
+    """
     config, adapter = run.config(), run.config().adapter
     prepared = read_prepared_file(run.data_dir)
     source = prepared.source if prepared else "dialogues"  # a name and licence, never a path
     head = ["---", f"base_model: {certificate.base_model}"]
     head += [] if merged else ["library_name: peft"]
     head += ["pipeline_tag: text-generation", f"base_model_relation: {'merge' if merged else 'adapter'}", "---"]
+    template = (prepared and prepared.template) or config.data.template
     what = "The base model with its adapter merged in, bfloat16" if merged else "A LoRA adapter"
     lines = [
         *head,
@@ -35,10 +54,11 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         f"# {run.name}",
         "",
         f"{what} (r={adapter.r}, alpha={adapter.lora_alpha}) for {certificate.base_model} at revision "
-        f"{certificate.base_revision or 'unknown'}, trained on {source} to summarise dialogues.",
+        f"{certificate.base_revision or 'unknown'}, trained on {source}{_task(template)}.",
         "",
-        _CARD_NOTE.format(template=(prepared and prepared.template) or config.data.template),
+        _CARD_NOTE.format(template=template),
         "",
+        *(line for note in notes for line in (f"Note: {note}.", "")),
     ]
     if values := read_evaluation(run):
         scoring = scoring_from_dict(values.get("scoring", {}))
@@ -57,11 +77,18 @@ def export_card(run: Run, certificate: Certificate, *, merged: bool) -> str:
         said = [f"Tuned against untuned: {verdict}"] if verdict else []
         said += [values["worth"]] if values.get("worth") and not values.get("random_weights") else []
         lines += ["", *(line for sentence in said for line in (sentence, ""))]
+    lines += [run_it] if run_it else []
+    lines += ["## Licences", "", licences, ""] if licences else []
     lines += [
         f"Certificate: `{FILE}` (adapter sha256 `{certificate.weights_sha256[:16]}`). Like any such model it makes things up.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _task(template: str) -> str:
+    """What the model was trained to do, as far as the template says it."""
+    return " to summarise dialogues" if template == "recipe" else ""
 
 
 def adapter_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
@@ -73,6 +100,6 @@ def adapter_card(run: Run, config: RunConfig, loaded: LoadedModel) -> str:
     return (
         f"---\nbase_model: {loaded.checkpoint.name}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
         f"# {run.name}\n\nA LoRA adapter (r={config.adapter.r}, alpha={config.adapter.lora_alpha}) for "
-        f"{loaded.checkpoint.name}, trained {storage}on {source} to summarise dialogues.\n\n"
+        f"{loaded.checkpoint.name}, trained {storage}on {source}{_task(template)}.\n\n"
         f"Prompt: the `{template}` template of qlora_helpers. Settings: `config.json` beside this file.\n"
     )

@@ -162,8 +162,9 @@ def require_merged(folder: Path, *, next_step: str) -> Certificate:
 
 
 def write_hashes(folder: Path) -> None:
-    """Writes `sha256.json` into a merged model's folder: the hash of every file in it."""
-    write_json(folder / HASHES, {path.name: sha256(path) for path in sorted(folder.iterdir())})
+    """Writes `sha256.json` into a merged model's folder: the hash of every other file in it."""
+    files = sorted(path for path in folder.iterdir() if path.name != HASHES)
+    write_json(folder / HASHES, {path.name: sha256(path) for path in files})
 
 
 def _passed_certificate(folder: Path, next_step: str) -> Certificate:
