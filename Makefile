@@ -43,7 +43,7 @@ check: $(VENV)/.installed-dev
 
 # The root is this folder, so that the notebooks' links into docs/ lead somewhere.
 lab: $(VENV)/.installed
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/primer.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/start.ipynb
 
 # Runs all notebooks in the demo profile and stores their outputs.
 notebooks: $(VENV)/.installed-dev

@@ -40,8 +40,12 @@ _HOMES = {
     "streaming_answers": "workflow",
     "playground": "workflow",
     "read_votes": "evaluation.votes",
-    "list_runs": "views.monitor:run_table",
     "data_card": "views.data_card",
+    "clone_run": "runs.opening",
+    "list_runs": "views.widgets",
+    "compare_runs": "views.run_comparison",
+    "sweep": "views.sweep",
+    "sweep_form": "views.widgets",
     "write_report": "views.report",
     "KeptFiles": "views.file_links",
     "start_tensorboard": "views.tensorboard",
@@ -61,15 +65,18 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.planning.run_plan import plan_run
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.launch import start
-    from qlora_helpers.runs.opening import existing_run, open_run, runs_root
+    from qlora_helpers.runs.opening import clone_run, existing_run, open_run, runs_root
     from qlora_helpers.views.data_card import data_card
     from qlora_helpers.views.file_links import KeptFiles
-    from qlora_helpers.views.monitor import run_table as list_runs
     from qlora_helpers.views.report import write_report
+    from qlora_helpers.views.run_comparison import compare_runs
+    from qlora_helpers.views.sweep import sweep
     from qlora_helpers.views.tensorboard import start_tensorboard
     from qlora_helpers.views.widgets.answers import answer_panel
     from qlora_helpers.views.widgets.form import ConfigForm
     from qlora_helpers.views.widgets.rows import row_browser
+    from qlora_helpers.views.widgets.run_list import list_runs
+    from qlora_helpers.views.widgets.sweep_panel import sweep_form
     from qlora_helpers.views.widgets.watch_panel import watch
     from qlora_helpers.workflow import (
         add_adapters,

@@ -20,6 +20,7 @@ from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
+from qlora_helpers.commands import side_by_side, sweeps, terminal
 
 if TYPE_CHECKING:
     from qlora_helpers.runs.folder import Run
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         help="train in N processes of this machine, each with a share of the rows; with GPUs, one for each GPU",
     )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
+    terminal.add_options(train)
 
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
@@ -109,8 +111,9 @@ def parser() -> argparse.ArgumentParser:
         help="another run on the same base model that answers the same rows; may be given several times",
     )
     evaluate.add_argument("--again", action="store_true", help="ask again what is answered already")
-    report = commands.add_parser("report", help="write the run's report.html")
-    report.add_argument("run")
+    terminal.add_options(evaluate)
+    side_by_side.add_commands(commands)
+    sweeps.add_commands(commands)
     export = commands.add_parser(
         "export",
         help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
@@ -144,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     clean.add_argument("--yes", action="store_true", help="delete what is shown; a run must be named")
     demo = commands.add_parser("demo", help="do the whole job on a small model and write a report")
     demo.add_argument("--data", help="a data file or hub data set (default: the embedded corpus)")
+    terminal.add_options(demo)
     return top
 
 
@@ -153,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[options.command](options)
     except UserError as error:
+        if getattr(options, "json", False) and hasattr(options, "quiet"):
+            terminal.JsonShow().error(error)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -204,6 +210,7 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+@terminal.shown()
 def _new(options: argparse.Namespace) -> int:
     from qlora_helpers.beginning import new_run
 
@@ -220,8 +227,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.processes != 1:
         launch.refuse_missing_gpus(run.config(), options.processes)
         command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
+        command += terminal.as_options(options)
         return ranks.run_ranks(command, options.processes)
-    print(workflow.train(run, shut_down_app=options.shut_down_app))
+    with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
+        show.result("train", workflow.train(run, shut_down_app=options.shut_down_app, say=show.say))
     return sigterm.EXIT_CODE if sigterm.received() else 0
 
 
@@ -229,18 +238,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
 
     rivals = [workflow.existing_run(rival) for rival in options.rival]
-    print(workflow.evaluate(workflow.existing_run(options.run), rivals=rivals, again=options.again))
+    run = workflow.existing_run(options.run)
+    with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
+        show.result("evaluate", workflow.evaluate(run, rivals=rivals, again=options.again, say=show.say))
     return 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    from qlora_helpers.runs.opening import existing_run
-    from qlora_helpers.views import report
-
-    print(report.write_report(existing_run(options.run)))
-    return 0
-
-
+@terminal.shown()
 def _export(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
     from qlora_helpers.export.publish import publish
@@ -297,7 +301,8 @@ def _clean(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from qlora_helpers.demo import demo
 
-    demo(data=options.data)
+    with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
+        show.result("demo", demo(data=options.data, say=show.say), said=True)
     return 0
 
 
@@ -307,10 +312,11 @@ _COMMANDS = {
     "new": _new,
     "train": _train,
     "evaluate": _evaluate,
-    "report": _report,
     "export": _export,
     "clean": _clean,
     "demo": _demo,
+    **side_by_side.COMMANDS,
+    **sweeps.COMMANDS,
 }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RENAMED, RunConfig
 from qlora_helpers.base.errors import DataError, UserError
+from qlora_helpers.base.phases import bar
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
 from qlora_helpers.data.lengths import RowLengths, row_lengths
@@ -196,9 +197,7 @@ def _names(settings: Iterable[str] | Mapping[str, Any]) -> frozenset[str]:
 
 
 def _read(config: RunConfig) -> Corpus:
-    from tqdm.auto import tqdm
-
-    return read_corpus(config.data, progress=partial(tqdm, leave=False, delay=BAR_AFTER_S, disable=None))
+    return read_corpus(config.data, progress=partial(bar, delay=BAR_AFTER_S, disable=None))
 
 
 def _with_held_out(decided: Decided, corpus: Corpus) -> Corpus:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.base import phases
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.base.text import Say
@@ -149,7 +150,7 @@ def train(
         run: the run.
         model: the model with adapters, if it is in memory already.
         loaded: the base model that `model` is built on, or that gets new adapters.
-        show_progress: whether to show progress: a live panel in a notebook, Trainer's progress bar elsewhere.
+        show_progress: whether to show progress: a live panel in a notebook, a bar and a table of losses elsewhere.
         shut_down_app: whether to shut the SageMaker Studio app down after the training, unless a person stopped it.
         say: called with a line on what takes long.
 
@@ -158,10 +159,12 @@ def train(
     """
     from qlora_helpers.model.lora import removed_on_error
     from qlora_helpers.training.run_steps import train_steps
+    from qlora_helpers.training.trackers import reporting
 
     show_progress = show_progress and not prints_into(run.log_path)
     with _session(run, show_progress, shut_down_app) as redraw, contextlib.ExitStack() as undone:
         refuse_other_than_trained_on(run)
+        trackers = undone.enter_context(reporting(run, run.config())) if is_main_process() else []
         if loaded is None:
             if is_main_process():
                 check_source(run)
@@ -173,7 +176,8 @@ def train(
             data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         if is_main_process():
             say(str(cost_of_run(run, loaded, data)))
-        result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
+        show = phases.current() if show_progress and not redraw and is_main_process() else None
+        result = train_steps(run, model, loaded, data, redraw=redraw, show=show, trackers=trackers)
         if is_main_process():
             _save_result(run, model, loaded, data, result)
     return result
@@ -269,6 +273,7 @@ def evaluate(
     from qlora_helpers.model.checkpoints import find_checkpoint
     from qlora_helpers.model.tokenizers import tokenizer_of
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
+    from qlora_helpers.training.trackers import report_scores
 
     config = run.config()
     refuse_unconfirmed(config)
@@ -290,7 +295,9 @@ def evaluate(
     path = keep_evaluation(run, result, random_weights=checkpoint.is_random, asked=bool(kept.given), say=say)
     if path == run.evaluation_path:
         kept.finish(result.rows)
-        write_answers(run, config, *answered_samples(result))
+        samples, scores = answered_samples(result)
+        write_answers(run, config, samples, scores)
+        report_scores(run, config, scores)
     return result
 
 

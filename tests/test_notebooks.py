@@ -17,8 +17,19 @@ import qlora_helpers
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_eleven_in_order_and_a_primer():
-    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [*(f"{number:02d}" for number in range(11)), "primer"]
+def test_there_are_eleven_in_order_and_a_primer_and_a_start_page():
+    names = [path.stem.partition("_")[0] for path in NOTEBOOKS]
+    assert names == [*(f"{number:02d}" for number in range(11)), "primer", "start"]
+
+
+def test_make_lab_opens_the_start_page_which_leads_to_every_other_notebook():
+    root = Path(__file__).parent.parent
+    assert "default_url=/lab/tree/notebooks/start.ipynb" in (root / "Makefile").read_text(encoding="utf-8")
+    cells = nbformat.read(root / "notebooks" / "start.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = set(re.findall(r"\]\(([^)#]+)\)", text))
+    assert {path.name for path in NOTEBOOKS} - {"start.ipynb"} <= links
+    assert all((root / "notebooks" / link).exists() for link in links)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from qlora_helpers.base.config import TRACKERS
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DECLARED = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
@@ -60,6 +62,8 @@ def test_every_imported_package_is_declared():
     homes = dict(importlib.metadata.packages_distributions())
     names = imported(ROOT / "qlora_helpers")
     assert len(names) >= 25 and {"numpy", "filelock", "IPython", "botocore"} <= names
+    assert set(TRACKERS) <= names  # a person's own choice: `runs.trackers` says what is missing
+    names -= set(TRACKERS)
     homes["triton"] = ["torch"]  # comes with the CUDA build alone; a fallback stands beside each kernel
     homes["llama_cpp"] = ["llama-cpp-python"]  # asked for by name, and refused with the command that installs it
     declared = set(DECLARED) | OPTIONAL

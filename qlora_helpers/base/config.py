@@ -321,6 +321,10 @@ class TrainConfig:
     tensorboard: str = option(
         "local", "Where TensorBoard events go: local (the run's folder), an s3://bucket/prefix, or off."
     )
+    report_to: tuple[str, ...] | None = option(
+        None,
+        "Hand the figures to these trackers, too, if they are installed: wandb, mlflow, trackio; how is their own configuration.",
+    )
     seed: int = option(42, "Random seed of the adapters, the order of the rows and the dropout.", low=0, high=2**32 - 1)
 
 
@@ -382,6 +386,9 @@ class RunConfig:
         """
         return _changed(self, settings)
 
+
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""What `train.report_to` may name."""
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -501,6 +508,8 @@ def _did_you_mean(name: str) -> str:
 
 def _contradictions(config: RunConfig) -> list[str]:
     problems = []
+    if unknown := [name for name in config.train.report_to or () if name not in TRACKERS]:
+        problems.append(f"train.report_to: expected some of {', '.join(TRACKERS)}, or none, got {', '.join(unknown)}")
     tensorboard = config.train.tensorboard
     if tensorboard not in ("local", "off"):
         bucket, _, prefix = tensorboard.removeprefix("s3://").partition("/")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.files import content_digest, replaced_folder, write_json
+from qlora_helpers.base.phases import current, passing
 from qlora_helpers.data.duplicates import prompt_key
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.label_report import LabelReport, label_report
@@ -139,13 +140,14 @@ def _sequences(
     scripts: ScriptSample | None = None,
 ) -> tuple[Dataset, LabelReport]:
     from datasets.utils.logging import is_progress_bar_enabled
-    from tqdm.auto import tqdm
 
     outcome, answers = Outcome(), SpooledByName[tuple[str, ...]](Spool())
     settings = LabelSettings(config.loss_on, config.train_on, config.long_rows, config.seq_len_tokens)
     waiting = WaitingRows()
     try:
-        shown = tqdm(examples, desc="labelling", leave=False, disable=not is_progress_bar_enabled())
+        shown = passing(
+            examples, "labelling", unit=" rows", disable=not (is_progress_bar_enabled() or current().is_own)
+        )
         rows = scripts.passing(shown) if scripts else shown
         for row in label_rows(seen.passing(rows) if seen else rows, template, settings, outcome):
             waiting.add(row)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import content_digest
+from qlora_helpers.base.phases import bar
 from qlora_helpers.data.prepare import prepared
 from qlora_helpers.data.prepared_file import prepared_path
 from qlora_helpers.data.rows import Corpus
@@ -45,9 +46,7 @@ def _once(config: DataConfig) -> Corpus:
 
 
 def _with_bar(config: DataConfig) -> Corpus:
-    from tqdm.auto import tqdm
-
-    return read_corpus(config, progress=partial(tqdm, leave=False, delay=BAR_AFTER_S, disable=None))
+    return read_corpus(config, progress=partial(bar, delay=BAR_AFTER_S, disable=None))
 
 
 def run_data(

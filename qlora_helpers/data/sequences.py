@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_helpers.base.phases import bar, current
 from qlora_helpers.data.labels import IGNORED, LabelledRow
 
 if TYPE_CHECKING:
@@ -95,13 +96,13 @@ def sequence_dataset(rows: WaitingRows, groups: Sequence[Sequence[int]], file: P
     if file is None:
         return Dataset(pa.Table.from_batches(list(batches), schema=_schema()))
     from datasets.utils.logging import is_progress_bar_enabled
-    from tqdm.auto import tqdm
 
-    bar = tqdm(total=len(groups), desc="packing", unit=" sequences", leave=False, disable=not is_progress_bar_enabled())
-    with bar, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer:
+    hidden = not (is_progress_bar_enabled() or current().is_own)
+    shown = bar("packing", total=len(groups), unit=" sequences", disable=hidden)
+    with shown, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer:
         for batch in batches:
             writer.write_batch(batch)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return Dataset.from_file(str(file))
 
 

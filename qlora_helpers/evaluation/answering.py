@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_helpers.base import phases
 from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.batches import AllLogits, KeptLogits, PaddingMask, SequenceCollator
@@ -151,9 +152,7 @@ def _adapter(model: PeftModel, name: str, adapters: Mapping[str, str]) -> str | 
 
 @contextlib.contextmanager
 def _bar(total: int, known: int, shown: bool) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, initial=known, desc="answering", disable=not shown, leave=False) as bar:
+    with phases.bar("answering", total=total, unit=" answers", initial=known, disable=not shown) as bar:
         yield bar
 
 

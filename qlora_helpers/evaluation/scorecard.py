@@ -222,7 +222,23 @@ def _gains(measure: Measure, ids: Sequence[str], one: Answers, other: Answers) -
     return sorted(pairs, key=lambda pair: -pair[0])
 
 
-def _difference(measure: Measure, one: Answers, other: Answers, drawn: np.ndarray) -> Difference | None:
+def difference(
+    measure: Measure, one: Answers, other: Answers, *, level: float = LEVEL, seed: int = 0
+) -> Difference | None:
+    """The difference `other - one` in one measure, with its interval; None where no row has it.
+
+    Args:
+        measure: what is compared.
+        one, other: two models' scored answers to the same rows.
+        level: of the interval.
+        seed: seed of the bootstrap.
+    """
+    return _difference(measure, one, other, resamples(len(one), seed=seed), level) if one else None
+
+
+def _difference(
+    measure: Measure, one: Answers, other: Answers, drawn: np.ndarray, level: float = LEVEL
+) -> Difference | None:
     """The difference in a measure over the rows in which both have it, or None where there is no such row."""
     first, second = measure.parts(one), measure.parts(other)
     both = ~(np.isnan(first).any(axis=1) | np.isnan(second).any(axis=1))
@@ -232,7 +248,7 @@ def _difference(measure: Measure, one: Answers, other: Answers, drawn: np.ndarra
     gains = (others - values)[1:]
     if not (np.isfinite(values[0]) and np.isfinite(others[0]) and np.isfinite(gains).any()):
         return None
-    low, high = np.nanquantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(gains, [(1 - level) / 2, (1 + level) / 2])
     return Difference(measure.key, float(values[0]), float(others[0]), float(low), float(high), int(both.sum()))
 
 

@@ -140,6 +140,33 @@ def free(items: Iterable[SpaceItem] | SpaceItem, *, confirm: bool = False) -> in
     return freed
 
 
+def delete_run(run: Run, *, name: str) -> int:
+    """Deletes a run's whole folder.
+
+    Args:
+        run: the run.
+        name: its exact name, as a person has typed it.
+
+    Returns:
+        The bytes that were freed.
+
+    Raises:
+        UserError: the name is another one, or something can't be deleted.
+        RunError: the run is running; nothing was deleted.
+    """
+    if name != run.name:
+        raise UserError(
+            "nothing was deleted",
+            expected=f"the run's exact name, {run.name}",
+            got=repr(name),
+            next_step="Type the name to confirm.",
+        )
+    items = _items_of(run)
+    for item in items:
+        _check_may_free(item)
+    return sum(map(_free_one, items)) + _remove_if_only_config_is_left(run)
+
+
 def free_gpu_memory() -> GpuMemory:
     """Collects garbage and returns the GPU memory that no tensor uses to the driver, without importing torch.
 
@@ -177,7 +204,7 @@ def _hub_items() -> list[SpaceItem]:
         unfinished = any(folder.glob("blobs/*.incomplete"))
         note = f"{len(whole[folder.name].revisions)} revision(s)" if folder.name in whole else "no complete revision"
         note += ", an unfinished download" if unfinished else ""
-        items.append(SpaceItem(f"hub:{kind}/{name.replace('--', '/')}", HUB, _size(folder), note, (folder,)))
+        items.append(SpaceItem(f"hub:{kind}/{name.replace('--', '/')}", HUB, folder_size(folder), note, (folder,)))
     return items
 
 
@@ -186,7 +213,7 @@ def _cache_items() -> list[SpaceItem]:
     if not root.is_dir():
         return []
     return [
-        SpaceItem(f"cache:{group.name}/{path.name}", CACHE, _size(path), "recreated when it is needed", (path,))
+        SpaceItem(f"cache:{group.name}/{path.name}", CACHE, folder_size(path), "recreated when it is needed", (path,))
         for group in _folders(root)
         for path in sorted(group.iterdir())
         if not path.is_symlink()
@@ -194,27 +221,25 @@ def _cache_items() -> list[SpaceItem]:
 
 
 def _run_items(root: Path) -> list[SpaceItem]:
-    items = []
-    for run in find_runs(root):
-        if run.folder.is_symlink():
-            continue
-        parts = {
-            "checkpoints": (run.checkpoints_dir, "needed to resume"),
-            "data": (run.data_dir, "recreated by notebook 03_prepare_data"),
-            "adapter": (run.adapter_dir, "the tuned adapter: the run's result"),
-        }
-        for part, (path, note) in parts.items():
-            if path.exists() and not path.is_symlink():
-                items.append(SpaceItem(f"run:{run.name}/{part}", RUN, _size(path), note, (path,), run))
-        # `free` deletes config.json last: without it, the rest of the run would not be found again.
-        kept = {run.config_path, *(path for path, _ in parts.values())}
-        rest = tuple(path for path in sorted(run.folder.iterdir()) if path not in kept)
-        items.append(
-            SpaceItem(
-                f"run:{run.name}/rest", RUN, sum(map(_size, rest)), "settings, progress, events, report", rest, run
-            )
-        )
-    return items
+    return [item for run in find_runs(root) if not run.folder.is_symlink() for item in _items_of(run)]
+
+
+def _items_of(run: Run) -> list[SpaceItem]:
+    parts = {
+        "checkpoints": (run.checkpoints_dir, "needed to resume"),
+        "data": (run.data_dir, "recreated by notebook 03_prepare_data"),
+        "adapter": (run.adapter_dir, "the tuned adapter: the run's result"),
+    }
+    items = [
+        SpaceItem(f"run:{run.name}/{part}", RUN, folder_size(path), note, (path,), run)
+        for part, (path, note) in parts.items()
+        if path.exists() and not path.is_symlink()
+    ]
+    # `free` deletes config.json last: without it, the rest of the run would not be found again.
+    kept = {run.config_path, *(path for path, _ in parts.values())}
+    rest = tuple(path for path in sorted(run.folder.iterdir()) if path not in kept)
+    note = "settings, progress, events, report"
+    return [*items, SpaceItem(f"run:{run.name}/rest", RUN, sum(map(folder_size, rest)), note, rest, run)]
 
 
 def _gpu_items() -> list[SpaceItem]:
@@ -233,7 +258,7 @@ def _folders(root: Path) -> list[Path]:
     return [path for path in sorted(root.iterdir()) if path.is_dir() and not path.is_symlink()]
 
 
-def _size(path: Path) -> int:
+def folder_size(path: Path) -> int:
     """Returns the bytes of a file, or of all files in a folder; links are not followed."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size if os.path.lexists(path) else 0
@@ -282,7 +307,7 @@ def _free_one(item: SpaceItem) -> int:
     freed, root = 0, _root_of(item)
     assert root is not None  # `_check_may_free` has seen to it
     for path in item.paths:
-        size = _size(path)
+        size = folder_size(path)
         try:
             with contextlib.suppress(FileNotFoundError):
                 remove(path.parent.resolve() / path.name, root=root)
@@ -298,7 +323,7 @@ def _free_one(item: SpaceItem) -> int:
 def _remove_if_only_config_is_left(run: Run) -> int:
     if [path.name for path in run.folder.iterdir()] != [run.config_path.name]:
         return 0
-    size = _size(run.config_path)
+    size = folder_size(run.config_path)
     remove(run.config_path, root=run.folder)
     run.folder.rmdir()
     return size

@@ -24,6 +24,7 @@ from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
 from qlora_helpers.runs.ranks import check_processes
+from qlora_helpers.runs.trackers import refuse_missing
 
 
 def train_command(
@@ -102,6 +103,7 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         where = f"in process {status.pid} on {status.host}" if status.is_live else "in another process"
         raise RunError(f"{run.name!r} is already being trained, {where}", next_step="Watch it with watch(run).")
     refuse_spent_budget(config.train, status)
+    refuse_missing(config.train)
     needed_price(config.train)
     refuse_missing_gpus(config, processes)
     if config.model.device_map != "cpu":

@@ -99,6 +99,28 @@ def refuse_other_settings(run: Run, wanted: RunConfig) -> None:
     )
 
 
+def clone_run(run: Run, name: str, *, settings: Iterable[str] | dict[str, Any] = ()) -> Run:
+    """Creates a run with another one's settings, in the same folder of runs; nothing is trained yet.
+
+    Args:
+        run: the run whose settings are copied.
+        name: the new run's name.
+        settings: changes to the settings, as for `open_run`.
+
+    Raises:
+        ConfigError: settings are unknown or wrong.
+        RunError: there is a run of that name, the name can't be that of a run, or the settings name a bucket that nobody has
+            named on this machine.
+    """
+    made = Run(run.folder.parent / name)
+    if made.folder.parent != run.folder.parent or made.folder.exists():
+        raise RunError(f"there is a run {name!r} already", next_step="Choose another name.")
+    config = run.config()
+    buckets.refuse_unconfirmed(config)
+    made.save_config(config.with_settings(settings))
+    return made
+
+
 def existing_run(name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Run:
     """Opens a run that must exist.
 

@@ -17,6 +17,7 @@ from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.heartbeat import sending_heartbeats
 from qlora_helpers.runs.log import logged_to
 from qlora_helpers.runs.status import INTERRUPTED
+from qlora_helpers.runs.trackers import refuse_missing
 
 LONGEST_ERROR = 2000  # characters of a message that a status keeps
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
             config = run.config()
             refuse_unconfirmed(config)
             refuse_spent_budget(config.train, run.status())
+            refuse_missing(config.train)
             price = needed_price(config.train)
             gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
             with locks.gpu_locks(run, gpus):

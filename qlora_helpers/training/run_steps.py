@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from qlora_helpers.base.phases import Show
 from qlora_helpers.data.prepare import content_marks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
 from qlora_helpers.training import train as loop
 from qlora_helpers.training.callback import CallEachTime
 from qlora_helpers.training.checkpoints import refuse_other_than_trained_on
+from qlora_helpers.training.phase_callback import PhaseCallback
 from qlora_helpers.training.processes import is_main_process
 from qlora_helpers.training.result import TrainResult
 from qlora_helpers.training.tensorboard_events import event_callback, unanswered_samples
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import TrainerCallback
 
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
@@ -30,7 +33,8 @@ def train_steps(
     data: PreparedData,
     *,
     redraw: Callable[[], None] | None = None,
-    show_bar: bool = True,
+    show: Show | None = None,
+    trackers: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Trains the model by the run's settings, from its newest verified checkpoint if there is one.
 
@@ -40,7 +44,8 @@ def train_steps(
         loaded: the base model that `model` is built on.
         data: the run's prepared data.
         redraw: called whenever there is something new to show.
-        show_bar: whether Trainer shows its progress bar.
+        show: what shows a bar and the losses; None shows none.
+        trackers: callbacks that hand the figures to experiment trackers.
 
     Raises:
         RunError: the run has trained on another model or other data, or training ended badly.
@@ -48,8 +53,11 @@ def train_steps(
     config = run.config()
     marks = content_marks(config.data, loaded.tokenizer) | loaded.checkpoint.marks
     events = event_callback(run, config, samples=unanswered_samples(data.test)) if is_main_process() else None
-    with MODEL_IN_USE, contextlib.closing(events) if events else contextlib.nullcontext():
-        callbacks = [events] if events else []
+    callbacks = [each for each in (events, PhaseCallback(show) if show else None) if each]
+    with MODEL_IN_USE, contextlib.ExitStack() as closed:
+        for each in callbacks:
+            closed.enter_context(contextlib.closing(each))
+        callbacks += trackers
         callbacks += [CallEachTime(redraw)] if redraw else []
         return loop.train(
             model,
@@ -58,6 +66,6 @@ def train_steps(
             config.train,
             run,
             extra_callbacks=tuple(callbacks),
-            show_progress=show_bar,
+            show_progress=False,
             trained_on=refuse_other_than_trained_on(run, marks),
         )

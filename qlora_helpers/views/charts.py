@@ -20,6 +20,9 @@ from qlora_helpers.base.tables import Table, Tabular
 GREY = colour("grey")
 """Axes and texts: its contrast is about 4.3 to 1 on white and on JupyterLab's dark background, so neither theme is favoured."""
 BLUE, ORANGE = colour("blue"), colour("orange")  # distinct to colour-blind readers; at least 3.6 to 1 on light and dark
+LINES = (BLUE, ORANGE, *map(colour, ("third", "fourth", "fifth", "sixth")))
+"""One after another for the lines of several runs; where they begin again, the dashes differ."""
+DASHES = ("solid", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 TABLE_ROWS = 12
 Points = tuple[tuple[int, float], ...]
 """`(step, value)` pairs in the order of their steps."""
@@ -32,10 +35,13 @@ class Panel:
     Attributes:
         title: what the vertical axis shows, with its unit.
         lines: name -> `(step, value)` pairs; the first is a solid blue line, the second a dashed orange one with dots.
+        names: what the lines are called in the key, where that differs; the lines of several runs are then told apart by colour
+            and dashes.
     """
 
     title: str
     lines: dict[str, Points]
+    names: dict[str, str] | None = None
 
 
 class Chart(Tabular):
@@ -126,10 +132,19 @@ def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     looks: list[dict[str, Any]] = [{"color": BLUE}, {"color": ORANGE, "linestyle": (0, (4, 2)), "marker": "o"}]
+    if panel.names is not None:
+        count = len(LINES)
+        looks = [
+            {"color": LINES[number % count], "linestyle": DASHES[(number % count + number // count) % len(DASHES)]}
+            for number in range(len(panel.lines))
+        ]
     for (name, points), look in zip(panel.lines.items(), looks, strict=False):
         if points:
+            shown = panel.names.get(name, name) if panel.names else name
             dot = "o" if len(points) == 1 else None  # a single point draws no line
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, markersize=3.5, **({"marker": dot} | look))
+            axes.plot(
+                *zip(*points, strict=True), label=shown, linewidth=1.4, markersize=3.5, **({"marker": dot} | look)
+            )
     axes.set_title(panel.title, loc="left", fontsize=8, color=GREY)
     axes.set_xlabel("optimizer step", color=GREY)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -140,4 +155,4 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     if len(panel.lines) > 1:
-        axes.legend(frameon=False, labelcolor=GREY)
+        axes.legend(frameon=False, labelcolor=GREY, handlelength=3 if panel.names else 2)

@@ -1,4 +1,4 @@
-"""Watching a run: its loss curve, its other readings, its present state, and several runs side by side.
+"""Watching a run: its loss curve, its other readings, and its present state.
 
 This module reads nothing but the run folder, so it works beside a trainer in another process, after it, and without a GPU
 (`telemetry.gpu_table` shows what the GPUs do). It knows no model and imports no torch.
@@ -7,22 +7,17 @@ This module reads nothing but the run folder, so it works beside a trainer in an
 from __future__ import annotations
 
 import html
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.tables import AS_TEXT, Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
-from qlora_helpers.evaluation.evaluation_file import read_evaluation
-from qlora_helpers.evaluation.metrics.measures import measure_of
-from qlora_helpers.evaluation.result import score_text, score_value, scoring_from_dict
 from qlora_helpers.runs.events_copy import CopyState, copy_state
 from qlora_helpers.runs.folder import Run, Status
-from qlora_helpers.runs.opening import find_runs, runs_root
 from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
 from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
@@ -51,38 +46,6 @@ def curves(run: Run) -> Chart:
     records = run.progress()
     names = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
     return Chart(run.name, [Panel(title, {title: points_of(records, key)}) for title, key in names.items()], columns=3)
-
-
-def run_table(root: str | os.PathLike[str] | None = None) -> Table:
-    """Returns a row for each run below a folder: state, step, last losses and, once evaluated, the score that counts with its gain.
-
-    A run whose files are damaged is shown with the state `damaged` and does not hide the others. Where no
-    folder is named, it is `$QLORA_RUNS`, else `runs`.
-    """
-    rows = [_run_row(run) for run in find_runs(runs_root(root))]
-    if not rows:
-        return Table((), (), caption="no runs yet")
-    return Table(["run", "state", "step", "loss", "eval loss", "score"], rows, numbers=range(2, 6))
-
-
-def _run_row(run: Run) -> tuple[str, ...]:
-    try:
-        status, records = run.status(), run.progress()
-        evaluation = read_evaluation(run)
-    except UserError:
-        return (run.name, "damaged", "", "", "", "")
-    step = f"{status.step} of {status.max_steps}" if status.max_steps else ""
-    score = _score(evaluation) if evaluation else ""
-    return (run.name, status.state, step, _last(records, "loss"), _last(records, "eval_loss"), score)
-
-
-def _score(evaluation: dict[str, Any]) -> str:
-    main = scoring_from_dict(evaluation.get("scoring", {})).main
-    tuned, base = (score_value(evaluation["scores"].get(name, {}), main) for name in ("tuned", "base"))
-    if tuned is None:
-        return ""
-    gain = "" if base is None else f" ({tuned - base:+.1f})"
-    return f"{measure_of(main).name} {score_text(tuned, main)}{gain}"
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> str:

@@ -53,11 +53,16 @@ def write_report(run: Run) -> KeptFile:
         RunError: the run does not exist, or one of its files is damaged.
     """
     parts = read_parts(run)
-    write_text(run.report_path, _template().render(_page(parts)))
+    write_text(run.report_path, template("report.html").render(_page(parts)))
     return KeptFile(run.report_path)
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Returns the template of a page; it escapes every value and drops its control characters.
+
+    Args:
+        name: of a file beside this module.
+    """
     import jinja2
 
     def shown(value: Any) -> Any:
@@ -66,7 +71,7 @@ def _template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, finalize=shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = importlib.resources.files("qlora_helpers.views") / "report.html"
+    page = importlib.resources.files("qlora_helpers.views") / name
     return environment.from_string(page.read_text(encoding="utf-8"))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_helpers.base.config import (
     RENAMED,
     SECTIONS,
+    TRACKERS,
     AdapterConfig,
     ModelConfig,
     RunConfig,
@@ -50,6 +51,8 @@ def values_for(item: dataclasses.Field) -> st.SearchStrategy:
         values = st.integers(limits["low"] or 0, limits["high"] or 10**6)
     elif kind == "float":
         values = st.floats(limits["low"] or 0, limits["high"] or 1e6, allow_nan=False)
+    elif item.name == "report_to":
+        values = st.lists(st.sampled_from(TRACKERS), min_size=1, unique=True).map(tuple)
     elif kind.startswith("tuple"):
         values = st.lists(st.text("abc_qkv", min_size=1), min_size=1).map(tuple)
     elif item.name == "tensorboard":

@@ -20,7 +20,7 @@ from qlora_helpers.base.units import duration
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views import charts
 from qlora_helpers.views.charts import Chart, Panel, number_text
-from qlora_helpers.views.monitor import curves, loss_curve, plan_table, run_table, watch_once
+from qlora_helpers.views.monitor import curves, loss_curve, plan_table, watch_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,30 +166,6 @@ def test_other_curves(tmp_path):
     bare = fake_run(tmp_path, "bare")
     bare.append_progress({"step": 1, "loss": 2.0, "grad_norm": 0.5})
     assert [panel.title for panel in curves(bare).panels] == ["gradient norm"]
-
-
-# several runs
-
-
-def test_runs_side_by_side(tmp_path):
-    finished_run(tmp_path, "b-finished")
-    fake_run(tmp_path, "a-new")
-    damaged = finished_run(tmp_path, "c-damaged")
-    damaged.status_path.write_text("{")
-    table = run_table(tmp_path)
-    assert repr(table).splitlines() == [
-        "run         state         step   loss  eval loss                 score",
-        "----------  --------  --------  -----  ---------  --------------------",
-        "a-new       new",
-        "b-finished  finished  30 of 30  2.165      2.229  ROUGE-L 27.3 (+18.1)",
-        "c-damaged   damaged",
-    ]
-    assert "27.3 (+18.1)" in table._repr_html_()
-
-
-def test_no_runs(tmp_path):
-    assert repr(run_table(tmp_path / "nowhere")) == "no runs yet"
-    assert run_table(tmp_path)._repr_html_() == "<p>no runs yet</p>"
 
 
 # one look at a run

@@ -15,6 +15,8 @@ _HOMES = {
     "EvaluationPanel": "evaluation_panel",
     "watch": "watch_panel",
     "shown_in_cell": "watch_panel",
+    "list_runs": "run_list",
+    "sweep_form": "sweep_panel",
 }
 __all__ = list(_HOMES)
 

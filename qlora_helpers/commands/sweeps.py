@@ -1,0 +1,75 @@
+"""`sweep`: several values of up to two settings, planned, started, followed, stopped and resumed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from qlora_helpers.base.errors import ConfigError, UserError
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser's own."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="train a run with several values of up to two settings, one after another under one budget",
+        epilog="With --set it plans the sweep, with time and price of all its runs, and starts it with --start. Without --set it "
+        "shows how a sweep stands, and ranks its runs.",
+    )
+    sweep.add_argument("run", help="the run to begin with, or a sweep's name")
+    sweep.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE,VALUE", help="once or twice"
+    )
+    sweep.add_argument("--budget-hours", type=float, help="what all runs together may take (default: no limit)")
+    what = sweep.add_mutually_exclusive_group()
+    what.add_argument("--start", action="store_true", help="start or resume it in the background")
+    what.add_argument("--stop", action="store_true", help="save and stop; --start goes on from there")
+    what.add_argument("--foreground", action="store_true", help="start or resume it, and return when it has ended")
+    sweep.add_argument("--json", action="store_true", help="print JSON (docs/terminal.md)")
+
+
+def values_of(settings: list[str]) -> dict[str, list[Any]]:
+    """Returns the values of each setting as they were typed.
+
+    Raises:
+        ConfigError: one is not `section.name=value,value`.
+    """
+    found: dict[str, list[Any]] = {}
+    for text in settings:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ConfigError([f"{text}: expected section.name=value,value, such as adapter.r=8,64"])
+        found.setdefault(name.strip(), []).extend(value.strip() for value in values.split(","))
+    return found
+
+
+def run_sweep(options: argparse.Namespace) -> int:
+    """Plans, shows, starts or stops a sweep."""
+    from qlora_helpers.runs import sweep as driver
+    from qlora_helpers.views.sweep import sweep
+
+    if options.budget_hours is not None and not options.settings:
+        raise UserError("a budget is planned with the sweep", next_step="Give --set, too.")
+    found = sweep(options.run, values_of(options.settings) or None, budget_hours=options.budget_hours)
+    if options.foreground:
+        folder = driver.make_sweep(found.base, found.file) if found.base else found.folder
+        driver.run_sweep(folder)
+    elif options.start:
+        found.start()
+    elif options.stop:
+        found.stop()
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    print(found)
+    if options.start:
+        print(
+            f"It goes on in the background. How it stands: qlora sweep {found.folder.name}; --stop saves and stops it."
+        )
+    elif options.settings and not options.foreground:
+        print("Nothing is started yet: the same command with --start does that.")
+    return 0
+
+
+COMMANDS = {"sweep": run_sweep}
