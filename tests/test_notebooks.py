@@ -39,7 +39,7 @@ def notebook(request):
 
 def test_short_with_outputs_and_closing_assertions(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(notebook.cells) <= 33
+    assert len(notebook.cells) <= 40
     assert max(len(cell.source.splitlines()) for cell in code) <= 17
     assert any("assert " in cell.source for cell in code[-2:])
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
