@@ -56,6 +56,13 @@ def test_an_untouched_answer_is_not_tried(name):
         assert ALL[name].question in outcome.message
 
 
+def test_a_file_as_it_was_written_is_not_tried_and_stays(tmp_path):
+    path = exercises.broken_file(tmp_path)
+    assert ALL["repair_a_file"].check(path).verdict == "not tried"
+    path.write_text("mine")
+    assert exercises.broken_file(tmp_path).read_text() == "mine"
+
+
 def one(**changes):
     def judge(value):
         if value == 1:

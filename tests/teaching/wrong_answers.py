@@ -81,6 +81,11 @@ def file_with(change):
     return write
 
 
+def half_repaired(rows):
+    rows[3]["messages"][1]["role"] = "assistant"
+    return lines(rows)
+
+
 def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -245,7 +250,7 @@ WRONG = {
     "repair_a_file": {
         "refused": file_with(lambda rows: '{"messages": [' + lines(rows)),
         "deleted": file_with(lambda rows: lines(rows[:3] + rows[4:7] + rows[8:])),
-        "skipped": file_with(lines),
+        "skipped": file_with(half_repaired),
     },
 }
 """Exercise -> misconception -> an answer; of exercises on files, a function that writes one into a folder."""

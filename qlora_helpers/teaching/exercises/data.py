@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.teaching.exercise import Exercise, Wrong, call
+from qlora_helpers.teaching.exercise import Exercise, NotTried, Wrong, call
 
 IGNORED = -100
 
@@ -163,16 +163,20 @@ def broken_file(folder: str | os.PathLike[str]) -> Path:
         folder: gets `ten_rows.jsonl`; one that is there already stays as it is.
     """
     path = Path(folder) / "ten_rows.jsonl"
-    if path.exists():
-        return path
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_broken_lines(), encoding="utf-8")
+    return path
+
+
+def _broken_lines() -> str:
     rows = []
     for number, (question, answer) in enumerate(_TEN):
         user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
         if number == 3:
             assistant["role"] = "assistent"
         rows.append({"messages": [user] if number == 7 else [user, assistant]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 _TEN = (
@@ -199,6 +203,8 @@ def _judge_file(path: Any) -> str:
     path = Path(path)
     if not path.is_file():
         raise Wrong(message=f"There is no file {path.name}.")
+    if path.read_text(encoding="utf-8") == _broken_lines():
+        raise NotTried
     config = DataConfig(source=str(path), template="plain", seq_len_tokens=256, eval_rows=1, test_rows=1)
     try:
         corpus = read_corpus(config)
