@@ -222,7 +222,7 @@ def _train(options: argparse.Namespace) -> int:
         command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
         return ranks.run_ranks(command, options.processes)
     print(workflow.train(run, shut_down_app=options.shut_down_app))
-    return sigterm.EXIT_CODE if sigterm.received() else 0
+    return sigterm.EXIT_CODE if sigterm.received() else 130 if sigterm.interrupted() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
