@@ -231,8 +231,8 @@ def written(low: float, high: float, most: int, *, whole: bool = False) -> list[
     if largest >= 10_000:
         forms = [lambda tick, digits=digits: (f"{tick / 1000:.{digits}f}", 1000.0, "k") for digits in (0, 1)]
         forms.append(lambda tick: (f"{tick:.0f}", 1.0, ""))
-    elif step >= 1e-3:
-        forms = [lambda tick, digits=digits: (f"{tick:.{digits}f}", 1.0, "") for digits in range(4)]
+    elif step >= 1e-3 or largest >= 0.1:
+        forms = [lambda tick, digits=digits: (f"{tick:.{digits}f}", 1.0, "") for digits in range(9)]
     else:
         forms = [lambda tick, digits=digits: (f"{tick:.{digits}e}", 1.0, "") for digits in range(7)]
     for form in forms:

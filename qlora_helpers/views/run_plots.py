@@ -9,7 +9,7 @@ from qlora_helpers.views.plots import Drawing, Line, Mark, Plot, axis_end, drawn
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "load_percent")
 """The curves that are noisy from step to step."""
 
-DECIMALS = {"memory_gib": 1, "load_percent": 0}
+DECIMALS = {"memory_gib": 2, "load_percent": 0}
 """How many digits a value of a curve has after its point, where that is not left to its size."""
 
 

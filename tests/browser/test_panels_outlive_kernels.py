@@ -134,3 +134,30 @@ def test_values_under_the_pointer_and_a_zoom_that_stays(watched, picture):
         panel.get_by_role("link", name="Download CSV").click()
     lines = download.value.path().read_text().splitlines()
     assert lines[0].startswith("step,session,time,loss,eval_loss") and lines[-1].startswith("46,")
+
+
+def test_a_cell_that_trains_and_is_interrupted_saves_and_is_no_failure(lab, opened, picture):
+    settings = ["train.max_steps=5000", "train.logging_steps=1", "train.save_steps=2000", "train.eval_steps=2000"]
+    cells = [f"import qlora_helpers as ql\nrun = ql.open_run('interrupted', profile='tiny', settings={settings})"]
+    cells += ["ql.train(run)", "run.status().state, run.status().exit_reason"]
+    notebook = opened(lab.add_notebook("interrupted.ipynb", cells))
+    page, panel = notebook.page, notebook.page.locator(".qlora-watch")
+    notebook.run_cell(0)
+    page.evaluate("() => { notebook.content.activeCellIndex = 1; jupyterapp.commands.execute('notebook:run-cell'); }")
+    expect(panel.locator(".qlora-state")).to_contain_text("step 3 of")
+    page.evaluate("() => notebook.sessionContext.session.kernel.interrupt()")
+    expect(panel.locator(".qlora-state")).to_contain_text("stopped")
+    notebook.run_cell(2)
+    outputs = notebook.outputs()
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert outputs[-1]["data"]["text/plain"] == "('stopped', 'stopped and saved when it was interrupted')"
+    picture(notebook, page.locator(".jp-Notebook"), "watch-interrupted")
+
+
+def test_a_run_whose_folder_is_gone_says_so(watched, picture):
+    panel = watched.page.locator(".qlora-watch")
+    watched.kernel("import shutil; shutil.rmtree(run.folder)")
+    expect(panel.get_by_role("alert")).to_contain_text("The folder of the run 'demo' is gone")
+    for name in ("Stop and save", "Save now", "Start"):
+        expect(panel.get_by_role("button", name=name)).to_be_disabled()
+    picture(watched, panel, "watch-no-folder")
