@@ -26,6 +26,7 @@ from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import Request
 from qlora_helpers.runs.status import INTERRUPTED, Status
 from qlora_helpers.views.charts import Points
+from qlora_helpers.views.log_lines import entries
 
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib", "load_percent")
 LOG_LINES = 60
@@ -307,5 +308,6 @@ def _trouble(status: Status, log: Sequence[str]) -> str:
         return plain(log[-1].removeprefix("error: "))
     if status.state == "dead":
         parts = ["The trainer's process ended without an error message; it may have been killed because memory ran out"]
-        parts += [f"The last line of its log: {log[-1]}"] if log else []
+        last = [entry.text for entry in entries(log) if not entry.is_step][-1:]
+        parts += [f"The last line of its log: {text}" for text in last]
     return plain(". ".join(parts))

@@ -229,19 +229,16 @@ def written(low: float, high: float, most: int, *, whole: bool = False) -> list[
     largest = max(map(abs, ticks), default=0.0)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else largest or 1.0
     if largest >= 10_000:
-        forms = [lambda tick, digits=digits: (f"{tick / 1000:.{digits}f}", 1000.0, "k") for digits in (0, 1)]
-        forms.append(lambda tick: (f"{tick:.0f}", 1.0, ""))
+        forms = [(1000.0, ".0f", "k"), (1000.0, ".1f", "k"), (1.0, ".0f", "")]
     elif step >= 1e-3 or largest >= 0.1:
-        forms = [lambda tick, digits=digits: (f"{tick:.{digits}f}", 1.0, "") for digits in range(9)]
+        forms = [(1.0, f".{digits}f", "") for digits in range(9)]
     else:
-        forms = [lambda tick, digits=digits: (f"{tick:.{digits}e}", 1.0, "") for digits in range(7)]
-    for form in forms:
-        texts = [form(tick) for tick in ticks]
-        if all(
-            abs(float(text) * size - tick) < 1e-3 * step for (text, size, _), tick in zip(texts, ticks, strict=True)
-        ):
+        forms = [(1.0, f".{digits}e", "") for digits in range(9)]
+    for size, form, unit in forms:  # the first that is exact
+        texts = [format(tick / size, form) for tick in ticks]
+        if all(abs(float(text) * size - tick) < 1e-3 * step for text, tick in zip(texts, ticks, strict=True)):
             break
-    return [(tick, _short(text + unit)) for (text, _, unit), tick in zip(texts, ticks, strict=True)]
+    return [(tick, _short(text + unit)) for text, tick in zip(texts, ticks, strict=True)]
 
 
 def _short(text: str) -> str:

@@ -67,6 +67,10 @@ def test_a_panel_whose_kernel_restarts_becomes_one_line_and_a_still_picture(watc
     watched.run_all()
     expect(page.locator(".qlora-watch .qlora-state")).to_contain_text("running")
     expect(page.locator(".qlora-still")).to_be_hidden()
+    page.evaluate("() => notebook.sessionContext.shutdown()")
+    expect(panel.locator(".qlora-gone")).to_be_visible()
+    expect(panel.get_by_role("button")).to_have_count(0)
+    expect(page.locator(".qlora-still")).to_be_visible()
 
 
 def test_a_saved_notebook_that_is_opened_again_shows_the_last_state(watched, lab, picture, tmp_path):

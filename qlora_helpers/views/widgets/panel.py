@@ -96,9 +96,11 @@ class Panel:
 
 
 _OUTPUT = ".jp-OutputArea-child"
+_NO_KERNEL = '.jp-NotebookPanel:has(.jp-Notebook-ExecutionIndicator:is([data-status="unknown"], [data-status="dead"]))'
 _STILL = (
     # the still copy goes where a live panel is above it
-    f"{_OUTPUT}:has(.qlora-panel:not(.jupyter-widgets-disconnected)) + {_OUTPUT}:has(.qlora-still) {{display: none}}\n"
+    f"{_OUTPUT}:has(.qlora-panel:not(.jupyter-widgets-disconnected)):not({_NO_KERNEL} *)"
+    f" + {_OUTPUT}:has(.qlora-still) {{display: none}}\n"
     # and JupyterLab's note that it has no such widget, where only the still copy is left
     f"{_OUTPUT}:not(:has(.qlora-panel)):has(+ {_OUTPUT} .qlora-still) {{display: none}}"
 )
