@@ -234,11 +234,15 @@ def written(low: float, high: float, most: int, *, whole: bool = False) -> list[
         forms = [(1.0, f".{digits}f", "") for digits in range(9)]
     else:
         forms = [(1.0, f".{digits}e", "") for digits in range(9)]
-    for size, form, unit in forms:  # the first that is exact
-        texts = [format(tick / size, form) for tick in ticks]
-        if all(abs(float(text) * size - tick) < 1e-3 * step for text, tick in zip(texts, ticks, strict=True)):
-            break
-    return [(tick, _short(text + unit)) for text, tick in zip(texts, ticks, strict=True)]
+
+    def texts(size: float, form: str, unit: str) -> list[str]:
+        return [format(tick / size, form) + unit for tick in ticks]
+
+    def is_exact(size: float, form: str, unit: str) -> bool:
+        return all(abs(float(format(tick / size, form)) * size - tick) < 1e-3 * step for tick in ticks)
+
+    shortest = next((form for form in forms if is_exact(*form)), forms[-1])
+    return [(tick, _short(text)) for tick, text in zip(ticks, texts(*shortest), strict=True)]
 
 
 def _short(text: str) -> str:

@@ -76,12 +76,17 @@ class Panel:
         if self._loop is None or self._copy_waits or self._loop.is_closed():
             return
         self._copy_waits = True
-        self._loop.call_soon_threadsafe(self._loop.call_later, self.still_after_s, self.refresh_still)
+        loop = self._loop
+        loop.call_soon_threadsafe(lambda: loop.call_later(self.still_after_s, self.refresh_still))
 
-    def refresh_still(self) -> None:
-        """Updates the still copy now, if the panel is shown in a notebook and the copy is outdated."""
+    def refresh_still(self, *, always: bool = False) -> None:
+        """Updates the still copy now, if the panel is shown in a notebook and the copy is outdated.
+
+        Args:
+            always: also where it is up to date; nbclient takes updates from the cell that is running alone, and missed the others.
+        """
         self._copy_waits = False
-        if self._copied is None or (found := self.still_html()) == self._copied:
+        if self._copied is None or ((found := self.still_html()) == self._copied and not always):
             return
         from IPython.display import update_display
 

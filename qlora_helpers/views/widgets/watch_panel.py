@@ -247,6 +247,7 @@ class WatchPanel(Panel):
                 raise RunError(f"the run {self.run.name!r} is still {status.state} after {timeout_s:g} s")
             await asyncio.sleep(0.1)
         self.refresh()
+        self.refresh_still(always=True)
         return status
 
     def close(self) -> None:

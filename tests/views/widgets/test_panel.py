@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -67,3 +70,26 @@ def test_without_a_kernel_a_panel_prints_its_text(capsys):
 def test_each_panel_carries_the_line_for_a_kernel_that_is_gone(given, expected):
     _, line = styled([], **given).children
     assert expected.replace("'", "&#x27;") in line.value
+
+
+def test_the_copy_of_a_watched_run_follows_it_to_its_end(tmp_path):
+    made = f"""
+import sys, asyncio, pathlib
+sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
+from fake_run import fake_run, add_progress
+from qlora_helpers.views.widgets import watch, watch_panel
+watch_panel.LIVE_S = 1000
+run = fake_run(pathlib.Path({str(tmp_path)!r}))
+run.start_session(max_steps=60, resumed_from=0)
+add_progress(run)
+panel = watch(run)
+panel
+"""
+    ended = "run.set_status(state='finished', step=60, exit_reason='all steps are done')\npanel.refresh()"
+    before = outputs_of(made)[0]
+    shutil.rmtree(tmp_path / "demo")
+    (_, still), _ = outputs_of(made, ended)
+    assert before[1]["text/plain"].startswith("demo: running (training), step 0 of 60")
+    assert "As of" in before[1]["text/html"] and "sign of life" not in before[1]["text/html"]
+    assert still["text/plain"].startswith("demo: finished, step 60 of 60")
+    assert "<img alt=" in still["text/html"] and "As of" not in still["text/html"]

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -325,6 +326,64 @@ def test_only_a_live_run_has_a_last_sign_of_life(tmp_path):
     panel = watch(run)
     assert "sign of life" not in plain_text(panel.state)
     assert panel.view.seconds_left is None and "time left" not in plain_text(panel.state)
+    panel.close()
+
+
+def test_the_sums_of_the_session_and_of_the_run_are_told_apart(tmp_path):
+    panel = watch(live_run(tmp_path, session=3, spent_s=300.0, spent_usd=0.5))
+    text = plain_text(panel.state)
+    assert "this session\n 1 min 30 s, 0.18 USD" in text
+    assert "all 3 sessions\n 6 min 30 s, 0.68 USD" in text
+    panel.close()
+
+
+def test_what_is_left_names_the_limit_that_comes_first(tmp_path):
+    run = live_run(tmp_path)
+    run.save_config(run.config().with_settings({"train.stop_at_minutes": 3}))
+    panel = watch(run)
+    assert "about 1 min 30 s, until train.stop_at_minutes ends it" in plain_text(panel.state)
+    panel.close()
+
+
+@pytest.mark.parametrize("state", ["new", "running", "finished"])
+def test_a_run_whose_folder_is_gone_says_so_and_offers_nothing(tmp_path, state):
+    run = live_run(tmp_path, state=state)
+    panel = watch(run, start=print)
+    shutil.rmtree(run.folder)
+    panel.refresh()
+    assert "The folder of the run 'demo' is gone" in plain_text(panel.state)
+    assert "no folder" in plain_text(panel.state)
+    assert all(button.disabled for button in (panel.stop_button, panel.save_button, panel.resume_button))
+    assert last_step(panel) == STEPS, "what was drawn stays"
+    panel.close()
+
+
+def test_a_zoom_stays_when_points_arrive_until_all_steps_are_asked_for(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    charts = panel.charts
+    charts.first.value, charts.last.value = 10, 20
+    assert charts.across == (10, 20) and steps(drawn(panel)[0][0]) == [10, 12, 14, 16, 18, 20]
+    run.append_progress({"session": 1, "step": 32, "loss": 2.0})
+    panel.refresh()
+    assert (charts.first.value, charts.last.value) == (10, 20) and last_step(panel) == 20
+    charts.all_steps.click()
+    assert charts.across is None and last_step(panel) == 32
+    charts.first.value = 50  # behind the last step that is drawn
+    charts.last.value = 40
+    assert charts.across[0] < charts.across[1]
+    panel.close()
+
+
+def test_smoothing_leaves_the_raw_line_and_a_logarithmic_axis_is_named(tmp_path):
+    panel = watch(live_run(tmp_path))
+    raw = drawn(panel)[0]
+    assert re.findall('class="raw" d="([^"]+)"', panel.charts.box.value) == []
+    panel.charts.smoothing.value, panel.charts.log.value = "strong", True
+    assert len(re.findall('class="raw" d="([^"]+)"', panel.charts.box.value)) == 3  # loss, gradient norm, speed
+    smooth = drawn(panel)[0]
+    assert smooth[0] != raw[0] and smooth[1] == raw[1], "evaluations are not smoothed"
+    assert "loss, nats per token, log scale" in plain_text(panel.charts.box)
     panel.close()
 
 
