@@ -30,7 +30,7 @@ from qlora_helpers.views.log_lines import entries
 
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib", "load_percent")
 LOG_LINES = 60
-LOG_BYTES = 32_768
+LOG_BYTES = 131_072
 LINE_CHARACTERS = 400
 
 
@@ -258,7 +258,12 @@ def _best(points: Sequence[tuple[int, float]]) -> tuple[tuple[str, int], ...]:
 
 
 def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
-    """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state."""
+    """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state.
+
+    Args:
+        path: the log.
+        lines: how many; where some of them hold the values of steps, so many of the last other lines are returned, too.
+    """
     try:
         with open_regular(path, follow=False) as file:
             file.seek(0, 2)
@@ -272,7 +277,9 @@ def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
         del found[0]  # the read began in the middle of this line
     shown = [plain(line).rstrip() for line in found]
     cut = [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in shown if line]
-    return tuple(cut[-lines:])
+    messages = [place for place, entry in enumerate(entries(cut)) if not entry.is_step][-lines:]
+    kept = sorted({*messages, *range(max(0, len(cut) - lines), len(cut))})
+    return tuple(cut[place] for place in kept)
 
 
 def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) -> tuple[Limit, ...]:

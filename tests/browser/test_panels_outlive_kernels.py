@@ -136,6 +136,8 @@ def test_values_under_the_pointer_and_a_zoom_that_stays(watched, picture):
     picture(watched, panel, "watch-smoothed")
     with page.expect_download() as download:
         panel.get_by_role("link", name="Download CSV").click()
+    watched.kernel("run.set_status(state='finished', exit_reason='all steps are done')")
+    page.wait_for_function("() => JSON.stringify(notebook.content.model.toJSON().cells).includes('demo: finished')")
     lines = download.value.path().read_text().splitlines()
     assert lines[0].startswith("step,session,time,loss,eval_loss") and lines[-1].startswith("46,")
 

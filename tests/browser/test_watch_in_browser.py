@@ -77,9 +77,6 @@ def test_start_watch_reload_kill_resume_stop_and_find_the_checkpoint(notebook, r
 
     panel.locator("button.qlora-stop").click()
     expect(panel.locator(".qlora-state")).to_contain_text("stopped")
-    page.wait_for_function(
-        "() => JSON.stringify(notebook.content.model.toJSON().cells).includes('watched-live: stopped')"
-    )  # the still copy, which a closed notebook keeps
     status = run.status()
     assert status.state == "stopped" and 0 < status.step < status.max_steps
     assert newest_good(run.checkpoints_dir).name == f"checkpoint-{status.step}"

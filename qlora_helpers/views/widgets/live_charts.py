@@ -22,7 +22,7 @@ from qlora_helpers.views.run_plots import best_points, draw_run, whole_axis
 from qlora_helpers.views.widgets.panel import add_classes, button
 
 SMOOTHING = {"none": 0.0, "light": 0.6, "medium": 0.85, "strong": 0.95}
-MARKS = {"saved": "▲ saved", "resumed": "┆ resumed", "best": "★ best evaluation"}
+MARKS = {"saved": "❘ saved", "resumed": "┆ resumed", "best": "★ best evaluation"}
 
 # Called for every event of the pointer over the charts; `this` is the element that holds them all.
 _POINTER = """
@@ -240,7 +240,7 @@ def _marks(drawing: Drawing) -> str:
 
 def _mark(mark: Mark, drawing: Drawing) -> str:
     x, y = drawing.place(mark.step, mark.value if not drawing.is_empty else None)
-    sign = {"saved": "▲", "best": "★"}.get(mark.kind, "")
+    sign = "★" if mark.kind == "best" else ""
     return (
         f'<span class="mark {mark.kind}" style="left:{100 * x:.2f}%;bottom:{100 * y:.1f}%" '
         f'title="{mark.kind} at step {mark.step:,}">{sign}</span>'
