@@ -231,7 +231,7 @@ def _train(options: argparse.Namespace) -> int:
         return ranks.run_ranks(command, options.processes)
     with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
         show.result("train", workflow.train(run, shut_down_app=options.shut_down_app, say=show.say))
-    return sigterm.EXIT_CODE if sigterm.received() else 0
+    return sigterm.EXIT_CODE if sigterm.received() else 130 if sigterm.interrupted() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from qlora_helpers import workflow
 from qlora_helpers.base.text import Say
 from qlora_helpers.beginning import new_run
 from qlora_helpers.data.run_data import check_source
+from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.opening import run_at
 from qlora_helpers.runs.plan_file import add_to_plan
@@ -43,6 +44,8 @@ def demo(*, data: str | None = None, root: str | os.PathLike[str] | None = None,
     else:
         model = workflow.add_adapters(run, loaded)
         say(str(workflow.train(run, model=model, loaded=loaded, say=say)))
+        if sigterm.interrupted():  # a person who stops the training means the demo
+            raise KeyboardInterrupt
     say("Saving, reloading and comparing ...")
     check = workflow.check_reload(run, model, loaded, say=lambda text: None)
     say(str(check))

@@ -23,7 +23,9 @@ from qlora_helpers.data.run_data import check_source, run_data
 from qlora_helpers.evaluation.ask import Answers, ask
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.evaluation.evaluation_file import keep_evaluation, unwritable
-from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
+from qlora_helpers.evaluation.metrics.choose import refuse_metric
+from qlora_helpers.export.adapter import certify, load_adapter, need_adapter, save_adapter
+from qlora_helpers.export.certificate import TRAIN_AGAIN
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.run_model import RunModel
@@ -160,6 +162,7 @@ def train(
     from qlora_helpers.model.lora import removed_on_error
     from qlora_helpers.training.run_steps import train_steps
     from qlora_helpers.training.trackers import reporting
+    from qlora_helpers.training.train import refuse_settings
 
     show_progress = show_progress and not prints_into(run.log_path)
     with _session(run, show_progress, shut_down_app) as redraw, contextlib.ExitStack() as undone:
@@ -167,6 +170,7 @@ def train(
         trackers = undone.enter_context(reporting(run, run.config())) if is_main_process() else []
         if loaded is None:
             if is_main_process():
+                refuse_settings(run.config().train)
                 check_source(run)
             loaded = load(run, say=say)
         if model is None:
@@ -179,7 +183,7 @@ def train(
         show = phases.current() if show_progress and not redraw and is_main_process() else None
         result = train_steps(run, model, loaded, data, redraw=redraw, show=show, trackers=trackers)
         if is_main_process():
-            _save_result(run, model, loaded, data, result)
+            _save_result(run, model, loaded, data, result, say)
     return result
 
 
@@ -196,22 +200,35 @@ def _session(run: Run, show_progress: bool, shut_down_app: bool) -> Iterator[Cal
         yield redraw
 
 
-def _save_result(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, result: TrainResult) -> None:
+def _save_result(
+    run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, result: TrainResult, say: Say
+) -> None:
     """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended."""
     from qlora_helpers.model import lora
 
     log.info("%s", result)
     trained = RunModel(run, model, loaded)
     save_adapter(trained)
-    if not sigterm.received():  # after SIGTERM only seconds are left; the session that resumes will certify
-        log.info("certificate:\n%s", certify(trained, data))
+    warning = "" if sigterm.received() else _certified(trained, data)  # after SIGTERM only seconds are left
+    if warning:
+        say(f"WARNING: {warning}")
     if result.new_steps:  # a session without steps has measured nothing
         write_measured(run, lora.count_parameters(model), loaded, result, data)
     run.set_status(
         state="stopped" if result.stopped else "finished",
         step=result.steps,
         exit_reason=result.stop_reason or "all steps are done",
+        warning=warning,
     )
+
+
+def _certified(trained: RunModel, data: PreparedData) -> str:
+    """Certifies the adapter, and returns what is wrong with it; empty if nothing is."""
+    trained.run.set_status(phase="certifying")
+    certificate = certify(trained, data)
+    log.info("certificate:\n%s", certificate)
+    problems = "; ".join(certificate.problems)
+    return f"the saved adapter's certificate failed: {problems}. {TRAIN_AGAIN}" if problems else ""
 
 
 @out_of_memory.rescued
@@ -280,6 +297,9 @@ def evaluate(
     if why := unwritable(run):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
     model, loaded = (None, None) if model is None or loaded is None else (model, loaded)
+    if model is None:
+        need_adapter(run)
+        refuse_metric(run, metric)
     others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
     checkpoint = loaded.checkpoint if loaded else find_checkpoint(config.model, weights=False, say=say)
     refuse_unfit(run, others, checkpoint)

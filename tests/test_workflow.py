@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers import workflow
-from qlora_helpers.base.errors import ConfigError, ModelError, RunError, UserError
+from qlora_helpers.base.errors import ConfigError, Interrupted, ModelError, RunError, UserError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.evaluation.comparison import ReloadCheck
+from qlora_helpers.export import adapter
 from qlora_helpers.runs import launch, session
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import check_reload, existing_run, open_run
@@ -227,7 +229,7 @@ def test_the_lock_of_a_killed_process_is_released(copy):
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(RunError("no good"), "an error"), (ZeroDivisionError("oops"), "an error"), (KeyboardInterrupt(), "interrupted")],
+    [(RunError("no good"), "an error"), (ZeroDivisionError("oops"), "an error")],
 )
 def test_training_that_fails_leaves_a_true_status(copy, whole, monkeypatch, error, reason):
     import logging
@@ -251,6 +253,55 @@ def test_training_that_fails_leaves_a_true_status(copy, whole, monkeypatch, erro
     assert logging.getLogger("qlora_helpers").handlers == handlers
     with pytest.raises(RunError, match="is failed"):
         copy.request("stop")
+
+
+def test_an_interrupt_leaves_a_run_that_is_stopped_and_one_line(copy, whole, monkeypatch):
+    from qlora_helpers.training import train
+
+    def interrupted(*args, **kwargs):
+        copy.start_session(2, 0)
+        raise KeyboardInterrupt
+
+    _, model, loaded, _ = whole
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(Interrupted, match="train was interrupted; what copy had saved is intact"):
+        workflow.train(copy, model=model, loaded=loaded, say=quiet)
+    status = copy.status()
+    assert (status.state, status.exit_reason, status.last_error) == ("stopped", "interrupted", None)
+
+
+def test_a_certificate_that_failed_is_seen_where_a_person_looks(copy, whole, monkeypatch):
+    from qlora_helpers.views.monitor import watch_once
+
+    _, model, loaded, _ = whole
+    phases = []
+
+    def certify(trained, data):
+        phases.append(copy.status().phase)
+        return dataclasses.replace(adapter.certify(trained, data), same_answers=0)
+
+    monkeypatch.setattr(workflow, "certify", certify)
+    said = []
+    workflow.train(copy, model=model, loaded=loaded, say=said.append)
+    assert phases == ["certifying"]
+    failed = "the saved adapter's certificate failed: 2 of 2 answers of the saved adapter differ"
+    assert said[-1].startswith(f"WARNING: {failed}. Train the run again")
+    assert copy.status().state == "finished"
+    assert f"warning: {failed}" in repr(watch_once(copy))
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(tmp_path, copy, monkeypatch):
+    def load(run, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(workflow, "load", load)
+    settings = ["train.matmul_dtype=fp8", "train.fast_step=false"]
+    with pytest.raises(ModelError, match="FP8 is a part of the fast step"):
+        workflow.train(open_run("fp8", profile="tiny", settings=settings, root=tmp_path), say=quiet)
+    with pytest.raises(RunError, match="is not there yet"):
+        workflow.evaluate(open_run("untrained", profile="tiny", root=tmp_path), say=quiet)
+    with pytest.raises(UserError, match="fails on a reference"):
+        workflow.evaluate(copy, metric=lambda answer, reference: 1 / 0, say=quiet)
 
 
 def test_a_model_that_cannot_be_loaded_leaves_a_true_status(tmp_path):

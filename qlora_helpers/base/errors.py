@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.text import plain
 
+RED, PLAIN = "\x1b[0;31m", "\x1b[0m"
+
 
 def _clean(text: str) -> str:
     return plain(redacted(text))
@@ -33,6 +35,17 @@ class UserError(Exception):
         parts += [f"expected {expected}"] if expected else []
         parts += [f"got {got}"] if got else []
         super().__init__("; ".join(parts) + "." + (f" {next_step}" if next_step else ""))
+
+    def _render_traceback_(self) -> list[str]:
+        """Returns what IPython shows below a cell in place of a traceback: the message alone, for the traceback helps nobody."""
+        return [f"{RED}{type(self).__name__}{PLAIN}: {self}"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A person interrupted a cell or a command, which left everything in order; IPython shows it as one line."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"stopped: {self}"]
 
 
 class ConfigError(UserError):

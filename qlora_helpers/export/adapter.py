@@ -42,6 +42,15 @@ def save_adapter(trained: RunModel) -> None:
         (folder / "README.md").write_text(adapter_card(run, config, trained.loaded), encoding="utf-8")
 
 
+def need_adapter(run: Run) -> None:
+    """Refuses a run without a saved adapter; this needs no model, so it comes before one is loaded.
+
+    Raises:
+        RunError: the run has no adapter yet.
+    """
+    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+
+
 def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     """Adds the run's saved adapter to a freshly loaded base model.
 
@@ -50,7 +59,7 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     """
     from qlora_helpers.model import lora
 
-    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+    need_adapter(run)
     return lora.load_adapter(loaded.model, run.adapter_dir)
 
 

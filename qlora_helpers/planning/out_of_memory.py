@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar, cast
 
 from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.base.errors import Interrupted, RunError, UserError
 from qlora_helpers.base.place import facts_of, places_of
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
@@ -89,12 +89,19 @@ class Failure:
 
 
 def rescued(step: Step) -> Step:
-    """Makes a step raise `OutOfMemory` and free its memory where it runs out of it; the run is the step's first argument."""
+    """Makes a step raise `OutOfMemory` and free its memory where it runs out of it; the run is the step's first argument.
+
+    An interrupt becomes `Interrupted`, which a notebook shows as one line.
+    """
 
     @functools.wraps(step)
     def wrapper(run: Run, *args: Any, **kwargs: Any) -> Any:
         try:
             return step(run, *args, **kwargs)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(f"{step.__name__} was interrupted; what {run.name} had saved is intact") from None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -237,7 +237,7 @@ class Run:
         """
         session = self.open_session().session
         self.append_progress({"event": "start", "session": session, "resumed_from": resumed_from})
-        self.set_status(state="running", step=resumed_from, max_steps=max_steps)
+        self.set_status(state="running", phase="training", step=resumed_from, max_steps=max_steps)
         return session
 
     # progress

@@ -32,12 +32,15 @@ class Progress:
 
     Attributes:
         records: the logged steps as far as they were read, without superseded ones.
+        events: what else happened, as `(kind, step)` in the order of the file and without superseded ones: a session `resumed`
+            from a step, or a checkpoint was `saved`.
         generation: increases when records were superseded or the file was replaced, so that points drawn before may be invalid.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
+        self.events: list[tuple[str, int]] = []
         self.generation = 0
         self._offset = 0
         self._file: tuple[int, int] | None = None
@@ -71,32 +74,39 @@ class Progress:
         # From the end: a step counts if no session that began after it begins before it. A file with a start on every second
         # line is so read in one pass, too.
         new: list[dict[str, Any]] = []
+        events: list[tuple[str, int]] = []
         first = math.inf
         superseded = False
         for record in reversed(lines):
             if record.get("event") == "start":
                 resumed_from = record.get("resumed_from", 0)
-                if type(resumed_from) is int:
+                if type(resumed_from) is int and resumed_from <= LARGEST_WHOLE:
+                    events += [("resumed", resumed_from)] if 0 < resumed_from <= first else []
                     first = min(first, resumed_from)
             elif type(record.get("step")) is int and abs(record["step"]) <= LARGEST_WHOLE:
                 if record["step"] <= first:
-                    new.append(record)
+                    if record.get("event") == "saved":
+                        events.append(("saved", record["step"]))
+                    else:
+                        new.append(record)
                 else:
                     superseded = True
         new.reverse()
         self._supersede(first, superseded)
         self.records += new
+        self.events += reversed(events)
         return new
 
     def _restart(self, file: tuple[int, int]) -> None:
         if self.records:
             self.generation += 1
-        self.records, self._offset, self._file = [], 0, file
+        self.records, self.events, self._offset, self._file = [], [], 0, file
 
     def _supersede(self, step: float, superseded: bool) -> None:
         kept = self.records if step == math.inf else [old for old in self.records if old["step"] <= step]
         self.generation += superseded or len(kept) < len(self.records)
         self.records = kept
+        self.events = [event for event in self.events if event[1] <= step]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

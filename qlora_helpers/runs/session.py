@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from qlora_helpers.base.addresses import redacted
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.machine.price import needed_price
-from qlora_helpers.runs import locks
+from qlora_helpers.runs import locks, sigterm
 from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
@@ -61,8 +61,15 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
 
 def _record_failure(run: Run, error: BaseException) -> None:
     message = redacted(f"{type(error).__name__}: {error}")
-    reason = INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else "an error"
-    log.error("training ended: %s", message)
+    interrupted = isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and error.code == sigterm.EXIT_CODE
+    )
     with contextlib.suppress(RunError):  # a full disk must not hide the error itself
-        run.set_status(state="failed", exit_reason=reason, last_error=message[:LONGEST_ERROR])
+        if interrupted:  # a person, or whoever sent SIGTERM, meant it: that is no failure
+            log.info("training was interrupted")
+            run.set_status(state="stopped", exit_reason=INTERRUPTED, last_error=None)
+            run.requests.acknowledge_all("the training was interrupted first")
+            return
+        log.error("training ended: %s", message)
+        run.set_status(state="failed", exit_reason="an error", last_error=message[:LONGEST_ERROR])
         run.requests.acknowledge_all("the training failed first")

@@ -12,9 +12,11 @@ from qlora_helpers.runs import sigterm
 
 STATES = ("new", "starting", "running", "stopped", "finished", "failed")
 LIVE_STATES = ("starting", "running")
+PHASES = ("loading", "training", "evaluating", "saving", "certifying")
 HEARTBEAT_STALE_S = 60.0
 BY_REQUEST = "stopped and saved by request"
 BY_BUDGET = "stopped and saved by its budget: "
+BY_INTERRUPT = "stopped and saved when it was interrupted"
 INTERRUPTED = "interrupted"
 WENT_SILENT = "the trainer's process ended without reporting why"
 
@@ -26,11 +28,13 @@ class Status:
     Attributes:
         state: one of `new`, `starting` (model and data are loaded), `running`, `stopped`, `finished`, `failed`; `Run.status` also
             returns `dead`.
+        phase: what a live trainer does now, one of `PHASES`; empty where it did not say.
         step, max_steps: optimizer steps done, and optimizer steps of the whole run.
         pid, host: the trainer's process and machine.
         session: how often the run was started, from 1.
         heartbeat: time of the last sign of life, seconds since 1970.
         exit_reason, last_error: why the session ended, in a sentence.
+        warning: what is wrong with the result of a session that ended well, such as a certificate that failed; empty if nothing is.
         started_at: time at which this session was started, seconds since 1970.
         spent_s, spent_usd: wall clock and price of all earlier sessions.
         usd_per_hour: price of this session's machine; None where it is unknown.
@@ -38,6 +42,7 @@ class Status:
     """
 
     state: str = "new"
+    phase: str = ""
     step: int = 0
     max_steps: int = 0
     pid: int | None = None
@@ -46,6 +51,7 @@ class Status:
     heartbeat: float = 0.0
     exit_reason: str | None = None
     last_error: str | None = None
+    warning: str = ""
     started_at: float = 0.0
     spent_s: float = 0.0
     spent_usd: float = 0.0
@@ -79,11 +85,17 @@ class Status:
             return self.spent_usd or None
         return self.spent_usd + self.usd_per_hour * self.session_s / 3600
 
+    @property
+    def session_usd(self) -> float | None:
+        """Price of this session, USD; None where it is unknown."""
+        return None if self.usd_per_hour is None else self.usd_per_hour * self.session_s / 3600
+
     def next_session(self, **values: Any) -> Status:
         """Returns the status with which the session after this one begins."""
         return dataclasses.replace(
             self,
             state="starting",
+            phase="loading",
             session=self.session + 1,
             started_at=time.time(),
             spent_s=self.used_s,
@@ -91,6 +103,7 @@ class Status:
             usd_per_hour=None,
             exit_reason=None,
             last_error=None,
+            warning="",
             readings=None,
             host=socket.gethostname(),
             **values,
@@ -101,6 +114,8 @@ def stopped_by(reason: str | None) -> str:
     """Says what stopped a run before its last step, by its `exit_reason`: a request, its budget, or SIGTERM."""
     if limit := (reason or "").partition(BY_BUDGET)[2]:
         return f"by its budget ({limit})"
+    if reason in (BY_INTERRUPT, INTERRUPTED):
+        return "when it was interrupted"
     return "by SIGTERM" if reason == sigterm.REASON else "by request"
 
 

@@ -7,7 +7,7 @@ import logging
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.runs import locks, sigterm
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.status import BY_REQUEST, INTERRUPTED
+from qlora_helpers.runs.status import BY_INTERRUPT, BY_REQUEST, INTERRUPTED
 from qlora_helpers.sagemaker.resources import stop_this_app
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def shut_app_down(run: Run) -> None:
     """Shuts this app down, unless a person ended the training or another training still uses the GPUs."""
-    if run.status().exit_reason in (INTERRUPTED, BY_REQUEST, sigterm.REASON):
+    if run.status().exit_reason in (INTERRUPTED, BY_INTERRUPT, BY_REQUEST, sigterm.REASON):
         return
     try:
         locks.refuse_busy_gpus(locks.visible_gpus())

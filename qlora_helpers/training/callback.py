@@ -16,7 +16,7 @@ from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.budget import Budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.heartbeat import readings
-from qlora_helpers.runs.status import BY_BUDGET, BY_REQUEST, Status
+from qlora_helpers.runs.status import BY_BUDGET, BY_INTERRUPT, BY_REQUEST, Status
 from qlora_helpers.training import checkpoints as saved
 
 HEARTBEAT_S = 2.0
@@ -41,6 +41,7 @@ class RunFolderCallback(TrainerCallback):
         self.budget = Budget(config, status, losses)
         self.saving_for: list[Any] = []
         self._beat = 0.0
+        self._phase = "training"
         self._mark = (time.monotonic(), 0)
 
     @property
@@ -62,15 +63,20 @@ class RunFolderCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._handle_requests(state, control)
         self._write_heartbeat(state)
+        if self.is_writer and control.should_save and not control.should_evaluate:
+            self._enter("saving", state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Handles what was asked during the evaluation at once, not a step later: Trainer saves after this."""
         self._handle_requests(state, control)
+        self._enter("saving" if control.should_save else "training", state)
 
     def _handle_requests(self, state: Any, control: Any) -> None:
         asked = self.run.requests.pending(self.session) if self.is_writer else []
         kinds = {request.kind for request in asked}
         reason = BY_REQUEST if "stop" in kinds else ""
+        if self.is_writer and sigterm.interrupted():
+            reason = BY_INTERRUPT
         if self.is_writer and sigterm.received():
             reason = sigterm.REASON
         all_done = state.global_step >= state.max_steps
@@ -85,7 +91,14 @@ class RunFolderCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._enter("evaluating", state)
         self._write_heartbeat(state)
+
+    def _enter(self, phase: str, state: Any) -> None:
+        """Says what the trainer does now; it is written where it changes alone."""
+        if self.is_writer and phase != self._phase:
+            self._phase = phase
+            self.run.set_status(phase=phase, step=state.global_step)
 
     def _write_heartbeat(self, state: Any) -> None:
         if self.is_writer and time.monotonic() - self._beat > HEARTBEAT_S:
@@ -135,9 +148,11 @@ class RunFolderCallback(TrainerCallback):
             return
         if not self.trainer.watch.suspects:  # checkpoints from before the loss rose may still be needed
             saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
+        self.run.append_progress({"event": "saved", "session": self.session, "step": state.global_step})
         for request in self.saving_for:
             self.run.requests.acknowledge(request, f"saved at step {state.global_step}")
         self.saving_for = []
+        self._enter("training", state)
 
 
 def _broadcast(decision: tuple[bool, str]) -> tuple[bool, str]:

@@ -79,11 +79,7 @@ def train(
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
         fast = None
-        if config.matmul_dtype == "fp8" and not config.fast_step:
-            raise ModelError(
-                "FP8 is a part of the fast step, which is off",
-                next_step="Set train.fast_step=true, or train.matmul_dtype=bfloat16.",
-            )
+        refuse_settings(config)
         if config.fast_step:
             fast = opened.enter_context(open_fast_step(model, tokenizer, data, config))
             log.info("fast step:\n%s", fast)
@@ -91,6 +87,19 @@ def train(
         trainer.trained_on = trained_on
         opened.enter_context(_adapters_restored_on_failure(model))
         return _run_session(trainer, model, config, run, extra_callbacks)
+
+
+def refuse_settings(config: TrainConfig) -> None:
+    """Refuses settings that contradict each other; this needs no model, so it can be asked before one is loaded.
+
+    Raises:
+        ModelError: FP8 without the fast step.
+    """
+    if config.matmul_dtype == "fp8" and not config.fast_step:
+        raise ModelError(
+            "FP8 is a part of the fast step, which is off",
+            next_step="Set train.fast_step=true, or train.matmul_dtype=bfloat16.",
+        )
 
 
 def _make_trainer(

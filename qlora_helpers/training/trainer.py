@@ -150,9 +150,10 @@ class SummaryTrainer(Trainer):
                 sums += torch.stack([losses.sum(), tokens.sum()]).double().cpu()
                 rows += len(tokens)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-                if sigterm.received() and self.accelerator.num_processes == 1:  # the few seconds left are for saving
+                cut_short = sigterm.received() or sigterm.interrupted()
+                if cut_short and self.accelerator.num_processes == 1:  # the few seconds left are for saving
                     break
-        done = rows >= len(dataloader.dataset) or not sigterm.received()
+        done = rows >= len(dataloader.dataset) or not (sigterm.received() or sigterm.interrupted())
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])} if done else {}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 

@@ -26,10 +26,11 @@ from qlora_helpers.runs.progress import Progress
 from qlora_helpers.runs.requests import Request
 from qlora_helpers.runs.status import INTERRUPTED, Status
 from qlora_helpers.views.charts import Points
+from qlora_helpers.views.log_lines import entries
 
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s")
-LOG_LINES = 14
-LOG_BYTES = 16_384
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib", "load_percent")
+LOG_LINES = 60
+LOG_BYTES = 131_072
 LINE_CHARACTERS = 400
 
 
@@ -49,9 +50,14 @@ class View:
     Attributes:
         name: the run's name.
         status: what `Run.status` returns.
-        curves: `(step, value)` pairs for each of `CURVES`.
+        curves: `(step, value)` pairs for each of `CURVES`. Memory is that of the fullest GPU and load that of the least busy one;
+            without a GPU they are the process's, and load is a percentage of one core.
+        records: the logged steps, as `Progress` has them.
+        events: what else happened, as `Progress` has it, and `("best", step)` for the lowest evaluation loss.
         generation: the count of `Progress`; if it differs from the last look's, points may have been taken back.
-        seconds_left: time left in training, estimated from the pace of this session; None if there is no estimate.
+        seconds_left: time left in training, estimated from the pace of this session and shortened by the limits; None if there is
+            no estimate.
+        left_until: the limit that is expected to end the session before its last step; empty if none is.
         silent_s: seconds since the trainer's last sign of life.
         readings: the latest values of the GPUs, the process and the CPU.
         limits: the limits of the run's budget, if it has one.
@@ -60,13 +66,18 @@ class View:
         trouble: why the run failed or died, with the last line it printed; empty if nothing is wrong.
         events_copy: the state of the copy of the TensorBoard events on S3; None if there is no copy.
         settings_changed: whether settings were saved since the last sign of life, so that a finished run may have more to do.
+        is_gone: whether the run has no folder.
+        on_gpu: whether memory and load are a GPU's.
     """
 
     name: str
     status: Status
     curves: dict[str, Points]
+    records: Sequence[dict[str, Any]] = ()
+    events: tuple[tuple[str, int], ...] = ()
     generation: int = 0
     seconds_left: float | None = None
+    left_until: str = ""
     silent_s: float = 0.0
     readings: dict[str, Any] = dataclasses.field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
@@ -75,6 +86,8 @@ class View:
     trouble: str = ""
     events_copy: CopyState | None = None
     settings_changed: bool = False
+    is_gone: bool = False
+    on_gpu: bool = False
 
     def last(self, curve: str) -> float | None:
         """Returns the latest value of a curve."""
@@ -94,6 +107,7 @@ class Follower:
         self._progress = Progress(run.progress_path)
         self._curves: dict[str, list[tuple[int, float]]] = {key: [] for key in CURVES}
         self._generation = 0
+        self._on_gpu = False
         self._paced: list[dict[str, Any]] = []  # first and last record of this session
         self._files: dict[Path, tuple[Any, Any]] = {}
         self._looking = threading.Lock()
@@ -110,20 +124,27 @@ class Follower:
             log = self._unless_changed(self.run.log_path, last_lines) or ()
             last = self._progress.records[-1] if self._progress.records else {}
             pace = [record for record in self._paced if record.get("session") == status.session]
+            config = self._unless_changed(self.run.config_path, self._train_config)
+            left, until = left_within(seconds_left(status, pace), config, status)
             return View(
                 self.run.name,
                 status,
                 {key: tuple(points) for key, points in self._curves.items()},
+                tuple(self._progress.records),
+                (*self._progress.events, *_best(self._curves["eval_loss"])),
                 self._generation,
-                seconds_left(status, pace),
+                left,
+                until,
                 max(0.0, time.time() - status.heartbeat),
                 status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
-                _limits(self._unless_changed(self.run.config_path, self._train_config), status, last),
+                _limits(config, status, last),
                 _newest_requests(self.run.requests, status.session),
                 log,
                 _trouble(status, log),
                 events_copy=copy_state(self.run.events_dir),
                 settings_changed=self._settings_changed(status),
+                is_gone=not self.run.folder.is_dir(),
+                on_gpu=self._on_gpu,
             )
 
     def _read_progress(self) -> None:
@@ -133,8 +154,10 @@ class Follower:
             self._curves = {key: [] for key in CURVES}
             self._paced, new = [], self._progress.records
         for record in new:
+            self._on_gpu = self._on_gpu or bool(as_readings(record)[0])
+            values = record | use_of(record)
             for key, points in self._curves.items():
-                points.extend(points_of([record], key))
+                points.extend(points_of([values], key))
             if not self._paced or self._paced[0].get("session") != record.get("session"):
                 self._paced = [record]
             self._paced[1:] = [record]
@@ -196,8 +219,51 @@ def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | N
     return (paced[-1]["time"] - paced[0]["time"]) / steps * max(0, status.max_steps - status.step)
 
 
+def left_within(seconds: float | None, config: TrainConfig | None, status: Status) -> tuple[float | None, str]:
+    """Shortens an estimate by the limits of the run's budget, which may end a session before its last step.
+
+    Args:
+        seconds: the estimate from the pace alone; None where there is none.
+        config: the limits; None where the settings can't be read.
+        status: the run's status.
+
+    Returns:
+        Seconds left, and the name of the limit that ends the session; empty where its last step does.
+    """
+    if seconds is None or config is None:
+        return seconds, ""
+    ends = [(seconds, "")]
+    if config.stop_at_minutes is not None:
+        ends.append((60 * config.stop_at_minutes - status.session_s, "train.stop_at_minutes"))
+    if config.stop_at_usd is not None and status.usd_per_hour:
+        left_usd = config.stop_at_usd - (status.used_usd or 0.0)
+        ends.append((3600 * left_usd / status.usd_per_hour, "train.stop_at_usd"))
+    left, until = min(ends, key=lambda end: end[0])
+    return max(0.0, left), until
+
+
+def use_of(record: dict[str, Any]) -> dict[str, float]:
+    """Returns `memory_gib` of the fullest GPU and `load_percent` of the least busy one, else those of the process."""
+    gpus, process = as_readings(record)
+    memory = [value for gpu in gpus if (value := as_number(gpu.get("memory_used_gib"))) is not None]
+    load = [value for gpu in gpus if (value := as_number(gpu.get("load"))) is not None]
+    found = {"memory_gib": max(memory, default=None), "load_percent": min(load, default=None)}
+    if not gpus:
+        found = {"memory_gib": as_number(process.get("rss_gib")), "load_percent": as_number(process.get("cpu_percent"))}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _best(points: Sequence[tuple[int, float]]) -> tuple[tuple[str, int], ...]:
+    return (("best", min(points, key=lambda point: point[1])[0]),) if points else ()
+
+
 def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
-    """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state."""
+    """Returns the last lines of a log as a terminal would show them: a progress bar only in its last state.
+
+    Args:
+        path: the log.
+        lines: how many; where some of them hold the values of steps, so many of the last other lines are returned, too.
+    """
     try:
         with open_regular(path, follow=False) as file:
             file.seek(0, 2)
@@ -211,7 +277,9 @@ def last_lines(path: Path, lines: int = LOG_LINES) -> tuple[str, ...]:
         del found[0]  # the read began in the middle of this line
     shown = [plain(line).rstrip() for line in found]
     cut = [line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…" for line in shown if line]
-    return tuple(cut[-lines:])
+    messages = [place for place, entry in enumerate(entries(cut)) if not entry.is_step][-lines:]
+    kept = sorted({*messages, *range(max(0, len(cut) - lines), len(cut))})
+    return tuple(cut[place] for place in kept)
 
 
 def _limits(config: TrainConfig | None, status: Status, last: dict[str, Any]) -> tuple[Limit, ...]:
@@ -239,7 +307,7 @@ def _newest_requests(requests: Iterable[Request], session: int) -> tuple[Request
 
 def _trouble(status: Status, log: Sequence[str]) -> str:
     if status.state not in ("failed", "dead"):
-        return ""
+        return "" if status.is_live else plain(status.warning)
     if status.exit_reason == INTERRUPTED:
         return "It was interrupted. Resume continues from the last good checkpoint"
     parts = [status.last_error or status.exit_reason or "it ended"]
@@ -247,5 +315,6 @@ def _trouble(status: Status, log: Sequence[str]) -> str:
         return plain(log[-1].removeprefix("error: "))
     if status.state == "dead":
         parts = ["The trainer's process ended without an error message; it may have been killed because memory ran out"]
-        parts += [f"The last line of its log: {log[-1]}"] if log else []
+        last = [entry.text for entry in entries(log) if not entry.is_step][-1:]
+        parts += [f"The last line of its log: {text}" for text in last]
     return plain(". ".join(parts))

@@ -7,7 +7,6 @@ This module reads nothing but the run folder, so it works beside a trainer in an
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,12 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.tables import AS_TEXT, Table
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
-from qlora_helpers.runs.events_copy import CopyState, copy_state
+from qlora_helpers.runs.events_copy import CopyState
 from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.plan_file import read_plan
+from qlora_helpers.runs.status import PHASES
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
-from qlora_helpers.views.follow import as_number, as_readings, points_of, seconds_left
+from qlora_helpers.views.follow import Follower, View, as_number, as_readings, points_of
 
 
 class LossCurve(Chart):
@@ -62,28 +62,35 @@ class Watch:
         status: what `Run.status` returns; the state is `dead` if the trainer's process has ended without saying so.
         readings: name -> text of the values logged last; empty before the first.
         seconds_left: time left in training, estimated from the pace of this session; None if there is no estimate.
-        seconds_silent: time since the trainer's last sign of life.
+        seconds_silent: time since the trainer's last sign of life; None does not print it.
         events_copy: the state of the copy of the TensorBoard events on S3; None if there is no copy.
+        left_until: the limit that is expected to end the session before its last step; empty if none is.
     """
 
     name: str
     status: Status
     readings: dict[str, str]
     seconds_left: float | None = None
-    seconds_silent: float = 0.0
+    seconds_silent: float | None = 0.0
     events_copy: CopyState | None = None
+    left_until: str = ""
 
     def lines(self) -> list[str]:
         """Returns the lines that are printed: state and step, what went wrong if anything did, and readings."""
         status = self.status
         head = f"{self.name}: {status.state}"
+        head += f" ({status.phase})" if status.is_live and status.phase in PHASES else ""
         head += f", step {status.step} of {status.max_steps}" if status.max_steps else ""
         if status.is_live:
             head += f", about {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
-            head += f", last sign of life {duration(self.seconds_silent)} ago"
+            head += f" until {self.left_until} ends it" if self.left_until else ""
+            head += (
+                f", last sign of life {duration(self.seconds_silent)} ago" if self.seconds_silent is not None else ""
+            )
         lines = [head]
         lines += [f"why it ended: {status.exit_reason}"] if status.exit_reason and not status.is_live else []
         lines += [f"last error: {status.last_error}"] if status.last_error else []
+        lines += [f"warning: {status.warning}"] if status.warning and not status.is_live else []
         if self.readings:
             lines.append(", ".join(f"{name} {text}" for name, text in self.readings.items()))
         lines += [f"TensorBoard: {self.events_copy.line()}"] if self.events_copy else []
@@ -99,10 +106,19 @@ class Watch:
 
 def watch_once(run: Run) -> Watch:
     """Reads a run once: state, step, time left, and the last readings."""
-    status, records = run.status(), run.progress()
-    silent = max(0.0, time.time() - status.heartbeat)
+    return watch_of(Follower(run).look())
+
+
+def watch_of(view: View) -> Watch:
+    """Returns what is printed of a run that was looked at already."""
     return Watch(
-        run.name, status, _readings(records), seconds_left(status, records), silent, copy_state(run.events_dir)
+        view.name,
+        view.status,
+        _readings(view.records),
+        view.seconds_left,
+        view.silent_s,
+        view.events_copy,
+        view.left_until,
     )
 
 

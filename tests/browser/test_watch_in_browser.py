@@ -1,9 +1,9 @@
-"""A run of its own, watched: started in the background, seen to learn, left, found again, stopped, and on disk."""
+"""A run of its own, watched: started in the background, seen to learn, left, found again, killed, resumed, stopped, and on disk."""
 
 from __future__ import annotations
 
 import pytest
-from lab import end
+from lab import LAPTOP, end
 from playwright.sync_api import expect
 
 from qlora_helpers.runs.folder import Run
@@ -34,18 +34,20 @@ def notebook(lab, opened, run):
 
 def drawn_points(panel) -> int:
     """Points of the training loss as they are drawn."""
-    return panel.locator("path.line").first.evaluate("line => (line.getAttribute('d') || '').split('L').length - 1")
+    return panel.locator(".main path.line").first.evaluate(
+        "line => (line.getAttribute('d') || '').split('L').length - 1"
+    )
 
 
 def until_more_points(page, panel, than: int) -> None:
     """Waits until the line of the training loss has more points than that."""
     page.wait_for_function(
-        "than => (document.querySelector('.qlora-watch path.line')?.getAttribute('d') || '').split('L').length - 1 > than",
+        "than => (document.querySelector('.qlora-watch .main path.line')?.getAttribute('d') || '').split('L').length - 1 > than",
         arg=than,
     )
 
 
-def test_start_watch_reload_stop_and_find_the_checkpoint(notebook, run):
+def test_start_watch_reload_kill_resume_stop_and_find_the_checkpoint(notebook, run, picture):
     page = notebook.page
     notebook.run_all()
     panel = page.locator(".qlora-watch")
@@ -58,6 +60,20 @@ def test_start_watch_reload_stop_and_find_the_checkpoint(notebook, run):
     until_more_points(page, panel, drawn_points(panel) + 10)
     panel.locator("button.qlora-save").click()
     expect(panel).to_contain_text("saved at step")
+    expect(panel.locator(".mark.saved")).to_have_count(1)
+
+    step = run.status().step
+    end(run)  # as a machine that is out of memory does
+    expect(panel.locator(".qlora-state")).to_contain_text("dead")
+    expect(panel.get_by_role("button", name="Stop and save")).to_be_disabled()
+    picture(notebook, panel, "watch-killed")
+    panel.get_by_role("button", name="Resume").click()
+    expect(panel.locator(".qlora-phase")).to_have_text("training")
+    expect(panel.locator(".mark.resumed").first).to_be_attached()
+    assert panel.get_by_role("button", name="Stop and save").bounding_box()["y"] < LAPTOP["height"]
+    page.wait_for_function(
+        "step => +document.querySelector('.qlora-progress').getAttribute('aria-valuenow') > step", arg=step
+    )
 
     panel.locator("button.qlora-stop").click()
     expect(panel.locator(".qlora-state")).to_contain_text("stopped")

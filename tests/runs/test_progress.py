@@ -159,6 +159,21 @@ def test_records_that_are_superseded_within_one_read_are_not_new(tmp_path):
     assert progress.records == [{"step": 1}, {"step": 2, "session": 2}]
 
 
+def test_what_else_happened_is_kept_apart_from_the_steps(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    progress = Progress(path)
+    append(path, {"event": "start", "resumed_from": 0}, {"step": 1}, {"event": "saved", "step": 1}, {"step": 2})
+    append(path, {"event": "saved", "step": 2})
+    assert progress.read() == [{"step": 1}, {"step": 2}]
+    assert progress.events == [("saved", 1), ("saved", 2)]
+    append(path, {"event": "start", "resumed_from": 1}, {"step": 2, "session": 2}, {"event": "saved", "step": "2"})
+    assert progress.read() == [{"step": 2, "session": 2}]
+    assert progress.events == [("saved", 1), ("resumed", 1)]
+    whole = Progress(path)
+    whole.read()
+    assert (whole.records, whole.events) == (progress.records, progress.events)
+
+
 def test_a_start_without_a_step_supersedes_everything(tmp_path):
     path = tmp_path / "progress.jsonl"
     progress = Progress(path)

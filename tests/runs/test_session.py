@@ -45,8 +45,7 @@ def test_the_end_is_announced_while_the_lock_is_held(made):
     ("error", "reason", "message"),
     [
         (ZeroDivisionError("oops"), "an error", "ZeroDivisionError: oops"),
-        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt: "),
-        (SystemExit(143), "interrupted", "SystemExit: 143"),
+        (SystemExit(1), "an error", "SystemExit: 1"),
         (ValueError("x" * 5000), "an error", ("ValueError: " + "x" * 5000)[: session.LONGEST_ERROR]),
     ],
 )
@@ -66,6 +65,23 @@ def test_an_error_is_recorded_and_raised_again(made, error, reason, message):
     assert ended == [made]
     assert "training ended: " in made.log_path.read_text()
     assert not locks.is_locked(made)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupt_is_no_failure(made, error):
+    """A person's, or SIGTERM's before there was anything to save."""
+
+    def stop() -> None:
+        with training_session(made):
+            made.request("stop")
+            raise error
+
+    with pytest.raises(type(error)):
+        stop()
+    status = made.status()
+    assert (status.state, status.exit_reason, status.last_error) == ("stopped", "interrupted", None)
+    assert [request.answer for request in made.requests] == ["the training was interrupted first"]
+    assert "ERROR" not in made.log_path.read_text()
 
 
 def test_requests_that_came_too_late_are_answered(made):

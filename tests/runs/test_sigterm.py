@@ -1,4 +1,4 @@
-"""SIGTERM: noted while there is something to save, the end at any other time, and no handler is left behind."""
+"""SIGTERM and SIGINT: noted while there is something to save, the end at any other time, and no handler is left behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import threading
 import pytest
 
 from qlora_helpers.runs import sigterm
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def terminate() -> None:
@@ -29,6 +33,33 @@ def test_outside_steps_the_signal_ends_the_process_with_code_143():
     with pytest.raises(SystemExit) as caught, sigterm.catching():
         terminate()
     assert caught.value.code == 143
+
+
+def test_during_steps_an_interrupt_is_recorded_and_a_second_one_ends_them():
+    def twice() -> None:
+        with sigterm.catching(), sigterm.deferred():
+            interrupt()
+            assert sigterm.interrupted() and not sigterm.received()
+            interrupt()
+            raise AssertionError("the second interrupt did not end it")
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    with sigterm.catching():
+        assert not sigterm.interrupted()
+
+
+def test_outside_steps_an_interrupt_is_as_always():
+    def once() -> None:
+        with sigterm.catching():
+            interrupt()
+            raise AssertionError("the interrupt did not end it")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    assert not sigterm.interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_earlier_handler_is_restored():

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.wiring import decoder_layers, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.progress import Progress
+from qlora_helpers.runs.status import BY_INTERRUPT
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
 from qlora_helpers.training.callback import RunFolderCallback
@@ -250,6 +253,40 @@ def test_sigterm_during_an_evaluation_cuts_it_short_and_saves(teach, run, data):
         _, result = teach(counted, data=many, max_steps=6, eval_steps=3, save_steps=100)
     assert result.steps == 6 and counted.batches == 2 + len(many.eval)
     assert [line["step"] for line in run.progress() if "eval_loss" in line] == [6]
+
+
+def test_an_interrupt_saves_within_a_step_and_says_so(teach, run):
+    with sigterm.catching():
+        _, result = teach(At(3, lambda: os.kill(os.getpid(), signal.SIGINT)), max_steps=6, save_steps=100)
+    assert (result.steps, result.stop_reason) == (3, BY_INTERRUPT)
+    assert "stopped when it was interrupted" in repr(result)
+    assert checkpoints(run) == [3]
+
+
+def test_the_status_says_what_the_trainer_does_now(teach, run):
+    class Seen(TrainerCallback):
+        phases: ClassVar[list[tuple[str, int, str]]] = []
+
+        def note(self, moment, state):
+            self.phases.append((moment, state.global_step, run.status().phase))
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.note("step", state)
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.note("evaluation", state)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.note("evaluated", state)
+
+    seen = Seen()
+    teach(seen, max_steps=3, eval_steps=2, save_steps=2)
+    assert {phase for moment, _, phase in seen.phases if moment == "step"} == {"training"}
+    assert {phase for moment, _, phase in seen.phases if moment == "evaluation"} == {"evaluating"}
+    assert ("evaluated", 2, "saving") in seen.phases
+    progress = Progress(run.progress_path)
+    progress.read()
+    assert progress.events == [("saved", 2), ("saved", 3)]
 
 
 # the budget

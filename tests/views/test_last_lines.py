@@ -12,6 +12,13 @@ def test_a_short_log_is_shown_whole(tmp_path):
     assert last_lines(tmp_path / "missing.txt") == ()
 
 
+def test_values_of_steps_push_no_message_out(tmp_path):
+    path = tmp_path / "log.txt"
+    step = "2026-11-30 18:03:06,101 qlora_helpers.training.callback INFO step {}: epoch 1, loss 2.1"
+    path.write_text("first\nsecond\n" + "".join(f"{step.format(number)}\n" for number in range(100)))
+    assert last_lines(path, 2) == ("first", "second", step.format(98), step.format(99))
+
+
 def test_only_the_last_lines_are_shown(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("".join(f"line {number}\n" for number in range(100)))

@@ -214,7 +214,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     run = fake_run(tmp_path)
     run.start_session(30, 0)
     assert watch_once(run).seconds_left is None
-    assert repr(watch_once(run)).startswith("demo: running, step 0 of 30, last sign of life ")
+    assert repr(watch_once(run)).startswith("demo: running (training), step 0 of 30, last sign of life ")
     assert repr(watch_once(fake_run(tmp_path, "new"))) == "new: new"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.evaluation.metrics.exact import EXACT
 from qlora_helpers.evaluation.metrics.fields import json_metric, object_of
 from qlora_helpers.evaluation.metrics.labels import labels_metric
@@ -16,6 +17,7 @@ from qlora_helpers.evaluation.metrics.numbers import decimal_sign, is_identifier
 from qlora_helpers.evaluation.metrics.own import Function, own_metric
 from qlora_helpers.evaluation.metrics.text import TEXT
 from qlora_helpers.evaluation.metrics.words import words
+from qlora_helpers.runs.folder import Run
 
 FEWEST_ANSWERS = 20  # with fewer, repeats and lengths say little about the task
 MOST_LABELS, LABEL_REPEATS, LONGEST_LABEL = 50, 5, 100  # labels; answers to each, on average; characters
@@ -95,6 +97,22 @@ def metric_for(
     else:
         name, reason = config.metric, f"evaluation.metric={config.metric}"
     return _metric(name, config, [*answers, *references]), reason
+
+
+def refuse_metric(run: Run, function: Function | None = None) -> None:
+    """Tries an evaluation's metric on the references of a run's prepared data, which needs no model.
+
+    Args:
+        run: the run; where no data is prepared, nothing is tried.
+        function: as for `metric_for`.
+
+    Raises:
+        UserError: as for `metric_for`.
+    """
+    prepared = read_prepared_file(run.data_dir)
+    if prepared is not None:
+        references = [text for row in prepared.test for text in (row.answer, *row.references)]
+        metric_for(run.config().evaluation, prepared.train_answers, references, function=function)
 
 
 def _metric(name: str, config: EvaluationConfig, answers: Sequence[str]) -> Metric:

@@ -231,6 +231,7 @@ class AnswerPanel(Panel):
         return self.models.get(self._chosen()[side], "")
 
     def _draw(self, *sides: str) -> None:
+        self.still_changed()
         for side in sides:
             name, stale = html.escape(self._name(side)), self._stale(side)
             progress = self.answers.get(side)

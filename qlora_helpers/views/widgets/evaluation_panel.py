@@ -102,6 +102,7 @@ class EvaluationPanel(Panel):
 
     def look(self) -> None:
         """Reads the run's folder and shows what it says."""
+        self.still_changed()
         progress, running = evaluation_progress(self.run), self.running
         self._bar.max, self._bar.value = (progress.total, progress.done) if progress else (1, 0)
         self._bar.layout.display = None if running or progress else "none"

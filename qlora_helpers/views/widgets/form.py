@@ -276,6 +276,7 @@ class ConfigForm(Panel):
         return found
 
     def _draw(self) -> None:
+        self.still_changed()
         self.view.show(self.forecast, cost=self.cost, trouble=self._trouble)
         summary = short(self.forecast, self.cost) if self.forecast else "no forecast"
         fits = self.forecast is None or self.cost is not None or self.forecast.fits

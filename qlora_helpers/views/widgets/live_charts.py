@@ -1,149 +1,256 @@
-"""Charts that grow while a run trains. bqplot draws them in the browser, and only changes are sent there.
+"""Charts that grow while a run trains: SVG that the kernel draws and an `ipywidgets.HTML` shows.
 
-`charts` draws the same curves as still pictures in the same colours.
+So they need nothing on the Jupyter server but ipywidgets itself. bqplot and anywidget both need an extension of their own there,
+which SageMaker Studio's servers lack, and their charts can't be shown once the kernel is gone. What a person sets (the steps to
+show, smoothing, a logarithmic axis) is kept in the kernel and so survives new points; what only follows the pointer is a few lines
+of script in the page, without which everything else works.
 """
 
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Sequence
+import json
+from collections.abc import Callable
 from typing import Any
 
-import bqplot
 import ipywidgets
-import numpy as np
 
-from qlora_helpers.views.charts import BLUE, ORANGE, Points, number_text
+from qlora_helpers.views.charts import Points, number_text
+from qlora_helpers.views.follow import View
+from qlora_helpers.views.plots import UNITS, Drawing, Mark, Plot
+from qlora_helpers.views.run_plots import best_points, draw_run, whole_axis
+from qlora_helpers.views.widgets.panel import add_classes, button
 
-MOST_POINTS = 500
-COLOURS = (BLUE, ORANGE)
+SMOOTHING = {"none": 0.0, "light": 0.6, "medium": 0.85, "strong": 0.95}
+MARKS = {"saved": "❘ saved", "resumed": "┆ resumed", "best": "★ best evaluation"}
+
+# Called for every event of the pointer over the charts; `this` is the element that holds them all.
+_POINTER = """
+const host = this.closest('.qlora-live'), area = event.target.closest('.qlora-area');
+const show = share => {
+  const box = host.querySelector('.qlora-charts');
+  if (!box) return;
+  const lo = +box.dataset.lo, hi = +box.dataset.hi, step = lo + share * (hi - lo);
+  for (const chart of box.querySelectorAll('figure')) {
+    const values = chart.querySelectorAll('b'), cursor = chart.querySelector('u');
+    let at = null;
+    JSON.parse(chart.dataset.lines).forEach((line, index) => {
+      let near = null;
+      for (const point of line) if (!near || Math.abs(point[0] - step) < Math.abs(near[0] - step)) near = point;
+      if (near && at === null) at = near[0];
+      if (near) values[index].textContent = near[1] + (near[0] === at ? '' : ' at ' + near[0]);
+    });
+    if (at === null) continue;
+    cursor.hidden = false;
+    cursor.dataset.step = 'step ' + at;
+    cursor.style.left = 100 * (at - lo) / (hi - lo) + '%';
+  }
+};
+const hide = () => {
+  host.qloraShare = host.qloraFrom = null;
+  for (const cursor of host.querySelectorAll('u')) cursor.hidden = true;
+  for (const value of host.querySelectorAll('b')) value.textContent = value.dataset.last;
+};
+if (!host.qloraSeen) {
+  host.qloraSeen = new MutationObserver(() => { if (host.qloraShare != null) show(host.qloraShare); });
+  host.qloraSeen.observe(this.parentNode, {childList: true});
+}
+const panel = host.closest('.qlora-watch');
+if (event.type === 'dblclick') { panel.querySelector('.qlora-all-steps')?.click(); return; }
+if (event.type === 'pointerleave' || !area) { hide(); return; }
+const box = area.getBoundingClientRect(), share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+const band = area.querySelector('s');
+if (event.type === 'pointerdown') { host.qloraFrom = share; event.preventDefault(); }
+const from = host.qloraFrom;
+if (event.type === 'pointermove' && from != null && event.buttons) {
+  band.hidden = false;
+  band.style.left = 100 * Math.min(from, share) + '%';
+  band.style.width = 100 * Math.abs(from - share) + '%';
+}
+if (event.type === 'pointerup') {
+  host.qloraFrom = null;
+  band.hidden = true;
+  if (from != null && Math.abs(from - share) > 0.02) {
+    const lo = +this.dataset.lo, hi = +this.dataset.hi;
+    [['.qlora-from', Math.min(from, share)], ['.qlora-to', Math.max(from, share)]].forEach(([name, at]) => {
+      const input = panel.querySelector(name + ' input');
+      if (!input) return;
+      input.value = Math.round(lo + at * (hi - lo));
+      input.dispatchEvent(new Event('change', {bubbles: true}));
+    });
+  }
+}
+host.qloraShare = share;
+show(share);
+"""
 
 
-class LiveChart:
-    """One chart with one or two lines over the optimizer steps.
+class LiveCharts:
+    """All charts of a run in one widget, with the controls for how they are drawn.
 
     Args:
-        names: the names of the lines, as the key shows them.
-        height_px: the height of the drawing.
+        changed: called after a person chose other steps.
 
     Attributes:
-        box: the widget to show.
-        lines: bqplot's marks in the order of the names.
-        key: the names with their latest values.
+        box: the charts.
+        controls: the widgets that change them.
+        first, last, smoothing, log, all_steps: these widgets one by one.
+        across: the steps that a person chose to see; None follows the run.
     """
 
-    def __init__(self, names: Sequence[str], *, height_px: int) -> None:
-        self.names = tuple(names)
-        self.x, self.y = bqplot.LinearScale(min=0.0, max=10.0), bqplot.LinearScale()
-        looks: tuple[dict[str, Any], ...] = (
-            {"colors": [BLUE]},
-            {"colors": [ORANGE], "marker": "circle", "marker_size": 24},
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self.box = add_classes(ipywidgets.HTML(layout={"width": "100%"}), "qlora-live")
+        self.across: tuple[int, int] | None = None
+        self._changed, self._quiet = changed, False
+        self._view: View | None = None
+        self._shown: Any = None
+        small: dict[str, Any] = {"layout": {"width": "auto"}, "style": {"description_width": "initial"}}
+        self.first = add_classes(
+            ipywidgets.BoundedIntText(description="steps from", min=0, max=1, **small), "qlora-from"
         )
-        self.lines = [
-            bqplot.Lines(x=[], y=[], scales={"x": self.x, "y": self.y}, stroke_width=1.8, **look)
-            for _, look in zip(names, looks, strict=False)
-        ]
-        self.across = bqplot.Axis(scale=self.x, grid_lines="none")
-        self.up = bqplot.Axis(scale=self.y, side="left", grid_lines="none")
-        self._most = max(3, height_px // 45)
-        figure = bqplot.Figure(
-            marks=self.lines,
-            axes=[self.across, self.up],
-            fig_margin={"top": 6, "bottom": 24, "left": 50, "right": 12},
-            min_aspect_ratio=0.1,
-            max_aspect_ratio=100,
-            padding_x=0,
-            padding_y=0,
-            animation_duration=0,
-            layout={"width": "100%", "height": f"{height_px}px", "min_width": "0"},
+        self.last = add_classes(ipywidgets.BoundedIntText(description="to", min=1, max=1, **small), "qlora-to")
+        self.all_steps = add_classes(
+            button(
+                "All steps",
+                "Shows the whole run again and follows it; a double click in a chart does the same",
+                self.follow,
+            ),
+            "qlora-all-steps",
         )
-        self.key = ipywidgets.HTML()
-        self.box = ipywidgets.VBox([self.key, figure], layout={"width": "100%", "overflow": "hidden"})
-        self.box.add_class("qlora-chart")
-        self._drawn: list[tuple[int, float] | None] = []
-        self._generation = -1
+        self.smoothing = ipywidgets.Dropdown(options=list(SMOOTHING), value="none", description="smoothing", **small)
+        self.log = ipywidgets.Checkbox(description="log scale of the loss", indent=False, **small)
+        self.first.observe(self._choose, "value")
+        self.last.observe(self._choose, "value")
+        self.smoothing.observe(self._redraw, "value")
+        self.log.observe(self._redraw, "value")
+        self.controls = add_classes(
+            ipywidgets.HBox([self.first, self.last, self.all_steps, self.smoothing, self.log]), "qlora-chart-controls"
+        )
 
-    def show(self, lines: Sequence[Points], *, last_step: int, generation: int = 0) -> None:
-        """Draws what is new, and sends nothing if nothing is.
-
-        Args:
-            lines: the points of each line in the order of the names.
-            last_step: the last step of the whole run; the axis grows towards it.
-            generation: a count; when it changes, points may have been taken back.
-        """
-        ends = [points[-1] if points else None for points in lines]
-        if ends == self._drawn and generation == self._generation:
+    def show(self, view: View) -> None:
+        """Draws the run, and sends nothing where nothing is new."""
+        self._view = view
+        ends = tuple(points[-1] if points else None for points in view.curves.values())
+        drawn = (ends, view.generation, view.events, view.status.max_steps, view.status.state)
+        settings = (self.across, self.smoothing.value, self.log.value)
+        if (drawn, settings) == self._shown:
             return
-        self._drawn, self._generation = ends, generation
-        far = max((end[0] for end in ends if end), default=0)
-        shown = [thinned(points) for points in lines]
-        self._scale(axis_end(far, last_step), [value for points in shown for _, value in points])
-        for mark, points in zip(self.lines, shown, strict=True):
-            with mark.hold_sync():
-                mark.x = np.array([step for step, _ in points], dtype=float)
-                mark.y = np.array([value for _, value in points], dtype=float)
-                if mark is self.lines[0]:
-                    mark.marker = "circle" if len(points) == 1 else None  # a single point draws no line
-        self.key.value = "&emsp;".join(map(_key, self.names, COLOURS, ends))
+        self._shown = (drawn, settings)
+        whole = whole_axis(view)
+        self._set_ends(self.across or whole, most=max(whole[1], view.status.max_steps))
+        drawings = draw_run(view, self.across, smoothing=SMOOTHING[self.smoothing.value], log=self.log.value)
+        self.box.value = charts_html(drawings, view)
 
-    def _scale(self, end: int, values: Sequence[float]) -> None:
-        """Fits the axes to the values, with round numbers at their ticks."""
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        for scale, axis, ends, most in (
-            (self.x, self.across, (0.0, float(end)), 6),
-            (self.y, self.up, (low - room, high + room), self._most),
-        ):
-            if (scale.min, scale.max) == ends:
-                continue
-            ticks, form = round_ticks(*ends, most)
-            with scale.hold_sync(), axis.hold_sync():
-                scale.min, scale.max = ends
-                axis.tick_values, axis.tick_format = np.array(ticks), form
+    def follow(self) -> None:
+        """Shows all steps again, and new ones as they come."""
+        self.across = None
+        self._redraw()
+        self._changed()
 
+    def _set_ends(self, ends: tuple[int, int], most: int) -> None:
+        self._quiet = True
+        for widget, value in ((self.first, ends[0]), (self.last, ends[1])):
+            widget.max = max(most, value)
+            widget.value = value
+        self._quiet = False
 
-def _key(name: str, colour: str, end: tuple[int, float] | None) -> str:
-    value = number_text(end[1]) if end else "–"
-    mark = f'<i style="background:{colour}"></i>'
-    return f'<span class="qlora-key">{mark}{html.escape(name)} <b>{value}</b></span>'
+    def _choose(self, change: Any) -> None:
+        if self._quiet:
+            return
+        first, last = self.first.value, self.last.value
+        self.across = (min(first, last), max(last, first + 1)) if first < last else (first, first + 1)
+        self._redraw()
+        self._changed()
+
+    def _redraw(self, change: Any = None) -> None:
+        if self._view is not None:
+            self.show(self._view)
 
 
-def axis_end(step: int, last_step: int) -> int:
-    """Returns where the axis of steps ends: at a round number a little past the last point, and never past the run's end.
-
-    Args:
-        step: the last step drawn.
-        last_step: the last step of the whole run; 0 if it is not known.
-    """
-    room = max(10.0, 1.25 * step)
-    size = 10 ** math.floor(math.log10(room))
-    end = next(int(factor * size) for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * size >= room)
-    return max(1, step, min(end, last_step)) if last_step else end
-
-
-def round_ticks(low: float, high: float, most: int) -> tuple[list[float], str]:
-    """Returns about `most` round numbers from `low` to `high`, and the format in which d3 writes them."""
-    size = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(factor * size for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * size) <= most)
-    ticks = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    if step >= 1:
-        return ticks, "~s" if max(map(abs, ticks), default=0) >= 10_000 else "d"
-    if step >= 1e-3:
-        return ticks, f".{math.ceil(-math.log10(step) - 1e-9)}f"
-    digits = math.floor(math.log10(max(map(abs, ticks), default=step)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
-    return ticks, f".{max(0, digits)}~e"  # enough digits to distinguish two ticks
+def charts_html(drawings: dict[str, Drawing], view: View) -> str:
+    """Returns all charts as HTML: the losses large, the others small beside them."""
+    losses, *others = drawings.values()
+    first, last = losses.across
+    forward = "this.onpointermove(event)"
+    events = " ".join(f'on{name}="{forward}"' for name in ("pointerdown", "pointerup", "pointerleave", "dblclick"))
+    small = "".join(_figure(drawing, "small") for drawing in others)
+    return (
+        f'<div class="qlora-charts" data-lo="{first:.0f}" data-hi="{last:.0f}" '
+        f'onpointermove="{html.escape(_POINTER.strip())}" {events}>'
+        f'<div class="qlora-chart-main">{_figure(losses, "main")}{_legend(losses, view)}</div>'
+        f'<div class="qlora-chart-others">{small}</div></div>'
+    )
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """Returns at most `most` points that look the same: the lowest and highest of each stretch, and both ends."""
-    if len(points) <= most:
-        return points
-    stretches = (most - 2) // 2
-    kept = [points[0]]
-    inner = points[1:-1]
-    for number in range(stretches):
-        part = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
-        low, high = min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])
-        kept += sorted({low, high})
-    return (*kept, points[-1])
+def _figure(drawing: Drawing, size: str) -> str:
+    plot = drawing.plot
+    keys = "".join(
+        f'<span class="qlora-key"><i style="background:{line.colour}"></i>{html.escape(line.name) if size == "main" else ""} '
+        f"{_value(points, plot)}</span>"
+        for line, points in zip(plot.lines, drawing.shown, strict=True)
+    )
+    texts = [[(step, plot.text(value)) for step, value in points] for points in drawing.shown]
+    data = html.escape(json.dumps(texts, separators=(",", ":")))
+    log = ", log scale" if plot.log else ""
+    return (
+        f'<figure class="{size}" role="img" aria-label="{html.escape(drawing.label())}" data-lines="{data}">'
+        f"<figcaption><span>{html.escape(plot.title)}{log}</span>{keys}</figcaption>"
+        f'<div class="qlora-plot">{_ticks(drawing)}<div class="qlora-area">{_svg(drawing)}{_marks(drawing)}'
+        f"<s hidden></s><u hidden></u>{_nothing(drawing)}</div></div>"
+        f'<div class="qlora-axis">{"optimizer step" if size == "main" else "step"}</div></figure>'
+    )
+
+
+def _value(points: Points, plot: Plot) -> str:
+    text = plot.text(points[-1][1]) if points else "–"
+    return f'<b data-last="{text}">{text}</b>'
+
+
+def _nothing(drawing: Drawing) -> str:
+    if not drawing.is_empty:
+        return ""
+    zoomed = any(line.points for line in drawing.plot.lines)
+    text = "no point between these steps" if zoomed else drawing.plot.nothing
+    return f'<em class="qlora-nothing">{html.escape(text)}</em>'
+
+
+def _ticks(drawing: Drawing) -> str:
+    if drawing.is_empty:
+        return ""
+    up = "".join(f'<span class="up" style="bottom:{100 * place:.1f}%">{text}</span>' for place, text in drawing.values)
+    across = "".join(
+        f'<span class="across" style="left:{100 * place:.1f}%">{text}</span>' for place, text in drawing.steps
+    )
+    return f'<div class="qlora-ticks" aria-hidden="true">{up}{across}</div>'
+
+
+def _svg(drawing: Drawing) -> str:
+    grid = "".join(f'<path class="grid" d="M0 {UNITS * (1 - place):.0f}H{UNITS}"/>' for place, _ in drawing.values)
+    lines = "".join(
+        f'<g stroke="{line.colour}"><path class="raw" d="{raw}"/><path class="line" d="{path}"/><path class="dots" d="{dots}"/></g>'
+        for line, (raw, path, dots) in zip(drawing.plot.lines, drawing.paths, strict=True)
+    )
+    return f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" aria-hidden="true">{grid}{lines}</svg>'
+
+
+def _marks(drawing: Drawing) -> str:
+    """Returns what happened at which step, a sign at its place each; the page shows its text under the pointer."""
+    return "".join(_mark(mark, drawing) for mark in drawing.marks())
+
+
+def _mark(mark: Mark, drawing: Drawing) -> str:
+    x, y = drawing.place(mark.step, mark.value if not drawing.is_empty else None)
+    sign = "★" if mark.kind == "best" else ""
+    return (
+        f'<span class="mark {mark.kind}" style="left:{100 * x:.2f}%;bottom:{100 * y:.1f}%" '
+        f'title="{mark.kind} at step {mark.step:,}">{sign}</span>'
+    )
+
+
+def _legend(drawing: Drawing, view: View) -> str:
+    kinds = {mark.kind for mark in drawing.marks()}
+    parts = ["● evaluated"] if view.curves["eval_loss"] else []
+    parts += [text for kind, text in MARKS.items() if kind in kinds]
+    best = "".join(f": {number_text(value)} at step {step:,}" for step, value in best_points(view))
+    shown = [html.escape(part + (best if part == MARKS["best"] else "")) for part in parts]
+    return f'<div class="qlora-chart-legend">{"&emsp;".join(shown)}</div>'

@@ -197,6 +197,7 @@ class RowBrowser(Panel):
         self.search(self._query)
 
     def _draw(self) -> None:
+        self.still_changed()
         self._quiet = True
         self._number.value = str(self.index + 1)
         self._quiet = False

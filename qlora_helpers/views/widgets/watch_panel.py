@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import html
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ipywidgets
@@ -19,12 +21,21 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.status import Status
 from qlora_helpers.views import monitor
 from qlora_helpers.views.follow import CURVES, Follower, View
+from qlora_helpers.views.monitor import LossCurve
+from qlora_helpers.views.run_plots import draw_run, nothing
+from qlora_helpers.views.still_picture import still_picture
 from qlora_helpers.views.widgets import watch_texts
-from qlora_helpers.views.widgets.live_charts import LiveChart
-from qlora_helpers.views.widgets.panel import Panel, add_classes, error_html, styled, success_html
+from qlora_helpers.views.widgets.live_charts import LiveCharts
+from qlora_helpers.views.widgets.panel import GONE, Panel, add_classes, close_all, error_html, styled, success_html
+from qlora_helpers.views.widgets.run_log import SHOWN, log_html
+from qlora_helpers.views.widgets.step_table import FILTERS, csv_link, step_rows, table_html
 
 LIVE_S, QUIET_S = 1.0, 3.0
 """Seconds between two looks at a run while it trains, and while it does not."""
+STILL_EVERY_S, CSV_EVERY_S = 30.0, 60.0
+"""Seconds between two updates of the still copy, and of a large file with all steps, while a run trains."""
+CSV_AT_ONCE = 1000
+"""Rows up to which that file is always up to date."""
 _open: dict[str, WatchPanel] = {}  # by the notebook cell that shows it
 
 
@@ -56,12 +67,12 @@ def shown_in_cell(run: Run) -> Iterator[Callable[[], None]]:
     from IPython.display import display
 
     panel = WatchPanel(run, buttons=False)
-    shown = display(panel, display_id=True)
+    display(panel)
     try:
         yield panel.refresh
     finally:
         panel.refresh()
-        shown.update(panel)  # so that the notebook's file holds the curve as it ended
+        panel.refresh_still()  # so that the notebook's file holds the curve as it ended
 
 
 class WatchPanel(Panel):
@@ -70,8 +81,9 @@ class WatchPanel(Panel):
     Attributes:
         box: the widget to show.
         stop_button, save_button, resume_button: the requests that a person can make.
-        state, bar, readings, requests, limits, log: the widgets that show the run.
-        charts: name -> `LiveChart`.
+        state, bar, readings, requests, limits, steps, log: the widgets that show the run.
+        charts: its `LiveCharts`.
+        steps_shown, log_shown: which rows and which lines a person chose to see.
         view: the last look at the run.
         closed: whether the panel was closed.
     """
@@ -82,6 +94,8 @@ class WatchPanel(Panel):
         self.view = View(run.name, Status(), dict.fromkeys(CURVES, ()))
         self._note = ""  # the result of the last click, if the trainer does not report one
         self._task: asyncio.Task[None] | None = None
+        self._still_at = self._csv_at = float("-inf")
+        self._tabled: Any = None
         self.closed = False
         self._make_widgets()
         self.refresh()
@@ -89,16 +103,10 @@ class WatchPanel(Panel):
             self._task = asyncio.get_running_loop().create_task(self._keep_fresh())
 
     def _make_widgets(self) -> None:
-        self.state, self.readings, self.requests, self.limits, self.log = (ipywidgets.HTML() for _ in range(5))
-        self.bar = ipywidgets.FloatProgress(
-            min=0.0, max=1.0, layout={"width": "100%", "height": "10px", "margin": "2px 0"}
-        )
-        self.charts = {
-            "loss": LiveChart(["training loss", "evaluation loss"], height_px=300),
-            "learning_rate": LiveChart(["learning rate"], height_px=84),
-            "grad_norm": LiveChart(["gradient norm"], height_px=84),
-            "tokens_per_s": LiveChart(["tokens/s"], height_px=84),
-        }
+        self.state, self.bar, self.limits = map(_text, ("state", "bar", "limits"))
+        self.readings, self.requests = map(_text, ("readings", "requests"))
+        self.steps, self.csv, self.log = map(_text, ("steps", "csv", "log"))
+        self.charts = LiveCharts(self._show_steps)
         self.stop_button = self._button(
             "Stop and save", "stop", "stop", "Saves after this step and ends, which frees the GPU."
         )
@@ -106,28 +114,42 @@ class WatchPanel(Panel):
         self.resume_button = self._button(
             "Resume", "play", "resume", "Continues in a separate process from the newest good checkpoint."
         )
-        for widget, name in ((self.state, "qlora-state"), (self.requests, "qlora-requests"), (self.log, "qlora-log")):
-            add_classes(widget, name)
-        beside = {"flex": "1 1 260px", "min_width": "0", "overflow": "hidden"}
-        small = ipywidgets.VBox([self.charts[key].box for key in list(self.charts)[1:]], layout=beside)
-        self.charts["loss"].box.layout.flex = "2 1 420px"
-        charts = ipywidgets.HBox([self.charts["loss"].box, small])
-        add_classes(charts, "qlora-columns")
-        buttons = [self.stop_button, self.save_button, self.resume_button, self.requests] if self._buttons else []
-        row = add_classes(ipywidgets.HBox(buttons), "qlora-buttons")
+        self.steps_shown, self.log_shown = _chooser("steps", FILTERS), _chooser("log", SHOWN)
+        self.steps_shown.observe(lambda _: self._show_steps(), "value")
+        self.log_shown.observe(lambda _: self._show_log(), "value")
+        controls = [self.charts.controls] if self._buttons else []  # a kernel that trains can't react to them
         self.box = styled(
             [
-                self.state,
+                self._row("qlora-top", self.state, *self._request_buttons()),
                 self.bar,
+                self.requests,
                 self.limits,
-                charts,
+                *controls,
+                self.charts.box,
                 self.readings,
-                row,
-                self.log,
+                self._row(
+                    "qlora-lists",
+                    self._list(self.steps_shown, self.csv, self.steps),
+                    self._list(self.log_shown, self.log),
+                ),
             ],
             "qlora-watch",
             "qlora-card",
+            gone=f"{GONE.removesuffix('.')}; the run goes on." if self._buttons else GONE,
         )
+
+    def _request_buttons(self) -> list[ipywidgets.Widget]:
+        return [self._row("qlora-buttons", *self._request_widgets())] if self._buttons else []
+
+    def _request_widgets(self) -> tuple[ipywidgets.Button, ...]:
+        return self.stop_button, self.save_button, self.resume_button
+
+    def _list(self, chooser: ipywidgets.Widget, *shown: ipywidgets.Widget) -> ipywidgets.Widget:
+        head = [self._row("qlora-list-head", chooser, *shown[:-1])] if self._buttons else []
+        return add_classes(ipywidgets.VBox([*head, shown[-1]]), "qlora-list")
+
+    def _row(self, name: str, *children: ipywidgets.Widget) -> ipywidgets.Widget:
+        return add_classes(ipywidgets.HBox(children), name)
 
     def _button(self, text: str, icon: str, kind: str, tooltip: str) -> ipywidgets.Button:
         button = ipywidgets.Button(description=text, icon=icon, tooltip=tooltip, layout={"width": "auto"})
@@ -154,25 +176,43 @@ class WatchPanel(Panel):
             self.state.value = error_html(str(error))
 
     def _show(self, view: View) -> None:
-        self.view = view
+        before, self.view = self.view, view
         status = view.status
         self.state.value = watch_texts.state(view)
-        self.bar.value = status.step / status.max_steps if status.max_steps else 0.0
-        self.bar.bar_style = {"finished": "success", "failed": "danger", "dead": "danger"}.get(status.state, "")
+        self.bar.value = watch_texts.progress(view)
         self.limits.value = watch_texts.limits(view)
-        for key, chart in self.charts.items():
-            lines = [view.curves["loss"], view.curves["eval_loss"]] if key == "loss" else [view.curves[key]]
-            chart.show(lines, last_step=status.max_steps, generation=view.generation)
+        self.charts.show(view)
         self.readings.value = watch_texts.readings(view) + watch_texts.events_copy(view)
         self.requests.value = self._note or watch_texts.requests(view)
-        self.log.value = watch_texts.log(view)
+        self._show_steps()
+        self._show_log()
         stopping = any(request.kind == "stop" and request.stage != "answered" for request in view.requests)
         saving = any(request.kind == "save" and request.stage != "answered" for request in view.requests)
         self.stop_button.disabled = not status.is_live or stopping
         self.save_button.disabled = not status.is_live or stopping or saving
         done = status.state == "finished" and not view.settings_changed
-        self.resume_button.disabled = status.is_live or self._start is None or done
+        self.resume_button.disabled = status.is_live or self._start is None or done or view.is_gone
         self.resume_button.description = "Start" if status.state == "new" else "Resume"
+        if before.status.state != status.state or time.monotonic() - self._still_at > STILL_EVERY_S:
+            self._still_at = time.monotonic()
+            self.refresh_still()
+
+    def _show_steps(self) -> None:
+        """Shows the table; a large file of it is offered anew once a minute, because it holds every row."""
+        view, chosen = self.view, (self.steps_shown.value, self.charts.across)
+        tabled = (len(view.records), view.generation, view.events, view.status.is_live, *chosen)
+        if tabled == self._tabled:
+            return
+        was, self._tabled = self._tabled, tabled
+        rows = step_rows(view, *chosen)
+        self.steps.value = table_html(rows)
+        is_small = len(rows) <= CSV_AT_ONCE
+        if is_small or was is None or was[3:] != tabled[3:] or time.monotonic() - self._csv_at > CSV_EVERY_S:
+            self._csv_at = time.monotonic()
+            self.csv.value = csv_link(rows, view.name)
+
+    def _show_log(self) -> None:
+        self.log.value = log_html(self.view.log, self.log_shown.value)
 
     async def _keep_fresh(self) -> None:
         while not self.closed:
@@ -207,6 +247,7 @@ class WatchPanel(Panel):
                 raise RunError(f"the run {self.run.name!r} is still {status.state} after {timeout_s:g} s")
             await asyncio.sleep(0.1)
         self.refresh()
+        self.refresh_still(always=True)
         return status
 
     def close(self) -> None:
@@ -214,28 +255,41 @@ class WatchPanel(Panel):
         self.closed = True
         if self._task is not None:
             self._task.cancel()
-        _close_all(self.box)
+        for widget in (
+            self.box,
+            self.charts.controls,
+            self.steps_shown,
+            self.log_shown,
+            self.csv,
+            *self._request_widgets(),
+        ):
+            close_all(widget)
 
     def still_text(self) -> str:
         """Returns state, readings and curves as text."""
-        return f"{monitor.watch_once(self.run)}\n{monitor.loss_curve(self.run)}"
+        return f"{self._watch()}\n{LossCurve(self.view.name, self.view.curves['loss'], self.view.curves['eval_loss'])}"
 
     def still_html(self) -> str:
-        """Returns state, readings and a picture of the curves."""
-        return monitor.watch_once(self.run)._repr_html_() + monitor.loss_curve(self.run)._repr_html_()
+        """Returns state, readings and a picture of the curves, and when that was where the run goes on."""
+        status = self.view.status
+        moment = time.strftime("%H:%M UTC on %d %B %Y", time.gmtime(status.heartbeat))
+        note = f"<p>As of {moment}. Run this cell for the live panel.</p>" if status.is_live else ""
+        curves = still_picture(list(draw_run(self.view).values()), self.view.name)
+        state = dataclasses.replace(self._watch(), seconds_silent=None)._repr_html_()
+        return state + (curves or f"<p>{html.escape(nothing(self.view))}</p>") + note
+
+    def _watch(self) -> monitor.Watch:
+        return monitor.watch_of(self.view)
 
 
-def _close_all(widget: ipywidgets.Widget) -> None:
-    """Closes a widget and everything in it; closing only a box leaves the rest in kernel and browser."""
-    if widget.comm is None:
-        return
-    held = [getattr(widget, name) for name in widget.keys]
-    widget.close()
-    for value in held:
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        for each in values:
-            if isinstance(each, ipywidgets.Widget):
-                _close_all(each)
+def _text(name: str) -> ipywidgets.HTML:
+    return add_classes(ipywidgets.HTML(), f"qlora-{name}")
+
+
+def _chooser(name: str, options: Iterable[str]) -> ipywidgets.Dropdown:
+    found = ipywidgets.Dropdown(options=list(options), description=name, layout={"width": "auto"})
+    found.style.description_width = "initial"
+    return found
 
 
 def _this_cell() -> str:

@@ -1,4 +1,4 @@
-"""The texts of the watch panel as HTML: state, budget, readings, requests and log. Everything that comes from files is escaped."""
+"""The texts of the watch panel as HTML: state, budget, readings and requests. Everything that comes from files is escaped."""
 
 from __future__ import annotations
 
@@ -9,30 +9,75 @@ from collections.abc import Sequence
 from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.requests import Request
+from qlora_helpers.runs.status import INTERRUPTED, PHASES, Status
 from qlora_helpers.views.follow import View, as_number, as_readings
 from qlora_helpers.views.widgets.panel import error_html
 
 
 def state(view: View) -> str:
-    """Returns name, state, step, time left, cost, and what went wrong."""
+    """Returns name, state, what the trainer does now, step, time left, time and cost, and what went wrong."""
     status = view.status
     facts = []
     if status.max_steps:
         facts.append(("step", f"{status.step:,} of {status.max_steps:,}"))
     if view.seconds_left is not None:
-        facts.append(("time left", f"about {duration(view.seconds_left)}"))
-    if status.used_s:
-        facts.append(("time so far", duration(status.used_s)))
-    if status.used_usd is not None:
-        facts.append(("cost so far", f"{status.used_usd:,.2f} USD"))
+        until = f", until {view.left_until} ends it" if view.left_until else ""
+        facts.append(("time left", f"about {duration(view.seconds_left)}{until}"))
+    facts += _sums(status)
     if status.is_live and view.silent_s >= 15:
         facts.append(("last sign of life", f"{duration(view.silent_s)} ago"))
     shown = "".join(f'<span><span class="what">{name}</span> {html.escape(text)}</span>' for name, text in facts)
-    ended = status.exit_reason if status.state in ("stopped", "finished") else ""
+    ended = _ended(status)
     ended = f'<span class="what">{html.escape(ended)}</span>' if ended else ""
-    badge = f'<span class="qlora-badge {html.escape(status.state)}" role="status">{html.escape(status.state)}</span>'
-    head = f'<div class="qlora-head"><strong>{html.escape(view.name)}</strong>{badge}{shown}{ended}</div>'
-    return head + error_html(view.trouble)
+    name = "no folder" if view.is_gone else status.state
+    badge = f'<span class="qlora-badge {html.escape(status.state)}" role="status">{html.escape(name)}</span>'
+    now = f'<span class="qlora-phase" role="status">{status.phase}</span>' if shows_phase(status) else ""
+    head = f'<div class="qlora-head"><strong>{html.escape(view.name)}</strong>{badge}{now}{shown}{ended}</div>'
+    return head + error_html(gone(view) or view.trouble)
+
+
+def gone(view: View) -> str:
+    """Says that the run has no folder; empty where it has one."""
+    if not view.is_gone:
+        return ""
+    return f"The folder of the run {view.name!r} is gone: it was deleted, renamed or never made. There is nothing to start."
+
+
+def shows_phase(status: Status) -> bool:
+    """Whether a trainer is alive and says what it does now."""
+    return status.is_live and status.phase in PHASES
+
+
+def _sums(status: Status) -> list[tuple[str, str]]:
+    """Returns time and cost: of this session, and of all sessions where there were several."""
+    if not status.used_s:
+        return []
+    several = status.session > 1 and status.spent_s > 0
+    session = [duration(status.session_s)] if status.session_s else []
+    session += [f"{status.session_usd:,.2f} USD"] if status.session_usd is not None else []
+    whole = [duration(status.used_s)] + ([f"{status.used_usd:,.2f} USD"] if status.used_usd is not None else [])
+    if not several:
+        return [("so far", ", ".join(whole))]
+    return [("this session", ", ".join(session)), (f"all {status.session} sessions", ", ".join(whole))]
+
+
+def _ended(status: Status) -> str:
+    if status.state not in ("stopped", "finished"):
+        return ""
+    if status.exit_reason == INTERRUPTED:
+        return "interrupted: Resume continues from the last good checkpoint"
+    return status.exit_reason or ""
+
+
+def progress(view: View) -> str:
+    """Returns the bar of steps."""
+    status = view.status
+    share = min(1.0, status.step / status.max_steps) if status.max_steps else 0.0
+    return (
+        f'<div class="qlora-progress {html.escape(status.state)}" role="progressbar" aria-label="optimizer steps" '
+        f'aria-valuemin="0" aria-valuemax="{status.max_steps}" aria-valuenow="{min(status.step, status.max_steps)}">'
+        f'<div style="width:{100 * share:.1f}%"></div></div>'
+    )
 
 
 def limits(view: View) -> str:
@@ -87,14 +132,6 @@ def _request(request: Request, view: View) -> str:
         for number, step in enumerate(steps)
     )
     return f'<div class="qlora-steps" role="status">{html.escape(name)}: {shown}</div>'
-
-
-def log(view: View) -> str:
-    """Returns the last lines of the log."""
-    if not view.log:
-        return ""
-    lines = html.escape("\n".join(view.log))
-    return f'<div class="qlora-tail" tabindex="0" aria-label="log"><pre>{lines}</pre></div>'
 
 
 def _bars(rows: Sequence[tuple[str, float | None, str]]) -> str:

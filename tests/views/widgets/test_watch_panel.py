@@ -7,6 +7,8 @@ import dataclasses
 import html
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +19,7 @@ from fake_run import STEPS, add_progress, fake_run
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.views.widgets import watch
-from qlora_helpers.views.widgets.live_charts import LiveChart, axis_end, round_ticks, thinned
+from qlora_helpers.views.widgets import live_charts, watch
 
 GPUS = {
     "gpus": [
@@ -39,25 +40,48 @@ def live_run(tmp_path, **changes) -> Run:
     return run
 
 
-def plain_text(widget) -> str:
-    import re
+def drawn(panel) -> list[list[list]]:
+    """The points of each line of each chart, as the page has them for the pointer."""
+    return [json.loads(html.unescape(data)) for data in re.findall('data-lines="([^"]*)"', panel.charts.box.value)]
 
+
+def keys_of(panel) -> list[str]:
+    """The latest values, as the charts' keys show them."""
+    return re.findall('<b data-last="([^"]*)">', panel.charts.box.value)
+
+
+def steps(line) -> list[int]:
+    return [step for step, _ in line]
+
+
+def last_step(panel) -> int:
+    """The last step of the training loss that is drawn."""
+    return drawn(panel)[0][0][-1][0]
+
+
+def shown_lines(panel) -> list[str]:
+    """The lines of the log."""
+    return [line for line in plain_text(panel.log).split("\n") if line]
+
+
+def plain_text(widget) -> str:
     return html.unescape(re.sub("<[^>]*>", "\n", widget.value))
 
 
 def test_values_of_a_run_that_trains(tmp_path):
     run = live_run(tmp_path, readings=GPUS)
     panel = watch(run)
-    assert panel.bar.value == 0.5
-    assert {"demo", "running", "30 of 60", "about 4 min 00 s", "1 min 30 s", "0.18 USD"} <= {
+    assert 'aria-valuenow="30"' in panel.bar.value and "width:50.0%" in panel.bar.value
+    assert {"demo", "running", "training", "30 of 60", "about 4 min 00 s", "1 min 30 s, 0.18 USD"} <= {
         line.strip() for line in plain_text(panel.state).splitlines()
     }
-    loss, evaluation = panel.charts["loss"].lines
-    assert list(loss.x) == [*range(2, STEPS + 1, 2)]
-    assert list(evaluation.x) == [10, 20, 30]
-    for key in ("learning_rate", "grad_norm", "tokens_per_s"):
-        assert len(panel.charts[key].lines[0].x) == STEPS / 2
-    assert "850" in panel.charts["tokens_per_s"].key.value
+    (losses, learning_rate, norm, speed, memory, load), keys = drawn(panel), keys_of(panel)
+    assert steps(losses[0]) == [*range(2, STEPS + 1, 2)]
+    assert steps(losses[1]) == [10, 20, 30]
+    for (line,) in (learning_rate, norm, speed, memory):
+        assert len(line) == STEPS / 2 + (line is memory[0]) * 3  # lines of evaluations have readings, too
+    assert load == [[]]
+    assert "850" in keys
     shown = plain_text(panel.readings).split("\n")
     assert {"GPU 0 NVIDIA A10G memory", "18.2 of 24 GiB", "GPU 0 load", "97 %", "3.0 of 24 GiB"} <= set(shown)
     assert "GPU 1 load" not in shown
@@ -73,22 +97,28 @@ def test_new_steps_are_drawn_and_superseded_ones_go(tmp_path):
     panel = watch(run)
     run.append_progress({"session": 1, "step": 32, "loss": 2.0})
     panel.refresh()
-    assert list(panel.charts["loss"].lines[0].x)[-2:] == [30, 32]
+    assert steps(drawn(panel)[0][0])[-2:] == [30, 32]
     run.append_progress({"event": "start", "session": 2, "resumed_from": 20})
     run.append_progress({"session": 2, "step": 22, "loss": 1.0})
     panel.refresh()
-    x, y = panel.charts["loss"].lines[0].x, panel.charts["loss"].lines[0].y
-    assert list(x)[-2:] == [20, 22] and y[-1] == 1.0
-    assert list(panel.charts["loss"].lines[1].x) == [10, 20]
+    assert drawn(panel)[0][0][-1] == [22, "1.000"] and steps(drawn(panel)[0][0])[-2:] == [20, 22]
+    assert steps(drawn(panel)[0][1]) == [10, 20]
+    assert panel.view.events == (("resumed", 20), ("best", 20))
+    assert 'title="resumed at step 20"' in panel.charts.box.value
     panel.close()
 
 
 def test_points_already_drawn_are_not_sent_again(tmp_path):
     run = live_run(tmp_path)
     panel = watch(run)
-    drawn = [mark.x for chart in panel.charts.values() for mark in chart.lines]
+    sent = []
+    for widget in (panel.charts.box, panel.steps, panel.csv, panel.log, panel.bar):
+        widget.observe(sent.append)
     panel.refresh()
-    assert all(mark.x is x for mark, x in zip([m for c in panel.charts.values() for m in c.lines], drawn, strict=True))
+    assert sent == []
+    run.append_progress({"session": 1, "step": 32, "loss": 2.0})
+    panel.refresh()
+    assert {change["owner"] for change in sent} >= {panel.charts.box, panel.steps}
     panel.close()
 
 
@@ -100,10 +130,10 @@ def test_a_half_written_line_waits_for_its_end(tmp_path):
         file.write(line[:15])
         file.flush()
         panel.refresh()
-        assert panel.charts["loss"].lines[0].x[-1] == 30
+        assert last_step(panel) == 30
         file.write(line[15:] + "\n")
     panel.refresh()
-    assert panel.charts["loss"].lines[0].x[-1] == 32
+    assert last_step(panel) == 32
     panel.close()
 
 
@@ -136,7 +166,7 @@ def test_malformed_readings_are_skipped(tmp_path, readings):
     run.save_config(run.config().with_settings({"train.patience": 4}))
     panel = watch(run)
     assert panel.readings.value == ""
-    assert panel.charts["loss"].lines[0].x[-1] == 30
+    assert last_step(panel) == 30
     assert "0 of 4" in plain_text(panel.limits)
     panel.close()
 
@@ -145,10 +175,10 @@ def test_a_bar_in_the_log_is_shown_as_it_was_last(tmp_path):
     run = live_run(tmp_path)
     run.log_path.write_bytes(b"begin\nLoading:   0%\rLoading:  50%\rLoading: 100%\r\nafter \xff\n")
     panel = watch(run)
-    assert plain_text(panel.log).strip() == "begin\nLoading: 100%\nafter \ufffd"
+    assert shown_lines(panel) == ["begin", "Loading: 100%", "after \ufffd"]
     run.log_path.write_text("".join(f"line {number}\n" for number in range(10_000)))
     panel.refresh()
-    assert plain_text(panel.log).strip().splitlines() == [f"line {number}" for number in range(9986, 10_000)]
+    assert shown_lines(panel) == [f"line {number}" for number in range(9940, 10_000)]
     panel.close()
 
 
@@ -299,11 +329,70 @@ def test_only_a_live_run_has_a_last_sign_of_life(tmp_path):
     panel.close()
 
 
+def test_the_sums_of_the_session_and_of_the_run_are_told_apart(tmp_path):
+    panel = watch(live_run(tmp_path, session=3, spent_s=300.0, spent_usd=0.5))
+    text = plain_text(panel.state)
+    assert "this session\n 1 min 30 s, 0.18 USD" in text
+    assert "all 3 sessions\n 6 min 30 s, 0.68 USD" in text
+    panel.close()
+
+
+def test_what_is_left_names_the_limit_that_comes_first(tmp_path):
+    run = live_run(tmp_path)
+    run.save_config(run.config().with_settings({"train.stop_at_minutes": 3}))
+    panel = watch(run)
+    assert "about 1 min 30 s, until train.stop_at_minutes ends it" in plain_text(panel.state)
+    panel.close()
+
+
+@pytest.mark.parametrize("state", ["new", "running", "finished"])
+def test_a_run_whose_folder_is_gone_says_so_and_offers_nothing(tmp_path, state):
+    run = live_run(tmp_path, state=state)
+    panel = watch(run, start=print)
+    shutil.rmtree(run.folder)
+    panel.refresh()
+    assert "The folder of the run 'demo' is gone" in plain_text(panel.state)
+    assert "no folder" in plain_text(panel.state)
+    assert all(button.disabled for button in (panel.stop_button, panel.save_button, panel.resume_button))
+    assert last_step(panel) == STEPS, "what was drawn stays"
+    panel.close()
+
+
+def test_a_zoom_stays_when_points_arrive_until_all_steps_are_asked_for(tmp_path):
+    run = live_run(tmp_path)
+    panel = watch(run)
+    charts = panel.charts
+    charts.first.value, charts.last.value = 10, 20
+    assert charts.across == (10, 20) and steps(drawn(panel)[0][0]) == [10, 12, 14, 16, 18, 20]
+    run.append_progress({"session": 1, "step": 32, "loss": 2.0})
+    panel.refresh()
+    assert (charts.first.value, charts.last.value) == (10, 20) and last_step(panel) == 20
+    charts.all_steps.click()
+    assert charts.across is None and last_step(panel) == 32
+    charts.first.value = 50  # behind the last step that is drawn
+    charts.last.value = 40
+    assert charts.across[0] < charts.across[1]
+    panel.close()
+
+
+def test_smoothing_leaves_the_raw_line_and_a_logarithmic_axis_is_named(tmp_path):
+    panel = watch(live_run(tmp_path))
+    raw = drawn(panel)[0]
+    assert re.findall('class="raw" d="([^"]+)"', panel.charts.box.value) == []
+    panel.charts.smoothing.value, panel.charts.log.value = "strong", True
+    assert len(re.findall('class="raw" d="([^"]+)"', panel.charts.box.value)) == 3  # loss, gradient norm, speed
+    smooth = drawn(panel)[0]
+    assert smooth[0] != raw[0] and smooth[1] == raw[1], "evaluations are not smoothed"
+    assert "loss, nats per token, log scale" in plain_text(panel.charts.box)
+    panel.close()
+
+
 def test_a_run_that_has_not_begun(tmp_path):
     panel = watch(fake_run(tmp_path), start=print)
     assert "new" in plain_text(panel.state).split("\n")
     assert panel.resume_button.description == "Start" and not panel.resume_button.disabled
-    assert panel.log.value == "" and panel.bar.value == 0
+    assert panel.log.value == "" and 'aria-valuenow="0"' in panel.bar.value
+    assert "Nothing to draw yet: training has not begun." in plain_text(panel.charts.box)
     panel.close()
 
 
@@ -323,7 +412,7 @@ def test_a_damaged_status_is_shown_until_it_is_repaired(tmp_path):
 def test_without_widgets_it_is_a_table_and_a_picture(tmp_path):
     panel = watch(live_run(tmp_path, readings=GPUS))
     shown = panel._repr_mimebundle_()
-    assert shown["text/plain"].startswith("demo: running, step 30 of 60")
+    assert shown["text/plain"].startswith("demo: running (training), step 30 of 60")
     assert "evaluation loss" in shown["text/plain"]
     assert "<img alt=" in shown["text/html"] and "demo: running" in shown["text/html"]
     assert shown["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.box.model_id
@@ -343,14 +432,14 @@ def test_several_panels_follow_a_run_and_can_be_closed(tmp_path, monkeypatch):
             run.append_progress({"session": 1, "step": step, "loss": 2.0})
             for panel in (one, other):
                 for _ in range(500):
-                    if panel.closed or panel.charts["loss"].lines[0].x[-1] == step:
+                    if panel.closed or last_step(panel) == step:
                         break
                     await asyncio.sleep(0.01)
-            assert other.charts["loss"].lines[0].x[-1] == step
+            assert last_step(other) == step
             if step == 32:
-                assert one.charts["loss"].lines[0].x[-1] == step
+                assert last_step(one) == step
                 one.close()
-        assert one.charts["loss"].lines[0].x[-1] == 32
+        assert last_step(one) == 32
         other.close()
         await asyncio.sleep(0.05)
         assert len(asyncio.all_tasks()) == 1
@@ -392,73 +481,29 @@ def test_steps_out_of_range_are_skipped(tmp_path, step):
     run.append_progress({"session": 1, "step": step, "loss": 2.0, "gpus": [1, {"name": 3}]})
     run.append_progress({"session": 1, "step": 31, "loss": 2.0, "gpus": [1, {"name": 3}]})
     panel = watch(run)
-    assert panel.charts["loss"].lines[0].x[-1] == 31
+    assert last_step(panel) == 31
     assert "31" in panel.still_text() and "<img" in panel.still_html()
     panel.close()
 
 
-def test_a_look_costs_little_however_long_the_run(tmp_path):
+def test_a_look_costs_little_however_long_the_run(tmp_path, monkeypatch):
     """A panel of a run with 20,000 logged steps: one look without news, and one with a new step."""
     run = live_run(tmp_path)
     with open(run.progress_path, "a") as file:
         for step in range(STEPS + 1, 20_000):
             file.write(json.dumps({"session": 1, "step": step, "loss": 2.0, "grad_norm": 1.0, "time": step}) + "\n")
     panel = watch(run)
-    assert len(panel.charts["loss"].lines[0].x) <= 500
-    started = time.process_time()
+    assert len(drawn(panel)[0][0]) <= 400
+    draws, original = [], live_charts.draw_run
+    monkeypatch.setattr(live_charts, "draw_run", lambda *args, **named: draws.append(1) or original(*args, **named))
     for _ in range(20):
         panel.refresh()
-    idle = (time.process_time() - started) / 20
+    assert draws == []
     run.append_progress({"session": 1, "step": 20_000, "loss": 1.0})
-    started = time.process_time()
     panel.refresh()
-    news = time.process_time() - started
-    assert panel.charts["loss"].lines[0].x[-1] == 20_000
-    print(f"{1000 * idle:.1f} ms without news, {1000 * news:.1f} ms with")
-    assert idle < 0.05 and news < 0.25
+    assert draws == [1] and last_step(panel) == 20_000
+    assert len(panel.charts.box.value) < 100_000, "however long the run, the page gets no more"
     panel.close()
-
-
-@pytest.mark.parametrize(
-    ("step", "last", "end"),
-    [(0, 0, 10), (0, 60, 10), (7, 60, 10), (30, 60, 40), (50, 60, 60), (70, 60, 70), (900, 0, 1500)],
-)
-def test_the_axis_grows_in_round_steps_to_the_end_of_the_run(step, last, end):
-    assert axis_end(step, last) == end
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks", "form"),
-    [
-        (0, 100, [0, 20, 40, 60, 80, 100], "d"),
-        (1.93, 3.1, [2.0, 2.2, 2.4, 2.6, 2.8, 3.0], ".1f"),
-        (2.105, 2.195, [2.12, 2.14, 2.16, 2.18], ".2f"),
-        (0, 1.06e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3], ".1~e"),
-        (9.93e-4, 1e-3, [9.94e-4, 9.96e-4, 9.98e-4, 1e-3], ".3~e"),
-        (0, 31_000, [0, 10_000, 20_000, 30_000], "~s"),
-    ],
-)
-def test_ticks_are_round_numbers(low, high, ticks, form):
-    found, written = round_ticks(low, high, 6)
-    assert found == pytest.approx(ticks)
-    assert written == form
-
-
-@pytest.mark.parametrize("value", [2.0, 0.0, -3.0])
-def test_a_constant_curve_has_room_above_and_below(value):
-    chart = LiveChart(["loss"], height_px=84)
-    chart.show([((1, value), (2, value))], last_step=10)
-    assert chart.y.min < value < chart.y.max
-
-
-def test_thinned_curves_keep_their_ends_and_extremes():
-    points = tuple((step, float(step % 7)) for step in range(10_000))
-    points = (*points[:5000], (5000, 99.0), *points[5001:])
-    shown = thinned(points)
-    assert len(shown) <= 500
-    assert shown[0] == points[0] and shown[-1] == points[-1] and (5000, 99.0) in shown
-    assert [step for step, _ in shown] == sorted(step for step, _ in shown)
-    assert thinned(points[:500]) == points[:500]
 
 
 def test_watching_imports_no_torch():
@@ -535,8 +580,14 @@ def test_training_in_a_cell_is_shown_live_and_ends_as_a_picture(tmp_path):
     cells = [nbformat.v4.new_code_cell(code + "\nworkflow.train(run)")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    shown = next(output for output in notebook.cells[0].outputs if "text/html" in output.get("data", {}))
-    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    outputs = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
+    place = next(place for place, output in enumerate(outputs) if "qlora-still" in output.data.get("text/html", ""))
+    live, shown = outputs[place - 1], outputs[place]
+    assert "application/vnd.jupyter.widget-view+json" in live.data and "text/html" not in live.data
+    assert (
+        "application/vnd.jupyter.widget-view+json" not in shown.data
+        and 'class="qlora-still"' in shown.data["text/html"]
+    )
     assert shown.data["text/plain"].startswith("a: finished, step 3 of 3")
     assert "<img alt=" in shown.data["text/html"]
     text = "".join(output.get("text", "") for output in notebook.cells[0].outputs if output.output_type == "stream")
