@@ -141,6 +141,7 @@ def test_a_process_that_ended_is_told_and_started_again(writer, folder, chats):
     data = DataConfig(source=str(chats))
     line = request(ModelConfig(name=str(folder)), data, first_rows(data).rows[0])
     assert writer.ask(line)["tokens"]
+    os.kill(writer._process.pid, signal.SIGSTOP)  # it answers nothing, however fast the machine is
     assert "took too long" in writer.ask(line, timeout_s=0)["error"]
     assert writer.ask(line)["tokens"]
     os.kill(writer._process.pid, signal.SIGKILL)
