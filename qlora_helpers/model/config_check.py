@@ -16,17 +16,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKED = {"I32": 16, "U8": 4, "I8": 4}  # weights that a value of a quantised checkpoint may hold: down to 2 bits each
+MOST_LOOPS = 64  # times that a model may go through a stack of layers
 SPARE_WEIGHTS, SPARE_BUFFER_BYTES = 1_000_000, 512 * 1024**2
 _OTHER_FILES = "Get its files again: they are incomplete, or belong to another model than its config.json describes."
 
 
 def need_layers(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str) -> None:
-    """Compares the number of decoder layers with the highest number in the names of tensors, before a loop runs over them."""
+    """Compares the number of decoder layers with the highest number in the names of tensors, before a loop runs over them.
+
+    A model that goes through a stack of layers several times (`hrm_text`) names two numbers: of layers, and of what it goes through.
+    """
     numbers = [int(found[1]) for found in (re.search(r"\.(\d{1,6})\.", f".{each}") for each in tensors) if found]
     layers = getattr(config, "num_hidden_layers", None)
-    if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
+    if not (numbers and isinstance(layers, int)):
+        return
+    held = max(numbers) + 1
+    is_loop = layers <= MOST_LOOPS * held and any(
+        "layers" in key and value == held and not isinstance(value, bool) for key, value in vars(config).items()
+    )
+    if layers > held and not is_loop:
         raise ModelError(
-            f"{name} lacks some of its weights: its files hold {max(numbers) + 1} layers, its config.json names {layers}",
+            f"{name} lacks some of its weights: its files hold {held} layers, its config.json names {layers}",
             next_step=_OTHER_FILES,
         )
 

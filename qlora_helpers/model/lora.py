@@ -135,6 +135,7 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
     from peft import LoraConfig, get_peft_model
 
     from qlora_helpers.model.peft_names import take_names_literally
+    from qlora_helpers.model.targets import refuse_what_adapters_break
 
     if hasattr(model, "peft_config"):
         raise ModelError(
@@ -159,13 +160,17 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
     )
     try:
         with _without_deprecation_noise():
-            return get_peft_model(model, settings)
+            adapted = get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # as for Mamba's convolutions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"adapters can't be added to this model ({reason})",
             next_step="Set adapter.target_modules to other layers, or choose another model.",
         ) from error
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        with removed_on_error(adapted):
+            refuse_what_adapters_break(adapted)
+    return adapted
 
 
 def _reached_targets(model: torch.nn.Module, config: AdapterConfig, say: Say) -> tuple[str, ...]:

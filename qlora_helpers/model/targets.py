@@ -157,7 +157,7 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the model can't be trained: a forward and backward pass over {PROBE_TOKENS} tokens fails ({reason})",
+            f"the model can't be trained: passes over {PROBE_TOKENS} tokens fail ({reason})",
             next_step="Choose another model.",
         ) from error
     finally:
@@ -173,6 +173,43 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
         )
     lists = {_list_of(path) for path in reached}
     return [path for path in paths if path not in reached and _list_of(path) not in lists]
+
+
+def refuse_what_adapters_break(model: Any) -> None:
+    """Refuses an adapted model whose adapters would never move, or that can't be asked once it has them.
+
+    Layers that are one operation to autograd, such as Reformer's reversible ones, ask for a gradient only where their input has one.
+    RWKV rewrites its layers' weights when it is asked, which layers with an adapter do not allow.
+
+    Raises:
+        ModelError: it is one of them.
+    """
+    ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    training = model.training
+    try:
+        with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None):
+            with torch.enable_grad():
+                has_gradient = model.train()(input_ids=ids, labels=ids, use_cache=False).loss.requires_grad
+            with torch.no_grad():
+                model.eval()(input_ids=ids, use_cache=False)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"adapters can't be trained in this model: with them it can't be asked ({reason})",
+            got=type(model.get_base_model()).__name__,
+            next_step="Choose another model.",
+        ) from error
+    finally:
+        model.train(training)
+    if not has_gradient:
+        raise ModelError(
+            "adapters can't be trained in this model: its layers hide their weights from PyTorch's gradients",
+            got=type(model.get_base_model()).__name__,
+            next_step="Choose another model.",
+        )
 
 
 def _sees_later_tokens(logits: torch.Tensor, embedded: Sequence[torch.Tensor]) -> bool:

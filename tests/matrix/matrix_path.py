@@ -100,6 +100,9 @@ class _Path:
         model = model_class(config).from_config(config, dtype=torch.bfloat16)
         if type(model.config) is not type(config):  # the text part alone; a checkpoint holds all parts
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        for each in model.modules():  # new tables have zeros for padding, a trained checkpoint has not
+            if isinstance(each, torch.nn.Embedding) and each.padding_idx is not None:
+                torch.nn.init.normal_(each.weight.data[each.padding_idx], std=0.02)
         self.found |= {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
         if self.found["parameters"] > 40e6:
             raise FailedError(f"{self.found['parameters']:,} parameters are not tiny")
