@@ -24,7 +24,7 @@ _OTHER_FILES = "Get its files again: they are incomplete, or belong to another m
 def need_layers(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str) -> None:
     """Compares the number of decoder layers with the highest number in the names of tensors, before a loop runs over them.
 
-    A model that goes through a stack of layers several times (`hrm_text`) names two numbers: of layers, and of what it goes through.
+    A model that goes through its layers several times (`hrm_text`) names two numbers: of layers, and of passes through them.
     """
     numbers = [int(found[1]) for found in (re.search(r"\.(\d{1,6})\.", f".{each}") for each in tensors) if found]
     layers = getattr(config, "num_hidden_layers", None)

@@ -157,7 +157,7 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the model can't be trained: passes over {PROBE_TOKENS} tokens fail ({reason})",
+            f"the model can't be trained: a forward and backward pass over {PROBE_TOKENS} tokens fails ({reason})",
             next_step="Choose another model.",
         ) from error
     finally:
@@ -178,7 +178,7 @@ def without_gradient(model: Any, paths: Sequence[str]) -> list[str]:
 def refuse_what_adapters_break(model: Any) -> None:
     """Refuses an adapted model whose adapters would never move, or that can't be asked once it has them.
 
-    Layers that are one operation to autograd, such as Reformer's reversible ones, ask for a gradient only where their input has one.
+    Layers that are one operation to autograd, such as Reformer's reversible ones, have a gradient only where their input has one.
     RWKV rewrites its layers' weights when it is asked, which layers with an adapter do not allow.
 
     Raises:
