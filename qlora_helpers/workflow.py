@@ -21,7 +21,7 @@ from qlora_helpers.data.run_data import check_source, run_data
 from qlora_helpers.evaluation.ask import ask, streaming_answers
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.evaluation.evaluation_file import keep_evaluation, unwritable
-from qlora_helpers.export.adapter import certify, load_adapter, save_adapter
+from qlora_helpers.export.adapter import ask_saved, certify, load_adapter, save_adapter
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
 from qlora_helpers.model.run_model import RunModel
@@ -39,7 +39,7 @@ from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
-from qlora_helpers.training.processes import is_main_process, main_process_first
+from qlora_helpers.training.processes import is_main_process, join, main_process_first, values_of_all
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,19 @@ log = logging.getLogger(__name__)
 
 @out_of_memory.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
-    """Loads the run's base model and tokenizer and audits them; the plan distributes the layers over several GPUs."""
+    """Loads the run's base model and tokenizer and audits them.
+
+    The plan distributes the layers over several GPUs of one process; several processes share them as `train.share` says.
+    """
     from qlora_helpers.model.loading import load_model
+    from qlora_helpers.model.placement import on_a_gpu
+    from qlora_helpers.model.shares import sharing
 
     config = run.config()
-    return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), say=say)
+    shared = sharing(config.train.share)
+    if shared.processes > 1:
+        join(on_cpu=not on_a_gpu(config.model))
+    return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), sharing=shared, say=say)
 
 
 def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
@@ -117,7 +125,8 @@ def prepare_data(
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config, forecast = run.config(), packing_refusal(shape)
     if model is None or not config.data.packing or has_trained(run):
-        return run_data(run, tokenizer, no_packing=forecast, settled=True)
+        with _first_prepares(run):
+            return run_data(run, tokenizer, no_packing=forecast, settled=True)
     from qlora_helpers.training import row_isolation
 
     longest, sequences = config.data.seq_len_tokens, config.train.micro_batch_size
@@ -125,7 +134,15 @@ def prepare_data(
     if (no_packing is None) != (forecast is None):
         why = "its rows are proved not to attend to each other" if no_packing is None else no_packing
         log.info("rows are %s after all: %s", "packed" if no_packing is None else "padded", why)
-    return run_data(run, tokenizer, no_packing=no_packing)
+    with _first_prepares(run):  # after the proof, in which all take part where layers are shared out
+        return run_data(run, tokenizer, no_packing=no_packing)
+
+
+def _first_prepares(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Of several processes, lets the first prepare the data, and the others read what it wrote."""
+    from qlora_helpers.model.placement import on_a_gpu
+
+    return main_process_first(on_cpu=not on_a_gpu(run.config().model))
 
 
 @out_of_memory.rescued
@@ -164,13 +181,11 @@ def train(
         if model is None:
             model = add_adapters(run, loaded)
             undone.enter_context(removed_on_error(model))
-        with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
-            data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
+        data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         if is_main_process():
             say(str(cost_of_run(run, loaded, data)))
         result = train_steps(run, model, loaded, data, redraw=redraw, show_bar=show_progress and not redraw)
-        if is_main_process():
-            _save_result(run, model, loaded, data, result)
+        _save_result(run, model, loaded, data, result)
     return result
 
 
@@ -188,14 +203,25 @@ def _session(run: Run, show_progress: bool, shut_down_app: bool) -> Iterator[Cal
 
 
 def _save_result(run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, result: TrainResult) -> None:
-    """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended."""
-    from qlora_helpers.model import lora
+    """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended.
 
-    log.info("%s", result)
+    The first process writes. Where layers are shared out, the others take part in what the model is asked.
+    """
+    from qlora_helpers.model import lora
+    from qlora_helpers.model.sharding import is_sharded
+
     trained = RunModel(run, model, loaded)
-    save_adapter(trained)
-    if not sigterm.received():  # after SIGTERM only seconds are left; the session that resumes will certify
-        log.info("certificate:\n%s", certify(trained, data))
+    ending = any(values_of_all(sigterm.received()))
+    if is_main_process():
+        log.info("%s", result)
+        save_adapter(trained)
+    if not ending:  # after SIGTERM only seconds are left; the session that resumes will certify
+        if is_main_process():
+            log.info("certificate:\n%s", certify(trained, data))
+        elif is_sharded(model):
+            ask_saved(trained, data)
+    if not is_main_process():
+        return
     if result.new_steps:  # a session without steps has measured nothing
         write_measured(run, lora.count_parameters(model), loaded, result, data)
     run.set_status(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Multiply = Callable[..., torch.Tensor]
 _SHARED = "_qlora_shared"  # of a layer whose weight is cut when it arrives
+GATHERED_LAYERS = 3  # whole at once: one that computes, and the next one in two buffers
 _ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -290,6 +291,16 @@ def stacks_not_shared() -> ModelError:
 def sharded_linears(model: torch.nn.Module) -> list[ShardedLinear4bit]:
     """Returns a model's linear layers whose bytes are shared out; none where the model is whole in this process."""
     return [module for module in model.modules() if isinstance(module, ShardedLinear4bit)]
+
+
+def bytes_elsewhere(model: torch.nn.Module) -> int:
+    """Returns how many bytes of a model's weights this process saves at any time, because others hold them.
+
+    While a layer computes it is here as a whole, and so is the next one, which is received in one buffer and copied into another.
+    """
+    layers = [sum(each.row.numel() for each in sharded_linears(layer)) for layer in decoder_layers(model)]
+    held = sum(each.row.to_local().numel() for each in sharded_linears(model))
+    return max(0, sum(layers) - held - GATHERED_LAYERS * max(layers, default=0))
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

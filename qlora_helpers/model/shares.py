@@ -53,8 +53,7 @@ class Sharing:
 def sharing(share: str) -> Sharing:
     """Returns how this training's processes share the model.
 
-    Shards of `copies of shards` lie within a machine, where links are fastest, and copies on different machines; on a single
-    machine there are two copies.
+    With `copies of shards` each machine holds a copy, shared out over its processes, between which links are fastest.
 
     Args:
         share: the setting `train.share`.
@@ -72,12 +71,10 @@ def sharing(share: str) -> Sharing:
         return Sharing(1, processes)
     if share != "copies of shards":
         return Sharing(processes, 1)
-    shards = here if here < processes else processes // 2
-    if shards < 2 or processes % shards:
+    if processes % here:
         raise ConfigError(
             [
-                f"train.share: copies of shards takes machines with as many processes each, or an even number of at least 4 "
-                f"on one machine, got {processes}; shards takes any number"
+                f"train.share: copies of shards takes machines with as many processes each, got {processes} with {here} here"
             ]
         )
-    return Sharing(processes // shards, shards)
+    return Sharing(processes // here, here)

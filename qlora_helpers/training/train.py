@@ -29,6 +29,7 @@ from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
+from qlora_helpers.training.averaging import copy_from_first
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
@@ -192,6 +193,7 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one more step
             trainer.state = saved.load_finished(model, resume)
         else:
+            copy_from_first(weight for weight in model.parameters() if weight.requires_grad)
             with sigterm.deferred(), at(facts=lambda: _facts(trainer)):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:

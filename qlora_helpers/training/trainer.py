@@ -22,6 +22,7 @@ from qlora_helpers.base.records import read_record
 from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.averaging import average_gradients
 from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
@@ -62,6 +63,13 @@ class SummaryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.watch = LossWatch(may_overflow=self.args.fp16)
         self._blocks: deque[torch.Tensor | None] = deque()
+        if self.accelerator.num_processes > 1:
+            # accelerate would wrap the model in DDP, which refuses layers that are shared out and splits captured passes: the
+            # gradients are averaged after the passes instead. What else it does to a model (autocast) it does here too.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(
+                model, *args, **kwargs | {"evaluation_mode": True}
+            )
         # Trainer has no methods of its own around these two.
         self.accelerator.backward = at("backward")(self.accelerator.backward)
         self.add_callback(_OptimizerPlace())
@@ -95,6 +103,7 @@ class SummaryTrainer(Trainer):
 
     @at("clipping of the gradients")
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        average_gradients(weight for weight in model.parameters() if weight.requires_grad)
         return super()._clip_grad_norm(model)
 
     @at("clipping of the gradients")
