@@ -40,6 +40,7 @@ from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
 from qlora_helpers.training.processes import is_main_process, join, main_process_first, values_of_all
+from qlora_helpers.training.told import failures_told
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +173,16 @@ def train(
     from qlora_helpers.training.run_steps import train_steps
 
     show_progress = show_progress and not prints_into(run.log_path)
-    with _session(run, show_progress, shut_down_app) as redraw, contextlib.ExitStack() as undone:
+
+    def stuck(error: Exception) -> None:
+        if is_main_process():
+            out_of_memory.record_elsewhere(run, error)
+
+    with (
+        _session(run, show_progress, shut_down_app) as redraw,
+        failures_told(stuck),
+        contextlib.ExitStack() as undone,
+    ):
         refuse_other_than_trained_on(run)
         if loaded is None:
             if is_main_process():

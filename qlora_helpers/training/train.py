@@ -29,10 +29,12 @@ from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
-from qlora_helpers.training.averaging import copy_from_first
+from qlora_helpers.training.averaging import copy_from_first, processes
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
+from qlora_helpers.training.global_batch import with_same_sequences
+from qlora_helpers.training.processes import from_first
 from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
 from qlora_helpers.training.row_isolation import check_isolation
 from qlora_helpers.training.step import make_collator, open_fast_step
@@ -77,6 +79,8 @@ def train(
     for rows, what in ((data.train, "the training data"), (data.eval, "the evaluation data")):
         refuse_tokens_without_row(model, tokenizer, rows["input_ids"], what)
     restore_embedding(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
+    resume = _resumed_from(run)
+    config = with_same_sequences(config, resume, processes())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
         fast = None
@@ -91,7 +95,25 @@ def train(
         trainer = _make_trainer(model, tokenizer, data, config, run, fast, show_progress=show_progress)
         trainer.trained_on = trained_on
         opened.enter_context(_adapters_restored_on_failure(model))
-        return _run_session(trainer, model, config, run, extra_callbacks)
+        return _run_session(trainer, model, config, run, resume, extra_callbacks)
+
+
+def _resumed_from(run: Run) -> Path | None:
+    """Returns the checkpoint that all processes go on from, which the first of them chooses; None where there is none.
+
+    Raises:
+        RunError: it holds something that is not to be trusted.
+    """
+
+    def name() -> str | None:
+        found = saved.newest_good(run.checkpoints_dir)
+        return None if found is None else found.name
+
+    chosen = from_first(name)
+    if chosen is None:
+        return None
+    refuse_code(run.checkpoints_dir / chosen)
+    return run.checkpoints_dir / chosen
 
 
 def _make_trainer(
@@ -171,11 +193,13 @@ class _Resumed(TrainerCallback):
 
 
 def _run_session(
-    trainer: SummaryTrainer, model: torch.nn.Module, config: TrainConfig, run: Run, extra: tuple[TrainerCallback, ...]
+    trainer: SummaryTrainer,
+    model: torch.nn.Module,
+    config: TrainConfig,
+    run: Run,
+    resume: Path | None,
+    extra: tuple[TrainerCallback, ...],
 ) -> TrainResult:
-    resume = saved.newest_good(run.checkpoints_dir)
-    if resume:
-        refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
     total, start = planned_steps(trainer), saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0
