@@ -98,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
+    evaluate.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the layers out over N processes that ask the model together, for a run with train.share=shards",
+    )
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
     export = commands.add_parser(
@@ -187,20 +194,32 @@ def _new(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
     from qlora_helpers.runs import launch, ranks, sigterm
+    from qlora_helpers.training.processes import is_main_process
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     if options.processes != 1:
         launch.refuse_missing_gpus(run.config(), options.processes)
         command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
         return ranks.run_ranks(command, options.processes)
-    print(workflow.train(run, shut_down_app=options.shut_down_app))
+    result = workflow.train(run, shut_down_app=options.shut_down_app)
+    if is_main_process():
+        print(result)
     return sigterm.EXIT_CODE if sigterm.received() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
+    from qlora_helpers.base.python import python_command
+    from qlora_helpers.runs import launch, ranks
+    from qlora_helpers.training.processes import is_main_process
 
-    print(workflow.evaluate(workflow.existing_run(options.run)))
+    run = workflow.existing_run(options.run)
+    if options.processes != 1:
+        launch.refuse_missing_gpus(run.config(), options.processes)
+        return ranks.run_ranks(python_command("qlora_helpers", "evaluate", options.run), options.processes)
+    result = workflow.evaluate(run)
+    if is_main_process():
+        print(result)
     return 0
 
 

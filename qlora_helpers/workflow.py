@@ -279,6 +279,7 @@ def evaluate(
     """Asks the base and the tuned model the run's held-out rows and writes `evaluation.json`.
 
     Where the run's folder can't be written, that is said before anything is asked, and the result is kept in the current folder.
+    Processes that share the model's layers ask it together, and the first one writes.
 
     Args:
         run: a run with a saved adapter.
@@ -294,31 +295,34 @@ def evaluate(
     from qlora_helpers.evaluation import evaluate as evaluation
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
 
-    config = run.config()
+    config, writes = run.config(), is_main_process()
     refuse_unconfirmed(config)
-    if why := unwritable(run):
+    if writes and (why := unwritable(run)):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
-    if model is None or loaded is None:
-        loaded = load(run, say=say)
-        model = load_adapter(run, loaded)
-    data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
-    with MODEL_IN_USE:
-        result = evaluation.evaluate(
-            model,
-            loaded.tokenizer,
-            data.test,
-            config.evaluation,
-            template=template_name(config.data),
-            max_tokens=config.data.seq_len_tokens,
-            long_rows=config.data.long_rows,
-            train_keys=data.train_keys,
-            train_answers=data.train_answers,
-            shots=data.shots,
-            metric=metric,
-        )
-    path = keep_evaluation(run, result, random_weights=loaded.checkpoint.is_random, say=say)
-    if path == run.evaluation_path:
-        write_answers(run, config, *answered_samples(result))
+    with failures_told():
+        if model is None or loaded is None:
+            loaded = load(run, say=say)
+            model = load_adapter(run, loaded)
+        data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say)
+        with MODEL_IN_USE:
+            result = evaluation.evaluate(
+                model,
+                loaded.tokenizer,
+                data.test,
+                config.evaluation,
+                template=template_name(config.data),
+                max_tokens=config.data.seq_len_tokens,
+                long_rows=config.data.long_rows,
+                train_keys=data.train_keys,
+                train_answers=data.train_answers,
+                shots=data.shots,
+                metric=metric,
+                progress=writes,
+            )
+    if writes:
+        path = keep_evaluation(run, result, random_weights=loaded.checkpoint.is_random, say=say)
+        if path == run.evaluation_path:
+            write_answers(run, config, *answered_samples(result))
     return result
 
 

@@ -306,3 +306,20 @@ def bytes_elsewhere(model: torch.nn.Module) -> int:
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether a model's layers are shared out over several processes, which must then all call it together."""
     return any(isinstance(module, ShardedLinear4bit) for module in model.modules())
+
+
+def as_in_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what the first process has, in all processes that call a shared model together.
+
+    Tokens that are chosen from logits go through this: kernels may round differently on two GPUs, and processes whose answers
+    differ in length would wait for each other.
+    """
+    torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def of_all(value: float) -> tuple[float, ...]:
+    """Returns what each of the processes that share a model hands in, such as its free memory, in their order."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return tuple(found)

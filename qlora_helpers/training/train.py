@@ -35,7 +35,7 @@ from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.global_batch import with_same_sequences
 from qlora_helpers.training.processes import from_first
-from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
+from qlora_helpers.training.result import TrainResult, machine_name, of_all_processes, peak_memory, reserved_memory
 from qlora_helpers.training.row_isolation import check_isolation
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
@@ -248,10 +248,10 @@ def _result(trainer: SummaryTrainer, start: int, seconds: float, stop_reason: st
         eval_loss=losses.get("eval_loss"),
         seconds=seconds,
         tokens_per_s=tokens / max(1e-9, seconds),
-        peak_gib=peak_memory(),
+        peak_gib=of_all_processes(peak_memory()),
         stopped=bool(stop_reason),
         machine=machine_name(trainer.model.get_input_embeddings().weight.device),
-        reserved_gib=reserved_memory(),
+        reserved_gib=of_all_processes(reserved_memory()),
         compiled=fast.compiled if fast else False,
         fp8=fast is not None and fast.is_on("fp8"),
         captured=bool(fast and fast.graphs and fast.graphs.replayed),
