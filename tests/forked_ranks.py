@@ -1,4 +1,4 @@
-"""Several processes of one training, forked from a process that has imported everything: real ranks that join by gloo in a second."""
+"""Several processes of one training, forked from one that has imported everything: real ranks, which join by gloo in a second."""
 
 from __future__ import annotations
 
