@@ -40,7 +40,8 @@ class Ranks:
 
         self.folder = Path(tempfile.mkdtemp(prefix="qlora-ranks-"))
         interface = loopback_interface()
-        self.pids = []
+        self.pids: list[int] = []
+        self.codes: dict[int, int] = {}
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(processes):
@@ -86,16 +87,21 @@ class Ranks:
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
         """Waits for all and returns their exit codes, negative for a signal; those that outlast the limit are killed."""
-        until, codes = time.monotonic() + limit_s, dict.fromkeys(self.pids)
-        while None in codes.values():
-            for pid in [each for each, code in codes.items() if code is None]:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
+        until = time.monotonic() + limit_s
+        while not self.ended():
             if time.monotonic() > until:
                 self.kill()
             time.sleep(0.02)
-        return list(codes.values())
+        return [self.codes[pid] for pid in self.pids]
+
+    def ended(self) -> bool:
+        """Whether all of them have ended."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.pids)
 
     def found(self, rank: int) -> Any:
         """What a process returned, or its error as text; None where it was killed."""

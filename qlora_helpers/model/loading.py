@@ -85,6 +85,7 @@ def load_model(
     attention = None if config.attention == "auto" else config.attention
     mesh = None if sharing is None else sharing.mesh("cuda" if on_a_gpu(config) else "cpu")
     keeper = None if mesh is None else PartKeeper(mesh)
+    one_gpu = sharing is not None and sharing.one_gpu
     if mesh is not None and config.quantization != "nf4":
         raise ModelError(
             "only 4-bit weights are shared out over several processes",
@@ -96,12 +97,12 @@ def load_model(
 
         from qlora_helpers.model.random_weights import build_random_model
 
-        places = device_map_argument(AutoConfig.for_model(**checkpoint.shape), config, spread)
+        places = device_map_argument(AutoConfig.for_model(**checkpoint.shape), config, spread, one_gpu=one_gpu)
         model = build_random_model(
             checkpoint.shape, config, dtype=dtype, attention=attention, places=places, keeper=keeper
         )
     else:
-        model = _from_pretrained(checkpoint, config, dtype, attention, spread, keeper)
+        model = _from_pretrained(checkpoint, config, dtype, attention, spread, keeper, one_gpu)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -121,6 +122,7 @@ def _from_pretrained(
     attention: str | None,
     spread: Spread,
     keeper: PartKeeper | None,
+    one_gpu: bool,
 ) -> PreTrainedModel:
     from transformers import AutoConfig
 
@@ -141,7 +143,7 @@ def _from_pretrained(
             **more,
             dtype=dtype,
             attn_implementation=attention,
-            device_map=device_map_argument(shape, config, spread),
+            device_map=device_map_argument(shape, config, spread, one_gpu=one_gpu),
             max_memory=memory_limits(config) if on_a_gpu(config) else None,
             local_files_only=True,
             trust_remote_code=False,

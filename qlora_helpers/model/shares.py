@@ -24,10 +24,12 @@ class Sharing:
     Attributes:
         copies: how many copies of the model there are.
         shards: how many processes share one copy; 1 where each has the whole model.
+        one_gpu: whether a single process takes one GPU of several, instead of spreading the layers over all.
     """
 
     copies: int = 1
     shards: int = 1
+    one_gpu: bool = False
 
     @property
     def processes(self) -> int:
@@ -64,7 +66,7 @@ def sharing(share: str) -> Sharing:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     if processes == 1:
-        return Sharing()
+        return Sharing(one_gpu=share == "one")
     if share in ("one", "spread"):
         raise ConfigError([f"train.share: {share} takes one process, got {processes}; copies and shards take several"])
     if share == "shards":

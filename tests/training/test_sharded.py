@@ -301,7 +301,7 @@ LONG = {"train.share": "shards", "train.max_steps": 200, "train.eval_steps": 200
 def wait_for_steps(root: Path, name: str, steps: int, ranks: Ranks, limit_s: float = 120.0) -> None:
     until = time.monotonic() + limit_s
     while not ((root / name / "progress.jsonl").exists() and len(losses(root, name)) >= steps):
-        if time.monotonic() > until:
+        if time.monotonic() > until or ranks.ended():
             ranks.kill()
             raise AssertionError(ranks.said())
         time.sleep(0.05)
@@ -315,7 +315,7 @@ def status(root: Path, name: str) -> dict[str, Any]:
 def test_shards_stop_together_and_save(how, root, imported):
     from qlora_helpers.runs.folder import Run
 
-    name = f"stopped by {how.split()[-1]}"
+    name = f"stopped-by-{how.split()[-1]}"
     ranks = Ranks(train, root, name, LONG)
     wait_for_steps(root, name, 2, ranks)
     if how == "SIGTERM":
@@ -379,16 +379,16 @@ def test_shards_answer_and_score_as_one_process_does(root, alone, shards):
 
 
 def four_and_two_machines(root: Path) -> dict[str, Any]:
-    return train(root, "copies of shards", {"train.share": "copies of shards", "train.max_steps": 2})
+    return train(root, "copies-of-shards", {"train.share": "copies of shards", "train.max_steps": 2})
 
 
 @pytest.mark.only_slow
 def test_copies_of_shards_learn_what_one_process_learns(root, imported):
     found = in_ranks(four_and_two_machines, root, processes=4, here=2)
     more = {"train.gradient_accumulation_steps": 4, "train.max_steps": 2}
-    in_ranks(train, root, "alone with four", more, processes=1)
+    in_ranks(train, root, "alone-with-four", more, processes=1)
     assert all(len(each["held_gib"]) == 4 and each["sharded"] for each in found)
-    pairs = zip(losses(root, "copies of shards"), losses(root, "alone with four"), strict=True)
+    pairs = zip(losses(root, "copies-of-shards"), losses(root, "alone-with-four"), strict=True)
     assert all(abs(one[1] - other[1]) < 1e-5 for one, other in pairs)
 
 
@@ -421,10 +421,10 @@ def test_a_run_of_shards_that_is_killed_again_and_again_ends_as_one_that_was_not
     in_ranks(
         train,
         root,
-        f"never killed {kills}",
+        f"never-killed-{kills}",
         {"train.max_steps": steps, "train.eval_steps": steps, "train.share": "shards"},
     )
-    killed_and_resumed(root, f"killed {kills}", kills, steps, seed=kills)
-    assert difference(root, f"killed {kills}", f"never killed {kills}") == 0.0
-    final = dict(losses(root, f"killed {kills}"))  # of a step that was taken twice the last
-    assert final == dict(losses(root, f"never killed {kills}"))
+    killed_and_resumed(root, f"killed-{kills}", kills, steps, seed=kills)
+    assert difference(root, f"killed-{kills}", f"never-killed-{kills}") == 0.0
+    final = dict(losses(root, f"killed-{kills}"))  # of a step that was taken twice the last
+    assert final == dict(losses(root, f"never-killed-{kills}"))
