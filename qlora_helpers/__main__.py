@@ -114,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
     terminal.add_options(evaluate)
     side_by_side.add_commands(commands)
     sweeps.add_commands(commands)
+    evaluate.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the layers out over N processes that ask the model together, for a run with train.share=shards",
+    )
     export = commands.add_parser(
         "export",
         help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
@@ -222,6 +229,7 @@ def _new(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
     from qlora_helpers.runs import launch, ranks, sigterm
+    from qlora_helpers.training.processes import is_main_process
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
     if options.processes != 1:
@@ -230,17 +238,29 @@ def _train(options: argparse.Namespace) -> int:
         command += terminal.as_options(options)
         return ranks.run_ranks(command, options.processes)
     with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
-        show.result("train", workflow.train(run, shut_down_app=options.shut_down_app, say=show.say))
+        result = workflow.train(run, shut_down_app=options.shut_down_app, say=show.say)
+        if is_main_process():
+            show.result("train", result)
     return sigterm.EXIT_CODE if sigterm.received() else 130 if sigterm.interrupted() else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
+    from qlora_helpers.base.python import python_command
+    from qlora_helpers.runs import launch, ranks
+    from qlora_helpers.training.processes import is_main_process
 
     rivals = [workflow.existing_run(rival) for rival in options.rival]
     run = workflow.existing_run(options.run)
+    if options.processes != 1:
+        launch.refuse_missing_gpus(run.config(), options.processes)
+        command = python_command("qlora_helpers", "evaluate", options.run, *terminal.as_options(options))
+        command += [part for rival in options.rival for part in ("--rival", rival)]
+        return ranks.run_ranks(command, options.processes)
     with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
-        show.result("evaluate", workflow.evaluate(run, rivals=rivals, again=options.again, say=show.say))
+        result = workflow.evaluate(run, rivals=rivals, again=options.again, say=show.say)
+        if is_main_process():
+            show.result("evaluate", result)
     return 0
 
 

@@ -24,7 +24,7 @@ from qlora_helpers.evaluation.ask import Answers, ask
 from qlora_helpers.evaluation.comparison import ReloadCheck, answered, compared
 from qlora_helpers.evaluation.evaluation_file import keep_evaluation, unwritable
 from qlora_helpers.evaluation.metrics.choose import refuse_metric
-from qlora_helpers.export.adapter import certify, load_adapter, need_adapter, save_adapter
+from qlora_helpers.export.adapter import ask_saved, certify, load_adapter, need_adapter, save_adapter
 from qlora_helpers.export.certificate import TRAIN_AGAIN
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.machine.environment import versions
@@ -43,7 +43,8 @@ from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
-from qlora_helpers.training.processes import is_main_process, main_process_first
+from qlora_helpers.training.processes import is_main_process, join, main_process_first, values_of_all
+from qlora_helpers.training.told import failures_told
 
 if TYPE_CHECKING:
     import torch
@@ -84,11 +85,19 @@ log = logging.getLogger(__name__)
 
 @out_of_memory.rescued
 def load(run: Run, *, say: Say = print) -> LoadedModel:
-    """Loads the run's base model and tokenizer and audits them; the plan distributes the layers over several GPUs."""
+    """Loads the run's base model and tokenizer and audits them.
+
+    The plan distributes the layers over several GPUs of one process; several processes share them as `train.share` says.
+    """
     from qlora_helpers.model.loading import load_model
+    from qlora_helpers.model.placement import on_a_gpu
+    from qlora_helpers.model.shares import sharing
 
     config = run.config()
-    return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), say=say)
+    shared = sharing(config.train.share)
+    if shared.processes > 1:
+        join(on_cpu=not on_a_gpu(config.model))
+    return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), sharing=shared, say=say)
 
 
 def add_adapters(run: Run, loaded: LoadedModel) -> PeftModel:
@@ -125,7 +134,8 @@ def prepare_data(
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
     config, forecast = run.config(), packing_refusal(shape)
     if model is None or not config.data.packing or has_trained(run):
-        return run_data(run, tokenizer, no_packing=forecast, settled=True)
+        with _first_prepares(run):
+            return run_data(run, tokenizer, no_packing=forecast, settled=True)
     from qlora_helpers.training import row_isolation
 
     longest, sequences = config.data.seq_len_tokens, config.train.micro_batch_size
@@ -133,7 +143,15 @@ def prepare_data(
     if (no_packing is None) != (forecast is None):
         why = "its rows are proved not to attend to each other" if no_packing is None else no_packing
         log.info("rows are %s after all: %s", "packed" if no_packing is None else "padded", why)
-    return run_data(run, tokenizer, no_packing=no_packing)
+    with _first_prepares(run):  # after the proof, in which all take part where layers are shared out
+        return run_data(run, tokenizer, no_packing=no_packing)
+
+
+def _first_prepares(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Of several processes, lets the first prepare the data, and the others read what it wrote."""
+    from qlora_helpers.model.placement import on_a_gpu
+
+    return main_process_first(on_cpu=not on_a_gpu(run.config().model))
 
 
 @out_of_memory.rescued
@@ -165,7 +183,16 @@ def train(
     from qlora_helpers.training.train import refuse_settings
 
     show_progress = show_progress and not prints_into(run.log_path)
-    with _session(run, show_progress, shut_down_app) as redraw, contextlib.ExitStack() as undone:
+
+    def stuck(error: Exception) -> None:
+        if is_main_process():
+            out_of_memory.record_elsewhere(run, error)
+
+    with (
+        _session(run, show_progress, shut_down_app) as redraw,
+        failures_told(stuck),
+        contextlib.ExitStack() as undone,
+    ):
         refuse_other_than_trained_on(run)
         trackers = undone.enter_context(reporting(run, run.config())) if is_main_process() else []
         if loaded is None:
@@ -176,14 +203,12 @@ def train(
         if model is None:
             model = add_adapters(run, loaded)
             undone.enter_context(removed_on_error(model))
-        with main_process_first(on_cpu=str(loaded.model.device) == "cpu"):
-            data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
+        data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         if is_main_process():
             say(str(cost_of_run(run, loaded, data)))
         show = phases.current() if show_progress and not redraw and is_main_process() else None
         result = train_steps(run, model, loaded, data, redraw=redraw, show=show, trackers=trackers)
-        if is_main_process():
-            _save_result(run, model, loaded, data, result, say)
+        _save_result(run, model, loaded, data, result, say)
     return result
 
 
@@ -203,13 +228,25 @@ def _session(run: Run, show_progress: bool, shut_down_app: bool) -> Iterator[Cal
 def _save_result(
     run: Run, model: PeftModel, loaded: LoadedModel, data: PreparedData, result: TrainResult, say: Say
 ) -> None:
-    """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended."""
-    from qlora_helpers.model import lora
+    """Saves and certifies the adapter, writes what was measured into `plan.json`, and records how the training ended.
 
-    log.info("%s", result)
+    The first process writes. Where layers are shared out, the others take part in what the model is asked.
+    """
+    from qlora_helpers.model import lora
+    from qlora_helpers.model.sharding import is_sharded
+
     trained = RunModel(run, model, loaded)
-    save_adapter(trained)
-    warning = "" if sigterm.received() else _certified(trained, data)  # after SIGTERM only seconds are left
+    ending, warning = any(values_of_all(sigterm.received())), ""
+    if is_main_process():
+        log.info("%s", result)
+        save_adapter(trained)
+    if not ending:  # after SIGTERM only seconds are left; the session that resumes will certify
+        if is_main_process():
+            warning = _certified(trained, data)
+        elif is_sharded(model):
+            ask_saved(trained, data)
+    if not is_main_process():
+        return
     if warning:
         say(f"WARNING: {warning}")
     if result.new_steps:  # a session without steps has measured nothing
@@ -273,6 +310,7 @@ def evaluate(
     Each answer is kept as soon as it is there, so an evaluation that was interrupted goes on where it was; what the run holds
     already for this adapter, these rows, settings and versions is not asked again, and without a missing answer no model is loaded.
     Where the run's folder can't be written, that is said before anything is asked, and the result is kept in the current folder.
+    Processes that share the model's layers ask it together, and the first one writes.
 
     Args:
         run: a run with a saved adapter.
@@ -292,26 +330,29 @@ def evaluate(
     from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
     from qlora_helpers.training.trackers import report_scores
 
-    config = run.config()
+    config, writes = run.config(), is_main_process()
     refuse_unconfirmed(config)
-    if why := unwritable(run):
+    if writes and (why := unwritable(run)):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
-    model, loaded = (None, None) if model is None or loaded is None else (model, loaded)
-    if model is None:
-        need_adapter(run)
-        refuse_metric(run, metric)
-    others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
-    checkpoint = loaded.checkpoint if loaded else find_checkpoint(config.model, weights=False, say=say)
-    refuse_unfit(run, others, checkpoint)
-    tokenizer = loaded.tokenizer if loaded else tokenizer_of(checkpoint)
-    shape = loaded.shape if loaded else checkpoint.shape or read_json(checkpoint.folder / "config.json")
-    data = prepare_data(run, tokenizer, shape=shape, say=say)
+    with failures_told():
+        model, loaded = (None, None) if model is None or loaded is None else (model, loaded)
+        if model is None:
+            need_adapter(run)
+            refuse_metric(run, metric)
+        others = [_existing_beside(run, each) if isinstance(each, str) else each for each in rivals]
+        checkpoint = loaded.checkpoint if loaded else find_checkpoint(config.model, weights=False, say=say)
+        refuse_unfit(run, others, checkpoint)
+        tokenizer = loaded.tokenizer if loaded else tokenizer_of(checkpoint)
+        shape = loaded.shape if loaded else checkpoint.shape or read_json(checkpoint.folder / "config.json")
+        data = prepare_data(run, tokenizer, shape=shape, say=say)
 
-    def opened() -> PeftModel:
-        return load_adapter(run, load(run, say=say)) if model is None else model
+        def opened() -> PeftModel:
+            return load_adapter(run, load(run, say=say)) if model is None else model
 
-    subject = Subject(run, checkpoint, tokenizer, data, others, model)
-    result, kept = evaluate_run(subject, opened, metric=metric, again=again, say=say)
+        subject = Subject(run, checkpoint, tokenizer, data, others, model)
+        result, kept = evaluate_run(subject, opened, metric=metric, again=again, say=say, writes=writes)
+    if not writes:
+        return result
     path = keep_evaluation(run, result, random_weights=checkpoint.is_random, asked=bool(kept.given), say=say)
     if path == run.evaluation_path:
         kept.finish(result.rows)

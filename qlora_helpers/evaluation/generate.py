@@ -18,6 +18,7 @@ from qlora_helpers.base.config import EvaluationConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.templates import AnswerMarks, answer_marks
 from qlora_helpers.evaluation.fast_answers.answer import AnswerForm, NotFast, answer_fast
+from qlora_helpers.model.sharding import is_sharded
 from qlora_helpers.model.tokenizers import refuse_tokens_without_row
 from qlora_helpers.model.wiring import in_eval_mode
 
@@ -256,13 +257,14 @@ def _generate_plainly(
 ) -> list[Answer]:
     settings = generation_settings(tokenizer, config, marks.ends)
     device = model.get_input_embeddings().weight.device
+    together = {"synced_gpus": True} if is_sharded(model) else {}  # processes that share the model take as many steps
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), config.batch_size):
         group = order[start : start + config.batch_size]
         ids, mask = _left_padded([prompts[index] for index in group], tokenizer.pad_token_id, device)
-        produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **together)
         for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
             answers[index] = _answer(line, tokenizer, marks)
             given(index, line)

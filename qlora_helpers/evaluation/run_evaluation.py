@@ -6,6 +6,7 @@ Asks through functions that are handed in, so that a model is loaded only where 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,13 @@ def refuse_unfit(run: Run, others: Sequence[Run], checkpoint: Checkpoint | None 
 
 
 def evaluate_run(
-    subject: Subject, opened: Callable[[], PeftModel], *, metric: Function | None, again: bool, say: Say
+    subject: Subject,
+    opened: Callable[[], PeftModel],
+    *,
+    metric: Function | None,
+    again: bool,
+    say: Say,
+    writes: bool = True,
 ) -> tuple[Evaluation, KeptAnswers]:
     """Evaluates a run; answers that the run holds for exactly these questions are not asked again.
 
@@ -101,11 +108,12 @@ def evaluate_run(
         metric: as for `evaluate.evaluate`.
         again: whether to ask everything anew.
         say: called with what was not asked again.
+        writes: whether this process writes; of several that ask a model together the first one does, and all ask everything anew.
     """
     from qlora_helpers.evaluation.evaluate import evaluate
 
     run, config, data = subject.run, subject.run.config(), subject.data
-    writable = not unwritable(run)
+    writable = writes and not unwritable(run)
     earlier = _earlier(run)
     rivals = subject.rivals()
 
@@ -119,7 +127,7 @@ def evaluate_run(
         if writable:
             stack.enter_context(evaluation_lock(run))
         kept = read_kept(run, earlier, subject.marks(), writable=writable)
-        if again:
+        if again or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             kept.known.clear()
         stack.enter_context(kept_in_run(kept))
         stack.enter_context(MODEL_IN_USE)

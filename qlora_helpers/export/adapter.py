@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.files import read_json, replaced_folder, write_json
 from qlora_helpers.data.prepared_file import read_prepared_file
@@ -74,16 +74,8 @@ def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certi
     from qlora_helpers.export import certify as certifying
 
     run, model = trained.run, trained.model
-    asked = {"prompts": 0, "largest_difference": None, "same_answers": 0}
     expected = certifying.expected_tensors(model)
-    try:
-        with MODEL_IN_USE:
-            live = answered(trained, data, prompts)
-            with certifying.saved_weights_in_place(model, run.adapter_dir):
-                saved = answered(trained, data, prompts)
-            asked = compared(live, saved)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
-        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
+    asked = ask_saved(trained, data, prompts=prompts)
     prepared = read_prepared_file(run.data_dir)
     checkpoint = trained.loaded.checkpoint
     return certifying.certify(
@@ -95,3 +87,25 @@ def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certi
         base={"name": checkpoint.name, "revision": checkpoint.revision, "sha256": base_fingerprint(checkpoint.folder)},
         data_fingerprint=prepared.fingerprint if prepared else None,
     )
+
+
+def ask_saved(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> dict[str, Any]:
+    """Asks the live adapter and the saved one, and compares them; where layers are shared out, all processes do so together.
+
+    Args:
+        trained, data, prompts: as for `certify`.
+
+    Returns:
+        `prompts`, `largest_difference` and `same_answers`; no prompts where the saved adapter could not be asked.
+    """
+    from qlora_helpers.export import certify as certifying
+
+    try:
+        with MODEL_IN_USE:
+            live = answered(trained, data, prompts)
+            with certifying.saved_weights_in_place(trained.model, trained.run.adapter_dir):
+                saved = answered(trained, data, prompts)
+            return compared(live, saved)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
+        log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
+        return {"prompts": 0, "largest_difference": None, "same_answers": 0}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.export.certificate import FILE, SETTINGS, TRAIN_AGAIN, WEIGHTS, Certificate, sha256
+from qlora_helpers.training.processes import from_first
 
 if TYPE_CHECKING:
     import torch
@@ -143,11 +144,15 @@ def saved_weights_in_place(model: PeftModel, folder: Path) -> Iterator[None]:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from qlora_helpers.model.sharding import is_sharded
+
+    # Where layers are shared out, all processes ask together, and what the first one reads is what all get.
+    saved = from_first(lambda: load_file(folder / WEIGHTS)) if is_sharded(model) else load_file(folder / WEIGHTS)
     live = {name: value.detach().clone() for name, value in _adapter_tensors(model).items()}
     try:
         with torch.no_grad():
             set_peft_model_state_dict(model, {name: torch.full_like(value, math.nan) for name, value in live.items()})
-            set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+            set_peft_model_state_dict(model, saved)
         yield
     finally:
         set_peft_model_state_dict(model, live)

@@ -18,6 +18,7 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.expert_stacks import stack_names
 from qlora_helpers.model.nf4 import compute_dtype, holds_nf4, is_nf4, stored_bytes, unpacked_numel
+from qlora_helpers.model.sharding import is_sharded, of_all
 from qlora_helpers.model.wiring import decoder_layers, text_decoder
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class LoadAudit:
         unquantised: the weights that are not in 4 bits, by reason, the largest first.
         compute_dtype: the type that matrix multiplications run in.
         attention: the attention implementation.
+        gib_by_process: weights and buffers that each process holds, GiB, where several share the decoder layers; else empty.
     """
 
     quantized: int
@@ -63,9 +65,13 @@ class LoadAudit:
     unquantised: tuple[Unquantised, ...]
     compute_dtype: str
     attention: str
+    gib_by_process: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         devices = ", ".join(f"{value:.3g} GiB on {name}" for name, value in self.gib_by_device.items())
+        if self.gib_by_process:
+            held = ", ".join(f"{value:.3g}" for value in self.gib_by_process)
+            devices = f"shared out over {len(self.gib_by_process)} processes, which hold {held} GiB"
         layers = f"{self.quantized} of {self.expected} linear layers"
         layers += f" and {self.stacks} stacks of experts" if self.stacks else ""
         return (
@@ -113,6 +119,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
         excused.add(id(module))
         values, size = reasons.setdefault(reason, [0, 0])
         reasons[reason] = [values + parameter.numel(), size + stored_bytes(parameter)]
+    sizes = _sizes(model)
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     packed = [module for module in linears if is_nf4(module)]
@@ -125,7 +132,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
         stacks=len(states) - len(packed),
         storage=config.quantization,
         double_quantization=all(state.nested for state in states) if states else None,
-        gib_by_device=_sizes(model),
+        gib_by_device=sizes,
         parameters=sum(unpacked_numel(parameter) for parameter in model.parameters()),
         unquantised=tuple(
             Unquantised(reason, values, gib(size))
@@ -133,6 +140,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
         ),
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
+        gib_by_process=of_all(sum(sizes.values())) if is_sharded(model) else (),
     )
 
 

@@ -5,6 +5,7 @@ Owns dtype and attention for the hardware and the audit after loading. Knows not
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qlora_helpers.model.sharding import PartKeeper
+    from qlora_helpers.model.shares import Sharing
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -54,18 +58,23 @@ class LoadedModel:
 
 
 @at("loading of the model")
-def load_model(config: ModelConfig, *, spread: Spread = lambda gpus: None, say: Say = print) -> LoadedModel:
+def load_model(
+    config: ModelConfig, *, spread: Spread = lambda gpus: None, sharing: Sharing | None = None, say: Say = print
+) -> LoadedModel:
     """Loads a model, places it on the devices and audits what is in memory.
 
     Args:
         config: name, quantisation, dtype, attention and placement.
         spread: returns how many decoder layers each of so many GPUs gets, or None to leave it to accelerate.
+        sharing: how the processes share the model, which have joined; None where each has the whole model.
         say: receives a line before anything that takes long.
 
     Raises:
         ModelError: the checkpoint can't be found or does not fit, or the loaded model is not what was asked for.
     """
     import torch
+
+    from qlora_helpers.model.sharding import PartKeeper, share_layers
 
     if torch.cuda.is_available():
         use_expandable_segments()
@@ -74,15 +83,26 @@ def load_model(config: ModelConfig, *, spread: Spread = lambda gpus: None, say: 
     tokenizer = tokenizer_of(checkpoint)
     dtype = compute_dtype(config)
     attention = None if config.attention == "auto" else config.attention
+    mesh = None if sharing is None else sharing.mesh("cuda" if on_a_gpu(config) else "cpu")
+    keeper = None if mesh is None else PartKeeper(mesh)
+    one_gpu = sharing is not None and sharing.one_gpu
+    if mesh is not None and config.quantization != "nf4":
+        raise ModelError(
+            "only 4-bit weights are shared out over several processes",
+            got=f"model.quantization={config.quantization}",
+            next_step="Set model.quantization=nf4, or train.share=copies.",
+        )
     if checkpoint.shape is not None:
         from transformers import AutoConfig
 
         from qlora_helpers.model.random_weights import build_random_model
 
-        places = device_map_argument(AutoConfig.for_model(**checkpoint.shape), config, spread)
-        model = build_random_model(checkpoint.shape, config, dtype=dtype, attention=attention, places=places)
+        places = device_map_argument(AutoConfig.for_model(**checkpoint.shape), config, spread, one_gpu=one_gpu)
+        model = build_random_model(
+            checkpoint.shape, config, dtype=dtype, attention=attention, places=places, keeper=keeper
+        )
     else:
-        model = _from_pretrained(checkpoint, config, dtype, attention, spread)
+        model = _from_pretrained(checkpoint, config, dtype, attention, spread, keeper, one_gpu)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -90,11 +110,19 @@ def load_model(config: ModelConfig, *, spread: Spread = lambda gpus: None, say: 
     model.config.use_cache = False
     _check_vocabulary(model, tokenizer)
     keep_gradients_exact_on_cpu(model)
+    if mesh is not None:
+        share_layers(model, mesh)
     return LoadedModel(model, tokenizer, checkpoint, audit(model, config))
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, attention: str | None, spread: Spread
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    spread: Spread,
+    keeper: PartKeeper | None,
+    one_gpu: bool,
 ) -> PreTrainedModel:
     from transformers import AutoConfig
 
@@ -104,7 +132,8 @@ def _from_pretrained(
     with (
         load_errors_explained(checkpoint.name),
         falcon_linears_as_plain(),
-        stacks_quantised(),
+        stacks_quantised(keeper),
+        keeper.loading() if keeper else nullcontext(),
         loading_folder(checkpoint) as folder,
     ):
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -114,7 +143,7 @@ def _from_pretrained(
             **more,
             dtype=dtype,
             attn_implementation=attention,
-            device_map=device_map_argument(shape, config, spread),
+            device_map=device_map_argument(shape, config, spread, one_gpu=one_gpu),
             max_memory=memory_limits(config) if on_a_gpu(config) else None,
             local_files_only=True,
             trust_remote_code=False,

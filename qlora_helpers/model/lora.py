@@ -135,11 +135,17 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
     from peft import LoraConfig, get_peft_model
 
     from qlora_helpers.model.peft_names import take_names_literally
+    from qlora_helpers.model.sharding import is_sharded
     from qlora_helpers.model.targets import refuse_what_adapters_break
 
     if hasattr(model, "peft_config"):
         raise ModelError(
             "the model has adapters already", next_step="Load the model again (notebook 01), then add them."
+        )
+    if config.use_dora and is_sharded(model):
+        raise ModelError(
+            "DoRA reads whole weights, which no process has where layers are shared out",
+            next_step="Set adapter.use_dora=false, or train.share=copies.",
         )
     model.requires_grad_(False)
     unpack_rightly_on_cpu()  # as `load_model` does: the model may have been loaded otherwise

@@ -126,9 +126,9 @@ def _by_blocks(own: Any, packed: Any, constants: Any, out: Any, block: Any, rows
 
 def is_nf4(module: torch.nn.Module) -> bool:
     """Whether a linear layer holds NF4 weights."""
-    from bitsandbytes.nn import Linear4bit
+    import torch
 
-    return isinstance(module, Linear4bit) and holds_nf4(module.weight)
+    return isinstance(module, torch.nn.Linear) and holds_nf4(module.weight)
 
 
 def holds_nf4(parameter: torch.Tensor) -> bool:
@@ -144,8 +144,9 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Returns the bytes that a parameter or buffer takes, quantisation constants included."""
-    size = tensor.numel() * tensor.element_size()
+    """Returns the bytes that a parameter or buffer takes in this process, quantisation constants included."""
+    here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a part of a weight that is shared out
+    size = here.numel() * here.element_size()
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         parts = (state.absmax, state.code, state.offset)

@@ -84,7 +84,7 @@ def on_a_gpu(config: ModelConfig) -> bool:
     return config.device_map == "auto" and torch.cuda.is_available()
 
 
-def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
+def device_map_argument(shape: Any, config: ModelConfig, spread: Spread, *, one_gpu: bool = False) -> Any:
     """Returns the `device_map` for `from_pretrained`.
 
     A single process spreads the model over all GPUs; under torchrun each process has the whole model on its own GPU. The plan
@@ -95,6 +95,7 @@ def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
         shape: the model's transformers configuration.
         config: placement and limits.
         spread: how many decoder layers each GPU gets.
+        one_gpu: whether to take the first GPU alone.
     """
     import torch
 
@@ -103,6 +104,8 @@ def device_map_argument(shape: Any, config: ModelConfig, spread: Spread) -> Any:
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None:
         return {"": int(rank)}
+    if one_gpu:
+        return {"": 0}
     free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
     if len(free) < 2 or max(free) > SAME_FREE * min(free) or config.max_memory_per_gpu_gib is not None:
         return "auto"

@@ -19,6 +19,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from qlora_helpers.model.audit import read_directly, routers
 from qlora_helpers.model.expert_stacks import PackedStacks, packed, prepare_stacks, stack_names
+from qlora_helpers.model.sharding import PartKeeper, stacks_not_shared
 from qlora_helpers.model.wiring import decoder_layers
 
 _NAME = "bitsandbytes_4bit"
@@ -26,10 +27,14 @@ FEW = 16  # rows or columns of a linear layer that stays as it is: it costs no m
 
 
 @contextlib.contextmanager
-def stacks_quantised() -> Iterator[None]:
-    """While open, `from_pretrained` with bitsandbytes' 4-bit settings quantises stacks of experts too."""
+def stacks_quantised(keeper: PartKeeper | None = None) -> Iterator[None]:
+    """While open, `from_pretrained` with bitsandbytes' 4-bit settings quantises stacks of experts too.
+
+    Args:
+        keeper: keeps this process's part of each weight of the decoder layers; None keeps them whole.
+    """
     own = auto.AUTO_QUANTIZER_MAPPING[_NAME]
-    auto.AUTO_QUANTIZER_MAPPING[_NAME] = Nf4Quantizer
+    auto.AUTO_QUANTIZER_MAPPING[_NAME] = type("OurQuantizer", (Nf4Quantizer,), {"keeper": keeper})
     try:
         yield
     finally:
@@ -38,6 +43,8 @@ def stacks_quantised() -> Iterator[None]:
 
 class Nf4Quantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' quantizer for linear layers and for stacks of experts."""
+
+    keeper: PartKeeper | None = None
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -54,6 +61,10 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+        if self.keeper is not None:
+            if stacks_of(model, self.modules_to_not_convert):
+                raise stacks_not_shared()
+            self.keeper.mark(model)
         if not self.pre_quantized:
             for module, names in stacks_of(model, self.modules_to_not_convert):
                 self._prepare(module, names)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from qlora_helpers.model.sharding import PartKeeper
+
 STANDARD_DEVIATION = 0.02
 
 
@@ -26,6 +28,7 @@ def build_random_model(
     attention: str | None,
     places: dict[str, int | str] | str = "auto",
     seed: int = 0,
+    keeper: PartKeeper | None = None,
 ) -> PreTrainedModel:
     """Builds a causal language model from its shape.
 
@@ -36,6 +39,7 @@ def build_random_model(
         attention: attention implementation; None takes transformers' choice.
         places: a device map, as `from_pretrained` takes it; `auto` spreads the layers evenly over the GPUs.
         seed: for the weights; each device derives its own from it.
+        keeper: keeps this process's part of each weight of the decoder layers; None keeps them whole.
     """
     import torch
     from accelerate import dispatch_model, init_empty_weights
@@ -48,7 +52,7 @@ def build_random_model(
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     if config.quantization == "nf4":
-        _quantise_linears(model, config, draw)
+        _quantise_linears(model, config, draw, keeper)
         _quantise_stacks(model, config, draw)
         settings = quantization_settings(config, dtype)
         model.hf_quantizer = AutoHfQuantizer.from_config(settings)
@@ -117,14 +121,21 @@ class _WeightDrawer:
         return value.fill_(1.0) if ones else value.normal_(0.0, STANDARD_DEVIATION, generator=self._generators[device])
 
 
-def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _WeightDrawer) -> None:
+def _quantise_linears(
+    model: PreTrainedModel, config: ModelConfig, draw: _WeightDrawer, keeper: PartKeeper | None
+) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from qlora_helpers.model.quantizer import left_as_they_are
+    from qlora_helpers.model.quantizer import left_as_they_are, stacks_of
+    from qlora_helpers.model.sharding import stacks_not_shared
+    from qlora_helpers.model.wiring import decoder_layers
 
     head, left = model.get_output_embeddings(), left_as_they_are(model)
+    if keeper is not None and stacks_of(model):
+        raise stacks_not_shared()
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
     for name, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or module is head or not should_convert_module(name, left):
             continue
@@ -144,6 +155,8 @@ def _quantise_linears(model: PreTrainedModel, config: ModelConfig, draw: _Weight
             compress_statistics=config.double_quantization,
             module=packed,
         ).to(draw.device(name))
+        if keeper is not None and id(module) in inside:
+            packed.weight = keeper.part_of(packed.weight)
         _set(model, name, packed)
 
 

@@ -88,6 +88,14 @@ class Failure:
     compiled: bool = False
 
 
+class OutOfMemoryElsewhere(RuntimeError):
+    """Another process of the same training ran out of memory; `failure` says where, as it found out itself."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(f"out of memory ({failure.where})")
+
+
 def rescued(step: Step) -> Step:
     """Makes a step raise `OutOfMemory` and free its memory where it runs out of it; the run is the step's first argument.
 
@@ -170,6 +178,9 @@ def free_memory() -> None:
 def failure_of(error: BaseException) -> Failure:
     """Where an error happened and what the steps noted on it; of a chain of errors, the first one counts most."""
     chain = _chain(error)[::-1]
+    for each in chain:
+        if isinstance(each, OutOfMemoryElsewhere):
+            return each.failure
     places = [place for each in chain for place in places_of(each)]
     facts: dict[str, Any] = {}
     for each in chain:
@@ -216,11 +227,21 @@ def _layer_numbers(owner: Any) -> dict[int, int]:
     return {id(layer): number for number, layer in enumerate(longest, start=1)}
 
 
+def record_elsewhere(run: Run, error: Exception) -> None:
+    """Records in a run's status and plan why another process failed, where this one can't raise the error."""
+    with contextlib.suppress(RunError):
+        run.set_status(state="failed", exit_reason="an error", last_error=str(error)[:2000])
+    if isinstance(error, OutOfMemoryElsewhere):
+        _out_of_memory(run, error.failure)
+
+
 def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
     """Returns the error for the reader, and stores what it says in the run's `plan.json` and status."""
     training = failure.step is not None or failure.where.startswith("check before training")
     candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
     error = OutOfMemory(failure.where, failure.step, candidates, fixes)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes, which is told
+        return error
     with contextlib.suppress(RunError):  # a full disk must not hide this
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
         add_to_plan(run, out_of_memory=record)

@@ -9,10 +9,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from qlora_helpers.runs.ranks import STORE
 
+Value = TypeVar("Value")
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another, such as for the first that prepares the data."""
 log = logging.getLogger(__name__)
@@ -69,6 +71,42 @@ def join(*, on_cpu: bool) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=PATIENCE,
     )
+
+
+def values_of_all(value: Value) -> list[Value]:
+    """Returns what each process handed in, in their order; all of them call this together. Alone, a list of the value."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """Returns what the first process makes, in every process; all of them call this together.
+
+    Raises:
+        RuntimeError: making it failed in the first process, which raises its own error.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return make()
+    sent: list[Any] = [None, None]
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            sent[0] = make()
+        except Exception as error:
+            sent[1], failure = f"{type(error).__name__}: {error}", error
+    distributed.broadcast_object_list(sent, src=0)
+    if failure is not None:
+        raise failure
+    if sent[1] is not None:
+        raise RuntimeError(f"in the first process: {sent[1]}")
+    return sent[0]
 
 
 def _end_with_parent() -> None:

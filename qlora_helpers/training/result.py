@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 
 from qlora_helpers.base.units import gib
 from qlora_helpers.runs.status import stopped_by
+from qlora_helpers.training.processes import values_of_all
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TrainResult:
         loss, eval_loss: the last logged values, nats per trained token.
         seconds: how long this session trained.
         tokens_per_s: tokens of this session per second, without padding.
-        peak_gib: most memory held by tensors on each GPU while training; on a CPU the process's peak.
+        peak_gib: most memory held by tensors on each GPU while training, of all processes; on a CPU each process's peak.
         reserved_gib: the most that PyTorch reserved on each GPU for that; empty on a CPU.
         stopped: whether a person, the budget or SIGTERM stopped it before the end; `stop_reason` says why.
         machine: the names of the GPUs it ran on, or `CPU`.
@@ -84,3 +86,21 @@ def peak_memory() -> dict[str, float]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return {"cpu": gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+
+
+def of_all_processes(values: dict[str, float]) -> dict[str, float]:
+    """Returns what `peak_memory` or `reserved_memory` found in each process: of several, each knows its own GPU alone.
+
+    Args:
+        values: by device, of this process.
+    """
+    rank, local = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0")
+    machine = rank // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own: dict[str, float] = {}
+    for name, value in values.items():
+        if name == "cpu":
+            own["cpu" if rank == 0 else f"cpu of process {rank + 1}"] = value
+        elif name == f"cuda:{local}":
+            own[name if machine == 0 else f"{name} of machine {machine + 1}"] = value
+    every = values_of_all(own)
+    return values if len(every) == 1 else {name: value for each in every for name, value in each.items()}

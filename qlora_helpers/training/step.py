@@ -23,6 +23,7 @@ from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
+from qlora_helpers.model.sharding import bytes_elsewhere, is_sharded
 from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
 from qlora_helpers.planning.forecast import compiled_and_checkpointed
 from qlora_helpers.planning.fp8 import fp8_refusal
@@ -32,6 +33,7 @@ from qlora_helpers.planning.step_settings import StepSettings, may_capture
 from qlora_helpers.training.fast_step.parts import FastStep, fast_step
 from qlora_helpers.training.fp8_proof import prove_fp8
 from qlora_helpers.training.probes import check_same_losses, probe_losses
+from qlora_helpers.training.processes import values_of_all
 from qlora_helpers.training.proving import values_rounded_anew
 from qlora_helpers.training.row_isolation import check_isolation, has_state, plain_attention
 
@@ -166,9 +168,15 @@ def _choose(
     if config.matmul_dtype != "fp8":  # which is tried on any card
         no_fp8 = fp8_refusal(config, sizes, step, gpu)
     step = replace(step, fp8=no_fp8 is None and gpu.fp8_tflops > 0)
-    usable = gib(usable_bytes(device) + CONTEXT_BYTES)
+    usable = gib(usable_bytes(device) + bytes_elsewhere(model) + CONTEXT_BYTES)
     passes = _passes(data, config)
-    return *compiled_and_checkpointed(config, sizes, step, gpu, usable, passes=passes, packed=data.packed), no_fp8
+    compiled, checkpointed = compiled_and_checkpointed(
+        config, sizes, step, gpu, usable, passes=passes, packed=data.packed
+    )
+    all_ranks = values_of_all(
+        (compiled, checkpointed)
+    )  # cards may differ in what is free; layers are compiled in all or none
+    return all(each for each, _ in all_ranks), max(each for _, each in all_ranks), no_fp8
 
 
 def _settings_of(
@@ -196,7 +204,9 @@ def _settings_of(
         adapted=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         skipped=model.dtype != torch.float16,
-        captured=may_capture(config, data.packed, dropout, sizes) and model.dtype != torch.float16 and copies == 1,
+        captured=may_capture(config, data.packed, dropout, sizes)
+        and model.dtype != torch.float16
+        and not is_sharded(model),
         copies=copies,
     )
     if not step.captured:

@@ -29,10 +29,13 @@ from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.arguments import half_of, training_arguments
+from qlora_helpers.training.averaging import copy_from_first, processes
 from qlora_helpers.training.callback import RunFolderCallback
 from qlora_helpers.training.checkpoint_trust import refuse_code
 from qlora_helpers.training.fast_step.parts import FastStep
-from qlora_helpers.training.result import TrainResult, machine_name, peak_memory, reserved_memory
+from qlora_helpers.training.global_batch import with_same_sequences
+from qlora_helpers.training.processes import from_first
+from qlora_helpers.training.result import TrainResult, machine_name, of_all_processes, peak_memory, reserved_memory
 from qlora_helpers.training.row_isolation import check_isolation
 from qlora_helpers.training.step import make_collator, open_fast_step
 from qlora_helpers.training.trainer import SummaryTrainer
@@ -76,6 +79,8 @@ def train(
     for rows, what in ((data.train, "the training data"), (data.eval, "the evaluation data")):
         refuse_tokens_without_row(model, tokenizer, rows["input_ids"], what)
     restore_embedding(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
+    resume = _resumed_from(run)
+    config = with_same_sequences(config, resume, processes())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
         fast = None
@@ -86,7 +91,25 @@ def train(
         trainer = _make_trainer(model, tokenizer, data, config, run, fast, show_progress=show_progress)
         trainer.trained_on = trained_on
         opened.enter_context(_adapters_restored_on_failure(model))
-        return _run_session(trainer, model, config, run, extra_callbacks)
+        return _run_session(trainer, model, config, run, resume, extra_callbacks)
+
+
+def _resumed_from(run: Run) -> Path | None:
+    """Returns the checkpoint that all processes go on from, which the first of them chooses; None where there is none.
+
+    Raises:
+        RunError: it holds something that is not to be trusted.
+    """
+
+    def name() -> str | None:
+        found = saved.newest_good(run.checkpoints_dir)
+        return None if found is None else found.name
+
+    chosen = from_first(name)
+    if chosen is None:
+        return None
+    refuse_code(run.checkpoints_dir / chosen)
+    return run.checkpoints_dir / chosen
 
 
 def refuse_settings(config: TrainConfig) -> None:
@@ -179,11 +202,13 @@ class _Resumed(TrainerCallback):
 
 
 def _run_session(
-    trainer: SummaryTrainer, model: torch.nn.Module, config: TrainConfig, run: Run, extra: tuple[TrainerCallback, ...]
+    trainer: SummaryTrainer,
+    model: torch.nn.Module,
+    config: TrainConfig,
+    run: Run,
+    resume: Path | None,
+    extra: tuple[TrainerCallback, ...],
 ) -> TrainResult:
-    resume = saved.newest_good(run.checkpoints_dir)
-    if resume:
-        refuse_code(resume)
     is_writer = trainer.is_world_process_zero()
     total, start = planned_steps(trainer), saved.step_of(resume) if resume else 0
     session = run.start_session(total, start) if is_writer else 0
@@ -201,6 +226,7 @@ def _run_session(
         if resume and start >= total:  # Trainer would do one more step
             trainer.state = saved.load_finished(model, resume)
         else:
+            copy_from_first(weight for weight in model.parameters() if weight.requires_grad)
             with sigterm.deferred(), at(facts=lambda: _facts(trainer)):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
@@ -231,10 +257,10 @@ def _result(trainer: SummaryTrainer, start: int, seconds: float, stop_reason: st
         eval_loss=losses.get("eval_loss"),
         seconds=seconds,
         tokens_per_s=tokens / max(1e-9, seconds),
-        peak_gib=peak_memory(),
+        peak_gib=of_all_processes(peak_memory()),
         stopped=bool(stop_reason),
         machine=machine_name(trainer.model.get_input_embeddings().weight.device),
-        reserved_gib=reserved_memory(),
+        reserved_gib=of_all_processes(reserved_memory()),
         compiled=fast.compiled if fast else False,
         fp8=fast is not None and fast.is_on("fp8"),
         captured=bool(fast and fast.graphs and fast.graphs.replayed),

@@ -22,8 +22,10 @@ from qlora_helpers.base.records import read_record
 from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
+from qlora_helpers.training.averaging import average_gradients
 from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
+from qlora_helpers.training.global_batch import Processes, write_processes
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
 
 
@@ -62,6 +64,13 @@ class SummaryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.watch = LossWatch(may_overflow=self.args.fp16)
         self._blocks: deque[torch.Tensor | None] = deque()
+        if self.accelerator.num_processes > 1:
+            # accelerate would wrap the model in DDP, which refuses layers that are shared out and splits captured passes: the
+            # gradients are averaged after the passes instead. What else it does to a model (autocast) it does here too.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(
+                model, *args, **kwargs | {"evaluation_mode": True}
+            )
         # Trainer has no methods of its own around these two.
         self.accelerator.backward = at("backward")(self.accelerator.backward)
         self.add_callback(_OptimizerPlace())
@@ -95,6 +104,7 @@ class SummaryTrainer(Trainer):
 
     @at("clipping of the gradients")
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        average_gradients(weight for weight in model.parameters() if weight.requires_grad)
         return super()._clip_grad_norm(model)
 
     @at("clipping of the gradients")
@@ -178,13 +188,20 @@ class SummaryTrainer(Trainer):
             with saved.clear_write_errors(written):
                 super()._save_checkpoint(model, trial)
                 self._write_sum(written)
-                if self.trained_on is not None and self.is_world_process_zero():
-                    write_json(written / saved.TRAINED_ON, self.trained_on)
+                if self.is_world_process_zero():
+                    write_processes(written, self._taking_part())
+                    if self.trained_on is not None:
+                        write_json(written / saved.TRAINED_ON, self.trained_on)
         finally:
             self._saves_to = None
         self.accelerator.wait_for_everyone()  # the seal covers the files of all processes
         if self.is_world_process_zero():
             saved.put_in_place(written)
+
+    def _taking_part(self) -> Processes:
+        count = self.accelerator.num_processes
+        passes = self.args.gradient_accumulation_steps
+        return Processes(count, self.args.per_device_train_batch_size * passes * count)
 
     def _sum_name(self) -> str:
         return f"loss_sum_{self.args.process_index}.json"
@@ -200,10 +217,14 @@ class SummaryTrainer(Trainer):
 
     def restore_loss_sum(self, checkpoint: Path) -> None:
         """Restores the loss summed between the last log and the save, so that the next log covers all its steps."""
-        path = checkpoint / self._sum_name()
-        if path.is_file():
-            kept = read_record(path, _LossSum)
-            self._tr_loss += kept.loss
-            self._globalstep_last_logged = kept.since_step
-            self.watch.recent.extend(kept.recent)
-            self.watch.overflows = kept.overflows
+        of_all = [read_record(path, _LossSum) for path in sorted(checkpoint.glob("loss_sum_*.json"))]
+        if not of_all:
+            return
+        own = checkpoint / self._sum_name()
+        kept = read_record(own, _LossSum) if own.is_file() else of_all[0]
+        # What is logged is the mean over the processes; another number of them each goes on from the mean.
+        same = len(of_all) == self.accelerator.num_processes
+        self._tr_loss += kept.loss if same else sum(each.loss for each in of_all) / len(of_all)
+        self._globalstep_last_logged = kept.since_step
+        self.watch.recent.extend(kept.recent)
+        self.watch.overflows = kept.overflows

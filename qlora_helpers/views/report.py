@@ -179,7 +179,11 @@ def _headlines(parts: Parts) -> list[dict[str, Any]]:
         sessions = f"the last of {parts.status.session} sessions; " if parts.status.session > 1 else ""
         speed = f"{sessions}{measured['tokens_per_s']:,.0f} tokens/s"
         cards[2] = _card(names[2], duration(measured["seconds"]), speed)
-        where = "the whole process" if set(measured["peak_gib"]) == {"cpu"} else "tensors on the fullest GPU"
+        where = (
+            "the whole process"
+            if all(name.startswith("cpu") for name in measured["peak_gib"])
+            else "tensors on the fullest GPU"
+        )
         cards[3] = _card(names[3], f"{max(measured['peak_gib'].values()):.2f} GiB", where)
     return cards
 

@@ -16,6 +16,7 @@ import torch
 from qlora_helpers.evaluation.fast_answers import memory
 from qlora_helpers.evaluation.fast_answers.decoder import NotFast, Questions, SlotDecoder, unusable_cache_explained
 from qlora_helpers.evaluation.fast_answers.form import AnswerForm, answering_form
+from qlora_helpers.model.sharding import is_sharded
 from qlora_helpers.model.wiring import windows_of
 
 __all__ = ["AnswerForm", "NotFast", "answer_fast", "answering_form"]
@@ -103,7 +104,7 @@ def _answers_in_slots(
             form.note(decoder.step.refusal)
         return answers
     except torch.OutOfMemoryError:
-        if slots == 1:
+        if slots == 1 or decoder.sharded:  # the other processes would go on with as many
             raise
         return None
     finally:
@@ -136,6 +137,8 @@ def _shape_refusal(model: torch.nn.Module, longest: int) -> str | None:
 
 def _graph_refusal(model: torch.nn.Module) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
+    if is_sharded(model):
+        return "no CUDA graph: layers are gathered from several processes"
     if any(device.type != "cuda" for device in devices):
         return "no CUDA graph: the model is not on a GPU"
     return None if len(devices) == 1 else "no CUDA graph: the model is spread over several GPUs"

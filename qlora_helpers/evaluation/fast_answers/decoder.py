@@ -15,6 +15,7 @@ import torch
 
 from qlora_helpers.evaluation.fast_answers.cache import SlotCache
 from qlora_helpers.evaluation.fast_answers.graphs import CapturedStep
+from qlora_helpers.model.sharding import as_in_first, is_sharded
 from qlora_helpers.model.wiring import takes_logits_to_keep
 
 STEPS_BETWEEN_LOOKS = 4  # on a GPU, which then rarely waits; an answer that has ended is noticed this late at most
@@ -95,6 +96,12 @@ class SlotDecoder:
         self.step = CapturedStep(self.grow, (self.tokens, self.places), graph_refusal)
         self.keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
         self.steps = 0
+        self.sharded = is_sharded(model)
+
+    def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the most likely tokens, `(rows,)`."""
+        tokens = logits.argmax(-1).to(self.device)
+        return as_in_first(tokens) if self.sharded else tokens
 
     @torch.no_grad()
     def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
@@ -112,7 +119,7 @@ class SlotDecoder:
             use_cache=True,
             **self.keep,
         ).logits[:, -1]
-        self.tokens[chosen] = logits.argmax(-1).to(self.device)
+        self.tokens[chosen] = self._chosen(logits)
         self.places[chosen] = longest
         self.starts[chosen] = longest - mask.sum(1)
         return logits
@@ -132,7 +139,7 @@ class SlotDecoder:
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
-        self.tokens[:rows] = logits.argmax(-1).to(self.device)
+        self.tokens[:rows] = self._chosen(logits)
         self.places[:rows] = (places + 1).clamp(
             max=self.capacity - 1
         )  # a slot whose answer has ended may go on for a few steps

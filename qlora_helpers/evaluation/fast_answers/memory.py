@@ -6,14 +6,16 @@ import torch
 
 from qlora_helpers.evaluation.fast_answers.attention import keys_shared
 from qlora_helpers.evaluation.fast_answers.decoder import NotFast, SlotDecoder, unusable_cache_explained
+from qlora_helpers.model.sharding import is_sharded, of_all
 from qlora_helpers.planning.step_settings import SINGLE
 
 SPARE_SHARE = 0.1  # of the free memory that stays free
 
 
 def usable_bytes(model: torch.nn.Module) -> float:
-    """Memory that answering may take where the model is."""
-    return (1 - SPARE_SHARE) * free_bytes(model)
+    """Memory that answering may take where the model is; of processes that share it, where there is least."""
+    usable = (1 - SPARE_SHARE) * free_bytes(model)
+    return min(of_all(usable)) if is_sharded(model) else usable
 
 
 def free_bytes(model: torch.nn.Module) -> int:

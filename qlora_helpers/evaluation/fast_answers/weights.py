@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.nf4 import is_nf4, unpacked_numel
 from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.sharding import ShardedLinear4bit
 from qlora_helpers.model.wiring import is_plain_lora
 
 
@@ -25,8 +26,8 @@ def dense_bytes(model: torch.nn.Module) -> int:
 
 
 def is_packed(module: torch.nn.Module) -> bool:
-    """Whether a module is a 4-bit linear layer."""
-    return isinstance(module, torch.nn.Linear) and is_nf4(module)
+    """Whether a module is a 4-bit linear layer whose weight is whole here."""
+    return is_nf4(module) and not isinstance(module, ShardedLinear4bit)
 
 
 def unpacked(layer: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.sharding import is_sharded
 from qlora_helpers.model.wiring import decoder_layers
 from qlora_helpers.training.fast_step import matmuls
 from qlora_helpers.training.fast_step.fp8_kernels import E4M3, LARGEST, LEAST, NESTED_BLOCK, nf4_to_fp8, rows_to_fp8
@@ -293,6 +294,8 @@ def fp8_refusal(model: torch.nn.Module) -> str | None:
     Args:
         model: a transformers model, without peft's wrapper around it.
     """
+    if is_sharded(model):
+        return "no FP8: it multiplies whole weights, and the layers are shared out over several processes"
     weights = [weight for layer in decoder_layers(model) for weight in layer.parameters()]
     packed = [weight for weight in weights if getattr(weight, "quant_state", None) is not None]
     if not any(weight.quant_state.quant_type == "nf4" for weight in packed):

@@ -25,6 +25,7 @@ import torch
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.model import cuda_graphs
 from qlora_helpers.model.patching import replace_forward
+from qlora_helpers.model.sharding import is_sharded
 from qlora_helpers.planning.memory import CAPTURE_ROOM_GIB
 
 MIN_REPLAYS = 10  # the least that pay for a capture, which takes about a second
@@ -266,12 +267,8 @@ def graph_refusal(model: torch.nn.Module, *, packed: bool, dropout: bool, listed
         return "passes are captured on CUDA GPUs only"
     if places != {torch.device("cuda", torch.cuda.current_device())}:
         return "passes are captured on one GPU, the current one"
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        return "several processes average their gradients: no pass is captured"
+    if is_sharded(model):
+        return "layers are gathered from several processes: no pass is captured"
     if not packed:
         return "padded rows differ in length: no pass is captured"
     if dropout:

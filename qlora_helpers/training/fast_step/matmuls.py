@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.shapes.families import added_to_residual
+from qlora_helpers.model.sharding import ShardedLinear4bit
 from qlora_helpers.model.wiring import is_plain_lora
 
 _SIGNATURES = {
@@ -144,7 +145,10 @@ def unused_outputs_skipped(model: torch.nn.Module, layers: list[torch.nn.Module]
                 if (fp8 := getattr(linear, "fp8", None)) is not None:
                     fp8.skips = True
                     undo.callback(setattr, fp8, "skips", False)
-                if fp8 is None or fp8.among.refusal is not None:
+                if isinstance(linear, ShardedLinear4bit):
+                    undo.callback(setattr, linear, "multiply", None)
+                    linear.multiply = torch.ops.qlora_helpers.linear_4bit_unless_recomputing.default
+                elif fp8 is None or fp8.among.refusal is not None:
                     replace_forward(linear, types.MethodType(_skippable_forward(linear.forward), linear), undo)
                 changed += 1
         yield changed // max(1, len(layers))

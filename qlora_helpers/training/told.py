@@ -1,0 +1,150 @@
+"""Tells all processes of a training that one of them failed, so that none waits for it and the first can report why.
+
+A process that fails writes the reason into the store by which the processes met, before it ends. The others learn of it when the
+next exchange fails (gloo closes its connections with the process) or, where a GPU waits inside NCCL, from a thread that looks into
+the store once a second. They raise an error that says which process failed and why; for lack of memory it is one that
+`planning.out_of_memory` turns into settings that fit, as if it had happened here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from qlora_helpers.base.errors import RunError, UserError
+from qlora_helpers.planning.out_of_memory import Failure, OutOfMemoryElsewhere, failure_of, is_out_of_memory
+
+KEY = "qlora_failure"
+LOOK_S = 1.0  # between two looks into the store
+ARRIVES_S = 3.0  # a reason is written before its process ends; a slow disk may show it this late
+STUCK_S = (
+    6.0  # after which a process that still waits for the one that failed reports and ends; `runs.ranks` gives it 10
+)
+EXIT_CODE = 2  # of a `UserError` on the command line
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) -> Iterator[None]:
+    """While open, an error that ends one process of a training ends all; each of the others raises what it was told.
+
+    Args:
+        when_stuck: called with the error in a process that can't raise it, because it waits for the one that failed; the process
+            ends afterwards.
+
+    Raises:
+        RunError: another process failed, or ended without a reason.
+        OutOfMemoryElsewhere: another process ran out of memory.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(done, when_stuck), name="failures of other processes", daemon=True)
+    watcher.start()
+    told = None
+    try:
+        yield
+    except BaseException as error:
+        told = _told(wait=_is_of_exchange(error))
+        if told is None and _is_of_exchange(error):
+            told = RunError(
+                "another process of this training ended",
+                next_step="Train again: the run goes on from its last good checkpoint. Its log may say what ended it.",
+            )
+        elif told is None:
+            _tell(error)
+        if told is None:
+            raise
+        log.debug("ended by another process", exc_info=error)
+    finally:
+        done.set()
+    if told is not None:  # outside of the handler: the frames of the error here hold memory
+        raise told
+
+
+def _store() -> Any:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _tell(error: BaseException) -> None:
+    found: dict[str, Any] = {"rank": int(os.environ["RANK"])}
+    if is_out_of_memory(error):
+        found["failure"] = asdict(failure_of(error))
+    elif isinstance(error, UserError):
+        found["problem"] = str(error)
+    else:
+        found["problem"] = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(Exception):  # the store is gone with the process that held it
+        if (store := _store()) is not None and not store.check([KEY]):
+            store.set(KEY, json.dumps(found))
+
+
+def _told(*, wait: bool) -> Exception | None:
+    until = time.monotonic() + (ARRIVES_S if wait else 0)
+    while True:
+        with contextlib.suppress(Exception):
+            if (store := _store()) is not None and store.check([KEY]):
+                found = json.loads(store.get(KEY))
+                return None if found["rank"] == int(os.environ["RANK"]) else _error(found)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.1)
+
+
+def _error(found: dict[str, Any]) -> Exception:
+    who = f"process {found['rank'] + 1} of {os.environ['WORLD_SIZE']}"
+    if "failure" in found:
+        values = found["failure"]
+        return OutOfMemoryElsewhere(Failure(**values | {"where": f"{who}, {values['where']}"}))
+    return RunError(f"{who} failed: {found['problem']}")
+
+
+def _is_of_exchange(error: BaseException) -> bool:
+    """Whether an error comes from an exchange between processes, and so perhaps from another's end."""
+    from torch import distributed
+
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "process group")
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError | ValueError)
+        and not isinstance(error, UserError)
+        and any(word in str(error) for word in words)
+    )
+
+
+def _watch(done: threading.Event, when_stuck: Callable[[Exception], None]) -> None:
+    """Looks for a reason in the store until the block is left; then sets free a GPU that waits, or ends the process."""
+    while not done.wait(LOOK_S):
+        told = _told(wait=False)
+        if told is None:
+            continue
+        if not _free_waiting_gpu() or done.wait(STUCK_S):
+            return
+        log.error("%s", told)
+        with contextlib.suppress(Exception):
+            when_stuck(told)
+        os._exit(EXIT_CODE)
+
+
+def _free_waiting_gpu() -> bool:
+    """Ends what a GPU waits for inside NCCL; returns whether there is such. gloo ends with the process that failed."""
+    from torch import distributed
+
+    if distributed.get_backend() != "nccl":
+        return False
+    with contextlib.suppress(
+        Exception
+    ):  # PyTorch calls it experimental; where it fails, the process ends a little later
+        distributed.distributed_c10d._abort_process_group()
+    return True

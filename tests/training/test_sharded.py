@@ -1,0 +1,430 @@
+"""Layers that are shared out over several processes (FSDP2), and copies of a model: real processes that meet by gloo on the CPU.
+
+They are forked from this process, which has imported everything. Each trains as the command line does, by `workflow.train`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_ranks import Ranks, in_ranks
+
+pytestmark = pytest.mark.slow
+SETTINGS: dict[str, Any] = {
+    "adapter.lora_dropout": 0.0,
+    "train.max_steps": 4,
+    "train.lr_scheduler_type": "constant",
+    "train.learning_rate": 0.02,
+    "train.logging_steps": 1,
+    "train.eval_steps": 4,
+    "train.save_steps": 2,
+    "train.tensorboard": "off",
+    "train.micro_batch_size": 1,
+    "train.activation_checkpointing": True,
+    "train.checkpointed_layers": 3,
+    "data.train_rows": 40,
+    "data.eval_rows": 5,
+    "data.test_rows": 3,
+    "data.seq_len_tokens": 192,
+    "evaluation.max_new_tokens": 8,
+    "evaluation.few_shot": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported(torch, cache):
+    """What the processes need, imported once."""
+    import torch.distributed.fsdp
+
+    from qlora_helpers import workflow
+    from qlora_helpers.data import prepare
+    from qlora_helpers.evaluation import evaluate
+    from qlora_helpers.model import checkpoints, lora, quantizer
+    from qlora_helpers.training import tensorboard_events, train
+
+    assert all((prepare, evaluate, lora, quantizer, tensorboard_events, train, workflow, torch.distributed.fsdp))
+    from qlora_helpers.base.config import ModelConfig
+
+    checkpoints.find_checkpoint(ModelConfig(name="random:falcon-tiny"), say=lambda text: None)  # made once, not by each
+
+
+def train(root: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What each process of a training does; returns what it saw."""
+    from qlora_helpers import workflow
+    from qlora_helpers.model.sharding import is_sharded
+
+    run = workflow.open_run(name, profile="tiny", settings=SETTINGS | settings, root=root)
+    loaded = workflow.load(run, say=lambda text: None)
+    result = workflow.train(run, loaded=loaded, show_progress=False)
+    return {
+        "sharded": is_sharded(loaded.model),
+        "audit": repr(loaded.audit),
+        "held_gib": loaded.audit.gib_by_process,
+        "fast": result.fast_step,
+        "peaks": result.peak_gib,
+        "steps": result.steps,
+        "stopped": result.stop_reason,
+    }
+
+
+def losses(root: Path, name: str) -> list[tuple[int, float]]:
+    lines = map(json.loads, (root / name / "progress.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def difference(root: Path, first: str, second: str) -> float:
+    from qlora_helpers.model.lora import adapter_difference
+
+    return adapter_difference(root / first / "adapter", root / second / "adapter")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(root, imported):
+    """One process that adds up two passes a step: it sees the same packed sequences."""
+    (found,) = in_ranks(train, root, "alone", {"train.gradient_accumulation_steps": 2}, processes=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shards(root, imported):
+    """Two processes that share the layers, in two sessions: the second goes on from the first one's checkpoint."""
+    in_ranks(train, root, "shards", {"train.share": "shards", "train.max_steps": 2})
+    shutil.copytree(root / "shards", root / "halfway")
+    return in_ranks(train, root, "shards", {"train.share": "shards"})
+
+
+def test_shards_learn_what_one_process_learns_to_the_bit_and_resume_so(root, alone, shards):
+    assert losses(root, "shards") == losses(root, "alone")
+    assert difference(root, "shards", "alone") == 0.0
+    assert (root / "shards/adapter/adapter_model.safetensors").read_bytes() == (
+        root / "alone/adapter/adapter_model.safetensors"
+    ).read_bytes()
+    assert not alone["sharded"] and all(each["sharded"] for each in shards)
+
+
+def test_the_fast_step_is_the_same_with_shards(alone, shards):
+    assert shards[0]["fast"] == shards[1]["fast"] == alone["fast"]
+    assert "3 of 4 layers with activation checkpointing, each skipping 2 unused outputs" in shards[0]["fast"]
+    assert "on   block-diagonal attention" in shards[0]["fast"] and "on   loss in chunks" in shards[0]["fast"]
+
+
+def test_the_certificate_of_shards_passes(root, shards):
+    found = json.loads((root / "shards/adapter/certificate.json").read_text())
+    assert found["passed"] and found["prompts"] == 3 and found["largest_difference"] == 0.0
+
+
+def test_what_each_process_holds_is_reported(root, alone, shards):
+    assert len(shards[0]["held_gib"]) == 2 and "shared out over 2 processes" in shards[0]["audit"]
+    assert "16 of 16 linear layers in nf4" in shards[1]["audit"] and alone["held_gib"] == ()
+    assert set(shards[0]["peaks"]) == {"cpu", "cpu of process 2"}
+    assert set(json.loads((root / "shards/plan.json").read_text())["measured"]["peak_gib"]) == set(shards[0]["peaks"])
+
+
+def test_one_process_goes_on_from_two_in_the_same_order_of_the_data(root, alone, shards):
+    """2 -> 1 and 1 -> 2 are the same run: the steps take the same sequences, whoever takes them."""
+    shutil.copytree(root / "halfway", root / "one-goes-on")
+    in_ranks(train, root, "one-goes-on", {"train.share": "shards"}, processes=1)
+    assert losses(root, "one-goes-on") == losses(root, "alone")
+    assert difference(root, "one-goes-on", "alone") == 0.0
+
+
+def test_two_processes_go_on_from_one_as_copies(root, alone):
+    accumulated = {"train.gradient_accumulation_steps": 2}
+    in_ranks(train, root, "copies", accumulated | {"train.max_steps": 2}, processes=1)
+    found = in_ranks(train, root, "copies", accumulated | {"train.share": "copies"})
+    assert not found[0]["sharded"] and losses(root, "copies") == losses(root, "alone")
+    assert difference(root, "copies", "alone") == 0.0
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that this process has made, each storage once."""
+    import torch
+
+    found = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor) and each.device.type == "cpu" and type(each).__name__ != "DTensor":
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def load(folder: str | None) -> dict[str, Any]:
+    """Loads a model as a process of several does, and counts the bytes that are held whenever a weight has been quantised."""
+    import torch
+
+    from qlora_helpers.base.config import ModelConfig
+    from qlora_helpers.model import sharding
+    from qlora_helpers.model.loading import load_model
+    from qlora_helpers.model.nf4 import stored_bytes
+    from qlora_helpers.model.random_weights import build_random_model
+    from qlora_helpers.model.shapes.catalog import SHAPES
+    from qlora_helpers.model.shares import Sharing
+    from qlora_helpers.model.wiring import decoder_layers
+    from qlora_helpers.training.processes import join
+
+    join(on_cpu=True)
+    gc.freeze()  # what the fork inherited is not listed any more
+    most, own = 0, sharding.PartKeeper.part_of
+
+    def counted(self: Any, weight: Any) -> Any:
+        nonlocal most
+        most = max(most, held_bytes())
+        return own(self, weight)
+
+    sharding.PartKeeper.part_of = counted
+    sharing = Sharing(1, 2)
+    if folder is None:
+        mesh = sharing.mesh("cpu")
+        config = ModelConfig(name="random:falcon-tiny", device_map="cpu")
+        model = build_random_model(
+            SHAPES["falcon-tiny"] | {"num_hidden_layers": 12},
+            config,
+            dtype=torch.float32,
+            attention=None,
+            keeper=sharding.PartKeeper(mesh),
+        )
+        sharding.share_layers(model, mesh)
+    else:
+        model = load_model(ModelConfig(name=folder), sharing=sharing, say=lambda text: None).model
+    linears = sharding.sharded_linears(model)
+    rows = {id(each.row) for each in linears}
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    return {
+        "most": most,
+        "weights": len(linears),
+        "all": sum(each.row.numel() for each in linears),
+        "here": sum(each.row.to_local().numel() for each in linears),
+        "whole": sum(stored_bytes(each) for each in [*model.parameters(), *model.buffers()] if id(each) not in rows),
+        "layer": max(
+            sum(each.in_features * each.out_features for each in sharding.sharded_linears(layer))
+            for layer in decoder_layers(model)
+        ),
+        "logits": logits,
+    }
+
+
+@pytest.fixture(scope="module")
+def deep_llama(tmp_path_factory, imported):
+    """A checkpoint whose decoder layers are most of it, stored in bfloat16."""
+    import torch
+    from tiny import tiny_llama
+
+    from qlora_helpers.model.checkpoints import corpus_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "deep-llama"
+    shape = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    tiny_llama(**shape).to(torch.bfloat16).save_pretrained(folder)
+    corpus_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["a folder", "random weights"])
+def test_no_process_ever_holds_more_than_its_share_and_a_layer(source, deep_llama):
+    found = in_ranks(load, str(deep_llama) if source == "a folder" else None)
+    for each in found:
+        full = 8 * each["all"]  # of the layers in float32: 4 bits and their constants take a little more than an eighth
+        assert abs(each["here"] - each["all"] / 2) <= each["weights"]
+        # The embedding and norms are whole; one layer in float32 and in 4 bits is being read.
+        bound = each["here"] + each["whole"] + 4 * each["layer"] + each["all"] / 12
+        assert each["most"] <= bound < 0.75 * (full + each["whole"])
+    assert found[0]["logits"].equal(found[1]["logits"])
+
+
+def test_shared_layers_of_a_checkpoint_compute_what_a_whole_model_does(deep_llama):
+    import torch
+
+    from qlora_helpers.base.config import ModelConfig
+    from qlora_helpers.model.loading import load_model
+
+    whole = load_model(ModelConfig(name=str(deep_llama)), say=lambda text: None).model
+    with torch.no_grad():
+        expected = whole(input_ids=torch.arange(2, 22)[None]).logits
+    assert in_ranks(load, str(deep_llama))[0]["logits"].equal(expected)
+
+
+def refused(name: str, settings: dict[str, Any]) -> str:
+    """What a process says that can't share a model as asked."""
+    from qlora_helpers import workflow
+    from qlora_helpers.base.errors import UserError
+
+    root = Path(os.environ["QLORA_TEST_ROOT"])
+    run = workflow.open_run(f"{name}-{os.environ['RANK']}", profile="tiny", settings=SETTINGS | settings, root=root)
+    try:
+        workflow.add_adapters(run, workflow.load(run, say=lambda text: None))
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.quantization": "none"}, "only 4-bit weights"),
+        ({"adapter.use_dora": True}, "DoRA reads whole weights"),
+        ({"train.share": "spread"}, "takes one process"),
+    ],
+)
+def test_what_can_t_be_shared_out_is_refused_in_one_sentence(settings, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_TEST_ROOT", str(tmp_path))
+    for each in in_ranks(refused, "refused", {"train.share": "shards"} | settings):
+        assert said in each
+
+
+def test_a_mixture_of_experts_is_refused_before_its_stacks_are_read(tmp_path, monkeypatch):
+    from mixtures import save, tiny_mixture
+
+    monkeypatch.setenv("QLORA_TEST_ROOT", str(tmp_path))
+    folder = save(tiny_mixture("qwen3_moe"), tmp_path / "mixture")
+    for each in in_ranks(refused, "mixture", {"train.share": "shards", "model.name": str(folder)}):
+        assert "a mixture of experts can't be shared out" in each
+
+
+LONG = {"train.share": "shards", "train.max_steps": 200, "train.eval_steps": 200, "train.save_steps": 200}
+
+
+def wait_for_steps(root: Path, name: str, steps: int, ranks: Ranks, limit_s: float = 120.0) -> None:
+    until = time.monotonic() + limit_s
+    while not ((root / name / "progress.jsonl").exists() and len(losses(root, name)) >= steps):
+        if time.monotonic() > until or ranks.ended():
+            ranks.kill()
+            raise AssertionError(ranks.said())
+        time.sleep(0.05)
+
+
+def status(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / name / "status.json").read_text())
+
+
+@pytest.mark.parametrize("how", ["a request", "SIGTERM"])
+def test_shards_stop_together_and_save(how, root, imported):
+    from qlora_helpers.runs.folder import Run
+
+    name = f"stopped-by-{how.split()[-1]}"
+    ranks = Ranks(train, root, name, LONG)
+    wait_for_steps(root, name, 2, ranks)
+    if how == "SIGTERM":
+        for pid in ranks.pids:
+            os.kill(pid, signal.SIGTERM)
+    else:
+        Run(root / name).request("stop")
+    assert ranks.wait() == [0, 0], ranks.said()
+    first, second = ranks.found(0), ranks.found(1)
+    done = status(root, name)
+    assert done["state"] == "stopped" and done["step"] == first["steps"] == second["steps"] < 200
+    assert (root / name / f"checkpoints/checkpoint-{first['steps']}/verified.json").is_file()
+    assert (root / name / "adapter/certificate.json").is_file() == (how != "SIGTERM")
+
+
+def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: int) -> Any:
+    """What each process does of a training in which one runs out of memory."""
+    import contextlib
+
+    from out_of_memory import exhausted_at
+
+    from qlora_helpers import workflow
+    from qlora_helpers.planning.out_of_memory import OutOfMemory
+
+    run = workflow.open_run(name, profile="tiny", settings=SETTINGS | settings, root=root)
+    loaded = workflow.load(run, say=lambda text: None)
+    model = workflow.add_adapters(run, loaded)
+    fails = os.environ["RANK"] == str(rank)
+    with exhausted_at(place, model, after=2) if fails else contextlib.nullcontext() as exhausted:
+        try:
+            workflow.train(run, model=model, loaded=loaded, show_progress=False)
+        except OutOfMemory as error:
+            return {"where": error.where, "step": error.step, "freed": exhausted.freed if fails else True}
+    return None
+
+
+def test_where_one_process_runs_out_of_memory_all_are_told_and_let_go(root, imported):
+    found = in_ranks(run_out, root, "full", {"train.share": "shards"}, "backward", 1)
+    assert found[1]["where"] == "backward" and found[1]["freed"]
+    assert found[0] == {"where": "process 2 of 2, backward", "step": found[1]["step"], "freed": True}
+    ended, plan = status(root, "full"), json.loads((root / "full/plan.json").read_text())
+    assert (ended["state"], ended["exit_reason"]) == ("failed", "out of memory")
+    assert plan["out_of_memory"]["where"] == "process 2 of 2, backward"
+    in_ranks(train, root, "full", {"train.share": "shards"})  # and it goes on
+    assert status(root, "full")["state"] == "finished"
+
+
+def evaluate(root: Path, name: str) -> dict[str, Any]:
+    from qlora_helpers import workflow
+
+    found = workflow.evaluate(workflow.open_run(name, root=root), say=lambda text: None)
+    return {"rows": found.rows, "form": str(found.answered_by) if hasattr(found, "answered_by") else repr(found)}
+
+
+def test_shards_answer_and_score_as_one_process_does(root, alone, shards):
+    (one,) = in_ranks(evaluate, root, "alone", processes=1)
+    written = json.loads((root / "alone/evaluation.json").read_text())
+    first, second = in_ranks(evaluate, root, "shards")
+    assert first["rows"] == second["rows"] == one["rows"]
+    assert json.loads((root / "shards/evaluation.json").read_text())["scores"] == written["scores"]
+
+
+def four_and_two_machines(root: Path) -> dict[str, Any]:
+    return train(root, "copies-of-shards", {"train.share": "copies of shards", "train.max_steps": 2})
+
+
+@pytest.mark.only_slow
+def test_copies_of_shards_learn_what_one_process_learns(root, imported):
+    found = in_ranks(four_and_two_machines, root, processes=4, here=2)
+    more = {"train.gradient_accumulation_steps": 4, "train.max_steps": 2}
+    in_ranks(train, root, "alone-with-four", more, processes=1)
+    assert all(len(each["held_gib"]) == 4 and each["sharded"] for each in found)
+    pairs = zip(losses(root, "copies-of-shards"), losses(root, "alone-with-four"), strict=True)
+    assert all(abs(one[1] - other[1]) < 1e-5 for one, other in pairs)
+
+
+def killed_and_resumed(root: Path, name: str, kills: int, steps: int, seed: int) -> None:
+    """Trains with shards, while one process or both are killed again and again at moments drawn by seed."""
+    draw = random.Random(seed)
+    settings = {"train.share": "shards", "train.max_steps": steps, "train.eval_steps": steps}
+    for kill in range(kills):
+        done = len(losses(root, name)) if (root / name / "progress.jsonl").exists() else 0
+        ranks = Ranks(train, root, name, settings)
+        wait_for_steps(root, name, min(steps - 1, done + draw.randint(1, 3)), ranks)
+        time.sleep(draw.uniform(0, 0.5))
+        victim = draw.choice([0, 1, None])
+        for rank, pid in enumerate(ranks.pids):
+            if victim in (rank, None):
+                os.kill(pid, signal.SIGKILL)
+        codes = ranks.wait(60)
+        if 0 not in codes:
+            assert codes.count(-signal.SIGKILL) == (2 if victim is None else 1), (kill, codes, ranks.said())
+        if victim == 1 and codes[0] > 0:  # the first process learned of it, and reported
+            assert "another process of this training ended" in status(root, name)["last_error"]
+    in_ranks(train, root, name, settings)
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"),
+    [pytest.param(2, 6, id="2 kills"), pytest.param(20, 40, id="20 kills", marks=pytest.mark.only_slow)],
+)
+def test_a_run_of_shards_that_is_killed_again_and_again_ends_as_one_that_was_not(kills, steps, root, imported):
+    in_ranks(
+        train,
+        root,
+        f"never-killed-{kills}",
+        {"train.max_steps": steps, "train.eval_steps": steps, "train.share": "shards"},
+    )
+    killed_and_resumed(root, f"killed-{kills}", kills, steps, seed=kills)
+    assert difference(root, f"killed-{kills}", f"never-killed-{kills}") == 0.0
+    final = dict(losses(root, f"killed-{kills}"))  # of a step that was taken twice the last
+    assert final == dict(losses(root, f"never-killed-{kills}"))
