@@ -11,8 +11,10 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.units import gib
-from qlora_helpers.machine.hardware import INSTANCES, Hardware, parse_gpus
-from qlora_helpers.planning.candidates import Candidate, all_candidates, fitting_candidates
+from qlora_helpers.machine.hardware import Hardware, parse_gpus
+from qlora_helpers.machine.instances import INSTANCES
+from qlora_helpers.planning.candidate import Candidate
+from qlora_helpers.planning.candidates import all_candidates, fitting_candidates
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.workload import Workload
 
