@@ -39,6 +39,8 @@ NVLINK_4 = Link("NVLink 4", 450.0, 0.75, f"{_NVIDIA}: H100 and H200, 900 GB/s")
 PCIE_3 = Link("PCIe 3", 15.75, 0.3, f"{_PCI} of 8 GT/s")
 PCIE_4 = Link("PCIe 4", 31.5, 0.3, f"{_PCI} of 16 GT/s")
 PCIE_5 = Link("PCIe 5", 63.0, 0.3, f"{_PCI} of 32 GT/s")
+PCIE = {3: PCIE_3, 4: PCIE_4, 5: PCIE_5}
+"""By generation."""
 LINKS: dict[str, Link] = {
     "T4": PCIE_3,
     "A10G": PCIE_4,

@@ -43,7 +43,7 @@ def all_candidates(workload: Workload, chosen: Sequence[Layout] | None = None) -
     found = []
     for layout in workload.layouts if chosen is None else chosen:
         a_process = workload.sequences_per_step // layout.processes
-        captured = layout == Layout() and workload.may_capture
+        captured = layout.shards == layout.spread == 1 and workload.may_capture
         for size in micro_batch_sizes(a_process):
             for offloaded in workload.embedding_places if layout.shards == 1 else (False,):
                 for compiled in (True, False) if workload.may_compile else (False,):
@@ -143,7 +143,7 @@ def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_acc
     """
     sizes, hardware = workload.sizes, workload.hardware
     step = replace(step, offloaded=step.offloaded and not sizes.tied)
-    if (gpus > 1 or step.shards > 1) and workload.config.train.matmul_dtype == "auto":
+    if gpus > 1 and workload.config.train.matmul_dtype == "auto":
         step = replace(step, fp8=False)  # as the trainer does
     layers, memory = predict(sizes, step, gpus=gpus)
     if step.captured and _needed_gib(memory, step) > hardware.usable_gib:

@@ -23,8 +23,8 @@ class Exchange:
     Attributes:
         gathered_bytes: of one layer, packed, that a GPU is sent in each direction of a pass; 0 where nothing is sharded.
         gather_s: time of that.
-        waits_s: of a forward and backward pass: how long the GPU waits for layers and their gradients.
-        average_s: of an optimizer step: averaging the adapters' gradients between copies.
+        waits_s: of a forward and backward pass: how long the GPU waits for layers.
+        average_s: of an optimizer step: averaging the adapters' gradients over all processes.
         link: over which layers are gathered, or gradients averaged where nothing is sharded.
     """
 
@@ -46,17 +46,14 @@ def exchange(sizes: ModelSizes, step: StepSettings, hardware: Hardware, time: St
     """
     inside = hardware.link
     across = slower(inside, hardware.between_machines) if hardware.machines > 1 else inside
-    gradients = SINGLE * step.adapter_parameters
-    copies, shards = step.copies, step.shards
-    if shards == 1:
-        average = 2 * (copies - 1) / copies * gradients / across.bytes_s
-        return Exchange(average_s=average, link=across if copies > 1 else None)
-    link = inside if shards <= hardware.gpus_per_machine else across
-    sent = (shards - 1) / shards
-    gathered = sent * packed_bytes(sizes, step)
+    processes = step.copies * step.shards
+    together = inside if processes <= hardware.gpus_per_machine else across
+    gradients = SINGLE * step.adapter_parameters  # adapters are whole in every process
+    average = 2 * (processes - 1) / processes * gradients / together.bytes_s
+    if step.shards == 1:
+        return Exchange(average_s=average, link=together if processes > 1 else None)
+    link = inside if step.shards <= hardware.gpus_per_machine else across
+    gathered = (step.shards - 1) / step.shards * packed_bytes(sizes, step)
     gather = gathered / link.bytes_s
     late = max(0.0, gather - time.forward_s / sizes.layers) + max(0.0, gather - time.backward_s / sizes.layers)
-    waits = 2 * gather + (sizes.layers - 1) * late + sent * gradients / link.bytes_s
-    # each machine's GPUs hold the parts of one copy, and send them all through its one network
-    average = 2 * (copies - 1) / copies * gradients / across.bytes_s
-    return Exchange(gathered, gather, waits, average, link)
+    return Exchange(gathered, gather, 2 * gather + (sizes.layers - 1) * late, average, link)

@@ -76,6 +76,21 @@ def layouts(gpus: int, machines: int, sequences: int) -> tuple[Layout, ...]:
     return tuple(found)
 
 
+def layout_of_processes(share: str, processes: int, on_each_machine: int) -> Layout:
+    """Returns what several running processes hold.
+
+    Args:
+        share: `train.share`; where it is `auto`, several processes hold copies.
+        processes: of all machines together, each with a GPU.
+        on_each_machine: of one machine.
+    """
+    if share == SHARDS:
+        return Layout(shards=processes)
+    if share == COPIES_OF_SHARDS:
+        return Layout(copies=max(1, processes // on_each_machine), shards=on_each_machine)
+    return Layout(copies=processes)
+
+
 def copies_sharing(sequences: int, gpus: int) -> int:
     """Returns the most GPUs that can share a step's sequences evenly."""
     return max(count for count in range(1, gpus + 1) if sequences % count == 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
@@ -55,8 +55,8 @@ class GpuMemory:
 
     Attributes:
         weights_quantized: linear layers in 4 bits; this GPU's part of them where they are sharded.
-        gathered: whole layers in 4 bits for the time in which they compute, where they are sharded.
-        constants: their quantisation constants.
+        constants: their quantisation constants, or this GPU's part of them.
+        gathered: whole layers with their constants for the time in which they compute, where they are sharded.
         weights_other: embeddings, output layer, norms and what else is not quantised.
         adapters, gradients, optimizer: of the adapters, in float32.
         activations: kept from the forward for the backward pass.
@@ -115,26 +115,24 @@ class GpuMemory:
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     """Counts what one decoder layer holds for the whole step; activations as without checkpointing."""
     in_4_bits, other = sizes.quantized_parameters_per_layer, sizes.other_parameters_per_layer
-    adapters = math.ceil(settings.adapter_parameters // sizes.layers / settings.shards)
+    adapters = settings.adapter_parameters // sizes.layers
     constants = in_4_bits / QUANTISATION_BLOCK
     constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
     return GpuMemory(
         weights_quantized=math.ceil(int(in_4_bits // 2) / settings.shards) if settings.quantized else 0,
-        constants=round(constants) if settings.quantized else 0,
+        constants=math.ceil(round(constants) / settings.shards) if settings.quantized else 0,
         weights_other=round(settings.value_bytes * (other if settings.quantized else other + in_4_bits)),
         adapters=SINGLE * adapters,
-        gradients=SINGLE * adapters * (2 if settings.copies > 1 else 1),  # DDP sends copies of them
+        gradients=SINGLE * adapters * (2 if settings.copies * settings.shards > 1 else 1),  # copies of them are sent
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
         activations=round(settings.tokens * kept_bytes(sizes, settings)),
     )
 
 
 def packed_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
-    """Counts the bytes of a whole decoder layer that are shared out where it is sharded: its weights in 4 bits.
-
-    Their constants stay whole on each GPU (`training.sharded`).
-    """
-    return int(sizes.quantized_parameters_per_layer // 2) if settings.quantized else 0
+    """Counts the bytes of a whole decoder layer that are shared out where it is sharded: 4-bit weights and their constants."""
+    whole = layer_bytes(sizes, replace(settings, shards=1))
+    return whole.weights_quantized + whole.constants
 
 
 class StepMemory:

@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio, telemetry
+from qlora_helpers.runs import claims
 from qlora_helpers.runs.folder import Run
 
 REQUESTS_EVERY_S = 0.5
@@ -63,7 +64,7 @@ def readings() -> dict[str, Any]:
 
 
 def _send(run: Run, session: int, ended: threading.Event) -> None:
-    last_heartbeat = last_report = float("-inf")
+    last_heartbeat = last_report = last_touch = float("-inf")
     has_warned = False
     while not ended.wait(REQUESTS_EVERY_S):
         now = time.monotonic()
@@ -74,6 +75,9 @@ def _send(run: Run, session: int, ended: threading.Event) -> None:
                 found = readings()
                 if not ended.is_set():
                     run.set_status(readings=found)
+            if now - last_touch >= claims.TOUCH_S:
+                last_touch = now
+                claims.touch()
             if now - last_report >= STUDIO_EVERY_S:
                 last_report = now
                 studio.report_activity()

@@ -107,7 +107,7 @@ def test_cuda_graphs_are_planned_where_they_are_possible():
         ("H100", "adapter.lora_dropout=0.05"),
         ("H100", "data.packing=false"),
         ("H100", "train.fast_step=false"),
-        ("2xH100", "train.share=copies"),
+        ("2xH100", "train.share=shards"),
         ("T4",),
         ("H100", "model.compute_dtype=float16"),
     ):

@@ -68,7 +68,7 @@ def test_falcon_40b_on_four_cards_of_24_gib_is_sharded():
 
 
 def test_a_prototype_of_shards_took_what_is_predicted():
-    """Falcon-40B on two H200s, 4 x 2,048 tokens a GPU, all layers checkpointed and no output skipped: measured once with a throw-away
+    """Falcon-40B on two H200s, 4 x 2,048 tokens a GPU, all layers checkpointed, no output skipped: measured once with a throw-away
     prototype, 4,176 tokens/s together and 22.8 GiB at most."""
     asked = workload("2xH200")
     step = asked.step(micro_batch_size=4, compiled=True, shards=2, checkpointed=60, skipped=False, fp8=False)
@@ -85,9 +85,10 @@ def test_each_gpu_holds_its_part_and_a_few_whole_layers():
     )
     one, shard = whole.memory[0], part.memory[0]
     assert shard.weights_quantized == one.weights_quantized / 4
-    assert shard.constants == one.constants and shard.weights_other == one.weights_other
+    assert shard.constants == pytest.approx(one.constants / 4, rel=1e-6) and shard.weights_other == one.weights_other
     assert one.gathered == 0 and shard.gathered == 3 * packed_bytes(asked.sizes, asked.step())
-    assert shard.adapters == pytest.approx(one.adapters / 4, rel=0.01)
+    assert shard.gathered == pytest.approx(3 * (one.weights_quantized + one.constants) / 60, rel=1e-6)
+    assert shard.adapters == one.adapters and shard.gradients == 2 * one.gradients  # whole in every process
     assert shard.total == sum(round(value * 2**30) for value in shard.parts_gib().values())
 
 
@@ -102,8 +103,8 @@ def test_what_is_sent_takes_time_only_where_the_link_is_slower_than_the_layer_be
     )
     assert quick.gathered_bytes == slow.gathered_bytes == gathered
     assert quick.gather_s == pytest.approx(gathered / (450e9 * 0.75))
-    gradients = 3 / 4 * 4 * step.adapter_parameters / NVLINK_4.bytes_s
-    assert quick.waits_s == pytest.approx(2 * quick.gather_s + gradients)  # the first layer's alone
+    assert quick.waits_s == pytest.approx(2 * quick.gather_s)  # the first layer's alone
+    assert quick.average_s == pytest.approx(2 * 3 / 4 * 4 * step.adapter_parameters / NVLINK_4.bytes_s)
     computing = time.forward_s + time.backward_s
     assert slow.waits_s > 2 * 60 * slow.gather_s - computing > 10 * quick.waits_s
 
@@ -115,7 +116,9 @@ def test_copies_send_gradients_over_the_slowest_link_alone():
     inside, across = (exchange(each.sizes, step, each.hardware, time) for each in (one, two))
     assert inside.waits_s == across.waits_s == 0
     assert inside.average_s == pytest.approx(2 * 3 / 4 * 4 * step.adapter_parameters / PCIE_4.bytes_s)
-    assert across.average_s > 2 * inside.average_s  # 40 Gbit/s
+    assert across.average_s == inside.average_s  # four copies find room in one machine
+    eight = exchange(two.sizes, replace(step, copies=8), two.hardware, time)
+    assert eight.average_s > 2 * inside.average_s  # 40 Gbit/s
 
 
 def test_between_machines_copies_of_shards_are_taken_where_no_card_holds_a_copy():
