@@ -180,6 +180,16 @@ def read_process(pid: int | None = None) -> ProcessReading | None:
         return None
 
 
+def children_of(pid: int) -> list[int]:
+    """Returns the ids of the processes that a process has started, in their order."""
+    import psutil
+
+    try:
+        return sorted(each.pid for each in psutil.Process(pid).children())
+    except psutil.Error:
+        return []
+
+
 def read_machine() -> MachineReading:
     """Reads RAM and CPU of the whole machine.
 

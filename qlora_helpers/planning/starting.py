@@ -6,12 +6,14 @@ number of GPUs is kept in the run's `plan.json`, so that a resumed run may have 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.text import Say
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.planning.candidate import Candidate
@@ -23,7 +25,9 @@ from qlora_helpers.planning.step_settings import sequences_per_step
 from qlora_helpers.runs import launch, locks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.launch import Started
-from qlora_helpers.runs.plan_file import Launched, read_plan
+from qlora_helpers.runs.nodes import Node, run_node
+from qlora_helpers.runs.plan_file import Launched, add_to_plan, read_plan
+from qlora_helpers.runs.ranks import run_ranks
 
 AUTO = "auto"
 SHARE, MICRO, PASSES = "train.share", "train.micro_batch_size", "train.gradient_accumulation_steps"
@@ -124,6 +128,51 @@ def prepare(
     return chosen, changes, Launched(chosen.share, chosen.processes, held, chosen.settings, old, chosen.why)
 
 
+def run_in_foreground(
+    run: Run,
+    *,
+    settings: Iterable[str] = (),
+    gpus: int | None = None,
+    share: str | None = None,
+    node: Node | None = None,
+    say: Say = print,
+) -> int | None:
+    """Trains a run in several processes of this machine, which may be one of several, and returns when they have ended.
+
+    Of several machines the first one decides and writes the run folder; the others read it, whether they share it or have a copy.
+
+    Args:
+        run, settings, gpus, share: as for `start`; the number of GPUs is that of each machine.
+        node: this machine's place among several.
+        say: called with a line on how the work is shared.
+
+    Returns:
+        The exit code; None where one process is enough, which is then the caller's to train in: this process is shown its GPU.
+
+    Raises:
+        RunError, UserError: as for `start`.
+    """
+    nodes = node.nodes if node else 1
+    command = launch.train_command(Run(run.folder.resolve()))
+    if node and node.rank:
+        taken = free_gpus(run.config().with_settings(settings), gpus)
+        os.environ.update(launch.shown_gpus(taken or None))
+        return run_node(command, node, len(taken) or gpus or 1)
+    chosen, changes, launched = prepare(run, settings=settings, gpus=gpus, share=share, nodes=nodes)
+    if node and chosen.processes % nodes:
+        raise _uneven(run.config().with_settings(settings), chosen.processes, nodes)
+    if launched is not None:
+        add_to_plan(run, launched=asdict(launched))
+    run.change_config(run.config().with_settings([*settings, *changes]))
+    if chosen.why:
+        say(chosen.why)
+    os.environ.update(launch.shown_gpus(chosen.gpus))
+    if node:
+        say(f"Waiting for {nodes - 1} other machine{'s' * (nodes > 2)} at {node.address}, port {node.port}.")
+        return run_node(command, node, chosen.processes // nodes)
+    return run_ranks(command, chosen.processes) if chosen.processes > 1 else None
+
+
 def choose(config: RunConfig, *, gpus: int | None = None, share: str | None = None, nodes: int = 1) -> Choice:
     """Decides how a run is started on this machine, and starts nothing.
 
@@ -141,10 +190,9 @@ def choose(config: RunConfig, *, gpus: int | None = None, share: str | None = No
         raise UserError("this way to use several GPUs is not known", expected=known, got=share)
     if gpus is not None and gpus < 1:
         raise UserError("a training needs at least one GPU or process", expected="gpus=1 or more", got=str(gpus))
-    visible = () if config.model.device_map == "cpu" else locks.visible_gpus()
-    if not visible:
+    taken = free_gpus(config, gpus)
+    if not taken:
         return _on_cpu(config, (gpus or 1) * nodes, share)
-    taken = _take(visible, gpus)
     count = len(taken) * nodes
     if count == 1 or share == ONE:
         return Choice(taken[:1], ONE, 1, _alone(config, share))
@@ -165,8 +213,16 @@ def _alone(config: RunConfig, share: str) -> dict[str, Any]:
     return {} if config.train.share in (AUTO, ONE) and share in (AUTO, ONE) else {SHARE: ONE}
 
 
-def _take(visible: Sequence[str], wanted: int | None) -> tuple[str, ...]:
-    """Returns the GPUs to use: those that no trainer uses, the emptiest first where not all are wanted."""
+def free_gpus(config: RunConfig, wanted: int | None) -> tuple[str, ...]:
+    """Returns the GPUs to use: those that no trainer uses, the emptiest first where not all are wanted; none on a CPU.
+
+    Raises:
+        RunError: others use all of them.
+        UserError: there are fewer than are wanted.
+    """
+    visible = () if config.model.device_map == "cpu" else locks.visible_gpus()
+    if not visible:
+        return ()
     free = locks.unlocked_gpus(visible)
     if not free:
         locks.refuse_busy_gpus(visible)  # says who uses them
@@ -272,17 +328,23 @@ def _by_settings(config: RunConfig, processes: int, share: str, gpus: tuple[str,
     """Shares a step's sequences out without a plan, with the micro-batch as it is or the next smaller that divides them."""
     sequences = sequences_per_step(config.train)
     if sequences % processes:
-        fitting = copies_sharing(sequences, processes)
-        raise UserError(
-            f"an optimizer step of {sequences} sequence{'s' * (sequences != 1)} can't be shared evenly",
-            expected=f"a number of processes that divides it, such as {fitting}",
-            got=str(processes),
-            next_step=f"Use {fitting}, or set {PASSES} so that {processes} can share the step.",
-        )
+        raise _uneven(config, processes, 1)
     each = sequences // processes
     micro = max(size for size in range(1, min(config.train.micro_batch_size, each) + 1) if each % size == 0)
     text = f"{MEANING[share][0].upper()}{MEANING[share][1:]} ({share}, {processes} processes); {reason}."
     return Choice(gpus, share, processes, {SHARE: share, MICRO: micro, PASSES: each // micro}, text)
+
+
+def _uneven(config: RunConfig, processes: int, nodes: int) -> UserError:
+    sequences = sequences_per_step(config.train)
+    fitting = copies_sharing(sequences, processes)
+    evenly = f", evenly on {nodes} machines" if nodes > 1 else ""
+    return UserError(
+        f"an optimizer step of {sequences} sequence{'s' * (sequences != 1)} can't be shared evenly",
+        expected=f"a number of processes that divides it, such as {fitting}{evenly}",
+        got=str(processes),
+        next_step=f"Use fewer, or set {PASSES} so that they can share the step.",
+    )
 
 
 def _as_asked(config: RunConfig, before: Launched | None) -> RunConfig:

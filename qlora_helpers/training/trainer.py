@@ -25,6 +25,7 @@ from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
+from qlora_helpers.training.processes import files_to_first, several_machines
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class SummaryTrainer(Trainer):
             with saved.clear_write_errors(written):
                 super()._save_checkpoint(model, trial)
                 self._write_sum(written)
+                if several_machines():  # whose folders may be copies
+                    files_to_first(written, self.args.process_index)
                 if self.trained_on is not None and self.is_world_process_zero():
                     write_json(written / saved.TRAINED_ON, self.trained_on)
         finally:
