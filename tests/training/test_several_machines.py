@@ -90,6 +90,7 @@ class Machines:
 def machines(tmp_path) -> Iterator[Machines]:
     found = Machines(tmp_path)
     settings = ["train.tensorboard=off", "train.eval_steps=500", "train.save_steps=3", "model.device_map=cpu"]
+    settings += ["train.fast_step=false", "data.embedded_train_rows=8"]  # what they prove takes its time
     open_run("mine", profile="tiny", settings=settings, root=found.first.folder.parent)
     yield found
     for process in found.started:
@@ -104,7 +105,8 @@ def kill_all(pid: int) -> None:
         each.kill()
 
 
-def test_two_machines_train_one_run_survive_the_loss_of_one_and_end_together(machines):
+def lose_the_second(machines: Machines) -> None:
+    """Trains on two machines until the second is lost; the first one then ends, with what it has saved."""
     first, second = machines.first, machines.second
     machines.copy()
     machines.start("--set", "train.max_steps=500")
@@ -128,6 +130,15 @@ def test_two_machines_train_one_run_survive_the_loss_of_one_and_end_together(mac
     assert not any((second.folder / name).exists() for name in ("status.json", "progress.jsonl", "log.txt", "adapter"))
     assert second.config() == first.config()
 
+
+def test_two_machines_train_one_run_and_the_loss_of_one_ends_it_cleanly(machines):
+    lose_the_second(machines)
+
+
+@pytest.mark.only_slow
+def test_what_has_lost_a_machine_goes_on_and_a_signal_to_one_ends_both(machines):
+    lose_the_second(machines)
+    first = machines.first
     machines.start()  # the second machine's copy is of before: it would train something else
     assert machines.ends()[0] != 0
     assert "its last checkpoint is of step 0" in first.status().last_error
@@ -142,7 +153,7 @@ def test_two_machines_train_one_run_survive_the_loss_of_one_and_end_together(mac
     codes = machines.ends()
     status = first.status()
     assert (status.state, status.exit_reason) == ("stopped", sigterm.REASON), machines.errors()
-    assert codes == [0, sigterm.EXIT_CODE] or codes == [sigterm.EXIT_CODE] * 2 or codes[1] == sigterm.EXIT_CODE
+    assert codes[1] == sigterm.EXIT_CODE
     steps = [record["step"] for record in first.progress() if "loss" in record]
     assert steps == list(range(1, status.step + 1)) and (first.checkpoints_dir / f"checkpoint-{status.step}").exists()
 
