@@ -20,7 +20,7 @@ _HOMES = {
     "open_run": "runs.opening",
     "existing_run": "runs.opening",
     "runs_root": "runs.opening",
-    "start": "runs.launch",
+    "start": "planning.starting",
     "find_space": "runs.cleanup",
     "free": "runs.cleanup",
     "plan_run": "planning.run_plan",
@@ -63,8 +63,8 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.evaluation.votes import read_votes
     from qlora_helpers.machine.environment import check_machine, versions
     from qlora_helpers.planning.run_plan import plan_run
+    from qlora_helpers.planning.starting import start
     from qlora_helpers.runs.cleanup import find_space, free
-    from qlora_helpers.runs.launch import start
     from qlora_helpers.runs.opening import clone_run, existing_run, open_run, runs_root
     from qlora_helpers.views.data_card import data_card
     from qlora_helpers.views.file_links import KeptFiles

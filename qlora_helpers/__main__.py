@@ -101,6 +101,24 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
     terminal.add_options(train)
 
+    launch = commands.add_parser(
+        "launch",
+        help="start or resume a run on several GPUs, or on several machines, in the way that the plan finds fastest",
+        epilog="On several machines start it on each of them, with the same run folder or a copy of it. They meet at a port of the "
+        "first one, without a password: the network between them must be private.",
+    )
+    launch.add_argument("run", help="the run's name below runs/, or a path")
+    launch.add_argument("--profile", choices=sorted(PROFILES), help="the profile that a new run starts from")
+    launch.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs of each machine (default: all free ones); without a GPU, processes"
+    )
+    launch.add_argument("--share", help="auto, copies, shards, 'copies of shards', spread or one (default: the run's)")
+    launch.add_argument("--nodes", type=int, default=1, metavar="N", help="how many machines (default: this one)")
+    launch.add_argument("--node-rank", type=int, default=0, metavar="N", help="this machine's number, from 0")
+    launch.add_argument("--address", default="", metavar="HOST", help="the first machine's name or private address")
+    launch.add_argument("--port", type=int, default=29400, help="at which they meet there (default: %(default)s)")
+    launch.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
+
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
     evaluate.add_argument(
@@ -244,6 +262,24 @@ def _train(options: argparse.Namespace) -> int:
     return sigterm.EXIT_CODE if sigterm.received() else 130 if sigterm.interrupted() else 0
 
 
+def _launch(options: argparse.Namespace) -> int:
+    from qlora_helpers.planning.starting import run_in_foreground
+    from qlora_helpers.runs import sigterm
+    from qlora_helpers.runs.nodes import Node
+    from qlora_helpers.runs.opening import existing_run, open_run
+
+    node = Node(options.nodes, options.node_rank, options.address, options.port) if options.nodes != 1 else None
+    is_first = node is None or node.rank == 0  # the others read what it writes
+    run = open_run(options.run, profile=options.profile) if is_first else existing_run(options.run)
+    code = run_in_foreground(run, settings=options.settings, gpus=options.gpus, share=options.share, node=node)
+    if code is not None:
+        return code
+    from qlora_helpers import workflow  # after the GPU was chosen
+
+    print(workflow.train(run))
+    return sigterm.EXIT_CODE if sigterm.received() else 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
     from qlora_helpers.base.python import python_command
@@ -331,6 +367,7 @@ _COMMANDS = {
     "plan": _plan,
     "new": _new,
     "train": _train,
+    "launch": _launch,
     "evaluate": _evaluate,
     "export": _export,
     "clean": _clean,

@@ -43,7 +43,7 @@ from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
-from qlora_helpers.training.processes import is_main_process, join, main_process_first, values_of_all
+from qlora_helpers.training.processes import is_main_process, join, main_process_first, several_machines, values_of_all
 from qlora_helpers.training.told import failures_told
 
 if TYPE_CHECKING:
@@ -220,6 +220,10 @@ def _session(run: Run, show_progress: bool, shut_down_app: bool) -> Iterator[Cal
         stack.enter_context(sigterm.catching())
         if is_main_process():
             stack.enter_context(training_session(run, at_end=shut_app_down if shut_down_app else None))
+        if several_machines():
+            from qlora_helpers.training.peers import joined
+
+            stack.enter_context(joined(run))
         if redraw:
             redraw()
         yield redraw

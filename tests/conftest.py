@@ -15,6 +15,7 @@ from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["QLORA_CLAIMS"] = "off"  # several suites may run on one machine, with the same made-up GPUs
 
 
 TESTS = Path(__file__).parent
@@ -22,8 +23,9 @@ TESTS = Path(__file__).parent
 HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "matrix", "training"}
 HEAVY_FILES = {
     *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
-    *("test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory", "test_sigterm"),
-    *("test_preview", "test_tensorboard", "test_trained_run", "test_workflow", "test_workspace"),
+    *("test_claims", "test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory"),
+    *("test_preview", "test_saving", "test_several_instances", "test_sigterm", "test_tensorboard", "test_trained_run"),
+    *("test_workflow", "test_workspace"),
 }
 HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
 

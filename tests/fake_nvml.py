@@ -11,6 +11,9 @@ class FakeNvml:
     """NVML with two cards: one that tells everything, and one like a MIG slice, that tells only its memory."""
 
     NVML_TEMPERATURE_GPU = 0
+    NVML_FEATURE_ENABLED = 1
+    NVML_NVLINK_MAX_LINKS = 18
+    nvlinks = 0  # that are up
 
     class NVMLError(Exception):
         pass
@@ -50,6 +53,14 @@ class FakeNvml:
 
     def nvmlDeviceGetCudaComputeCapability(self, handle):
         return (8, 6)
+
+    def nvmlDeviceGetNvLinkState(self, handle, link):
+        if not self.nvlinks:
+            raise self.NVMLError("Not Supported")
+        return int(link < self.nvlinks)
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle):
+        return 5
 
     def _only_the_first(self, handle):
         if handle != 0:

@@ -29,6 +29,9 @@ class Table:
         caption: what the table shows, in a line above it.
         notes: lines below it.
         numbers: the columns that are aligned right.
+
+    Attributes:
+        below: further tables, between this one and its notes.
     """
 
     def __init__(
@@ -43,16 +46,19 @@ class Table:
         self.header = list(header)
         self.rows = [[str(cell) for cell in row] for row in rows]
         self.caption, self.notes, self.numbers = caption, list(notes), numbers
+        self.below: list[Table] = []
 
     def __repr__(self) -> str:
         table = [text_table(self.header, self.rows, numbers=self.numbers)] if self.header or self.rows else []
-        return "\n".join([*filter(None, [self.caption]), *table, *self.notes])
+        below = [text for each in self.below for text in ("", repr(each), "")]
+        return "\n".join([*filter(None, [self.caption]), *table, *below, *self.notes])
 
     def _repr_html_(self) -> str:
         if self.header or self.rows:
             table = html_table(self.header, self.rows, caption=self.caption, numbers=self.numbers)
         else:
             table = f"<p>{escape(self.caption)}</p>"
+        table += "".join(each._repr_html_() for each in self.below)
         return table + "".join(f'<p {AS_TEXT} style="{inline("note")}">{escape(note)}</p>' for note in self.notes)
 
 

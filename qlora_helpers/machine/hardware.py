@@ -1,6 +1,6 @@
-"""Plain facts about hardware: GPUs, SageMaker instances and dated prices.
+"""Plain facts about hardware: GPUs, and what a person names as the hardware of a plan.
 
-Owns how hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xlarge`). Looks at no machine and asks no price list.
+Owns how hardware is named (`4x24GiB`, `2xA100-80GB`, `ml.g5.12xlarge`, `2xml.g5.12xlarge` for two machines). Looks at no machine and asks no price list.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.units import gib
+from qlora_helpers.machine.instances import INSTANCES
+from qlora_helpers.machine.links import LINKS, UNKNOWN_NETWORK, UNNAMED_LINK, Link
 
 
 @dataclass(frozen=True)
@@ -99,88 +101,19 @@ def find_gpu(driver_name: str) -> Gpu | None:
 
 
 @dataclass(frozen=True)
-class Instance:
-    """A SageMaker instance with GPUs.
-
-    Attributes:
-        name: such as `ml.g5.12xlarge`.
-        gpu: key in `GPUS`.
-        gpus: how many.
-        price_usd_per_hour: on demand, or None where no dated figure was found.
-        region: where that price holds.
-        priced_on: when it was read.
-        source: where it was published.
-    """
-
-    name: str
-    gpu: str
-    gpus: int
-    price_usd_per_hour: float | None = None
-    region: str = ""
-    priced_on: str = ""
-    source: str = ""
-
-
-_MID_2026_EAST = ("us-east-1", "mid 2026", "third-party transcription of the AWS price list")
-_MID_2026_WEST = ("us-west-2", "mid 2026", "third-party transcription of the AWS price list")
-_AUGUST = ("us-east-1", "2026-08-17", "third-party transcription of the AWS price list")
-_SEPTEMBER = ("us-east-1", "2026-09-27", "third-party transcription of the AWS price list")
-
-INSTANCES: dict[str, Instance] = {
-    instance.name: instance
-    for instance in (
-        Instance("ml.g4dn.xlarge", "T4", 1, 0.7364, *_SEPTEMBER),
-        Instance("ml.g4dn.2xlarge", "T4", 1, 0.94, *_SEPTEMBER),
-        Instance("ml.g4dn.4xlarge", "T4", 1),
-        Instance("ml.g4dn.8xlarge", "T4", 1),
-        Instance("ml.g4dn.12xlarge", "T4", 4, 4.89, *_SEPTEMBER),
-        Instance("ml.g4dn.16xlarge", "T4", 1),
-        Instance("ml.g5.xlarge", "A10G", 1, 1.408, *_AUGUST),
-        Instance("ml.g5.2xlarge", "A10G", 1, 1.515, *_AUGUST),
-        Instance("ml.g5.4xlarge", "A10G", 1, 2.03, *_SEPTEMBER),
-        Instance("ml.g5.8xlarge", "A10G", 1),
-        Instance("ml.g5.12xlarge", "A10G", 4, 7.09, *_MID_2026_EAST),
-        Instance("ml.g5.16xlarge", "A10G", 1),
-        Instance("ml.g5.24xlarge", "A10G", 4, 10.18, *_SEPTEMBER),
-        Instance("ml.g5.48xlarge", "A10G", 8, 20.36, *_SEPTEMBER),
-        Instance("ml.g6.xlarge", "L4", 1, 1.127, *_SEPTEMBER),
-        Instance("ml.g6.2xlarge", "L4", 1, 1.222, *_SEPTEMBER),
-        Instance("ml.g6.4xlarge", "L4", 1),
-        Instance("ml.g6.8xlarge", "L4", 1),
-        Instance("ml.g6.12xlarge", "L4", 4, 5.75, *_MID_2026_EAST),
-        Instance("ml.g6.16xlarge", "L4", 1),
-        Instance("ml.g6.24xlarge", "L4", 4),
-        Instance("ml.g6.48xlarge", "L4", 8, 16.688, *_SEPTEMBER),
-        Instance("ml.g6e.xlarge", "L40S", 1, 2.61, *_AUGUST),
-        Instance("ml.g6e.2xlarge", "L40S", 1, 2.80, *_AUGUST),
-        Instance("ml.g6e.4xlarge", "L40S", 1),
-        Instance("ml.g6e.8xlarge", "L40S", 1),
-        Instance("ml.g6e.12xlarge", "L40S", 4, 13.12, *_MID_2026_EAST),
-        Instance("ml.g6e.16xlarge", "L40S", 1),
-        Instance("ml.g6e.24xlarge", "L40S", 4),
-        Instance("ml.g6e.48xlarge", "L40S", 8, 37.66, *_SEPTEMBER),
-        Instance("ml.p4d.24xlarge", "A100-40GB", 8, 25.25, *_MID_2026_WEST),
-        Instance("ml.p4de.24xlarge", "A100-80GB", 8, 31.5641, *_SEPTEMBER),
-        Instance("ml.p5.4xlarge", "H100", 1, 7.912, *_SEPTEMBER),
-        Instance("ml.p5.48xlarge", "H100", 8, 63.30, *_MID_2026_WEST),
-        Instance("ml.p5e.48xlarge", "H200", 8),
-        Instance("ml.p5en.48xlarge", "H200", 8),
-    )
-}
-"""SageMaker's instances of these families, smallest first. Prices change: a plan shows their date, and a user may give another."""
-
-
-@dataclass(frozen=True)
 class Hardware:
     """The GPUs that a plan is for.
 
     Attributes:
         label: as the user named it, in the catalogue's spelling.
-        gpus: how many.
+        gpus: how many, on all machines together.
         usable_gib: of one GPU, before the CUDA context.
         gpu: its facts, or None where only an amount of memory was given.
         price_usd_per_hour: of all of it, or None where it is not known.
         price_note: where the price is from; empty where there is none.
+        machines: how many machines they are in, evenly.
+        network: what connects the machines; None takes `UNKNOWN_NETWORK`.
+        found_link: how the GPUs of a machine are linked, where that was looked up; else the catalogue counts.
     """
 
     label: str
@@ -189,6 +122,24 @@ class Hardware:
     gpu: Gpu | None
     price_usd_per_hour: float | None
     price_note: str
+    machines: int = 1
+    network: Link | None = None
+    found_link: Link | None = None
+
+    @property
+    def link(self) -> Link:
+        """How the GPUs of one machine are linked."""
+        return self.found_link or LINKS.get(self.gpu.name if self.gpu else "", UNNAMED_LINK)
+
+    @property
+    def between_machines(self) -> Link:
+        """What connects the machines."""
+        return self.network or UNKNOWN_NETWORK
+
+    @property
+    def gpus_per_machine(self) -> int:
+        """GPUs of one machine."""
+        return max(1, self.gpus // self.machines)
 
     @property
     def priced(self) -> str:
@@ -199,7 +150,9 @@ class Hardware:
 
 
 MAX_GPUS = 64  # of one machine
+MAX_MACHINES = 64
 _COUNTED = re.compile(r"(?:(\d+)\s*[x×]\s*)?(\S.*)", re.IGNORECASE)
+_COUNTED_INSTANCES = re.compile(r"(?:(\d{1,4})\s*[x×]\s*)?(ml\.\S+)")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", re.IGNORECASE)
 
 
@@ -208,7 +161,8 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
 
     Args:
         text: an amount (`24GiB`, `4x24GiB`; GB is 1000³ bytes), GPUs of the catalogue (`H100`, `2xA100-80GB`), or a SageMaker
-            instance (`ml.g5.12xlarge`). An amount is taken as usable; a GPU's usable memory is less than what it is sold as.
+            instance (`ml.g5.12xlarge`), or several of one kind (`2xml.g5.12xlarge`). An amount is taken as usable; a GPU's usable
+            memory is less than what it is sold as.
         price: USD per hour for all of it, instead of the catalogue's.
 
     Raises:
@@ -217,10 +171,16 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
     if price is not None and not 0 <= price < math.inf:
         raise UserError("this is not a price", expected="USD per hour, 0 or more", got=str(price))
     wanted = text.strip().lower()
+    machines, network = 1, None
     gpu: Gpu | None
-    if instance := INSTANCES.get(wanted):
-        gpu = GPUS[instance.gpu]
-        label, count, known = instance.name, instance.gpus, instance.price_usd_per_hour
+    counted_instances = _COUNTED_INSTANCES.fullmatch(wanted)
+    if counted_instances and (instance := INSTANCES.get(counted_instances[2])):
+        machines = int(counted_instances[1] or 1)
+        if not 1 <= machines <= MAX_MACHINES:
+            raise _unknown_hardware(text)
+        gpu, network = GPUS[instance.gpu], instance.network
+        one, label = instance.price_usd_per_hour, instance.name if machines == 1 else f"{machines}x{instance.name}"
+        known, count = None if one is None else one * machines, instance.gpus * machines
         usable, note = gpu.usable_gib, f"{instance.region}, {instance.priced_on} ({instance.source})" if known else ""
     else:
         if (counted := _counted_gpus(wanted)) is None:
@@ -229,7 +189,7 @@ def parse_gpus(text: str, price: float | None = None) -> Hardware:
         label, known, note = f"{count}x{label}" if count > 1 else label, None, ""
     if price is not None:
         known, note = price, "as given"
-    return Hardware(label, count, usable, gpu, known, note)
+    return Hardware(label, count, usable, gpu, known, note, machines, network)
 
 
 def _counted_gpus(wanted: str) -> tuple[int, str, Gpu | None, float] | None:

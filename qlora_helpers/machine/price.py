@@ -10,7 +10,8 @@ from typing import Any
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio, telemetry
-from qlora_helpers.machine.hardware import INSTANCES, Instance, find_gpu
+from qlora_helpers.machine.hardware import find_gpu
+from qlora_helpers.machine.instances import INSTANCES, Instance
 
 BOARD_NAME = Path("/sys/devices/virtual/dmi/id/product_name")
 """Holds the instance type, such as `g5.12xlarge`, on EC2's Nitro machines."""

@@ -109,6 +109,40 @@ def gpu_ids(nvml: Any = None) -> list[str]:
     return ids
 
 
+def used_shares(nvml: Any = None) -> dict[str, float]:
+    """Returns the share of each GPU's memory that is in use by whichever process, by the GPU's unique id.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+    """
+    found = zip(gpu_ids(nvml), read_gpus(nvml), strict=False)
+    return {
+        name: gpu.memory_used_gib / gpu.memory_total_gib
+        for name, gpu in found
+        if gpu.memory_used_gib is not None and gpu.memory_total_gib
+    }
+
+
+def pcie_generation(nvml: Any = None) -> int | None:
+    """Returns the generation of PCI Express over which GPUs of this machine that have no NVLink reach each other.
+
+    Args:
+        nvml: stands in for the module `pynvml`.
+
+    Returns:
+        3, 4 or 5; None where an NVLink is up, or the driver does not report it.
+    """
+    nvml = _started(nvml)
+    handle = None if nvml is None else _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, 0)
+    if handle is None:
+        return None
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
+        if _ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) == nvml.NVML_FEATURE_ENABLED:
+            return None
+    generation: int | None = _ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
+    return generation
+
+
 def read_driver(nvml: Any = None) -> DriverReading | None:
     """Reads the NVIDIA driver's versions; None if there is no driver or no nvidia-ml-py.
 
@@ -144,6 +178,16 @@ def read_process(pid: int | None = None) -> ProcessReading | None:
     except psutil.Error:
         _processes.pop(pid, None)
         return None
+
+
+def children_of(pid: int) -> list[int]:
+    """Returns the ids of the processes that a process has started, in their order."""
+    import psutil
+
+    try:
+        return sorted(each.pid for each in psutil.Process(pid).children())
+    except psutil.Error:
+        return []
 
 
 def read_machine() -> MachineReading:

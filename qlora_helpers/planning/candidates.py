@@ -6,190 +6,59 @@ Bytes are `memory`'s, seconds are `speed`'s; `plan` chooses among the candidates
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from qlora_helpers.base.units import duration, gib
+from qlora_helpers.base.units import gib
 from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.planning.candidate import Candidate
+from qlora_helpers.planning.exchange import exchange
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import (
     CAPTURE_ROOM_GIB,
     GpuMemory,
-    MemoryDetails,
     StepMemory,
     memory_details,
     predict,
 )
-from qlora_helpers.planning.speed import COMPILE_S, step_seconds
+from qlora_helpers.planning.speed import COMPILE_S, step_time
 from qlora_helpers.planning.step_settings import StepSettings
-from qlora_helpers.planning.workload import Workload, copies_sharing
+from qlora_helpers.planning.workload import Workload
 
 MAX_MICRO_BATCH = 256  # sequences; larger micro-batches are no faster
-COPIES_EFFICIENCY = 0.95  # assumed: processes wait for each other and average gradients; adapters are small
+COPIES_EFFICIENCY = 0.95  # assumed: processes wait for each other at every optimizer step
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run the training.
-
-    Attributes:
-        step: settings of one forward and backward pass on each GPU; its `copies` are processes that each hold the whole model
-            (torchrun), 1 where the layers are spread over the GPUs.
-        gradient_accumulation_steps: forward passes per optimizer step.
-        layers_per_gpu, memory, details: of each GPU that holds a part of one copy.
-        tokens_per_s: over all GPUs, of sequences filled to their end.
-        seconds: for the whole data.
-        dollars: at the hardware's price; None where it is not known.
-    """
-
-    step: StepSettings
-    gradient_accumulation_steps: int
-    layers_per_gpu: tuple[int, ...]
-    memory: tuple[GpuMemory, ...]
-    details: tuple[MemoryDetails, ...]
-    tokens_per_s: float
-    seconds: float
-    dollars: float | None
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Sequences in one forward pass on each GPU."""
-        return self.step.micro_batch_size
-
-    @property
-    def seq_len_tokens(self) -> int:
-        """Length of a sequence."""
-        return self.step.seq_len_tokens
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers of the model."""
-        return sum(self.layers_per_gpu)
-
-    @property
-    def checkpointed(self) -> int:
-        """Decoder layers with activation checkpointing."""
-        return self.step.checkpointed
-
-    @property
-    def compiled(self) -> bool:
-        """Whether decoder layers are compiled."""
-        return self.step.compiled
-
-    @property
-    def captured(self) -> bool:
-        """Whether passes are replayed as CUDA graphs."""
-        return self.step.captured
-
-    @property
-    def fp8(self) -> bool:
-        """Whether frozen weights are multiplied in FP8."""
-        return self.step.fp8
-
-    @property
-    def offloaded(self) -> bool:
-        """Whether the input embedding is in the host's memory."""
-        return self.step.offloaded
-
-    @property
-    def copies(self) -> int:
-        """Processes that each hold the whole model."""
-        return self.step.copies
-
-    @property
-    def peak_gib(self) -> float:
-        """What the fullest GPU must have free, GiB."""
-        return max(gib(each.total) for each in self.memory)
-
-    @property
-    def optimizer_step_s(self) -> float:
-        """Seconds of one optimizer step."""
-        return self.step.tokens * self.gradient_accumulation_steps * self.copies / self.tokens_per_s
-
-    @property
-    def settings(self) -> list[str]:
-        """As `--set` takes them."""
-        return [
-            f"data.seq_len_tokens={self.seq_len_tokens}",
-            f"train.micro_batch_size={self.micro_batch_size}",
-            f"train.gradient_accumulation_steps={self.gradient_accumulation_steps}",
-            f"train.activation_checkpointing={'true' if self.checkpointed else 'false'}",
-            f"train.checkpointed_layers={self.checkpointed}",
-            f"train.compile={'on' if self.compiled else 'off'}",
-            f"train.offload_embeddings={'true' if self.offloaded else 'false'}",
-        ]
-
-    def __repr__(self) -> str:
-        how = [f"{self.checkpointed} of {self.layers} layers checkpointed"]
-        how += ["compiled"] if self.compiled else []
-        how += ["as CUDA graphs"] if self.captured else []
-        how += ["in FP8"] if self.fp8 else []
-        how += ["embedding on the host"] if self.offloaded else []
-        how += ["inputs on the host"] if self.step.inputs_on_host and self.checkpointed else []
-        how += [f"a copy on each of {self.copies} GPUs"] if self.copies > 1 else []
-        how += [f"over {len(self.layers_per_gpu)} GPUs"] if len(self.layers_per_gpu) > 1 else []
-        dollars = "" if self.dollars is None else f", ${self.dollars:,.2f}"
-        return (
-            f"{self.micro_batch_size} x {self.seq_len_tokens} tokens, {self.gradient_accumulation_steps} passes a step, "
-            f"{', '.join(how)}: "
-            f"{self.peak_gib:.1f} GiB, {self.tokens_per_s:,.0f} tokens/s, {duration(self.seconds)}{dollars}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "micro_batch_size": self.micro_batch_size,
-            "seq_len_tokens": self.seq_len_tokens,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "checkpointed": self.checkpointed,
-            "layers": self.layers,
-            "compiled": self.compiled,
-            "captured": self.captured,
-            "offloaded": self.offloaded,
-            "fp8": self.fp8,
-            "copies": self.copies,
-            "layers_per_gpu": list(self.layers_per_gpu),
-            "memory_gib": [memory.parts_gib() for memory in self.memory],
-            "details_gib": [{name: gib(value) for name, value in vars(each).items()} for each in self.details],
-            "allocated_gib": [gib(memory.allocated) for memory in self.memory],
-            "reserved_gib": [gib(memory.reserved) for memory in self.memory],
-            "peak_gib": self.peak_gib,
-            "tokens_per_s": self.tokens_per_s,
-            "seconds": self.seconds,
-            "dollars": self.dollars,
-            "settings": self.settings,
-        }
-
-
-def all_candidates(workload: Workload, gpus_per_copy: tuple[int, ...] | None = None) -> list[Candidate]:
-    """Lists every micro-batch size that makes up the asked sequences per optimizer step, on every allowed spread over GPUs.
+def all_candidates(workload: Workload, chosen: Sequence[Layout] | None = None) -> list[Candidate]:
+    """Lists every micro-batch size that makes up the asked sequences per optimizer step, on every allowed layout over GPUs.
 
     Without the fast step either all layers are checkpointed or none, as `Trainer` does it.
 
     Args:
         workload: what is trained, and on what.
-        gpus_per_copy: how many GPUs hold one copy of the model; None takes all that the workload allows.
+        chosen: how the GPUs may be used; None takes every way that the workload allows.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    all_gpus, found = workload.hardware.gpus, []
-    for gpus in gpus_per_copy or workload.gpus_per_copy:
-        copies = copies_sharing(workload.sequences_per_step, all_gpus) if gpus == 1 else 1
-        if copies == 1 and gpus != all_gpus:  # some GPUs would be idle
-            continue
-        per_copy = workload.sequences_per_step // copies
-        captured = gpus == copies == 1 and workload.may_capture
-        for size in micro_batch_sizes(per_copy):
-            for offloaded in workload.embedding_places:
+    found = []
+    for layout in workload.layouts if chosen is None else chosen:
+        a_process = workload.sequences_per_step // layout.processes
+        captured = layout.shards == layout.spread == 1 and workload.may_capture
+        for size in micro_batch_sizes(a_process):
+            for offloaded in workload.embedding_places if layout.shards == 1 else (False,):
                 for compiled in (True, False) if workload.may_compile else (False,):
                     step = workload.step(
-                        micro_batch_size=size, compiled=compiled, captured=captured, offloaded=offloaded, copies=copies
+                        micro_batch_size=size,
+                        compiled=compiled,
+                        captured=captured,
+                        offloaded=offloaded,
+                        copies=layout.copies,
+                        shards=layout.shards,
                     )
-                    for count in _checkpointed_counts(workload, step, gpus):
+                    for count in _checkpointed_counts(workload, step, layout.spread):
                         again = replace(step, checkpointed=count)
-                        found.append(
-                            candidate(workload, again, gpus=gpus, gradient_accumulation_steps=per_copy // size)
-                        )
+                        passes = a_process // size
+                        found.append(candidate(workload, again, gpus=layout.spread, gradient_accumulation_steps=passes))
     return found
 
 
@@ -205,11 +74,11 @@ def _checkpointed_counts(workload: Workload, step: StepSettings, gpus: int) -> l
     return sorted(fewest | {sizes.layers})
 
 
-def fastest_data_parallel(workload: Workload) -> Candidate | None:
-    """Finds the fastest candidate with a copy of the model on as many GPUs as share the sequences (torchrun), if any fits."""
-    if workload.hardware.gpus == 1:
-        return None
-    fitting = fitting_candidates(all_candidates(workload, (1,)), workload.hardware.usable_gib)
+def fastest_in_several_processes(workload: Workload) -> Candidate | None:
+    """Finds the fastest candidate in which several processes, each with a GPU, share the sequences; None where none fits."""
+    everywhere = replace(workload, one_process=False)
+    several = [each for each in everywhere.layouts if each.processes > 1]
+    fitting = fitting_candidates(all_candidates(everywhere, several), workload.hardware.usable_gib)
     return fitting[0] if fitting else None
 
 
@@ -258,9 +127,9 @@ def _needed_gib(memory: Sequence[GpuMemory], step: StepSettings) -> float:
     return max(max(gib(each.total), gib(each.allocated + each.context) + room) for each in memory)
 
 
-def copies_speedup(copies: int) -> float:
-    """Returns how many times as fast several processes are as one."""
-    return 1.0 if copies == 1 else copies * COPIES_EFFICIENCY
+def copies_speedup(processes: int) -> float:
+    """Returns how many times as fast several processes are as one, without what they send each other."""
+    return 1.0 if processes == 1 else processes * COPIES_EFFICIENCY
 
 
 def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_accumulation_steps: int) -> Candidate:
@@ -268,8 +137,8 @@ def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_acc
 
     Args:
         workload: what is trained, and on what.
-        step: the settings; its `copies` of the model are each on `gpus` GPUs.
-        gpus: how many hold one copy of the model together.
+        step: the settings, with its copies and shards.
+        gpus: on how many the layers of one copy lie one after another.
         gradient_accumulation_steps: forward passes per optimizer step.
     """
     sizes, hardware = workload.sizes, workload.hardware
@@ -280,7 +149,10 @@ def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_acc
     if step.captured and _needed_gib(memory, step) > hardware.usable_gib:
         step = replace(step, captured=False)  # as the trainer does where a capture finds no room
         layers, memory = predict(sizes, step, gpus=gpus)
-    rate = copies_speedup(step.copies) * step.tokens / step_seconds(sizes, step, workload.gpu)
+    time = step_time(sizes, step, workload.gpu)
+    sent = exchange(sizes, step, hardware, time)
+    of_a_pass = time.seconds(sent.waits_s) + sent.average_s / gradient_accumulation_steps
+    rate = copies_speedup(step.copies * step.shards) * step.tokens / of_a_pass
     seconds = workload.tokens / rate + (COMPILE_S if step.compiled else 0.0)
     price = hardware.price_usd_per_hour
     return Candidate(
@@ -292,4 +164,5 @@ def candidate(workload: Workload, step: StepSettings, *, gpus: int, gradient_acc
         tokens_per_s=rate,
         seconds=seconds,
         dollars=None if price is None else price * seconds / 3600,
+        exchange=sent,
     )

@@ -13,7 +13,7 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data.lengths import RowLengths
 from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.decide_lengths import ANSWER, FEWEST_PACKED, SEQUENCE, SMALL_LENGTHS, rounded
 from qlora_helpers.planning.decided import Decided
 from qlora_helpers.planning.memory import usable_with_margin

@@ -11,8 +11,10 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.units import gib
-from qlora_helpers.machine.hardware import INSTANCES, Hardware, parse_gpus
-from qlora_helpers.planning.candidates import Candidate, all_candidates, fitting_candidates
+from qlora_helpers.machine.hardware import Hardware, parse_gpus
+from qlora_helpers.machine.instances import INSTANCES
+from qlora_helpers.planning.candidate import Candidate
+from qlora_helpers.planning.candidates import all_candidates, fitting_candidates
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.workload import Workload
 
@@ -96,15 +98,17 @@ def cheapest_instance(workload: Workload) -> Hardware | None:
 
 def can_fit(workload: Workload) -> bool:
     """Whether anything fits even uncompiled: one sequence at once, with no checkpointed layer or with all of them."""
-    for gpus in sorted({1, workload.hardware.gpus}):
+    for layout in workload.layouts:
         for checkpointed in (0, workload.sizes.layers):
             step = workload.step(
                 micro_batch_size=1,
                 compiled=False,
                 checkpointed=checkpointed,
-                offloaded=checkpointed > 0 and workload.config.train.fast_step,
+                offloaded=checkpointed > 0 and workload.config.train.fast_step and layout.shards == 1,
+                copies=layout.copies,
+                shards=layout.shards,
             )
-            _, memory = predict(workload.sizes, step, gpus=gpus)
+            _, memory = predict(workload.sizes, step, gpus=layout.spread)
             if max(gib(each.total) for each in memory) <= workload.hardware.usable_gib:
                 return True
     return False

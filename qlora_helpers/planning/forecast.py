@@ -14,7 +14,8 @@ from qlora_helpers.base.config import RunConfig, TrainConfig
 from qlora_helpers.data.known import DataSize
 from qlora_helpers.machine.hardware import Gpu, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
-from qlora_helpers.planning.candidates import Candidate, candidate, fastest_data_parallel, fewest_checkpointed
+from qlora_helpers.planning.candidate import Candidate
+from qlora_helpers.planning.candidates import candidate, fastest_in_several_processes, fewest_checkpointed
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.memory import usable_with_margin
@@ -106,7 +107,7 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
     workload = replace(workload, one_process=True)
     step = settings_as_given(workload, steps)
     plan = make_plan(workload, fix=False)
-    several = fastest_data_parallel(workload)
+    several = fastest_in_several_processes(workload)
     if several and plan.choice and several.seconds >= plan.choice.seconds:
         several = None
     fixes = _fixes(plan, step, steps) if step.peak_gib > workload.hardware.usable_gib else ()

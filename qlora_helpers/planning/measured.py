@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.environment import versions
+from qlora_helpers.planning.layout import layout_of_processes
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan
 
@@ -47,6 +48,11 @@ def write_measured(
     holding = sum(
         name.startswith("cuda") for name in loaded.audit.gib_by_device
     )  # under torchrun, one for each process
+    layout = layout_of_processes(
+        run.config().train.share,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     try:
         predicted = predicted_step(
             run.config(),
@@ -57,7 +63,8 @@ def write_measured(
             fp8=result.fp8,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
-            copies=int(os.environ.get("WORLD_SIZE", 1)),
+            copies=layout.copies,
+            shards=layout.shards,
         )
     except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
         log.warning("no prediction beside the measured memory: %s", error)

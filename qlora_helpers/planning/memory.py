@@ -6,8 +6,9 @@ Owns bytes and memory margins; knows nothing of speed, prices or how settings ar
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
@@ -28,6 +29,9 @@ CAPTURE_ROOM_GIB = 0.6
 INPUTS_AT_ONCE = 6
 # Of what is allocated for a time, in expandable segments
 FRAGMENTATION_SHARE, FRAGMENTATION_BYTES = 0.02, BYTES_IN_GIB // 16
+# Decoder layers that are whole on a GPU at once where they are sharded: the one that computes, and the next one in the buffer that
+# receives it and in the one that it is copied into (FSDP2)
+GATHERED_LAYERS = 3
 # Of a checkpointed layer's working memory: holes among what is kept; fitted to a Llama
 CHECKPOINTED_FRAGMENTATION_SHARE = 0.2
 OPTIMIZER_BYTES = {
@@ -50,8 +54,9 @@ class GpuMemory:
     """Bytes on one GPU, by what they are for.
 
     Attributes:
-        weights_quantized: linear layers in 4 bits.
-        constants: their quantisation constants.
+        weights_quantized: linear layers in 4 bits; this GPU's part of them where they are sharded.
+        constants: their quantisation constants, or this GPU's part of them.
+        gathered: whole layers with their constants for the time in which they compute, where they are sharded.
         weights_other: embeddings, output layer, norms and what else is not quantised.
         adapters, gradients, optimizer: of the adapters, in float32.
         activations: kept from the forward for the backward pass.
@@ -70,6 +75,7 @@ class GpuMemory:
     working: int = 0
     fragmentation: int = 0
     context: int = 0
+    gathered: int = 0
 
     @property
     def weights(self) -> int:
@@ -98,6 +104,7 @@ class GpuMemory:
             + self.working
             + self.fragmentation
             + self.context
+            + self.gathered
         )
 
     def parts_gib(self) -> dict[str, float]:
@@ -112,14 +119,20 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     constants = in_4_bits / QUANTISATION_BLOCK
     constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
     return GpuMemory(
-        weights_quantized=int(in_4_bits // 2) if settings.quantized else 0,
-        constants=round(constants) if settings.quantized else 0,
+        weights_quantized=math.ceil(int(in_4_bits // 2) / settings.shards) if settings.quantized else 0,
+        constants=math.ceil(round(constants) / settings.shards) if settings.quantized else 0,
         weights_other=round(settings.value_bytes * (other if settings.quantized else other + in_4_bits)),
         adapters=SINGLE * adapters,
-        gradients=SINGLE * adapters * (2 if settings.copies > 1 else 1),  # DDP sends copies of them
+        gradients=SINGLE * adapters * (2 if settings.copies * settings.shards > 1 else 1),  # copies of them are sent
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
         activations=round(settings.tokens * kept_bytes(sizes, settings)),
     )
+
+
+def packed_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
+    """Counts the bytes of a whole decoder layer that are shared out where it is sharded: 4-bit weights and their constants."""
+    whole = layer_bytes(sizes, replace(settings, shards=1))
+    return whole.weights_quantized + whole.constants
 
 
 class StepMemory:
@@ -204,6 +217,9 @@ class StepMemory:
             working=working,
             fragmentation=round(fragmentation),
             context=CONTEXT_BYTES + (GRAPHS_BYTES if self.settings.captured else 0),
+            gathered=min(layers, GATHERED_LAYERS) * packed_bytes(sizes, self.settings)
+            if self.settings.shards > 1
+            else 0,
         )
 
 

@@ -9,11 +9,12 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import GPUS, Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.families import packing_refusal
-from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.fp8 import fp8_notes
+from qlora_helpers.planning.layout import copies_sharing
 from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
-from qlora_helpers.planning.workload import Workload, copies_sharing
+from qlora_helpers.planning.workload import Workload
 
 SHOWN_GIB = 0.05  # what is less is 0.0 in a note
 GRACE_S = 10  # what `docker stop` gives a process to save
@@ -73,8 +74,11 @@ def _fixed_choice_notes(workload: Workload, shown: Candidate) -> tuple[str, ...]
 def _choice_notes(hardware: Hardware, choice: Candidate) -> list[str]:
     """Says what a reader must know of the settings that were chosen."""
     notes = []
-    if choice.copies > 1:
-        notes.append(f"{choice.copies} processes, each with the whole model (notebook 07: --processes)")
+    if choice.processes > 1:
+        what = "a part of every layer" if choice.step.shards > 1 else "the whole model"
+        notes.append(
+            f"{choice.processes} processes, each with a GPU and {what} (notebook 07): `ql.start(run)` starts them"
+        )
     elif len(choice.layers_per_gpu) > 1:
         notes.append(SPREAD)
     if choice.peak_gib > usable_with_margin(hardware.usable_gib):

@@ -11,7 +11,8 @@ from typing import Any
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import duration
-from qlora_helpers.machine.hardware import GPUS, INSTANCES, Hardware, parse_gpus
+from qlora_helpers.machine.hardware import GPUS, Hardware, parse_gpus
+from qlora_helpers.machine.instances import INSTANCES
 from qlora_helpers.planning.notes import model_notes, settings_notes
 from qlora_helpers.planning.plan import Plan
 from qlora_helpers.planning.run_plan import plan_run

@@ -28,7 +28,7 @@ from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning import run_plan
-from qlora_helpers.planning.candidates import Candidate
+from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.memory import CONTEXT_BYTES
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan, read_plan

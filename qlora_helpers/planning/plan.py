@@ -6,15 +6,18 @@ Chooses among `candidates`; where nothing fits, it says what would. Imports no t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.units import gib
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.decoder import ModelSizes
-from qlora_helpers.planning.candidates import Candidate, all_candidates, fitting_candidates
+from qlora_helpers.planning.candidate import Candidate
+from qlora_helpers.planning.candidates import all_candidates, fitting_candidates
 from qlora_helpers.planning.fixes import can_fit, cheapest_instance, smallest_change
 from qlora_helpers.planning.notes import plan_notes
+from qlora_helpers.planning.ways import Way, find_ways, reason, simplest_of_the_fastest, ways_table
 from qlora_helpers.planning.workload import Workload
 
 DETAIL_ROWS = {
@@ -36,6 +39,7 @@ class Plan(Tabular):
         smallest: the settings that hold least, fitting or not.
         fixes: where nothing fits, the smallest changes that would, each with its text.
         notes: what a reader must know of this plan.
+        ways: the ways to use several GPUs, side by side; none for one GPU or one process.
     """
 
     workload: Workload
@@ -44,6 +48,7 @@ class Plan(Tabular):
     smallest: Candidate
     fixes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ways: tuple[Way, ...] = ()
 
     @property
     def model(self) -> str:
@@ -80,6 +85,11 @@ class Plan(Tabular):
         """GiB missing on the fullest GPU; 0 where it fits."""
         return 0.0 if self.fits else self.smallest.peak_gib - self.hardware.usable_gib
 
+    @property
+    def reason(self) -> str:
+        """Why the GPUs are used as they are, in plain words; empty where there is nothing to choose."""
+        return reason(self.ways, self.choice, self.hardware)
+
     def with_note(self, note: str) -> Plan:
         """Returns a copy with one more note."""
         return replace(self, notes=(*self.notes, note))
@@ -104,21 +114,25 @@ class Plan(Tabular):
             "smallest": self.smallest.to_dict(),
             "fixes": list(self.fixes),
             "notes": list(self.notes),
+            "ways": [each.to_dict() for each in self.ways],
+            "reason": self.reason,
         }
 
     def table(self) -> Table:
-        """Returns the memory of each GPU, with what fits best, or what would fit, below."""
+        """Returns the memory of each GPU, with the ways to use several of them and what fits best, or what would fit, below."""
         shown = self.choice or self.smallest
         table = _memory_table(shown, self.hardware)
         table.caption = (
             f"{self.model} on {self.hardware.label}: {self.sizes.parameters:,} parameters, "
             f"{self.adapter_parameters:,} trained"
         )
-        lines = []
+        lines = [self.reason] if self.reason else []
+        if self.ways:
+            table.below = [ways_table(self.ways, self.choice)]
         if self.choice:
             lines.append(f"fastest that fits  {self.choice!r}")
             lines += [f"next best          {each!r}" for each in self.alternatives]
-            lines.append("to take it         " + " ".join(f"--set {setting}" for setting in self.choice.settings))
+            lines.append("to take it         " + " ".join(f"--set {quote(each)}" for each in self.choice.settings))
         else:
             lines.append(f"does not fit: {self.shortfall_gib:.1f} GiB are missing on the fullest GPU, with {shown!r}")
             lines += [f"would fit: {fix}" for fix in self.fixes]
@@ -133,17 +147,18 @@ def make_plan(workload: Workload, *, fix: bool = True) -> Plan:
 
     Args:
         workload: what is trained, and on what.
-        fix: whether to look for changes that fit, where nothing does.
+        fix: whether to look for changes that fit, where nothing does, and to set the ways to use several GPUs side by side.
 
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     hardware, found = workload.hardware, all_candidates(workload)
+    fitting = fitting_candidates(found, hardware.usable_gib)
+    choice = simplest_of_the_fastest(fitting)
     best: dict[int, Candidate] = {}  # of each micro-batch size the one that ends first, in the order in which they end
-    for each in fitting_candidates(found, hardware.usable_gib):
+    for each in fitting:
         best.setdefault(each.micro_batch_size, each)
-    ways = list(best.values())
-    choice, others = (ways[0], ways[1:]) if ways else (None, [])
+    others = [each for size, each in best.items() if choice and size != choice.micro_batch_size]
     smallest = min(found, key=lambda each: each.peak_gib)
     idle = not workload.one_process and workload.sequences_per_step % hardware.gpus != 0
     idle = idle and can_fit(workload.on(replace(hardware, gpus=1)))
@@ -154,6 +169,7 @@ def make_plan(workload: Workload, *, fix: bool = True) -> Plan:
         smallest=smallest,
         fixes=() if choice or not fix else _fixes(workload),
         notes=plan_notes(workload, choice, smallest, idle_gpus=idle),
+        ways=find_ways(workload) if fix else (),
     )
 
 
@@ -170,10 +186,14 @@ def _fixes(workload: Workload) -> tuple[str, ...]:
 
 def _memory_table(shown: Candidate, hardware: Hardware) -> Table:
     parts = [each.parts_gib() for each in shown.memory]
-    rows = [[name.replace("_", " "), *(f"{each[name]:.2f}" for each in parts)] for name in parts[0]]
+    named = [name for name in parts[0] if name != "gathered" or any(each[name] for each in parts)]
+    rows = [[name.replace("_", " "), *(f"{each[name]:.2f}" for each in parts)] for name in named]
     rows.append(["in all", *(f"{gib(each.total):.2f}" for each in shown.memory)])
     rows.append(["usable", *(f"{hardware.usable_gib:.2f}" for _ in parts)])
     labels = [f"GPU {index} ({layers} layers)" for index, layers in enumerate(shown.layers_per_gpu)]
+    if shown.processes > 1:
+        part = f"1/{shown.step.shards} of each of " if shown.step.shards > 1 else ""
+        labels = [f"each GPU ({part}{shown.layers} layers)"]
     rows += [
         [text, *(f"{gib(getattr(each, name)):.2f}" for each in shown.details)]
         for name, text in DETAIL_ROWS.items()

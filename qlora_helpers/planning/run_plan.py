@@ -20,13 +20,15 @@ from qlora_helpers.data.local_files import local_files
 from qlora_helpers.data.sources import EMBEDDED, read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
+from qlora_helpers.machine.links import PCIE
 from qlora_helpers.model.shapes.headers import checkpoint_parameters
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.planning.candidates import copies_speedup
+from qlora_helpers.planning.exchange import exchange
 from qlora_helpers.planning.forecast import Forecast, make_forecast, steps_and_tokens
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.plan import Plan, make_plan
-from qlora_helpers.planning.speed import step_seconds
+from qlora_helpers.planning.speed import step_time
 from qlora_helpers.planning.step_settings import SUMMARY_SHARE, is_packed, sequences_per_step
 from qlora_helpers.planning.workload import Workload
 
@@ -108,6 +110,7 @@ def predicted_step(
     captured: bool = False,
     fill: float = 1.0,
     copies: int = 1,
+    shards: int = 1,
     fp8: bool = False,
 ) -> dict[str, object]:
     """Predicts memory and speed of a step with these very settings, to compare with what was measured.
@@ -119,7 +122,8 @@ def predicted_step(
         trained_share: share of the tokens that count in the loss.
         captured: whether passes were replayed as CUDA graphs.
         fill: share of a sequence that is not padding.
-        copies: processes that each train a copy (DDP).
+        copies: of the whole model, which train on rows of their own.
+        shards: GPUs that hold a part of every layer of one copy; `hardware` is then one of them.
         fp8: whether frozen weights were multiplied in FP8.
 
     Returns:
@@ -127,15 +131,19 @@ def predicted_step(
         `extrapolated`.
     """
     workload = Workload(config, find_shape(config.model), hardware, tokens=0, trained_share=trained_share)
-    step = workload.step(checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies, fp8=False)
+    step = workload.step(
+        checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies, shards=shards, fp8=False
+    )
     gpu = workload.gpu
     step = replace(step, fp8=fp8 and gpu.fp8_tflops > 0)
     _, memory = predict(workload.sizes, step, gpus=hardware.gpus)
-    seconds = step_seconds(workload.sizes, step, gpu)
+    time = step_time(workload.sizes, step, gpu)
+    sent = exchange(workload.sizes, step, hardware, time)
+    seconds = time.seconds(sent.waits_s) + sent.average_s / config.train.gradient_accumulation_steps
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
-        "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(copies), 1),
+        "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(copies * shards), 1),
         "extrapolated": not (hardware.gpu and (gpu.fp8_measured if fp8 else gpu.measured)),
     }
 
@@ -181,7 +189,9 @@ def this_machine(price: float | None = None) -> Hardware:
     label = found[0].name if len(found) == 1 else f"{len(found)}x{found[0].name}"
     if known is not None:
         usable = min(usable, known.usable_gib)
-    return Hardware(label, len(found), usable, known, price, "as given" if price is not None else "")
+    note = "as given" if price is not None else ""
+    link = PCIE.get(telemetry.pcie_generation() or 0) if len(found) > 1 else None
+    return Hardware(label, len(found), usable, known, price, note, found_link=link)
 
 
 def has_gpu() -> bool:

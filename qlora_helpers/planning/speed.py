@@ -77,8 +77,32 @@ UNNAMED_GPU = GPUS["L4"]
 """The card whose speed is assumed where only an amount of memory is known."""
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one forward and backward pass over a micro-batch on one GPU.
+
+    Attributes:
+        on_gpu, on_host: what the GPU computes, and what the host takes to launch it; the step takes the longer of the two.
+        forward_s, backward_s: of all decoder layers on the GPU; the latter with what checkpointed layers compute again.
+    """
+
+    on_gpu: float
+    on_host: float
+    forward_s: float
+    backward_s: float
+
+    def seconds(self, waits_s: float = 0.0) -> float:
+        """Returns what the pass takes, with what the GPU waits for other GPUs."""
+        return max(self.on_gpu + waits_s, self.on_host)
+
+
 def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> float:
-    """Predicts the seconds of one forward and backward pass over a micro-batch.
+    """Predicts the seconds of one forward and backward pass over a micro-batch on one GPU, or on several one after another."""
+    return step_time(sizes, step, gpu, speed).seconds()
+
+
+def step_time(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FITTED) -> StepTime:
+    """Predicts the parts of one forward and backward pass over a micro-batch.
 
     Adds up matrix multiplications, dequantisation, attention and what crosses the memory bus. Layers that are spread over several
     GPUs work one after another, so the time is the same for any number of GPUs.
@@ -117,7 +141,8 @@ def step_seconds(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed =
         looked_up = HALF * step.tokens * sizes.hidden
         on_gpu += looked_up / SENT_BYTES_S
         on_host += looked_up / LOOKUP_BYTES_S
-    return max(on_gpu, on_host)
+    in_layers = sizes.layers * backward + step.checkpointed * again
+    return StepTime(on_gpu, on_host, sizes.layers * forward, in_layers)
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:

@@ -43,7 +43,8 @@ class StepSettings:
         skipped: whether checkpointed layers skip matrix multiplications whose output nothing in them reads. The fast step does so
             except in float16, which trains under autocast.
         fp8: whether frozen 4-bit weights are multiplied in FP8.
-        copies: processes that average their gradients: DDP keeps what it sends beside them.
+        copies: of the whole model, whose gradients are averaged: DDP keeps what it sends beside them.
+        shards: GPUs that hold a part of every layer of one copy, and gather the rest when they compute it (FSDP2).
     """
 
     seq_len_tokens: int
@@ -68,6 +69,7 @@ class StepSettings:
     skipped: bool = True
     fp8: bool = False
     copies: int = 1
+    shards: int = 1
 
     @property
     def tokens(self) -> int:

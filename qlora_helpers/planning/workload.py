@@ -16,6 +16,7 @@ from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.fp8 import with_matmul_dtype
+from qlora_helpers.planning.layout import ONE, SPREAD, Layout, layouts
 from qlora_helpers.planning.speed import UNNAMED_GPU
 from qlora_helpers.planning.step_settings import (
     SUMMARY_SHARE,
@@ -37,7 +38,7 @@ class Workload:
         hardware: the GPUs, with their price.
         tokens: of the whole training, in all epochs.
         trained_share: share of the tokens that count in the loss.
-        one_process: rules out a copy of the model on each of several GPUs, which takes several processes.
+        one_process: rules out every way to use several GPUs that takes several processes.
     """
 
     config: RunConfig
@@ -90,9 +91,17 @@ class Workload:
         return sequences_per_step(self.config.train)
 
     @property
-    def gpus_per_copy(self) -> tuple[int, ...]:
-        """How many GPUs may hold one copy of the model: all of them together, or each its own."""
-        return (self.hardware.gpus,) if self.one_process else tuple(sorted({1, self.hardware.gpus}))
+    def layouts(self) -> tuple[Layout, ...]:
+        """The ways in which the GPUs may be used: those that `train.share` allows and that share a step's sequences evenly.
+
+        In one process the layers are spread over all GPUs.
+        """
+        hardware = self.hardware
+        found = layouts(hardware.gpus, hardware.machines, self.sequences_per_step)
+        if self.one_process:
+            return tuple(each for each in found if each.share in (ONE, SPREAD))[-1:]
+        asked = [each for each in found if each.share == self.config.train.share]
+        return tuple(asked) or found
 
     @property
     def may_compile(self) -> bool:
@@ -118,8 +127,3 @@ class Workload:
     def with_settings(self, changes: Sequence[str]) -> Workload:
         """The same training with some settings changed, as `--set` takes them."""
         return replace(self, config=self.config.with_settings(changes))
-
-
-def copies_sharing(sequences: int, gpus: int) -> int:
-    """Returns the most GPUs, each with its own copy of the model, that can share a step's sequences evenly."""
-    return max(count for count in range(1, gpus + 1) if sequences % count == 0)

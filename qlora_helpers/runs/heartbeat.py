@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +17,15 @@ from typing import Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine import studio, telemetry
+from qlora_helpers.runs import claims
 from qlora_helpers.runs.folder import Run
 
 REQUESTS_EVERY_S = 0.5
 HEARTBEAT_EVERY_S = 5.0
 STUDIO_EVERY_S = 60.0
 log = logging.getLogger(__name__)
+elsewhere: list[dict[str, Any]] = []
+"""The last readings of the other machines that train this run, each with its `host` (`training.peers`)."""
 
 
 @contextlib.contextmanager
@@ -42,7 +47,7 @@ def sending_heartbeats(run: Run, session: int) -> Iterator[None]:
 
 
 def readings() -> dict[str, Any]:
-    """Reads the GPUs, or this process where there is no GPU, for a line of progress or a heartbeat."""
+    """Reads the GPUs, or this process and those that train with it where there is no GPU, for a line of progress or a heartbeat."""
     gpus = telemetry.read_gpus()
     if gpus:
         return {
@@ -59,11 +64,37 @@ def readings() -> dict[str, Any]:
     process = telemetry.read_process()
     if process is None:
         return {}
-    return {"process": {"rss_gib": round(process.rss_gib, 3), "cpu_percent": round(process.cpu_percent, 1)}}
+    found: dict[str, Any] = {"process": _told(process)}
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # their parent has started nothing else
+        others = map(telemetry.read_process, telemetry.children_of(os.getppid()))
+        found["processes"] = [_told(each) for each in others if each is not None]
+    return found
+
+
+def _told(process: telemetry.ProcessReading) -> dict[str, float]:
+    return {"rss_gib": round(process.rss_gib, 3), "cpu_percent": round(process.cpu_percent, 1)}
+
+
+def readings_everywhere() -> dict[str, Any]:
+    """Reads this machine, and adds what the other machines of this training have last told of theirs.
+
+    Returns:
+        As `readings`; with several machines each GPU and each process has its `host`.
+    """
+    found = readings()
+    if not elsewhere:
+        return found
+    machines = [{"host": socket.gethostname()} | found, *map(dict, elsewhere)]
+    for each in machines:
+        each.setdefault("processes", [each["process"]] if "process" in each else [])
+    for kind in ("gpus", "processes"):
+        listed = [{"host": each["host"]} | one for each in machines for one in each.get(kind, ())]
+        found |= {kind: listed} if listed else {}
+    return found
 
 
 def _send(run: Run, session: int, ended: threading.Event) -> None:
-    last_heartbeat = last_report = float("-inf")
+    last_heartbeat = last_report = last_touch = float("-inf")
     has_warned = False
     while not ended.wait(REQUESTS_EVERY_S):
         now = time.monotonic()
@@ -71,9 +102,12 @@ def _send(run: Run, session: int, ended: threading.Event) -> None:
             run.requests.receive(session)
             if now - last_heartbeat >= HEARTBEAT_EVERY_S:
                 last_heartbeat = now
-                found = readings()
+                found = readings_everywhere()
                 if not ended.is_set():
                     run.set_status(readings=found)
+            if now - last_touch >= claims.TOUCH_S:
+                last_touch = now
+                claims.touch()
             if now - last_report >= STUDIO_EVERY_S:
                 last_report = now
                 studio.report_activity()

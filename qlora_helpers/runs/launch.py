@@ -6,10 +6,12 @@ models or of AWS (SageMaker training jobs are in `sagemaker.training_job`).
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from qlora_helpers.runs.buckets import SETTING, refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
+from qlora_helpers.runs.plan_file import Launched, add_to_plan
 from qlora_helpers.runs.ranks import check_processes
 from qlora_helpers.runs.trackers import refuse_missing
 
@@ -68,13 +71,23 @@ class Started:
 
     run: Run
     pid: int
+    how: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.run.name} trains in process {self.pid}; its log: {self.run.name}/{self.run.log_path.name}"
+        line = f"{self.run.name} trains in process {self.pid}; its log: {self.run.name}/{self.run.log_path.name}"
+        return f"{line}\n{self.how}" if self.how else line
 
 
-def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_down_app: bool = False) -> Started:
-    """Trains a run in a process of its own and returns at once.
+def start(
+    run: Run,
+    *,
+    processes: int = 1,
+    settings: Iterable[str] = (),
+    shut_down_app: bool = False,
+    gpus: Sequence[str] | None = None,
+    launched: Launched | None = None,
+) -> Started:
+    """Trains a run in a process of its own and returns at once; `planning.starting.start` also chooses how to use the GPUs.
 
     The process does not depend on the notebook: a restarted kernel, an interrupted cell or a closed browser does not affect it.
     It starts or resumes as `workflow.train` does, prints into the run's `log.txt`, and takes requests. Several processes without
@@ -85,6 +98,8 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
         processes: with more than one, each has a share of the rows (DDP); with GPUs, one process for each GPU.
         settings: as for `train_command`.
         shut_down_app: whether to shut the SageMaker Studio app down when the training has ended, unless a person stopped it.
+        gpus: the unique ids of those that it may use; None takes all that this process may use.
+        launched: how the GPUs share the work, for the run's `plan.json`.
 
     Raises:
         RunError: the run does not exist or is already being trained, its budget is used up, another run uses the GPU, or a
@@ -107,16 +122,33 @@ def start(run: Run, *, processes: int = 1, settings: Iterable[str] = (), shut_do
     needed_price(config.train)
     refuse_missing_gpus(config, processes)
     if config.model.device_map != "cpu":
-        locks.refuse_busy_gpus(locks.visible_gpus())
+        locks.refuse_busy_gpus(locks.visible_gpus() if gpus is None else gpus)
     absolute = Run(run.folder.resolve())  # the process may look for runs in another folder
     command = train_command(absolute, processes=processes, settings=settings)
     command += ["--shut-down-app"] if shut_down_app else []
-    return Started(run, _start_detached(run, command, processes))
+    if launched is not None:
+        add_to_plan(run, launched=dataclasses.asdict(launched))
+    return Started(run, _start_detached(run, command, processes, gpus), launched.why if launched else "")
 
 
-def _start_detached(run: Run, command: list[str], processes: int) -> int:
+def shown_gpus(gpus: Sequence[str] | None) -> dict[str, str]:
+    """Returns the variable that shows a process some GPUs alone; none where it may use all that this process may use.
+
+    Args:
+        gpus: their unique ids, as `locks.visible_gpus` gives them.
+    """
+    visible = locks.visible_gpus()
+    if gpus is None or tuple(gpus) == visible:
+        return {}
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [each.strip() for each in named.split(",")] if named else [str(index) for index in range(len(visible))]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[visible.index(gpu)] for gpu in gpus)}
+
+
+def _start_detached(run: Run, command: list[str], processes: int, gpus: Sequence[str] | None = None) -> int:
     on_cpu = processes > 1 and not locks.visible_gpus()
     environment = (_cpu_environment(processes) if on_cpu else python_environment()) | {"PYTHONUNBUFFERED": "1"}
+    environment |= shown_gpus(gpus)
     environment.pop("MPLBACKEND", None)  # the kernel's
     run.open_session()
     try:

@@ -1,7 +1,7 @@
 """Locks that keep two trainers off one run and off one GPU, and two threads off one model.
 
-A run's lock is a file in its folder, a GPU's a file in this machine's cache. The operating system releases both when their
-process ends, however it ends.
+A run's lock is a file in its folder, a GPU's a file in this user's cache. The operating system releases both when their process
+ends, however it ends. What other users of the machine train on is in `claims`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import cache_root, write_json
 from qlora_helpers.base.records import read_record
 from qlora_helpers.machine import telemetry
+from qlora_helpers.runs import claims
 from qlora_helpers.runs.folder import Run
 
 # Switching adapters or modes changes the model itself, so a panel's thread has to wait for its turn.
@@ -84,7 +85,7 @@ def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
         gpus: as `visible_gpus` names them.
 
     Raises:
-        RunError: another trainer uses one of them; no lock is held then.
+        RunError: another trainer uses one of them, of this user or of another; no lock is held then.
     """
     with contextlib.ExitStack() as held:
         for gpu in sorted(gpus):
@@ -93,6 +94,8 @@ def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
             if not held.enter_context(_tried(path)):
                 raise _busy(gpu)
             write_json(path.with_suffix(".json"), Holder(run.name, os.getpid()))
+        if (other := held.enter_context(claims.claimed(run.name, tuple(sorted(gpus))))) is not None:
+            raise _claimed(other)
         yield
 
 
@@ -100,11 +103,18 @@ def refuse_busy_gpus(gpus: Sequence[str]) -> None:
     """Refuses GPUs of which another trainer uses one, and holds no lock.
 
     Raises:
-        RunError: another trainer uses one of them.
+        RunError: another trainer uses one of them, of this user or of another.
     """
     for gpu in gpus:
         if _is_locked(_gpu_lock_path(gpu)):
             raise _busy(gpu)
+        if (claim := claims.claim_on(gpu)) is not None:
+            raise _claimed(claim)
+
+
+def unlocked_gpus(gpus: Sequence[str]) -> tuple[str, ...]:
+    """Returns the GPUs that no trainer uses, of this user or of another."""
+    return tuple(gpu for gpu in gpus if not _is_locked(_gpu_lock_path(gpu)) and claims.claim_on(gpu) is None)
 
 
 def visible_gpus(nvml: Any = None) -> tuple[str, ...]:
@@ -143,6 +153,13 @@ def _busy(gpu: str) -> RunError:
         f"{user} is already training on {gpu}",
         next_step="Wait for it or stop it, or choose another GPU with CUDA_VISIBLE_DEVICES.",
     )
+
+
+def _claimed(claim: claims.Claim) -> RunError:
+    next_step = "Wait for it, or choose another GPU with CUDA_VISIBLE_DEVICES."
+    if hasattr(os, "geteuid") and claim.user != os.geteuid():
+        next_step += f" If that user does not train there after all, {claims.OFF}=off passes over what others say."
+    return RunError(f"{claim} is already training on {claim.gpu}", next_step=next_step)
 
 
 def _run_lock_path(run: Run) -> Path:

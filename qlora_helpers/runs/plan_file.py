@@ -71,6 +71,26 @@ class MemoryFailure:
 
 
 @dataclass(frozen=True)
+class Launched:
+    """How the run was last started on several GPUs or processes.
+
+    Attributes:
+        share: the way in which they share the work, as `train.share` has it.
+        processes, gpus: how many; no GPUs on a CPU.
+        settings: what was set for that, by the settings' full names.
+        before: what these were before, so that another number of GPUs can be given the same work.
+        why: why this way was taken, for a reader.
+    """
+
+    share: str
+    processes: int
+    gpus: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class DecidedSetting:
     """A setting that was decided when the run was made, with its reason."""
 
@@ -89,6 +109,7 @@ class PlanFile:
     out_of_memory: MemoryFailure | None = None
     demo_seconds: float | None = None
     decisions: tuple[DecidedSetting, ...] = ()
+    launched: Launched | None = None
 
 
 def read_plan(run: Run) -> PlanFile:

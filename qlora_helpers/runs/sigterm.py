@@ -36,6 +36,11 @@ def interrupted() -> bool:
     return _State.interrupted
 
 
+def pass_on() -> None:
+    """Records a SIGTERM that another machine of this training received, as if it had come here."""
+    _State.received = True
+
+
 @contextlib.contextmanager
 def catching() -> Iterator[None]:
     """Catches both signals during the block, where this is the main thread; then restores the handlers that were there before."""

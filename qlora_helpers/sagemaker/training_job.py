@@ -49,7 +49,8 @@ def training_job(
     role: str,
     instance_type: str,
     s3_uri: str,
-    processes: int = 1,
+    processes: int | None = None,
+    instance_count: int = 1,
     image_uri: str | None = None,
     volume_gib: int = 100,
     max_hours: float = 24.0,
@@ -66,7 +67,10 @@ def training_job(
         role: ARN of the execution role.
         instance_type: such as `ml.g5.12xlarge`.
         s3_uri: where code, settings, run folder and results go, such as `s3://bucket/qlora`.
-        processes: 1 spreads one model over all GPUs; with as many as GPUs, each has a model and a share of the rows.
+        processes: on each instance; None takes all its GPUs in the way that the plan finds fastest, and 1 spreads one model over
+            them.
+        instance_count: how many instances train together, in SageMaker's private network; each costs its price. The first one alone
+            writes the run folder.
         image_uri: another container; None takes `training_image_uri` of the client's region.
         volume_gib: disk for the model cache and the run folder, GiB.
         max_hours: the job is stopped after this time.
@@ -97,7 +101,10 @@ def training_job(
         instance_type=instance_type,
         s3_uri=s3_uri,
         image_uri=image_uri or training_image_uri(client.meta.region_name),
-        channels=_upload_inputs(run.name, config, data_file, place, processes, s3_client or new_client("s3")),
+        channels=_upload_inputs(
+            run.name, config, data_file, place, processes, instance_count, s3_client or new_client("s3")
+        ),
+        instance_count=instance_count,
         volume_gib=volume_gib,
         max_hours=max_hours,
         environment=named | dict(environment or {}),
@@ -117,6 +124,7 @@ def training_job_request(
     s3_uri: str,
     image_uri: str,
     channels: Mapping[str, str],
+    instance_count: int = 1,
     volume_gib: int = 100,
     max_hours: float = 24.0,
     environment: Mapping[str, str] | None = None,
@@ -128,7 +136,7 @@ def training_job_request(
         name: the job's name.
         run_name: the run's name; names its folder in S3 and its TensorBoard events.
         channels: name -> object in S3; the container finds it in `/opt/ml/input/data/<name>/`.
-        role, instance_type, s3_uri, image_uri, volume_gib, max_hours, environment: as for `training_job`.
+        role, instance_type, s3_uri, image_uri, instance_count, volume_gib, max_hours, environment: as for `training_job`.
         made_by: who makes it, for its tag; None gives it none.
     """
     place = s3_uri.rstrip("/")
@@ -150,7 +158,11 @@ def training_job_request(
             "S3OutputPath": f"{place}/tensorboard/{run_name}",
             "LocalPath": "/opt/ml/output/tensorboard",
         },
-        "ResourceConfig": {"InstanceType": instance_type, "InstanceCount": 1, "VolumeSizeInGB": volume_gib},
+        "ResourceConfig": {
+            "InstanceType": instance_type,
+            "InstanceCount": instance_count,
+            "VolumeSizeInGB": volume_gib,
+        },
         "StoppingCondition": {"MaxRuntimeInSeconds": round(max_hours * 3600)},
         "Environment": {"HF_HOME": "/tmp/huggingface", "PYTHONUNBUFFERED": "1", **(environment or {})},
         **tags(made_by),
@@ -190,14 +202,20 @@ def _new_job_name(run_name: str) -> str:
 
 
 def _upload_inputs(
-    run_name: str, config: RunConfig, data_file: Path | None, place: str, processes: int, s3_client: Any
+    run_name: str,
+    config: RunConfig,
+    data_file: Path | None,
+    place: str,
+    processes: int | None,
+    instances: int,
+    s3_client: Any,
 ) -> dict[str, str]:
     """Uploads code, settings and the data file to `place` in S3; returns the address of each by its channel's name."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder, "config.json")
         settings.write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
         files = {
-            "code": source_archive(Path(folder, "source.tar.gz"), run_name, processes=processes),
+            "code": source_archive(Path(folder, "source.tar.gz"), run_name, processes=processes, instances=instances),
             "config": settings,
         }
         if data_file is not None:

@@ -15,7 +15,7 @@ from qlora_helpers.base.errors import RunError
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.budget import Budget
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.heartbeat import readings
+from qlora_helpers.runs.heartbeat import readings_everywhere
 from qlora_helpers.runs.status import BY_BUDGET, BY_INTERRUPT, BY_REQUEST, Status
 from qlora_helpers.training import checkpoints as saved
 
@@ -122,7 +122,7 @@ class RunFolderCallback(TrainerCallback):
         if self.is_writer:
             record = self._record(logs, state)
             self.run.append_progress(record)
-            unlogged = ("step", "session", "process", "gpus")
+            unlogged = ("step", "session", "process", "processes", "gpus")
             values = ", ".join(f"{name} {value:.5g}" for name, value in record.items() if name not in unlogged)
             log.info("step %d: %s", state.global_step, values)
             self.run.set_status(step=state.global_step)
@@ -141,7 +141,7 @@ class RunFolderCallback(TrainerCallback):
             processes = self.trainer.accelerator.num_processes
             record["tokens_per_s"] = round((tokens - self._mark[1]) * processes / max(1e-9, now - self._mark[0]), 1)
             self._mark = (now, tokens)
-        return record | self.budget.used() | readings()
+        return record | self.budget.used() | readings_everywhere()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_writer:

@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
+from qlora_helpers.runs.nodes import PRIVATE
 from qlora_helpers.runs.ranks import STORE
 
 Value = TypeVar("Value")
@@ -23,6 +25,29 @@ log = logging.getLogger(__name__)
 def is_main_process() -> bool:
     """Whether this is the first of several processes, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def several_machines() -> int:
+    """Returns how many machines train together, where torchrun has started them; 0 for one."""
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return nodes if nodes > 1 else 0
+
+
+def files_to_first(folder: Path, rank: int) -> None:
+    """Gives the first process the files that each process has written in its own folder, where it does not see them.
+
+    Args:
+        folder: of a checkpoint; the name of each process's files ends in its number.
+        rank: this process's number.
+    """
+    from torch import distributed
+
+    mine = {path.name: path.read_bytes() for path in folder.glob(f"*_{rank}.*")} if rank else {}
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, mine)
+    for name, content in (item for each in found for item in each.items() if rank == 0):
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -38,8 +63,18 @@ def main_process_first(*, on_cpu: bool) -> Iterator[None]:
     from accelerate import PartialState
 
     join(on_cpu=on_cpu)
-    with PartialState(cpu=on_cpu).main_process_first():
-        yield
+    state = PartialState(cpu=on_cpu)
+    if not several_machines():
+        with state.main_process_first():
+            yield
+        return
+    # The folder of another machine may be a copy, without what the first one wrote: its own first process then goes first.
+    turn = 0 if is_main_process() else 1 if state.is_local_main_process else 2
+    for _ in range(turn):
+        state.wait_for_everyone()
+    yield
+    for _ in range(2 - turn):
+        state.wait_for_everyone()
 
 
 def join(*, on_cpu: bool) -> None:
@@ -54,11 +89,16 @@ def join(*, on_cpu: bool) -> None:
         return
     store = os.environ.get(STORE)
     if store is None:
-        if is_main_process():
+        if is_main_process() and PRIVATE not in os.environ:
             log.warning(
                 "these processes meet at a port without a password: whoever reaches it can run code as you. On one machine "
-                "use `train RUN --processes N` instead; across machines use a private network."
+                "use `train RUN --processes N` instead; across machines `launch RUN --nodes N`, in a private network."
             )
+        if several_machines():
+            _end_with_parent()
+            if not on_cpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("gloo" if on_cpu else "nccl", init_method="env://", timeout=PATIENCE)
         return
     _end_with_parent()
     rank = int(os.environ["RANK"])

@@ -27,6 +27,7 @@ from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.global_batch import Processes, write_processes
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
+from qlora_helpers.training.processes import files_to_first, several_machines
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,10 @@ class SummaryTrainer(Trainer):
                 self._write_sum(written)
                 if self.is_world_process_zero():
                     write_processes(written, self._taking_part())
-                    if self.trained_on is not None:
-                        write_json(written / saved.TRAINED_ON, self.trained_on)
+                if several_machines():  # whose folders may be copies
+                    files_to_first(written, self.args.process_index)
+                if self.trained_on is not None and self.is_world_process_zero():
+                    write_json(written / saved.TRAINED_ON, self.trained_on)
         finally:
             self._saves_to = None
         self.accelerator.wait_for_everyone()  # the seal covers the files of all processes

@@ -136,7 +136,7 @@ class Follower:
                 left,
                 until,
                 max(0.0, time.time() - status.heartbeat),
-                status.readings or {key: last[key] for key in ("gpus", "process") if key in last},
+                status.readings or {key: last[key] for key in ("gpus", "process", "processes") if key in last},
                 _limits(config, status, last),
                 _newest_requests(self.run.requests, status.session),
                 log,
@@ -204,6 +204,26 @@ def as_readings(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str,
     gpus, process = values.get("gpus"), values.get("process")
     gpus = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     return gpus, process if isinstance(process, dict) else {}
+
+
+def named_gpus(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns each GPU's reading with what it is called: its number, and its machine where there are several."""
+    return _numbered(as_readings(values)[0], "GPU")
+
+
+def named_processes(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the reading of each process with what it is called; none where one process trains alone."""
+    found = values.get("processes")
+    return _numbered([each for each in found if isinstance(each, dict)] if isinstance(found, list) else [], "process")
+
+
+def _numbered(readings: list[dict[str, Any]], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    hosts = [plain(str(each["host"]))[:40] if "host" in each else "" for each in readings]
+    several = len(set(hosts)) > 1
+    return [
+        (f"{host} {kind} {hosts[:index].count(host)}" if several else f"{kind} {index}", each)
+        for index, (host, each) in enumerate(zip(hosts, readings, strict=True))
+    ]
 
 
 def seconds_left(status: Status, records: Sequence[dict[str, Any]]) -> float | None:

@@ -20,7 +20,7 @@ from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.runs.status import PHASES
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
-from qlora_helpers.views.follow import Follower, View, as_number, as_readings, points_of
+from qlora_helpers.views.follow import Follower, View, as_number, as_readings, named_gpus, named_processes, points_of
 
 
 class LossCurve(Chart):
@@ -126,12 +126,16 @@ def _readings(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     names = {"loss": "loss", "evaluation loss": "eval_loss", "learning rate": "learning_rate"}
     names |= {"gradient norm": "grad_norm", "tokens/s": "tokens_per_s"}
     found = {name: _last(records, key) for name, key in names.items()}
-    gpus, process = as_readings(records[-1] if records else {})
-    for index, gpu in enumerate(gpus):
+    last = records[-1] if records else {}
+    _, process = as_readings(last)
+    for name, gpu in named_gpus(last):
         parts = ((as_number(gpu.get("memory_used_gib")), ".1f", "GiB"), (as_number(gpu.get("load")), ".0f", "%"))
-        found[f"GPU {index}"] = " ".join(f"{value:{form}} {unit}" for value, form, unit in parts if value is not None)
+        found[name] = " ".join(f"{value:{form}} {unit}" for value, form, unit in parts if value is not None)
     if (rss := as_number(process.get("rss_gib"))) is not None:
         found["process"] = f"{rss:.2f} GiB"
+    for name, each in named_processes(last):
+        if (rss := as_number(each.get("rss_gib"))) is not None:
+            found[name] = f"{rss:.2f} GiB"
     return {name: text for name, text in found.items() if text}
 
 

@@ -10,7 +10,7 @@ from fake_nvml import FakeNvml, NoDriver
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.machine import price, studio
-from qlora_helpers.machine.hardware import INSTANCES
+from qlora_helpers.machine.instances import INSTANCES
 from qlora_helpers.runs.budget import Budget, refuse_spent_budget
 from qlora_helpers.runs.status import Status
 

@@ -29,7 +29,7 @@ def test_the_stand_in_has_only_what_the_real_module_has():
     import pynvml
 
     names = [name for name in vars(FakeNvml) if name.startswith(("nvml", "NVML"))]
-    assert len(names) == 13
+    assert len(names) == 17
     assert [name for name in names if not hasattr(pynvml, name)] == []
 
 
@@ -159,3 +159,9 @@ def test_table_of_a_process_that_has_ended():
 def test_loads_on_a_bare_python():
     code = "import sys, qlora_helpers.machine.telemetry; print([n for n in ('psutil', 'pynvml', 'torch') if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_cards_without_an_nvlink_reach_each_other_over_pci_express():
+    joined = FakeNvml()
+    joined.nvlinks = 12
+    assert [telemetry.pcie_generation(nvml) for nvml in (FakeNvml(), joined, NoDriver())] == [5, None, None]

@@ -44,20 +44,22 @@ def test_time_and_price_of_a_candidate_follow_from_its_step(compiled):
     asked = workload(gpus="4xH100", price=2.5)
     step = asked.step(micro_batch_size=2, compiled=compiled, copies=4)
     found = candidate(asked, step, gpus=1, gradient_accumulation_steps=3)
-    rate = 4 * 0.95 * 2 * 1024 / step_seconds(asked.sizes, step, asked.gpu)
+    averaged = 2 * 3 / 4 * 4 * step.adapter_parameters / (450e9 * 0.75)  # once in three passes, over NVLink 4
+    rate = 4 * 0.95 * 2 * 1024 / (step_seconds(asked.sizes, step, asked.gpu) + averaged / 3)
     assert found.tokens_per_s == pytest.approx(rate)
     assert found.seconds == pytest.approx(10**6 / rate + (COMPILE_S if compiled else 0))
     assert found.dollars == pytest.approx(2.5 * found.seconds / 3600)
     assert found.optimizer_step_s == pytest.approx(4 * 3 * 2 * 1024 / rate)
 
 
-def test_idle_gpus_are_no_candidates():
-    """Where no two GPUs can share the sequences, one copy is spread over all."""
+def test_the_ways_in_which_gpus_can_share_the_sequences_are_candidates():
+    """Where no two GPUs can share the sequences, one GPU works, or one copy is spread over all."""
     one = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=1"]
     found = all_candidates(workload(*one, gpus="2xH100"))
-    assert {(each.copies, len(each.layers_per_gpu)) for each in found} == {(1, 2)}
+    assert {each.share for each in found} == {"one", "spread"}
     found = all_candidates(workload(gpus="2xH100"))
-    assert {(each.copies, len(each.layers_per_gpu)) for each in found} == {(1, 2), (2, 1)}
+    assert {each.share for each in found} == {"one", "copies", "shards", "spread"}
+    assert {each.layout.gpus for each in found} == {1, 2}
 
 
 def test_the_candidate_that_ends_first_comes_first():
@@ -73,7 +75,7 @@ def test_the_mildest_changes_are_those_that_change_something():
 
     inputs = "train.offload_checkpoints=true"
     assert changes("adapter.r=8") == [inputs, "train.optim=adamw_8bit"]
-    assert changes("adapter.r=9", inputs) == ["train.optim=adamw_8bit", "adapter.r=8"]
+    assert changes("adapter.r=9", inputs) == ["train.optim=adamw_8bit"]  # the rank is tried after these
     assert changes("adapter.r=8", "train.fast_step=false") == ["train.optim=adamw_8bit"]
     assert changes("adapter.r=8", "train.activation_checkpointing=false") == ["train.optim=adamw_8bit"]
     assert changes("train.optim=adamw_8bit", "model.quantization=none", "adapter.r=8", inputs) == [

@@ -65,7 +65,7 @@ def test_predicted_speed_matches_the_gpu(case):
 
 
 def test_falcon_40b_over_four_cards_of_24_gib():
-    plan = planned("tiiuae/falcon-40b", "4x24GiB")
+    plan = planned("tiiuae/falcon-40b", "4x24GiB", "train.share=spread")
     assert plan.fits and plan.shortfall_gib == 0
     assert plan.adapter_parameters == 55_541_760
     assert sum(plan.choice.layers_per_gpu) == 60 and len(plan.choice.memory) == 4
@@ -107,7 +107,7 @@ def test_cuda_graphs_are_planned_where_they_are_possible():
         ("H100", "adapter.lora_dropout=0.05"),
         ("H100", "data.packing=false"),
         ("H100", "train.fast_step=false"),
-        ("2xH100",),
+        ("2xH100", "train.share=shards"),
         ("T4",),
         ("H100", "model.compute_dtype=float16"),
     ):
@@ -288,7 +288,7 @@ def test_the_eager_factor_does_not_apply_to_what_adapters_add():
 
 
 def test_the_table_shows_activations_with_and_without_checkpointing():
-    plan = planned("tiiuae/falcon-40b", "4x24GiB")
+    plan = planned("tiiuae/falcon-40b", "4x24GiB", "train.share=spread")
     for each, memory, layers in zip(plan.choice.details, plan.choice.memory, plan.choice.layers_per_gpu, strict=True):
         assert each.activations_kept == memory.activations  # nothing is checkpointed here
         assert each.activations_checkpointed == layers * 2 * plan.choice.micro_batch_size * 2048 * 8192
@@ -324,7 +324,7 @@ def test_cards_that_each_hold_the_model_work_in_parallel():
     one, four = planned("meta-llama/Llama-3.1-8B", "A10G"), planned("meta-llama/Llama-3.1-8B", "4xA10G")
     assert four.choice.copies == 4
     assert four.choice.tokens_per_s == pytest.approx(4 * 0.95 * one.choice.tokens_per_s, rel=0.3)
-    assert any("--processes" in note for note in four.notes)
+    assert any("4 processes, each with a GPU and the whole model" in note for note in four.notes)
 
 
 def test_compilation_is_chosen_where_the_run_is_long_enough():
@@ -413,7 +413,7 @@ def test_sequences_per_optimizer_step_stay_as_asked():
         asked = [f"train.micro_batch_size={count}", "train.gradient_accumulation_steps=1"]
         plan = planned("meta-llama/Llama-3.1-8B", "2xH100", *asked)
         assert {
-            each.micro_batch_size * each.gradient_accumulation_steps * each.copies
+            each.micro_batch_size * each.gradient_accumulation_steps * each.processes
             for each in (plan.choice, *plan.alternatives)
         } == {count}
     seven = planned(
@@ -426,7 +426,8 @@ def test_a_line_says_whether_gpus_hold_copies_or_layers():
     plan = planned("tiiuae/falcon-7b", "4x24GiB")
     lines = {each.copies: repr(each) for each in (plan.choice, *plan.alternatives)}
     assert "a copy on each of 4 GPUs" in lines[4]
-    assert "over 4 GPUs" in repr(planned("tiiuae/falcon-40b", "4x24GiB").choice)
+    assert "shards on 4 GPUs" in repr(planned("tiiuae/falcon-40b", "4x24GiB").choice)
+    assert "over 4 GPUs" in repr(planned("tiiuae/falcon-40b", "4x24GiB", "train.share=spread").choice)
 
 
 def test_the_mildest_change_is_4_bits_then_shorter_sequences():

@@ -17,7 +17,8 @@ from fake_hub import hub
 from qlora_helpers.base.config import DataConfig, ModelConfig, RunConfig
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.profiles import profile_config
-from qlora_helpers.machine.hardware import INSTANCES, parse_gpus
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.machine.instances import INSTANCES
 from qlora_helpers.machine.telemetry import GpuReading
 from qlora_helpers.model import hub as model_hub
 from qlora_helpers.model.shapes.catalog import SHAPES

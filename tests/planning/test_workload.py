@@ -9,8 +9,9 @@ from qlora_helpers.data.known import DataSize
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.planning.forecast import steps_and_tokens
+from qlora_helpers.planning.layout import copies_sharing
 from qlora_helpers.planning.step_settings import HALF, SINGLE
-from qlora_helpers.planning.workload import Workload, copies_sharing
+from qlora_helpers.planning.workload import Workload
 
 PLAIN = ("adapter.lora_dropout=0", "train.cuda_graph=true", "data.packing=true", "data.seq_len_tokens=1024")
 
@@ -63,10 +64,15 @@ def test_a_step_is_the_settings_with_changes():
 
 def test_how_copies_are_spread():
     assert [copies_sharing(8, gpus) for gpus in (1, 2, 3, 4, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 8]
-    assert workload(gpus="4xL4").gpus_per_copy == (1, 4)
-    assert workload(gpus="L4").gpus_per_copy == (1,)
+    assert [each.share for each in workload(gpus="4xL4").layouts] == ["one", "copies", "shards", "spread"]
+    assert [each.share for each in workload(gpus="L4").layouts] == ["one"]
+    several = workload(gpus="2xml.g5.12xlarge").layouts
+    assert [each.share for each in several] == ["one", "copies", "shards", "copies of shards"]
+    assert all(each.gpus == each.processes == 8 for each in several[1:])
+    asked = workload("train.share=shards", gpus="4xL4").layouts
+    assert [(each.share, each.processes) for each in asked] == [("shards", 4)]
     one = Workload(workload().config, SHAPES["llama-3.1-8b"], parse_gpus("4xL4"), tokens=1, one_process=True)
-    assert one.gpus_per_copy == (4,)
+    assert [(each.share, each.spread) for each in one.layouts] == [("spread", 4)]
 
 
 @pytest.mark.parametrize(

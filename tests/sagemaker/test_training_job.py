@@ -173,6 +173,7 @@ def test_a_data_file_is_uploaded_and_the_settings_point_to_it(run, tmp_path):
         ({"s3_uri": "s3://my-bucket"}, "not an address in S3"),
         ({"s3_uri": "my-bucket/x"}, "not an address in S3"),
         ({"processes": 0}, "at least 1; got 0"),
+        ({"instance_count": 0}, "a job needs instances; expected at least 1; got 0"),
     ],
 )
 def test_wrong_arguments_reach_no_network(run, change, expected):
@@ -245,7 +246,7 @@ if "qlora_helpers" in sys.argv:
 """
 
 
-def run_job(tmp_path: Path, processes: int = 1, **environment: str) -> tuple[int, Path, list[list[str]]]:
+def run_job(tmp_path: Path, processes: int | None = 1, **environment: str) -> tuple[int, Path, list[list[str]]]:
     """Unpacks a job's archive and runs its script, with a stand-in for python3 that records its calls."""
     code, ml, tools = tmp_path / "code", tmp_path / "ml", tmp_path / "bin"
     archive = source_archive(tmp_path / "source.tar.gz", "demo", processes=processes)
@@ -278,6 +279,11 @@ def test_the_script_installs_trains_and_delivers_the_adapter(tmp_path):
 def test_the_script_starts_several_processes(tmp_path):
     _, _, calls = run_job(tmp_path, processes=4)
     assert calls[1] == ["-m", "qlora_helpers", "train", "demo", "--processes", "4"]
+
+
+def test_the_script_leaves_the_way_to_use_the_gpus_to_the_plan(tmp_path):
+    _, _, calls = run_job(tmp_path, processes=None)
+    assert calls[1] == ["-m", "qlora_helpers", "launch", "demo"]
 
 
 def test_a_failed_job_reports_its_last_lines(tmp_path):

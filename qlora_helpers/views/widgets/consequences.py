@@ -15,7 +15,7 @@ from qlora_helpers.planning.memory import GpuMemory
 
 # name -> (parts of `GpuMemory`, colour in the stylesheet); the colours are distinct to colour-blind readers on white and on black
 PARTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "weights": (("weights_quantized", "constants", "weights_other"), "weights"),
+    "weights": (("weights_quantized", "gathered", "constants", "weights_other"), "weights"),
     "adapters": (("adapters",), "adapters"),
     "gradients, optimizer": (("gradients", "optimizer"), "gradients"),
     "activations": (("activations",), "activations"),

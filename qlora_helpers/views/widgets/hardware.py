@@ -14,7 +14,8 @@ from typing import Any
 import ipywidgets
 
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.machine.hardware import GPUS, INSTANCES, Hardware, parse_gpus
+from qlora_helpers.machine.hardware import GPUS, Hardware, parse_gpus
+from qlora_helpers.machine.instances import INSTANCES
 from qlora_helpers.planning.run_plan import this_machine
 from qlora_helpers.views.widgets.panel import add_classes, error_html
 

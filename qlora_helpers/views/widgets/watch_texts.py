@@ -10,7 +10,7 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.requests import Request
 from qlora_helpers.runs.status import INTERRUPTED, PHASES, Status
-from qlora_helpers.views.follow import View, as_number, as_readings
+from qlora_helpers.views.follow import View, as_number, as_readings, named_gpus, named_processes
 from qlora_helpers.views.widgets.panel import error_html
 
 
@@ -86,20 +86,24 @@ def limits(view: View) -> str:
 
 
 def readings(view: View) -> str:
-    """Returns memory and load of each GPU, or of process and CPU if there is no GPU."""
+    """Returns memory and load of each GPU of every machine, or of the processes and the CPU if there is no GPU."""
     rows: list[tuple[str, float | None, str]] = []
     gpus, process = as_readings(view.readings)
-    for index, gpu in enumerate(gpus):
+    for number, gpu in named_gpus(view.readings):
         used, total, load = (as_number(gpu.get(key)) for key in ("memory_used_gib", "memory_total_gib", "load"))
-        name = f"GPU {index}" + (f" {gpu['name']}" if gpu.get("name") and len(gpus) <= 2 else "")
+        name = number + (f" {gpu['name']}" if gpu.get("name") and len(gpus) <= 2 else "")
         if used is not None:
             of = f" of {total:.0f}" if total else ""
             rows.append((f"{name} memory", used / total if total else None, f"{used:.1f}{of} GiB"))
         if load is not None:
-            rows.append((f"GPU {index} load", load / 100, f"{load:.0f} %"))
+            rows.append((f"{number} load", load / 100, f"{load:.0f} %"))
     rss, cpu = as_number(process.get("rss_gib")), as_number(process.get("cpu_percent"))
     rows += [("process memory", None, f"{rss:.2f} GiB")] if rss is not None else []
     rows += [("CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
+    for name, each in named_processes(view.readings):
+        rss, cpu = as_number(each.get("rss_gib")), as_number(each.get("cpu_percent"))
+        rows += [(f"{name} memory", None, f"{rss:.2f} GiB")] if rss is not None else []
+        rows += [(f"{name} CPU", None, f"{cpu:.0f} % of a core")] if cpu is not None else []
     return _bars(rows)
 
 
