@@ -35,6 +35,8 @@ _HOMES = {
     "export_run": "workflow",
     "ask": "workflow",
     "streaming_answers": "workflow",
+    "serve": "serving.process",
+    "stop_serving": "serving.process",
     "list_runs": "views.monitor:run_table",
     "write_report": "views.report",
     "start_tensorboard": "views.tensorboard",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.launch import start
     from qlora_helpers.runs.opening import existing_run, open_run, runs_root
+    from qlora_helpers.serving.process import serve, stop_serving
     from qlora_helpers.views.monitor import run_table as list_runs
     from qlora_helpers.views.report import write_report
     from qlora_helpers.views.tensorboard import start_tensorboard

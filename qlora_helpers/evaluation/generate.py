@@ -5,10 +5,11 @@ Works on a loaded model and token ids. Knows nothing of prompts, scores, adapter
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,24 @@ def stream(
         prompt: token ids.
         config: longest answer, sampling.
     """
+    with contextlib.closing(stream_tokens(model, tokenizer, prompt, config)) as tokens:
+        yield from _texts(tokens, tokenizer)
+
+
+def stream_tokens(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    config: EvaluationConfig,
+    *,
+    seed: int | None = None,
+) -> Generator[int, None, None]:
+    """Yields one answer's new tokens as they come, with the one that ends it; closing it ends the generation.
+
+    Args:
+        model, tokenizer, prompt, config: as for `stream`.
+        seed: of the sampling; None goes on with PyTorch's own state.
+    """
     from transformers import StoppingCriteriaList
 
     device = model.get_input_embeddings().weight.device
@@ -89,6 +108,8 @@ def stream(
 
     def work() -> None:
         try:
+            if seed is not None:
+                torch.manual_seed(seed)
             with torch.no_grad():  # a thread has its own gradient mode
                 model.generate(
                     input_ids=ids,
@@ -106,7 +127,7 @@ def stream(
         thread = threading.Thread(target=work, name="generate", daemon=True)
         thread.start()
         try:
-            yield from _texts(tokens, tokenizer)
+            yield from tokens
         finally:
             ended.set()
             thread.join()
@@ -207,7 +228,7 @@ def generate(
                     form=form,
                     progress=progress,
                 )
-                return [_answer(line, tokenizer, marks) for line in lines]
+                return [answer_of(line, tokenizer, marks) for line in lines]
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
         return _generate_plainly(model, tokenizer, prompts, config, seed, progress, marks)
@@ -232,7 +253,7 @@ def _generate_plainly(
         ids, mask = _left_padded([prompts[index] for index in group], tokenizer.pad_token_id, device)
         produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = _answer(line, tokenizer, marks)
+            answers[index] = answer_of(line, tokenizer, marks)
         if progress is not None:
             progress(len(group))
     return [answers[index] for index in range(len(prompts))]
@@ -245,16 +266,17 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
     return ids, mask
 
 
-def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: AnswerMarks) -> Answer:
+def answer_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: AnswerMarks) -> Answer:
+    """Returns new tokens, up to the first that ends an answer, as an answer."""
     place = next((index for index, token in enumerate(tokens) if token in marks.ends), None)
     if place is not None:
         tokens = tokens[: place + 1]
-    text = tokenizer.decode(_behind(tokens, marks.lead), skip_special_tokens=True)
+    text = tokenizer.decode(behind_lead(tokens, marks.lead), skip_special_tokens=True)
     return Answer(text.rpartition("</think>")[2].strip(), len(tokens), place is not None)
 
 
-def _behind(tokens: list[int], lead: Sequence[int]) -> list[int]:
-    """The tokens behind the last place where `lead` stands; all where it doesn't."""
+def behind_lead(tokens: list[int], lead: Sequence[int]) -> list[int]:
+    """Returns the tokens behind the last place where `lead` stands; all where it doesn't."""
     for start in range(len(tokens) - len(lead), -1, -1) if lead else ():
         if tokens[start : start + len(lead)] == list(lead):
             return tokens[start + len(lead) :]
