@@ -153,7 +153,7 @@ def training_job_request(
         "ResourceConfig": {"InstanceType": instance_type, "InstanceCount": 1, "VolumeSizeInGB": volume_gib},
         "StoppingCondition": {"MaxRuntimeInSeconds": round(max_hours * 3600)},
         "Environment": {"HF_HOME": "/tmp/huggingface", "PYTHONUNBUFFERED": "1", **(environment or {})},
-        **tags(made_by),
+        **tags(made_by, run_name),
     }
 
 
