@@ -99,6 +99,19 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="compare the base and the tuned model on the run's held-out rows")
     evaluate.add_argument("run")
+    suite = commands.add_parser(
+        "suite",
+        help="ask the base and the tuned model tasks of lm-eval, EleutherAI's evaluation harness",
+        epilog="The report shows the scores. lm-eval is installed apart; without it the command that installs it is printed.",
+    )
+    suite.add_argument("run")
+    suite.add_argument(
+        "--tasks", required=True, help="names of lm-eval or YAML files, with commas; held_out: the run's held-out rows"
+    )
+    suite.add_argument("--limit", type=int, help="ask the first so many rows of each task alone")
+    suite.add_argument("--shots", type=int, help="examples before each question (default: as the task says)")
+    suite.add_argument("--batch-size", type=int, help="rows at once (default: the run's)")
+    suite.add_argument("--chat", action="store_true", help="put the tasks' questions into the chat template")
     report = commands.add_parser("report", help="write the run's report.html")
     report.add_argument("run")
     export = commands.add_parser(
@@ -215,6 +228,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _suite(options: argparse.Namespace) -> int:
+    from qlora_helpers import workflow
+
+    run = workflow.existing_run(options.run)
+    more = {name: getattr(options, name) for name in ("limit", "shots", "batch_size", "chat")}
+    print(workflow.evaluate_suite(run, options.tasks, **more))
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from qlora_helpers.runs.opening import existing_run
     from qlora_helpers.views import report
@@ -290,6 +312,7 @@ _COMMANDS = {
     "new": _new,
     "train": _train,
     "evaluate": _evaluate,
+    "suite": _suite,
     "report": _report,
     "export": _export,
     "serve": _serve,
