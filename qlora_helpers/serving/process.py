@@ -150,16 +150,15 @@ class Server:
             assert self._process.stdin is not None
             self._process.stdin.write(f"{asked}\n".encode())
             self._process.stdin.flush()  # and stays open: the process ends when it is closed
-        read = b""
+        read, seen = b"", 0
         while True:
             ended = not self.is_running
             read += os.pread(output.fileno(), 2**20, len(read))  # read() would move the position at which it writes
             *lines, rest = read.decode(errors="replace").split("\n")
-            done = getattr(self, "_lines", 0)
-            for line in lines[done:]:
+            for line in lines[seen:]:
                 if self._is_ready(line, say):
                     return
-            self._lines = len(lines)
+            seen = len(lines)
             if ended:
                 last = [line for line in (*lines, rest) if line.strip()][-1:]
                 raise RunError("the server did not start", got=brief(Exception(*last)))

@@ -8,6 +8,10 @@ from qlora_helpers.evaluation.scorecard import LEVEL
 from qlora_helpers.evaluation.suite_file import cells, read_suite
 from qlora_helpers.export.certificate import read_certificate
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.views.report_scores import percent
+
+INTERVAL = 6  # its place among the cells of a score
+MINUS = "\N{MINUS SIGN}"
 
 
 def suite(run: Run) -> dict[str, Any] | None:
@@ -30,7 +34,10 @@ def suite(run: Run) -> dict[str, Any] | None:
         notes.append("Without an interval a difference can be chance.")
     return {
         "caption": f"Tasks of lm-eval {found.harness}, in its own units",
-        "header": ["Shots", "Rows", "Untuned", "Tuned", f"{LEVEL:.0%} interval"],
-        "rows": [cells(score) for score in found.scores],
+        "header": ["Shots", "Rows", "Untuned", "Tuned", f"{percent(LEVEL)} interval"],
+        "rows": [
+            [cell.replace("-", MINUS) if place == INTERVAL else cell for place, cell in enumerate(cells(score))]
+            for score in found.scores
+        ],
         "notes": notes,
     }

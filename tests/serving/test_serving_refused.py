@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
+import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +15,7 @@ from qlora_helpers.base.errors import ModelError, RunError, UserError
 from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.serving import process, server
+from qlora_helpers.serving import process, records, server
 from qlora_helpers.serving.asked import Refusal
 from qlora_helpers.serving.models import runs_to_serve
 from qlora_helpers.serving.process import serve
@@ -111,6 +114,33 @@ def test_a_gpu_that_is_in_use_is_refused_and_the_server_holds_it(runs, runtime, 
         server._serve(asked)
     assert held
     locks.refuse_busy_gpus(["GPU-serve"])
+
+
+def test_a_record_of_a_process_that_has_ended_stops_no_other_one(runs, tmp_path, monkeypatch):
+    """Its number may be another process's by now; and what a server that was killed has left is removed."""
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    folder = str(runs[0].folder.resolve())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        record = records.Serving((folder,), ("base", "mine"), "http://x/v1", other.pid, 1.0, socket.gethostname())
+        with records.recorded(record, "secret"):
+            assert records.token_path(other.pid).read_text() == "secret"
+            with pytest.raises(RunError, match="is not being served here"):
+                process.stop_serving(runs[0])
+            assert other.poll() is None
+            assert list(records.token_path(other.pid).parent.iterdir()) == []
+        other.communicate()
+
+
+def test_the_folder_of_tokens_must_be_one_s_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / records.FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="is not a folder of this account"):
+        records.token_path(1)
+    (tmp_path / records.FOLDER).unlink()
+    (tmp_path / records.FOLDER).mkdir()
+    (tmp_path / records.FOLDER).chmod(0o777)
+    assert stat.S_IMODE(records.token_path(1).parent.stat().st_mode) == 0o700
 
 
 def test_more_requests_than_may_wait_are_refused_and_those_that_went_are_not_answered():
