@@ -11,6 +11,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -77,18 +78,21 @@ class AnswerQueue:
         self._waiting += 1
         try:
             self._jobs.put(job)
+            looked = time.monotonic()
             while True:
-                try:
+                piece = None
+                with contextlib.suppress(TimeoutError):
                     piece = await asyncio.wait_for(found.get(), _LOOK_EVERY_S)
-                except TimeoutError:
-                    if await is_gone():
-                        return
-                    continue
                 if piece is _END:
                     return
                 if isinstance(piece, Refusal):
                     raise piece
-                yield piece
+                if piece is not None:
+                    yield piece
+                if time.monotonic() - looked >= _LOOK_EVERY_S:
+                    if await is_gone():
+                        return
+                    looked = time.monotonic()
         finally:
             gone.set()
             self._waiting -= 1

@@ -46,7 +46,7 @@ def token_path(pid: int) -> Path:
 
 
 def log_path(pid: int) -> Path:
-    """Returns the file that a server writes its warnings to; it holds no texts of requests."""
+    """Returns the file that a server writes its warnings and failures to while it runs; no other user can read it."""
     return private_folder(FOLDER) / f"{socket.gethostname()}-{pid}.log"
 
 

@@ -8,6 +8,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -170,6 +172,29 @@ def test_more_requests_than_may_wait_are_refused_and_those_that_went_are_not_ans
 
     asyncio.run(many())
     assert len(given) == 3
+
+
+def test_an_answer_that_nobody_waits_for_ends_however_fast_its_pieces_come():
+    """A client that does not stream is noticed to have gone between two pieces too."""
+    ended, looks = threading.Event(), []
+
+    def work():
+        try:
+            while True:
+                yield "piece"
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    async def gone() -> bool:
+        looks.append(True)
+        return True
+
+    async def ask() -> int:
+        return len([piece async for piece in AnswerQueue().pieces(work, gone)])
+
+    assert asyncio.run(ask()) > 0
+    assert len(looks) == 1 and ended.wait(30)
 
 
 def test_an_answer_that_fails_says_so_without_its_reason_to_the_client():
