@@ -34,6 +34,7 @@ _HOMES = {
     "evaluate": "workflow",
     "start_evaluation": "workflow",
     "evaluation_panel": "workflow",
+    "evaluate_suite": "workflow",
     "export_run": "workflow",
     "export_to": "workflow",
     "ask": "workflow",
@@ -46,6 +47,8 @@ _HOMES = {
     "compare_runs": "views.run_comparison",
     "sweep": "views.sweep",
     "sweep_form": "views.widgets",
+    "serve": "serving.process",
+    "stop_serving": "serving.process",
     "write_report": "views.report",
     "KeptFiles": "views.file_links",
     "start_tensorboard": "views.tensorboard",
@@ -66,6 +69,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
     from qlora_helpers.planning.starting import start
     from qlora_helpers.runs.cleanup import find_space, free
     from qlora_helpers.runs.opening import clone_run, existing_run, open_run, runs_root
+    from qlora_helpers.serving.process import serve, stop_serving
     from qlora_helpers.views.data_card import data_card
     from qlora_helpers.views.file_links import KeptFiles
     from qlora_helpers.views.report import write_report
@@ -83,6 +87,7 @@ if TYPE_CHECKING:  # what editors and the type checker see; a test compares it w
         ask,
         check_reload,
         evaluate,
+        evaluate_suite,
         evaluation_panel,
         export_run,
         export_to,

@@ -6,6 +6,7 @@ It exits with 0 on success, with 2 and one clear message on what the user can fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -139,6 +140,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="share the layers out over N processes that ask the model together, for a run with train.share=shards",
     )
+    suite = commands.add_parser(
+        "suite",
+        help="ask the base and the tuned model tasks of lm-eval, EleutherAI's evaluation harness",
+        epilog="The report shows the scores. lm-eval is installed apart; without it the command that installs it is printed.",
+    )
+    suite.add_argument("run")
+    suite.add_argument(
+        "--tasks", required=True, help="names of lm-eval or YAML files, with commas; held_out: the run's held-out rows"
+    )
+    suite.add_argument("--limit", type=int, help="ask the first so many rows of each task alone")
+    suite.add_argument("--shots", type=int, help="examples before each question (default: as the task says)")
+    suite.add_argument("--batch-size", type=int, help="rows at once (default: the run's)")
+    suite.add_argument("--chat", action="store_true", help="put the tasks' questions into the chat template")
     export = commands.add_parser(
         "export",
         help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
@@ -167,6 +181,16 @@ def parser() -> argparse.ArgumentParser:
         help="upload to the hub: the merged model, or the adapter with --no-merge (with --to hub, or without --to)",
     )
     export.add_argument("--public", action="store_true", help="make a new repository public")
+    serve = commands.add_parser(
+        "serve",
+        help="serve the base and the tuned model to OpenAI clients on this machine",
+        epilog="It serves until Ctrl+C, or until `serve --stop RUN` in another terminal.",
+    )
+    serve.add_argument("run", nargs="?", help="the run's name below runs/, or a path")
+    serve.add_argument("--also", action="append", default=[], metavar="RUN", help="a further run on the same base")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
+    serve.add_argument("--stop", action="store_true", help="stop what serves the run, or the only server there is")
     clean = commands.add_parser("clean", help="show what takes space, and free it with --yes")
     clean.add_argument("run", nargs="?", help="one run (default: show the caches and all runs)")
     clean.add_argument("--yes", action="store_true", help="delete what is shown; a run must be named")
@@ -300,6 +324,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _suite(options: argparse.Namespace) -> int:
+    from qlora_helpers import workflow
+
+    run = workflow.existing_run(options.run)
+    more = {name: getattr(options, name) for name in ("limit", "shots", "batch_size", "chat")}
+    print(workflow.evaluate_suite(run, options.tasks, **more))
+    return 0
+
+
 @terminal.shown()
 def _export(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
@@ -340,6 +373,26 @@ def _export_to(run: Run, options: argparse.Namespace, out: Path | None) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from qlora_helpers.runs.opening import existing_run
+    from qlora_helpers.serving import process
+
+    if options.stop:
+        for stopped in process.stop_serving(existing_run(options.run) if options.run else None):
+            print(f"stopped {stopped.url} ({', '.join(stopped.names)})")
+        return 0
+    if options.run is None:
+        raise UserError("serve needs a run", next_step=f"Name it: {parser().prog} serve RUN.")
+    runs = [existing_run(name) for name in (options.run, *options.also)]
+    with process.serve(runs[0], also=runs[1:], host=options.host, port=options.port) as server:
+        print(f"{server.url} answers for {', '.join(server.names)}; Ctrl+C stops it. A client needs its token:")
+        print(f'export OPENAI_BASE_URL={server.url} OPENAI_API_KEY="$(cat {shlex.quote(str(server.token_path))})"')
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.wait()
+    return 0
+
+
 def _clean(options: argparse.Namespace) -> int:
     from qlora_helpers.runs import cleanup
     from qlora_helpers.runs.opening import runs_root
@@ -369,7 +422,9 @@ _COMMANDS = {
     "train": _train,
     "launch": _launch,
     "evaluate": _evaluate,
+    "suite": _suite,
     "export": _export,
+    "serve": _serve,
     "clean": _clean,
     "demo": _demo,
     **side_by_side.COMMANDS,

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.evaluation.evaluate import Evaluation
     from qlora_helpers.evaluation.metrics.own import Function
+    from qlora_helpers.evaluation.suite_file import Suite
     from qlora_helpers.export.bundle import ExportReport
     from qlora_helpers.export.leaving import Leaving
     from qlora_helpers.model.loading import LoadedModel
@@ -68,6 +69,7 @@ __all__ = [
     "ask",
     "check_reload",
     "evaluate",
+    "evaluate_suite",
     "existing_run",
     "load",
     "load_adapter",
@@ -458,6 +460,61 @@ def playground(
         max_new_tokens=config.max_new_tokens,
         vote=lambda vote: " ".join(keep_vote(run, vote, answers.runs).sentences()),
     )
+
+
+@out_of_memory.rescued
+def evaluate_suite(
+    run: Run,
+    tasks: str | Sequence[str],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    chat: bool = False,
+    batch_size: int | None = None,
+    model: PeftModel | None = None,
+    loaded: LoadedModel | None = None,
+    say: Say = print,
+) -> Suite:
+    """Hands the base and the tuned model to lm-eval, EleutherAI's evaluation harness, and keeps what it says in `suite.json`.
+
+    Args:
+        run: a run with a saved adapter.
+        tasks: names of lm-eval, paths of YAML files (which may name code to run), or `held_out` for the run's own held-out rows.
+        limit, shots, chat, batch_size: as for `evaluation.suite.ask_tasks`.
+        model, loaded, say: as for `evaluate`.
+
+    Returns:
+        The scores of all tasks that were asked with this adapter; the report shows them too.
+
+    Raises:
+        UserError: lm-eval is not installed, or a task is unknown, or can't be asked here.
+    """
+    from qlora_helpers.evaluation import suite
+    from qlora_helpers.evaluation.suite_file import keep_suite
+    from qlora_helpers.evaluation.suite_task import HELD_OUT
+    from qlora_helpers.export.certificate import require_certificate
+
+    suite.need_harness()
+    names = suite.check_tasks(tasks)
+    suite.check_numbers(limit=limit, shots=shots, batch_size=batch_size)
+    certificate = require_certificate(run.adapter_dir)
+    if model is None or loaded is None:
+        loaded = load(run, say=say)
+        model = load_adapter(run, loaded)
+    data = prepare_data(run, loaded.tokenizer, shape=loaded.shape, say=say) if HELD_OUT in names else None
+    with MODEL_IN_USE:
+        found = suite.ask_tasks(
+            RunModel(run, model, loaded),
+            names,
+            data,
+            adapter_sha256=certificate.weights_sha256,
+            limit=limit,
+            shots=shots,
+            chat=chat,
+            batch_size=batch_size,
+            say=say,
+        )
+    return keep_suite(run, found)
 
 
 @out_of_memory.rescued

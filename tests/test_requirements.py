@@ -18,6 +18,9 @@ from qlora_helpers.base.config import TRACKERS
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DECLARED = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
+EXTRAS = {
+    canonicalize_name(each.name): each for each in map(Requirement, sum(PROJECT["optional-dependencies"].values(), []))
+}
 TEST_TOOLS = {"nbval", "pytest", "pytest-xdist", "hypothesis", "moto", "playwright", "ruff", "mypy", "import-linter"}
 LOCKS = ("requirements.lock", "requirements-dev.lock")
 
@@ -66,6 +69,7 @@ def test_every_imported_package_is_declared():
     names -= set(TRACKERS)
     homes["triton"] = ["torch"]  # comes with the CUDA build alone; a fallback stands beside each kernel
     homes["llama_cpp"] = ["llama-cpp-python"]  # asked for by name, and refused with the command that installs it
+    homes["lm_eval"] = ["lm-eval"]  # installed on demand
     declared = set(DECLARED) | OPTIONAL
     undeclared = {name for name in names if not {canonicalize_name(home) for home in homes[name]} & declared}
     assert not undeclared
@@ -78,6 +82,16 @@ def test_the_pins_are_of_what_is_declared_and_lie_in_its_ranges():
         (exactly,) = requirement.specifier
         assert exactly.operator == "==" and DECLARED[name].specifier.contains(exactly.version), name
         assert DECLARED[name].specifier, f"{name} has no range"
+
+
+def test_extras_are_tested_in_a_version_of_their_range():
+    pinned = pins("requirements-dev.txt")
+    assert EXTRAS and not set(EXTRAS) & set(DECLARED)
+    for name, requirement in EXTRAS.items():
+        if name == "lm-eval":  # brings many packages and is tried apart
+            continue
+        (exactly,) = pinned[name].specifier
+        assert exactly.operator == "==" and requirement.specifier.contains(exactly.version), name
 
 
 def test_test_tools_are_no_run_time_requirement():

@@ -5,6 +5,7 @@ Works on a loaded model and token ids. Knows nothing of prompts, scores, adapter
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -92,13 +93,41 @@ def stream(
     Raises:
         ModelError: the prompt holds a token that has no row in the embedding.
     """
+    seen: list[int] = []
+    with contextlib.closing(stream_tokens(model, tokenizer, prompt, config, seed=seed)) as tokens:
+        yield from _texts(_kept(tokens, seen), tokenizer)
+    return answer_of(seen, tokenizer, marks_of(model, tokenizer))
+
+
+def _kept(tokens: Iterable[int], seen: list[int]) -> Iterator[int]:
+    for token in tokens:
+        seen.append(token)
+        yield token
+
+
+def stream_tokens(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    config: EvaluationConfig,
+    *,
+    seed: int = 0,
+) -> Generator[int, None, None]:
+    """Yields one answer's new tokens as they come, with the one that ends it; closing it ends the generation.
+
+    Args:
+        model, tokenizer, prompt, config: as for `stream`.
+        seed: of the sampling; the process's own random numbers are left as they were.
+
+    Raises:
+        ModelError: the prompt holds a token that has no row in the embedding.
+    """
     from transformers import StoppingCriteriaList
 
     refuse_tokens_without_row(model, tokenizer, [prompt], "the prompt")
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([list(prompt)], device=device)
-    marks = marks_of(model, tokenizer)
-    settings = generation_settings(tokenizer, config, marks.ends)
+    settings = generation_settings(tokenizer, config, marks_of(model, tokenizer).ends)
     tokens = _Tokens()
     ended, errors = threading.Event(), []
 
@@ -127,14 +156,13 @@ def stream(
         thread = threading.Thread(target=work, name="generate", daemon=True)
         thread.start()
         try:
-            yield from _texts(tokens, tokenizer)
+            yield from tokens
         finally:
             ended.set()
             thread.join()
     if errors:
         with at("generation"):
             raise errors[0]
-    return _answer(tokens.seen, tokenizer, marks)
 
 
 class _Tokens:
@@ -143,7 +171,6 @@ class _Tokens:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._prompt_seen = False
-        self.seen: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
@@ -154,9 +181,7 @@ class _Tokens:
         self._queue.put(None)
 
     def __iter__(self) -> Iterator[int]:
-        for token in iter(self._queue.get, None):
-            self.seen.append(token)
-            yield token
+        return iter(self._queue.get, None)
 
 
 def _texts(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -223,7 +248,7 @@ def generate(
 
     def hand_over(index: int, tokens: list[int]) -> None:
         if given is not None:
-            given(index, _answer(tokens, tokenizer, marks))
+            given(index, answer_of(tokens, tokenizer, marks))
 
     with in_eval_mode(model):
         if form is not None and not config.do_sample:
@@ -239,7 +264,7 @@ def generate(
                     progress=progress,
                     given=hand_over,
                 )
-                return [_answer(line, tokenizer, marks) for line in lines]
+                return [answer_of(line, tokenizer, marks) for line in lines]
             except NotFast as reason:
                 form.note(f"answers by model.generate: {reason}")
         return _generate_plainly(model, tokenizer, prompts, config, seed, progress, hand_over, marks)
@@ -266,7 +291,7 @@ def _generate_plainly(
         ids, mask = _left_padded([prompts[index] for index in group], tokenizer.pad_token_id, device)
         produced = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **together)
         for index, line in zip(group, produced[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = _answer(line, tokenizer, marks)
+            answers[index] = answer_of(line, tokenizer, marks)
             given(index, line)
         if progress is not None:
             progress(len(group))
@@ -280,16 +305,17 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
     return ids, mask
 
 
-def _answer(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: AnswerMarks) -> Answer:
+def answer_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: AnswerMarks) -> Answer:
+    """Returns new tokens, up to the first that ends an answer, as an answer."""
     place = next((index for index, token in enumerate(tokens) if token in marks.ends), None)
     if place is not None:
         tokens = tokens[: place + 1]
-    text = tokenizer.decode(_behind(tokens, marks.lead), skip_special_tokens=True)
+    text = tokenizer.decode(behind_lead(tokens, marks.lead), skip_special_tokens=True)
     return Answer(text.rpartition("</think>")[2].strip(), len(tokens), place is not None)
 
 
-def _behind(tokens: list[int], lead: Sequence[int]) -> list[int]:
-    """The tokens behind the last place where `lead` stands; all where it doesn't."""
+def behind_lead(tokens: list[int], lead: Sequence[int]) -> list[int]:
+    """Returns the tokens behind the last place where `lead` stands; all where it doesn't."""
     for start in range(len(tokens) - len(lead), -1, -1) if lead else ():
         if tokens[start : start + len(lead)] == list(lead):
             return tokens[start + len(lead) :]

@@ -224,12 +224,16 @@ def removed_on_error(model: PeftModel) -> Iterator[None]:
         raise
 
 
-def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
-    """Adds a saved adapter to a freshly loaded base model.
+def load_adapter(
+    model: torch.nn.Module | PeftModel, folder: str | os.PathLike[str], *, name: str = "default"
+) -> PeftModel:
+    """Adds a saved adapter to a freshly loaded base model, or one more to a model that has adapters of other names.
 
     Args:
-        model: the base model, without adapters.
+        model: the base model; or what this function returned, which then stays as it was but for the adapter that it gets:
+            `model.set_adapter(name)` chooses the one that answers.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: peft's name for it.
 
     Raises:
         ModelError: the files are damaged, or belong to an adapter for another model.
@@ -239,11 +243,16 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
 
     from qlora_helpers.model.peft_names import take_names_literally
 
-    take_names_literally(model)
+    has_adapters = isinstance(model, PeftModel)
+    take_names_literally(model.get_base_model() if has_adapters else model)
     try:
         check_adapter(Path(folder))
         with _without_deprecation_noise():
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            if has_adapters:
+                model.load_adapter(str(folder), name, is_trainable=False)
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     except ModelError as error:
         raise ModelError(
             f"the saved adapter could not be loaded ({error.problem})",
@@ -252,26 +261,31 @@ def load_adapter(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Peft
             next_step=error.next_step,
         ) from error
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
+        if has_adapters and name in model.peft_config:
+            model.delete_adapter(name)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the saved adapter could not be loaded ({reason})",
             next_step="Train the run again: it takes its newest good checkpoint and saves the adapter once more.",
         ) from error
-    _refuse_other_tensors(loaded, Path(folder))
+    _refuse_other_tensors(loaded, Path(folder), name)
     return loaded
 
 
-def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
+def _refuse_other_tensors(model: PeftModel, folder: Path, name: str) -> None:
     """Refuses an adapter of which the model lacks tensors, or which lacks some of the model's; peft only warns of it."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         held = set(file.keys())
     for names, what in ((expected - held, "lacks {} of"), (held - expected, "has {} beyond those of")):
         if names:
-            remove_adapters(model)
+            if len(model.peft_config) > 1:
+                model.delete_adapter(name)
+            else:
+                remove_adapters(model)
             raise ModelError(
                 f"the saved adapter {what.format(f'{len(names)} tensor' + 's' * (len(names) > 1))} the model, {min(names)} first",
                 next_step="Load the model that it was trained on, or train the run again.",

@@ -1,4 +1,4 @@
-"""Locks that keep two trainers off one run and off one GPU, and two threads off one model.
+"""Locks that keep two trainers off one run, two trainers or servers off one GPU, and two threads off one model.
 
 A run's lock is a file in its folder, a GPU's a file in this user's cache. The operating system releases both when their process
 ends, however it ends. What other users of the machine train on is in `claims`.
@@ -81,11 +81,11 @@ def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
     """Holds the locks of some GPUs during the block.
 
     Args:
-        run: the run that uses them; the message to a trainer that is refused names it.
+        run: the run that uses them; the message to whoever is refused names it.
         gpus: as `visible_gpus` names them.
 
     Raises:
-        RunError: another trainer uses one of them, of this user or of another; no lock is held then.
+        RunError: another trainer or server uses one of them, of this user or of another; no lock is held then.
     """
     with contextlib.ExitStack() as held:
         for gpu in sorted(gpus):
@@ -100,10 +100,10 @@ def gpu_locks(run: Run, gpus: Sequence[str]) -> Iterator[None]:
 
 
 def refuse_busy_gpus(gpus: Sequence[str]) -> None:
-    """Refuses GPUs of which another trainer uses one, and holds no lock.
+    """Refuses GPUs of which another trainer or server uses one, and holds no lock.
 
     Raises:
-        RunError: another trainer uses one of them, of this user or of another.
+        RunError: another trainer or server uses one of them, of this user or of another.
     """
     for gpu in gpus:
         if _is_locked(_gpu_lock_path(gpu)):
@@ -150,7 +150,7 @@ def _busy(gpu: str) -> RunError:
     except RunError:
         user = "another run"
     return RunError(
-        f"{user} is already training on {gpu}",
+        f"{user} is already using {gpu}",
         next_step="Wait for it or stop it, or choose another GPU with CUDA_VISIBLE_DEVICES.",
     )
 

@@ -188,9 +188,9 @@ def upload(path: Path, s3_uri: str, *, client: Any = None, owner: str | None = N
 
 
 def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
-    """Deletes an endpoint, and its endpoint configuration and models if this package made them. Files in S3 stay.
+    """Deletes an endpoint, and its endpoint configuration and models if whoever made it made them too. Files in S3 stay.
 
-    A configuration or model without the package's tag may be used by other endpoints: it stays.
+    A configuration or model without the endpoint's tags may be used by other endpoints, or be somebody else's: it stays.
 
     Args:
         name: the endpoint's name.
@@ -202,14 +202,18 @@ def delete_endpoint(name: str, *, client: Any = None) -> list[str]:
     client = client or new_client("sagemaker")
     deleted = [f"endpoint {name}"]
     with aws_errors_explained(f"delete the endpoint {name}"):
-        config = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
+        endpoint = client.describe_endpoint(EndpointName=name)
+        config = endpoint["EndpointConfigName"]
         described = client.describe_endpoint_config(EndpointConfigName=config)
+        made = made_by(endpoint["EndpointArn"], client=client)
         client.delete_endpoint(EndpointName=name)
-        if made_by(described["EndpointConfigArn"], client=client) is not None:
+        if made.by is None:
+            return deleted
+        if made_by(described["EndpointConfigArn"], client=client) == made:
             client.delete_endpoint_config(EndpointConfigName=config)
             deleted.append(f"endpoint configuration {config}")
         for model in [variant["ModelName"] for variant in described["ProductionVariants"] if "ModelName" in variant]:
-            if made_by(client.describe_model(ModelName=model)["ModelArn"], client=client) is not None:
+            if made_by(client.describe_model(ModelName=model)["ModelArn"], client=client) == made:
                 client.delete_model(ModelName=model)
                 deleted.append(f"model {model}")
     return deleted

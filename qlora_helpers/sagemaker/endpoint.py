@@ -2,7 +2,7 @@
 
 The container reads `serving.properties` and `adapters/<name>/` from the model archive and takes the base model from the
 hub (https://docs.djl.ai, "vLLM Engine User Guide" and "Adapters"). The tests check the calls against the SageMaker API's
-model; no endpoint was started. Knows nothing of runs or training.
+model, and against moto from creation to deletion; no endpoint was started. Knows nothing of runs or training.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def endpoint_requests(
     image_uri: str,
     environment: Mapping[str, str] | None = None,
     made_by: str | None = None,
+    run_name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns what `deploy` sends: the arguments of boto3's three calls, in their order. Needs no network.
 
     Args:
-        model_s3_uri, endpoint_name, role, instance_type, image_uri, environment: as for `deploy`.
+        model_s3_uri, endpoint_name, role, instance_type, image_uri, environment, run_name: as for `deploy`.
         made_by: who makes them, for their tag; None gives them none.
 
     Returns:
@@ -86,14 +87,18 @@ def endpoint_requests(
             "ModelName": endpoint_name,
             "PrimaryContainer": container,
             "ExecutionRoleArn": checked_role(role),
-            **tags(made_by),
+            **tags(made_by, run_name),
         },
         "create_endpoint_config": {
             "EndpointConfigName": endpoint_name,
             "ProductionVariants": [variant],
-            **tags(made_by),
+            **tags(made_by, run_name),
         },
-        "create_endpoint": {"EndpointName": endpoint_name, "EndpointConfigName": endpoint_name, **tags(made_by)},
+        "create_endpoint": {
+            "EndpointName": endpoint_name,
+            "EndpointConfigName": endpoint_name,
+            **tags(made_by, run_name),
+        },
     }
 
 
@@ -105,6 +110,7 @@ def deploy(
     instance_type: str,
     image_uri: str | None = None,
     environment: Mapping[str, str] | None = None,
+    run_name: str | None = None,
     wait: bool = False,
     client: Any = None,
 ) -> str:
@@ -119,6 +125,7 @@ def deploy(
         image_uri: another container; None takes `lmi_image_uri` of the client's region.
         environment: more variables for the container, such as `HF_TOKEN` for a gated model (whoever may describe the model can
             read it) or `OPTION_MAX_MODEL_LEN` where the model's own context does not fit the GPU.
+        run_name: the run whose model it is, for the tags of all three.
         wait: whether to return only when the endpoint answers, 5 to 15 minutes later.
         client: a SageMaker client; None makes one.
 
@@ -137,6 +144,7 @@ def deploy(
         environment=environment,
         image_uri=image_uri or lmi_image_uri(client.meta.region_name),
         made_by=maker(),
+        run_name=run_name,
     )
     with aws_errors_explained(f"create the endpoint {endpoint_name}"), contextlib.ExitStack() as undo:
         client.create_model(**requests["create_model"])

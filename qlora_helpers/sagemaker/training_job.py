@@ -165,7 +165,7 @@ def training_job_request(
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": round(max_hours * 3600)},
         "Environment": {"HF_HOME": "/tmp/huggingface", "PYTHONUNBUFFERED": "1", **(environment or {})},
-        **tags(made_by),
+        **tags(made_by, run_name),
     }
 
 

@@ -39,6 +39,7 @@ from qlora_helpers.views.report_scores import (
     signed,
     verdicts,
 )
+from qlora_helpers.views.report_suite import suite
 
 NOTES_SHOWN = 20
 
@@ -94,6 +95,7 @@ def _page(parts: Parts) -> dict[str, Any]:
         "intervals": [] if parts.has_random_weights else intervals(parts.evaluation),
         "outcomes": [] if parts.has_random_weights else outcomes(parts.evaluation),
         "votes": [] if parts.has_random_weights else list(parts.votes),
+        "suite": suite(parts.run),
         "form": parts.evaluation.get("form", [])[:1],
         "chart": Markup(parts.curve.svg("currentColor")),  # made by matplotlib, with the run's name escaped
         "loss_notes": _loss_notes(parts.curve),

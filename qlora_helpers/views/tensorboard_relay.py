@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import os
 import re
-import stat
 import sys
 from pathlib import Path
 from typing import Any
+
+from qlora_helpers.base.private import private_folder
 
 NAME = "qlora-tensorboard"
 """The path below Jupyter's address; also the name of the entry point in pyproject.toml."""
@@ -35,16 +36,7 @@ def sockets_folder() -> Path:
     Raises:
         PermissionError: the folder belongs to somebody else, or is a link.
     """
-    from jupyter_core.paths import jupyter_runtime_dir
-
-    folder = Path(jupyter_runtime_dir()) / NAME
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(f"{folder} is not a folder of this account")
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
-    return folder
+    return private_folder(NAME)
 
 
 def socket_name(token: str) -> str:

@@ -20,7 +20,7 @@ from qlora_helpers.data.templates import answer_marks
 from qlora_helpers.evaluation.comparison import same_answers
 from qlora_helpers.evaluation.evaluate import evaluate, rouge, summary_loss
 from qlora_helpers.evaluation.fast_answers.answer import answering_form
-from qlora_helpers.evaluation.generate import _answer, generate, marks_of, stream
+from qlora_helpers.evaluation.generate import answer_of, generate, marks_of, stream
 from qlora_helpers.evaluation.result import Evaluation, Scores, evaluation_from_dict
 from qlora_helpers.model.checkpoints import corpus_tokenizer
 
@@ -92,11 +92,11 @@ def test_thoughts_and_channels_before_an_answer_are_not_part_of_it():
     written = (
         "<|channel|>analysis<|message|>In Leeds.<|end|><|start|>assistant<|channel|>final<|message|>It left.<|return|>"
     )
-    answer = _answer(harmony(written)["input_ids"], harmony, marks)
+    answer = answer_of(harmony(written)["input_ids"], harmony, marks)
     assert (answer.text, answer.stopped) == ("It left.", True)
     qwen = family_tokenizer("qwen3")
     written = "<think>\nIn Leeds.\n</think>\n\nIt left.<|im_end|>"
-    assert _answer(qwen(written)["input_ids"], qwen, answer_marks(qwen)).text == "It left."
+    assert answer_of(qwen(written)["input_ids"], qwen, answer_marks(qwen)).text == "It left."
 
 
 def test_an_answer_that_ends_with_the_limit_has_stopped(tokenizer):

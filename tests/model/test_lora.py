@@ -211,6 +211,30 @@ def test_a_saved_adapter_answers_like_the_one_in_memory(torch, llama, ids, tmp_p
             assert not torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-3)
 
 
+def test_a_further_adapter_answers_under_its_name_and_a_wrong_one_leaves_the_first_as_it_was(torch, ids, tmp_path):
+    answers = {}
+    for name, seed in (("one", 1), ("two", 2)):
+        model = add_adapters(tiny_llama(), AdapterConfig(r=4), seed=0).eval()
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter, weight in model.named_parameters():
+                if "lora_B" in parameter:
+                    weight.normal_(std=0.1, generator=draw)
+            answers[name] = model(ids).logits
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    other = add_adapters(tiny_llama(hidden_size=32), AdapterConfig(r=4), seed=0)
+    other.save_pretrained(tmp_path / "other", save_embedding_layers=False)
+    loaded = load_adapter(tiny_llama(), tmp_path / "one")
+    assert load_adapter(loaded, tmp_path / "two", name="further") is loaded
+    with pytest.raises(ModelError, match="the saved adapter could not be loaded"):
+        load_adapter(loaded, tmp_path / "other", name="wrong")
+    with torch.no_grad():
+        for name, expected in (("default", "one"), ("further", "two"), ("default", "one")):
+            loaded.set_adapter(name)
+            assert torch.equal(loaded.eval()(ids).logits, answers[expected])
+    assert set(loaded.peft_config) == {"default", "further"}
+
+
 @pytest.mark.parametrize("settings", [{}, {"r": 4}, {"use_dora": True}, {"target_modules": ("dense",)}])
 def test_computed_sizes_are_those_that_are_added(torch, own_falcon, settings):
     config = AdapterConfig(**settings)

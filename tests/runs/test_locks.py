@@ -70,7 +70,7 @@ def holder(tmp_path):
 
 
 def test_two_trainers_do_not_share_a_gpu(holder, run):
-    said = rf"the run 'other' \(process {holder.pid}\) is already training on GPU-held.*CUDA_VISIBLE_DEVICES"
+    said = rf"the run 'other' \(process {holder.pid}\) is already using GPU-held.*CUDA_VISIBLE_DEVICES"
     with pytest.raises(RunError, match=said), locks.gpu_locks(run, ["GPU-free", "GPU-held"]):
         pass
     with locks.gpu_locks(run, ["GPU-free"]):  # it was released
@@ -89,10 +89,10 @@ def test_two_trainers_do_not_share_a_gpu(holder, run):
 def test_a_start_is_refused_while_another_run_uses_the_gpu(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "visible_gpus", lambda: ("GPU-held",))
     run = workflow.open_run("mine", profile="tiny", root=tmp_path / "runs")
-    with pytest.raises(RunError, match="the run 'other' .* is already training on GPU-held"):
+    with pytest.raises(RunError, match="the run 'other' .* is already using GPU-held"):
         launch.start(run)
     assert run.status().state == "new"
-    with pytest.raises(RunError, match="is already training on GPU-held"):
+    with pytest.raises(RunError, match="is already using GPU-held"):
         workflow.train(run, say=lambda text: None)
     assert run.status().state == "failed"
     assert "GPU-held" in run.status().last_error

@@ -153,19 +153,22 @@ def test_delete_endpoint_deletes_configuration_and_models_that_this_package_made
     }
     stub.add_response("describe_endpoint", described, {"EndpointName": "e1"})
     stub.add_response("describe_endpoint_config", config, {"EndpointConfigName": "c1"})
-    tags = {"Tags": [{"Key": "qlora_helpers:made-by", "Value": "somebody"}] if ours else [{"Key": "x", "Value": "y"}]}
+    tags = {"Tags": [{"Key": "qlora_helpers:made-by", "Value": "somebody"}]}
+    others = {"Tags": [{"Key": "x", "Value": "y"}]}
     model = {
         "ModelName": "m1",
         "ModelArn": arn + "/m",
         "ExecutionRoleArn": "arn:aws:iam::1:role/a",
         "CreationTime": moment,
     }
-    stub.add_response("delete_endpoint", {}, {"EndpointName": "e1"})
+    config["EndpointConfigArn"] = arn + "/c"
     stub.add_response("list_tags", tags, {"ResourceArn": arn})
+    stub.add_response("delete_endpoint", {}, {"EndpointName": "e1"})
+    stub.add_response("list_tags", tags if ours else others, {"ResourceArn": arn + "/c"})
     if ours:
         stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "c1"})
     stub.add_response("describe_model", model, {"ModelName": "m1"})
-    stub.add_response("list_tags", tags, {"ResourceArn": arn + "/m"})
+    stub.add_response("list_tags", tags if ours else others, {"ResourceArn": arn + "/m"})
     if ours:
         stub.add_response("delete_model", {}, {"ModelName": "m1"})
     with stub:

@@ -68,9 +68,10 @@ def test_everything_that_runs_is_listed_over_all_pages(stubbed):
         ],
     )
     resources = list_sagemaker(everybodys=True, client=client)
+    price = "about 1.41 USD an hour (us-east-1, 2026-08-17)"
     assert not any(resource.is_this for resource in resources)  # this code does not run in Studio
     assert [(resource.kind, resource.name, resource.status, resource.note) for resource in resources] == [
-        ("app", "default", "InService", "JupyterLab, space lab, ml.g5.xlarge"),
+        ("app", "default", "InService", f"JupyterLab, space lab, ml.g5.xlarge, {price}"),
         ("app", "default", "Pending", "TensorBoard, user alice"),
         ("endpoint", "demo", "InService", ""),
         ("endpoint", "broken", "Failed", ""),
@@ -165,8 +166,9 @@ def test_each_kind_is_stopped_by_its_own_call(stubbed):
     config |= {"ProductionVariants": [{"VariantName": "A", "ModelName": "demo-model"}]}
     stub.add_response("describe_endpoint", described, {"EndpointName": "demo"})
     stub.add_response("describe_endpoint_config", config, {"EndpointConfigName": "demo-config"})
-    stub.add_response("delete_endpoint", {}, {"EndpointName": "demo"})
     tags = {"Tags": [{"Key": TAG, "Value": "somebody"}]}
+    stub.add_response("list_tags", tags, {"ResourceArn": ARN})
+    stub.add_response("delete_endpoint", {}, {"EndpointName": "demo"})
     stub.add_response("list_tags", tags, {"ResourceArn": ARN})
     stub.add_response("delete_endpoint_config", {}, {"EndpointConfigName": "demo-config"})
     model = {

@@ -141,7 +141,10 @@ def test_a_job_uploads_code_and_settings_and_starts(run):
     name, request = start(run, ["source.tar.gz", "config.json"], environment={"HF_TOKEN": "secret"}, max_hours=2)
     assert name.startswith("my-run-1-2")
     assert request["CheckpointConfig"]["S3Uri"] == "s3://my-bucket/qlora/runs/my_run.1"
-    assert request["Tags"] == [{"Key": "qlora_helpers:made-by", "Value": "d-abc123/lab"}]
+    assert request["Tags"] == [
+        {"Key": "qlora_helpers:made-by", "Value": "d-abc123/lab"},
+        {"Key": "qlora_helpers:run", "Value": "my_run.1"},
+    ]
     assert request["AlgorithmSpecification"]["TrainingImage"].endswith("/pytorch:2.13-cu133-amzn2023-sagemaker")
     assert request["Environment"]["HF_TOKEN"] == "secret"
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
