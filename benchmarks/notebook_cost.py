@@ -48,7 +48,10 @@ class Meter(threading.Thread):
                 kernel = psutil.Process(process.pid)
                 children = kernel.children(recursive=True)
                 used = kernel.cpu_times()
-                held, seconds = kernel.memory_info().rss, sum(used[:4])  # its own, and those of children that have ended
+                held, seconds = (
+                    kernel.memory_info().rss,
+                    sum(used[:4]),
+                )  # its own, and those of children that have ended
                 for child in children:
                     held += child.memory_info().rss
                     seconds += sum(child.cpu_times()[:2])

@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/bands.py [--write]        without --write it names the notebooks that would change
 
-The figures are `benchmarks/bands.py`'s, as on docs/bands.md. Goal, 'Before this' and all else in the cell stay as they are; the table
-stands between `<!-- bands -->` and `<!-- /bands -->`, or where the cell has a table of machines already.
+The figures are those of `docs/bands.md`. Goal, 'Before this' and all else in the cell stay as they are; the table is between
+`<!-- bands -->` and `<!-- /bands -->`, or where the cell has a table of machines already.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def cells() -> dict[Path, str]:
     """The first cell of each notebook that has a band, as it should be."""
-    from bands import WORK, table
+    from notebook_band_tables import WORK, table
 
     paths = [NOTEBOOKS / f"{name}.ipynb" for name in WORK]
     return {path: with_table(first_cell(path), table(path.stem)) for path in paths}
@@ -53,9 +53,9 @@ def with_table(text: str, table: str) -> str:
         ValueError: it has none.
     """
     block = f"{START}\n{table}\n\n{LINK}\n{END}"
-    for place, ending in ((BLOCK, ""), (OLD_TABLE, "\n")):
-        if place.search(text):
-            return place.sub(lambda _: block + ending, text, count=1)
+    for place, after in ((BLOCK, ""), (OLD_TABLE, "\n")):
+        if found := place.search(text):
+            return text[: found.start()] + block + after + text[found.end() :]
     raise ValueError(f"the cell has no table of machines: {text[:80]!r}")
 
 

@@ -2,8 +2,8 @@
 
     python tools/book.py [--out build/book]        `make book` calls it in an environment of its own
 
-What Sphinx reads is staged first, in the folders of the repository, so that every relative link leads where it leads there. Nothing is
-executed. A link that leads nowhere, and a page that would load something from another host, end the build.
+What Sphinx reads is staged first, in the folders of the repository, so that every relative link leads where it leads there.
+Nothing is executed. A link that leads nowhere, and a page that would load something from another host, end the build.
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|//", re.IGNORECASE)
 PREDICTION = re.compile(r"=.*\bNone\b.*# your answer")
 THEMED = re.compile(
-    r"<picture><source media=\"\(prefers-color-scheme: dark\)\" srcset=\"([^\"]+)\">\s*<img alt=\"([^\"]*)\" src=\"([^\"]+)\"></picture>"
+    r"<picture><source media=\"\(prefers-color-scheme: dark\)\" srcset=\"([^\"]+)\">\s*"
+    r"<img alt=\"([^\"]*)\" src=\"([^\"]+)\"></picture>"
 )
-LOADED = re.compile(r"<(?:script|img|iframe|source|video|audio)\b[^>]*?\ssrc=\"(https?:)?//|<link\b[^>]*?\shref=\"(https?:)?//")
+LOADED = re.compile(
+    r"<(?:script|img|iframe|source|video|audio)\b[^>]*?\ssrc=\"(https?:)?//|<link\b[^>]*?\shref=\"(https?:)?//"
+)
 PICTURES = (".png", ".svg", ".jpg", ".gif", ".webp")
 
 
 def main() -> int:
     """Builds the book; returns the exit code, 1 where a page would load something from another host."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "book", help="folder of the pages; it is made anew")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "book", help="folder of the pages; it is made anew"
+    )
     out = parser.parse_args().out.absolute()
     staged = out.parent / f"{out.name}-source"
     for folder in (staged, out):
@@ -118,7 +123,8 @@ def contents(others: list[Path]) -> str:
     }
     parts["Documents"] = [f"docs/{path.stem}" for path in documents()] + [str(path.with_suffix("")) for path in others]
     return "".join(
-        f"\n```{{toctree}}\n:caption: {name}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n" for name, pages in parts.items()
+        f"\n```{{toctree}}\n:caption: {name}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n"
+        for name, pages in parts.items()
     )
 
 

@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", default=".venv", help="the environment's folder; made where it is missing")
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
-    parser.add_argument("--book", action="store_true", help="what builds the book, alone: neither PyTorch nor this package")
+    parser.add_argument(
+        "--book", action="store_true", help="what builds the book, alone: neither PyTorch nor this package"
+    )
     options = parser.parse_args(arguments)
     choice = os.environ.get("TORCH") or "auto"
     problem = refusal() or ("" if choice in CHOICES else f"TORCH is {choice!r}, expected one of {', '.join(CHOICES)}.")

@@ -52,7 +52,9 @@ def name_of(block: str) -> str:
 
 def write(name: str, source: str, blocks: list[str]) -> None:
     """Writes a lock file."""
-    (ROOT / name).write_text(HEADER.format(source=source, beside="" if "book" in source else BESIDE) + "".join(blocks), encoding="utf-8")
+    (ROOT / name).write_text(
+        HEADER.format(source=source, beside="" if "book" in source else BESIDE) + "".join(blocks), encoding="utf-8"
+    )
     print(f"{name}: {len(blocks)} packages")
 
 

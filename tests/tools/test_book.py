@@ -34,7 +34,9 @@ def test_the_main_track_comes_first_and_every_notebook_and_document_is_there(sta
     assert numbers == ["start", "primer", "00", "01", "02", "03", "10", "04", "05", "06"]
     assert {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")} == {*main, *further}
     assert {f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")} <= set(documents)
-    assert all((staged / f"{page}.ipynb").exists() or (staged / f"{page}.md").exists() for page in main + further + documents)
+    assert all(
+        (staged / f"{page}.ipynb").exists() or (staged / f"{page}.md").exists() for page in main + further + documents
+    )
 
 
 def test_outputs_are_those_that_are_stored_and_folded_where_a_reader_predicts(staged):
@@ -57,7 +59,9 @@ def test_pictures_in_two_versions_follow_the_theme(staged):
 
 def test_a_page_that_loads_from_another_host_is_found(tmp_path):
     (tmp_path / "good.html").write_text('<a href="https://example.org">a</a><script src="_static/a.js"></script>')
-    for number, bad in enumerate(('<script async src="https://cdn.org/a.js">', '<link rel="stylesheet" href="//cdn.org/a.css">')):
+    for number, bad in enumerate(
+        ('<script async src="https://cdn.org/a.js">', '<link rel="stylesheet" href="//cdn.org/a.css">')
+    ):
         (tmp_path / f"bad{number}.html").write_text(bad)
     assert [Path(page).name for page in book.pages_that_load(tmp_path)] == ["bad0.html", "bad1.html"]
 

@@ -25,10 +25,13 @@ def test_links_are_found_at_all():
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
-    (tmp_path / "there.md").write_text("# Two  words\n\n## `code` & more\n\n## Twice\n\n## Twice\n\n<a id=\"own\"></a>\n")
+    (tmp_path / "there.md").write_text('# Two  words\n\n## `code` & more\n\n## Twice\n\n## Twice\n\n<a id="own"></a>\n')
     good = "[a](there.md) [b](there.md#two--words) [c](there.md#code--more) [d](there.md#twice-1) [e](there.md#own) [f](#here)"
     page = tmp_path / "page.ipynb"
-    texts = [f"# Here\n\n{good}", "`[code](nowhere.md)` [bad](nowhere.md) <img src=\"gone.png\"> [worse](there.md#nothing)"]
+    texts = [
+        f"# Here\n\n{good}",
+        '`[code](nowhere.md)` [bad](nowhere.md) <img src="gone.png"> [worse](there.md#nothing)',
+    ]
     cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
     page.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
     assert book.broken_links(page) == [
