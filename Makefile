@@ -10,7 +10,7 @@ BOOK_VENV ?= .venv-book
 # As they were typed, and handed on in the environment: neither make nor the shell reads anything into a file's name.
 override DATA := $(value DATA)
 override TORCH := $(value TORCH)
-export DATA TORCH VENV
+export DATA TORCH VENV BOOK_VENV
 INSTALL = "$(PYTHON)" tools/install.py --venv "$$VENV"
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
@@ -78,8 +78,8 @@ $(VENV)/.installed-dev: requirements-dev.lock requirements.lock requirements.txt
 
 $(BOOK_VENV)/.installed: requirements-book.lock tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)" >&2; exit 2; }
-	@"$(PYTHON)" tools/install.py --venv "$(BOOK_VENV)" --book
+	@"$(PYTHON)" tools/install.py --venv "$$BOOK_VENV" --book
 	@touch $@
 
 clean:
-	rm -rf -- "$$VENV" "$(BOOK_VENV)"
+	rm -rf -- "$$VENV" "$$BOOK_VENV"
