@@ -26,6 +26,7 @@ from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning.candidates import Candidate, candidate
+from qlora_helpers.planning.cpu_speed import cpu_seconds
 from qlora_helpers.planning.forecast import make_forecast, steps_and_tokens
 from qlora_helpers.planning.plan import make_plan
 from qlora_helpers.planning.run_plan import data_size, trained_share
@@ -163,6 +164,22 @@ class OnGpu:
     def merged(self) -> bool:
         """Whether a merged model is written; notebook 06 skips Falcon-40B's, which takes 78 GiB."""
         return self.work.merges and self.config.profile != "falcon-40b"
+
+    def seconds_on_a_core(self) -> float:
+        """The same without a GPU, by the plan's rate of one core: for a notebook that was not measured in its profile."""
+        work, sizes, share = self.work, self.workload.sizes, self.workload.trained_share
+        seconds = measured(self.name, "tiny")["cpu_s"] + work.loads * HALF * sizes.parameters / DISK_BYTES_S
+        if work.trains:
+            seconds += cpu_seconds(sizes, self.workload.tokens, share, cores=1)
+        steps = work.steps * PASSES_TIMED * self.config.data.seq_len_tokens
+        seconds += cpu_seconds(sizes, steps, 1.0, cores=1)
+        rows, config = self.config.data.most_rows("test") or 0, self.config.evaluation
+        answers = rows * work.answering + work.asked
+        size = data_size(self.config.data)
+        assert size is not None
+        prompts = answers + (rows * config.few_shot if work.answering > 2 else 0)
+        tokens = prompts * size.tokens_per_row + answers * config.max_new_tokens
+        return seconds + cpu_seconds(sizes, tokens / 2, 1.0, cores=1)  # a forward pass is half of the four operations
 
     def evaluating_s(self) -> float:
         """The evaluation loss, as often as it is computed while training."""
