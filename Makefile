@@ -1,20 +1,22 @@
 # make demo    the whole job on a small model: runs/demo/report.html   (DATA=FILE takes your own data: docs/data.md)
-# make test    every test;   make lab   JupyterLab on the notebooks
+# make test    every test;   make lab   JupyterLab on the notebooks;   make book   the series as pages: build/book/index.html
 # TORCH=cpu or TORCH=cuda chooses PyTorch's build; without it, an NVIDIA driver decides.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= auto
 BIN := $(VENV)/bin
+# What builds the book has an environment of its own, so that the main one holds nothing of it.
+BOOK_VENV ?= .venv-book
 # As they were typed, and handed on in the environment: neither make nor the shell reads anything into a file's name.
 override DATA := $(value DATA)
 override TORCH := $(value TORCH)
-export DATA TORCH VENV
+export DATA TORCH VENV BOOK_VENV
 INSTALL = "$(PYTHON)" tools/install.py --venv "$$VENV"
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test quick slow matrix test-demo check lab notebooks install lock clean
+.PHONY: demo test quick slow matrix test-demo check lab notebooks book install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
@@ -49,6 +51,10 @@ lab: $(VENV)/.installed
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tests/store_notebooks.py
 
+# The notebooks with their stored outputs, and the documents, as pages that need no server. Nothing is executed.
+book: $(BOOK_VENV)/.installed
+	$(BOOK_VENV)/bin/python tools/book.py
+
 # Installs again, with another TORCH for example.
 install:
 	$(INSTALL)
@@ -70,5 +76,10 @@ $(VENV)/.installed-dev: requirements-dev.lock requirements.lock requirements.txt
 	@$(INSTALL) --dev
 	@touch $(VENV)/.installed $@
 
+$(BOOK_VENV)/.installed: requirements-book.lock tools/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)" >&2; exit 2; }
+	@"$(PYTHON)" tools/install.py --venv "$$BOOK_VENV" --book
+	@touch $@
+
 clean:
-	rm -rf -- "$$VENV"
+	rm -rf -- "$$VENV" "$$BOOK_VENV"

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jinja2
+import notebook_band_tables
 from document_tables import TABLES, plot
 from document_values import values
 
@@ -39,7 +40,9 @@ def main() -> int:
 
 def documents() -> dict[Path, str]:
     """Every document's path and text."""
-    figures = values() | {f"table_{name}": table() for name, table in TABLES.items()}
+    figures = (
+        values() | {f"table_{name}": table() for name, table in TABLES.items()} | notebook_band_tables.document_values()
+    )
     made = {
         ROOT / "docs" / template.name: rendered(template.read_text(encoding="utf-8"), figures)
         for template in sorted((HERE / "templates").glob("*.md"))

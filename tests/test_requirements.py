@@ -100,7 +100,7 @@ def test_test_tools_are_no_run_time_requirement():
     assert "nbval==" in (ROOT / "environment.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", [*LOCKS, "requirements-book.lock"])
 def test_the_lock_pins_what_the_requirements_pin_and_hashes_everything(lock):
     packages = locked(lock)
     wanted = pins(lock.replace(".lock", ".txt"))
@@ -119,6 +119,14 @@ def test_torch_and_its_cuda_packages_stand_outside_the_hashes():
 
 def test_the_locks_hold_no_package_twice_and_name_no_host():
     assert not set(locked(LOCKS[0])) & set(locked(LOCKS[1]))
-    for name in (*LOCKS, "requirements.txt", "requirements-dev.txt", "environment.yml", "pyproject.toml"):
+    for name in (
+        *LOCKS,
+        "requirements-book.lock",
+        "requirements-book.txt",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "environment.yml",
+        "pyproject.toml",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert "://" not in text and "index-url" not in text and "find-links" not in text, name

@@ -1,6 +1,7 @@
 """Installs the locked packages, PyTorch for this machine and this package into a virtual environment; `make` calls it.
 
     python tools/install.py [--venv .venv] [--dev]      TORCH=auto|cpu|cuda chooses PyTorch's build
+    python tools/install.py --venv .venv-book --book    what builds the book, and nothing else
 
 Uses uv where it is installed and pip elsewhere, and needs the standard library alone. On Linux PyTorch comes for the CPU where
 there is no NVIDIA driver (192 MB where the CUDA build takes 3 GB); where PyTorch's own index can't be reached it comes from the
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", default=".venv", help="the environment's folder; made where it is missing")
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
+    parser.add_argument(
+        "--book", action="store_true", help="what builds the book, alone: neither PyTorch nor this package"
+    )
     options = parser.parse_args(arguments)
     choice = os.environ.get("TORCH") or "auto"
     problem = refusal() or ("" if choice in CHOICES else f"TORCH is {choice!r}, expected one of {', '.join(CHOICES)}.")
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
-        install(Path(options.venv).absolute(), choice, dev=options.dev)
+        install(Path(options.venv).absolute(), choice, dev=options.dev, book=options.book)
     except subprocess.CalledProcessError as error:
         print(f"error: this failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return error.returncode or 1
@@ -63,7 +67,7 @@ def refusal() -> str:
     return ""
 
 
-def install(venv: Path, choice: str, *, dev: bool) -> None:
+def install(venv: Path, choice: str, *, dev: bool, book: bool = False) -> None:
     """Makes the environment where it is missing and installs into it.
 
     Raises:
@@ -79,6 +83,9 @@ def install(venv: Path, choice: str, *, dev: bool) -> None:
     say(f"Installing into {venv.name} with {'uv' if uv else 'pip'}; the first time takes some minutes.")
     # torch's other requirements are in the lock, so that its own index need not have them.
     locked: list[str | Path] = [*pip, "install", *into, "--require-hashes", "--no-deps"]
+    if book:
+        run([*locked, "-r", ROOT / "requirements-book.lock"])
+        return
     run([*locked, "-r", ROOT / "requirements.lock"])
     install_torch(pip, into, python, choice, with_uv=bool(uv))
     if dev:

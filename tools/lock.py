@@ -1,4 +1,4 @@
-"""Writes requirements.lock and requirements-dev.lock with uv: every package, pinned, with hashes, for all platforms and Pythons.
+"""Writes requirements.lock, -dev.lock and -book.lock with uv: every package, pinned, with hashes, for all platforms and Pythons.
 
 python tools/lock.py
 
@@ -17,14 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = "3.11"
 # torch's own CUDA packages; nvidia-ml-py is ours.
 OF_TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-(?!ml-py).*)==")
-HEADER = "# Written by `make lock` from {source}; don't edit. torch is installed beside it (tools/install.py).\n"
+HEADER = "# Written by `make lock` from {source}; don't edit.{beside}\n"
+BESIDE = " torch is installed beside it (tools/install.py)."
 
 
 def main() -> int:
-    """Writes both files; the second holds only what the first does not."""
+    """Writes the files; the second holds only what the first does not, the book's is an environment of its own."""
     runtime = resolve("requirements.txt")
     development = resolve("requirements-dev.txt", constraints=runtime)
     names = {name_of(block) for block in runtime}
+    write("requirements-book.lock", "requirements-book.txt", resolve("requirements-book.txt"))
     write("requirements.lock", "requirements.txt", runtime)
     write("requirements-dev.lock", "requirements-dev.txt", [each for each in development if name_of(each) not in names])
     return 0
@@ -50,7 +52,9 @@ def name_of(block: str) -> str:
 
 def write(name: str, source: str, blocks: list[str]) -> None:
     """Writes a lock file."""
-    (ROOT / name).write_text(HEADER.format(source=source) + "".join(blocks), encoding="utf-8")
+    (ROOT / name).write_text(
+        HEADER.format(source=source, beside="" if "book" in source else BESIDE) + "".join(blocks), encoding="utf-8"
+    )
     print(f"{name}: {len(blocks)} packages")
 
 

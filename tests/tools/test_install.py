@@ -87,6 +87,12 @@ def test_what_the_tests_need_is_locked_too(machine):
     assert [line for line in commands if line.endswith("--require-hashes --no-deps -r requirements-dev.lock")]
 
 
+def test_the_book_s_environment_holds_nothing_else(machine):
+    code, commands = machine.run("--book")
+    assert code == 0 and len(commands) == 1
+    assert commands[0].endswith("--require-hashes --no-deps -r requirements-book.lock")
+
+
 def test_uv_is_taken_where_it_is_installed(machine):
     code, commands = machine.run(uv=True)
     assert code == 0 and len(commands) == 3
