@@ -96,6 +96,10 @@ def cache(tmp_path_factory):
         patch.setenv("QLORA_CACHE", str(folder))
         for name in ("QLORA_PROFILE", "QLORA_RUNS", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
             patch.delenv(name, raising=False)
+        # Nothing is written into the person's home, and nothing leaves for a teacher's board
+        patch.setenv("QLORA_LEARNER", str(tmp_path_factory.mktemp("learner")))
+        for name in ("QLORA_SEAT", "QLORA_TEACHER", "QLORA_BOARD"):
+            patch.delenv(name, raising=False)
         yield folder
 
 

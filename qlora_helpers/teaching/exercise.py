@@ -96,6 +96,8 @@ class Exercise:
         misconceptions: code -> the sentence that names it; `{names}` in it come from `Wrong`'s facts.
         hints: from a nudge to nearly the answer.
         solution_is: a function whose source is shown, or a text.
+        cell: where the solution is a text that is not code itself, what a solved notebook has in place of the dots, or where
+            its cell has no dots, after the cell's assignments.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Exercise:
     misconceptions: Mapping[str, str]
     hints: tuple[str, ...]
     solution_is: Callable[..., Any] | str = field(repr=False)
+    cell: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, f"{self.name}: {self.kind!r} is none of {KINDS}"
