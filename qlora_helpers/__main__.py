@@ -20,7 +20,7 @@ from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
-from qlora_helpers.commands import side_by_side, sweeps, terminal
+from qlora_helpers.commands import board, side_by_side, sweeps, terminal
 
 if TYPE_CHECKING:
     from qlora_helpers.runs.folder import Run
@@ -139,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="share the layers out over N processes that ask the model together, for a run with train.share=shards",
     )
+    board.add_commands(commands)
     export = commands.add_parser(
         "export",
         help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
@@ -374,6 +375,7 @@ _COMMANDS = {
     "demo": _demo,
     **side_by_side.COMMANDS,
     **sweeps.COMMANDS,
+    **board.COMMANDS,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_helpers.base.style import inline
 from qlora_helpers.teaching.attempts import attempts, record
+from qlora_helpers.teaching.sending import send_soon
 
 KINDS = ("write", "predict and measure", "break and fix", "judge")
 TRIES = 2
@@ -123,6 +124,7 @@ class Exercise:
         """
         outcome = self._judged(answer, context)
         record(self.name, outcome.verdict, outcome.misconception)
+        send_soon()
         return outcome
 
     def _judged(self, answer: tuple[Any, ...], context: Mapping[str, Any]) -> Outcome:
@@ -146,6 +148,7 @@ class Exercise:
         if not 1 <= number <= len(self.hints):
             return Shown("There is no such hint:", f"this exercise has {len(self.hints)}.")
         record(self.name, "hint")
+        send_soon()
         return Shown(f"Hint {number} of {len(self.hints)}:", self.hints[number - 1])
 
     def solution(self) -> Shown:
