@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 # As they were typed, and handed on in the environment: neither make nor the shell reads anything into a file's name.
 override DATA := $(value DATA)
 override TORCH := $(value TORCH)
-export DATA TORCH VENV
+override OUT := $(or $(value OUT),stick)
+export DATA TORCH VENV OUT
 INSTALL = "$(PYTHON)" tools/install.py --venv "$$VENV"
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test quick slow matrix test-demo check lab notebooks install lock clean
+.PHONY: demo test quick slow matrix test-demo check lab notebooks workshop stick install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
@@ -48,6 +49,14 @@ lab: $(VENV)/.installed
 # Runs all notebooks in the demo profile and stores their outputs.
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tests/store_notebooks.py
+
+# Student and solved notebooks, lessons and the instructor's papers: workshop/build.
+workshop: $(VENV)/.installed-dev
+	$(BIN)/python tools/workshop.py
+
+# A folder from which the workshop is installed without a network: make stick OUT=/media/stick STICK_OPTIONS="--download all"
+stick: $(VENV)/.installed
+	$(BIN)/python tools/stick.py "$$OUT" $(STICK_OPTIONS)
 
 # Installs again, with another TORCH for example.
 install:

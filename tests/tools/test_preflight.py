@@ -17,6 +17,7 @@ SPEC = importlib.util.spec_from_file_location("preflight", FILE)
 preflight = importlib.util.module_from_spec(SPEC)
 sys.modules["preflight"] = preflight  # its dataclasses look their module up
 SPEC.loader.exec_module(preflight)
+machine_facts = sys.modules["machine_facts"]
 
 STEP = {"tokens_per_s": 200.0, "device": "cpu", "layers": 210, "demo_minutes": 5.0}
 GOOD = {"glibc": (2, 35), "ram_gib": 16.0, "free_ram_gib": 9.0, "free_disk_gib": 40.0, "torch": "2.13.0", "step": STEP}
@@ -24,7 +25,7 @@ MAC = {"system": "Darwin", "machine": "arm64", "macos": "15.1", "glibc": ()}
 
 
 def judged(**changes):
-    facts = preflight.Facts(**(GOOD | changes))
+    facts = machine_facts.Facts(**(GOOD | changes))
     findings = preflight.judge(facts)
     return findings, *preflight.decide(facts, findings)
 
@@ -106,20 +107,20 @@ def test_free_memory_of_a_mac_is_read_from_vm_stat():
         "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:       65536.\nPages active:  9.\n"
         "Pages inactive:  131072.\nPages purgeable:  0.\n"
     )
-    assert preflight.free_on_a_mac(text) == 3.0
-    assert preflight.free_on_a_mac("") is None
+    assert machine_facts.free_on_a_mac(text) == 3.0
+    assert machine_facts.free_on_a_mac("") is None
 
 
 def test_python_3_8_can_read_it_and_only_the_standard_library_is_imported():
-    for name in ("preflight.py",):
+    for name in ("preflight.py", "machine_facts.py"):
         tree = ast.parse((FILE.parent / name).read_text(encoding="utf-8"), feature_version=(3, 8))
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert {each.split(".")[0] for each in modules} <= set(sys.stdlib_module_names)
+        assert {each.split(".")[0] for each in modules} <= {*sys.stdlib_module_names, "machine_facts"}
 
 
 def test_the_code_to_read_out_names_what_is_wrong():
-    facts = preflight.Facts(**(GOOD | {"free_disk_gib": 1.0}))
+    facts = machine_facts.Facts(**(GOOD | {"free_disk_gib": 1.0}))
     assert preflight.code_of(facts, preflight.judge(facts)) == "lin-3.11-disk"
 
 
@@ -145,8 +146,8 @@ def test_a_real_step_is_timed_here():
 
 def test_a_step_that_fails_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "one_step.py").write_text("raise SystemExit('no \\x1b[31msuch instruction')")
-    monkeypatch.setattr(preflight, "HERE", tmp_path)
-    assert preflight.timed_step() == {"error": "no  [31msuch instruction"}
+    monkeypatch.setattr(machine_facts, "HERE", tmp_path)
+    assert machine_facts.timed_step() == {"error": "no  [31msuch instruction"}
     (tmp_path / "one_step.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(preflight, "STEP_LIMIT_S", 0.2)
-    assert preflight.timed_step() == {"too_slow": True}
+    monkeypatch.setattr(machine_facts, "STEP_LIMIT_S", 0.2)
+    assert machine_facts.timed_step() == {"too_slow": True}
