@@ -25,7 +25,9 @@ def add_commands(commands: Any) -> None:
         "and no answer.",
     )
     command.add_argument("source", nargs="?", help="the folder or s3://BUCKET/PREFIX that the lines are in")
-    command.add_argument("--page", metavar="FILE", help="also write a page that a browser loads again every ten seconds")
+    command.add_argument(
+        "--page", metavar="FILE", help="also write a page that a browser loads again every ten seconds"
+    )
     command.add_argument(
         "--exercises", metavar="A,B,...", help="the lesson's exercises in order (default: those touched)"
     )

@@ -19,7 +19,7 @@ SPEC.loader.exec_module(hub)
 
 @pytest.fixture
 def space(tmp_path):
-    """A home with an installed project, whose Python writes down what it is called with; a server without widgets."""
+    """A home with an installed project, whose Python writes down what it is called with."""
     project = tmp_path / "qlora"
     (project / "tools").mkdir(parents=True)
     (project / "tools" / "install.py").write_text("open('installed', 'w').close()\n")
@@ -28,37 +28,20 @@ def space(tmp_path):
     python.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
     python.chmod(0o755)
     (project / ".venv" / ".installed").touch()
-    (project / ".venv/share/jupyter/labextensions/bqplot").mkdir(parents=True)
     return tmp_path
 
 
 def run(space, *arguments):
-    environment = {"PATH": os.environ["PATH"], "HOME": str(space), "QLORA_SERVER_SHARE": str(space / "server")}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(space)}
     done = subprocess.run(["sh", SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr, "a script that fails keeps the space from starting"
     return done.stdout
 
 
-def test_a_start_registers_the_kernel_and_links_what_the_server_lacks(space):
-    assert "reload" in run(space)
+def test_a_start_registers_the_kernel(space):
+    assert "registered" in run(space)
     call = (space / "calls").read_text()
     assert "--name qlora" in call and "--env OMP_WAIT_POLICY PASSIVE" in call
-    link = space / ".local/share/jupyter/labextensions/bqplot"
-    assert link.is_symlink() and link.resolve().is_dir()
-    assert not (link.parent / "bqscales").exists(), "what the environment does not have is not linked"
-    run(space)
-    assert link.is_symlink() and not (link.resolve() / "bqplot").exists(), "a second start changes nothing"
-
-
-def test_what_the_server_or_the_person_has_stays(space):
-    (space / "server/labextensions/bqplot").mkdir(parents=True)
-    run(space)
-    assert not (space / ".local/share/jupyter/labextensions/bqplot").exists()
-    (space / "server/labextensions/bqplot").rmdir()
-    mine = space / ".local/share/jupyter/labextensions/bqplot"
-    mine.mkdir()
-    run(space)
-    assert mine.is_dir() and not mine.is_symlink()
 
 
 def test_the_first_start_installs_and_a_space_without_the_project_still_starts(space):

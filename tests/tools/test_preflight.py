@@ -79,7 +79,6 @@ def test_what_cannot_work_is_refused_with_how_to_fix_it(what, changes):
         ("make", {"can_make": False}, "demo"),
         ("GPU", {"gpus": [("L4", 20.0, "580.65.06")], "gpu_processes": 2}, "demo"),
         ("model", {"has_model": False}, "tiny"),
-        ("charts", {"studio": True, "charts_linked": False}, "demo"),
         ("network", {"proxy": "proxy.example", "proxy_reachable": False}, "demo"),
         ("packages", {"missing": ["torch"], "step": {}}, "install"),
         ("step", {"step": {"too_slow": True}}, "tiny"),

@@ -48,8 +48,6 @@ class Facts:
     torch_cuda: str = ""
     missing: list = field(default_factory=list)
     has_model: bool = True
-    studio: bool = False
-    charts_linked: bool = True
     index_reachable: bool = True
     proxy: str = ""
     proxy_reachable: bool = True
@@ -80,8 +78,6 @@ def gather() -> Facts:
         can_make_venv=_can_make_venv(),
         gpus=_gpus(),
         gpu_processes=len(_asked(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]).split()),
-        studio=Path("/opt/ml/metadata/resource-metadata.json").is_file(),
-        charts_linked=_charts_linked(),
         proxy=proxy,
         proxy_reachable=reachable,
     )
@@ -204,18 +200,6 @@ def _gpus() -> list:
     text = _asked(["nvidia-smi", "--query-gpu=name,memory.free,driver_version", "--format=csv,noheader,nounits"])
     rows = [line.split(", ") for line in text.splitlines()]
     return [(row[0], float(row[1]) / 1024, row[2]) for row in rows if len(row) == 3 and row[1].strip().isdigit()]
-
-
-def _charts_linked() -> bool:
-    """Whether the notebook server finds bqplot's part for the browser, where the project uses it."""
-    if "bqplot" not in _text(str(ROOT / "requirements.txt")):
-        return True
-    places = [
-        Path.home() / ".local/share/jupyter",
-        Path("/opt/conda/share/jupyter"),
-        Path(sys.prefix) / "share/jupyter",
-    ]
-    return any((place / "labextensions" / "bqplot").exists() for place in places)
 
 
 def _proxy():

