@@ -51,7 +51,7 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tests/store_notebooks.py
 
 # Student and solved notebooks, lessons and the instructor's papers: workshop/build.
-workshop: $(VENV)/.installed-dev
+workshop: $(VENV)/.installed
 	$(BIN)/python tools/workshop.py
 
 # A folder from which the workshop is installed without a network: make stick OUT=/media/stick STICK_OPTIONS="--download all"

@@ -96,6 +96,7 @@ def notebook_jobs(profile: str) -> list[Job]:
             "QLORA_RUNS": str(own / "runs"),
             "JUPYTER_DATA_DIR": str(own / "jupyter"),
             "QLORA_LEARNER": str(own / "learner"),
+            "QLORA_BOARD": "",
             "TOKENIZERS_PARALLELISM": "false",
         }
         if profile == "tiny":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.markers import Marker, default_environment
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, PINS = "requirements.lock", "requirements.txt"
@@ -110,6 +111,8 @@ class Target:
     def pip_options(self) -> list[str]:
         """What tells pip to look for another machine's wheels."""
         tags = [part for tag in PLATFORMS[self.platform].tags for part in ("--platform", tag)]
+        # pip compares `requires-python` with the Python that runs it; the lock's markers have chosen for the target's
+        tags += [] if self.python == own_python() else ["--ignore-requires-python"]
         return [*tags, "--python-version", self.python, "--implementation", "cp", "--only-binary=:all:", "--no-deps"]
 
 
@@ -143,15 +146,20 @@ def this_platform() -> str:
     return name if name in PLATFORMS else ""
 
 
+def own_python() -> str:
+    """This Python, such as `3.12`."""
+    return f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
 def default_targets() -> list[str]:
     """Every platform with Python 3.12, and this machine with its own Python."""
-    own = f"{this_platform()}:{sys.version_info[0]}.{sys.version_info[1]}"
+    own = f"{this_platform()}:{own_python()}"
     return list(dict.fromkeys([*([own] if this_platform() else []), *(f"{name}:3.12" for name in PLATFORMS)]))
 
 
 def parse_targets(text: str) -> list[Target]:
     """Reads `PLATFORM:PYTHON,...`."""
-    own = (this_platform(), f"{sys.version_info[0]}.{sys.version_info[1]}")
+    own = (this_platform(), own_python())
     found = []
     for part in filter(None, text.split(",")):
         name, _, python = part.strip().partition(":")
@@ -236,7 +244,7 @@ def resolve(target: Target, pins: list[Pin], common: dict[str, str], root: Path)
     Raises:
         Refused: a package has no wheel there.
     """
-    found = reported(target, [pin.line() for pin in needed(target, pins)], ["--require-hashes"])
+    found = checksums(asked(target, [pin.line() for pin in needed(target, pins)], ["--require-hashes"]))
     torch = next(iter(torch_lines(root)), "")
     if torch:
         found |= resolve_torch(target, torch)
@@ -248,12 +256,11 @@ def resolve_torch(target: Target, pin: str) -> dict[str, str]:
     is_linux = target.platform.startswith("linux")
     for options in [["--index-url", CPU_INDEX], []] if is_linux else [[]]:
         try:
-            found = reported(target, [pin], options)
+            items = asked(target, [pin], options)
         except Refused:
             continue
-        # The CUDA build needs gigabytes of libraries beside it; on Linux for ARM the usual index has the CPU's
-        if not is_linux or "aarch64" in target.platform or all("+cpu" in name or "%2Bcpu" in name for name in found):
-            return {name.replace("%2B", "+"): value for name, value in found.items()}
+        if not any(needs_cuda(item["metadata"].get("requires_dist", ()), target) for item in items):
+            return checksums(items)
     target.missing.append(f"PyTorch's CPU build ({pin}): {CPU_INDEX} can't be reached, and no other place has it")
     return {}
 
@@ -264,16 +271,29 @@ def torch_lines(root: Path) -> list[str]:
     return re.findall(r"^torch==\S+", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else []
 
 
-def reported(target: Target, lines: list[str], options: list[str]) -> dict[str, str]:
-    """File name -> SHA-256 of what pip would install for a target; without an installation."""
+def needs_cuda(requirements: Iterable[str], target: Target) -> bool:
+    """Whether a build of PyTorch needs CUDA's libraries, gigabytes that are not in the lock, beside it on a target."""
+    parsed = [Requirement(text) for text in requirements]
+    environment = target.environment() | {"extra": ""}
+    needed = [each.name for each in parsed if each.marker is None or each.marker.evaluate(environment)]
+    return any(name.startswith(("nvidia-", "cuda-")) for name in needed)
+
+
+def asked(target: Target, lines: list[str], options: list[str]) -> list[dict[str, Any]]:
+    """What pip would install for a target, as its report has it; nothing is installed."""
     if not lines:
-        return {}
+        return []
     with tempfile.TemporaryDirectory() as folder:
         listed, report = Path(folder) / "pins.txt", Path(folder) / "report.json"
         listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
         where = ["--target", f"{folder}/none", "--dry-run", "--ignore-installed", "--report", report]
         pip("install", *where, *target.pip_options(), *options, "-r", listed)
-        items: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["install"]
+        found: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["install"]
+        return found
+
+
+def checksums(items: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """File name -> SHA-256 of what pip reported."""
     found = {}
     for item in items:
         place = item["download_info"]

@@ -63,6 +63,7 @@ def send_soon() -> None:
 
 
 def _send_until_delivered() -> None:
+    global _sender
     retries = 0
     while True:
         with _state:
@@ -79,6 +80,7 @@ def _send_until_delivered() -> None:
             if again and retries < MOST_RETRIES:
                 _state.wait_for(lambda: _news != seen, timeout=RETRY_S)  # noqa: B023 - called before the next turn
             elif _news == seen:
+                _sender = None  # within the lock: whoever has news from here on starts another thread
                 return
 
 

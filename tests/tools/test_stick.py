@@ -158,12 +158,16 @@ def test_a_cuda_build_is_no_cpu_build(monkeypatch):
     def found(target, lines, options):
         if options:
             raise stick.Refused("no index")
-        return {"torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl": "0" * 64}
+        place = {"url": "https://x/torch-2.13.0-cp312-cp312-any.whl", "archive_info": {"hashes": {"sha256": "0" * 64}}}
+        needs = ["numpy", "nvidia-cudnn-cu13==9; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+        return [{"download_info": place, "metadata": {"requires_dist": needs}}]
 
-    monkeypatch.setattr(stick, "reported", found)
+    monkeypatch.setattr(stick, "asked", found)
     linux, mac = stick.parse_targets("linux-x86_64:3.12,macos-arm64:3.12")
     assert stick.resolve_torch(linux, "torch==2.13.0") == {} and "CPU build" in linux.missing[0]
-    assert stick.resolve_torch(mac, "torch==2.13.0") and not mac.missing
+    assert (
+        stick.resolve_torch(mac, "torch==2.13.0") == {"torch-2.13.0-cp312-cp312-any.whl": "0" * 64} and not mac.missing
+    )
 
 
 @pytest.mark.only_slow
