@@ -124,23 +124,28 @@ def installed(out, into):
 
 @needs_pip
 @pytest.mark.parametrize(
-    "name", ["wheels/for_all-1.0-py3-none-any.whl", "project/README.md", "project/more.py", "targets"]
+    "name", ["wheels/for_all-1.0-py3-none-any.whl", "project/README.md", "project/more.py", "targets", "PyTorch"]
 )
-def test_a_stick_that_was_changed_installs_nothing(project, tmp_path, monkeypatch, name):
+def test_a_stick_that_was_changed_or_lacks_something_installs_nothing(project, tmp_path, monkeypatch, name):
     out, into = tmp_path / "stick", tmp_path / "into"
     monkeypatch.setattr(stick, "resolve", lambda target, *rest: setattr(target, "wheels", {WHEEL: "0" * 64}))
     monkeypatch.setattr(stick, "fetch", lambda target, pins, wheels, *rest: wheel(wheels, "for_all"))
     stick.make_stick(out, targets()[:1], "this", root=project)
     listed = out / "targets" / f"{targets()[0].name}.txt"
     listed.write_text(listed.read_text().replace("0" * 64, stick.digest(out / "wheels" / WHEEL)))
+    if name == "PyTorch":
+        manifest = json.loads((out / "manifest.json").read_text())
+        manifest[0]["missing"] = ["PyTorch's CPU build"]
+        (out / "manifest.json").write_text(json.dumps(manifest))
     stick.write_sums(out)
     if name == "targets":
         shutil.rmtree(out / name)
-    else:
+    elif name != "PyTorch":
         with open(out / name, "ab") as file:
             file.write(b"x")
     done = installed(out, into)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert name != "PyTorch" or "the stick lacks PyTorch" in done.stderr
     assert not into.exists()
 
 

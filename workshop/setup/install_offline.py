@@ -7,6 +7,7 @@ there and installs the wheels of this platform and Python by their checksums. St
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -53,6 +54,7 @@ def install(folder: Path) -> None:
     if (folder / ".venv").exists():
         raise Refused(f"{folder.name}/.venv exists already: name another folder, or delete it.")
     check(wheels_of(listed))
+    refuse_incomplete(target_name())
     folder.mkdir(parents=True, exist_ok=True)
     copy_new(STICK / "project", folder)
     environment = folder / ".venv"
@@ -62,6 +64,17 @@ def install(folder: Path) -> None:
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     run([*pip, "--find-links", str(STICK / "wheels"), "--require-hashes", "-r", str(listed)], clean)
     (environment / ".installed").touch()  # so that make does not install again
+
+
+def refuse_incomplete(name: str) -> None:
+    """Refuses a set of wheels that lacks something, which would fail when it is used.
+
+    Raises:
+        Refused: the manifest names what is missing.
+    """
+    for target in json.loads((STICK / "manifest.json").read_text(encoding="utf-8")):
+        if target["name"] == name and target["missing"]:
+            raise Refused(f"the stick lacks {target['missing'][0]}.")
 
 
 def wheels_of(listed: Path) -> set[str]:
