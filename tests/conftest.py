@@ -24,8 +24,8 @@ HEAVY_FOLDERS = {"browser", "evaluation", "export", "gpu", "matrix", "training"}
 HEAVY_FILES = {
     *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
     *("test_claims", "test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory"),
-    *("test_preview", "test_stick", "test_saving", "test_several_instances", "test_sigterm", "test_tensorboard", "test_trained_run"),
-    *("test_workflow", "test_workspace"),
+    *("test_preview", "test_saving", "test_several_instances", "test_sigterm", "test_tensorboard", "test_trained_run"),
+    *("test_stick", "test_workflow", "test_workspace"),
 }
 HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
 

@@ -56,4 +56,4 @@ def test_a_learner_s_threads_are_a_share_of_the_cores():
     assert hub.environment(64, 30)["OMP_NUM_THREADS"] == "2"
     assert hub.environment(8, 30)["OMP_NUM_THREADS"] == "1"
     found = hub.environment(8, 2, "/srv/x")
-    assert found["OMP_WAIT_POLICY"] == "PASSIVE" and found["QLORA_LOCKS"] == "/srv/x/locks"
+    assert found["OMP_WAIT_POLICY"] == "PASSIVE" and found["QLORA_BOARD"] == "/srv/x/board"

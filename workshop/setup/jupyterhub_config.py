@@ -1,4 +1,4 @@
-"""What a hub's own jupyterhub_config.py takes over: threads by user, and caches and locks in common.
+"""What a hub's own jupyterhub_config.py takes over: threads by user, and models and the board in common.
 
 LEARNERS is how many sit there at once. The folders are made as hub.md says.
 """
@@ -12,7 +12,7 @@ FOLDER = os.environ.get("QLORA_HUB", "/srv/qlora")
 
 
 def environment(cores: int, learners: int = LEARNERS, folder: str = FOLDER) -> dict[str, str]:
-    """Returns the variables of every learner's server: a fair share of the cores, and one place for models and GPU locks."""
+    """Returns the variables of every learner's server: a fair share of the cores, and one place for models and the board."""
     threads = str(max(1, cores // max(1, learners)))
     return {
         "OMP_NUM_THREADS": threads,
@@ -21,7 +21,6 @@ def environment(cores: int, learners: int = LEARNERS, folder: str = FOLDER) -> d
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HOME": f"{folder}/hf",
         "HF_HUB_OFFLINE": "1",
-        "QLORA_LOCKS": f"{folder}/locks",
         "QLORA_BOARD": f"{folder}/board",
     }
 
