@@ -10,13 +10,14 @@ BOOK_VENV ?= .venv-book
 # As they were typed, and handed on in the environment: neither make nor the shell reads anything into a file's name.
 override DATA := $(value DATA)
 override TORCH := $(value TORCH)
-export DATA TORCH VENV BOOK_VENV
+override OUT := $(or $(value OUT),stick)
+export DATA TORCH VENV BOOK_VENV OUT
 INSTALL = "$(PYTHON)" tools/install.py --venv "$$VENV"
 export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test quick slow matrix test-demo check lab notebooks book install lock clean
+.PHONY: demo test quick slow matrix test-demo check lab notebooks book workshop stick install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
@@ -54,6 +55,14 @@ notebooks: $(VENV)/.installed-dev
 # The notebooks with their stored outputs, and the documents, as pages that need no server. Nothing is executed.
 book: $(BOOK_VENV)/.installed
 	$(BOOK_VENV)/bin/python tools/book.py
+
+# Student and solved notebooks, lessons and the instructor's papers: workshop/build.
+workshop: $(VENV)/.installed
+	$(BIN)/python tools/workshop.py
+
+# A folder from which the workshop is installed without a network: make stick OUT=/media/stick STICK_OPTIONS="--download all"
+stick: $(VENV)/.installed
+	$(BIN)/python tools/stick.py "$$OUT" $(STICK_OPTIONS)
 
 # Installs again, with another TORCH for example.
 install:

@@ -21,7 +21,7 @@ from qlora_helpers.base.config import SECTIONS, describe
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import NEXT_STEPS
 from qlora_helpers.base.profiles import PROFILES, profile_config
-from qlora_helpers.commands import side_by_side, sweeps, terminal
+from qlora_helpers.commands import board, side_by_side, sweeps, terminal
 
 if TYPE_CHECKING:
     from qlora_helpers.runs.folder import Run
@@ -153,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--shots", type=int, help="examples before each question (default: as the task says)")
     suite.add_argument("--batch-size", type=int, help="rows at once (default: the run's)")
     suite.add_argument("--chat", action="store_true", help="put the tasks' questions into the chat template")
+    board.add_commands(commands)
     export = commands.add_parser(
         "export",
         help="write the model for where it goes next: llama.cpp, Ollama, vLLM, SageMaker or the hub",
@@ -429,6 +430,7 @@ _COMMANDS = {
     "demo": _demo,
     **side_by_side.COMMANDS,
     **sweeps.COMMANDS,
+    **board.COMMANDS,
 }
 
 

@@ -25,7 +25,7 @@ HEAVY_FILES = {
     *("test_background", "test_benchmarks", "test_cli", "test_demo", "test_events_copy_on_s3", "test_hostile"),
     *("test_claims", "test_kept_values", "test_launch", "test_loading", "test_locks", "test_out_of_memory"),
     *("test_preview", "test_saving", "test_several_instances", "test_sigterm", "test_tensorboard", "test_trained_run"),
-    *("test_workflow", "test_workspace"),
+    *("test_stick", "test_workflow", "test_workspace"),
 }
 HEAVY_FIXTURES = {"torch", "falcon", "own_falcon", "llama", "llama_folder", "tokenizer", "data", "padded_data"}
 
@@ -95,6 +95,10 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_CACHE", str(folder))
         for name in ("QLORA_PROFILE", "QLORA_RUNS", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        # Nothing is written into the person's home, and nothing leaves for a teacher's board
+        patch.setenv("QLORA_LEARNER", str(tmp_path_factory.mktemp("learner")))
+        for name in ("QLORA_SEAT", "QLORA_TEACHER", "QLORA_BOARD"):
             patch.delenv(name, raising=False)
         yield folder
 

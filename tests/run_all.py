@@ -95,6 +95,8 @@ def notebook_jobs(profile: str) -> list[Job]:
             "QLORA_PROFILE": profile,
             "QLORA_RUNS": str(own / "runs"),
             "JUPYTER_DATA_DIR": str(own / "jupyter"),
+            "QLORA_LEARNER": str(own / "learner"),
+            "QLORA_BOARD": "",
             "TOKENIZERS_PARALLELISM": "false",
         }
         if profile == "tiny":

@@ -31,6 +31,8 @@ def main() -> int:
     os.environ.setdefault("QLORA_PROFILE", "demo")
     os.environ.setdefault("QLORA_RUNS", tempfile.mkdtemp(prefix="qlora-notebooks-"))
     os.environ.setdefault("JUPYTER_DATA_DIR", tempfile.mkdtemp(prefix="qlora-jupyter-"))
+    os.environ["QLORA_LEARNER"] = tempfile.mkdtemp(prefix="qlora-learner-")  # nobody's own attempts open a solution
+    os.environ.pop("QLORA_BOARD", None)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for path in chosen:
         started = time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from run_all import notebook_jobs
 from store_notebooks import is_worth_storing
 
 import qlora_helpers
@@ -30,6 +31,12 @@ def test_make_lab_opens_the_start_page_which_leads_to_every_other_notebook():
     links = set(re.findall(r"\]\(([^)#]+)\)", text))
     assert {path.name for path in NOTEBOOKS} - {"start.ipynb"} <= links
     assert all((root / "notebooks" / link).exists() for link in links)
+
+
+def test_a_tried_notebook_writes_into_nobody_s_home_and_sends_nothing():
+    for job in notebook_jobs("tiny"):
+        assert {"QLORA_LEARNER", "QLORA_RUNS", "JUPYTER_DATA_DIR"} <= set(job.environment)
+        assert job.environment["QLORA_BOARD"] == ""
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -88,7 +88,7 @@ def test_extras_are_tested_in_a_version_of_their_range():
     pinned = pins("requirements-dev.txt")
     assert EXTRAS and not set(EXTRAS) & set(DECLARED)
     for name, requirement in EXTRAS.items():
-        if name == "lm-eval":  # brings many packages and is tried apart
+        if name in ("lm-eval", "llama-cpp-python"):  # many packages, a long build: tried apart
             continue
         (exactly,) = pinned[name].specifier
         assert exactly.operator == "==" and requirement.specifier.contains(exactly.version), name

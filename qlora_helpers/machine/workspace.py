@@ -173,6 +173,8 @@ def register_kernel(
     variables = tuple(variable for variable in KERNEL_VARIABLES if os.environ.get(variable))
     for variable in variables:
         command += ["--env", variable, os.environ[variable]]
+    # Threads that spin while they wait make a shared machine many times slower
+    command += ["--env", "OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY") or "PASSIVE"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -74,11 +74,15 @@ def attempts(exercise: str | None = None, folder: Path | None = None) -> list[At
     """
     try:
         with open((folder or learner_folder()) / FILE, "rb") as file:
-            lines = file.read(MOST_BYTES).splitlines()
+            found = read_lines(file.read(MOST_BYTES))
     except OSError:
         return []
-    found = [attempt for line in lines if (attempt := _read(line)) is not None]
     return [attempt for attempt in found if exercise in (None, attempt.exercise)]
+
+
+def read_lines(content: bytes) -> list[Attempt]:
+    """Returns the attempts in a file's content; lines that are not whole, or of another kind, are passed over."""
+    return [attempt for line in content.splitlines() if (attempt := _read(line)) is not None]
 
 
 def _read(line: bytes) -> Attempt | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_helpers.base.style import inline
 from qlora_helpers.teaching.attempts import attempts, record
+from qlora_helpers.teaching.sending import send_soon
 
 KINDS = ("write", "predict and measure", "break and fix", "judge")
 TRIES = 2
@@ -96,6 +97,8 @@ class Exercise:
         misconceptions: code -> the sentence that names it; `{names}` in it come from `Wrong`'s facts.
         hints: from a nudge to nearly the answer.
         solution_is: a function whose source is shown, or a text.
+        cell: where the solution is a text that is not code itself, what a solved notebook has in place of the dots, or where
+            its cell has no dots, after the cell's assignments.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Exercise:
     misconceptions: Mapping[str, str]
     hints: tuple[str, ...]
     solution_is: Callable[..., Any] | str = field(repr=False)
+    cell: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, f"{self.name}: {self.kind!r} is none of {KINDS}"
@@ -120,6 +124,7 @@ class Exercise:
         """
         outcome = self._judged(answer, context)
         record(self.name, outcome.verdict, outcome.misconception)
+        send_soon()
         return outcome
 
     def _judged(self, answer: tuple[Any, ...], context: Mapping[str, Any]) -> Outcome:
@@ -143,6 +148,7 @@ class Exercise:
         if not 1 <= number <= len(self.hints):
             return Shown("There is no such hint:", f"this exercise has {len(self.hints)}.")
         record(self.name, "hint")
+        send_soon()
         return Shown(f"Hint {number} of {len(self.hints)}:", self.hints[number - 1])
 
     def solution(self) -> Shown:

@@ -124,11 +124,13 @@ def test_registered_kernel_starts_with_our_python_and_variables(tmp_path, monkey
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/cuda/lib:/other/lib")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     kernel = register_kernel("qlora-test", "Python <test>")
     assert repr(kernel).startswith("Kernel registered: choose 'Python <test>'")
     assert str(tmp_path) not in repr(kernel)
     spec = json.loads((tmp_path / "jupyter" / "kernels" / "qlora-test" / "kernel.json").read_text())
     assert spec["display_name"] == "Python <test>"
+    assert spec["env"]["OMP_WAIT_POLICY"] == "PASSIVE", "threads of a shared machine sleep while they wait"
 
     monkeypatch.delenv("HF_HOME")  # a server that was started without our settings
     monkeypatch.delenv("LD_LIBRARY_PATH")

@@ -112,4 +112,5 @@ RANK_COST = Exercise(
         "(8 − 1) · 55,541,760 · 16 bytes, in GiB of 1024³ bytes.",
     ),
     solution_is="7 · 55,541,760 more parameters · 16 bytes / 1024³ = 5.8 GiB.",
+    cell="7 * 55_541_760 * 16 / 1024**3",
 )

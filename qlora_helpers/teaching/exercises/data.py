@@ -241,4 +241,8 @@ REPAIR_A_FILE = Exercise(
         "One row has a role that no model knows, by a slip of the pen; another has no answer.",
     ),
     solution_is='In line 4, "assistent" becomes "assistant". Line 8 gets an answer: {"role": "assistant", "content": "..."}.',
+    cell="""rows = [json.loads(line) for line in my_file.read_text().splitlines()]
+rows[3]["messages"][1]["role"] = "assistant"
+rows[7]["messages"][1:] = [{"role": "assistant", "content": "There is Wi-Fi, and the password is on the menu."}]
+my_file.write_text("".join(json.dumps(row) + "\\n" for row in rows))""",
 )

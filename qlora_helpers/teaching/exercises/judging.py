@@ -135,4 +135,5 @@ FOOL_THE_SCORE = Exercise(
     },
     hints=("ROUGE-L counts words in the same order. Which single word carries the most meaning?", "Leave out 'not'."),
     solution_is=REFERENCE.replace("not ", ""),
+    cell='exercises.REFERENCE.replace("not ", "")',
 )

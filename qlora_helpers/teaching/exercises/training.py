@@ -162,4 +162,5 @@ MAKE_IT_FIT = Exercise(
     ),
     solution_is='{"train.micro_batch_size": 2, "train.gradient_accumulation_steps": 8}, or '
     '{"train.activation_checkpointing": True}.',
+    cell='{"train.micro_batch_size": 2, "train.gradient_accumulation_steps": 8}',
 )
