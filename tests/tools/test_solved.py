@@ -16,7 +16,7 @@ SPEC = importlib.util.spec_from_file_location("solved", ROOT / "tools" / "solved
 solved = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(solved)
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-NO_CELL_YET = {"cheapest_machine"}  # notebook 07 is still to get its cell
+NO_CELL_YET: set[str] = set()
 NEEDS_A_MODEL = {"really_four_bits"}  # the solution's check loads one; tests/teaching runs it
 
 
