@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -311,6 +312,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from qlora_helpers.runs import launch, ranks
     from qlora_helpers.training.processes import is_main_process
 
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it; `stop_evaluation` sends it
     rivals = [workflow.existing_run(rival) for rival in options.rival]
     run = workflow.existing_run(options.run)
     if options.processes != 1:

@@ -55,10 +55,7 @@ def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) 
     except BaseException as error:
         told = _told(wait=_is_of_exchange(error))
         if told is None and _is_of_exchange(error):
-            told = RunError(
-                "another process of this training ended",
-                next_step="Train again: the run goes on from its last good checkpoint. Its log may say what ended it.",
-            )
+            told = _ended()
         elif told is None:
             _tell(error)
         if told is None:
@@ -68,6 +65,20 @@ def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) 
         done.set()
     if told is not None:  # outside of the handler: the frames of the error here hold memory
         raise told
+
+
+def _ended() -> RunError:
+    from qlora_helpers.training.processes import several_machines
+
+    if several_machines():
+        return RunError(
+            "another machine of this training was lost, or its process ended",
+            next_step="Start it on all machines again: it goes on from its last checkpoint.",
+        )
+    return RunError(
+        "another process of this training ended",
+        next_step="Train again: the run goes on from its last good checkpoint. Its log may say what ended it.",
+    )
 
 
 def _store() -> Any:

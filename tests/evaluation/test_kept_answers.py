@@ -297,9 +297,12 @@ def test_a_background_evaluation_that_fails_says_why(pair):
 
 def test_a_running_evaluation_is_interrupted_and_nothing_else(pair):
     import os
+    import signal
     import time
 
     from qlora_helpers.runs.launch_evaluation import stop_evaluation
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     run, *_ = pair
     stop_evaluation(run, os.getpid())  # nothing is running: nobody is interrupted
@@ -308,5 +311,8 @@ def test_a_running_evaluation_is_interrupted_and_nothing_else(pair):
         stop_evaluation(run, os.getpid())
         time.sleep(5)
 
-    with evaluation_lock(run), pytest.raises(KeyboardInterrupt):
-        interrupted()
+    try:
+        with evaluation_lock(run), pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)

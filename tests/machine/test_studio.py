@@ -142,7 +142,9 @@ def test_the_command_line_passes_the_option_on(monkeypatch, tmp_path):
     from qlora_helpers.__main__ import main
 
     calls = []
-    monkeypatch.setattr(workflow, "train", lambda run, **options: calls.append(options))
+    monkeypatch.setattr(
+        workflow, "train", lambda run, *, shut_down_app, say: calls.append({"shut_down_app": shut_down_app})
+    )
     main(["train", str(tmp_path / "runs" / "mine"), "--profile", "tiny", "--shut-down-app"])
     main(["train", str(tmp_path / "runs" / "mine")])
     assert calls == [{"shut_down_app": True}, {"shut_down_app": False}]

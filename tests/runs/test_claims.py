@@ -156,7 +156,7 @@ def test_a_claim_is_there_while_the_lock_is_held_and_its_own_process_is_not_in_i
         assert (claim.run, claim.pid, claim.gpu) == ("mine", os.getpid(), GPU)
         assert claims.claim_on(GPU, not_of=os.getpid()) is None and claims.claim_on("GPU-free") is None
         assert locks.unlocked_gpus([GPU, "GPU-free"]) == ("GPU-free",)
-        with pytest.raises(RunError, match="is already training on"):
+        with pytest.raises(RunError, match="is already using"):
             locks.refuse_busy_gpus([GPU])
     assert not list(common.iterdir()) and claims.claim_on(GPU) is None
 

@@ -119,7 +119,22 @@ def test_time_and_price_of_all_sessions():
 
 
 def test_the_next_session_starts_without_what_the_last_one_left():
-    last = Status("failed", 4, 10, 7, "other", 1, 4_600.0, "an error", "oops", 1_000.0, 5.0, 1.0, 2.0, {"gpus": []})
+    last = Status(
+        state="failed",
+        step=4,
+        max_steps=10,
+        pid=7,
+        host="other",
+        session=1,
+        heartbeat=4_600.0,
+        exit_reason="an error",
+        last_error="oops",
+        started_at=1_000.0,
+        spent_s=5.0,
+        spent_usd=1.0,
+        usd_per_hour=2.0,
+        readings={"gpus": []},
+    )
     new = last.next_session()
     assert (new.state, new.session, new.step, new.max_steps) == ("starting", 2, 4, 10)
     assert (new.exit_reason, new.last_error, new.usd_per_hour, new.readings) == (None, None, None, None)

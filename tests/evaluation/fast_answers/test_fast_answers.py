@@ -173,7 +173,9 @@ def test_the_fullest_gpu_limits_a_model_over_several(monkeypatch):
     from qlora_helpers.evaluation.fast_answers import memory
 
     devices = [torch.device("cuda", index) for index in (0, 1)]
-    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=device) for device in devices * 2])
+    model = SimpleNamespace(
+        parameters=lambda: [SimpleNamespace(device=device) for device in devices * 2], modules=lambda: ()
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((50, 20)[device.index], 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 25)

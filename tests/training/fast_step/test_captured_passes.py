@@ -279,6 +279,9 @@ class OnGpus:
     def parameters(self):
         return iter(self.weights)
 
+    def modules(self):
+        return iter(())
+
 
 def weight(device="cuda:0", dtype=torch.bfloat16):
     return type("Weight", (), {"device": torch.device(device), "dtype": dtype})()
