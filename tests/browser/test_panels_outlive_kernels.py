@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -150,7 +151,7 @@ def test_a_cell_that_trains_and_is_interrupted_saves_and_is_no_failure(lab, open
     page, panel = notebook.page, notebook.page.locator(".qlora-watch")
     notebook.run_cell(0)
     page.evaluate("() => { notebook.content.activeCellIndex = 1; jupyterapp.commands.execute('notebook:run-cell'); }")
-    expect(panel.locator(".qlora-state")).to_contain_text("step 3 of")
+    expect(panel.locator(".qlora-state")).to_contain_text(re.compile(r"step [1-9]"))  # however fast it goes
     page.evaluate("() => notebook.sessionContext.session.kernel.interrupt()")
     expect(panel.locator(".qlora-state")).to_contain_text("stopped")
     notebook.run_cell(2)
