@@ -194,19 +194,19 @@ def test_only_known_addresses_are_answered(server):
 
 def test_bodies_are_limited(server):
     url, right = f"{server.url}/chat/completions", {"Authorization": f"Bearer {server.token}"}
-    assert send(url, b" " * (1024**2 + 1), **right)[0] == 413
     assert send(url, b"{}", **right | {"Content_Type": "text/plain"})[0] == 415
     assert send(url, b"[" * 200_000, **right)[0] == 400
     host, port = server.url.split("/")[2].split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {server.token}\r\n"
+    # Nothing is sent that the server would not read: the answer could be lost with the connection.
+    with socket.create_connection((host, int(port)), timeout=30) as opened:
+        opened.sendall(f"{head}Content-Length: {1024**2 + 1}\r\n\r\n".encode())
+        assert b" 413 " in opened.recv(200)
     with socket.create_connection((host, int(port)), timeout=30) as opened:  # without a length, in chunks
         opened.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
-        chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-        try:
-            for _ in range(40):
-                opened.sendall(chunk)
-        except OSError:
-            pass
+        for _ in range(16):
+            opened.sendall(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+        opened.sendall(b"1\r\n \r\n")
         assert b" 413 " in opened.recv(200)
 
 
