@@ -15,6 +15,7 @@ from qlora_helpers.model.checkpoints import base_fingerprint
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
+from qlora_helpers.training.told import is_of_exchange
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,5 +108,7 @@ def ask_saved(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> dic
                 saved = answered(trained, data, prompts)
             return compared(live, saved)
     except (RuntimeError, OSError, ValueError, KeyError) as error:  # a damaged file; the certificate names its tensors
+        if is_of_exchange(error):  # another process has ended, which says nothing of the file
+            raise
         log.warning("the saved adapter was not asked: %s: %s", type(error).__name__, error)
         return {"prompts": 0, "largest_difference": None, "same_answers": 0}

@@ -15,6 +15,7 @@ import torch
 
 from qlora_helpers.model.attention import UnsupportedAttentionError
 from qlora_helpers.model.wiring import decoder_layers
+from qlora_helpers.training.told import is_of_exchange
 
 ROUNDINGS = 8
 """How many times the effect of one rounding in every layer two ways of computing may lie apart: a layer rounds several times
@@ -39,6 +40,8 @@ def why_it_fails(attempt: Callable[[], object], what: str) -> str | None:
     except (NotProvedError, UnsupportedAttentionError) as error:
         return str(error)
     except Exception as error:
+        if is_of_exchange(error):  # another process has ended, which says nothing of the model
+            raise
         return f"{what} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
     return None
 

@@ -28,6 +28,7 @@ STUCK_S = (
     6.0  # after which a process that still waits for the one that failed reports and ends; `runs.ranks` gives it 10
 )
 EXIT_CODE = 2  # of a `UserError` on the command line
+_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "process group")
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +54,8 @@ def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) 
     try:
         yield
     except BaseException as error:
-        told = _told(wait=_is_of_exchange(error))
-        if told is None and _is_of_exchange(error):
+        told = _told(wait=is_of_exchange(error))
+        if told is None and is_of_exchange(error):
             told = _ended()
         elif told is None:
             _tell(error)
@@ -122,16 +123,21 @@ def _error(found: dict[str, Any]) -> Exception:
     return RunError(f"{who} failed: {found['problem']}")
 
 
-def _is_of_exchange(error: BaseException) -> bool:
-    """Whether an error comes from an exchange between processes, and so perhaps from another's end."""
+def is_of_exchange(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made from, comes from an exchange between processes, and so perhaps from another's end.
+
+    What is tried on a model, a proof before training above all, explains errors in its own words: the first cause counts.
+    """
     from torch import distributed
 
-    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "process group")
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError | ValueError)
-        and not isinstance(error, UserError)
-        and any(word in str(error) for word in words)
-    )
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        of_torch = isinstance(error, RuntimeError | ValueError) and not isinstance(error, UserError)
+        if isinstance(error, distributed.DistError) or (of_torch and any(word in str(error) for word in _WORDS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _watch(done: threading.Event, when_stuck: Callable[[Exception], None]) -> None:
