@@ -213,8 +213,8 @@ def _with_held_out(decided: Decided, corpus: Corpus) -> Corpus:
 
 
 def _decide_form(decided: Decided, corpus: Corpus) -> None:
-    read_as = next((note.partition(" read as ")[2] for note in corpus.notes if " read as " in note), "")
-    why = read_as.rpartition("; data.format")[0] or "as the settings name its columns"
+    noted = (note.rpartition("; data.format")[0].partition(" read as ")[2] for note in corpus.notes)
+    why = next(filter(None, noted), "as the settings name its columns")
     if decided.config.data.source.startswith("embedded"):
         why = "the embedded corpus's own"
     decided.take("data.format", corpus.form, why)

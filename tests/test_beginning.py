@@ -231,7 +231,7 @@ def test_bad_input_is_one_message_and_leaves_no_folder(tmp_path, llama_folder, m
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_bytes(b"")
     Path("empty").mkdir()
-    json_lines(Path("two.jsonl"), [{"text": f"t{n}", "label": "a"} for n in range(9)])
+    json_lines(Path("two.jsonl"), [{"text": f"t{n}", "kind": "a"} for n in range(9)])
     json_lines(Path("hollow.jsonl"), [{"question": "", "answer": ""} for n in range(9)])
     changes, message, kind = BAD[case]
     asked = {"model": str(llama_folder), "data": str(as_labels(tmp_path)), "settings": []} | changes

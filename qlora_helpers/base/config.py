@@ -109,13 +109,14 @@ class DataConfig:
 
     source: str = option(
         "embedded",
-        "Data: embedded or embedded:tickets (corpora in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx or .7z "
-        "file, also .gz or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
+        "Data: embedded or embedded:tickets (corpora in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx, .txt, .md "
+        "or .7z file, also .gz or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
     )
     format: str = option(
         "auto",
         "What a row is: messages (OpenAI), conversations (ShareGPT), alpaca, prompt_completion, question_answer, dialogue (with "
-        "its summary), columns (any, by data.prompt and data.answer, or the only two), or text (documents); auto recognises it.",
+        "its summary), columns (any, by data.prompt and data.answer, or the only two), transcript (conversations in one text with "
+        "marks such as '### Human:'), or text (documents); auto recognises it.",
         choices=(
             *(
                 "auto",
@@ -126,6 +127,7 @@ class DataConfig:
                 "question_answer",
                 "dialogue",
                 "columns",
+                "transcript",
             ),
             "text",
         ),

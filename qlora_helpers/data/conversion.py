@@ -18,6 +18,7 @@ from qlora_helpers.data.examples import SUMMARIZE, Example, Message
 from qlora_helpers.data.forms import Form
 from qlora_helpers.data.rows import MAX_ROWS, Part, Row, SkippedRows
 from qlora_helpers.data.texts import MISSING, Cleaner, Unusable
+from qlora_helpers.data.transcripts import style_of, turns
 
 SAMPLE_ROWS = 1000  # in which columns and their values are looked for
 SAMPLE_CELLS = 500_000
@@ -72,6 +73,7 @@ class Conversion:
         self._cut = self._gaps = self._seen = 0
         makers: dict[str, Callable[[Mapping[str, Any]], Example]] = {
             **dict.fromkeys(("messages", "conversations"), self._chat),
+            "transcript": self._transcript,
             "alpaca": self._alpaca,
             "text": self._document,
         }
@@ -140,14 +142,16 @@ class Conversion:
             return self._chat_pair(prompt, parsed(answer), values)
         names = ("dialogue", "summary") if self._form.name == "dialogue" else ("prompt", "answer")
         text = self._cleaner.text(values.get(columns["prompt"]), names[0])
+        text, body = self._with_input(text, values)
         references: list[str] = []
+        answer = parsed(answer)["text"] if _is_squad(parsed(answer)) else answer
         if isinstance(answer, list) and answer and all(isinstance(item, str) for item in answer):
             answer, *references = dict.fromkeys(answer)  # several right answers
         answered = self._cleaner.answer(answer, names[1])
         for part, column in columns.items():
             if part.startswith("reference"):
                 references.append(values.get(column) or "")
-        asked = self._asked(text, (0, len(text)))
+        asked = self._asked(text, body)
         right = tuple(filter(None, map(self._reference, references)))
         return self._example([asked, Message("assistant", answered)], (), right, self._system_of(values))
 
@@ -169,6 +173,15 @@ class Conversion:
         tools = tools_of(values.get(columns["tools"])) if "tools" in columns else ()
         return self._with_instruction(messages, tools, self._system_of(values))
 
+    def _transcript(self, values: Mapping[str, Any]) -> Example:
+        text = self._cleaner.text(values.get(self._form.columns["messages"]), "text")
+        style = style_of([text])
+        if style is None:
+            raise Unusable("it is no conversation with marks that say who speaks")
+        messages, cut = conversation(turns(text, style), self._cleaner)
+        self._cut += cut
+        return self._with_instruction(messages, (), "")
+
     def _with_instruction(self, messages: list[Message], tools: tuple[Mapping[str, Any], ...], system: str) -> Example:
         first = next(place for place, message in enumerate(messages) if message.role == "user")
         if self._instruction:
@@ -183,11 +196,16 @@ class Conversion:
     def _alpaca(self, values: Mapping[str, Any]) -> Example:
         columns = self._form.columns
         text = self._cleaner.text(values.get(columns["prompt"]), "instruction")
-        more = self._cleaner.optional(values.get(columns["input"]), "input", numbers=True) if "input" in columns else ""
-        whole = f"{text}\n\n{more}" if more else text
-        asked = self._asked(whole, (len(whole) - len(more), len(whole)) if more else (0, len(whole)))
+        asked = self._asked(*self._with_input(text, values))
         answer = Message("assistant", self._cleaner.answer(values.get(columns["answer"]), "output"))
         return self._example([asked, answer], (), (), self._system_of(values))
+
+    def _with_input(self, text: str, values: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+        """Returns a question with the text that it is about, and which of its characters may be cut where it is too long."""
+        column = self._form.columns.get("input")
+        more = self._cleaner.optional(values.get(column), "input", numbers=True) if column else ""
+        whole = f"{text}\n\n{more}" if more else text
+        return whole, (len(whole) - len(more) if more else 0, len(whole))
 
     def _document(self, values: Mapping[str, Any]) -> Example:
         return Example("", "", (), self._cleaner.text(values.get(self._form.columns["text"]), "text"))
@@ -212,6 +230,11 @@ class Conversion:
         if isinstance(value, dict | list) and value:
             value = json.dumps(value, ensure_ascii=False)  # such as fields to be found in a text
         return self._cleaner.answer(value, f"answer ({column!r})")
+
+
+def _is_squad(answer: Any) -> bool:
+    """Whether an answer is SQuAD's object of answers and their places in the context."""
+    return isinstance(answer, Mapping) and set(answer) == {"text", "answer_start"} and isinstance(answer["text"], list)
 
 
 def _is_missing_word(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -17,9 +16,9 @@ from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data import encodings
 from qlora_helpers.data.compressed import opened
 from qlora_helpers.data.encodings import numbered_lines
+from qlora_helpers.data.headers import checked_header, without_a_row_as_header
 from qlora_helpers.data.rows import Row, listed
 
-MAX_COLUMNS = 10_000
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _WRITTEN = {"\t": "\\t"}
 _SAMPLE_LINES = 500
@@ -86,7 +85,7 @@ def csv_rows(
         reader = csv.reader(
             (line for _, line in chain(sample, lines)), delimiter=found.separator, strict=True, **found.style
         )
-        yield from _rows(reader, name, first)
+        yield from without_a_row_as_header(_rows(reader, name, first), f"{name} line {first + 1}", config)
 
 
 def recognised(lines: list[str], name: str, asked: str | None, *, tabs: bool, whole: bool) -> Dialect:
@@ -212,21 +211,3 @@ def _rows(reader: Any, name: str, first: int) -> Iterator[Row]:
         ) from error
     if empty:
         raise DataError(f"{name} holds no rows", next_step="Check that it was written or copied whole.")
-
-
-def checked_header(fields: list[str], place: str) -> list[str]:
-    """Returns the names of a table's columns.
-
-    Raises:
-        DataError: one is repeated, there is none, or there are too many.
-    """
-    repeated = [column for column, count in Counter(fields).items() if count > 1]
-    many = len(fields) > MAX_COLUMNS
-    if repeated or not fields or many:
-        raise DataError(
-            f"{place} is not a header",
-            expected=f"the columns' names, each once, {MAX_COLUMNS:,} at most",
-            got=f"{len(fields):,} names" if many else f"{listed(repeated)} repeated" if repeated else "an empty line",
-            next_step="Give the first line one name for each column.",
-        )
-    return fields

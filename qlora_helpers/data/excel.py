@@ -12,7 +12,7 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data.compressed import opened
-from qlora_helpers.data.csv_files import checked_header
+from qlora_helpers.data.headers import checked_header, without_a_row_as_header
 from qlora_helpers.data.rows import Part, Row, listed
 
 MAX_SHEET_ROWS = 1_048_576  # Excel's own limit
@@ -46,7 +46,7 @@ def excel_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes:
 
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
         with opened(path) as again, _workbook(again, name) as book:
-            yield from _sheet_rows(book[chosen], name)
+            yield from without_a_row_as_header(_sheet_rows(book[chosen], name), f"{name} row 1", config)
 
     return Part(name, rows)
 

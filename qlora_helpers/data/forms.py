@@ -14,15 +14,29 @@ from itertools import islice
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data.conversations import chat_keys
+from qlora_helpers.data.conversations import chat_keys, parsed
 from qlora_helpers.data.placeholders import Filled
 from qlora_helpers.data.rows import listed
+from qlora_helpers.data.transcripts import MARKUP, style_of
 
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "turns")
 TEXTS = ("text", "content", "document", "markdown", "passage")
 IDS = ("id", "_id", "idx", "index", "uuid", "row_id", "split", "__index_level_0__", "unnamed: 0", "")
 SYSTEMS = ("system", "system_prompt", "system_message")
-ANSWERS = ("summary", "highlights", "answer", "response", "completion", "output", "target", "translation")
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "emotion", "topic")
+ANSWERS = (
+    "summary",
+    "highlights",
+    "answer",
+    "response",
+    "completion",
+    "output",
+    "target",
+    "translation",
+    "reply",
+    *LABELS,
+)
+PREFERRED, REJECTED = "chosen", "rejected"
 CONTEXTS = ("context", "passage", "document", "contexts")
 BESIDE_TEXT = (
     "url",
@@ -41,9 +55,9 @@ PAIRS = {  # form -> names of what is asked, and of what is answered
     "alpaca": (("instruction",), ("output", "response", "completion", "answer")),
     "prompt_completion": (
         ("prompt", "input", "query", "source", "user"),
-        ("completion", "response", "output", "target", "answer", "assistant"),
+        ("completion", "response", "output", "target", "answer", "assistant", PREFERRED),
     ),
-    "question_answer": (("question",), ("answer", "answers", "response")),
+    "question_answer": (("question",), ("answer", "answers", "response", PREFERRED)),
 }
 DEFAULTS = DataConfig()
 
@@ -98,6 +112,11 @@ def recognised(
                 expected="texts, numbers, lists or objects",
                 next_step="Write it as text, or name another column.",
             )
+    if config.format == "auto" and form.name == "text" and (marks := _markup(columns[form.columns["text"]])):
+        notes.append(
+            f"{name}: its texts hold marks of conversations, such as {marks!r}; as documents they are learned as they are, the "
+            "questions too, and the marks as plain text; data.format=transcript reads turns where marks and turns make up a text"
+        )
     if config.format == "auto" and named is None:
         unused = [column for column in columns if column not in form.needed and column.strip().lower() not in IDS]
         rest = f"; not used: {listed(unused)}" if unused else ""
@@ -156,16 +175,23 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
     lower = {column.strip().lower(): column for column in reversed(list(columns))}
     usable = [column for column in columns if column.strip().lower() not in IDS and column not in kinds]
     if config.column is not None:
-        chat = _chat_form(config.column, columns, lower)
-        return [chat or Form("text", {"text": config.column})]
+        column = config.column
+        chat = _chat_form(column, columns, lower) or _transcript_form(column, columns, config.format)
+        return [chat or Form("text", {"text": column})]
     found = [_dialogue(columns, config)] if {config.dialogue_column, config.summary_column} <= set(columns) else []
     pairs = [form for name, (asked, answered) in PAIRS.items() if (form := _pair(name, asked, answered, lower))]
+    pairs = [form for form in pairs if form.columns["answer"].lower() != PREFERRED or not _is_chat(form, columns)]
     if any(form.name == "alpaca" for form in pairs):
         pairs = [form for form in pairs if form.name == "alpaca"]  # its `input` and `output` are no pair of their own
     taken = {column for form in pairs for column in form.needed}
     chats = {column: form for column in usable if column not in taken and (form := _chat_form(column, columns, lower))}
+    if PREFERRED in (names := {column.strip().lower(): column for column in chats}):
+        chats.pop(names.get(REJECTED, ""), None)
     found += [*chats.values(), *pairs]
     text = next((lower[name] for name in TEXTS if name in lower and lower[name] in usable), None)
+    if not found or config.format == "transcript":
+        written = [form for column in usable if (form := _transcript_form(column, columns, config.format))]
+        found += written if len(written) == 1 else []
     beside = [column for column in usable if column != text and column.strip().lower() not in BESIDE_TEXT]
     if text and not found and (len(usable) == 1 or len(beside) != 1):
         found.append(Form("text", {"text": text}))
@@ -175,9 +201,14 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
         found.append(Form("columns", {"prompt": text, "answer": beside[0]}))
     if not found and len(usable) == 2 and all(map(columns.get, usable)):
         found.append(Form("columns", {"prompt": usable[0], "answer": usable[1]}))
-    if not found and len(usable) == 1 and not kinds:
+    if not found and len(usable) == 1 and not kinds and not _holds_lists(columns[usable[0]]):
         found.append(Form("text", {"text": usable[0]}))
     return found
+
+
+def _holds_lists(values: Sequence[object]) -> bool:
+    """Whether a column holds lists, which may be turns of nobody knows whom."""
+    return any(isinstance(parsed(value), list) for value in values)
 
 
 def _chat_form(column: str, columns: Mapping[str, Sequence[object]], lower: Mapping[str, str]) -> Form | None:
@@ -188,18 +219,38 @@ def _chat_form(column: str, columns: Mapping[str, Sequence[object]], lower: Mapp
     return Form("messages" if keys[0] == "role" else "conversations", {"messages": column, **more})
 
 
+def _transcript_form(column: str, columns: Mapping[str, Sequence[object]], asked: str) -> Form | None:
+    """Returns the form of texts that are conversations with marks, unless they are to be something else."""
+    texts = [value for value in columns.get(column, ()) if isinstance(value, str)]
+    if asked not in ("auto", "transcript") or not texts or style_of(texts) is None:
+        return None
+    return Form("transcript", {"messages": column})
+
+
+def _markup(values: Sequence[object]) -> str:
+    """Returns the first mark of a conversation in a column's texts; empty without one."""
+    return next(
+        (found[0].strip() for value in values if isinstance(value, str) and (found := MARKUP.search(value))), ""
+    )
+
+
 def _pair(form: str, asked: Sequence[str], answered: Sequence[str], lower: Mapping[str, str]) -> Form | None:
     prompt = next((lower[name] for name in asked if name in lower), None)
     answer = next((lower[name] for name in answered if name in lower), None)
     if prompt is None or answer is None:
         return None
     context = next((lower[name] for name in CONTEXTS if name in lower), None)
-    if form == "question_answer" and context:
-        return None  # the answers depend on a text that a pair would leave out
     more = _system(lower)
     if form == "alpaca" and ("input" in lower or context):
         more["input"] = lower.get("input", context or "")
+    elif form == "question_answer" and context:
+        more["input"] = context  # the text that the answer depends on
     return Form(form, {"prompt": prompt, "answer": answer, **more})
+
+
+def _is_chat(form: Form, columns: Mapping[str, Sequence[object]]) -> bool:
+    """Whether the answers are whole conversations, the question among them."""
+    return any(chat_keys(value) for value in columns.get(form.columns["answer"], ()))
 
 
 def _system(lower: Mapping[str, str]) -> dict[str, str]:
@@ -237,8 +288,14 @@ def _likely(column: str, found: Iterable[str]) -> str:
 
 def _unknown(name: str, columns: Mapping[str, Sequence[object]], asked: str) -> DataError:
     usable = [column for column in columns if column.strip().lower() not in IDS and column.isprintable()]
-    first, last = (usable[0], usable[-1]) if len(usable) > 1 else ("question", "answer")
-    template = f"`--set data.prompt='{{{first}}}' --set data.answer='{{{last}}}'`".replace("\n", " ")
+    lists = [column for column in usable if _holds_lists(columns[column])]
+    if lists and len(usable) == 1 and asked == "auto":
+        return DataError(
+            f"the column {lists[0]!r} of {name} holds lists without roles",
+            expected="turns such as {'role': 'user', 'content': ...}, which say who speaks",
+            next_step=f"Write who speaks; or take each list as a document: `--set data.column={shlex.quote(lists[0])}`.",
+        )
+    template = f"`{_proposed(usable)}`".replace("\n", " ")
     problem = f"the columns of {name} are of no known form" if asked == "auto" else f"{name} is not of the form {asked}"
     return DataError(
         problem,
@@ -247,3 +304,12 @@ def _unknown(name: str, columns: Mapping[str, Sequence[object]], asked: str) -> 
         next_step=f"Say what is asked and what is answered, such as {template}, or name the column of messages or documents: "
         "`--set data.column=NAME`.",
     )
+
+
+def _proposed(usable: Sequence[str]) -> str:
+    """Returns settings that ask with all columns but one, and answer with the one that is called so, else the last."""
+    named = [column for column in usable if column.strip().lower() in (*ANSWERS, "answers", PREFERRED)]
+    answer = (named or list(usable[-1:]) or ["answer"])[0]
+    asked = [column for column in usable if column not in (answer, REJECTED)][:4] or ["question"]
+    prompt = "\\n\\n".join(f"{{{column}}}" for column in asked)
+    return f"--set data.prompt='{prompt}' --set data.answer='{{{answer}}}'"

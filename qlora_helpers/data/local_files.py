@@ -11,13 +11,13 @@ from qlora_helpers.base.errors import DataError
 from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data import compressed
 from qlora_helpers.data.hub_data import HUB_ID
-from qlora_helpers.data.readers import FILE_SUFFIXES, is_data_file
+from qlora_helpers.data.readers import FILE_SUFFIXES, TEXT_SUFFIXES, is_data_file
 from qlora_helpers.data.rows import listed
 from qlora_helpers.data.splits import SPLIT_NAMES
 
 SUFFIXES = (*FILE_SUFFIXES, ".7z")
 MAX_FILES = 10_000
-_NO_DATA_SUFFIXES = (".txt", ".zip", ".xls", ".ods", ".py", ".md", ".pdf", ".docx", *compressed.COMPRESSED)
+_NO_DATA_SUFFIXES = (".zip", ".xls", ".ods", ".py", ".pdf", ".docx", *compressed.COMPRESSED)
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
 
@@ -62,6 +62,8 @@ def split_of(path: Path) -> str:
 def _in_folder(path: Path) -> list[Path]:
     found = [item for item in sorted(path.iterdir()) if item.is_file() and is_data_file(item.name)]
     found = [item for item in found if not item.name.startswith(".")]
+    rows = [item for item in found if compressed.data_suffix(item) not in TEXT_SUFFIXES]
+    found = rows or found  # a README beside data files is none
     if not found:
         raise DataError(
             f"{path.name or path} is a folder without a data file",

@@ -5,6 +5,7 @@ Owns which suffix is read how. Knows nothing of what the columns mean: that is d
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from qlora_helpers.data.compressed import data_suffix, opened
 from qlora_helpers.data.csv_files import csv_rows
 from qlora_helpers.data.encodings import encoding_of, numbered_lines, whole_text
 from qlora_helpers.data.excel import excel_part
+from qlora_helpers.data.file_signs import refuse_other_content
 from qlora_helpers.data.rows import Part, Row, listed
 from qlora_helpers.data.splits import SPLIT_NAMES, named_splits
 from qlora_helpers.data.tables import arrow_part, parquet_part
+from qlora_helpers.data.text_files import text_rows
 
 _JSON_FORMS = "a list of objects, or an object with the lists train, val and test, or data"
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -46,6 +49,7 @@ def read_file(path: Path, name: str, config: DataConfig, notes: list[str]) -> Pa
     """
     suffix = data_suffix(path)
     with opened(path) as file:
+        refuse_other_content(file, name, suffix)
         if suffix == ".json":
             encoding = encoding_of(file, name, config.encoding, notes, guess=False)
             return _json_parts(path, file, name, encoding, notes)
@@ -55,6 +59,9 @@ def read_file(path: Path, name: str, config: DataConfig, notes: list[str]) -> Pa
             encoding = encoding_of(file, name, config.encoding, notes, guess=False)
             return {"train": [Part(name, lambda columns: _jsonl_rows(path, name, encoding))]}
         encoding = encoding_of(file, name, config.encoding, notes, guess=True)
+        if suffix in TEXT_SUFFIXES:
+            size = file.seek(0, io.SEEK_END)
+            return {"train": [Part(name, lambda columns: text_rows(path, name, encoding, size, notes))]}
         tabs = suffix == ".tsv"
     return {"train": [Part(name, lambda columns: csv_rows(path, name, encoding, config, notes, tabs=tabs))]}
 
@@ -65,7 +72,8 @@ _TABLES: dict[str, Callable[[Path, BinaryIO, str, DataConfig, list[str]], Part]]
     ".feather": arrow_part,
     ".xlsx": excel_part,
 }
-FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", *_TABLES)
+TEXT_SUFFIXES = (".txt", ".md")
+FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", *_TABLES, *TEXT_SUFFIXES)
 
 
 def is_data_file(name: str) -> bool:
@@ -87,7 +95,7 @@ def json_parts(text: str, name: str, notes: list[str]) -> Parts:
     Raises:
         DataError: it is not JSON, or JSON of another form.
     """
-    value = _parsed(text, name, None, _JSON_FORMS)
+    value = _values(text, name)
     if isinstance(value, dict):
         value = _from_pandas(value)
     if isinstance(value, dict):
@@ -115,6 +123,25 @@ def json_parts(text: str, name: str, notes: list[str]) -> Parts:
     )
 
 
+def _values(text: str, name: str) -> Any:
+    """Returns the value of a JSON text; a list of them where several objects stand one after another."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
+            raise _not_json(error, name, None, _JSON_FORMS) from error
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, name, None, _JSON_FORMS) from error
+    decode, found, place = json.JSONDecoder().raw_decode, [], 0
+    while (place := _BLANK.match(text, place).end()) < len(text):  # type: ignore[union-attr]
+        try:
+            value, place = decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, name, None, "objects one after another, or a list of them") from error
+        found.append(value)
+    return found
+
+
 def _from_pandas(value: dict[str, Any]) -> Any:
     """Returns the rows of a table as pandas' `to_json` writes it, column by column, row by row or split; else the value."""
     if set(value) >= {"columns", "data"} and isinstance(value["columns"], list) and isinstance(value["data"], list):
@@ -122,6 +149,8 @@ def _from_pandas(value: dict[str, Any]) -> Any:
         if all(isinstance(row, list) and len(row) == len(names) for row in value["data"]):
             return [dict(zip(map(str, names), row, strict=True)) for row in value["data"]]
     tables = list(value.values())
+    if _is_by_column(value):
+        return [dict(zip(value, row, strict=True)) for row in zip(*tables, strict=True)]
     if not tables or not all(isinstance(table, dict) and table for table in tables):
         return value
     if all(key.isdecimal() for key in value):
@@ -129,6 +158,19 @@ def _from_pandas(value: dict[str, Any]) -> Any:
     if all(table.keys() == tables[0].keys() for table in tables) and all(key.isdecimal() for key in tables[0]):
         return [{column: table[key] for column, table in value.items()} for key in tables[0]]
     return value
+
+
+def _is_by_column(value: dict[str, Any]) -> bool:
+    """Whether an object holds each column's values as a list, as pandas' `to_dict("list")` and datasets' `to_dict` give them."""
+    lists = list(value.values())
+    if (
+        len(lists) < 2
+        or "data" in value
+        or not all(isinstance(each, list) and each for each in lists)
+        or SPLIT_NAMES.keys() & value.keys()
+    ):
+        return False
+    return len({len(each) for each in lists}) == 1 and not any(isinstance(item, dict) for item in lists[0])
 
 
 def _listed_part(values: list[Any], name: str) -> Part:
@@ -175,7 +217,7 @@ def _elements(text: str, name: str) -> Iterator[Any]:
 
 
 def _jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:
-    hint = "a JSON object on each line (a list over several lines belongs into a .json file)"
+    hint = "a JSON object on each line (a list or objects over several lines belong into a .json file)"
     empty = True
     with opened(path) as file:
         for number, line in numbered_lines(file, name, encoding):
@@ -186,8 +228,8 @@ def _jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:
         raise DataError(f"{name} holds no rows", next_step="Check that it was written or copied whole.")
 
 
-def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
-    """Parses JSON text: a line of the file, or all of it where `line` is None."""
+def _parsed(text: str, name: str, line: int, expected: str) -> Any:
+    """Parses a line of JSON text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -197,11 +239,10 @@ def _parsed(text: str, name: str, line: int | None, expected: str) -> Any:
 def _not_json(error: ValueError | RecursionError, name: str, line: int | None, expected: str) -> DataError:
     place = name if line is None else f"{name} line {line}"
     if isinstance(error, json.JSONDecodeError):
-        many = line is None and error.msg == "Extra data"
         return DataError(
             f"{name} line {line or error.lineno} is not valid JSON ({error.msg}, column {error.colno})",
             expected=expected,
-            next_step="If each line is an object of its own, call the file .jsonl." if many else "Fix that line.",
+            next_step="Fix that line.",
         )
     if isinstance(error, RecursionError):
         return DataError(f"{place} is nested too deeply", expected=expected, next_step="Flatten the objects.")

@@ -135,6 +135,28 @@ FORMS = {  # a row, its form, and the messages
         "question_answer",
         [("user", "q0"), ("assistant", "4")],
     ),
+    "a text and its label": ({"text": "t#", "label": 1}, "columns", [("user", "t0"), ("assistant", "1")]),
+    "an answer that depends on a text": (
+        {"question": "q#", "context": "c", "answer": "a"},
+        "question_answer",
+        [("user", "q0\n\nc"), ("assistant", "a")],
+    ),
+    "squad": (
+        {"context": "c#", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}},
+        "question_answer",
+        [("user", "q\n\nc0"), ("assistant", "a")],
+    ),
+    "preferences": (
+        {"prompt": "q#", "chosen": "a", "rejected": "b"},
+        "prompt_completion",
+        [("user", "q0"), ("assistant", "a")],
+    ),
+    "preferences as messages": ({"chosen": CHAT, "rejected": CHAT}, "messages", CHAT_READ),
+    "preferences as messages with their question": (
+        {"prompt": "q", "chosen": CHAT, "rejected": CHAT},
+        "messages",
+        CHAT_READ,
+    ),
     "a boolean for an answer": (
         {"question": "q#", "answer": True},
         "question_answer",
@@ -273,14 +295,17 @@ UNCLEAR = {
         "data.format=messages",
     ),
     "two forms mixed": ({"messages": CHAT, "dialogue": "d#", "summary": "s"}, "several ways", "data.format=dialogue"),
-    "two chats": ({"chosen": CHAT, "rejected": CHAT}, "several ways", "data.column=chosen", "data.column=rejected"),
-    "a text with a label": ({"text": "t#", "label": 1}, "several ways", "data.format=text", "data.format=columns"),
-    "an answer that depends on a text": (
-        {"question": "q#", "context": "c", "answer": "a"},
-        "no known form",
-        "data.prompt='{question}'",
+    "two chats": ({"first": CHAT, "second": CHAT}, "several ways", "data.column=first", "data.column=second"),
+    "a text with a word": ({"text": "t#", "kind": 1}, "several ways", "data.format=text", "data.format=columns"),
+    "many columns": (
+        {"a": "#", "b": "x", "c": "y"},
+        *("no known form", "'a', 'b', 'c'", r"--set data.prompt='{a}\n\n{b}' --set data.answer='{c}'"),
     ),
-    "many columns": ({"a": "#", "b": "x", "c": "y"}, "no known form", "'a', 'b', 'c'", "--set data.prompt='{a}'"),
+    "many columns, one of them an answer": (
+        {"title": "#", "reply": "x", "body": "y"},
+        *("no known form", r"--set data.prompt='{title}\n\n{body}' --set data.answer='{reply}'"),
+    ),
+    "lists of nobody knows whom": ({"dialog": ["a#", "b"]}, "lists without roles", "--set data.column=dialog"),
 }
 
 
@@ -294,12 +319,21 @@ def test_what_is_unclear_is_refused_with_the_settings_to_choose_from(read, case)
 
 
 def test_a_choice_ends_the_doubt(read):
-    row = {"text": "t#", "label": 1}
+    row = {"text": "t#", "kind": 1}
     assert read(many(row), format="text").form == "text"
     assert turns(example(read(many(row), format="columns"))) == [("user", "t0"), ("assistant", "1")]
-    assert turns(example(read(many({"chosen": CHAT, "rejected": CHAT}), column="chosen"))) == CHAT_READ
+    assert turns(example(read(many({"first": CHAT, "second": CHAT}), column="first"))) == CHAT_READ
+    assert example(read(many({"dialog": ["a#", "b"]}), column="dialog")).text == "a0\nb"
     with pytest.raises(DataError, match="not of the form alpaca"):
         read(many(row), format="alpaca")
+
+
+def test_answers_beside_the_first_are_references_also_in_squads_way(read):
+    rows = many({"context": "c", "question": "q#", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}})
+    rows[1]["answers"] = {"text": [], "answer_start": []}  # a question without an answer
+    corpus = read(rows)
+    assert (example(corpus).answer, example(corpus).references) == ("a", ("b",))
+    assert any("line 2: skipped, its answer is empty" in note for note in corpus.notes)
 
 
 # rows that can't be used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -179,7 +180,28 @@ BAD = {
     "an object without rows": ("a.json", b'{"rows": [], "x": 1}', "'rows', 'x'", "train, val and test"),
     "a split that is no list": ("a.json", b'{"train": {"a": 1}}', "'train' without a list"),
     "cut off json": ("a.json", b'[{"dialogue": "a",\n "summ', "line 2", "not valid JSON", "column 2"),
-    "jsonl called json": ("a.json", GOOD, "line 2", "Extra data", ".jsonl"),
+    "jsonl called txt": ("a.txt", GOOD, "holds JSON", ".jsonl"),
+    "broken jsonl called json": ("a.json", GOOD + b"{,}", "line 4", "not valid JSON"),
+    "a pointer of git lfs": (
+        "a.jsonl",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "git lfs pull",
+    ),
+    "a page of html": ("a.csv", b"\n<!DOCTYPE html><html>404</html>", "page of HTML", "download the file anew"),
+    "gzip called jsonl": ("a.jsonl", gzip.compress(GOOD), "a gzip file", ".gz"),
+    "a zip called csv": ("a.csv", b"PK\x03\x04" + b"\0" * 30, "zip archive", ".xlsx"),
+    "parquet called json": ("a.json", b"PAR1\x15\x04\x15\x00", "a Parquet file", ".parquet"),
+    "a pdf called csv": ("a.csv", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n\0", "a PDF"),
+    "no header": (
+        "a.csv",
+        b"".join(b"how many boxes are in order %d?,there are %d of them\n" % (i, i) for i in range(9)),
+        "looks like a row",
+    ),
+    "no header above labels": (
+        "a.csv",
+        b"".join(b"order %d,%s\n" % (i, (b"odd", b"even")[i % 2]) for i in range(9)),
+        "looks like a row",
+    ),
     "json called jsonl": ("a.jsonl", json.dumps(rows(3), indent=1).encode(), "line 1", ".json file"),
     "broken line": ("a.jsonl", GOOD + b'{"dialogue": }\n', "line 4", "not valid JSON", "column 14"),
     "cut off jsonl": ("a.jsonl", GOOD[:-20], "line 3", "not valid JSON"),
@@ -214,7 +236,7 @@ BAD = {
     "lists for rows": ("a.jsonl", b'["a", "b"]\n' * 4, "line 1: skipped, not an object with columns but list"),
     "nothing but empty texts": ("a.jsonl", jsonl([{"dialogue": " ", "summary": "s"}] * 9), "line 1", "is empty"),
     "one dialogue alone": ("a.jsonl", jsonl([rows(1)[0] | {"summary": f"{i}"} for i in range(9)]), "in test too"),
-    "of another kind": ("a.txt", GOOD, "unknown kind", ".jsonl"),
+    "of another kind": ("a.yaml", GOOD, "unknown kind", ".jsonl"),
 }
 
 
@@ -447,3 +469,30 @@ def test_the_name_of_a_kind_of_file_reads_no_files_of_the_working_folder(tmp_pat
     with pytest.raises(DataError, match=f"'{name}' is a kind of file and not a data set"):
         read_corpus(DataConfig(source=name))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_objects_one_after_another_are_rows(tmp_path, indent):
+    path = tmp_path / "a.json"
+    path.write_text("\n".join(json.dumps(row, indent=indent) for row in rows(8)), encoding="utf-8")
+    corpus = read_corpus(DataConfig(source=str(path), eval_rows=1, test_rows=1))
+    assert len(corpus.train) == 6
+
+
+def test_a_table_by_its_columns_is_rows(tmp_path):
+    path = tmp_path / "a.json"
+    made = rows(8)
+    path.write_text(json.dumps({key: [row[key] for row in made] for key in made[0]}), encoding="utf-8")
+    corpus = read_corpus(DataConfig(source=str(path), eval_rows=1, test_rows=1))
+    assert len(corpus.train) == 6
+
+
+def test_questions_are_names_of_columns_where_the_settings_say_so(tmp_path):
+    path = tmp_path / "a.csv"
+    names = ["What did you like about it most of all?", "What should be better the next time around?"]
+    lines = [",".join(names), *(f"the boxes with number {number} in them,nothing {number}" for number in range(8))]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match="looks like a row"):
+        read_corpus(DataConfig(source=str(path)))
+    named = DataConfig(source=str(path), prompt=f"{{{names[0]}}}", answer=f"{{{names[1]}}}", eval_rows=1, test_rows=1)
+    assert len(read_corpus(named).train) == 6
