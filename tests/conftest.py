@@ -9,12 +9,15 @@ import os
 import re
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+hypothesis.settings.register_profile("suite", deadline=None)  # no test judges the machine's load
+hypothesis.settings.load_profile("suite")
 os.environ["QLORA_CLAIMS"] = "off"  # several suites may run on one machine, with the same made-up GPUs
 
 
