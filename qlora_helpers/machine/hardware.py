@@ -44,7 +44,8 @@ class Gpu:
     fp8_measured: bool = False
 
 
-# usable_gib: "total capacity" in PyTorch's out-of-memory messages in public reports; H100 as measured here
+# usable_gib: "total capacity" in PyTorch's out-of-memory messages in public reports; H100 as measured here. bf16_tflops of GeForce
+# cards: NVIDIA's architecture papers (GA102, Ada, RTX Blackwell), tensor cores with float32 sums, which are twice the float32 rate
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -56,11 +57,26 @@ GPUS: dict[str, Gpu] = {
         Gpu("A100-80GB", 80, 79.14, 312, 2039),
         Gpu("H100", 80, 79.11, 989, 3350, measured=True, fp8_tflops=1979),
         Gpu("H200", 141, 139.8, 989, 4800, measured=True, fp8_tflops=1979, fp8_measured=True),
+        Gpu("H100-PCIE", 80, 79.1, 756, 2039, fp8_tflops=1513),
+        Gpu("H100-NVL", 94, 93.1, 835, 3938, fp8_tflops=1671),
+        Gpu("B200", 180, 178.3, 2250, 8000, fp8_tflops=4500),
+        Gpu("A10", 24, 21.98, 125, 600),
+        Gpu("A40", 48, 44.35, 150, 696),
+        Gpu("L40", 48, 44.39, 181, 864, fp8_tflops=362),
+        Gpu("RTX-A6000", 48, 47.4, 155, 768),
+        Gpu("RTX-6000-Ada", 48, 44.43, 364, 960, fp8_tflops=728),
+        Gpu("RTX-PRO-6000", 96, 94.9, 504, 1792, fp8_tflops=1008),
+        Gpu("RTX-3060", 12, 11.76, 25, 360),
+        Gpu("RTX-3080", 10, 9.78, 60, 760),
         Gpu("RTX-3090", 24, 23.67, 71, 936),
+        Gpu("RTX-4070", 12, 11.7, 58, 504, fp8_tflops=117),
+        Gpu("RTX-4080", 16, 15.7, 97, 717, fp8_tflops=195),
         Gpu("RTX-4090", 24, 23.52, 165, 1008, fp8_tflops=330),
+        Gpu("RTX-5080", 16, 15.4, 113, 960, fp8_tflops=225),
+        Gpu("RTX-5090", 32, 31.36, 209, 1792, fp8_tflops=419),
     )
 }
-"""GPUs by short name. H100 and H200 are the SXM cards, as are both A100."""
+"""GPUs by short name. H100 and H200 are the SXM cards, as are both A100. Cards with little memory and laptops' are left out."""
 ALSO_CALLED = {
     "a100": "A100-40GB",
     "a100-80": "A100-80GB",
@@ -94,10 +110,26 @@ _ONE_LETTER = {
 
 
 def find_gpu(driver_name: str) -> Gpu | None:
-    """Finds the catalogue's entry for a driver's name: `NVIDIA A100-SXM4-80GB` is an A100-80GB."""
+    """Finds the catalogue's entry for a driver's name: `NVIDIA A100-SXM4-80GB` is an A100-80GB.
+
+    A word that may mean another card (Ti, SUPER, D, Laptop, Max-Q, MIG) makes it an unknown one.
+    """
     words = driver_name.replace(" ", "-").upper().split("-")
-    called = [gpu for gpu in GPUS.values() if all(part in words for part in gpu.name.upper().split("-"))]
-    return max(called, key=lambda gpu: len(gpu.name), default=None)
+    parts = {name: name.upper().split("-") for name in GPUS}
+    called = [gpu for name, gpu in GPUS.items() if all(part in words for part in parts[name])]
+    found = max(called, key=lambda gpu: len(gpu.name), default=None)
+    if found is None:
+        return None
+    rest = set(words) - set(parts[found.name]) - _DRIVERS_WORDS
+    return None if any(not _MEMORY_WORD.fullmatch(word) for word in rest if word) else found
+
+
+_DRIVERS_WORDS = frozenset(
+    ("NVIDIA", "TESLA", "GEFORCE", "RTX", "SXM", "SXM4", "SXM5", "PCIE", "HBM2", "HBM2E", "HBM3", "HBM3E")
+    + ("GENERATION", "ADA", "BLACKWELL", "WORKSTATION", "SERVER", "EDITION")
+)
+"""What drivers write beside a card's name without meaning another one."""
+_MEMORY_WORD = re.compile(r"\d+GI?B")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ _NVIDIA = "NVIDIA's datasheets, both directions divided by two"
 _PCI = "PCI-SIG: 16 lanes"
 NVLINK_3 = Link("NVLink 3", 300.0, 0.75, f"{_NVIDIA}: A100, 600 GB/s")
 NVLINK_4 = Link("NVLink 4", 450.0, 0.75, f"{_NVIDIA}: H100 and H200, 900 GB/s")
+NVLINK_5 = Link("NVLink 5", 900.0, 0.75, f"{_NVIDIA}: B200, 1,800 GB/s")
 PCIE_3 = Link("PCIe 3", 15.75, 0.3, f"{_PCI} of 8 GT/s")
 PCIE_4 = Link("PCIe 4", 31.5, 0.3, f"{_PCI} of 16 GT/s")
 PCIE_5 = Link("PCIe 5", 63.0, 0.3, f"{_PCI} of 32 GT/s")
@@ -50,11 +51,17 @@ LINKS: dict[str, Link] = {
     "A100-80GB": NVLINK_3,
     "H100": NVLINK_4,
     "H200": NVLINK_4,
-    "RTX-3090": PCIE_4,
-    "RTX-4090": PCIE_4,
+    "H100-PCIE": PCIE_5,
+    "H100-NVL": PCIE_5,
+    "B200": NVLINK_5,
+    "RTX-PRO-6000": PCIE_5,
+    "RTX-5080": PCIE_5,
+    "RTX-5090": PCIE_5,
+    **dict.fromkeys(("A10", "A40", "L40", "RTX-A6000", "RTX-6000-Ada"), PCIE_4),
+    **dict.fromkeys(("RTX-3060", "RTX-3080", "RTX-3090", "RTX-4070", "RTX-4080", "RTX-4090"), PCIE_4),
 }
-"""Card -> how several of them in one machine are linked; A100, H100 and H200 are the SXM cards. A pair of RTX 3090 may have an
-NVLink bridge, which is not counted on."""
+"""Card -> how several of them in one machine are linked; A100, H100 and H200 are the SXM cards. A pair of RTX
+3090, A40, RTX A6000 or H100 NVL may have an NVLink bridge, which is not counted on."""
 UNNAMED_LINK = PCIE_4
 """Between cards of which only the memory is known."""
 NETWORK_SHARE = 0.7

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.machine.hardware import GPUS, parse_gpus
+from qlora_helpers.machine.hardware import GPUS, find_gpu, parse_gpus
 from qlora_helpers.machine.instances import INSTANCES
+from qlora_helpers.machine.links import LINKS
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,13 @@ from qlora_helpers.machine.instances import INSTANCES
         ("NVIDIA GeForce RTX 3090", 1, GPUS["RTX-3090"].usable_gib, "RTX-3090"),
         ("2x3090", 2, GPUS["RTX-3090"].usable_gib, "RTX-3090"),
         ("Tesla T4", 1, GPUS["T4"].usable_gib, "T4"),
+        ("RTX 5090", 1, GPUS["RTX-5090"].usable_gib, "RTX-5090"),
+        ("4x RTX A6000", 4, GPUS["RTX-A6000"].usable_gib, "RTX-A6000"),
+        ("rtx 6000 ada", 1, GPUS["RTX-6000-Ada"].usable_gib, "RTX-6000-Ada"),
+        ("RTX PRO 6000", 1, GPUS["RTX-PRO-6000"].usable_gib, "RTX-PRO-6000"),
+        ("3060", 1, GPUS["RTX-3060"].usable_gib, "RTX-3060"),
+        ("L40", 1, GPUS["L40"].usable_gib, "L40"),
+        ("8xB200", 8, GPUS["B200"].usable_gib, "B200"),
         ("L40S", 1, GPUS["L40S"].usable_gib, "L40S"),
         ("h200", 1, GPUS["H200"].usable_gib, "H200"),
         ("A100 80GB", 1, GPUS["A100-80GB"].usable_gib, "A100-80GB"),
@@ -182,7 +190,7 @@ def test_hardware_that_can_not_be_used_is_refused_with_the_reason(text, reason):
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("L40", "L40S"), ("RTX-4080", "RTX-4090"), ("2xA10", "A10G"), ("H10O", "H100"), ("A100-8OGB", "A100-80GB")],
+    [("L4OS", "L40S"), ("RTX-4060", "RTX-4090"), ("2xA16", "A10G"), ("H10O", "H100"), ("A100-8OGB", "A100-80GB")],
 )
 def test_a_near_name_is_suggested(text, near):
     with pytest.raises(UserError, match=f"Did you mean .*{near}"):
@@ -192,3 +200,44 @@ def test_a_near_name_is_suggested(text, near):
 def test_an_instance_without_these_gpus_is_not_called_something_else():
     with pytest.raises(UserError, match="these GPUs are not known"):
         parse_gpus("ml.p3.2xlarge")
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA RTX A6000", "RTX-A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX-PRO-6000"),
+        ("NVIDIA GeForce RTX 3080", "RTX-3080"),
+        ("NVIDIA GeForce RTX 5090", "RTX-5090"),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX 6000", None),
+    ],
+)
+def test_a_drivers_name_is_that_card_or_none(driver_name, known):
+    found = find_gpu(driver_name)
+    assert (found.name if found else None) == known
+
+
+def test_every_card_knows_its_link_and_less_memory_than_it_is_sold_with():
+    assert set(LINKS) == set(GPUS)
+    for gpu in GPUS.values():
+        assert 0.85 * gpu.memory_gib < gpu.usable_gib < gpu.memory_gib
+        assert gpu.fp8_tflops == 0 or gpu.fp8_tflops == pytest.approx(2 * gpu.bf16_tflops, rel=0.02)
