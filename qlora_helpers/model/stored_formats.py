@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2 * BYTES_IN_GIB
 PACKED_TYPES = ("F8_E4M3", "F8_E5M2", "I8")
+PACKED_NAMES = ("qweight", "qzeros", "weight_packed", "weight_zero_point")  # of GPTQ, AWQ, compressed-tensors
 SCALES = ("_scale_inv", "_scale")  # of a tensor in FP8 or int8, after its name: FP8 in blocks, compressed-tensors
 ACTIVATIONS = (
     "input_scale",
@@ -74,7 +75,7 @@ def usable_folder(folder: Path, name: str, *, packed: bool, say: Say = print) ->
     settings, kinds = quantization_of(folder), _types(folder)
     method = str(settings.get("quant_method", ""))
     if not settings:
-        odd = sorted(each for each, kind in kinds.items() if kind in PACKED_TYPES)
+        odd = sorted(each for each, kind in kinds.items() if kind in PACKED_TYPES or each.endswith(PACKED_NAMES))
         if odd:
             raise ModelError(
                 f"{name} holds packed weights, and its config.json does not say how",
@@ -89,7 +90,7 @@ def usable_folder(folder: Path, name: str, *, packed: bool, say: Say = print) ->
     for path in weight_files(folder):
         stamp.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     target = cache_root() / "dequantised" / f"{folder.name[:60]}-{stamp.hexdigest()[:32]}"
-    make_once(target, "config.json", lambda: _write_plain(folder, target, name, method, say))
+    make_once(target, "config.json", lambda: _write_plain(folder, target, name, settings, say))
     return target
 
 
@@ -109,7 +110,7 @@ def _types(folder: Path) -> dict[str, str]:
 
 def _refuse_unknown(name: str, method: str, settings: dict[str, Any], kinds: dict[str, str]) -> None:
     known = {"bitsandbytes", "fp8", "mxfp4", "compressed-tensors"}
-    odd = sorted(each for each in kinds if each.endswith(("qweight", "weight_packed", "weight_zero_point", "qzeros")))
+    odd = sorted(each for each in kinds if each.endswith(PACKED_NAMES))
     if method in known and not odd:
         return
     form = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": f"compressed-tensors ({settings.get('format')})"}
@@ -120,8 +121,8 @@ def _refuse_unknown(name: str, method: str, settings: dict[str, Any], kinds: dic
     )
 
 
-def _write_plain(folder: Path, target: Path, name: str, method: str, say: Say) -> None:
-    config = read_json(folder / "config.json")
+def _write_plain(folder: Path, target: Path, name: str, settings: dict[str, Any], say: Say) -> None:
+    config, method = read_json(folder / "config.json"), str(settings["quant_method"])
     with replaced_folder(target) as temporary, ExitStack() as stack:
         tensors = _Tensors(folder, stack)
         needed = 2 * tensors.values(method)
@@ -135,7 +136,7 @@ def _write_plain(folder: Path, target: Path, name: str, method: str, say: Say) -
             )
         say(f"Dequantising the {method} weights of {name} once into the cache ({gib(needed):.2f} GiB) ...")
         try:
-            _write_shards(temporary, _plain_tensors(tensors, method))
+            _write_shards(temporary, _plain_tensors(tensors, method, block_of(settings)))
         except (KeyError, RuntimeError, ValueError) as error:
             raise ModelError(f"the packed weights of {name} can't be read ({error})", next_step=GET_PLAIN) from error
         for each in (config, config.get("text_config")):
@@ -181,13 +182,23 @@ class _Tensors:
         return sum(size * (2 if self.kind(name) in two_a_byte else 1) for name, size in sizes.items())
 
 
-def _plain_tensors(tensors: _Tensors, method: str) -> Iterator[tuple[str, torch.Tensor]]:
+def block_of(settings: dict[str, Any]) -> tuple[int, ...]:
+    """Returns how many rows and columns of a weight share a scale, by a checkpoint's settings; empty where they don't say it."""
+    groups = settings.get("config_groups")
+    weights = [each.get("weights") for each in groups.values()] if isinstance(groups, dict) else []
+    found = [settings.get("weight_block_size"), *(each.get("block_structure") for each in weights if each)]
+    sizes = next((each for each in found if each), ())
+    sizes = sizes.split("x") if isinstance(sizes, str) else sizes  # compressed-tensors wrote 128x128 once
+    return tuple(map(int, sizes))
+
+
+def _plain_tensors(tensors: _Tensors, method: str, block: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every weight as plain numbers; what belongs to a packed one is taken in with it."""
     names = tensors.names()
     parts: set[str] = {name for name in names if name.rpartition(".")[2] in ACTIVATIONS}
     done: dict[str, Callable[[], torch.Tensor]] = {}
     for name in names:
-        found = _unpacking(tensors, method, name)
+        found = _unpacking(tensors, method, name, block)
         if found is not None:
             target, used, made = found
             parts |= used
@@ -197,7 +208,9 @@ def _plain_tensors(tensors: _Tensors, method: str) -> Iterator[tuple[str, torch.
         yield name, value.contiguous()
 
 
-def _unpacking(tensors: _Tensors, method: str, name: str) -> tuple[str, set[str], Callable[[], torch.Tensor]] | None:
+def _unpacking(
+    tensors: _Tensors, method: str, name: str, block: tuple[int, ...]
+) -> tuple[str, set[str], Callable[[], torch.Tensor]] | None:
     """Returns for a packed tensor the name of the weight, the tensors that make it up, and what makes it; else None."""
     if method == "mxfp4" and name.endswith("_blocks"):
         target = name.removesuffix("_blocks")
@@ -215,15 +228,19 @@ def _unpacking(tensors: _Tensors, method: str, name: str) -> tuple[str, set[str]
     scale = next((name + end for end in SCALES if name + end in tensors), "")
     if not scale:
         raise ModelError(f"{name} is packed and has no scale", next_step=GET_PLAIN)
-    return name, {scale}, lambda: scaled(tensors.read(name), tensors.read(scale))
+    return name, {scale}, lambda: scaled(tensors.read(name), tensors.read(scale), block)
 
 
-def scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def scaled(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, ...] = ()) -> torch.Tensor:
     """Multiplies packed values by their scales: one for all, for each row, or for each block of rows and columns.
 
     Args:
         values: `(..., out, in)`, FP8 or int8.
         scale: one value, or as many dimensions as `values`, each the number of blocks along it.
+        block: the size of a block along the last dimensions; the last block of each may be short.
+
+    Raises:
+        ValueError: the scale does not belong to the weight, or blocks don't divide it and their size is not known.
     """
     import torch
 
@@ -231,9 +248,14 @@ def scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if scale.numel() > 1:
         if scale.dim() != values.dim():
             raise ValueError(f"a scale of {tuple(scale.shape)} for a weight of {tuple(values.shape)}")
+        known = {values.dim() - len(block) + place: length for place, length in enumerate(block)}
         for dim, (size, blocks) in enumerate(zip(values.shape, scale.shape, strict=True)):
-            if blocks not in (1, size):
-                scale = scale.repeat_interleave(math.ceil(size / blocks), dim).narrow(dim, 0, size)
+            if blocks in (1, size):
+                continue
+            length = known.get(dim, size // blocks)
+            if math.ceil(size / length) != blocks:
+                raise ValueError(f"{blocks} scales for {size} values in blocks of {length}")
+            scale = scale.repeat_interleave(length, dim).narrow(dim, 0, size)
     return (values.float() * scale).to(torch.bfloat16)
 
 

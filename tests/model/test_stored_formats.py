@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -49,11 +50,13 @@ def repack(folder, settings, pack) -> None:
 
 
 def blocks_of_fp8(torch, name, value):
-    """FP8 as DeepSeek's checkpoints have it: one scale for each block of 32 by 32."""
-    rows, columns = (size // 32 for size in value.shape)
-    blocks = value.reshape(rows, 32, columns, 32)
-    scale = blocks.abs().amax((1, 3)) / 448
-    packed = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).reshape(value.shape)
+    """FP8 as DeepSeek's checkpoints have it: one scale for each block, here of 48 by 48, of which the last ones are short."""
+    packed = torch.empty_like(value, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(*(-(-size // 48) for size in value.shape))
+    for row, column in itertools.product(*map(range, scale.shape)):
+        place = (slice(48 * row, 48 * row + 48), slice(48 * column, 48 * column + 48))
+        scale[row, column] = value[place].abs().max() / 448
+        packed[place] = (value[place] / scale[row, column]).to(torch.float8_e4m3fn)
     return {name: packed, f"{name}_scale_inv": scale}
 
 
@@ -78,7 +81,7 @@ def rows_of_int8(torch, name, value):
 
 
 FORMATS = {
-    "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, blocks_of_fp8),
+    "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, blocks_of_fp8),
     "compressed-tensors, rows": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, rows_of_fp8),
     "compressed-tensors, whole": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, whole_of_fp8),
     "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, rows_of_int8),
@@ -104,10 +107,33 @@ def test_every_shape_of_a_scale_is_spread_over_its_weight(torch):
     assert torch.equal(stored_formats.scaled(values, torch.tensor(3.0)), torch.full((5, 6), 6.0, dtype=torch.bfloat16))
     rows = stored_formats.scaled(values, torch.arange(5.0)[:, None])
     assert rows[:, 0].tolist() == rows[:, 5].tolist() == [0, 2, 4, 6, 8]
-    blocks = stored_formats.scaled(values, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # the last block of rows is short
-    assert blocks[:, 0].tolist() == [2, 2, 2, 6, 6] and blocks[0].tolist() == [2, 2, 2, 4, 4, 4]
+    four = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    blocks = stored_formats.scaled(values, four, (4, 4))  # the last blocks are short, as of 576 rows in blocks of 128
+    assert blocks[:, 0].tolist() == [2, 2, 2, 2, 6] and blocks[0].tolist() == [2, 2, 2, 2, 4, 4]
+    experts = stored_formats.scaled(values.expand(3, 5, 6), four.expand(3, 2, 2), (4, 4))
+    assert torch.equal(experts, blocks.expand(3, 5, 6))
+    halves = stored_formats.scaled(values[:4], four)  # whole blocks need no size
+    assert halves[:, 0].tolist() == [2, 2, 6, 6]
+    for block in ((), (2, 2), (8, 8)):
+        with pytest.raises(ValueError, match="2 scales for 5 values in blocks of|2 scales for 6 values in blocks of"):
+            stored_formats.scaled(values, four, block)
     with pytest.raises(ValueError, match="a scale of"):
         stored_formats.scaled(values, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "block"),
+    [
+        ({"weight_block_size": [128, 64]}, (128, 64)),
+        ({"weight_block_size": None}, ()),
+        ({"config_groups": {"group_0": {"weights": {"block_structure": [128, 128]}}}}, (128, 128)),
+        ({"config_groups": {"group_0": {"weights": {"block_structure": "64x32"}}}}, (64, 32)),
+        ({"config_groups": {"group_0": {"weights": None}}}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_size_of_a_block_is_read_from_the_settings(settings, block):
+    assert stored_formats.block_of(settings) == block
 
 
 def test_mxfp4_is_unpacked_exactly(torch):
