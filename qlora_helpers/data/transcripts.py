@@ -50,7 +50,7 @@ STYLES = (
         re.compile(r"<\|(?P<role>system|user|assistant)\|>"),
         re.compile(r"</s>|<\|end\|>|<\|endoftext\|>"),
     ),
-    Style("Llama 2 and Mistral", re.compile(r"(?:<s>)?\s*(?P<role>\[INST\]|\[/INST\])"), re.compile(r"</s>")),
+    Style("Llama 2 and Mistral", re.compile(r"(?P<role>\[/?INST\])"), re.compile(r"</s>")),
     Style(
         "### Human, ### Assistant",
         re.compile(r"### ?(?P<role>System|Human|User|Assistant):"),
@@ -87,7 +87,7 @@ def turns(text: str, style: Style) -> list[dict[str, str]]:
         role = mark["role"] if mark["role"] in _ROLES else mark["role"].lower()
         content = text[mark.end() : ending].strip()
         closed = list(style.closing.finditer(content))
-        if closed and content[closed[0].end() :].strip():  # something stands between two turns
+        if closed and content[closed[0].end() :].strip() not in ("", "<s>"):  # something is between two turns
             return []
         content = content[: closed[0].start()].strip() if closed else content
         system = _SYSTEM_IN_LLAMA_2.match(content) if role == "[INST]" and not found else None

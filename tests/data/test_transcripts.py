@@ -71,6 +71,12 @@ def test_what_is_not_made_of_turns_alone_is_no_transcript(text):
     assert style_of([text]) is None
 
 
+@pytest.mark.parametrize("filler", [" ", "\n", "<s>", "[INST]", "### ", "<<SYS>>", "USER:", "<|im_start|>user\n"])
+def test_the_work_grows_in_step_with_a_text(filler):
+    """A pattern that looks at a run of blanks from each of its places would not end here."""
+    assert style_of([f"[INST] {filler * 100_000} x"]) is None
+
+
 def read(path, rows, **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return read_corpus(DataConfig(source=str(path), eval_rows=1, test_rows=1, **settings))
