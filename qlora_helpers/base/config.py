@@ -109,8 +109,8 @@ class DataConfig:
 
     source: str = option(
         "embedded",
-        "Data: embedded or embedded:tickets (corpora in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx, .txt, .md "
-        "or .7z file, also .gz or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
+        "Data: embedded or embedded:tickets (corpora in this package); a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .xlsx, .txt, "
+        ".md or .7z file, also .gz or .zst; a folder or a pattern such as data/*.jsonl; or a hub data set's id.",
     )
     format: str = option(
         "auto",
