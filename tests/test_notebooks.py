@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from statistics import mean
 
 import nbformat
 import pytest
@@ -52,6 +53,11 @@ def test_short_with_outputs_and_closing_assertions(notebook):
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
     assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_texts_have_at_most_90_words_a_cell_on_average(notebook):
+    words = [len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert mean(words) <= 90, f"{sum(words)} words in {len(words)} cells"
 
 
 def test_nothing_stored_names_a_machine(notebook):
