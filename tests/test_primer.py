@@ -44,8 +44,11 @@ def test_every_prediction_has_a_place_for_it_and_hides_its_answer(name):
         place = cells[at + 2 if prepares else at + 1]
         assert re.match(r"my_\w+(, my_\w+)* = ", place.source), "the answer's place is the cell's first line"
         shown = place if place.outputs else cells[at + 2]
-        pictures = "four_curves(named=False)" in shown.source
-        assert pictures or shown.metadata.get("jupyter", {}).get("outputs_hidden"), "the answer is in plain sight"
+        if "four_curves(named=False)" not in shown.source:  # which shows no answer
+            assert shown.metadata.get("jupyter", {}).get("outputs_hidden"), "the answer is in plain sight"
+            assert shown.outputs[0].text.startswith("you predicted: "), (
+                "JupyterLab shows a folded output's first line"
+            )
         _, asked_so, question = cells[at].source.rpartition("**Your prediction:**")
         assert asked_so and "<details>" not in question
 
