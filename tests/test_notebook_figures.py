@@ -101,3 +101,38 @@ def test_records_that_a_notebook_names_are_there():
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+BESIDE = ("primer", "00_setup", "01_load_model", "02_lora_config", "03_prepare_data", "04_train")
+FIGURE = re.compile(r"(?<!within )(?<![\w.,])(\d[\d,]*(?:\.\d+)?)(?= ?(?:GiB|%|tokens))")
+
+
+def figures_beside(name: str) -> set[float]:
+    """All numbers in a notebook's code and in what is stored below it."""
+    pieces = []
+    for cell in json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            pieces.append("".join(cell["source"]))
+            pieces += ["".join(out.get("text", out.get("data", {}).get("text/plain", ""))) for out in cell["outputs"]]
+    return {float(found.replace(",", "")) for found in re.findall(r"\d[\d,]*(?:\.\d+)?", "\n".join(pieces))}
+
+
+def strangers(text: str, known: set[float]) -> list[str]:
+    """Figures with a unit in a text that no known number rounds to."""
+    text = re.sub(r"<!-- bands -->.*?<!-- /bands -->|`[^`\n]*`|\$[^$]*\$", " ", text, flags=re.DOTALL)
+    found = []
+    for figure in FIGURE.findall(text):
+        value, decimals = float(figure.replace(",", "")), len(figure.partition(".")[2])
+        if not any(round(number, decimals) == value for number in known):
+            found.append(figure)
+    return found
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_figures_in_a_text_are_those_of_the_cells(name):
+    counted_in = {"00_setup": "01_load_model"}  # which counts Falcon-40B
+    assert strangers(text_of(name), figures_beside(name) | figures_beside(counted_in.get(name, name))) == []
+
+
+def test_a_figure_that_no_cell_has_is_found():
+    assert strangers("Of 1,234 tokens 21.4 % are trained, in 3.1 GiB.", {1234.0, 21.42, 2.9}) == ["3.1"]

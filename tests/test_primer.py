@@ -46,9 +46,7 @@ def test_every_prediction_has_a_place_for_it_and_hides_its_answer(name):
         shown = place if place.outputs else cells[at + 2]
         if "four_curves(named=False)" not in shown.source:  # which shows no answer
             assert shown.metadata.get("jupyter", {}).get("outputs_hidden"), "the answer is in plain sight"
-            assert shown.outputs[0].text.startswith("you predicted: "), (
-                "JupyterLab shows a folded output's first line"
-            )
+            assert shown.outputs[0].text.startswith("you predicted: "), "JupyterLab shows a folded output's first line"
         _, asked_so, question = cells[at].source.rpartition("**Your prediction:**")
         assert asked_so and "<details>" not in question
 
