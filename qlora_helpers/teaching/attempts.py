@@ -12,6 +12,7 @@ import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 FILE, SEAT = "attempts.jsonl", "seat"
 MOST_BYTES = 4 * 1024**2  # of the file that is read; a course makes a few kilobytes
@@ -107,15 +108,21 @@ def record(exercise: str, outcome: str, misconception: str = "") -> Attempt:
     tries = sum(each.outcome in ("wrong", "right") for each in earlier) + (outcome in ("wrong", "right"))
     minutes = round((now - earlier[0].time) / 60, 1) if earlier else 0.0
     made = Attempt(seat(), exercise, outcome, misconception, tries, minutes, round(now, 1))
+    append(asdict(made))
+    return made
+
+
+def append(line: dict[str, Any]) -> bool:
+    """Adds a line to the learner's file, and returns whether it could be written."""
     try:
         folder = learner_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # One write of less than a page to a file that is appended to: two kernels never mix their lines
         handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
-            os.write(handle, json.dumps(asdict(made)).encode() + b"\n")
+            os.write(handle, json.dumps(line).encode() + b"\n")
         finally:
             os.close(handle)
     except OSError:
-        pass
-    return made
+        return False
+    return True

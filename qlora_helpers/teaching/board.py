@@ -1,4 +1,4 @@
-"""A teacher's board: seats by exercises in colours, who is stuck, and the commonest wrong answers.
+"""A teacher's board: seats by exercises in colours, who is stuck, the commonest wrong answers, and the class's runs in pictures.
 
 Owns what the lines of many learners' `attempts.jsonl` mean together. Where the lines come from is `collecting`'s business. All
 that learners send is untrusted text: only known exercises, outcomes and misconceptions count, and a seat's name is cut, cleaned
@@ -17,8 +17,12 @@ from qlora_helpers.base.style import stylesheet
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import plain
 from qlora_helpers.teaching.attempts import Attempt
+from qlora_helpers.teaching.drawings.canvas import Drawing
 from qlora_helpers.teaching.exercise import Exercise
-from qlora_helpers.teaching.exercises import all_exercises
+from qlora_helpers.teaching.exercises import BY_NOTEBOOK, all_exercises
+from qlora_helpers.teaching.measured import Measured
+from qlora_helpers.teaching.pooled_plot import pooled
+from qlora_helpers.teaching.releases import Release, next_shown
 
 OUTCOMES = ("not tried", "wrong", "right", "hint", "solution")
 MARKS = {"": "", "right": "✓", "wrong": "✗", "open": "·"}
@@ -48,11 +52,23 @@ class Seat:
 
 @dataclass(frozen=True)
 class Board(Tabular):
-    """What a class has done; prints as a table, and `page()` is a page that refreshes itself."""
+    """What a class has done; prints as a table, and `page()` is a page that refreshes itself.
+
+    Attributes:
+        exercises: the columns.
+        seats: the rows.
+        misconceptions: exercise, wrong answer, and how many seats gave it; the commonest first.
+        pictures: of the runs that the class has shared.
+        release: what the teacher has opened.
+        lesson: the lesson's exercises; empty for all of the course.
+    """
 
     exercises: tuple[Exercise, ...]
     seats: tuple[Seat, ...]
     misconceptions: tuple[tuple[str, str, int], ...]
+    pictures: tuple[Drawing, ...] = ()
+    release: Release = Release()
+    lesson: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """Returns a row for each seat: its exercises, minutes since its last line, and why it may be stuck."""
@@ -77,16 +93,25 @@ class Board(Tabular):
     def _notes(self) -> list[str]:
         numbered = [f"{number} {each.title}" for number, each in enumerate(self.exercises, start=1)]
         said = [f"{count} seats, {title}: {text}" for title, text, count in self.misconceptions]
-        return ["; ".join(numbered), *(["Commonest wrong answers:", *said] if said else [])]
+        opened = (
+            [f"Solutions open for everybody: {', '.join(self.release.solutions)}"] if self.release.solutions else []
+        )
+        notes = ["; ".join(numbered), *(["Commonest wrong answers:", *said] if said else []), *opened]
+        return [*notes, *(repr(picture) for picture in self.pictures)]
 
-    def page(self, *, refresh_s: int = REFRESH_S) -> str:
-        """Returns an HTML page without scripts that the browser loads again every `refresh_s` seconds."""
+    def page(self, *, refresh_s: int = REFRESH_S, action: str = "") -> str:
+        """Returns an HTML page without scripts that the browser loads again every `refresh_s` seconds.
+
+        Args:
+            refresh_s: seconds.
+            action: where buttons that open solutions and show exercises post to; empty for a page without buttons.
+        """
         head = "".join(
             f'<th scope="col" title="{escape(each.title)}">{number}</th>'
             for number, each in enumerate(self.exercises, start=1)
         )
         body = "".join(_row(seat, self.exercises) for seat in self.seats)
-        listed = "".join(f"<li>{escape(each.title)} ({each.minutes} min)</li>" for each in self.exercises)
+        listed = "".join(_listed(each, self.release, action) for each in self.exercises)
         wrong = "".join(
             f"<li><b>{count}</b> {escape(title)}: {escape(text)}</li>" for title, text, count in self.misconceptions
         )
@@ -98,18 +123,30 @@ class Board(Tabular):
             head=head,
             body=body,
             listed=listed,
+            shown=_shown(self.release, self.lesson, action),
+            pictures="".join(f"<figure>{picture.svg()}</figure>" for picture in self.pictures)
+            or "<p>Nobody has shared a run yet.</p>",
+            form="'self'" if action else "'none'",
             wrong=wrong or "<li>None was recognised yet.</li>",
         )
 
 
 def make_board(
-    attempts: Iterable[Attempt], *, exercises: Sequence[str] | None = None, now: float | None = None
+    attempts: Iterable[Attempt],
+    runs: Iterable[Measured] = (),
+    *,
+    release: Release | None = None,
+    exercises: Sequence[str] | None = None,
+    now: float | None = None,
 ) -> Board:
     """Makes a board of the lines of many learners.
 
     Args:
         attempts: in any order; lines of unknown exercises or outcomes are left out.
-        exercises: the names of those that the lesson has, in its order; None takes those that somebody has touched.
+        runs: those that learners have shared.
+        release: what the teacher has opened; None is nothing.
+        exercises: the names of those that the lesson has, in its order; None takes those that somebody has touched or that the
+            teacher has shown.
         now: seconds since 1970; None takes the clock.
     """
     known, now = all_exercises(), time.time() if now is None else now
@@ -119,11 +156,26 @@ def make_board(
             name = seat_name(each.seat)
             if name in by_seat or len(by_seat) < MOST_SEATS:
                 by_seat[name].append(each)
-    touched = {each.exercise for several in by_seat.values() for each in several}
+    release = release or Release()
+    touched = {each.exercise for several in by_seat.values() for each in several} | {*release.shown}
     chosen = [known[name] for name in known if name in touched] if exercises is None else [known[n] for n in exercises]
     seats = [_seat(name, sorted(lines, key=lambda each: each.time), chosen, now) for name, lines in by_seat.items()]
     seats.sort(key=lambda seat: (not seat.stuck, [int(p) if p.isdecimal() else 0 for p in [seat.name]], seat.name))
-    return Board(tuple(chosen), tuple(seats), _misconceptions(by_seat, chosen))
+    wrong, lesson = _misconceptions(by_seat, chosen), tuple(exercises or ())
+    return Board(tuple(chosen), tuple(seats), wrong, pooled(runs), release, lesson)
+
+
+def groups_of(names: Sequence[str] | None = None) -> list[list[str]]:
+    """Returns exercises in groups of one notebook each, as a teacher shows them one after another.
+
+    Args:
+        names: those of the lesson, in its order; None takes all, in the order of the course.
+    """
+    notebook = {each.name: name for name, several in BY_NOTEBOOK.items() for each in several}
+    groups: dict[str, list[str]] = {}
+    for name in notebook if names is None else names:
+        groups.setdefault(notebook[name], []).append(name)
+    return list(groups.values())
 
 
 def seat_name(text: str) -> str:
@@ -189,6 +241,36 @@ def _misconceptions(
     )
 
 
+def _listed(exercise: Exercise, release: Release, action: str) -> str:
+    """An exercise in the page's list, with whether its solution is open, and else a button that opens it."""
+    text = f"{escape(exercise.title)} ({exercise.minutes} min)"
+    if exercise.name in release.solutions:
+        text += ' <span class="opened">solution open for everybody</span>'
+    elif action:
+        text += " " + _button(action, "solution", exercise.name, "Open the solution for everybody", exercise.title)
+    return f"<li>{text}</li>"
+
+
+def _shown(release: Release, lesson: Sequence[str], action: str) -> str:
+    """What the class has come to, and a button that shows the next notebook's exercises."""
+    known = all_exercises()
+    titles = [escape(known[name].title) for name in release.shown if name in known]
+    text = f"<p>Shown to the class: {', '.join(titles)}.</p>" if titles else ""
+    following = next_shown(release, groups_of(lesson or None))
+    if action and following:
+        listed = " and ".join(known[name].title for name in following)
+        text += f"<p>{_button(action, 'show', 'next', f'Show the next: {listed}')}</p>"
+    return text
+
+
+def _button(action: str, name: str, value: str, text: str, about: str = "") -> str:
+    label = f' aria-label="{escape(f"{text}: {about}")}"' if about else ""
+    return (
+        f'<form method="post" action="{escape(action)}"><button name="{name}" value="{escape(value)}"{label}>'
+        f"{escape(text)}</button></form>"
+    )
+
+
 def _row(seat: Seat, exercises: Sequence[Exercise]) -> str:
     cells = "".join(
         f'<td class="{state or "none"}" aria-label="{state or "not begun"}">{MARKS[state]}</td>'
@@ -200,7 +282,7 @@ def _row(seat: Seat, exercises: Sequence[Exercise]) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{refresh}">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; form-action {form}">
 <meta name="viewport" content="width=device-width"><title>Board</title><style>
 {colours}
 :root {{ color-scheme: light dark; }}
@@ -214,6 +296,12 @@ th[scope=row], td:last-child {{ text-align: left; }}
 .open {{ background: #f3c13a; color: #1c1e21; }}
 .stuck th {{ outline: 3px solid light-dark(#b3261e, #ff8a80); outline-offset: -3px; }}
 .key span {{ padding: .1rem .5rem; margin-right: .6rem; }}
+li {{ margin: .2rem 0; }}
+form {{ display: inline; }}
+button {{ font: inherit; padding: .15rem .6rem; cursor: pointer; }}
+.opened {{ font-weight: 600; }}
+figure {{ margin: 0 0 1rem; }}
+figure svg {{ max-width: 100%; height: auto; }}
 </style></head><body>
 <h1>{summary}</h1>
 <p class="key"><span class="right">✓ right</span><span class="wrong">✗ wrong</span><span class="open">· looked at</span>
@@ -221,6 +309,7 @@ at {clock}</p>
 <table><thead><tr><th scope="col">seat</th>{head}<th scope="col">min</th><th scope="col">stuck</th></tr></thead>
 <tbody>{body}</tbody></table>
 <h2>Commonest wrong answers</h2><ul>{wrong}</ul>
-<h2>Exercises</h2><ol>{listed}</ol>
+<h2>Exercises</h2>{shown}<ol>{listed}</ol>
+<h2>Runs of the class</h2>{pictures}
 </body></html>
 """

@@ -1,38 +1,32 @@
-"""The teacher's side of a board: reads learners' lines from a folder or a bucket, and receives them over the room's network.
-
-Nothing that arrives is run or stored as it came: lines are read, those of known exercises are written anew under the sender's own
-seat, and sizes, seats and connections are limited.
-"""
+"""The teacher's side of a board: reads learners' lines from a folder or a bucket. What is no line of a learner is left out."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import hmac
-import http.server
-import json
 import math
 import os
-import socket
-import threading
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.base.files import write_text
 from qlora_helpers.base.folders import open_regular
 from qlora_helpers.teaching.attempts import Attempt, read_lines
 from qlora_helpers.teaching.board import MOST_SEATS, OUTCOMES, seat_name
 from qlora_helpers.teaching.exercises import all_exercises
-from qlora_helpers.teaching.sending import KEY_HEADER, MOST_BYTES, SEAT_HEADER, file_name
-
-MOST_CONNECTIONS = 32
-REQUEST_S = 10.0
+from qlora_helpers.teaching.measured import Measured, read_measured
+from qlora_helpers.teaching.sending import MOST_BYTES
 
 
-def collect(source: str | os.PathLike[str]) -> list[Attempt]:
-    """Reads all learners' lines below a folder or an S3 prefix; what is no line of an attempt is left out.
+@dataclass(frozen=True)
+class Lines:
+    """What learners sent: their attempts, and the runs that they shared."""
+
+    attempts: list[Attempt]
+    runs: list[Measured]
+
+
+def collect(source: str | os.PathLike[str]) -> Lines:
+    """Reads all learners' lines below a folder or an S3 prefix; what is no such line is left out.
 
     Args:
         source: a folder of `*.jsonl` files, or `s3://BUCKET/PREFIX`.
@@ -42,7 +36,14 @@ def collect(source: str | os.PathLike[str]) -> list[Attempt]:
     """
     text = os.fspath(source)
     contents = _from_bucket(text) if text.startswith("s3://") else _from_folder(Path(text).expanduser())
-    return [each for content in contents for each in clean(read_lines(content))]
+    found = [read_content(content) for content in contents]
+    return Lines([line for each in found for line in each.attempts], [run for each in found for run in each.runs])
+
+
+def read_content(content: bytes) -> Lines:
+    """Returns what a learner's file holds."""
+    runs = [replace(each, seat=seat_name(each.seat)) for each in read_measured(content)]
+    return Lines(clean(read_lines(content)), runs)
 
 
 def clean(lines: list[Attempt]) -> list[Attempt]:
@@ -109,100 +110,3 @@ def _from_bucket(address: str, client: Any = None) -> list[bytes]:
         raise UserError(
             f"the board's bucket can't be read ({type(error).__name__})", next_step="Check the role."
         ) from error
-
-
-class Receiver(http.server.ThreadingHTTPServer):
-    """Takes learners' lines over HTTP and writes a file for each seat.
-
-    Args:
-        address: host and port to listen on; port 0 takes a free one.
-        folder: gets the seats' files; it is made where it is missing.
-        token: what the class knows; requests without it are refused.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], folder: Path, token: str) -> None:
-        self.folder, self.token = folder, token
-        folder.mkdir(parents=True, exist_ok=True)
-        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        self._writing = threading.Lock()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serves a connection in a thread of its own, or closes it where there are too many."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Ends a connection after some seconds, however slowly it sends."""
-        limit = threading.Timer(REQUEST_S, _shut, [request])
-        limit.daemon = True
-        limit.start()
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            limit.cancel()
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of connections that break."""
-
-    def take(self, seat: str, key: str, content: bytes) -> int:
-        """Writes the lines of a seat in place of those that it sent before, and returns an HTTP status."""
-        lines = [replace(each, seat=seat) for each in clean(read_lines(content))]
-        path = self.folder / file_name(seat)
-        owner, mark = path.with_suffix(".owner"), hashlib.sha256(key.encode()).hexdigest()
-        with self._writing:
-            if owner.exists():
-                if not hmac.compare_digest(owner.read_text(encoding="utf-8").strip(), mark):
-                    return 409
-            elif sum(1 for _ in self.folder.glob("*.owner")) >= MOST_SEATS:
-                return 507
-            else:
-                write_text(owner, mark + "\n")
-            write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in lines))
-        return 204
-
-
-def _shut(request: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        request.shutdown(socket.SHUT_RDWR)
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: Receiver
-    server_version, sys_version = "qlora-board", ""
-    timeout = 5
-
-    def do_POST(self) -> None:
-        self._answer(self._status())
-
-    def _status(self) -> int:
-        kind, _, token = self.headers.get("Authorization", "").partition(" ")
-        if kind != "Bearer" or not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
-            return 401
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/attempts":
-            return 404
-        if not (length.isascii() and length.isdecimal() and len(length) <= 9):
-            return 411
-        if int(length) > MOST_BYTES:
-            return 413
-        seat, key = seat_name(self.headers.get(SEAT_HEADER, "")), self.headers.get(KEY_HEADER, "")
-        if not (len(key) == 32 and key.isascii() and key.isalnum()):
-            return 400
-        content = self.rfile.read(int(length))
-        return self.server.take(seat, key, content) if len(content) == int(length) else 400
-
-    def _answer(self, status: int) -> None:
-        self.close_connection = True
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.send_header("Connection", "close")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keeps no log: addresses of learners are nobody's business."""

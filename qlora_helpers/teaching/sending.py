@@ -14,6 +14,7 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -121,28 +122,48 @@ def _content() -> bytes:
 
 
 def _post(board: str, seat: str, content: bytes) -> None:
-    try:
-        parts = urlsplit(board)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        url = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + "/attempts"
-    except ValueError:
-        raise UserError("QLORA_BOARD is not an address", expected="http://TOKEN@HOST:PORT") from None
     headers = {
-        "Authorization": f"Bearer {parts.username or ''}",
         "Content-Type": "application/jsonl",
         SEAT_HEADER: "".join(char for char in seat if char.isascii() and char.isprintable()) or "?",
         KEY_HEADER: _seat_key(),
     }
-    request = urllib.request.Request(url, content, headers, method="POST")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a room's own network needs no proxy
     try:
-        with opener.open(request, timeout=TIMEOUT_S) as answer:
-            answer.read(1024)
+        asked(board, "/attempts", content, headers)
     except urllib.error.HTTPError as error:
         reason = {401: "the token is wrong", 409: "another learner has this seat: set QLORA_SEAT to your own"}
         raise NotDelivered(reason.get(error.code, f"it answered {error.code}"), again=error.code >= 500) from None
     except (OSError, ValueError) as error:
         raise NotDelivered(f"the board does not answer ({type(error).__name__})", again=True) from None
+
+
+def asked(
+    board: str, path: str, content: bytes | None = None, headers: Mapping[str, str] | None = None, *, most: int = 1024
+) -> bytes:
+    """Sends a request to a board's receiver and returns its answer.
+
+    Args:
+        board: `http://TOKEN@HOST:PORT`.
+        path: of the request.
+        content: what is posted; None gets.
+        headers: beside the token's.
+        most: bytes of the answer that are read.
+
+    Raises:
+        UserError: the board is not an address.
+        OSError, ValueError: nobody answers there, or it refuses.
+    """
+    try:
+        parts = urlsplit(board)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        url = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + path
+    except ValueError:
+        raise UserError("QLORA_BOARD is not an address", expected="http://TOKEN@HOST:PORT") from None
+    every = {"Authorization": f"Bearer {parts.username or ''}"} | dict(headers or {})
+    request = urllib.request.Request(url, content, every, method="GET" if content is None else "POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a room's own network needs no proxy
+    with opener.open(request, timeout=TIMEOUT_S) as answer:
+        found: bytes = answer.read(most)
+        return found
 
 
 def _seat_key() -> str:

@@ -495,8 +495,16 @@ EVIL = {
 
 @pytest.mark.parametrize("settings", GOOD, ids=str)
 def test_known_settings_of_an_adapter_are_taken(tmp_path, torch, settings):
+    from safetensors.torch import load_file
+
+    from qlora_helpers.model.lora import load_adapter
+
     adapter(tmp_path, torch, **settings)
     check_adapter(tmp_path)
+    loaded = load_adapter(tiny_llama(), tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = [weight for name, weight in loaded.named_parameters() if "lora_" in name]
+    assert sum(each.numel() for each in trained) == sum(tensor.numel() for tensor in saved.values()) > 0
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in EVIL.items() for value in values], ids=str)

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_helpers.teaching.exercises import (
-    adapters,
-    cost,
-    data,
-    four_bits,
-    judging,
-    own_task,
-    primer,
-    setup,
-    training,
-    watching,
-)
+from qlora_helpers.teaching import exercises
 from tests.teaching.wrong_answers import SETTINGS, file_with, lines
 
 
@@ -24,24 +13,24 @@ def repaired(rows):
 
 
 SOLUTIONS = {
-    "write_a_loss": primer.loss,
-    "one_step": primer.step,
-    "quantise": four_bits.quantise,
-    "really_four_bits": four_bits.repair,
-    "count_adapters": adapters.adapter_parameters,
+    "write_a_loss": exercises.primer.loss,
+    "one_step": exercises.primer.step,
+    "quantise": exercises.four_bits.quantise,
+    "really_four_bits": exercises.four_bits.repair,
+    "count_adapters": exercises.adapters.adapter_parameters,
     "rank_cost": 5.8,
-    "write_labels": data.labels,
-    "keep_rows_apart": data.may_attend,
-    "extend_a_path": setup.extended,
+    "write_labels": exercises.data.labels,
+    "keep_rows_apart": exercises.data.may_attend,
+    "extend_a_path": exercises.setup.extended,
     "repair_settings": SETTINGS,
-    "score_fields": own_task.field_f1,
+    "score_fields": exercises.own_task.field_f1,
     "no_leak": {"data.prompt": "What is the mood?\n{subject}\n{body}", "data.answer": "{mood}"},
-    "count_steps": training.steps,
+    "count_steps": exercises.training.steps,
     "make_it_fit": {"train.micro_batch_size": 2, "train.gradient_accumulation_steps": 8},
-    "clip_gradients": watching.clipped,
-    "stop_in_time": watching.stop,
-    "may_you_claim_it": judging.verdict,
-    "fool_the_score": judging.FOOL_THE_SCORE.solution_is,
-    "cheapest_machine": cost.cheapest,
+    "clip_gradients": exercises.watching.clipped,
+    "stop_in_time": exercises.watching.stop,
+    "may_you_claim_it": exercises.judging.verdict,
+    "fool_the_score": exercises.judging.FOOL_THE_SCORE.solution_is,
+    "cheapest_machine": exercises.cost.cheapest,
     "repair_a_file": file_with(repaired),
 }

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_helpers.__main__ import main
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.teaching import collecting, exercises, sending
+from qlora_helpers.teaching import collecting, exercises, receiving, sending
 from qlora_helpers.teaching.attempts import Attempt, record
 from qlora_helpers.teaching.board import make_board
 
@@ -113,7 +113,7 @@ def test_lines_that_cannot_be_are_left_out():
 @pytest.fixture
 def board(tmp_path, monkeypatch):
     """A receiver of this machine, and a learner whose lines go there."""
-    receiver = collecting.Receiver(("127.0.0.1", 0), tmp_path / "class", TOKEN)
+    receiver = receiving.Receiver(("127.0.0.1", 0), tmp_path / "class", TOKEN)
     threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setenv("QLORA_BOARD", f"http://{TOKEN}@127.0.0.1:{receiver.server_port}")
     monkeypatch.setenv("QLORA_SEAT", "7")
@@ -129,7 +129,7 @@ def test_lines_arrive_over_http_and_again_without_doubling(board, capsys):
     assert main(["board", "--send"]) == 0
     out = capsys.readouterr().out
     assert TOKEN not in out and "Sent" in out
-    found = collecting.collect(board.folder)
+    found = collecting.collect(board.folder).attempts
     assert [(each.seat, each.outcome, each.misconception) for each in found] == [
         ("7", "wrong", "uphill"),
         ("7", "right", ""),
@@ -139,9 +139,9 @@ def test_lines_arrive_over_http_and_again_without_doubling(board, capsys):
 def test_a_check_sends_by_itself_and_waits_for_nobody(board):
     exercises.one_step.check(lambda weight, gradient, rate: weight - rate * gradient)
     end = time.monotonic() + 20
-    while not collecting.collect(board.folder) and time.monotonic() < end:
+    while not collecting.collect(board.folder).attempts and time.monotonic() < end:
         time.sleep(0.02)
-    assert [each.outcome for each in collecting.collect(board.folder)] == ["right"]
+    assert [each.outcome for each in collecting.collect(board.folder).attempts] == ["right"]
 
 
 def test_lines_wait_while_the_teacher_is_away(tmp_path, monkeypatch):
@@ -154,12 +154,12 @@ def test_lines_wait_while_the_teacher_is_away(tmp_path, monkeypatch):
     exercises.one_step.check(lambda weight, gradient, rate: 0)  # returns at once though nobody is there
     with pytest.raises(sending.NotDelivered, match="does not answer"):
         sending.send()
-    receiver = collecting.Receiver(("127.0.0.1", port), tmp_path / "class", TOKEN)
+    receiver = receiving.Receiver(("127.0.0.1", port), tmp_path / "class", TOKEN)
     threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     end = time.monotonic() + 20
-    while not collecting.collect(receiver.folder) and time.monotonic() < end:
+    while not collecting.collect(receiver.folder).attempts and time.monotonic() < end:
         time.sleep(0.02)
-    assert [each.outcome for each in collecting.collect(receiver.folder)] == ["wrong"]
+    assert [each.outcome for each in collecting.collect(receiver.folder).attempts] == ["wrong"]
     receiver.shutdown()
     receiver.server_close()
 
@@ -177,7 +177,8 @@ def test_the_receiver_refuses_what_is_not_a_learner_s(board):
     assert asked(board) == 204
     assert asked(board, Authorization="Bearer other") == asked(board, Authorization=TOKEN) == 401
     assert asked(board, path="/attempts/../x") == 404
-    assert asked(board, method="GET") == 501
+    assert asked(board, method="GET") == 404
+    assert asked(board, method="PUT") == 501
     assert asked(board, Content_Length="-1") == asked(board, Content_Length="x") == 411
     assert asked(board, Content_Length=str(10**8)) == 413
     assert asked(board, X_Qlora_Seat_Key="short") == 400
@@ -189,17 +190,17 @@ def test_the_receiver_refuses_what_is_not_a_learner_s(board):
 def test_a_seat_is_the_sender_s_and_no_path(board):
     body = json.dumps(line("somebody else", "one_step", "right").__dict__).encode()
     assert asked(board, body=body, X_Qlora_Seat="../../etc/x") == 204
-    assert {each.seat for each in collecting.collect(board.folder)} == {"../../etc/x"}
+    assert {each.seat for each in collecting.collect(board.folder).attempts} == {"../../etc/x"}
     assert all(path.parent == board.folder for path in board.folder.rglob("*"))
 
 
 def test_seats_are_limited(board, monkeypatch):
-    monkeypatch.setattr(collecting, "MOST_SEATS", 2)
+    monkeypatch.setattr(receiving, "MOST_SEATS", 2)
     assert [asked(board, X_Qlora_Seat=name) for name in "1231"] == [204, 204, 507, 204]
 
 
 def test_a_connection_that_sends_nothing_ends(board, monkeypatch):
-    monkeypatch.setattr(collecting, "REQUEST_S", 0.2)
+    monkeypatch.setattr(receiving, "REQUEST_S", 0.2)
     with socket.create_connection(("127.0.0.1", board.server_port), timeout=10) as slow:
         slow.sendall(b"POST /attempts HTTP/1.1\r\n")
         assert slow.recv(10) == b"", "it was closed"
@@ -244,7 +245,7 @@ def test_a_bucket_is_a_board_too(monkeypatch):
     record("one_step", "right")
     sending.send()
     assert [key.startswith("monday/seat-") for key in bucket.kept] == [True]
-    assert [each.outcome for each in collecting.collect("s3://class/monday/")] == ["right"]
+    assert [each.outcome for each in collecting.collect("s3://class/monday/").attempts] == ["right"]
 
 
 def test_what_cannot_be_a_board_is_one_message(tmp_path, monkeypatch, capsys):
@@ -255,6 +256,11 @@ def test_what_cannot_be_a_board_is_one_message(tmp_path, monkeypatch, capsys):
         ["board", str(tmp_path), "--serve", "nowhere"],
         ["board", "s3://"],
         ["board", "--serve", "127.0.0.1:0", "s3://x/y"],
+        ["board", str(tmp_path), "--release", "nothing"],
+        ["board", str(tmp_path / "none"), "--release", "all"],
+        ["board", str(tmp_path), "--show", "nothing"],
+        ["board", "--share", "no-such-run"],
+        ["board", "--predict", "no-such-run", "low"],
     ):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")

@@ -105,9 +105,9 @@ def kill_all(pid: int) -> None:
         each.kill()
 
 
-def lose_the_second(machines: Machines) -> None:
-    """Trains on two machines until the second is lost; the first one then ends, with what it has saved."""
-    first, second = machines.first, machines.second
+def lose_the_second(machines: Machines) -> list[int]:
+    """Trains on two machines until the second is lost, and returns how the trainers ended."""
+    first = machines.first
     machines.copy()
     machines.start("--set", "train.max_steps=500")
     machines.until(lambda: first.status().step >= 4)
@@ -122,17 +122,18 @@ def lose_the_second(machines: Machines) -> None:
     machines.until(lambda: len((first.status().readings or {}).get("processes", ())) == 2)
     assert {each["host"] for each in first.status().readings["processes"]} == {socket.gethostname()}
     kill_all(machines.started[1].pid)
-    codes = machines.ends()
+    return machines.ends()
+
+
+def test_two_machines_train_one_run_and_the_loss_of_one_ends_it_cleanly(machines):
+    codes = lose_the_second(machines)
+    first, second = machines.first, machines.second
     status = first.status()
     assert codes[0] not in (0, None) and status.state == "failed", machines.errors()
     assert "machine" in status.last_error and "it goes on from its last checkpoint" in status.last_error
     # The first machine alone has written the run; the other's copy holds what it needs itself.
     assert not any((second.folder / name).exists() for name in ("status.json", "progress.jsonl", "log.txt", "adapter"))
     assert second.config() == first.config()
-
-
-def test_two_machines_train_one_run_and_the_loss_of_one_ends_it_cleanly(machines):
-    lose_the_second(machines)
 
 
 @pytest.mark.only_slow

@@ -3,6 +3,7 @@
 Each is an `Exercise` with `check`, `hint` and `solution`. Importing this imports no torch; a check imports what it needs.
 """
 
+from qlora_helpers.teaching import today as _today
 from qlora_helpers.teaching.exercise import Exercise
 from qlora_helpers.teaching.exercises import (
     adapters,
@@ -36,12 +37,26 @@ BY_NOTEBOOK: dict[str, tuple[Exercise, ...]] = {
 }
 """The exercises of each notebook, in the order of the course."""
 
-__all__ = ["BROKEN_SETTINGS", "BY_NOTEBOOK", "LEAKING_PROMPT", "REFERENCE", "TOO_LARGE", "all_exercises", "broken_file"]
+__all__ = [
+    "BROKEN_SETTINGS",
+    "BY_NOTEBOOK",
+    "LEAKING_PROMPT",
+    "REFERENCE",
+    "TOO_LARGE",
+    "all_exercises",
+    "broken_file",
+    "today",
+]
 
 
 def all_exercises() -> dict[str, Exercise]:
     """Returns every exercise by its name, in the order of the course."""
     return {each.name: each for several in BY_NOTEBOOK.values() for each in several}
+
+
+def today() -> _today.Today:
+    """Returns the exercises that the teacher has shown, and which solutions are open, by the board that `QLORA_BOARD` names."""
+    return _today.today(BY_NOTEBOOK)
 
 
 def __getattr__(name: str) -> Exercise:
