@@ -17,7 +17,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 # A shared machine is not made slower by threads that spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test quick slow matrix test-demo check lab notebooks book workshop stick install lock clean
+.PHONY: demo test quick slow matrix test-demo check lab notebooks book workshop shipped stick install lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m qlora_helpers demo $${DATA:+--data "$$DATA"}
@@ -59,6 +59,10 @@ book: $(BOOK_VENV)/.installed
 # Student and solved notebooks, lessons and the instructor's papers: workshop/build.
 workshop: $(VENV)/.installed
 	$(BIN)/python tools/workshop.py
+
+# A finished run, and one whose model never stops: trained here, about as long as `make demo` twice, into workshop/shipped.
+shipped: $(VENV)/.installed
+	$(BIN)/python tools/shipped.py
 
 # A folder from which the workshop is installed without a network: make stick OUT=/media/stick STICK_OPTIONS="--download all"
 stick: $(VENV)/.installed

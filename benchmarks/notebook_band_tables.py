@@ -135,7 +135,9 @@ def falcon_table() -> str:
     for place, label in enumerate(FOR_FALCON):
         bands = [columns[name][place] for name in names]
         cells = [
-            f"{_time(each.seconds)}, {_dollars(each.dollars)}" if each.fits else f"does not fit: {each.gib:.1f} GiB"
+            f"{duration_text(each.seconds)}, {_dollars(each.dollars)}"
+            if each.fits
+            else f"does not fit: {each.gib:.1f} GiB"
             for each in bands
         ]
         most = max(each.gib for each in bands if each.fits)
@@ -193,7 +195,7 @@ def _row(band: Band) -> list[str]:
     return [
         band.machine,
         band.profile if band.profile == "every" else f"`{band.profile}`",
-        _time(band.seconds),
+        duration_text(band.seconds),
         (f"{band.gib:.1f} GiB" + (" of GPU memory" if band.usd_per_hour else "")) if band.gib else "no GPU memory",
         _dollars(band.dollars) if band.usd_per_hour else "none",
         band.how,
@@ -205,7 +207,7 @@ def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _time(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Formats a time, rounded as a forecast is: seconds, minutes from 100 seconds on, hours from 100 minutes on."""
     if seconds < 100:
         return f"{max(1, round(seconds))} s"

@@ -32,7 +32,7 @@ def test_every_notebook_but_the_start_page_has_a_band():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"start"} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "start"])
 def test_the_first_cell_shows_what_is_computed(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     assert tool.cells()[path] == tool.first_cell(path), "run tools/bands.py --write"
@@ -128,3 +128,21 @@ def test_writing_touches_nothing_but_the_first_cell(tmp_path):
     old, new = json.loads(before), json.loads(path.read_text(encoding="utf-8"))
     assert "".join(new["cells"][0].pop("source")) == "changed" and old["cells"][0].pop("source")
     assert new == old
+
+
+def test_the_start_page_s_times_are_those_of_the_notebooks_that_a_row_links():
+    rows = (
+        "| a | [1](01_load_model.ipynb), [2](02_lora_config.ipynb) | 1 hour |\n| b | [p](primer.ipynb) | 20 minutes |\n"
+    )
+    cell = f"# Start\n\n| you want to | open | time |\n|---|---|---|\n{rows}\nMore."
+    new = tool.with_times(cell)
+    by_name = {name: {band.profile: band.seconds for band in tables.on_laptop(name)} for name in NAMES}
+    both = {each: by_name["01_load_model"][each] + by_name["02_lora_config"][each] for each in ("tiny", "demo")}
+    assert f"| `tiny` {both['tiny']:.0f} s, `demo` {both['demo']:.0f} s; exercises 24 min |" in new
+    assert f"| {by_name['primer']['every']:.0f} s; exercises 10 min |" in new
+    assert new.startswith("# Start\n\n<!-- bands -->\n| you want to | open |") and new.endswith(
+        "<!-- /bands -->\n\nMore."
+    )
+    assert tool.with_times(new) == new
+    with pytest.raises(ValueError, match="no table"):
+        tool.with_times("# Start")

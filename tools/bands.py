@@ -3,7 +3,8 @@
     .venv/bin/python tools/bands.py [--write]        without --write it names the notebooks that would change
 
 The figures are those of `docs/bands.md`. Goal, 'Before this' and all else in the cell stay as they are; the table is between
-`<!-- bands -->` and `<!-- /bands -->`, or where the cell has a table of machines already.
+`<!-- bands -->` and `<!-- /bands -->`, or where the cell has a table of machines already. The start page keeps its own table, whose
+last column is computed for the notebooks that a row links.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+for folder in (ROOT, ROOT / "benchmarks"):
+    sys.path.insert(0, str(folder))
 START, END = "<!-- bands -->", "<!-- /bands -->"
 BLOCK = re.compile(rf"{START}.*?{END}", re.DOTALL)
 OLD_TABLE = re.compile(r"^\| *machine *\|.*\n(?:\|.*(?:\n|\Z))+", re.MULTILINE)
+START_TABLE = re.compile(r"^\| *you want to *\|.*\n(?:\|.*(?:\n|\Z))+", re.MULTILINE)
+TIMES = "computing on a laptop, and exercises"
+START_LINK = "Reading comes on top. [How the times are made](../docs/bands.md)"
 LINK = "[How these figures are made, and Falcon-40B's](../docs/bands.md)"
 
 
@@ -43,7 +48,48 @@ def cells() -> dict[Path, str]:
     from notebook_band_tables import WORK, table
 
     paths = [NOTEBOOKS / f"{name}.ipynb" for name in WORK]
-    return {path: with_table(first_cell(path), table(path.stem)) for path in paths}
+    found = {path: with_table(first_cell(path), table(path.stem)) for path in paths}
+    start = NOTEBOOKS / "start.ipynb"
+    return found | {start: with_times(first_cell(start))}
+
+
+def with_times(text: str) -> str:
+    """The start page's first cell with the times of each row's notebooks in its table's last column.
+
+    Raises:
+        ValueError: it has no table of notebooks.
+    """
+    from notebook_band_tables import WORK
+
+    if not (found := START_TABLE.search(text)):
+        raise ValueError(f"the cell has no table of notebooks: {text[:80]!r}")
+    header, ruler, *rows = (line.strip().strip("|").split("|") for line in found[0].strip().splitlines())
+    header[-1] = f" {TIMES} "
+    for row in rows:
+        names = [name for name in dict.fromkeys(re.findall(r"\]\((\w+)\.ipynb\)", row[1])) if name in WORK]
+        row[-1] = f" {times(names)} "
+    table = "\n".join(f"|{'|'.join(line)}|" for line in (header, ruler, *rows))
+    block = BLOCK.search(text)
+    first, last = block.span() if block else found.span()
+    after = "" if block else "\n"
+    return f"{text[:first]}{START}\n{table}\n\n{START_LINK}\n{END}{after}{text[last:]}"
+
+
+def times(names: list[str]) -> str:
+    """What notebooks together take on a laptop's core, in both profiles where these differ, and what their exercises take."""
+    from notebook_band_tables import duration_text, on_laptop
+
+    from qlora_helpers.teaching.exercises import BY_NOTEBOOK
+
+    seconds = {"tiny": 0.0, "demo": 0.0}
+    for name in names:
+        for band in on_laptop(name):
+            for profile in seconds if band.profile == "every" else [band.profile]:
+                seconds[profile] += band.seconds
+    tiny, demo = (duration_text(each) for each in seconds.values())
+    minutes = sum(each.minutes for name in names for each in BY_NOTEBOOK.get(name, ()))
+    shown = tiny if tiny == demo else f"`tiny` {tiny}, `demo` {demo}"
+    return shown + (f"; exercises {minutes} min" if minutes else "")
 
 
 def with_table(text: str, table: str) -> str:

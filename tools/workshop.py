@@ -26,6 +26,7 @@ from qlora_helpers.teaching.exercises import BY_NOTEBOOK, all_exercises  # noqa:
 
 WORKSHOP = ROOT / "workshop"
 OUTWARD = re.compile(r"\]\(\.\./([\w./-]+)")  # links of notebooks to other files of the project
+SHIPPED = WORKSHOP / "shipped"
 SHUT_DOWN = "At the end: *Kernel, Shut Down Kernel*."
 
 
@@ -69,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{out}: student/, solved/, labs/, instructor/, setup/")
+    print(f"{out}: student/, solved/, labs/, instructor/, setup/" + (", shipped/" if SHIPPED.is_dir() else ""))
+    if not SHIPPED.is_dir():
+        print("There is no finished run for learners without one: `make shipped` trains it, then build again.")
     return 0
 
 
@@ -86,6 +89,8 @@ def build(out: Path) -> None:
             write_text(folder / "labs" / f"{lesson.name}.md", lesson_page(lesson))
         for name in ("instructor", "setup"):
             shutil.copytree(WORKSHOP / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if SHIPPED.is_dir():
+            shutil.copytree(SHIPPED, folder / SHIPPED.name)
         for link in sorted({link for path in written for link in OUTWARD.findall(path.read_text(encoding="utf-8"))}):
             (folder / link).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / link, folder / link)

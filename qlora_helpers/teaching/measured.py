@@ -20,6 +20,7 @@ from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import RunError, UserError
 from qlora_helpers.base.files import content_digest, not_written
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.opening import existing_run, run_at
 from qlora_helpers.teaching import attempts
 from qlora_helpers.teaching.sending import send_soon
 
@@ -61,17 +62,15 @@ def predict(run: Run | str | os.PathLike[str], loss: float) -> str:
     """Commits a prediction of a run's lowest evaluation loss, and returns a sentence about it.
 
     Args:
-        run: the run, which may be new or training.
+        run: the run, or its name: it may be training, or not exist yet.
         loss: what is predicted, nats a token.
 
     Raises:
-        RunError: the run does not exist.
         UserError: a loss is measured already, or the prediction can't be one.
     """
-    run = _run(run)
+    run = run if isinstance(run, Run) else run_at(run)
     if not (isinstance(loss, int | float) and 0 <= loss <= HIGHEST_LOSS):
         raise UserError("that can't be a loss", expected=f"a number from 0 to {HIGHEST_LOSS:,.0f}", got=repr(loss))
-    run.config()
     if _losses(run):
         raise UserError(
             f"{run.name} has an evaluation loss already, so that this would be no prediction",
@@ -85,7 +84,7 @@ def predict(run: Run | str | os.PathLike[str], loss: float) -> str:
             file.write(line)
     except OSError as error:
         raise not_written(folder / PREDICTIONS, error) from error
-    return f"Committed: {loss:g} for {run.name}. Share the run when it is trained."
+    return f"Committed: {loss:g} for {run.name}{'' if run.exists() else ', which does not exist yet'}. Share it when it is trained."
 
 
 def share(run: Run | str | os.PathLike[str]) -> Measured:
@@ -94,7 +93,7 @@ def share(run: Run | str | os.PathLike[str]) -> Measured:
     Raises:
         RunError: the run does not exist, its training has not finished, or the learner's folder can't be written.
     """
-    found = measure(_run(run))
+    found = measure(run if isinstance(run, Run) else existing_run(run))
     if not attempts.append({"kind": KIND} | asdict(found)):
         raise RunError(
             "the run's numbers can't be kept in the learner's folder",
@@ -188,12 +187,6 @@ def distinct_runs(found: Iterable[Measured]) -> list[Measured]:
     """Returns each run once, as a seat shared it last: the same run of the same seat is no second measurement."""
     last = {(each.seat, each.recipe, each.rank, each.learning_rate, each.seed): each for each in found}
     return list(last.values())
-
-
-def _run(run: Run | str | os.PathLike[str]) -> Run:
-    from qlora_helpers.runs.opening import existing_run
-
-    return run if isinstance(run, Run) else existing_run(run)
 
 
 def _mark(run: Run) -> str:

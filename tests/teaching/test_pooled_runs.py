@@ -62,6 +62,7 @@ def test_a_prediction_counts_only_where_nothing_was_measured_yet(tmp_path, learn
     assert measured.measure(run).predicted == 2.5, "the last one that was committed before the measurement"
     with pytest.raises(UserError, match="this would be no prediction"):
         measured.predict(run, 2.25)
+    assert "new, which does not exist yet" in measured.predict(Run(tmp_path / "new"), 2.0)
     with pytest.raises(UserError, match="can't be a loss"):
         measured.predict(run, float("nan"))
 

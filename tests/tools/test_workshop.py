@@ -76,3 +76,15 @@ def test_a_lesson_s_page_says_what_to_do_when(built):
         in page
     )
     assert all(each.question in page for each in (all_exercises()["quantise"], all_exercises()["stop_in_time"]))
+
+
+def test_finished_runs_go_along_where_they_were_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workshop, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(workshop.solved, "write_notebooks", lambda folder: [])
+    assert workshop.main([str(tmp_path / "without")]) == 0
+    assert "`make shipped` trains it" in capsys.readouterr().out
+    (tmp_path / "shipped" / "finished").mkdir(parents=True)
+    (tmp_path / "shipped" / "MADE.json").write_text("{}")
+    assert workshop.main([str(tmp_path / "with")]) == 0
+    assert "make shipped" not in capsys.readouterr().out
+    assert (tmp_path / "with" / "shipped" / "MADE.json").is_file()
