@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,17 @@ def test_what_cannot_work_is_refused_with_how_to_fix_it(what, changes):
 )
 def test_what_can_be_lived_with_is_a_warning(what, changes, verdict):
     assert bad(**changes) == ([("warning", what)], verdict)
+
+
+def test_who_holds_the_gpu_is_said():
+    found = {
+        each.what: each.found
+        for each in judged(gpus=[("L4", 20.0, "580.65.06")], gpu_processes=1, gpu_users=["ann"])[0]
+    }
+    assert found["GPU"].endswith("1 process holds it (ann)")
+    (mine,) = machine_facts.users_of([str(os.getpid())])
+    assert mine == pwd.getpwuid(os.getuid()).pw_name
+    assert machine_facts.users_of(["0", "not-a-process"]) == []
 
 
 def test_the_verdict_follows_from_a_timed_step():

@@ -103,6 +103,7 @@ def test_a_stick_is_made_checked_and_installed_without_a_network(project, tmp_pa
     assert len(mac.wheels) == 2 and not mac.downloaded and "not run" in mac.label
     assert [path.name for path in (out / "wheels").iterdir()] == ["for_all-1.0-py3-none-any.whl"]
     page = (out / "MISSING.md").read_text()
+    assert "make shipped" in page and not (out / "project" / "workshop").exists()
     assert "Python 3.11" in page and "macos-arm64-cp312" in page and "not run" in page
     assert str(tmp_path) not in json.dumps(json.loads((out / "manifest.json").read_text())), "no path of this machine"
 
@@ -117,9 +118,44 @@ def test_a_stick_is_made_checked_and_installed_without_a_network(project, tmp_pa
     assert (into / "README.md").read_text() == "A project.\n"
     assert "exists already" in installed(out, into).stderr
 
+    (project / "workshop" / "shipped" / "finished").mkdir(parents=True)
+    (project / "workshop" / "shipped" / "finished" / "config.json").write_text("{}")
+    stick.make_stick(out, targets(), "none", root=project)
+    assert "project/workshop/shipped/finished/config.json" in (out / "SHA256SUMS").read_text()
+    assert "make shipped" not in (out / "MISSING.md").read_text()
 
-def installed(out, into):
-    return subprocess.run([sys.executable, out / "install_offline.py", into], capture_output=True, text=True)
+
+def installed(out, into, **environment):
+    command = [sys.executable, out / "install_offline.py", into]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@needs_pip
+@pytest.mark.parametrize("works", [True, False])
+def test_the_stick_s_uv_installs_and_pip_where_it_does_not_run(project, tmp_path, works):
+    name = stick.UV.replace("==", "-")
+    wheel(tmp_path / "shop", "uv")
+    whole = tmp_path / "shop" / f"{name}-py3-none-any.whl"
+    with (
+        zipfile.ZipFile(tmp_path / "shop" / "uv-1.0-py3-none-any.whl") as found,
+        zipfile.ZipFile(whole, "w") as archive,
+    ):
+        for inner in found.namelist():
+            text = found.read(inner).decode().replace("Version: 1.0", f"Version: {stick.UV[4:]}")
+            archive.writestr(inner.replace("uv-1.0", name), text)
+        archive.writestr(f"{name}.data/scripts/uv", f'#!/bin/sh\necho "$@" > "$HOME/calls"\nexit {int(not works)}\n')
+    out, into = tmp_path / "stick", tmp_path / "into"
+    (target,) = stick.make_stick(out, targets()[:1], "this", root=project)
+    assert set(target.wheels) == {WHEEL, whole.name} and (out / "wheels" / whole.name).is_file()
+    done = installed(out, into, HOME=str(tmp_path), PIP_NO_INDEX="0", PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    assert done.returncode == 0, done.stderr
+    assert all(
+        each in (tmp_path / "calls").read_text().split() for each in ("--offline", "--require-hashes", "--no-deps")
+    )
+    assert ("uv does not work here" in done.stdout) == (not works)
+    assert bool(list(into.glob(".venv/lib/*/site-packages/for_all.py"))) == (not works), (
+        "pip installed, or left it to uv"
+    )
 
 
 @needs_pip

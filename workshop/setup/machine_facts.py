@@ -44,6 +44,7 @@ class Facts:
     can_make_venv: bool = True
     gpus: list = field(default_factory=list)  # of (name, free GiB, driver)
     gpu_processes: int = 0
+    gpu_users: list = field(default_factory=list)  # who runs them, where this machine says so
     torch: str = ""
     torch_cuda: str = ""
     missing: list = field(default_factory=list)
@@ -61,6 +62,7 @@ def gather() -> Facts:
     ram, free = _memory()
     python = environment_python()
     proxy, reachable = _proxy()
+    holders = _asked(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]).split()
     facts = Facts(
         system=platform.system(),
         machine={"AMD64": "x86_64", "ARM64": "arm64"}.get(platform.machine(), platform.machine()),
@@ -77,7 +79,8 @@ def gather() -> Facts:
         can_make=_can_make(),
         can_make_venv=_can_make_venv(),
         gpus=_gpus(),
-        gpu_processes=len(_asked(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]).split()),
+        gpu_processes=len(holders),
+        gpu_users=users_of(holders),
         proxy=proxy,
         proxy_reachable=reachable,
     )
@@ -200,6 +203,19 @@ def _gpus() -> list:
     text = _asked(["nvidia-smi", "--query-gpu=name,memory.free,driver_version", "--format=csv,noheader,nounits"])
     rows = [line.split(", ") for line in text.splitlines()]
     return [(row[0], float(row[1]) / 1024, row[2]) for row in rows if len(row) == 3 and row[1].strip().isdigit()]
+
+
+def users_of(processes) -> list:
+    """The users who run processes; those that can't be looked at, such as a container's outside, are left out."""
+    names = set()
+    for process in processes:
+        try:
+            import pwd  # of Unix alone
+
+            names.add(pwd.getpwuid(os.stat("/proc/" + process).st_uid).pw_name)
+        except (ImportError, KeyError, OSError):
+            continue
+    return sorted(names)
 
 
 def _proxy():

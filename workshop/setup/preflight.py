@@ -208,7 +208,9 @@ def _gpu(facts) -> list:
     text = f"{len(facts.gpus)} x {name}, {free:.1f} GiB free"
     if facts.gpu_processes:
         fix = "One trainer has a GPU at a time: wait, or hide it with CUDA_VISIBLE_DEVICES= to work on the CPU."
-        return [Finding("warning", "GPU", f"{text}, {facts.gpu_processes} processes hold it", fix)]
+        count, who = facts.gpu_processes, f" ({', '.join(facts.gpu_users)})" if facts.gpu_users else ""
+        held = "1 process holds it" if count == 1 else f"{count} processes hold it"
+        return [Finding("warning", "GPU", f"{text}, {held}{who}", fix)]
     return [Finding("ok", "GPU", text)]
 
 

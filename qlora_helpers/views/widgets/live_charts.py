@@ -1,7 +1,7 @@
 """Charts that grow while a run trains: SVG that the kernel draws and an `ipywidgets.HTML` shows.
 
-So they need nothing on the Jupyter server but ipywidgets itself. bqplot and anywidget both need an extension of their own there,
-which SageMaker Studio's servers lack, and their charts can't be shown once the kernel is gone. What a person sets (the steps to
+So they need nothing on the Jupyter server but ipywidgets itself. Packages of charts need an extension of their own there, which
+SageMaker Studio's servers lack, and their charts can't be shown once the kernel is gone. What a person sets (the steps to
 show, smoothing, a logarithmic axis) is kept in the kernel and so survives new points; what only follows the pointer is a few lines
 of script in the page, without which everything else works.
 """
