@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from qlora_helpers.data.packing import PreparedData
+    from qlora_helpers.training.result import TrainResult
 
 OUT = ROOT / "workshop" / "shipped"
 FINISHED, NEVER_STOPS = "finished", "never-stops"
@@ -95,10 +96,22 @@ def finished_run(root: Path, profile: str) -> Run:
     run = open_run(FINISHED, profile=profile, root=root)
     loaded = workflow.load(run)
     model = workflow.add_adapters(run, loaded)
-    workflow.train(run, model=model, loaded=loaded, show_progress=False)
+    refuse_stopped(workflow.train(run, model=model, loaded=loaded, show_progress=False))
     workflow.evaluate(run, model=model, loaded=loaded)
     write_report(run)
     return run
+
+
+def refuse_stopped(result: TrainResult) -> None:
+    """Refuses a training that was stopped, by a person or by SIGTERM: half a training would be handed out as a whole one.
+
+    Raises:
+        UserError: it was stopped.
+    """
+    if result.stopped:
+        raise UserError(
+            f"a training was stopped at step {result.steps}", got=result.stop_reason, next_step="Call this again."
+        )
 
 
 def never_stopping_run(root: Path, profile: str) -> Run:
@@ -109,6 +122,7 @@ def never_stopping_run(root: Path, profile: str) -> Run:
     data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model)
     with training_session(run):
         result = train_steps(run, model, loaded, with_ends_masked(data, ends_of(data, loaded.tokenizer)))
+        refuse_stopped(result)
         save_adapter(RunModel(run, model, loaded))
         run.set_status(state="finished", step=result.steps, exit_reason="all steps are done", warning=WARNING)
     card = run.adapter_dir / "README.md"

@@ -57,6 +57,18 @@ def test_a_shipped_run_names_no_machine_and_no_process(tmp_path):
     assert not any(b"a-secret-host" in text or b"/home/me" in text for text in texts)
 
 
+def test_half_a_training_is_not_handed_out(tmp_path, monkeypatch, capsys):
+    stopped = SimpleNamespace(stopped=True, steps=3, stop_reason="SIGTERM")
+    monkeypatch.setattr(shipped.workflow, "load", lambda run: None)
+    monkeypatch.setattr(shipped.workflow, "add_adapters", lambda run, loaded: None)
+    monkeypatch.setattr(shipped.workflow, "train", lambda run, **options: stopped)
+    assert shipped.main([str(tmp_path / "shipped"), "--profile", "tiny"]) == 2
+    assert "a training was stopped at step 3; got SIGTERM" in capsys.readouterr().err
+    assert not (tmp_path / "shipped").exists()
+    with pytest.raises(UserError, match="was stopped"):
+        shipped.refuse_stopped(stopped)
+
+
 @pytest.mark.only_slow
 def test_both_runs_are_made_and_can_be_joined(tmp_path, monkeypatch):
     trained = []
