@@ -44,7 +44,7 @@ from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
 from qlora_helpers.training.processes import is_main_process, join, main_process_first, several_machines, values_of_all
-from qlora_helpers.training.told import failures_told
+from qlora_helpers.training.rank_failures import failures_propagated
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,7 @@ def train(
 
     with (
         _session(run, show_progress, shut_down_app) as redraw,
-        failures_told(stuck),
+        failures_propagated(stuck),
         contextlib.ExitStack() as undone,
     ):
         refuse_other_than_trained_on(run)
@@ -340,7 +340,7 @@ def evaluate(
     refuse_unconfirmed(config)
     if writes and (why := unwritable(run)):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
-    with failures_told():
+    with failures_propagated():
         model, loaded = (None, None) if model is None or loaded is None else (model, loaded)
         if model is None:
             need_adapter(run)

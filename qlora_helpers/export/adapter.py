@@ -15,7 +15,7 @@ from qlora_helpers.model.checkpoints import base_fingerprint
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
-from qlora_helpers.training.told import is_of_exchange
+from qlora_helpers.training.rank_failures import is_of_exchange
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -240,7 +240,7 @@ def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
     training = failure.step is not None or failure.where.startswith("check before training")
     candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
     error = OutOfMemory(failure.where, failure.step, candidates, fixes)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes, which is told
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes, which every failure is propagated to
         return error
     with contextlib.suppress(RunError):  # a full disk must not hide this
         record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}

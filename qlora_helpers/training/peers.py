@@ -133,7 +133,7 @@ def _watching(run: Run) -> Iterator[None]:
 
 
 class _Signs:
-    """What this machine hears of the others.
+    """What this machine receives from the others.
 
     Args:
         node, nodes: this machine's number, and how many there are.
@@ -143,7 +143,7 @@ class _Signs:
         self.node = node
         self.others = [each for each in range(nodes) if each != node] if node == 0 else [0]
         self.last = dict.fromkeys(self.others, ("", time.monotonic()))
-        self.heard: dict[int, dict[str, Any]] = {}
+        self.received: dict[int, dict[str, Any]] = {}
 
     def read(self, store: Any) -> None:
         """Reads the others' signs."""
@@ -153,13 +153,13 @@ class _Signs:
             text = store.get(_key(other)).decode()
             if text != self.last[other][0]:
                 self.last[other] = (text, time.monotonic())
-                self.heard[other] = json.loads(text)
+                self.received[other] = json.loads(text)
 
     def silent(self) -> str:
         """Returns what is said of a machine that has fallen silent; empty where there is none."""
         for other, (_, at) in self.last.items():
             if time.monotonic() - at > SILENT_S:
-                host = self.heard.get(other, {}).get("host", f"number {other}")
+                host = self.received.get(other, {}).get("host", f"number {other}")
                 return f"the machine {host} has given no sign of life for {SILENT_S:.0f} s"
         return ""
 
@@ -175,9 +175,9 @@ def _watch(run: Run, ended: threading.Event) -> None:
             store.set(_key(node), json.dumps(sign | heartbeat.readings()))
             signs.read(store)
             if node == 0:
-                heartbeat.elsewhere[:] = [signs.heard[each] for each in sorted(signs.heard)]
-                if any(each.get("sigterm") for each in signs.heard.values()) and not sigterm.received():
-                    log.warning("another machine was told to end: all save and end")
+                heartbeat.elsewhere[:] = [signs.received[each] for each in sorted(signs.received)]
+                if any(each.get("sigterm") for each in signs.received.values()) and not sigterm.received():
+                    log.warning("another machine received SIGTERM: all save and end")
                     sigterm.pass_on()
             if silent := signs.silent():
                 _end(run, silent)

@@ -150,7 +150,7 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 
 def _end_with_parent() -> None:
-    """On Linux, has this process told to end when the one that started it is killed."""
+    """On Linux, has the kernel send this process SIGTERM when the one that started it is killed."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))

@@ -15,7 +15,7 @@ import torch
 
 from qlora_helpers.model.attention import UnsupportedAttentionError
 from qlora_helpers.model.wiring import decoder_layers
-from qlora_helpers.training.told import is_of_exchange
+from qlora_helpers.training.rank_failures import is_of_exchange
 
 ROUNDINGS = 8
 """How many times the effect of one rounding in every layer two ways of computing may lie apart: a layer rounds several times

@@ -1,4 +1,4 @@
-"""Tells all processes of a training that one of them failed, so that none waits for it and the first can report why.
+"""Propagates a failure of one rank to all ranks of a training, so that none waits for it and the first can report why.
 
 A process that fails writes the reason into the store by which the processes met, before it ends. The others learn of it when the
 next exchange fails (gloo closes its connections with the process) or, where a GPU waits inside NCCL, from a thread that looks into
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) -> Iterator[None]:
-    """While open, an error that ends one process of a training ends all; each of the others raises what it was told.
+def failures_propagated(when_stuck: Callable[[Exception], None] = lambda error: None) -> Iterator[None]:
+    """While open, an error that ends one process of a training ends all; each of the others raises the reason that it reported.
 
     Args:
         when_stuck: called with the error in a process that can't raise it, because it waits for the one that failed; the process
@@ -50,22 +50,22 @@ def failures_told(when_stuck: Callable[[Exception], None] = lambda error: None) 
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(done, when_stuck), name="failures of other processes", daemon=True)
     watcher.start()
-    told = None
+    reported = None
     try:
         yield
     except BaseException as error:
-        told = _told(wait=is_of_exchange(error))
-        if told is None and is_of_exchange(error):
-            told = _ended()
-        elif told is None:
-            _tell(error)
-        if told is None:
+        reported = _reported(wait=is_of_exchange(error))
+        if reported is None and is_of_exchange(error):
+            reported = _ended()
+        elif reported is None:
+            _report(error)
+        if reported is None:
             raise
         log.debug("ended by another process", exc_info=error)
     finally:
         done.set()
-    if told is not None:  # outside of the handler: the frames of the error here hold memory
-        raise told
+    if reported is not None:  # outside of the handler: the frames of the error here hold memory
+        raise reported
 
 
 def _ended() -> RunError:
@@ -90,7 +90,7 @@ def _store() -> Any:
     return distributed.distributed_c10d._get_default_store()
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
     found: dict[str, Any] = {"rank": int(os.environ["RANK"])}
     if is_out_of_memory(error):
         found["failure"] = asdict(failure_of(error))
@@ -103,7 +103,7 @@ def _tell(error: BaseException) -> None:
             store.set(KEY, json.dumps(found))
 
 
-def _told(*, wait: bool) -> Exception | None:
+def _reported(*, wait: bool) -> Exception | None:
     until = time.monotonic() + (ARRIVES_S if wait else 0)
     while True:
         with contextlib.suppress(Exception):
@@ -141,27 +141,39 @@ def is_of_exchange(error: BaseException | None) -> bool:
 
 
 def _watch(done: threading.Event, when_stuck: Callable[[Exception], None]) -> None:
-    """Looks for a reason in the store until the block is left; then sets free a GPU that waits, or ends the process."""
+    """Looks for a reason in the store until the block is left; then aborts what a GPU waits for, or ends the process."""
     while not done.wait(LOOK_S):
-        told = _told(wait=False)
-        if told is None:
+        reported = _reported(wait=False)
+        if reported is None:
             continue
-        if not _free_waiting_gpu() or done.wait(STUCK_S):
+        if not _abort_nccl() or done.wait(STUCK_S):
             return
-        log.error("%s", told)
+        log.error("%s", reported)
         with contextlib.suppress(Exception):
-            when_stuck(told)
+            when_stuck(reported)
         os._exit(EXIT_CODE)
 
 
-def _free_waiting_gpu() -> bool:
-    """Ends what a GPU waits for inside NCCL; returns whether there is such. gloo ends with the process that failed."""
+def _abort_nccl() -> bool:
+    """Aborts the exchanges that a GPU waits for inside NCCL; returns whether there are such. gloo's end with the other process.
+
+    PyTorch has no public call for it and names its own experimental. Where that is missing or fails, a process that waits ends
+    itself a little later, as `_watch` says; a thread of its own keeps a call that blocks from preventing that.
+    """
     from torch import distributed
 
     if distributed.get_backend() != "nccl":
         return False
-    with contextlib.suppress(
-        Exception
-    ):  # PyTorch calls it experimental; where it fails, the process ends a little later
-        distributed.distributed_c10d._abort_process_group()
+    abort = getattr(distributed.distributed_c10d, "_abort_process_group", None)
+    if abort is None:
+        log.warning("this PyTorch can't abort an exchange: a process that waits in one ends in %.0f s", STUCK_S)
+        return True
+
+    def aborted() -> None:
+        try:
+            abort()
+        except Exception as error:
+            log.warning("the exchange was not aborted, a process that waits in it ends in %.0f s: %s", STUCK_S, error)
+
+    threading.Thread(target=aborted, name="abort of exchanges", daemon=True).start()
     return True
