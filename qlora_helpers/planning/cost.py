@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RunConfig
@@ -16,10 +15,10 @@ from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.units import duration
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.planning.candidates import copies_speedup
 from qlora_helpers.planning.cpu_speed import cpu_seconds, cpu_threads
 from qlora_helpers.planning.forecast import settings_as_given
-from qlora_helpers.planning.run_plan import this_machine
+from qlora_helpers.planning.layout import Layout
+from qlora_helpers.planning.running import running
 from qlora_helpers.planning.step_settings import is_packed
 from qlora_helpers.planning.workload import Workload
 from qlora_helpers.runs.folder import Run
@@ -92,13 +91,14 @@ def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCo
         loaded: the model, whose device counts.
         data: the run's prepared data.
     """
-    status, hardware = run.status(), None
+    status, config, hardware = run.status(), run.config(), None
+    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # of several processes one
+    here = running(config.train.share, holding=holding)
     if loaded.model.device.type == "cuda":
         with contextlib.suppress(UserError):  # a card that does not report its memory
-            holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)
-            hardware = replace(this_machine(), gpus=max(1, holding))
+            hardware = here.hardware()
     return training_cost(
-        run.config(),
+        config,
         loaded.shape,
         rows=data.report.rows,
         tokens=data.report.tokens,
@@ -108,7 +108,7 @@ def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCo
         cores=cpu_threads(),
         usd_per_hour=status.usd_per_hour,
         done=status.step,
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        layout=here.layout,
         packed=data.packed,
     )
 
@@ -125,7 +125,7 @@ def training_cost(
     cores: int,
     usd_per_hour: float | None = None,
     done: int = 0,
-    processes: int = 1,
+    layout: Layout | None = None,
     packed: bool | None = None,
 ) -> TrainingCost:
     """Estimates what a training takes with these settings.
@@ -135,15 +135,17 @@ def training_cost(
         shape: the model's `config.json`.
         rows, tokens, sequences: of an epoch, without padding.
         trained_share: share of the tokens that count in the loss.
-        hardware: the GPUs that hold one copy of the model; None stands for a CPU.
-        cores: of the CPU.
+        hardware: the GPUs that train; None stands for a CPU.
+        cores: of the CPU that each process computes with.
         usd_per_hour: of this machine.
         done: optimizer steps that are behind it.
-        processes: that each train a copy.
+        layout: how processes and GPUs share the model; None stands for one process whose layers are spread over the GPUs.
         packed: whether rows are packed; None asks the settings and the shape.
     """
     train, length = config.train, config.data.seq_len_tokens
     packed = is_packed(config, shape) if packed is None else packed
+    layout = layout or Layout(spread=hardware.gpus if hardware else 1)
+    processes = layout.processes
     an_epoch = max(
         1, math.ceil(math.ceil(sequences / processes / train.micro_batch_size) / train.gradient_accumulation_steps)
     )
@@ -154,13 +156,14 @@ def training_cost(
     try:
         if hardware is None:
             again = train.activation_checkpointing and train.checkpointed_layers != 0
-            seconds = cpu_seconds(model_sizes(shape), through, trained_share, cores, checkpointed=again)
+            seconds = cpu_seconds(model_sizes(shape), through, trained_share, cores * processes, checkpointed=again)
         else:
-            workload = Workload(config, shape, hardware, round(through), trained_share, one_process=True)
-            seconds = settings_as_given(workload, steps).seconds / copies_speedup(processes)
+            workload = Workload(config, shape, hardware, round(through), trained_share)
+            seconds = settings_as_given(workload, steps, layout).seconds
     except ModelError:  # a shape that can't be planned
         seconds = None
     left = max(0, steps - done) / max(1, steps)
+    cores *= processes
     machine = f"this CPU ({cores} core{'s' * (cores != 1)})" if hardware is None else hardware.label
     return TrainingCost(
         rows,

@@ -18,6 +18,7 @@ from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.candidates import candidate, fastest_in_several_processes, fewest_checkpointed
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.fp8 import fp8_notes
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.notes import SPREAD, hardware_notes, model_notes, settings_notes
 from qlora_helpers.planning.plan import Plan, make_plan
@@ -135,11 +136,19 @@ def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tupl
     return steps, tokens
 
 
-def settings_as_given(workload: Workload, steps: int) -> Candidate:
-    """The settings as they are, in one process whose layers are spread over the GPUs, with what the trainer makes of `auto`."""
+def settings_as_given(workload: Workload, steps: int, layout: Layout | None = None) -> Candidate:
+    """The settings as they are, with what the trainer makes of `auto`.
+
+    Args:
+        workload: what is trained, with the settings of each process, and on what.
+        steps: optimizer steps.
+        layout: how the GPUs are used; None stands for one process whose layers are spread over them.
+    """
     train, sizes, hardware = workload.config.train, workload.sizes, workload.hardware
-    step = workload.step(captured=hardware.gpus == 1 and workload.may_capture)
-    if hardware.gpus == 1:
+    layout = layout or Layout(spread=hardware.gpus)
+    captured = layout.shards == layout.spread == 1 and workload.may_capture
+    step = workload.step(captured=captured, copies=layout.copies, shards=layout.shards)
+    if layout.spread == 1:
         compiled, checkpointed = compiled_and_checkpointed(
             train,
             sizes,
@@ -154,7 +163,7 @@ def settings_as_given(workload: Workload, steps: int) -> Candidate:
         compiled = train.compile == "on" and workload.may_compile
         checkpointed = asked if train.activation_checkpointing else 0
     step = replace(step, compiled=compiled, checkpointed=min(checkpointed, sizes.layers))
-    return candidate(workload, step, gpus=hardware.gpus, gradient_accumulation_steps=train.gradient_accumulation_steps)
+    return candidate(workload, step, gpus=layout.spread, gradient_accumulation_steps=train.gradient_accumulation_steps)
 
 
 def compiled_and_checkpointed(

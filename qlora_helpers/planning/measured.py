@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.machine.environment import versions
-from qlora_helpers.planning.layout import layout_of_processes
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan
 
@@ -43,30 +40,28 @@ def write_measured(
     add_to_plan(run, measured=measured)
     if not result.fast_step or result.machine == "CPU":
         return
-    from qlora_helpers.planning.run_plan import predicted_step, this_machine
+    from qlora_helpers.planning.run_plan import predicted_step
+    from qlora_helpers.planning.running import running
 
-    holding = sum(
-        name.startswith("cuda") for name in loaded.audit.gib_by_device
-    )  # under torchrun, one for each process
-    layout = layout_of_processes(
-        run.config().train.share,
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # of several processes one
     try:
-        predicted = predicted_step(
+        here = running(run.config().train.share, holding=holding)
+        predicted: Any = predicted_step(
             run.config(),
-            hardware=dataclasses.replace(this_machine(), gpus=holding),
+            hardware=here.hardware(),
             compiled=result.compiled,
             captured=result.captured,
             checkpointed=result.checkpointed,
             fp8=result.fp8,
             trained_share=data.report.trained_tokens / data.report.tokens,
             fill=data.report.tokens / (len(data.train) * data.seq_len_tokens) if data.packed else 1.0,
-            copies=layout.copies,
-            shards=layout.shards,
+            layout=here.layout,
         )
     except UserError as error:  # a shape that is not catalogued, or no NVML: the run itself is fine
         log.warning("no prediction beside the measured memory: %s", error)
     else:
+        if here.layout.processes > 1:  # all hold as much
+            for held in ("allocated_gib", "reserved_gib"):
+                (each,) = predicted[held].values()
+                predicted[held] = dict.fromkeys(result.reserved_gib, each)
         add_to_plan(run, predicted=predicted)

@@ -9,34 +9,25 @@ in the frames. Knows nothing of how a run is trained.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar, cast
 
-from qlora_helpers.base.config import RunConfig
-from qlora_helpers.base.errors import Interrupted, RunError, UserError
+from qlora_helpers.base.errors import Interrupted, RunError
 from qlora_helpers.base.place import facts_of, places_of
 from qlora_helpers.base.units import gib
-from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.model.shapes.lookup import find_shape
-from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.planning import run_plan
-from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.memory import CONTEXT_BYTES
+from qlora_helpers.planning.rescue import Failure, Rescue, find_rescue
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan, read_plan
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-# Of what the failed settings were predicted to hold: the next ones must differ by more than the prediction's error
-NEXT_SHARE = 0.9
 
 
 class OutOfMemory(RunError):
@@ -48,44 +39,30 @@ class OutOfMemory(RunError):
         candidates: settings that should fit, fastest first.
     """
 
-    def __init__(self, where: str, step: int | None, candidates: tuple[Candidate, ...], fixes: tuple[str, ...]) -> None:
-        self.where, self.step, self.candidates = where, step, candidates
-        ranked = [f"\n  {number}. {each!r}" for number, each in enumerate(candidates, start=1)]
+    def __init__(self, where: str, step: int | None, rescue: Rescue | None = None) -> None:
+        rescue = rescue or Rescue()
+        self.where, self.step, self.candidates = where, step, rescue.candidates
+        ranked = [f"\n  {number}. {each!r}" for number, each in enumerate(rescue.candidates, start=1)]
         next_step = "Memory is free again. "
         if ranked:
-            next_step += "Next, fastest first:" + "".join(ranked)
-            next_step += "\nworkflow.retry(run) continues from the last checkpoint with the first of them."
-        elif fixes:
-            next_step += "What would fit: " + "; ".join(fixes)
-        elif where.startswith("generation"):
+            next_step += "Next, fastest first:" + "".join(ranked) + f"\n{rescue.how}"
+        if ranked and rescue.other_way:
+            next_step += f"\nAnother way: {rescue.other_way}"
+        elif not ranked and rescue.fixes:
+            next_step += "What would fit: " + "; ".join(rescue.fixes)
+        elif not ranked and where.startswith("generation"):
             next_step += "Lower evaluation.batch_size or evaluation.max_new_tokens, and ask again."
-        elif where.startswith("loading"):
+        elif not ranked and where.startswith("loading"):
             next_step += (
                 "Close what else holds it (notebook 00 shows it), or see what fits with `python -m qlora_helpers plan`."
             )
-        else:
+        elif not ranked:
             next_step += (
                 "Lower train.micro_batch_size and raise train.gradient_accumulation_steps by as much, or checkpoint more "
                 "layers (train.activation_checkpointing=true, train.checkpointed_layers=none); then workflow.retry(run)."
             )
         at = "" if step is None else f" after {step} steps"
         super().__init__(f"out of memory{at} ({where})", next_step=next_step)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What is known of an error, read before its frames are cleared.
-
-    Attributes:
-        where: the part of the step, such as `forward of layer 3 of 32`.
-        step: optimizer steps done.
-        checkpointed, compiled: of the decoder layers; None where no training was open.
-    """
-
-    where: str
-    step: int | None = None
-    checkpointed: int | None = None
-    compiled: bool = False
 
 
 class OutOfMemoryElsewhere(RuntimeError):
@@ -186,7 +163,8 @@ def failure_of(error: BaseException) -> Failure:
     for each in chain:
         facts = facts_of(each) | facts
     frames = _frames(error)
-    return Failure(_where(places, _layer(frames)) or f"in {frames[-1].f_code.co_name}", **facts)
+    where = _where(places, _layer(frames)) or f"in {frames[-1].f_code.co_name}"
+    return Failure(where, **facts | {"usable_gib": _usable_gib()})
 
 
 def _where(places: list[str], layer: str) -> str:
@@ -238,60 +216,51 @@ def record_elsewhere(run: Run, error: Exception) -> None:
 def _out_of_memory(run: Run, failure: Failure) -> OutOfMemory:
     """Returns the error for the reader, and stores what it says in the run's `plan.json` and status."""
     training = failure.step is not None or failure.where.startswith("check before training")
-    candidates, fixes = _next_settings(run.config(), failure) if training and run.exists() else ((), ())
-    error = OutOfMemory(failure.where, failure.step, candidates, fixes)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one writes, which every failure is propagated to
+    rescue = find_rescue(run.config(), failure) if training and run.exists() else Rescue()
+    error = OutOfMemory(failure.where, failure.step, rescue)
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # of several processes the first one writes, which every failure is propagated to
         return error
     with contextlib.suppress(RunError):  # a full disk must not hide this
-        record = {"where": failure.where, "step": failure.step, "next": [each.settings for each in candidates]}
-        add_to_plan(run, out_of_memory=record)
+        ranked = [each.settings for each in rescue.candidates]
+        limits = {"most_gib": rescue.most_gib, "card_gib": rescue.card_gib}
+        known = limits if rescue.most_gib is not None else {}
+        add_to_plan(run, out_of_memory={"where": failure.where, "step": failure.step, "next": ranked} | known)
         if run.status().state == "failed":
             run.set_status(exit_reason="out of memory", last_error=f"OutOfMemory: {error}"[:2000])
     return error
 
 
-def _next_settings(config: RunConfig, failure: Failure) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """Returns settings that should fit where these did not, fastest first; and what would fit where none do."""
-    try:
-        hardware = run_plan.this_machine()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process has a GPU and the whole model
-            hardware = dataclasses.replace(hardware, gpus=1)
-        checkpointed = failure.checkpointed
-        if checkpointed is None:
-            layers = model_sizes(find_shape(config.model)).layers
-            checkpointed = layers if config.train.activation_checkpointing else 0
-        held: Any = run_plan.predicted_step(
-            config,
-            hardware=hardware,
-            compiled=failure.compiled,
-            checkpointed=checkpointed,
-            trained_share=run_plan.trained_share(config.data),
-        )["reserved_gib"]
-        smaller = min(_usable_gib(hardware), NEXT_SHARE * max(held.values()) + gib(CONTEXT_BYTES))
-        smaller_cards = dataclasses.replace(hardware, usable_gib=smaller)
-        plan = run_plan.plan_run(config, hardware=smaller_cards, one_process=True)
-    except UserError:  # no GPU, or a shape that can't be planned
-        return (), ()
-    return (plan.choice, *plan.alternatives) if plan.choice else (), plan.fixes
-
-
-def _usable_gib(hardware: Hardware) -> float:
-    """Returns what is really free for us now, GiB, our context included: other processes may hold a part of the card."""
+def _usable_gib() -> float | None:
+    """Returns what is free for this process or its own already, GiB, its context included, on its fullest GPU; None on a CPU."""
     torch = sys.modules.get("torch")
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return hardware.usable_gib
-    free = min(
-        torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index)
-        for index in range(torch.cuda.device_count())
-    )
-    return min(hardware.usable_gib, gib(free + CONTEXT_BYTES))
+        return None
+    mine = [torch.cuda.current_device()]  # of several processes each has one card, and the others hold theirs
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        mine = list(range(torch.cuda.device_count()))
+    try:
+        free = min(torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) for index in mine)
+    except RuntimeError:  # an error of the device
+        return None
+    return gib(free + CONTEXT_BYTES)
 
 
 def next_settings(run: Run) -> list[str]:
     """Returns the fastest settings that should fit after the run was last out of memory, as `--set` takes them, or none.
 
     The sequence length is not one of them: the prepared data have theirs.
+
+    Raises:
+        RunError: they are for several processes, and this is none of these.
     """
     failure = read_plan(run).out_of_memory
     ranked = failure.next if failure else ()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if ranked and alone and any(setting.startswith("train.share=") for setting in ranked[0]):
+        raise RunError(
+            f"{run.name!r} ran out of memory in several processes, and what would fit is for these",
+            next_step="Go on with ql.start(run), or `qlora launch` in a terminal.",
+        )
     return [setting for setting in ranked[0] if setting.startswith("train.")] if ranked else []

@@ -160,7 +160,7 @@ def make_plan(workload: Workload, *, fix: bool = True) -> Plan:
         best.setdefault(each.micro_batch_size, each)
     others = [each for size, each in best.items() if choice and size != choice.micro_batch_size]
     smallest = min(found, key=lambda each: each.peak_gib)
-    idle = not workload.one_process and workload.sequences_per_step % hardware.gpus != 0
+    idle = not (workload.one_process or workload.only) and workload.sequences_per_step % hardware.gpus != 0
     idle = idle and can_fit(workload.on(replace(hardware, gpus=1)))
     return Plan(
         workload,

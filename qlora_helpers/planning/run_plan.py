@@ -26,6 +26,7 @@ from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.planning.candidates import copies_speedup
 from qlora_helpers.planning.exchange import exchange
 from qlora_helpers.planning.forecast import Forecast, make_forecast, steps_and_tokens
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.plan import Plan, make_plan
 from qlora_helpers.planning.speed import step_time
@@ -48,6 +49,8 @@ def plan_run(
     tokens: int | None = None,
     hardware: Hardware | None = None,
     one_process: bool = False,
+    only: Layout | None = None,
+    fix: bool = True,
 ) -> Plan:
     """Plans a run: what fits, how fast it is and what it costs, before anything is downloaded.
 
@@ -58,6 +61,8 @@ def plan_run(
         tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
         hardware: in place of `gpus` and `price`.
         one_process: rules out a copy of the model on each of several GPUs, which takes several processes.
+        only: the one way to use the GPUs that is open; the settings ask for the sequences of all its processes.
+        fix: whether to look for changes that fit, where nothing does, and to set the ways to use several GPUs side by side.
 
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
@@ -71,8 +76,8 @@ def plan_run(
     if config.train.max_steps is not None:  # however much data there is
         tokens_in_all = config.train.max_steps * sequences_per_step(config.train) * config.data.seq_len_tokens
     share = trained_share(config.data)
-    workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process)
-    plan = make_plan(workload)
+    workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process, only=only)
+    plan = make_plan(workload, fix=fix)
     for note in _checked_with_headers(config.model.name, plan):
         plan = plan.with_note(note)
     if not workload.packed and config.train.max_steps is None:
@@ -109,41 +114,45 @@ def predicted_step(
     trained_share: float,
     captured: bool = False,
     fill: float = 1.0,
-    copies: int = 1,
-    shards: int = 1,
+    layout: Layout | None = None,
     fp8: bool = False,
 ) -> dict[str, object]:
     """Predicts memory and speed of a step with these very settings, to compare with what was measured.
 
     Args:
-        config: of the run.
-        hardware: the GPUs that hold one copy of the model.
+        config: of the run, as each of its processes has it.
+        hardware: the GPUs that train.
         compiled, checkpointed: of the decoder layers.
         trained_share: share of the tokens that count in the loss.
         captured: whether passes were replayed as CUDA graphs.
         fill: share of a sequence that is not padding.
-        copies: of the whole model, which train on rows of their own.
-        shards: GPUs that hold a part of every layer of one copy; `hardware` is then one of them.
+        layout: how the GPUs are used; None stands for one process whose layers are spread over them.
         fp8: whether frozen weights were multiplied in FP8.
 
     Returns:
-        `allocated_gib` and `reserved_gib` of each GPU, `tokens_per_s` of all copies without padding, and whether the speed is
-        `extrapolated`.
+        `allocated_gib` and `reserved_gib` of each GPU (of the first, where all hold as much), `tokens_per_s` of all processes
+        without padding, and whether the speed is `extrapolated`.
     """
+    layout = layout or Layout(spread=hardware.gpus)
     workload = Workload(config, find_shape(config.model), hardware, tokens=0, trained_share=trained_share)
     step = workload.step(
-        checkpointed=checkpointed, compiled=compiled, captured=captured, copies=copies, shards=shards, fp8=False
+        checkpointed=checkpointed,
+        compiled=compiled,
+        captured=captured,
+        copies=layout.copies,
+        shards=layout.shards,
+        fp8=False,
     )
     gpu = workload.gpu
     step = replace(step, fp8=fp8 and gpu.fp8_tflops > 0)
-    _, memory = predict(workload.sizes, step, gpus=hardware.gpus)
+    _, memory = predict(workload.sizes, step, gpus=layout.spread)
     time = step_time(workload.sizes, step, gpu)
     sent = exchange(workload.sizes, step, hardware, time)
     seconds = time.seconds(sent.waits_s) + sent.average_s / config.train.gradient_accumulation_steps
     return {
         "allocated_gib": {f"cuda:{index}": round(gib(each.allocated), 3) for index, each in enumerate(memory)},
         "reserved_gib": {f"cuda:{index}": round(gib(each.reserved), 3) for index, each in enumerate(memory)},
-        "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(copies * shards), 1),
+        "tokens_per_s": round(step.tokens * fill / seconds * copies_speedup(layout.processes), 1),
         "extrapolated": not (hardware.gpu and (gpu.fp8_measured if fp8 else gpu.measured)),
     }
 

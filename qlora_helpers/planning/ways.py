@@ -64,7 +64,7 @@ def find_ways(workload: Workload) -> tuple[Way, ...]:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
     hardware = workload.hardware
-    if workload.one_process or hardware.gpus == 1:
+    if workload.one_process or workload.only is not None or hardware.gpus == 1:
         return ()
     possible = {each.share: each for each in layouts(hardware.gpus, hardware.machines, workload.sequences_per_step)}
     found = []

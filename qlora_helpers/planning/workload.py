@@ -39,6 +39,7 @@ class Workload:
         tokens: of the whole training, in all epochs.
         trained_share: share of the tokens that count in the loss.
         one_process: rules out every way to use several GPUs that takes several processes.
+        only: the one way to use them that is open, where processes run already; None leaves the choice.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Workload:
     tokens: int
     trained_share: float = SUMMARY_SHARE
     one_process: bool = False
+    only: Layout | None = None
 
     @cached_property
     def sizes(self) -> ModelSizes:
@@ -96,6 +98,8 @@ class Workload:
 
         In one process the layers are spread over all GPUs.
         """
+        if self.only is not None:
+            return (self.only,)
         hardware = self.hardware
         found = layouts(hardware.gpus, hardware.machines, self.sequences_per_step)
         if self.one_process:
@@ -121,8 +125,8 @@ class Workload:
         return (False,) if self.sizes.tied or not self.config.train.fast_step else (False, True)
 
     def on(self, hardware: Hardware) -> Workload:
-        """The same training on other GPUs."""
-        return replace(self, hardware=hardware)
+        """The same training on other GPUs, in any way that is open there."""
+        return replace(self, hardware=hardware, only=None)
 
     def with_settings(self, changes: Sequence[str]) -> Workload:
         """The same training with some settings changed, as `--set` takes them."""

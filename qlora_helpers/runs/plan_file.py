@@ -63,11 +63,21 @@ class Reloaded:
 
 @dataclass(frozen=True)
 class MemoryFailure:
-    """Where the run was last out of memory, and the settings that should fit, fastest first, each as `--set` takes them."""
+    """Where the run was last out of memory, and what should fit.
+
+    Attributes:
+        where: the part of the step.
+        step: optimizer steps done.
+        next: settings for the same processes, fastest first, each as `--set` takes them.
+        most_gib: what each GPU may be planned to hold from then on; None where nothing could be planned.
+        card_gib: what the GPUs on which it ran out can hold.
+    """
 
     where: str
     step: int | None = None
     next: tuple[tuple[str, ...], ...] = ()
+    most_gib: float | None = None
+    card_gib: float | None = None
 
 
 @dataclass(frozen=True)

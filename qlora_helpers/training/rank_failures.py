@@ -19,7 +19,8 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_helpers.base.errors import RunError, UserError
-from qlora_helpers.planning.out_of_memory import Failure, OutOfMemoryElsewhere, failure_of, is_out_of_memory
+from qlora_helpers.planning.out_of_memory import OutOfMemoryElsewhere, failure_of, is_out_of_memory
+from qlora_helpers.planning.rescue import Failure
 
 KEY = "qlora_failure"
 LOOK_S = 1.0  # between two looks into the store
