@@ -26,6 +26,7 @@ from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.model.shapes.sizes import adapter_parameters
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.fixes import cheapest_instance
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.plan import make_plan
 from qlora_helpers.planning.run_plan import estimated_tokens, plan_run, this_machine
 from qlora_helpers.planning.workload import Workload
@@ -305,11 +306,11 @@ def test_the_speed_of_several_processes_is_predicted():
     one, two = (
         run_plan.predicted_step(
             profile_config("falcon-40b"),
-            hardware=parse_gpus("H100"),
+            hardware=parse_gpus(f"{copies}xH100"),
             compiled=True,
             checkpointed=60,
             trained_share=0.2,
-            copies=copies,
+            layout=Layout(copies=copies),
         )
         for copies in (1, 2)
     )
@@ -318,6 +319,26 @@ def test_the_speed_of_several_processes_is_predicted():
     buckets = 4 * weights / 2**30  # in which DDP sends the gradients
     assert two["allocated_gib"]["cuda:0"] - one["allocated_gib"]["cuda:0"] == pytest.approx(buckets, abs=2e-3)
     assert buckets > 0.2
+
+
+def test_a_step_of_shards_is_predicted_as_the_plan_counts_it():
+    """The same bytes, and tokens a second over PCIe 4; over a network between two machines it waits."""
+    config = profile_config("falcon-40b").with_settings(
+        ["train.micro_batch_size=1", "train.gradient_accumulation_steps=8"]
+    )
+    for gpus, layout in (("ml.g5.12xlarge", Layout(shards=4)), ("2xml.g5.12xlarge", Layout(copies=2, shards=4))):
+        choice = plan_run(config.with_settings([f"train.share={layout.share}"]), gpus=gpus).choice
+        each = config.with_settings(choice.settings)
+        found = run_plan.predicted_step(
+            each,
+            hardware=parse_gpus(gpus),
+            compiled=choice.compiled,
+            checkpointed=choice.checkpointed,
+            trained_share=0.2,
+            layout=layout,
+        )
+        assert found["reserved_gib"] == {"cuda:0": pytest.approx(choice.to_dict()["reserved_gib"][0], abs=1e-3)}
+        assert found["tokens_per_s"] == pytest.approx(choice.tokens_per_s, abs=0.1)
 
 
 def test_a_limit_on_steps_is_what_a_plan_counts():
