@@ -30,6 +30,11 @@ _POLL_S = 0.1
 LOOPBACK = "127.0.0.1"
 
 
+def machines() -> int:
+    """Returns how many machines train together, as torchrun says; 1 where it started nothing."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def loopback_interface() -> str:
     """Returns the name of the network interface that has the address 127.0.0.1: `lo` on Linux, `lo0` on macOS.
 

@@ -16,6 +16,7 @@ from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.heartbeat import sending_heartbeats
 from qlora_helpers.runs.log import logged_to
+from qlora_helpers.runs.ranks import machines
 from qlora_helpers.runs.status import INTERRUPTED
 from qlora_helpers.runs.trackers import refuse_missing
 
@@ -46,7 +47,7 @@ def training_session(run: Run, *, at_end: Callable[[Run], None] | None = None) -
             price = needed_price(config.train)
             gpus = locks.visible_gpus() if config.model.device_map != "cpu" else ()
             with locks.gpu_locks(run, gpus):
-                number = run.open_session(usd_per_hour=price.usd_per_hour if price else None).session
+                number = run.open_session(usd_per_hour=price.usd_per_hour * machines() if price else None).session
                 began = True
                 with sending_heartbeats(run, number):
                     yield

@@ -37,7 +37,7 @@ class Status:
         warning: what is wrong with the result of a session that ended well, such as a certificate that failed; empty if nothing is.
         started_at: time at which this session was started, seconds since 1970.
         spent_s, spent_usd: wall clock and price of all earlier sessions.
-        usd_per_hour: price of this session's machine; None where it is unknown.
+        usd_per_hour: price of this session's machines together; None where it is unknown.
         readings: of the GPUs, or of the process, at the last heartbeat.
     """
 

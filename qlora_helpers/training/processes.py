@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_helpers.runs.nodes import PRIVATE
-from qlora_helpers.runs.ranks import STORE
+from qlora_helpers.runs.ranks import STORE, machines
 
 Value = TypeVar("Value")
 PATIENCE = datetime.timedelta(minutes=30)
@@ -29,8 +29,8 @@ def is_main_process() -> bool:
 
 def several_machines() -> int:
     """Returns how many machines train together, where torchrun has started them; 0 for one."""
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    return nodes if nodes > 1 else 0
+    count = machines()
+    return count if count > 1 else 0
 
 
 def files_to_first(folder: Path, rank: int) -> None:

@@ -18,7 +18,10 @@ from qlora_helpers.base.files import read_json
 from qlora_helpers.base.place import at
 from qlora_helpers.machine.hardware import Hardware, find_gpu
 from qlora_helpers.planning import out_of_memory, run_plan
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.out_of_memory import OutOfMemory, is_out_of_memory, rescued
+from qlora_helpers.planning.rescue import Failure, find_rescue
+from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.workflow import open_run
 
 SETTINGS = {
@@ -335,6 +338,87 @@ def test_candidates_that_take_torchrun_hide_no_others(falcon_7b, monkeypatch, gp
         step(run)
     assert len(caught.value.candidates) == 3
     assert {(each.copies, len(each.layers_per_gpu)) for each in caught.value.candidates} == {(1, gpus)}
+
+
+def in_four_processes(monkeypatch, share: str, run) -> None:
+    run.save_config(run.config().with_settings([f"train.share={share}"]))
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_processes_that_share_layers_are_offered_what_fits_in_shards(falcon_7b, monkeypatch):
+    """Four cards of 8 GiB: a quarter of the layers fits on each, and smaller micro-batches do; a whole copy would not."""
+    run, step = falcon_7b
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(8.0), gpus=4))
+    in_four_processes(monkeypatch, "shards", run)
+    with pytest.raises(OutOfMemory) as caught:
+        step(run)
+    found = caught.value.candidates
+    assert found and all(each.share == "shards" and each.step.shards == 4 for each in found)
+    assert all(each.micro_batch_size * each.gradient_accumulation_steps == 16 for each in found)  # of each process
+    assert found[0].micro_batch_size < 16 and "train.share=shards" in found[0].settings
+    for each in found:
+        again = run.config().with_settings(each.settings)
+        held = run_plan.predicted_step(
+            again,
+            hardware=dataclasses.replace(card(8.0), gpus=4),
+            compiled=each.compiled,
+            checkpointed=each.checkpointed,
+            trained_share=0.2,
+            layout=Layout(shards=4),
+        )["reserved_gib"]["cuda:0"]
+        assert held + 0.75 == pytest.approx(each.peak_gib, abs=2e-3) and each.peak_gib <= 8.0
+    assert read_plan(run).out_of_memory.next[0] == tuple(found[0].settings)
+    assert "workflow.retry" not in str(caught.value) and "ql.start(run)" in str(caught.value)
+
+
+def test_copies_that_do_not_fit_are_offered_shards(falcon_7b, monkeypatch):
+    run, step = falcon_7b
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(4.5), gpus=4))
+    in_four_processes(monkeypatch, "copies", run)
+    with pytest.raises(
+        OutOfMemory, match=r"What would fit: ql.start\(run, gpus=4, share='shards'\): .* shards on 4 GPUs: 4\.3 GiB"
+    ) as caught:
+        step(run)
+    assert caught.value.candidates == ()
+
+
+def test_shards_are_offered_more_of_this_machine_s_gpus(falcon_7b, monkeypatch):
+    """Two of eight cards are in use: a smaller part of the layers on each leaves room for what did not fit."""
+    run, step = falcon_7b
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(5.0), gpus=8))
+    in_four_processes(monkeypatch, "shards", run)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(OutOfMemory, match=r"ql.start\(run, gpus=8, share='shards'\): .* shards on 8 GPUs: 4\.\d GiB"):
+        step(run)
+
+
+def test_what_is_free_is_that_of_the_process_that_ran_out_and_of_its_own_card(torch, monkeypatch):
+    """Rank 1 of two: the other card is full of what rank 0 holds, which says nothing about this one."""
+    free = {0: 0.2, 1: 6.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (int(free[index] * 2**30), 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 3 * 2**30)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MemoryError) as caught:
+        fail()
+    assert out_of_memory.failure_of(caught.value).usable_gib == 9.75  # with 0.75 for the context
+    monkeypatch.setenv("WORLD_SIZE", "1")  # layers that are spread over both
+    assert out_of_memory.failure_of(caught.value).usable_gib == pytest.approx(3.95)
+
+
+def test_a_card_of_which_another_program_holds_a_part_is_planned_with_the_rest(falcon_7b, monkeypatch):
+    run, _ = falcon_7b
+    monkeypatch.setattr(run_plan, "this_machine", lambda price=None: dataclasses.replace(card(24.0), gpus=4))
+    in_four_processes(monkeypatch, "shards", run)
+    failure = Failure("process 2 of 4, backward", step=3, checkpointed=0, compiled=True)
+    whole, part = (find_rescue(run.config(), dataclasses.replace(failure, usable_gib=gib)) for gib in (None, 9.0))
+    assert part.most_gib == 9.0 < whole.most_gib
+    assert all(each.peak_gib <= 9.0 for each in part.candidates) and part.candidates[0] != whole.candidates[0]
 
 
 def test_the_error_names_what_would_fit(falcon_7b, monkeypatch):

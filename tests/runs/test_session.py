@@ -134,6 +134,13 @@ def test_the_price_and_the_heartbeat_are_the_sessions(made, monkeypatch):
         assert [request.stage for request in made.requests] == ["received"]
 
 
+def test_machines_that_train_together_cost_as_many_times_as_much(made, monkeypatch):
+    made.save_config(made.config().with_settings(["train.usd_per_hour=1.5"]))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    with training_session(made):
+        assert made.status().usd_per_hour == 4.5
+
+
 @pytest.mark.parametrize(("device_map", "expected"), [("auto", ("GPU-a",)), ("cpu", ())])
 def test_gpus_are_locked_unless_the_run_is_on_the_cpu(made, monkeypatch, device_map, expected):
     made.save_config(made.config().with_settings([f"model.device_map={device_map}"]))
