@@ -96,9 +96,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--processes",
         type=int,
-        default=1,
+        default=None,
         metavar="N",
-        help="train in N processes of this machine, each with a share of the rows; with GPUs, one for each GPU",
+        help="train in N processes of this machine, each with a share of the rows and a GPU, with the settings as they are "
+        "(default: where several GPUs are free, as the plan finds fastest; else 1)",
     )
     train.add_argument("--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE")
     terminal.add_options(train)
@@ -272,17 +273,23 @@ def _new(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from qlora_helpers import workflow
+    from qlora_helpers.planning.starting import run_in_foreground
     from qlora_helpers.runs import launch, ranks, sigterm
+    from qlora_helpers.training.in_processes import several_by_plan
     from qlora_helpers.training.processes import is_main_process
 
     run = workflow.open_run(options.run, profile=options.profile, settings=options.settings)
-    if options.processes != 1:
+    more = (["--shut-down-app"] if options.shut_down_app else []) + terminal.as_options(options)
+    if options.processes is None and several_by_plan(run):
+        say = terminal.chosen(quiet=options.quiet, as_json=options.json).say
+        code = run_in_foreground(run, options=more, say=say)
+        assert code is not None, "several processes were started"
+        return code
+    if options.processes not in (None, 1):
         launch.refuse_missing_gpus(run.config(), options.processes)
-        command = launch.train_command(run) + (["--shut-down-app"] if options.shut_down_app else [])
-        command += terminal.as_options(options)
-        return ranks.run_ranks(command, options.processes)
+        return ranks.run_ranks(launch.train_command(run) + more, options.processes)
     with terminal.shown(quiet=options.quiet, as_json=options.json) as show:
-        result = workflow.train(run, shut_down_app=options.shut_down_app, say=show.say)
+        result = workflow.train(run, shut_down_app=options.shut_down_app, in_this_process=True, say=show.say)
         if is_main_process():
             show.result("train", result)
     return sigterm.EXIT_CODE if sigterm.received() else 130 if sigterm.interrupted() else 0
@@ -302,7 +309,7 @@ def _launch(options: argparse.Namespace) -> int:
         return code
     from qlora_helpers import workflow  # after the GPU was chosen
 
-    print(workflow.train(run))
+    print(workflow.train(run, in_this_process=True))
     return sigterm.EXIT_CODE if sigterm.received() else 0
 
 

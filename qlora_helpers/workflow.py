@@ -43,6 +43,7 @@ from qlora_helpers.runs.plan_file import add_to_plan
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
 from qlora_helpers.training.checkpoints import has_trained, refuse_other_than_trained_on
+from qlora_helpers.training.in_processes import remark_on_loading, several_by_plan, train_in_processes
 from qlora_helpers.training.processes import is_main_process, join, main_process_first, several_machines, values_of_all
 from qlora_helpers.training.rank_failures import failures_propagated
 
@@ -99,6 +100,8 @@ def load(run: Run, *, say: Say = print) -> LoadedModel:
     shared = sharing(config.train.share)
     if shared.processes > 1:
         join(on_cpu=not on_a_gpu(config.model))
+    elif remark := remark_on_loading(run):
+        say(remark)
     return load_model(config.model, spread=lambda gpus: run_plan.layers_per_gpu(config, gpus), sharing=shared, say=say)
 
 
@@ -164,9 +167,13 @@ def train(
     loaded: LoadedModel | None = None,
     show_progress: bool = True,
     shut_down_app: bool = False,
+    in_this_process: bool = False,
     say: Say = print,
 ) -> TrainResult:
     """Trains the run's adapters, from the newest verified checkpoint if there is one, and saves the adapter.
+
+    Where several GPUs are free and the plan shares the work among processes, such as shards of a large model, it starts these and
+    waits for them (`training.in_processes`), unless a model is in memory already.
 
     Args:
         run: the run.
@@ -174,6 +181,7 @@ def train(
         loaded: the base model that `model` is built on, or that gets new adapters.
         show_progress: whether to show progress: a live panel in a notebook, a bar and a table of losses elsewhere.
         shut_down_app: whether to shut the SageMaker Studio app down after the training, unless a person stopped it.
+        in_this_process: whether to train here, with the layers spread over the GPUs, whatever the plan finds fastest.
         say: called with a line on what takes long.
 
     Raises:
@@ -185,6 +193,9 @@ def train(
     from qlora_helpers.training.train import refuse_settings
 
     show_progress = show_progress and not prints_into(run.log_path)
+    if loaded is None and model is None and not in_this_process and several_by_plan(run):
+        with _shown_in_cell(run) if show_progress else contextlib.nullcontext() as redraw:
+            return train_in_processes(run, redraw=redraw, shut_down_app=shut_down_app, say=say)
 
     def stuck(error: Exception) -> None:
         if is_main_process():

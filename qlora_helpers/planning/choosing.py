@@ -12,8 +12,10 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.errors import UserError
+from qlora_helpers.base.units import duration
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware
+from qlora_helpers.machine.price import machine_price
 from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.layout import COPIES, MEANING, ONE, SHARDS, SPREAD, WAYS, copies_sharing
 from qlora_helpers.planning.memory import usable_with_margin
@@ -142,7 +144,9 @@ def _planned(config: RunConfig, share: str, gpus: int, nodes: int, limit_gib: fl
     """
     config = config.with_settings({SHARE: share})
     try:
-        hardware = replace(this_machine(), gpus=gpus * nodes, machines=nodes)
+        price = machine_price(config.train)
+        here = this_machine(price.usd_per_hour * nodes if price else None)
+        hardware = replace(here, gpus=gpus * nodes, machines=nodes)
         spare = replace(hardware, usable_gib=usable_with_margin(hardware.usable_gib))
         if limit_gib is not None:
             hardware, spare = (replace(each, usable_gib=min(each.usable_gib, limit_gib)) for each in (hardware, spare))
@@ -214,7 +218,9 @@ def _why(plan: Plan) -> str:
     choice = plan.choice
     what = MEANING[choice.share]
     text = f"{what[0].upper()}{what[1:]} ({choice.share}, {choice.layout.gpus} GPU{'s' * (choice.layout.gpus != 1)})"
-    expected = f"{choice.peak_gib:.1f} GiB on the fullest GPU, {choice.tokens_per_s:,.0f} tokens/s"
+    dollars = "" if choice.dollars is None else f", ${choice.dollars:,.2f}"
+    expected = f"{choice.peak_gib:.1f} GiB on the fullest GPU, {choice.tokens_per_s:,.0f} tokens/s, "
+    expected += f"{duration(choice.seconds)}{dollars} for {plan.tokens:,} tokens"
     measured = any(each.measured for each in plan.ways if each.share == choice.share)
     return f"{text}; expected: {expected}" + ("" if measured else " (predicted, never measured)") + "."
 

@@ -21,6 +21,7 @@ from qlora_helpers.data.sources import EMBEDDED, read_corpus
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware, find_gpu, parse_gpus
 from qlora_helpers.machine.links import PCIE
+from qlora_helpers.machine.price import machine_price
 from qlora_helpers.model.shapes.headers import checkpoint_parameters
 from qlora_helpers.model.shapes.lookup import find_shape
 from qlora_helpers.planning.candidates import copies_speedup
@@ -57,7 +58,7 @@ def plan_run(
     Args:
         config: model, adapter, sequence length, sequences an optimizer step, epochs, data.
         gpus: `4x24GiB`, `H100`, `2xL4` or `ml.g5.12xlarge`; None takes this machine's GPUs.
-        price: USD an hour for all of the hardware, in place of the catalogue's.
+        price: USD an hour for all of the hardware; None takes the catalogue's, and for this machine `train.usd_per_hour` first.
         tokens: of the training data; None counts a local file, knows this project's data sets, and otherwise assumes a million.
         hardware: in place of `gpus` and `price`.
         one_process: rules out a copy of the model on each of several GPUs, which takes several processes.
@@ -67,6 +68,9 @@ def plan_run(
     Raises:
         UserError: no such hardware or model, or this machine has no GPU and none was named.
     """
+    if hardware is None and gpus is None and price is None:
+        known_price = machine_price(config.train)
+        price = known_price.usd_per_hour if known_price else None
     hardware = hardware or (parse_gpus(gpus, price) if gpus else this_machine(price))
     shape = find_shape(config.model)
     if tokens is not None and tokens < 1:

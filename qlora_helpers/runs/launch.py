@@ -31,22 +31,23 @@ from qlora_helpers.runs.trackers import refuse_missing
 
 
 def train_command(
-    run: Run, *, processes: int = 1, profile: str | None = None, settings: Iterable[str] = ()
+    run: Run, *, processes: int | None = None, profile: str | None = None, settings: Iterable[str] = ()
 ) -> list[str]:
     """Returns the command that starts or resumes a run.
 
     Args:
         run: the run.
-        processes: with more than one, each has a share of the rows (DDP); with GPUs, one process for each GPU.
+        processes: with more than one, each has a share of the rows; with GPUs, one for each GPU. None leaves it to the plan.
         profile: `tiny`, `demo` or `falcon-40b`; None keeps the run's own settings.
         settings: changes to the settings, such as `["train.max_steps=20"]`.
 
     Raises:
         UserError: fewer than one process.
     """
+    if processes is None:
+        return python_command(*_train_arguments(run, profile, settings))
     check_processes(processes)
-    several = ["--processes", str(processes)] if processes > 1 else []
-    return python_command(*_train_arguments(run, profile, settings), *several)
+    return python_command(*_train_arguments(run, profile, settings), "--processes", str(processes))
 
 
 def refuse_missing_gpus(config: RunConfig, processes: int) -> None:

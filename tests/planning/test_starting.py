@@ -33,7 +33,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(locks, "visible_gpus", lambda: cards)
         monkeypatch.setattr(locks, "unlocked_gpus", lambda gpus: tuple(gpu for gpu in gpus if gpu not in busy))
         monkeypatch.setattr(locks, "refuse_busy_gpus", lambda gpus: refuse(busy, gpus))
-        monkeypatch.setattr(choosing, "this_machine", lambda: parse_gpus(f"{count}x{card}"))
+        monkeypatch.setattr(choosing, "this_machine", lambda price=None: parse_gpus(f"{count}x{card}", price))
         monkeypatch.setattr(telemetry, "used_shares", lambda: dict.fromkeys(cards, 0.02) | (used or {}))
 
     return of
@@ -55,6 +55,7 @@ def test_all_free_gpus_are_taken_in_the_way_of_the_plan(machine):
     assert chosen.settings[choosing.MICRO] * chosen.settings[choosing.PASSES] * 4 == 8
     assert set(chosen.settings) == {choosing.SHARE, choosing.MICRO, choosing.PASSES}  # each process plans the rest
     assert "shards, 4 GPUs" in chosen.why and "predicted, never measured" in chosen.why
+    assert " for 2,797,607 tokens" in chosen.why and "$" not in chosen.why  # a price that nobody knows
     machine("H200", 2)
     chosen = choosing.choose(config(LLAMA))
     assert (chosen.share, chosen.processes) == ("copies", 2) and "never measured" not in chosen.why
@@ -157,7 +158,7 @@ def test_a_run_goes_on_with_the_same_step_on_another_number_of_gpus(machine, sta
     assert train.micro_batch_size * train.gradient_accumulation_steps * 2 == 8
     machine("A10G", 1)
     starting.start(run)
-    assert "--processes" not in started[-1][0]
+    assert started[-1][0][-2:] == ["--processes", "1"]
     assert run.config() == config(LLAMA)  # as it was asked
 
 
@@ -175,7 +176,7 @@ def test_what_a_person_changes_after_a_start_counts(machine, started, tmp_path):
     assert train.micro_batch_size * train.gradient_accumulation_steps * 4 == 2 * 8  # a step of 16 sequences now
     run.save_config(run.config().with_settings(["train.share=spread"]))
     starting.start(run)
-    assert "--processes" not in started[-1][0] and run.config().train.share == "spread"
+    assert started[-1][0][-2:] == ["--processes", "1"] and run.config().train.share == "spread"
 
 
 def test_processes_start_with_the_settings_as_they_are(machine, started, tmp_path):
