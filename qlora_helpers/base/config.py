@@ -294,8 +294,8 @@ class TrainConfig:
         "auto",
         "How several GPUs work together: copies (each has the whole 4-bit model and its own rows), shards (each holds a part of "
         "every layer and gathers the others' parts when it computes that layer), copies of shards (shards within a machine, "
-        "copies between machines), spread (the layers lie one after another on the GPUs), or one (a single GPU). auto takes "
-        "copies for several processes, and spreads the layers in a single one.",
+        "copies between machines), spread (the layers lie one after another on the GPUs), or one (a single GPU). auto: as "
+        "the plan finds fastest on the free GPUs; processes whose number is given hold copies.",
         choices=("auto", "one", "copies", "shards", "copies of shards", "spread"),
     )
     logging_steps: int = option(2, "Write a line of progress every so many optimizer steps.", low=1)

@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
 from qlora_helpers.base.errors import ConfigError  # noqa: E402
-from qlora_helpers.model.sharding import PartKeeper, ShardedLinear4bit  # noqa: E402
+from qlora_helpers.model.sharded_linear import ShardedLinear4bit  # noqa: E402
+from qlora_helpers.model.sharding import PartKeeper  # noqa: E402
 from qlora_helpers.model.shares import Sharing, sharing  # noqa: E402
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.nf4 import is_nf4, unpacked_numel
 from qlora_helpers.model.patching import replace_forward
-from qlora_helpers.model.sharding import ShardedLinear4bit
+from qlora_helpers.model.sharded_linear import ShardedLinear4bit
 from qlora_helpers.model.wiring import is_plain_lora
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from qlora_helpers.model.patching import replace_forward
 from qlora_helpers.model.shapes.families import added_to_residual
-from qlora_helpers.model.sharding import ShardedLinear4bit
+from qlora_helpers.model.sharded_linear import ShardedLinear4bit
 from qlora_helpers.model.wiring import is_plain_lora
 
 _SIGNATURES = {
