@@ -33,6 +33,10 @@ _WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo
 log = logging.getLogger(__name__)
 
 
+class AveragedFailure(RunError):
+    """A failure that averaged gradients show in every process: the report of one that knows its cause counts more."""
+
+
 @contextlib.contextmanager
 def failures_propagated(when_stuck: Callable[[Exception], None] = lambda error: None) -> Iterator[None]:
     """While open, an error that ends one process of a training ends all; each of the others raises the reason that it reported.
@@ -55,7 +59,7 @@ def failures_propagated(when_stuck: Callable[[Exception], None] = lambda error: 
     try:
         yield
     except BaseException as error:
-        reported = _reported(wait=is_of_exchange(error))
+        reported = _reported(wait=is_of_exchange(error) or isinstance(error, AveragedFailure))
         if reported is None and is_of_exchange(error):
             reported = _ended()
         elif reported is None:

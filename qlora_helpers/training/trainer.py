@@ -28,6 +28,7 @@ from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.global_batch import Processes, write_processes
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
 from qlora_helpers.training.processes import files_to_first, several_machines
+from qlora_helpers.training.rank_failures import AveragedFailure
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,11 @@ class SummaryTrainer(Trainer):
             f" in forward pass {trouble.batch} of {trouble.batches}" if trouble.batch and trouble.batches > 1 else ""
         )
         rows = [self.train_dataset[number]["row_ids"] for number in trouble.blocks]
-        where = f"; its data: {rows_in_words(trouble.blocks, rows)}" if rows else ""
-        raise RunError(
+        # The mean of all processes' gradients says nothing of whose rows it was; one whose loss was not finite says more.
+        averaged = trouble.batch is None and not trouble.exploded and self.accelerator.num_processes > 1
+        whose = "the data of this process" if averaged else "its data"
+        where = f"; {whose}: {rows_in_words(trouble.blocks, rows)}" if rows else ""
+        raise (AveragedFailure if averaged else RunError)(
             f"{trouble.what} at step {trouble.step}{passes}{where}",
             next_step=f"{trouble.fix}; the run goes on from "
             + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),

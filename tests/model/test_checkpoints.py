@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import json
 import shutil
 import struct
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, hub
+from tiny import tiny_gguf
 
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
@@ -151,60 +151,7 @@ def test_the_corpus_tokenizer_restores_every_text():
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory, torch):
     """A tiny Llama as a GGUF file, and the model that it was made from."""
-    import numpy
-    from gguf import GGMLQuantizationType, GGUFWriter
-    from tiny import tiny_llama
-
-    model = tiny_llama(num_key_value_heads=4)  # with grouped keys the file would hold permuted rows
-    path = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
-    writer = GGUFWriter(str(path), "llama")
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    backend = json.loads(corpus_tokenizer().backend_tokenizer.to_str())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(1)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp's order of the rotated halves
-            heads = config.num_attention_heads
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        name = name.replace("model.layers.", "blk.")
-        writer.add_tensor(name, numpy.ascontiguousarray(values), raw_dtype=GGMLQuantizationType.F32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, model
+    return tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 def test_a_gguf_file_is_dequantised_once(torch, gguf):

@@ -17,74 +17,14 @@ from typing import Any
 
 import pytest
 from forked_ranks import Ranks, in_ranks
+from sharded_runs import LONG, SETTINGS, difference, import_all, losses, status, train, wait_for_steps
 
 pytestmark = pytest.mark.slow
-SETTINGS: dict[str, Any] = {
-    "adapter.lora_dropout": 0.0,
-    "train.max_steps": 4,
-    "train.lr_scheduler_type": "constant",
-    "train.learning_rate": 0.02,
-    "train.logging_steps": 1,
-    "train.eval_steps": 4,
-    "train.save_steps": 2,
-    "train.tensorboard": "off",
-    "train.micro_batch_size": 1,
-    "train.activation_checkpointing": True,
-    "train.checkpointed_layers": 3,
-    "data.train_rows": 40,
-    "data.eval_rows": 5,
-    "data.test_rows": 3,
-    "data.seq_len_tokens": 192,
-    "evaluation.max_new_tokens": 8,
-    "evaluation.few_shot": 0,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(torch, cache):
-    """What the processes need, imported once."""
-    import torch.distributed.fsdp
-
-    from qlora_helpers import workflow
-    from qlora_helpers.data import prepare
-    from qlora_helpers.evaluation import evaluate
-    from qlora_helpers.model import checkpoints, lora, quantizer
-    from qlora_helpers.training import tensorboard_events, train
-
-    assert all((prepare, evaluate, lora, quantizer, tensorboard_events, train, workflow, torch.distributed.fsdp))
-    from qlora_helpers.base.config import ModelConfig
-
-    checkpoints.find_checkpoint(ModelConfig(name="random:falcon-tiny"), say=lambda text: None)  # made once, not by each
-
-
-def train(root: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What each process of a training does; returns what it saw."""
-    from qlora_helpers import workflow
-    from qlora_helpers.model.sharding import is_sharded
-
-    run = workflow.open_run(name, profile="tiny", settings=SETTINGS | settings, root=root)
-    loaded = workflow.load(run, say=lambda text: None)
-    result = workflow.train(run, loaded=loaded, show_progress=False)
-    return {
-        "sharded": is_sharded(loaded.model),
-        "audit": repr(loaded.audit),
-        "held_gib": loaded.audit.gib_by_process,
-        "fast": result.fast_step,
-        "peaks": result.peak_gib,
-        "steps": result.steps,
-        "stopped": result.stop_reason,
-    }
-
-
-def losses(root: Path, name: str) -> list[tuple[int, float]]:
-    lines = map(json.loads, (root / name / "progress.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def difference(root: Path, first: str, second: str) -> float:
-    from qlora_helpers.model.lora import adapter_difference
-
-    return adapter_difference(root / first / "adapter", root / second / "adapter")
+    import_all()
 
 
 @pytest.fixture(scope="module")
@@ -295,24 +235,6 @@ def test_a_mixture_of_experts_is_refused_before_its_stacks_are_read(tmp_path, mo
         assert "a mixture of experts can't be shared out" in each
 
 
-LONG = {"train.share": "shards", "train.max_steps": 200, "train.eval_steps": 200, "train.save_steps": 200}
-
-
-def wait_for_steps(root: Path, name: str, steps: int, ranks: Ranks, limit_s: float = 120.0) -> None:
-    until = time.monotonic() + limit_s
-    while not ((root / name / "progress.jsonl").exists() and len(losses(root, name)) >= steps):
-        if ranks.ended() and set(ranks.wait()) == {0}:  # all steps are done
-            return
-        if time.monotonic() > until or ranks.ended():
-            ranks.kill()
-            raise AssertionError(ranks.said())
-        time.sleep(0.05)
-
-
-def status(root: Path, name: str) -> dict[str, Any]:
-    return json.loads((root / name / "status.json").read_text())
-
-
 @pytest.mark.parametrize("how", ["a request", "SIGTERM"])
 def test_shards_stop_together_and_save(how, root, imported):
     from qlora_helpers.runs.folder import Run
@@ -331,6 +253,56 @@ def test_shards_stop_together_and_save(how, root, imported):
     assert done["state"] == "stopped" and done["step"] == first["steps"] == second["steps"] < 200
     assert (root / name / f"checkpoints/checkpoint-{first['steps']}/verified.json").is_file()
     assert (root / name / "adapter/certificate.json").is_file() == (how != "SIGTERM")
+
+
+def test_a_request_to_save_now_is_met_by_shards_which_then_go_on(root, imported):
+    from qlora_helpers.runs.folder import Run
+
+    run = Run(root / "saved-now")
+    ranks = Ranks(train, root, "saved-now", LONG)
+    wait_for_steps(root, "saved-now", 2, ranks)
+    run.request("save")
+    until = time.monotonic() + 60
+    while not (answers := [each.answer for each in run.requests if each.answer]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert answers, ranks.said()
+    saved = int(answers[0].removeprefix("saved at step "))
+    wait_for_steps(root, "saved-now", saved + 2, ranks)
+    run.request("stop")
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert (root / f"saved-now/checkpoints/checkpoint-{saved}/verified.json").is_file()
+    assert status(root, "saved-now")["state"] == "stopped" and status(root, "saved-now")["step"] > saved
+
+
+def spoiled(root: Path, name: str, rank: int) -> Any:
+    """What each process does of a training in which the loss of one is no number in its third step."""
+    from qlora_helpers.base.errors import RunError
+    from qlora_helpers.training.trainer import SummaryTrainer
+
+    own = SummaryTrainer.compute_loss
+
+    def compute_loss(self: Any, *arguments: Any, **more: Any) -> Any:
+        loss = own(self, *arguments, **more)
+        return loss * float("nan") if self.model.training and self.state.global_step == 2 else loss
+
+    if os.environ["RANK"] == str(rank):
+        SummaryTrainer.compute_loss = compute_loss
+    try:
+        train(root, name, {"train.share": "shards"})
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_all_with_its_rows_and_the_run_goes_on(root, shards):
+    """The averaged gradients are none in both; the first process must not blame its own rows."""
+    first, second = in_ranks(spoiled, root, "spoiled", 1)
+    assert second.startswith("the loss is no longer a finite number (nan) at step 3; its data: sequence ")
+    assert first == f"process 2 of 2 failed: {second}"
+    assert "its last good checkpoint, of step 2" in first
+    assert (status(root, "spoiled")["state"], status(root, "spoiled")["last_error"]) == ("failed", f"RunError: {first}")
+    in_ranks(train, root, "spoiled", {"train.share": "shards"})
+    assert difference(root, "spoiled", "shards") == 0.0
 
 
 def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: int) -> Any:
