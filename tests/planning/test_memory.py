@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from measured_steps import name_of, planned_steps, step_of
@@ -10,7 +12,7 @@ from measured_steps import name_of, planned_steps, step_of
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
-from qlora_helpers.planning.memory import StepMemory, predict
+from qlora_helpers.planning.memory import StepMemory, packed_bytes, predict
 from qlora_helpers.planning.step_settings import StepSettings, kept_values
 
 
@@ -124,3 +126,28 @@ def test_a_tied_output_layer_is_held_once_with_its_embedding():
     assert first.weights_other + last.weights_other == one.weights_other
     assert first.working > last.working  # the chunk of logits is where the output layer is
     assert counts[0] < counts[1]
+
+
+def test_what_is_whole_on_every_gpu_of_shards_is_counted_as_whole():
+    """The figures of docs/several_gpus.md: what is trained and the embedding, for Falcon-40B on four GPUs."""
+    sizes = model_sizes(SHAPES["falcon-40b"])
+    (_, (one,)), (_, (four,)) = (predict(sizes, settings("falcon-40b", shards=count)) for count in (1, 4))
+    assert (four.adapters, four.gradients, four.optimizer) == tuple(55_541_760 * size for size in (4, 8, 8))
+    assert four.weights_other == one.weights_other and four.weights_quantized == one.weights_quantized / 4
+    embedding = 2 * sizes.vocab * sizes.hidden
+    layer = packed_bytes(sizes, settings("falcon-40b", shards=4))
+    trained = four.adapters + four.gradients + four.optimizer
+    said = (Path(__file__).parents[2] / "docs/several_gpus.md").read_text()
+    figures = {
+        "0.21 GiB of adapters": four.adapters,
+        "0.41 of gradients": four.gradients,
+        "0.41 of AdamW's state": four.optimizer,
+        "0.99 for the embedding": embedding,
+        "0.78 GiB less on each": 0.75 * trained,
+        "0.74 GiB less, and": 0.75 * embedding,
+        "0.74 GiB where a layer": 0.75 * embedding,
+        "a layer takes 0.24": 0.75 * layer,
+    }
+    for words, counted in figures.items():
+        (figure,) = re.findall(r"0\.\d\d", words)
+        assert words in said and figure == f"{gib(counted):.2f}", (words, gib(counted))

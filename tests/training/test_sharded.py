@@ -294,15 +294,14 @@ def spoiled(root: Path, name: str, rank: int) -> Any:
     return None
 
 
-def test_a_loss_that_is_no_number_in_one_process_ends_all_with_its_rows_and_the_run_goes_on(root, shards):
+def test_a_loss_that_is_no_number_in_one_process_ends_all_with_its_rows(root, imported):
     """The averaged gradients are none in both; the first process must not blame its own rows."""
     first, second = in_ranks(spoiled, root, "spoiled", 1)
     assert second.startswith("the loss is no longer a finite number (nan) at step 3; its data: sequence ")
     assert first == f"process 2 of 2 failed: {second}"
     assert "its last good checkpoint, of step 2" in first
+    assert (root / "spoiled/checkpoints/checkpoint-2/verified.json").is_file()
     assert (status(root, "spoiled")["state"], status(root, "spoiled")["last_error"]) == ("failed", f"RunError: {first}")
-    in_ranks(train, root, "spoiled", {"train.share": "shards"})
-    assert difference(root, "spoiled", "shards") == 0.0
 
 
 def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: int) -> Any:
@@ -312,8 +311,11 @@ def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: i
     from out_of_memory import exhausted_at
 
     from qlora_helpers import workflow
+    from qlora_helpers.machine.hardware import parse_gpus
+    from qlora_helpers.planning import run_plan
     from qlora_helpers.planning.out_of_memory import OutOfMemory
 
+    run_plan.this_machine = lambda price=None: parse_gpus("2xL4")  # what would fit is worked out for these
     run = workflow.open_run(name, profile="tiny", settings=SETTINGS | settings, root=root)
     loaded = workflow.load(run, say=lambda text: None)
     model = workflow.add_adapters(run, loaded)
@@ -326,13 +328,14 @@ def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: i
     return None
 
 
-def test_where_one_process_runs_out_of_memory_all_are_told_and_let_go(root, imported):
+def test_where_one_process_runs_out_of_memory_all_learn_of_it_and_let_go(root, imported):
     found = in_ranks(run_out, root, "full", {"train.share": "shards"}, "backward", 1)
     assert found[1]["where"] == "backward" and found[1]["freed"]
     assert found[0] == {"where": "process 2 of 2, backward", "step": found[1]["step"], "freed": True}
     ended, plan = status(root, "full"), json.loads((root / "full/plan.json").read_text())
     assert (ended["state"], ended["exit_reason"]) == ("failed", "out of memory")
     assert plan["out_of_memory"]["where"] == "process 2 of 2, backward"
+    assert "train.share=shards" in plan["out_of_memory"]["next"][0] and 0 < plan["out_of_memory"]["most_gib"] < 22.03
     in_ranks(train, root, "full", {"train.share": "shards"})  # and it goes on
     assert status(root, "full")["state"] == "finished"
 
