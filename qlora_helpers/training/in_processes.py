@@ -1,7 +1,7 @@
 """Trains a run in several processes and waits for them, where the plan wants several and the caller is a single one.
 
 A notebook's kernel is one process, in which layers can only be spread over GPUs that then work one after another. Copies and shards
-take processes of their own; what they do is read from the run's folder, as a panel reads it.
+take processes of their own; what they do is read from the run's folder, as a panel reads it. Imports no torch before their end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from qlora_helpers.base.errors import Interrupted, RunError, UserError
 from qlora_helpers.base.text import Say
@@ -18,7 +19,9 @@ from qlora_helpers.planning.choosing import Choice
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import read_plan
-from qlora_helpers.training.result import TrainResult
+
+if TYPE_CHECKING:
+    from qlora_helpers.training.result import TrainResult
 
 EVERY_S = 1.0
 
@@ -88,6 +91,8 @@ def train_in_processes(
 
 def _result(run: Run, before: int) -> TrainResult:
     """Returns how the session ended that began at a step, as the run's folder says."""
+    from qlora_helpers.training.result import TrainResult
+
     status, measured = run.status(), read_plan(run).measured
     losses = {
         name: line[name] for line in run.progress() for name in ("loss", "eval_loss") if line.get(name) is not None
