@@ -8,7 +8,7 @@ Each case trains a run of its own through the package, as notebooks and the comm
 - `killed`: shards, of which one process is killed; the run goes on, and ends with the losses of `shards`.
 - `fewer`: what two steps of shards have learned goes on on one GPU, in the same order of the data.
 - `stopped`: shards that are asked to stop; they save, end, and go on.
-- `full`: one process of the shards runs out of memory; all are told, the first one reports.
+- `full`: one process of the shards runs out of memory; all learn of it, the first one reports.
 - `evaluated`: the shards' adapter answers the held-out rows in as many processes, and is exported.
 Losses stand beside those of one GPU, GiB of every process and tokens/s beside what the plan says of these settings. Without GPUs it
 rehearses the same in two processes (`--processes`) on the CPU with small models.
