@@ -328,6 +328,18 @@ def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: i
     return None
 
 
+def what_failed_in_shards(folder: Path) -> float:
+    """Nine tenths of what the plan says that each of two processes held, in GiB, with CUDA's context."""
+    from qlora_helpers.machine.hardware import parse_gpus
+    from qlora_helpers.planning.layout import Layout
+    from qlora_helpers.planning.run_plan import predicted_step
+    from qlora_helpers.runs.folder import Run
+
+    of_shards = {"hardware": parse_gpus("2xL4"), "layout": Layout(shards=2)}
+    step = {"compiled": False, "checkpointed": 3, "trained_share": 0.2}
+    return 0.9 * predicted_step(Run(folder).config(), **of_shards, **step)["reserved_gib"]["cuda:0"] + 0.75
+
+
 def test_where_one_process_runs_out_of_memory_all_learn_of_it_and_let_go(root, imported):
     found = in_ranks(run_out, root, "full", {"train.share": "shards"}, "backward", 1)
     assert found[1]["where"] == "backward" and found[1]["freed"]
@@ -335,7 +347,7 @@ def test_where_one_process_runs_out_of_memory_all_learn_of_it_and_let_go(root, i
     ended, plan = status(root, "full"), json.loads((root / "full/plan.json").read_text())
     assert (ended["state"], ended["exit_reason"]) == ("failed", "out of memory")
     assert plan["out_of_memory"]["where"] == "process 2 of 2, backward"
-    assert "train.share=shards" in plan["out_of_memory"]["next"][0] and 0 < plan["out_of_memory"]["most_gib"] < 22.03
+    assert plan["out_of_memory"]["most_gib"] == pytest.approx(what_failed_in_shards(root / "full"), abs=2e-3)
     in_ranks(train, root, "full", {"train.share": "shards"})  # and it goes on
     assert status(root, "full")["state"] == "finished"
 
