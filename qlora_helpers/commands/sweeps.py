@@ -72,9 +72,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         return 0
     print(found)
     if options.start:
-        print(
-            f"It goes on in the background. How it stands: qlora sweep {found.folder.name}; --stop saves and stops it."
-        )
+        print(f"It goes on in the background. Its state: qlora sweep {found.folder.name}; --stop saves and stops it.")
     elif options.settings and not options.foreground and not found.too_large:
         print("Nothing is started yet: the same command with --start does that.")
     return 0

@@ -76,7 +76,7 @@ def _told(process: telemetry.ProcessReading) -> dict[str, float]:
 
 
 def readings_everywhere() -> dict[str, Any]:
-    """Reads this machine, and adds what the other machines of this training have last told of theirs.
+    """Reads this machine, and adds what the other machines of this training have last reported of theirs.
 
     Returns:
         As `readings`; with several machines each GPU and each process has its `host`.

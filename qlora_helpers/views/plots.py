@@ -53,7 +53,7 @@ class Plot:
         lines: the lines, the most important one first.
         marks: what happened at which step.
         log: whether the vertical axis is logarithmic; values of 0 and less are then not drawn.
-        nothing: what is said where there is no point.
+        nothing: the text that is shown where there is no point.
         decimals: how many digits a value has after its point; None takes as many as are worth reading.
     """
 

@@ -133,7 +133,7 @@ class Sweep(Tabular):
         return comparison_of(existing)
 
     def table(self) -> Table:
-        """Returns a row for each run, with what it is expected to take, or how it stands."""
+        """Returns a row for each run, with what it is expected to take, or its state and results."""
         names = list(self.file.settings)
         memory = ["GiB a GPU"] if any(cost.usable_gib is not None for cost in self.costs) else []
         header = ["run", *names, *memory, "about", "USD", "state", "best loss", "score"]
@@ -159,7 +159,7 @@ class Sweep(Tabular):
         return Table(header, lines, caption=self.head(), notes=self.notes(), numbers=tuple(numbers))
 
     def head(self) -> str:
-        """Returns what the sweep is, and how it stands."""
+        """Returns what the sweep is, and its state."""
         status = self.status()
         done = sum(is_evaluated(run) and is_trained(run) for run in self.runs if run.exists())
         text = f"{self.folder.name}: {len(self.file.members)} runs of {self.file.run}, {done} done"

@@ -1,6 +1,6 @@
 """A panel that holds a conversation with two models at once and shows both answers as they are written.
 
-It knows no model: it is handed a function that answers, which `asking` calls in a thread, and one that keeps votes. What people and
+It knows no model: it takes a function that answers, which `asking` calls in a thread, and one that keeps votes. What people and
 models write is escaped and never executed.
 """
 
@@ -158,12 +158,12 @@ class AnswerPanel(Panel):
             len(self.asking.turns),
         )
         try:
-            said = self._keep_vote(vote)
+            summary = self._keep_vote(vote)
         except UserError as error:
             self._show_error(str(error))
             return
         turn.vote, self._hidden = better, False
-        self.controls.votes.value = f'<span class="muted" role="status">{html.escape(plain(said))}</span>'
+        self.controls.votes.value = f'<span class="muted" role="status">{html.escape(plain(summary))}</span>'
         self._draw(*SIDES)
         self._enable()
 
@@ -235,7 +235,11 @@ class AnswerPanel(Panel):
         for side in sides:
             name, stale = html.escape(self._name(side)), self._stale(side)
             progress = self.answers.get(side)
-            state = html.escape(progress.describe()) if progress else ""
+            goes_on = progress is not None and progress.state in (
+                "waiting",
+                "writing",
+            )  # how it ended is below the answer
+            state = html.escape(progress.describe()) if progress and goes_on else ""
             note = f'<div class="qlora-stale">{html.escape(stale)}</div>' if stale else ""
             turns = before_html(self.asking.row) + "".join(turn_html(turn, side) for turn in self.asking.turns)
             self.controls.shown[side].value = (

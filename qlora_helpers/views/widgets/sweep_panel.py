@@ -77,14 +77,14 @@ class SweepForm(Panel):
         self.plan_button = button("Plan", "Says what all runs take, and starts nothing", self.plan, "primary")
         self.start_button = button("Start", "Trains the runs one after another in the background", self._start)
         self.stop_button = button("Stop and save", "The run that trains saves first", self._stop)
-        self.refresh_button = button("Refresh", "Shows how the runs stand", self._show)
+        self.refresh_button = button("Refresh", "Shows the state of the runs", self._show)
         rows: list[ipywidgets.Widget] = [
             ipywidgets.HBox([name, value]) for name, value in zip(self.names, self.values, strict=True)
         ]
         buttons = [self.plan_button, self.start_button, self.stop_button, self.refresh_button]
         for each in (*rows, line := ipywidgets.HBox([self.budget, self.skip, *buttons])):
             add_classes(each, "qlora-buttons")
-        self.box = styled([*rows, line, self.note, self.shown], "qlora-card")
+        self.box = styled([*rows, line, self.note, self.shown], "qlora-card", "qlora-sweep")
         self._forget()
 
     def settings(self) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.data.examples import Example
 from qlora_helpers.views.widgets.asking import AnswerProgress, Turn
 
-SHORT = 400  # characters of a question that stand above its answer
+SHORT = 700  # characters of a question that are always seen above its answer
 VOTED = {"left": "voted: the left answer", "right": "voted: the right answer", "tie": "voted: as good"}
 
 
@@ -40,15 +40,23 @@ def before_html(row: Example | None) -> str:
 def turn_html(turn: Turn, side: str) -> str:
     """Returns a question with the answer of one side."""
     progress = turn.answers[side]
-    question = plain(turn.question).strip()
-    shown = question if len(question) <= SHORT else f"{question[:SHORT]} ..."
     notes = "".join(f'<div class="qlora-trimmed">{html.escape(plain(note))}</div>' for note in progress.notes)
     how = [settings_text(progress.settings), progress.describe(), VOTED.get(turn.vote, "")]
     return (
-        f'<div class="qlora-asked">{html.escape(shown)}</div>{notes}'
+        f'<div class="qlora-asked">{question_html(plain(turn.question).strip())}</div>{notes}'
         f'<div class="qlora-said">{answer_html(progress)}</div>'
         f'<div class="muted qlora-how">{html.escape("; ".join(filter(None, how)))}</div>'
     )
+
+
+def question_html(question: str) -> str:
+    """Returns a question; the end of a long one is folded."""
+    if len(question) <= SHORT:
+        return html.escape(question)
+    end = question.rfind(" ", SHORT // 2, SHORT)  # not within a word, where there are any
+    end = SHORT if end < 0 else end
+    rest = f"<details><summary>the other {len(question) - end:,} characters</summary>{html.escape(question[end:])}</details>"
+    return f"{html.escape(question[:end])} …{rest}"
 
 
 def answer_html(progress: AnswerProgress) -> str:
