@@ -26,7 +26,7 @@ from qlora_helpers.runs.space import folder_size, is_sweep
 from qlora_helpers.runs.status import Status
 from qlora_helpers.runs.sweep_file import SWEEP, SweepFile, read_sweep
 from qlora_helpers.views.charts import number_text
-from qlora_helpers.views.follow import points_of
+from qlora_helpers.views.readings import points_of
 from qlora_helpers.views.widgets.settings_code import differences
 
 BROKEN = "broken"

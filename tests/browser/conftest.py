@@ -24,6 +24,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+IN_SIGHT = 660
+"""Pixels of a notebook's height that a laptop shows."""
 PATIENCE_S = 60
 """How long a test waits for what must come; a shared machine may be slow."""
 
@@ -83,12 +85,15 @@ def picture(tmp_path) -> Callable[[Notebook, Any, str], list[Path]]:
     folder = ROOT / os.environ["QLORA_SCREENSHOTS"] if "QLORA_SCREENSHOTS" in os.environ else tmp_path
 
     def take(notebook: Notebook, part: Any, name: str) -> list[Path]:
-        paths = []
+        paths, height = [], part.bounding_box()["height"]
+        if height > IN_SIGHT:  # else JupyterLab's own status bar would be in the picture
+            notebook.page.set_viewport_size(LAPTOP | {"height": round(height) + LAPTOP["height"] - IN_SIGHT})
         for theme in THEMES:
             notebook.theme(theme)
             part.scroll_into_view_if_needed()
             paths.append(folder / f"{name}-{theme}.png")
             part.screenshot(path=paths[-1], animations="disabled", caret="hide")
+        notebook.page.set_viewport_size(LAPTOP)
         return paths
 
     return take
