@@ -278,7 +278,7 @@ def test_the_list_compares_reports_and_deletes_a_sweep(base, monkeypatch, capsys
     planned = ql.sweep(base, {"adapter.r": [4, 8]})
     driver.run_sweep(driver.make_sweep(base, planned.file), say=lambda text: None, train=trained)
     panel = ql.list_runs(base.folder.parent)
-    panel.box.close()
+    assert panel.box and [row.name for row in panel] == ["mine", "mine-r4", "mine-r8"] and len(panel) == 3
     panel.ticks["mine.sweep"].value = True
     enabled = {name for name, each in panel.buttons.items() if not each.disabled}
     assert enabled == {"compare", "report", "delete", "refresh"}

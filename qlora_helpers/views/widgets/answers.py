@@ -235,13 +235,11 @@ class AnswerPanel(Panel):
         for side in sides:
             name, stale = html.escape(self._name(side)), self._stale(side)
             progress = self.answers.get(side)
-            goes_on = progress is not None and progress.state in (
-                "waiting",
-                "writing",
-            )  # how it ended is below the answer
-            state = html.escape(progress.describe()) if progress and goes_on else ""
+            state = html.escape(progress.describe()) if progress else ""
             note = f'<div class="qlora-stale">{html.escape(stale)}</div>' if stale else ""
-            turns = before_html(self.asking.row) + "".join(turn_html(turn, side) for turn in self.asking.turns)
+            *earlier, last = self.asking.turns or [None]
+            turns = before_html(self.asking.row) + "".join(turn_html(turn, side, ending=True) for turn in earlier)
+            turns += turn_html(last, side, ending=False) if last else ""  # the head says how the last one ended
             self.controls.shown[side].value = (
                 f'<b>{name}</b> <span class="muted">{state}</span>{note}'
                 f'<div class="qlora-text qlora-answer{" qlora-old" if stale else ""}" '

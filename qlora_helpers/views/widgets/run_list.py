@@ -56,7 +56,7 @@ class RunListPanel(Panel):
     """What `list_runs` returns.
 
     Attributes:
-        runs: the runs that are shown, in their order; iterating yields them.
+        runs: the runs and sweeps that are shown, in their order; iterating over the panel yields the runs alone.
         ticks: a checkbox by the name of each run that is shown.
         filter, sort, reverse: what decides what is shown.
         note: the result of the last click.
@@ -70,10 +70,10 @@ class RunListPanel(Panel):
         self._read()
 
     def __iter__(self) -> Iterator[RunRow]:
-        return iter(self.runs)
+        return (row for row in self.runs if row.sweep is None)
 
     def __len__(self) -> int:
-        return len(self.runs)
+        return sum(1 for _ in self)
 
     def still_text(self) -> str:
         """Returns the table as text."""
