@@ -40,7 +40,7 @@ def test_answers_and_rows_of_the_demo(lab, opened, picture):
         f"run = workflow.existing_run({str(DEMO_RUNS / 'demo')!r})\nloaded = workflow.load(run)\n"
         "model = workflow.load_adapter(run, loaded)\n"
         "data = workflow.prepare_data(run, loaded.tokenizer, shape=loaded.shape)",
-        "answer_panel(workflow.streaming_answers(run, model, loaded), data.test, max_new_tokens=60)",
+        "answer_panel(workflow.streaming_answers(run, model, loaded), data.test, max_new_tokens=60, vote=str)",
         "row_browser(data, loaded.tokenizer)",
     ]
     notebook = opened(lab.add_notebook("answers.ipynb", cells))
