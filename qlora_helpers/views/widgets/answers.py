@@ -237,9 +237,10 @@ class AnswerPanel(Panel):
             progress = self.answers.get(side)
             state = html.escape(progress.describe()) if progress else ""
             note = f'<div class="qlora-stale">{html.escape(stale)}</div>' if stale else ""
-            *earlier, last = self.asking.turns or [None]
-            turns = before_html(self.asking.row) + "".join(turn_html(turn, side, ending=True) for turn in earlier)
-            turns += turn_html(last, side, ending=False) if last else ""  # the head says how the last one ended
+            asked = self.asking.turns
+            turns = before_html(self.asking.row) + "".join(  # the head says how the last answer ended
+                turn_html(turn, side, ending=turn is not asked[-1]) for turn in asked
+            )
             self.controls.shown[side].value = (
                 f'<b>{name}</b> <span class="muted">{state}</span>{note}'
                 f'<div class="qlora-text qlora-answer{" qlora-old" if stale else ""}" '
