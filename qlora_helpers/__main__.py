@@ -194,7 +194,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     serve.add_argument("--stop", action="store_true", help="stop what serves the run, or the only server there is")
     clean = commands.add_parser("clean", help="show what takes space, and free it with --yes")
-    clean.add_argument("run", nargs="?", help="one run (default: show the caches and all runs)")
+    clean.add_argument(
+        "run", nargs="?", help="one run, or a sweep with its runs (default: show the caches and all runs)"
+    )
     clean.add_argument("--yes", action="store_true", help="delete what is shown; a run must be named")
     demo = commands.add_parser("demo", help="do the whole job on a small model and write a report")
     demo.add_argument("--data", help="a data file or hub data set (default: the embedded corpus)")
