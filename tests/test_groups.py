@@ -41,7 +41,4 @@ def test_a_file_may_name_the_group_of_another():
     tests = Path(groups.__file__).parent
     assert groups.group_of(tests / "serving" / "test_serving_refused.py") == "test_server"
     assert groups.group_of(tests / "serving" / "test_server.py") == "test_server"
-    assert groups.group_of(tests / "test_groups.py") == "test_groups", (
-        "it names the scope in a text, and may be grouped"
-    )
     assert groups.group_of(tests / "base" / "test_config.py") is None
