@@ -138,6 +138,11 @@ def _refuse_other_content(out: Path) -> None:
 
 
 def check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
+    """Refuses a base model whose files are not those that the adapter was trained on.
+
+    Raises:
+        ModelError: their fingerprint differs from the certificate's.
+    """
     found = base_fingerprint(checkpoint.folder)
     if found != certificate.base_sha256:
         raise ModelError(
@@ -149,6 +154,7 @@ def check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
 
 
 def write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
+    """Writes a new folder with the adapter, its certificate, settings without this machine's paths, tokenizer and card."""
     folder.mkdir()
     for name in (WEIGHTS, SETTINGS, FILE):
         copy_regular(run.adapter_dir / name, folder / name)
@@ -169,6 +175,19 @@ def without_folders(config: RunConfig) -> RunConfig:
 def write_merged(
     run: Run, checkpoint: Checkpoint, folder: Path, certificate: Certificate, shard_gib: float, say: Say
 ) -> MergeReport:
+    """Writes a new folder with base model and adapter merged in bfloat16, its certificate, card and hashes.
+
+    Args:
+        run: a trained run.
+        checkpoint: its base model.
+        folder: is made.
+        certificate: of the adapter.
+        shard_gib: size of a file of weights, GiB.
+        say: receives a line before anything that takes long.
+
+    Raises:
+        ModelError: the base model has no files (random weights), or the disk is too small.
+    """
     if checkpoint.shape is not None:
         raise ModelError(
             f"{checkpoint.name} has no files to merge into",

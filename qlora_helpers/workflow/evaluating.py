@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora_helpers.evaluation.evaluate import Evaluation
+    from qlora_helpers.evaluation.kept_answers import KeptAnswers
     from qlora_helpers.evaluation.metrics.own import Function
+    from qlora_helpers.evaluation.run_evaluation import Subject
     from qlora_helpers.evaluation.suite_file import Suite
     from qlora_helpers.model.loading import LoadedModel
     from qlora_helpers.runs.launch_evaluation import StartedEvaluation
@@ -65,14 +67,10 @@ def evaluate(
     Raises:
         UserError: the metric can't be used, or a rival has another base model; nothing was asked yet.
     """
-    from qlora_helpers.evaluation.run_evaluation import Subject, evaluate_run, refuse_unfit
-    from qlora_helpers.model.checkpoints import find_checkpoint
-    from qlora_helpers.model.tokenizers import tokenizer_of
-    from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
-    from qlora_helpers.training.trackers import report_scores
+    from qlora_helpers.evaluation.run_evaluation import evaluate_run
 
-    config, writes = run.config(), is_main_process()
-    refuse_unconfirmed(config)
+    writes = is_main_process()
+    refuse_unconfirmed(run.config())
     if writes and (why := unwritable(run)):
         say(f"{run.folder} can't be written ({why}): evaluation.json will be kept in the current folder.")
     with failures_told():
@@ -80,27 +78,43 @@ def evaluate(
         if model is None:
             need_adapter(run)
             refuse_metric(run, metric)
-        others = rival_runs(run, rivals)
-        checkpoint = loaded.checkpoint if loaded else find_checkpoint(config.model, weights=False, say=say)
-        refuse_unfit(run, others, checkpoint)
-        tokenizer = loaded.tokenizer if loaded else tokenizer_of(checkpoint)
-        shape = loaded.shape if loaded else checkpoint.shape or read_json(checkpoint.folder / "config.json")
-        data = preparing.prepare_data(run, tokenizer, shape=shape, say=say)
+        subject = _subject(run, rival_runs(run, rivals), model, loaded, say)
 
         def opened() -> PeftModel:
             return load_adapter(run, preparing.load(run, say=say)) if model is None else model
 
-        subject = Subject(run, checkpoint, tokenizer, data, others, model)
         result, kept = evaluate_run(subject, opened, metric=metric, again=again, say=say, writes=writes)
-    if not writes:
-        return result
-    path = keep_evaluation(run, result, random_weights=checkpoint.is_random, asked=bool(kept.given), say=say)
+    if writes:
+        _keep(result, kept, subject, say)
+    return result
+
+
+def _subject(run: Run, others: Sequence[Run], model: PeftModel | None, loaded: LoadedModel | None, say: Say) -> Subject:
+    """Opens what is evaluated, without a model: checkpoint, tokenizer and data, whether the base model is loaded or not."""
+    from qlora_helpers.evaluation.run_evaluation import Subject, refuse_unfit
+    from qlora_helpers.model.checkpoints import find_checkpoint
+    from qlora_helpers.model.tokenizers import tokenizer_of
+
+    checkpoint = loaded.checkpoint if loaded else find_checkpoint(run.config().model, weights=False, say=say)
+    refuse_unfit(run, others, checkpoint)
+    tokenizer = loaded.tokenizer if loaded else tokenizer_of(checkpoint)
+    shape = loaded.shape if loaded else checkpoint.shape or read_json(checkpoint.folder / "config.json")
+    data = preparing.prepare_data(run, tokenizer, shape=shape, say=say)
+    return Subject(run, checkpoint, tokenizer, data, others, model)
+
+
+def _keep(result: Evaluation, kept: KeptAnswers, subject: Subject, say: Say) -> None:
+    """Keeps the result, in the current folder where the run's can't be written, and reports the scores where the curves are."""
+    from qlora_helpers.training.tensorboard_events import answered_samples, write_answers
+    from qlora_helpers.training.trackers import report_scores
+
+    run, is_random = subject.run, subject.checkpoint.is_random
+    path = keep_evaluation(run, result, random_weights=is_random, asked=bool(kept.given), say=say)
     if path == run.evaluation_path:
         kept.finish(result.rows)
         samples, scores = answered_samples(result)
-        write_answers(run, config, samples, scores)
-        report_scores(run, config, scores)
-    return result
+        write_answers(run, run.config(), samples, scores)
+        report_scores(run, run.config(), scores)
 
 
 def start_evaluation(run: Run, *, rivals: Sequence[Run | str] = (), again: bool = False) -> StartedEvaluation:
