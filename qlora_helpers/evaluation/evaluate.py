@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.config import EvaluationConfig, RunConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.plain_templates import template_name
 from qlora_helpers.data.templates import make_template
 from qlora_helpers.evaluation.answering import Asked, answer_rows, summary_loss, summary_losses
 from qlora_helpers.evaluation.few_shot import first_answer
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "Rival", "evaluate", "rouge", "summary_loss", "summary_losses"]
+    from qlora_helpers.data.packing import PreparedData
+
+__all__ = ["MODELS", "Rival", "evaluate", "evaluate_prepared", "rouge", "summary_loss", "summary_losses"]
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
@@ -106,6 +109,39 @@ def evaluate(
     scoring = Scoring(scored_by.name, scored_by.task, scored_by.main, scored_by.measures, reason, scored_by.notes)
     remarks += unscored(rows, scored_by)
     return Evaluation(scores, tuple(rows), trimmed, against, skipped, form, scoring, tuple(remarks))
+
+
+def evaluate_prepared(
+    model: PeftModel | Callable[[], PeftModel],
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    config: RunConfig,
+    **options: Any,
+) -> Evaluation:
+    """Asks the model about a run's held-out rows, as its settings and its prepared data say.
+
+    Args:
+        model, tokenizer: as for `evaluate`.
+        data: the run's.
+        config: the run's.
+        options: `metric`, `only`, `rivals`, `kept` and `progress`, as for `evaluate`.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+    return evaluate(
+        model,
+        tokenizer,
+        data.test,
+        config.evaluation,
+        template=template_name(config.data),
+        max_tokens=config.data.seq_len_tokens,
+        long_rows=config.data.long_rows,
+        train_keys=data.train_keys,
+        train_answers=data.train_answers,
+        shots=data.shots,
+        **options,
+    )
 
 
 def _asking_of(rival: Rival, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> Asking:
