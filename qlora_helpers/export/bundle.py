@@ -22,6 +22,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.export import vllm
+from qlora_helpers.export.adapter import need_adapter
 from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
@@ -94,7 +95,7 @@ def export(
     refuse_links(run.folder)
     out = (out or run.folder / FOLDER).resolve()
     _refuse_other_content(out)
-    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+    need_adapter(run)
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     check_base(checkpoint, certificate)
