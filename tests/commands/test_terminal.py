@@ -116,8 +116,7 @@ def test_for_a_program_it_is_an_object_a_line(here, capsys):
     assert not [word for word in CHATTER if word in piped.out + piped.err]
 
 
-def test_launch_shows_and_ends_as_train_does(here, capfd, monkeypatch):
-    """Interrupted in one process, then gone on with in two, of which the first alone prints."""
+def test_launch_shows_and_ends_as_train_does(here, capsys, monkeypatch):
     shown = terminal.JsonShow.step
 
     def interrupting(show, values):
@@ -125,25 +124,27 @@ def test_launch_shows_and_ends_as_train_does(here, capfd, monkeypatch):
         if values["step"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
+    start = ["launch", "mine", "--profile", "tiny", *TINY, "--set", "train.fast_step=false"]
     with monkeypatch.context() as patched:
         patched.setattr(terminal.JsonShow, "step", interrupting)
-        assert main(["launch", "mine", "--profile", "tiny", *TINY, "--set", "train.fast_step=false", "--json"]) == 130
-    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        assert main([*start, "--json"]) == 130
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {"phase", "line", "step", "result"} == {each["event"] for each in events}
-    assert (events[-1]["command"], events[-1]["stopped"]) == ("train", True)
-    done = events[-1]["steps"]
-    assert 1 <= done < 3
+    assert (events[-1]["command"], events[-1]["stopped"]) == ("train", True) and events[-1]["steps"] < 3
+    assert main(["launch", "mine", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["launch", "mine", "--json", "--share", "nothing"]) == 2
+    assert json.loads(capsys.readouterr().out)["event"] == "error"
 
-    assert main(["launch", "mine", "--gpus", "2", "--json"]) == 0
+
+@pytest.mark.only_slow
+def test_two_launched_processes_print_as_one(here, capfd):
+    assert main(["launch", "mine", "--profile", "tiny", *TINY, "--gpus", "2", "--json"]) == 0
     events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert "2 processes" in events[0]["text"]
     (result,) = [each for each in events if each["event"] == "result"]
-    assert (result["steps"], result["new_steps"], result["stopped"]) == (3, 3 - done, False)
-    steps = [each["step"] for each in events if each["event"] == "step" and "loss" in each]
-    assert steps == list(range(done + 1, 4))
-
-    assert main(["launch", "mine", "--quiet"]) == 0  # all steps are done: quick
-    assert capfd.readouterr().out == ""
+    assert (result["steps"], result["stopped"]) == (3, False)
+    assert [each["step"] for each in events if each["event"] == "step" and "loss" in each] == [1, 2, 3]
 
 
 def test_a_library_s_warning_goes_to_the_log_and_ours_to_the_terminal(capsys, caplog):
