@@ -9,14 +9,19 @@ from typing import Any
 from qlora_helpers.base.errors import ConfigError, UserError
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the command to the parser's own."""
+def add(commands: Any) -> None:
+    """Adds the command to the parser's own.
+
+    Args:
+        commands: what `ArgumentParser.add_subparsers` returned.
+    """
     sweep = commands.add_parser(
         "sweep",
         help="train a run with several values of up to two settings, one after another under one budget",
         epilog="With --set it plans the sweep, with memory, time and price of its runs, and starts it with --start. Without "
         "--set it shows a sweep's state, and ranks its runs.",
     )
+    sweep.set_defaults(call=run_sweep)
     sweep.add_argument("run", help="the run to begin with, or a sweep's name")
     sweep.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="SECTION.NAME=VALUE,VALUE", help="once or twice"
@@ -76,6 +81,3 @@ def run_sweep(options: argparse.Namespace) -> int:
     elif options.settings and not options.foreground and not found.too_large:
         print("Nothing is started yet: the same command with --start does that.")
     return 0
-
-
-COMMANDS = {"sweep": run_sweep}

@@ -7,7 +7,7 @@ number of GPUs is kept in the run's `plan.json`, so that a resumed run may have 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -135,6 +135,7 @@ def run_in_foreground(
     gpus: int | None = None,
     share: str | None = None,
     node: Node | None = None,
+    options: Sequence[str] = (),
     say: Say = print,
 ) -> int | None:
     """Trains a run in several processes of this machine, which may be one of several, and returns when they have ended.
@@ -144,6 +145,7 @@ def run_in_foreground(
     Args:
         run, settings, gpus, share: as for `start`; the number of GPUs is that of each machine.
         node: this machine's place among several.
+        options: of the command `train`, for each process, such as `["--quiet"]`.
         say: called with a line on how the work is shared.
 
     Returns:
@@ -153,7 +155,7 @@ def run_in_foreground(
         RunError, UserError: as for `start`.
     """
     nodes = node.nodes if node else 1
-    command = launch.train_command(Run(run.folder.resolve()))
+    command = [*launch.train_command(Run(run.folder.resolve())), *options]
     if node and node.rank:
         taken = free_gpus(run.config().with_settings(settings), gpus)
         os.environ.update(launch.shown_gpus(taken or None))

@@ -1,53 +1,73 @@
-"""Starts processes that a closed browser, a restarted kernel or an interrupted cell does not stop.
+"""Starts commands in processes of their own, which a closed browser or a restarted kernel does not stop.
 
-Knows nothing of what they do.
+Knows nothing of what a command does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.python import python_environment
+from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append
 
-_children: list[subprocess.Popen[bytes]] = []  # kept so that `collect` can ask each whether it has ended
+_children: list[subprocess.Popen[bytes]] = []  # kept so that `collect_ended` can collect them
 
 
-def start_detached(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
-    """Starts a command in a session of its own, with its output appended to a file, and returns its id at once.
+def start_detached(command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None) -> int:
+    """Starts a command that prints into a file, and returns its process's number at once.
 
     Args:
-        command: the command and its arguments.
-        log: the file that it prints into.
-        environment: its variables; None takes those of a Python process that has this package.
+        command: the command.
+        log_path: the file; what it holds stays.
+        environment: the process's variables; None takes those of `python_environment`.
 
     Raises:
-        RunError: it could not be started, or the file can't be written.
+        RunError: the process could not be started.
     """
-    variables = dict(environment or python_environment()) | {"PYTHONUNBUFFERED": "1"}
-    variables.pop("MPLBACKEND", None)  # the kernel's
+    environment = {**(python_environment() if environment is None else environment), "PYTHONUNBUFFERED": "1"}
+    environment.pop("MPLBACKEND", None)  # the kernel's
+    collect_ended()
     try:
-        with open_to_append(log) as output:
+        with open_to_append(log_path) as log:
             process = subprocess.Popen(
                 command,
-                env=variables,
+                env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
     except OSError as error:
         raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
-    collect()
     _children.append(process)
     return process.pid
 
 
-def collect() -> None:
-    """Lets the system forget those of the processes that have ended; until then they still count as alive."""
+def start_session(run: Run, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Opens a run's session, starts a command for it that prints into its log, and returns the process's number at once.
+
+    Raises:
+        RunError: as for `start_detached`; the run's status says so, too.
+    """
+    run.open_session()
+    try:
+        pid = start_detached(command, run.log_path, environment)
+    except RunError as error:
+        run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error.__cause__ or error))
+        raise
+    if run.status().state == "starting":
+        run.set_status(pid=pid)
+    return pid
+
+
+def collect_ended() -> None:
+    """Collects the processes that have ended; until then the system lists them as if they were alive."""
     for child in list(_children):
         if child.poll() is not None:
-            _children.remove(child)
+            with contextlib.suppress(ValueError):  # another thread did
+                _children.remove(child)

@@ -23,7 +23,7 @@ from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.buckets import SETTING, refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
-from qlora_helpers.runs.detached import start_detached
+from qlora_helpers.runs.detached import start_session
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.plan_file import Launched, add_to_plan
@@ -149,15 +149,8 @@ def shown_gpus(gpus: Sequence[str] | None) -> dict[str, str]:
 def _start_detached(run: Run, command: list[str], processes: int, gpus: Sequence[str] | None = None) -> int:
     on_cpu = processes > 1 and not locks.visible_gpus()
     environment = _cpu_environment(processes) if on_cpu else python_environment()
-    run.open_session()
-    try:
-        pid = start_detached(command, run.log_path, environment | shown_gpus(gpus))
-    except RunError as error:
-        run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error))
-        raise
-    if run.status().state == "starting":
-        run.set_status(pid=pid)
-    return pid
+    environment |= shown_gpus(gpus)
+    return start_session(run, command, environment)
 
 
 def rehearse(

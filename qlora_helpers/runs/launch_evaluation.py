@@ -19,7 +19,7 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.base.folders import open_regular
 from qlora_helpers.base.python import python_command
 from qlora_helpers.base.records import read_record
-from qlora_helpers.runs.detached import collect, start_detached
+from qlora_helpers.runs.detached import collect_ended, start_detached
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.locks import is_being_evaluated
@@ -57,7 +57,7 @@ def process_path(run: Run) -> Path:
 
 def is_launched(run: Run) -> bool:
     """Whether the process of the last background evaluation lives on this machine; it may still be starting."""
-    collect()
+    collect_ended()
     with contextlib.suppress(RunError):
         found = read_record(process_path(run), Process)
         return is_alive(Status(pid=found.pid, host=found.host, heartbeat=found.started))

@@ -21,7 +21,7 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs import launch, locks
 from qlora_helpers.runs.buckets import refuse_unconfirmed
-from qlora_helpers.runs.detached import start_detached
+from qlora_helpers.runs.detached import start_session
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
 from qlora_helpers.runs.heartbeat import sending_heartbeats
@@ -78,11 +78,7 @@ def start_sweep(sweep: Run) -> int:
         raise RunError(f"the sweep {sweep.name!r} is running already", next_step="Look at it, or stop it first.")
     _refuse_spent(sweep, file)
     command = python_command("qlora_helpers", "sweep", str(sweep.folder.resolve()), "--foreground")
-    sweep.open_session()
-    pid = start_detached(command, sweep.log_path)
-    if sweep.status().state == "starting":
-        sweep.set_status(pid=pid)
-    return pid
+    return start_session(sweep, command)
 
 
 def _refuse_spent(sweep: Run, file: SweepFile) -> None:
