@@ -44,8 +44,7 @@ def one_seed(seed: int, options: argparse.Namespace, rivals: list[dict[str, Any]
         rivals: rows with the untuned model's answers; filled by the first seed, and used by the others.
     """
     import qlora_helpers as ql
-    from qlora_helpers.data.plain_templates import template_name
-    from qlora_helpers.evaluation.evaluate import evaluate
+    from qlora_helpers.evaluation.evaluate import evaluate_prepared
     from qlora_helpers.evaluation.result import MODELS
     from qlora_helpers.evaluation.worth import worth
 
@@ -58,20 +57,8 @@ def one_seed(seed: int, options: argparse.Namespace, rivals: list[dict[str, Any]
         trained = ql.train(run, model=model, loaded=loaded, show_progress=False)
         data = ql.prepare_data(run, loaded.tokenizer, shape=loaded.shape)
         started = time.monotonic()
-        result = evaluate(
-            model,
-            loaded.tokenizer,
-            data.test,
-            config.evaluation,
-            template=template_name(config.data),
-            max_tokens=config.data.seq_len_tokens,
-            long_rows=config.data.long_rows,
-            train_keys=data.train_keys,
-            train_answers=data.train_answers,
-            shots=data.shots,
-            only=("tuned",) if rivals else tuple(MODELS),
-            progress=False,
-        )
+        only = ("tuned",) if rivals else tuple(MODELS)
+        result = evaluate_prepared(model, loaded.tokenizer, data, config, only=only, progress=False)
     rows = [
         {"id": row["id"], "answers": {name: numbers(one) for name, one in row["answers"].items()}}
         for row in result.rows

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from groups import group_of, pytest_xdist_make_scheduler
 from tiny import DIALOGUES, prepared_data, tiny_falcon, tiny_llama
+
+__all__ = ["pytest_xdist_make_scheduler"]  # a hook, which pytest finds here
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,8 +63,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Takes the quick tests alone where asked, and those marked `only_slow` with QLORA_SLOW=1 alone.
 
-    Tests that share a fixture of their module stay in one process. They come first, since they take longest: the other tests
-    then fill what time is left on either worker.
+    Tests of a file that makes a fixture once stay in one process (`groups`). They come first, since they take longest: the other
+    tests then fill what time is left on either worker.
     """
     for item in items:
         if ONLY_SLOW.search(item.nodeid):
@@ -73,16 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     unwanted = set(left_out)
     items[:] = [item for item in items if item not in unwanted]
-    for item in items:
-        if shares_with_its_module(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, not shares_with_its_module(item)))
-
-
-def shares_with_its_module(item: pytest.Item) -> bool:
-    """Whether a test uses a fixture that is made once for its module."""
-    found = getattr(item, "_fixtureinfo", None)
-    return bool(found) and any(each[-1].scope == "module" for each in found.name2fixturedefs.values() if each)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, group_of(item.path) is None))
 
 
 def is_heavy(item: pytest.Item) -> bool:

@@ -63,7 +63,7 @@ def jobs(stage: str, options: argparse.Namespace) -> list[Job]:
     if stage == "style":
         return style_jobs()
     if stage == "unit":
-        # Tests that share a fixture of their module stay in one process (conftest.py groups them).
+        # Tests of a file that makes a fixture once for all stay in one process (groups.py).
         spread = ["-n", str(WORKERS), "--dist", "loadgroup", "--no-loadscope-reorder"]
         command = [*PYTEST, "tests", *spread, "--ignore=tests/browser", "--durations=15"]
         command += ["--quick"] if options.quick else ["-m", "slow or only_slow"] if options.slow else []

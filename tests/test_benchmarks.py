@@ -49,60 +49,51 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, tmp_path, monkeypatch):
-    out = tmp_path / "learning.json"
-    run(
-        "learning",
-        monkeypatch,
-        out,
-        "--data",
-        files / "train.jsonl",
-        "--dev",
-        files / "dev.jsonl",
-        "--plain-rows",
-        1,
-        "--set",
-        "model.name=random:falcon-tiny",
-        "data.seq_len_tokens=256",
-        "evaluation.max_new_tokens=4",
-    )
-    found = json.loads(out.read_text())
-    assert [(case["variant"], "error" in case) for case in found["cases"]] == [("ours", False), ("recipe", False)]
+@pytest.fixture(scope="module")
+def learned(files, tmp_path_factory):
+    """What `learning` writes of two seeds, the second at once: two trainings here, and two in processes of their own."""
+    out = tmp_path_factory.mktemp("learned") / "learning.json"
+    with pytest.MonkeyPatch.context() as patch:
+        run(
+            "learning",
+            patch,
+            out,
+            "--data",
+            files / "train.jsonl",
+            "--dev",
+            files / "dev.jsonl",
+            "--plain-rows",
+            1,
+            "--seeds",
+            0,
+            1,
+            "--together",
+            "--set",
+            "model.name=random:falcon-tiny",
+            "data.seq_len_tokens=256",
+            "evaluation.max_new_tokens=4",
+        )
+    return out
+
+
+def test_learning_compares_recipe_and_ours_on_rows_of_neither(files, learned):
+    found = json.loads(learned.read_text())
+    assert [(case["variant"], "error" in case) for case in found["cases"][:2]] == [("ours", False), ("recipe", False)]
     assert found["dev_rows_also_in_training"] == 2
     assert found["rows"] == {"tuning": 6, "report": 6}
     assert found["train_rows"] == 16
-    ours, recipe = found["cases"]
+    ours, recipe = found["cases"][:2]
     assert recipe["trained_share"] > 0.9 > 0.5 > ours["trained_share"]
     assert recipe["plain_rows_timed"] == 1
     measures = {item["measure"] for item in found["ours_against_recipe"]["differences"]}
     assert {"rouge_l", "loss", "stop_rate"} <= measures
     assert "too few" in found["ours_against_recipe"]["verdict"]
     texts = (files / "dev.jsonl").read_text()
-    assert json.loads(texts.splitlines()[0])["summary"] not in out.read_text()
+    assert json.loads(texts.splitlines()[0])["summary"] not in learned.read_text()
 
 
-def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(files, tmp_path, monkeypatch):
-    out = tmp_path / "learning.json"
-    run(
-        "learning",
-        monkeypatch,
-        out,
-        "--data",
-        files / "train.jsonl",
-        "--dev",
-        files / "dev.jsonl",
-        "--plain-rows",
-        0,
-        "--seeds",
-        0,
-        1,
-        "--together",
-        "--set",
-        "model.name=random:falcon-tiny",
-        "data.seq_len_tokens=256",
-        "evaluation.max_new_tokens=4",
-    )
-    found = json.loads(out.read_text())
+def test_learning_trains_all_seeds_but_the_first_at_once_and_joins_their_rows(learned):
+    found = json.loads(learned.read_text())
     cases = [(case["variant"], case["seed"], case.get("others_on_the_gpu"), "error" in case) for case in found["cases"]]
     assert [*cases[:2], *sorted(cases[2:])] == [
         ("ours", 0, None, False),

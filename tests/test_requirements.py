@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from qlora_helpers.base.config import TRACKERS
 
@@ -56,6 +57,12 @@ def imported(folder: Path) -> set[str]:
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"qlora_helpers"}
 
 
+# What the wheel of the oldest transformers of the range requires of packages that are declared here, too
+OLDEST_TRANSFORMERS = "5.17.0"
+OF_OLDEST_TRANSFORMERS = (
+    *("huggingface-hub<2.0,>=1.5.0", "numpy>=1.17", "regex>=2025.10.22", "safetensors>=0.8.0"),
+    *("tokenizers<0.24.0,>=0.23.1", "tqdm>=4.60"),
+)
 OPTIONAL = {
     canonicalize_name(Requirement(each).name) for extra in PROJECT["optional-dependencies"].values() for each in extra
 }
@@ -82,6 +89,31 @@ def test_the_pins_are_of_what_is_declared_and_lie_in_its_ranges():
         (exactly,) = requirement.specifier
         assert exactly.operator == "==" and DECLARED[name].specifier.contains(exactly.version), name
         assert DECLARED[name].specifier, f"{name} has no range"
+
+
+def oldest(requirement: Requirement) -> str:
+    """The lower bound of a range."""
+    return next(each.version for each in requirement.specifier if each.operator in (">=", "=="))
+
+
+def share_a_version(one: Requirement, other: Requirement) -> bool:
+    """Whether a lower bound of two ranges lies in both: then what is installed can fit both."""
+    bounds = [each.version for each in (*one.specifier, *other.specifier) if each.operator in (">=", "==", "~=")]
+    return not bounds or any((one.specifier & other.specifier).contains(bound) for bound in bounds)
+
+
+def test_the_ranges_can_be_installed_with_the_oldest_transformers_and_with_what_is_installed_here():
+    """`make lock` resolves all lower bounds together, with a network."""
+    assert Version(oldest(DECLARED["transformers"])) == Version(OLDEST_TRANSFORMERS)
+    needed = [("transformers", Requirement(each)) for each in OF_OLDEST_TRANSFORMERS]
+    for name in set(DECLARED) & {canonicalize_name(each.name) for each in importlib.metadata.distributions()}:
+        needed += [
+            (name, each) for each in map(Requirement, importlib.metadata.requires(name) or ()) if not each.marker
+        ]
+    found = [(name, each, DECLARED.get(canonicalize_name(each.name))) for name, each in needed]
+    ours = [(name, each, own) for name, each, own in found if own]
+    assert len(ours) >= 30
+    assert not [f"{name} needs {each}, we {own}" for name, each, own in ours if not share_a_version(each, own)]
 
 
 def test_extras_are_tested_in_a_version_of_their_range():

@@ -22,7 +22,7 @@ from qlora_helpers.evaluation.comparison import ReloadCheck
 from qlora_helpers.export import adapter
 from qlora_helpers.runs import launch, session
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.workflow import check_reload, existing_run, open_run
+from qlora_helpers.workflow import check_reload, existing_run, open_run, preparing, training
 
 SETTINGS = [
     "train.max_steps=2",
@@ -280,7 +280,7 @@ def test_a_certificate_that_failed_is_seen_where_a_person_looks(copy, whole, mon
         phases.append(copy.status().phase)
         return dataclasses.replace(adapter.certify(trained, data), same_answers=0)
 
-    monkeypatch.setattr(workflow, "certify", certify)
+    monkeypatch.setattr(training, "certify", certify)
     said = []
     workflow.train(copy, model=model, loaded=loaded, say=said.append)
     assert phases == ["certifying"]
@@ -294,7 +294,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(tmp_path, copy, mon
     def load(run, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(workflow, "load", load)
+    monkeypatch.setattr(preparing, "load", load)
     settings = ["train.matmul_dtype=fp8", "train.fast_step=false"]
     with pytest.raises(ModelError, match="FP8 is a part of the fast step"):
         workflow.train(open_run("fp8", profile="tiny", settings=settings, root=tmp_path), say=quiet)

@@ -3,7 +3,8 @@
 python tools/lock.py
 
 torch and the CUDA packages that it brings are left out, since its builds differ by machine: `tools/install.py` installs torch
-after the lock, by its pin in requirements.txt.
+after the lock, by its pin in requirements.txt. At the end the oldest versions that pyproject.toml allows are resolved together, so
+that no range promises what can't be installed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,25 @@ def main() -> int:
     write("requirements-book.lock", "requirements-book.txt", resolve("requirements-book.txt"))
     write("requirements.lock", "requirements.txt", runtime)
     write("requirements-dev.lock", "requirements-dev.txt", [each for each in development if name_of(each) not in names])
+    print(f"the oldest versions of pyproject.toml's ranges fit together: {', '.join(oldest_versions())}")
     return 0
+
+
+def oldest_versions() -> list[str]:
+    """Resolves the lower bounds of all ranges together, and returns what that gives of torch, transformers and the hub's client."""
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+        "--python-version",
+        OLDEST_PYTHON,
+        "--resolution",
+        "lowest-direct",
+    ]
+    command += ["--no-header", "--no-annotate", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return re.findall(r"^(?:torch|transformers|huggingface-hub)==\S+", done.stdout, flags=re.MULTILINE)
 
 
 def resolve(source: str, constraints: list[str] | None = None) -> list[str]:

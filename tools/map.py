@@ -42,7 +42,7 @@ def room_table() -> str:
 
 
 def place(path: Path) -> str:
-    """How a room or module is named in the map: `data/`, `views/widgets/`, `workflow.py`."""
+    """How a room or module is named in the map: `data/`, `views/widgets/`, `demo.py`."""
     name = path.relative_to(PACKAGE).as_posix()
     return f"{name}/" if path.is_dir() else f"{name}.py"
 

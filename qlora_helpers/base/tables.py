@@ -121,7 +121,7 @@ def html_table(
     """
     sides = ["number" if column in numbers else "left" for column in range(len(header or rows[0]))]
     head = "".join(
-        f'<th scope="col" style="{inline("head", side)}">{escape(cell)}</th>'
+        f'<th scope="col" style="{inline("head", side)}">{escape(cell)}</th>' if cell else "<td></td>"
         for cell, side in zip(header, sides, strict=bool(header))
     )
     head = f"<thead><tr>{head}</tr></thead>" if header else ""

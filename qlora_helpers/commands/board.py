@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 PORT = 8765
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the command to the parser's own."""
+def add(commands: Any) -> None:
+    """Adds the command to the parser's own.
+
+    Args:
+        commands: what `ArgumentParser.add_subparsers` returned.
+    """
     command = commands.add_parser(
         "board",
         help="a teacher's board: which seat has done which exercise, and who is stuck",
@@ -29,6 +33,7 @@ def add_commands(commands: Any) -> None:
         "QLORA_SEAT names a seat. A line holds seat, exercise, outcome, misconception, tries, minutes and time: no code "
         "and no answer. A run's numbers go with them once its learner shares it.",
     )
+    command.set_defaults(call=run_board)
     command.add_argument("source", nargs="?", help="the folder or s3://BUCKET/PREFIX that the lines are in")
     command.add_argument(
         "--page", metavar="FILE", help="also write a page that a browser loads again every ten seconds"
@@ -234,6 +239,3 @@ def _learner(options: argparse.Namespace) -> int:
             f"not delivered: {error}", next_step="Your lines are kept and go with the next that arrives."
         ) from error
     return 0
-
-
-COMMANDS = {"board": run_board}

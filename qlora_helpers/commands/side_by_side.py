@@ -10,13 +10,14 @@ from typing import Any
 from qlora_helpers.base.errors import UserError
 
 
-def add_commands(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Adds the commands to the parser's own.
 
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
     listed = commands.add_parser("list", help="show all runs: what was changed, how well they did, what they cost")
+    listed.set_defaults(call=list_runs)
     listed.add_argument("--sort", metavar="COLUMN", help="such as score, date, size or 'best loss' (default: by name)")
     listed.add_argument("--reverse", action="store_true", help="the other way round")
     listed.add_argument(
@@ -25,11 +26,13 @@ def add_commands(commands: Any) -> None:
     listed.add_argument("--json", action="store_true", help="print JSON (docs/terminal.md)")
 
     compared = commands.add_parser("compare", help="put two runs or more side by side: settings, scores, losses")
-    compared.add_argument("run", nargs="+")
+    compared.set_defaults(call=compare_runs)
+    compared.add_argument("run", nargs="+", help="names below runs/, or paths")
     compared.add_argument("--json", action="store_true", help="print JSON (docs/terminal.md)")
 
     report = commands.add_parser("report", help="write a run's report.html, or one page about several runs")
-    report.add_argument("run", nargs="+")
+    report.set_defaults(call=write_report)
+    report.add_argument("run", nargs="+", help="names below runs/, or paths")
     report.add_argument("--out", help="where to write the page (default: in the run's folder, or beside the runs)")
 
 
@@ -78,6 +81,3 @@ def write_report(options: argparse.Namespace) -> int:
 
     print(report.write_report(existing_run(options.run[0])))
     return 0
-
-
-COMMANDS = {"list": list_runs, "compare": compare_runs, "report": write_report}

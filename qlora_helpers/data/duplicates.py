@@ -37,9 +37,8 @@ def words_key(text: str) -> str:
             if char > "\x7f" and not _WORD.match(char):
                 folded = folded.replace(char, " ")
     # Byte by byte, which is several times as fast as a pattern for what stands between words
-    found = folded.encode("utf-8", "surrogatepass").translate(_SPACED).decode("utf-8", "surrogatepass").split()
-    words = " ".join(found)
-    return hashlib.sha256((words or text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    words = b" ".join(folded.encode("utf-8", "surrogatepass").translate(_SPACED).split())
+    return hashlib.sha256(words or text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 @functools.cache

@@ -35,6 +35,22 @@ def control_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 @dataclass(frozen=True)
+class Bounded:
+    """A text as tokens, in which the tokens of the template's control tokens were found, one for one.
+
+    Attributes:
+        ids: `(tokens,)`, int32.
+        begins: how many tokens at its start are not of the text (the begin-of-text token).
+        first, behind: the character at which a control token begins, and the one behind it -> its token.
+    """
+
+    ids: np.ndarray
+    begins: int
+    first: dict[int, int]
+    behind: dict[int, int]
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A text as tokens, which knows where in the text each token is.
 
@@ -141,7 +157,8 @@ class Encoder:
             )
         self.tokenizer, self.backend = tokenizer, backend
         self.control = control or ControlTokens(control_strings(tokenizer))
-        ids = {tokenizer.convert_tokens_to_ids(each) for each in self.control.strings} | set(tokenizer.all_special_ids)
+        self._control_id = {each: tokenizer.convert_tokens_to_ids(each) for each in self.control.strings}
+        ids = {*self._control_id.values(), *tokenizer.all_special_ids}
         ids.discard(None)
         if tokenizer.unk_token_id not in (
             tokenizer.eos_token_id,
@@ -162,18 +179,52 @@ class Encoder:
                 return whole[:start]
         return []
 
-    def encode(self, rows: Sequence[Rendering]) -> list[Encoded]:
-        """Tokenises texts; those that hold the strings of control tokens themselves go through the twin."""
+    def encode(self, rows: Sequence[Rendering], *, places: bool = True) -> list[Encoded]:
+        """Tokenises texts; those that hold the strings of control tokens themselves go through the twin.
+
+        Args:
+            rows: the texts.
+            places: whether anybody asks where a token is in its text; the tokenizer is faster without.
+        """
         common = [number for number, row in enumerate(rows) if not row.typed]
         found: dict[int, Encoded] = {}
-        for number, encoding in zip(common, self._batch(self.backend, [rows[i].text for i in common]), strict=True):
+        texts = [rows[i].text for i in common]
+        for number, encoding in zip(common, self._batch(self.backend, texts, places), strict=True):
             found[number] = self._encoded(rows[number], encoding, np.array(encoding.ids, dtype=np.int32))
         typed = [number for number, row in enumerate(rows) if row.typed]
         if typed:
             twin, table = self._twin
-            for number, encoding in zip(typed, self._batch(twin, [self._in_twin(rows[i]) for i in typed]), strict=True):
+            texts = [self._in_twin(rows[i]) for i in typed]
+            for number, encoding in zip(typed, self._batch(twin, texts, places), strict=True):
                 found[number] = self._encoded(rows[number], encoding, table[np.array(encoding.ids, dtype=np.int64)])
         return [found[number] for number in range(len(rows))]
+
+    def bounded(self, rows: Sequence[Rendering]) -> list[Bounded | Encoded]:
+        """Tokenises rows of which only the places of control tokens are asked, as their turns begin and end there.
+
+        A row whose control tokens are not found one for one among its tokens, or that has a turn that ends in plain text before
+        the row does, gets the place of every token.
+        """
+        found: list[Bounded | Encoded | None] = [
+            self._bounded(row, encoded) for row, encoded in zip(rows, self.encode(rows, places=False), strict=True)
+        ]
+        open_ones = [number for number, each in enumerate(found) if each is None]
+        for number, encoded in zip(open_ones, self.encode([rows[i] for i in open_ones]), strict=True):
+            found[number] = encoded
+        return [each for each in found if each is not None]
+
+    def _bounded(self, row: Rendering, encoded: Encoded) -> Bounded | None:
+        spans = self.control.spans(row.text, typed=row.typed)
+        tokens = np.flatnonzero(self._is_control[encoded.ids[encoded.begins :]]) + encoded.begins
+        written = [self._control_id[row.text[start:end]] for start, end in spans]
+        if encoded.ids[tokens].tolist() != written:
+            return None
+        first = dict(zip((start for start, _ in spans), tokens.tolist(), strict=True))
+        behind = dict(zip((end for _, end in spans), (tokens + 1).tolist(), strict=True))
+        behind[len(row.text)] = len(encoded.ids)
+        if any(turn.end not in behind for turn in row.turns):
+            return None
+        return Bounded(encoded.ids, encoded.begins, first, behind)
 
     def plain(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenises texts as they are, in which nothing but the template's own strings is a control token."""
@@ -186,16 +237,18 @@ class Encoder:
             self._contexts.clear()
         new = [context for context in wanted if context not in self._contexts]
         for context, encoded in zip(
-            new, self.encode([Rendering(text, typed=typed) for text, typed in new]), strict=True
+            new, self.encode([Rendering(text, typed=typed) for text, typed in new], places=False), strict=True
         ):
             self._contexts[context] = encoded.ids
         return [self._contexts[context] for context in wanted]
 
     def _encoded(self, row: Rendering, encoding: Any, ids: np.ndarray) -> Encoded:
         begin = self.begin if row.begin else []
-        return Encoded(np.concatenate([np.array(begin, np.int32), ids.astype(np.int32)]), len(begin), encoding)
+        if begin:
+            ids = np.concatenate([np.array(begin, np.int32), ids])
+        return Encoded(ids.astype(np.int32, copy=False), len(begin), encoding)
 
-    def _batch(self, backend: Any, texts: list[str]) -> list[Any]:
+    def _batch(self, backend: Any, texts: list[str], places: bool) -> list[Any]:
         if not texts:
             return []
         # transformers leaves what an earlier call has asked for. Nothing is set without need: another thread may be tokenising.
@@ -209,7 +262,8 @@ class Encoder:
             sum(map(len, texts)) <= _FEW
         ):  # here: the tokenizer's own threads take them only after all that they were given before
             return [backend.encode(text, add_special_tokens=False) for text in texts]
-        return backend.encode_batch(texts, add_special_tokens=False)
+        tokenise = backend.encode_batch if places else backend.encode_batch_fast
+        return tokenise(texts, add_special_tokens=False)
 
     @cached_property
     def _private(self) -> dict[str, str]:

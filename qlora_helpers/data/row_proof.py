@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_helpers.data.encoding import Decoder, Encoded, Encoder
+from qlora_helpers.data.encoding import Bounded, Decoder, Encoded, Encoder
 from qlora_helpers.data.rendering import Rendering, Span, Turn
 
 NEAR = 400  # characters before a turn in which a control token is looked for
@@ -61,18 +61,19 @@ class Apart:
     span: Span
 
 
-def tokenised(rows: Sequence[Rendering], encoder: Encoder) -> list[Encoded | Apart]:
+Tokens = Bounded | Encoded | Apart
+
+
+def tokenised(rows: Sequence[Rendering], encoder: Encoder) -> list[Tokens]:
     """Tokenises rendered rows: the part of `prove` that takes longest, and that another thread may do ahead."""
     apart = [number for number, row in enumerate(rows) if _is_apart(row, encoder)]
-    found: dict[int, Encoded | Apart] = dict(zip(apart, _apart([rows[i] for i in apart], encoder), strict=True))
+    found: dict[int, Tokens] = dict(zip(apart, _apart([rows[i] for i in apart], encoder), strict=True))
     whole = [number for number in range(len(rows)) if number not in found]
-    found |= dict(zip(whole, encoder.encode([rows[i] for i in whole]), strict=True))
+    found |= dict(zip(whole, encoder.bounded([rows[i] for i in whole]), strict=True))
     return [found[number] for number in range(len(rows))]
 
 
-def prove(
-    rows: Sequence[Rendering], encoder: Encoder, encoded: Sequence[Encoded | Apart] | None = None
-) -> list[Proved]:
+def prove(rows: Sequence[Rendering], encoder: Encoder, encoded: Sequence[Tokens] | None = None) -> list[Proved]:
     """Tokenises rendered rows and proves their turns.
 
     Args:
@@ -88,7 +89,7 @@ def prove(
 
 
 def _check_seams(
-    rows: Sequence[Rendering], encoded: Sequence[Encoded | Apart], proved: Sequence[Proved], encoder: Encoder
+    rows: Sequence[Rendering], encoded: Sequence[Tokens], proved: Sequence[Proved], encoder: Encoder
 ) -> None:
     """Finds each turn's tokens, and keeps the turns before which the prompt's own tokens stand."""
     contexts: dict[tuple[str, tuple[Span, ...]], int] = {}
@@ -98,7 +99,7 @@ def _check_seams(
             proved[number].turns, proved[number].spans = list(row.turns), [tokens.span]
             continue
         for turn in row.turns:
-            first, behind = tokens.token_at(turn.start, len(row.text)), tokens.token_behind(turn.end, len(row.text))
+            behind = _behind(tokens, turn.end, len(row.text))
             if turn.start == 0:  # a document, or a prompt that is empty
                 proved[number].turns.append(turn)
                 proved[number].spans.append((tokens.begins, behind))
@@ -106,12 +107,15 @@ def _check_seams(
             # Control tokens divide a text into parts that are tokenised apart: the prompt's last part settles its end.
             control = encoder.control.last_before(row.text, turn.start, row.typed, NEAR)
             begin = control[0] if control else 0
-            place = tokens.token_at(begin, len(row.text)) if begin else tokens.begins
+            place = _first(tokens, begin, len(row.text)) if begin else tokens.begins
             key = (row.text[begin : turn.start], _within(row.typed, begin, turn.start))
+            first = tokens.token_at(turn.start, len(row.text)) if isinstance(tokens, Encoded) else None
             wanted.append((number, turn, contexts.setdefault(key, len(contexts)), place, (first, behind)))
     found = encoder.contexts(contexts)
     for number, turn, context, place, (first, behind) in wanted:
         row, made = rows[number], proved[number]
+        # Without the places of tokens, the turn begins behind as many as its prompt's end has; its text is decoded below.
+        first = place + len(found[context]) if first is None else first
         if np.array_equal(found[context], made.ids[place:first]):
             made.turns.append(turn)
             made.spans.append((first, behind))
@@ -122,6 +126,14 @@ def _check_seams(
             made.spans.append(again.span)
         else:
             made.masked.append((turn.message, SEAM))
+
+
+def _first(tokens: Bounded | Encoded, place: int, length: int) -> int:
+    return tokens.first[place] if isinstance(tokens, Bounded) else tokens.token_at(place, length)
+
+
+def _behind(tokens: Bounded | Encoded, place: int, length: int) -> int:
+    return tokens.behind[place] if isinstance(tokens, Bounded) else tokens.token_behind(place, length)
 
 
 def _is_apart(row: Rendering, encoder: Encoder) -> bool:
@@ -143,7 +155,7 @@ def _apart(rows: Sequence[Rendering], encoder: Encoder) -> list[Apart]:
         parts.append(Rendering(row.text[:start], typed=_within(row.typed, 0, start), begin=row.begin))
         typed = tuple((a + len(control), b + len(control)) for a, b in _within(row.typed, start, len(row.text)))
         parts.append(Rendering(control + row.text[start:], typed=typed))
-    encoded = iter(encoder.encode(parts))
+    encoded = iter(encoder.encode(parts, places=False))
     found = []
     for prompt, answer in zip(encoded, encoded, strict=True):
         ids = np.concatenate([prompt.ids, answer.ids[1:]])

@@ -6,13 +6,13 @@ Knows nothing of training or run folders.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.base.config import EvaluationConfig
+from qlora_helpers.base.config import EvaluationConfig, RunConfig
 from qlora_helpers.base.place import at
 from qlora_helpers.data.examples import Example
+from qlora_helpers.data.plain_templates import template_name
 from qlora_helpers.data.templates import make_template
 from qlora_helpers.evaluation.answering import Asked, answer_rows, summary_loss, summary_losses
 from qlora_helpers.evaluation.few_shot import first_answer
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "Rival", "evaluate", "rouge", "summary_loss", "summary_losses"]
+    from qlora_helpers.data.packing import PreparedData
+
+__all__ = ["MODELS", "Rival", "evaluate", "evaluate_prepared", "rouge", "summary_loss", "summary_losses"]
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
@@ -82,43 +84,80 @@ def evaluate(
         UserError: the metric can't be used; nothing was asked yet.
     """
     asking = Asking(make_template(template, tokenizer), max_tokens, config.max_new_tokens, long_rows)
-    beside = [
-        (
-            rival,
-            Asking(make_template(rival.template, tokenizer), rival.max_tokens, config.max_new_tokens, rival.long_rows),
-        )
-        for rival in rivals
-    ]
-    usable, remarks = asking.usable(examples)
-    for rival, its in beside:
-        usable, more = its.usable(usable)
-        remarks += [f"{remark} (by {rival.run})" for remark in more]
+    beside = [(rival, _asking_of(rival, tokenizer, config)) for rival in rivals]
+    usable, remarks = _usable(examples, asking, beside)
     remarks += known_to_rivals(usable, train_keys, rivals)
     items, rows, skipped = held_out(usable, set(train_keys).union(*(rival.train_keys or () for rival in rivals)))
     references = [reference for row in rows for reference in row["references"]]
     scored_by, reason = metric_for(config, train_answers, references, function=metric)
     prompts, trimmed, more = asked_prompts(items, tokenizer, config, asking, shots, only, beside)
-    asked = {name: Asked(name, questions, None) for name, questions in prompts.items()}
+    alike = {"base", "tuned", *(rival.name for rival, its in beside if asks_alike(its, asking))}
     labelled = asking.labelled(items)
-    for name in ("base", "tuned", *(rival.name for rival, its in beside if asks_alike(its, asking))):
-        if name in asked:
-            asked[name] = dataclasses.replace(asked[name], labelled=labelled)
-    kept = KeptAnswers({name: name for name in asked}) if kept is None else kept
+    asked = [Asked(name, questions, labelled if name in alike else None) for name, questions in prompts.items()]
+    kept = KeptAnswers({name: name for name in prompts}) if kept is None else kept
     adapters = {rival.name: rival.adapter for rival in rivals}
-    form = answer_rows(model, tokenizer, rows, list(asked.values()), config, kept, adapters=adapters, progress=progress)
-    if "base_few" in asked and shots and asking.template.name != "chat":
+    form = answer_rows(model, tokenizer, rows, asked, config, kept, adapters=adapters, progress=progress)
+    if "base_few" in prompts and shots and asking.template.name != "chat":
         for row in rows:
             answer = row["answers"]["base_few"]
             answer["text"] = first_answer(answer["text"], shots[: config.few_shot], asking.template.opening(shots[0]))
     remarks += more
     score_answers(rows, scored_by)
-    scores = {name: _scores([row["answers"][name] for row in rows], scored_by) for name in asked}
-    against = {
-        name: compare(rows, name, "tuned", metric=scored_by) for name in asked if name != "tuned" and "tuned" in asked
-    }
+    scores = {name: _scores([row["answers"][name] for row in rows], scored_by) for name in prompts}
+    others = [name for name in prompts if name != "tuned" and "tuned" in prompts]
+    against = {name: compare(rows, name, "tuned", metric=scored_by) for name in others}
     scoring = Scoring(scored_by.name, scored_by.task, scored_by.main, scored_by.measures, reason, scored_by.notes)
     remarks += unscored(rows, scored_by)
     return Evaluation(scores, tuple(rows), trimmed, against, skipped, form, scoring, tuple(remarks))
+
+
+def evaluate_prepared(
+    model: PeftModel | Callable[[], PeftModel],
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    config: RunConfig,
+    **options: Any,
+) -> Evaluation:
+    """Asks the model about a run's held-out rows, as its settings and its prepared data say.
+
+    Args:
+        model, tokenizer: as for `evaluate`.
+        data: the run's.
+        config: the run's.
+        options: `metric`, `only`, `rivals`, `kept` and `progress`, as for `evaluate`.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+    return evaluate(
+        model,
+        tokenizer,
+        data.test,
+        config.evaluation,
+        template=template_name(config.data),
+        max_tokens=config.data.seq_len_tokens,
+        long_rows=config.data.long_rows,
+        train_keys=data.train_keys,
+        train_answers=data.train_answers,
+        shots=data.shots,
+        **options,
+    )
+
+
+def _asking_of(rival: Rival, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig) -> Asking:
+    template = make_template(rival.template, tokenizer)
+    return Asking(template, rival.max_tokens, config.max_new_tokens, rival.long_rows)
+
+
+def _usable(
+    examples: Sequence[Example], asking: Asking, beside: Sequence[tuple[Rival, Asking]]
+) -> tuple[list[Example], list[str]]:
+    """Returns the rows that the run and every rival can be asked, and remarks on those that are skipped."""
+    usable, remarks = asking.usable(examples)
+    for rival, its in beside:
+        usable, more = its.usable(usable)
+        remarks += [f"{remark} (by {rival.run})" for remark in more]
+    return usable, remarks
 
 
 def _scores(answers: Sequence[dict[str, Any]], metric: Metric) -> Scores:

@@ -110,7 +110,7 @@ def evaluate_run(
         say: called with what was not asked again.
         writes: whether this process writes; of several that ask a model together the first one does, and all ask everything anew.
     """
-    from qlora_helpers.evaluation.evaluate import evaluate
+    from qlora_helpers.evaluation.evaluate import evaluate_prepared
 
     run, config, data = subject.run, subject.run.config(), subject.data
     writable = writes and not unwritable(run)
@@ -131,21 +131,8 @@ def evaluate_run(
             kept.known.clear()
         stack.enter_context(kept_in_run(kept))
         stack.enter_context(MODEL_IN_USE)
-        result = evaluate(
-            with_rivals,
-            subject.tokenizer,
-            data.test,
-            config.evaluation,
-            template=template_name(config.data),
-            max_tokens=config.data.seq_len_tokens,
-            long_rows=config.data.long_rows,
-            train_keys=data.train_keys,
-            train_answers=data.train_answers,
-            shots=data.shots,
-            metric=metric,
-            rivals=rivals,
-            kept=kept,
-        )
+        more = {"metric": metric, "rivals": rivals, "kept": kept}
+        result = evaluate_prepared(with_rivals, subject.tokenizer, data, config, **more)
     say_reused(kept, str(earlier.get("made", "")), say)
     return result, kept
 

@@ -17,14 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qlora_helpers.base.errors import UserError
 from qlora_helpers.base.files import remove, replaced_folder
 from qlora_helpers.base.place import at
 from qlora_helpers.base.text import Say, brief
-from qlora_helpers.evaluation.scorecard import FEWEST_ROWS, LEVEL, resamples
 from qlora_helpers.evaluation.suite_file import Suite, TaskScore
+from qlora_helpers.evaluation.suite_scores import scores_of
 from qlora_helpers.evaluation.suite_task import CACHE, HELD_OUT, write_held_out
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.model.wiring import in_eval_mode
@@ -106,34 +104,16 @@ def ask_tasks(
         UserError: lm-eval is not installed, or a task is unknown, needs a network that is not there, or fails.
     """
     need_harness()
-    config = asked.run.config()
-    at_once = batch_size or config.evaluation.batch_size
+    at_once = batch_size or asked.run.config().evaluation.batch_size
     notes: list[str] = []
     scores: list[TaskScore] = []
     with _quiet(), in_eval_mode(asked.model):
-        own, others = HELD_OUT in tasks, [name for name in tasks if name != HELD_OUT]
-        if own:
+        if HELD_OUT in tasks:
             assert data is not None
-            harness = _harness(asked, at_once, bos=_bos(asked))
-            folder = asked.run.folder / FOLDER
-            with replaced_folder(folder) as new:
-                notes += _write_own(new, folder, asked, data, harness)
-            own_task = str((folder / "held_out.yaml").resolve())  # this file alone: no other in the folder is read
-            manager = _manager(include_defaults=False)
-            try:
-                found = _both(asked, harness, [own_task], manager, say, limit=limit, num_fewshot=0)
-            finally:
-                remove(folder / CACHE, root=asked.run.folder)
-            scores += scores_of(*found, limit=limit)
-        if others:
-            files = [str(Path(name).resolve()) for name in others if name.endswith((".yaml", ".yml"))]
-            named = [name for name in others if not name.endswith((".yaml", ".yml"))]
-            manager = _manager(include_defaults=bool(named))
-            _refuse_unknown(named, manager)
-            harness = _harness(asked, at_once, bos=None)
-            more = {"limit": limit, "num_fewshot": shots, "apply_chat_template": chat}
-            found = _both(asked, harness, [*named, *files], manager, say, **more)
-            scores += scores_of(*found, limit=limit, chat=chat)
+            found, notes = _ask_held_out(asked, data, at_once, limit, say)
+            scores += found
+        if others := [name for name in tasks if name != HELD_OUT]:
+            scores += _ask_others(asked, others, at_once, limit, shots, chat, say)
     return Suite(
         tuple(scores),
         adapter_sha256,
@@ -144,71 +124,41 @@ def ask_tasks(
     )
 
 
-def scores_of(
-    base: Mapping[str, Any], tuned: Mapping[str, Any], *, limit: int | None = None, chat: bool = False
+def _ask_held_out(
+    asked: RunModel, data: PreparedData, batch_size: int, limit: int | None, say: Say
+) -> tuple[list[TaskScore], list[str]]:
+    """Asks the run's held-out rows; returns the scores, and lines on the rows that were skipped."""
+    harness = _harness(asked, batch_size, bos=_bos(asked))
+    folder = asked.run.folder / FOLDER
+    with replaced_folder(folder) as new:
+        notes = _write_own(new, folder, asked, data, harness)
+    task = str((folder / "held_out.yaml").resolve())  # this file alone: no other in the folder is read
+    manager = _manager(include_defaults=False)
+    try:
+        found = _both(asked, harness, [task], manager, say, limit=limit, num_fewshot=0)
+    finally:
+        remove(folder / CACHE, root=asked.run.folder)
+    return scores_of(*found, limit=limit), notes
+
+
+def _ask_others(
+    asked: RunModel,
+    tasks: Sequence[str],
+    batch_size: int,
+    limit: int | None,
+    shots: int | None,
+    chat: bool,
+    say: Say,
 ) -> list[TaskScore]:
-    """Reads the results of two evaluations by lm-eval of the same tasks.
-
-    Args:
-        base, tuned: what `lm_eval.simple_evaluate` returned for each model, `samples` included where there are any.
-        limit, chat: as for `ask_tasks`.
-
-    Returns:
-        A score for each measure of each task and group that both have.
-    """
-    scores = []
-    for task, values in tuned["results"].items():
-        before = base["results"].get(task, {})
-        higher = tuned.get("higher_is_better", {}).get(task) or {}
-        rows = (tuned.get("n-samples", {}).get(task) or {}).get("effective", 0)
-        for key, value in values.items():
-            name, _, kept = key.partition(",")
-            if name.endswith("_stderr") or not kept or not all(map(_is_number, (value, before.get(key)))):
-                continue
-            pairs = _pairs(base, tuned, task, name, kept)
-            low, high = _interval(*pairs, float(before[key]), float(value)) or (None, None)
-            scores.append(
-                TaskScore(
-                    task,
-                    name if kept in ("none", "stripped") else f"{name} ({kept})",
-                    float(before[key]),
-                    float(value),
-                    low,
-                    high,
-                    int(rows or len(pairs[0])),
-                    higher.get(name),
-                    int(tuned.get("n-shot", {}).get(task) or 0),
-                    str(tuned.get("versions", {}).get(task, "")),
-                    limit,
-                    chat,
-                )
-            )
-    return scores
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _pairs(
-    base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, name: str, kept: str
-) -> tuple[list[float], list[float]]:
-    """The measure of each row that both models have, in one order."""
-    found = []
-    for result in (base, tuned):
-        samples = [each for each in (result.get("samples") or {}).get(task, ()) if each.get("filter", kept) == kept]
-        found.append({each["doc_id"]: each[name] for each in samples if _is_number(each.get(name))})
-    both = sorted(found[0].keys() & found[1].keys())
-    return [float(found[0][row]) for row in both], [float(found[1][row]) for row in both]
-
-
-def _interval(one: list[float], other: list[float], base: float, tuned: float) -> tuple[float, float] | None:
-    """The paired bootstrap's interval of a difference of means; None where the measure is not their mean."""
-    if len(one) < FEWEST_ROWS or abs(np.mean(one) - base) > 1e-6 or abs(np.mean(other) - tuned) > 1e-6:
-        return None
-    gains = resamples(len(one))[1:] @ (np.array(other) - np.array(one)) / len(one)
-    low, high = np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    """Asks tasks that lm-eval knows by name, or that a YAML file describes."""
+    files = [str(Path(name).resolve()) for name in tasks if name.endswith((".yaml", ".yml"))]
+    named = [name for name in tasks if not name.endswith((".yaml", ".yml"))]
+    manager = _manager(include_defaults=bool(named))
+    _refuse_unknown(named, manager)
+    harness = _harness(asked, batch_size, bos=None)
+    more = {"limit": limit, "num_fewshot": shots, "apply_chat_template": chat}
+    found = _both(asked, harness, [*named, *files], manager, say, **more)
+    return scores_of(*found, limit=limit, chat=chat)
 
 
 def _both(

@@ -61,7 +61,26 @@ def write_held_out(
     Raises:
         DataError: no row is left.
     """
-    rows, trained, unlike, unwritten = [], 0, 0, 0
+    rows, notes = _usable_rows(data, template, encode)
+    if not rows:
+        raise DataError(
+            "no held-out row can be asked by lm-eval",
+            got="; ".join(notes) or "none are held out",
+            next_step="Hold rows out (data.test_rows), or name tasks of lm-eval.",
+        )
+    docs, kind = _docs([example for example, _ in rows], [text for _, text in rows], data.train_answers)
+    stops = [tokenizer.decode([end]) for end in ends]
+    write_text(new / "held_out.jsonl", "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
+    write_json(new / "held_out.yaml", _task(folder, kind, stops, most_new_tokens))  # JSON is YAML
+    return notes
+
+
+def _usable_rows(
+    data: PreparedData, template: Template, encode: Callable[[str], list[int]]
+) -> tuple[list[tuple[Example, str]], list[str]]:
+    """Returns the held-out rows that can be asked, each with its prompt, and lines on those that are skipped."""
+    rows: list[tuple[Example, str]] = []
+    trained = unlike = unwritten = 0
     for example in data.test:
         if example.is_document:
             unwritten += 1
@@ -86,17 +105,7 @@ def write_held_out(
         )
         if count
     ]
-    if not rows:
-        raise DataError(
-            "no held-out row can be asked by lm-eval",
-            got="; ".join(notes) or "none are held out",
-            next_step="Hold rows out (data.test_rows), or name tasks of lm-eval.",
-        )
-    docs, kind = _docs([example for example, _ in rows], [text for _, text in rows], data.train_answers)
-    stops = [tokenizer.decode([end]) for end in ends]
-    write_text(new / "held_out.jsonl", "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
-    write_json(new / "held_out.yaml", _task(folder, kind, stops, most_new_tokens))  # JSON is YAML
-    return notes
+    return rows, notes
 
 
 def _docs(examples: Sequence[Example], prompts: Sequence[str], trained: Sequence[str]) -> tuple[list[Any], str]:

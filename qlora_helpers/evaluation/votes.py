@@ -65,6 +65,10 @@ class VotesFile:
     dropped: int = 0
 
 
+def _times(count: int) -> str:
+    return f"{count} time{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True)
 class Votes(Tabular):
     """A run's votes.
@@ -114,8 +118,8 @@ class Votes(Tabular):
             total = count["first"] + count["second"] + count["tie"]
             found.append(
                 f"{total} vote{'s' * (total != 1)} between {model_name(one)} and {model_name(other)}: {model_name(one)} was "
-                f"preferred {count['first']} times, {model_name(other)} {count['second']} times, neither {count['tie']} times; "
-                f"{count['blind']} of them were blind."
+                f"preferred {_times(count['first'])}, {model_name(other)} {_times(count['second'])}, neither "
+                f"{_times(count['tie'])}; {count['blind']} of them {'was' if count['blind'] == 1 else 'were'} blind."
             )
         return found + self.notes()
 

@@ -22,6 +22,7 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.prepared_file import read_prepared_file
 from qlora_helpers.export import vllm
+from qlora_helpers.export.adapter import need_adapter
 from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, SETTINGS, WEIGHTS, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.drift import Drift, measured_drift
@@ -94,7 +95,7 @@ def export(
     refuse_links(run.folder)
     out = (out or run.folder / FOLDER).resolve()
     _refuse_other_content(out)
-    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+    need_adapter(run)
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     check_base(checkpoint, certificate)
@@ -138,6 +139,11 @@ def _refuse_other_content(out: Path) -> None:
 
 
 def check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
+    """Refuses a base model whose files are not those that the adapter was trained on.
+
+    Raises:
+        ModelError: their fingerprint differs from the certificate's.
+    """
     found = base_fingerprint(checkpoint.folder)
     if found != certificate.base_sha256:
         raise ModelError(
@@ -149,6 +155,7 @@ def check_base(checkpoint: Checkpoint, certificate: Certificate) -> None:
 
 
 def write_adapter(run: Run, folder: Path, certificate: Certificate) -> None:
+    """Writes a new folder with the adapter, its certificate, settings without this machine's paths, tokenizer and card."""
     folder.mkdir()
     for name in (WEIGHTS, SETTINGS, FILE):
         copy_regular(run.adapter_dir / name, folder / name)
@@ -169,6 +176,19 @@ def without_folders(config: RunConfig) -> RunConfig:
 def write_merged(
     run: Run, checkpoint: Checkpoint, folder: Path, certificate: Certificate, shard_gib: float, say: Say
 ) -> MergeReport:
+    """Writes a new folder with base model and adapter merged in bfloat16, its certificate, card and hashes.
+
+    Args:
+        run: a trained run.
+        checkpoint: its base model.
+        folder: is made.
+        certificate: of the adapter.
+        shard_gib: size of a file of weights, GiB.
+        say: receives a line before anything that takes long.
+
+    Raises:
+        ModelError: the base model has no files (random weights), or the disk is too small.
+    """
     if checkpoint.shape is not None:
         raise ModelError(
             f"{checkpoint.name} has no files to merge into",

@@ -60,23 +60,7 @@ def export_card(
         "",
         *(line for note in notes for line in (f"Note: {note}.", "")),
     ]
-    if values := read_evaluation(run):
-        scoring = scoring_from_dict(values.get("scoring", {}))
-        header = ["model", *(measure_of(key).label for key in scoring.measures), "answers that end"]
-        lines += [
-            f"On {len(values['rows'])} held-out rows:",
-            "",
-            "| " + " | ".join(header) + " |",
-            "|---" * len(header) + "|",
-        ]
-        lines += [
-            "| " + " | ".join([model_name(name), *score_cells(score, scoring), f"{score['stop_rate']:.0%}"]) + " |"
-            for name, score in values["scores"].items()
-        ]
-        verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
-        said = [f"Tuned against untuned: {verdict}"] if verdict else []
-        said += [values["worth"]] if values.get("worth") and not values.get("random_weights") else []
-        lines += ["", *(line for sentence in said for line in (sentence, ""))]
+    lines += _score_lines(run)
     lines += [run_it] if run_it else []
     lines += ["## Licences", "", licences, ""] if licences else []
     lines += [
@@ -84,6 +68,26 @@ def export_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _score_lines(run: Run) -> list[str]:
+    """Returns the section on the run's scores; empty where it was not evaluated."""
+    values = read_evaluation(run)
+    if not values:
+        return []
+    scoring = scoring_from_dict(values.get("scoring", {}))
+    header = ["model", *(measure_of(key).label for key in scoring.measures), "answers that end"]
+    rows = [
+        [model_name(name), *score_cells(score, scoring), f"{score['stop_rate']:.0%}"]
+        for name, score in values["scores"].items()
+    ]
+    table = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    table.insert(1, "|---" * len(header) + "|")
+    verdict = values.get("comparisons", {}).get("base", {}).get("verdict")
+    said = [f"Tuned against untuned: {verdict}"] if verdict else []
+    said += [values["worth"]] if values.get("worth") and not values.get("random_weights") else []
+    head = [f"On {len(values['rows'])} held-out rows:", ""]
+    return [*head, *table, "", *(line for sentence in said for line in (sentence, ""))]
 
 
 def _task(template: str) -> str:

@@ -22,9 +22,10 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.data.examples import Example
 from qlora_helpers.data.prompts import question
 from qlora_helpers.export import vllm
+from qlora_helpers.export.adapter import need_adapter
 from qlora_helpers.export.bundle import check_base, held_out, without_folders, write_adapter, write_merged
 from qlora_helpers.export.card import export_card
-from qlora_helpers.export.certificate import FILE, WEIGHTS, Certificate, require_certificate, write_hashes
+from qlora_helpers.export.certificate import FILE, Certificate, require_certificate, write_hashes
 from qlora_helpers.export.how_to_run import Way, run_section, ways
 from qlora_helpers.export.licences import Licences, licences_of
 from qlora_helpers.export.merge import SHARD_GIB
@@ -108,7 +109,7 @@ def leave(
     kind = _checked(to, quantize, merged)
     out = (out or run.folder / f"export-{to}").resolve()
     _refuse_other_content(out)
-    run.need(run.adapter_dir / WEIGHTS, "Notebook 04_train (or `python -m qlora_helpers train`)")
+    need_adapter(run)
     certificate = require_certificate(run.adapter_dir)
     checkpoint = find_checkpoint(run.config().model, say=say)
     check_base(checkpoint, certificate)

@@ -31,8 +31,9 @@ class Instance:
 
     @property
     def network(self) -> Link:
-        """What connects it with other instances."""
-        return network(NETWORK_GBIT_S[self.name], NETWORK_SOURCE)
+        """What connects it with other instances. The p family reaches its network's rate with EFA alone."""
+        _, family, size = self.name.split(".")
+        return network(_FAMILIES[family][1][size][1], NETWORK_SOURCE)
 
 
 _MID_2026_EAST = ("us-east-1", "mid 2026", "third-party transcription of the AWS price list")
@@ -40,71 +41,83 @@ _MID_2026_WEST = ("us-west-2", "mid 2026", "third-party transcription of the AWS
 _AUGUST = ("us-east-1", "2026-08-17", "third-party transcription of the AWS price list")
 _SEPTEMBER = ("us-east-1", "2026-09-27", "third-party transcription of the AWS price list")
 
+_Sizes = dict[str, tuple[int, float]]  # size -> number of GPUs, and its network's rate, Gbit/s
+
+_G5_AND_G6: _Sizes = {
+    "xlarge": (1, 10),
+    "2xlarge": (1, 10),
+    "4xlarge": (1, 25),
+    "8xlarge": (1, 25),
+    "12xlarge": (4, 40),
+    "16xlarge": (1, 25),
+    "24xlarge": (4, 50),
+    "48xlarge": (8, 100),
+}
+_FAMILIES: dict[str, tuple[str, _Sizes]] = {
+    "g4dn": (
+        "T4",
+        {
+            "xlarge": (1, 25),
+            "2xlarge": (1, 25),
+            "4xlarge": (1, 25),
+            "8xlarge": (1, 50),
+            "12xlarge": (4, 50),
+            "16xlarge": (1, 50),
+        },
+    ),
+    "g5": ("A10G", _G5_AND_G6),
+    "g6": ("L4", _G5_AND_G6),
+    "g6e": (
+        "L40S",
+        {
+            "xlarge": (1, 20),
+            "2xlarge": (1, 20),
+            "4xlarge": (1, 20),
+            "8xlarge": (1, 25),
+            "12xlarge": (4, 100),
+            "16xlarge": (1, 35),
+            "24xlarge": (4, 200),
+            "48xlarge": (8, 400),
+        },
+    ),
+    "p4d": ("A100-40GB", {"24xlarge": (8, 400)}),
+    "p4de": ("A100-80GB", {"24xlarge": (8, 400)}),
+    "p5": ("H100", {"4xlarge": (1, 100), "48xlarge": (8, 3200)}),
+    "p5e": ("H200", {"48xlarge": (8, 3200)}),
+    "p5en": ("H200", {"48xlarge": (8, 3200)}),
+}
+"""Family -> its GPU, a key in `GPUS`, and its sizes, smallest first."""
+NETWORK_SOURCE = "AWS, network specifications of accelerated computing instances; 'up to' figures are bursts"
+
+_PRICES: dict[str, tuple[float, str, str, str]] = {
+    "ml.g4dn.xlarge": (0.7364, *_SEPTEMBER),
+    "ml.g4dn.2xlarge": (0.94, *_SEPTEMBER),
+    "ml.g4dn.12xlarge": (4.89, *_SEPTEMBER),
+    "ml.g5.xlarge": (1.408, *_AUGUST),
+    "ml.g5.2xlarge": (1.515, *_AUGUST),
+    "ml.g5.4xlarge": (2.03, *_SEPTEMBER),
+    "ml.g5.12xlarge": (7.09, *_MID_2026_EAST),
+    "ml.g5.24xlarge": (10.18, *_SEPTEMBER),
+    "ml.g5.48xlarge": (20.36, *_SEPTEMBER),
+    "ml.g6.xlarge": (1.127, *_SEPTEMBER),
+    "ml.g6.2xlarge": (1.222, *_SEPTEMBER),
+    "ml.g6.12xlarge": (5.75, *_MID_2026_EAST),
+    "ml.g6.48xlarge": (16.688, *_SEPTEMBER),
+    "ml.g6e.xlarge": (2.61, *_AUGUST),
+    "ml.g6e.2xlarge": (2.8, *_AUGUST),
+    "ml.g6e.12xlarge": (13.12, *_MID_2026_EAST),
+    "ml.g6e.48xlarge": (37.66, *_SEPTEMBER),
+    "ml.p4d.24xlarge": (25.25, *_MID_2026_WEST),
+    "ml.p4de.24xlarge": (31.5641, *_SEPTEMBER),
+    "ml.p5.4xlarge": (7.912, *_SEPTEMBER),
+    "ml.p5.48xlarge": (63.3, *_MID_2026_WEST),
+}
+"""Instance -> USD an hour on demand, where and when that was read, and its source."""
+
 INSTANCES: dict[str, Instance] = {
-    instance.name: instance
-    for instance in (
-        Instance("ml.g4dn.xlarge", "T4", 1, 0.7364, *_SEPTEMBER),
-        Instance("ml.g4dn.2xlarge", "T4", 1, 0.94, *_SEPTEMBER),
-        Instance("ml.g4dn.4xlarge", "T4", 1),
-        Instance("ml.g4dn.8xlarge", "T4", 1),
-        Instance("ml.g4dn.12xlarge", "T4", 4, 4.89, *_SEPTEMBER),
-        Instance("ml.g4dn.16xlarge", "T4", 1),
-        Instance("ml.g5.xlarge", "A10G", 1, 1.408, *_AUGUST),
-        Instance("ml.g5.2xlarge", "A10G", 1, 1.515, *_AUGUST),
-        Instance("ml.g5.4xlarge", "A10G", 1, 2.03, *_SEPTEMBER),
-        Instance("ml.g5.8xlarge", "A10G", 1),
-        Instance("ml.g5.12xlarge", "A10G", 4, 7.09, *_MID_2026_EAST),
-        Instance("ml.g5.16xlarge", "A10G", 1),
-        Instance("ml.g5.24xlarge", "A10G", 4, 10.18, *_SEPTEMBER),
-        Instance("ml.g5.48xlarge", "A10G", 8, 20.36, *_SEPTEMBER),
-        Instance("ml.g6.xlarge", "L4", 1, 1.127, *_SEPTEMBER),
-        Instance("ml.g6.2xlarge", "L4", 1, 1.222, *_SEPTEMBER),
-        Instance("ml.g6.4xlarge", "L4", 1),
-        Instance("ml.g6.8xlarge", "L4", 1),
-        Instance("ml.g6.12xlarge", "L4", 4, 5.75, *_MID_2026_EAST),
-        Instance("ml.g6.16xlarge", "L4", 1),
-        Instance("ml.g6.24xlarge", "L4", 4),
-        Instance("ml.g6.48xlarge", "L4", 8, 16.688, *_SEPTEMBER),
-        Instance("ml.g6e.xlarge", "L40S", 1, 2.61, *_AUGUST),
-        Instance("ml.g6e.2xlarge", "L40S", 1, 2.80, *_AUGUST),
-        Instance("ml.g6e.4xlarge", "L40S", 1),
-        Instance("ml.g6e.8xlarge", "L40S", 1),
-        Instance("ml.g6e.12xlarge", "L40S", 4, 13.12, *_MID_2026_EAST),
-        Instance("ml.g6e.16xlarge", "L40S", 1),
-        Instance("ml.g6e.24xlarge", "L40S", 4),
-        Instance("ml.g6e.48xlarge", "L40S", 8, 37.66, *_SEPTEMBER),
-        Instance("ml.p4d.24xlarge", "A100-40GB", 8, 25.25, *_MID_2026_WEST),
-        Instance("ml.p4de.24xlarge", "A100-80GB", 8, 31.5641, *_SEPTEMBER),
-        Instance("ml.p5.4xlarge", "H100", 1, 7.912, *_SEPTEMBER),
-        Instance("ml.p5.48xlarge", "H100", 8, 63.30, *_MID_2026_WEST),
-        Instance("ml.p5e.48xlarge", "H200", 8),
-        Instance("ml.p5en.48xlarge", "H200", 8),
-    )
+    name: Instance(name, gpu, gpus, *_PRICES.get(name, ()))
+    for family, (gpu, sizes) in _FAMILIES.items()
+    for size, (gpus, _) in sizes.items()
+    for name in [f"ml.{family}.{size}"]
 }
 """SageMaker's instances of these families, smallest first. Prices change: a plan shows their date, and a user may give another."""
-
-NETWORK_SOURCE = "AWS, network specifications of accelerated computing instances; 'up to' figures are bursts"
-_NETWORKS = {
-    "g4dn": {"xlarge": 25, "2xlarge": 25, "4xlarge": 25, "8xlarge": 50, "12xlarge": 50, "16xlarge": 50},
-    "g5": {
-        **{"xlarge": 10, "2xlarge": 10, "4xlarge": 25, "8xlarge": 25, "12xlarge": 40, "16xlarge": 25},
-        **{"24xlarge": 50, "48xlarge": 100},
-    },
-    "g6": {
-        **{"xlarge": 10, "2xlarge": 10, "4xlarge": 25, "8xlarge": 25, "12xlarge": 40, "16xlarge": 25},
-        **{"24xlarge": 50, "48xlarge": 100},
-    },
-    "g6e": {
-        **{"xlarge": 20, "2xlarge": 20, "4xlarge": 20, "8xlarge": 25, "12xlarge": 100, "16xlarge": 35},
-        **{"24xlarge": 200, "48xlarge": 400},
-    },
-    "p4d": {"24xlarge": 400},
-    "p4de": {"24xlarge": 400},
-    "p5": {"4xlarge": 100, "48xlarge": 3200},
-    "p5e": {"48xlarge": 3200},
-    "p5en": {"48xlarge": 3200},
-}
-NETWORK_GBIT_S: dict[str, float] = {
-    f"ml.{family}.{size}": rate for family, sizes in _NETWORKS.items() for size, rate in sizes.items()
-}
-"""Instance -> its network's rate, Gbit/s. The p family reaches it with EFA alone."""

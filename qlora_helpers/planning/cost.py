@@ -44,6 +44,8 @@ class TrainingCost:
         machine: such as `this CPU (2 cores)` or `H100`.
         on_cpu: whether that is a CPU.
         padded: whether rows are padded: the time is then that of rows as long as a sequence, an upper limit.
+        peak_gib: what the fullest GPU holds at most; None on a CPU, and where it can't be estimated.
+        usable_gib: what each GPU has; None on a CPU.
     """
 
     rows: int
@@ -56,6 +58,13 @@ class TrainingCost:
     machine: str
     on_cpu: bool
     padded: bool = False
+    peak_gib: float | None = None
+    usable_gib: float | None = None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it needs more memory than a GPU has; False where that is not known."""
+        return self.peak_gib is not None and self.usable_gib is not None and self.peak_gib > self.usable_gib
 
     @property
     def dollars(self) -> float | None:
@@ -153,13 +162,15 @@ def training_cost(
     epochs = train.epochs if train.max_steps is None else steps / an_epoch
     through = (tokens if packed else sequences * length) * epochs
     seconds: float | None
+    peak_gib: float | None = None
     try:
         if hardware is None:
             again = train.activation_checkpointing and train.checkpointed_layers != 0
             seconds = cpu_seconds(model_sizes(shape), through, trained_share, cores * processes, checkpointed=again)
         else:
             workload = Workload(config, shape, hardware, round(through), trained_share)
-            seconds = settings_as_given(workload, steps, layout).seconds
+            given = settings_as_given(workload, steps, layout)
+            seconds, peak_gib = given.seconds, given.peak_gib
     except ModelError:  # a shape that can't be planned
         seconds = None
     left = max(0, steps - done) / max(1, steps)
@@ -176,4 +187,6 @@ def training_cost(
         machine,
         on_cpu=hardware is None,
         padded=not packed,
+        peak_gib=peak_gib,
+        usable_gib=None if hardware is None else hardware.usable_gib,
     )

@@ -7,7 +7,7 @@ number of GPUs is kept in the run's `plan.json`, so that a resumed run may have 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -107,7 +107,7 @@ def run_in_foreground(
     gpus: int | None = None,
     share: str | None = None,
     node: Node | None = None,
-    options: Iterable[str] = (),
+    options: Sequence[str] = (),
     say: Say = print,
 ) -> int | None:
     """Trains a run in several processes of this machine, which may be one of several, and returns when they have ended.
@@ -117,7 +117,7 @@ def run_in_foreground(
     Args:
         run, settings, gpus, share: as for `start`; the number of GPUs is that of each machine.
         node: this machine's place among several.
-        options: further ones of the command `train`, for each process.
+        options: of the command `train`, for each process, such as `["--quiet"]`.
         say: called with a line on how the work is shared.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep will take, before any of them starts: time and price of each and of all. Imports no torch."""
+"""What the runs of a sweep will take, before any of them starts: memory, time and price of each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_helpers.planning.step_settings import is_packed
 
 
 def sweep_costs(configs: Iterable[RunConfig]) -> list[TrainingCost]:
-    """Estimates what training takes on this machine with each of some settings.
+    """Estimates what training takes on this machine with each of some settings, in one process as a sweep trains its runs.
 
     Raises:
         UserError: no such model, or the data can't be read.
@@ -35,7 +35,9 @@ def _cost(config: RunConfig) -> TrainingCost:
     price = machine_price(config.train)
     hardware = None
     if on_gpu:
-        hardware = replace(this_machine(price.usd_per_hour if price else None), gpus=1)
+        hardware = this_machine(price.usd_per_hour if price else None)
+        if config.train.share == "one":  # else the one process that trains a run spreads its layers over all GPUs
+            hardware = replace(hardware, gpus=1)
     try:
         return training_cost(
             config,

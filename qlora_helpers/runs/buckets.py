@@ -1,8 +1,8 @@
 """Which buckets a person has named on this machine, and whose they must be: events go to no other.
 
 A run folder from somebody else may name a bucket in its settings. It counts once the person has set it here: in `open_run`, in a
-form, or with `--set`. And a bucket that was deleted can be made again by a stranger under the same name, so S3 is told whose it
-must be (`ExpectedBucketOwner`).
+form, or with `--set`. And a bucket that was deleted can be made again by a stranger under the same name, so each request to S3
+names the account that must own it (`ExpectedBucketOwner`).
 """
 
 from __future__ import annotations

@@ -64,19 +64,19 @@ def readings() -> dict[str, Any]:
     process = telemetry.read_process()
     if process is None:
         return {}
-    found: dict[str, Any] = {"process": _told(process)}
+    found: dict[str, Any] = {"process": _known_readings(process)}
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # their parent has started nothing else
         others = map(telemetry.read_process, telemetry.children_of(os.getppid()))
-        found["processes"] = [_told(each) for each in others if each is not None]
+        found["processes"] = [_known_readings(each) for each in others if each is not None]
     return found
 
 
-def _told(process: telemetry.ProcessReading) -> dict[str, float]:
+def _known_readings(process: telemetry.ProcessReading) -> dict[str, float]:
     return {"rss_gib": round(process.rss_gib, 3), "cpu_percent": round(process.cpu_percent, 1)}
 
 
 def readings_everywhere() -> dict[str, Any]:
-    """Reads this machine, and adds what the other machines of this training have last told of theirs.
+    """Reads this machine, and adds what the other machines of this training have last reported of theirs.
 
     Returns:
         As `readings`; with several machines each GPU and each process has its `host`.

@@ -23,8 +23,9 @@ from qlora_helpers.machine.telemetry import cpu_cores
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.buckets import SETTING, refuse_unconfirmed
 from qlora_helpers.runs.budget import refuse_spent_budget
+from qlora_helpers.runs.detached import start_session
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.guard import open_to_append, refuse_links
+from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.plan_file import Launched, add_to_plan
 from qlora_helpers.runs.ranks import check_processes
 from qlora_helpers.runs.trackers import refuse_missing
@@ -148,33 +149,9 @@ def shown_gpus(gpus: Sequence[str] | None) -> dict[str, str]:
 
 def _start_detached(run: Run, command: list[str], processes: int, gpus: Sequence[str] | None = None) -> int:
     on_cpu = processes > 1 and not locks.visible_gpus()
-    environment = (_cpu_environment(processes) if on_cpu else python_environment()) | {"PYTHONUNBUFFERED": "1"}
+    environment = _cpu_environment(processes) if on_cpu else python_environment()
     environment |= shown_gpus(gpus)
-    environment.pop("MPLBACKEND", None)  # the kernel's
-    run.open_session()
-    try:
-        with open_to_append(run.log_path) as log:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-    except OSError as error:
-        run.set_status(state="failed", exit_reason="it could not be started", last_error=str(error))
-        raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
-    if run.status().state == "starting":
-        run.set_status(pid=process.pid)
-    _children.append(process)  # kept so that `poll` can collect it when it has ended
-    for child in list(_children):
-        if child.poll() is not None:
-            _children.remove(child)
-    return process.pid
-
-
-_children: list[subprocess.Popen[bytes]] = []
+    return start_session(run, command, environment)
 
 
 def rehearse(

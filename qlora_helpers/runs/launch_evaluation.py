@@ -1,6 +1,6 @@
 """Evaluates a run in a process of its own, which a closed browser or a restarted kernel does not stop.
 
-Knows nothing of what the command does; how far it has come stands in the run's folder.
+Knows nothing of what the command does; how far it has come is in the run's folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from pathlib import Path
 from qlora_helpers.base.errors import RunError
 from qlora_helpers.base.files import write_json
 from qlora_helpers.base.folders import open_regular
-from qlora_helpers.base.python import python_command, python_environment
+from qlora_helpers.base.python import python_command
 from qlora_helpers.base.records import read_record
+from qlora_helpers.runs.detached import collect_ended, start_detached
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.runs.guard import open_to_append, refuse_links
+from qlora_helpers.runs.guard import refuse_links
 from qlora_helpers.runs.locks import is_being_evaluated
 from qlora_helpers.runs.status import Status, is_alive
-
-_children: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,7 @@ def process_path(run: Run) -> Path:
 
 def is_launched(run: Run) -> bool:
     """Whether the process of the last background evaluation lives on this machine; it may still be starting."""
-    for child in list(_children):
-        if child.poll() is not None:
-            _children.remove(child)
+    collect_ended()
     with contextlib.suppress(RunError):
         found = read_record(process_path(run), Process)
         return is_alive(Status(pid=found.pid, host=found.host, heartbeat=found.started))
@@ -93,23 +89,9 @@ def launch_evaluation(run: Run, *, rivals: Sequence[Run] = (), again: bool = Fal
     for rival in rivals:
         command += ["--rival", str(rival.folder.resolve())]
     command += ["--again"] if again else []
-    environment = python_environment() | {"PYTHONUNBUFFERED": "1"}
-    environment.pop("MPLBACKEND", None)  # the kernel's
-    try:
-        with open_to_append(log_path(run)) as log:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-    except OSError as error:
-        raise RunError(f"the process could not be started ({error})", next_step="Free some space or memory.") from error
-    _children.append(process)
-    write_json(process_path(run), Process(process.pid, socket.gethostname(), time.time()))
-    return StartedEvaluation(run, process.pid)
+    pid = start_detached(command, log_path(run))
+    write_json(process_path(run), Process(pid, socket.gethostname(), time.time()))
+    return StartedEvaluation(run, pid)
 
 
 def stop_evaluation(run: Run, pid: int) -> None:

@@ -157,8 +157,8 @@ def run_node(command: Sequence[str], node: Node, processes: int, *, environment:
     network = {PRIVATE: address, "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     threads = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // processes))}  # a value that the person has set is kept
     started: list[subprocess.Popen[bytes]] = []
-    told = _SigtermToWorkers(started)
-    before = signal.signal(signal.SIGTERM, told.handle)
+    forwarder = _SigtermToWorkers(started)
+    before = signal.signal(signal.SIGTERM, forwarder.handle)
     try:
         started.append(
             subprocess.Popen(
@@ -166,11 +166,11 @@ def run_node(command: Sequence[str], node: Node, processes: int, *, environment:
                 env=threads | network | python_environment() | (environment or {}),
             )
         )
-        if told.received:
-            told.pass_on()
+        if forwarder.received:
+            forwarder.pass_on()
         while (code := started[0].poll()) is None:
             time.sleep(_POLL_S)
-        return sigterm.EXIT_CODE if told.received else code if code >= 0 else 128 - code
+        return sigterm.EXIT_CODE if forwarder.received else code if code >= 0 else 128 - code
     finally:
         for process in started:
             if process.poll() is None:

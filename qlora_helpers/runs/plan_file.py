@@ -111,7 +111,7 @@ class DecidedSetting:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What `plan.json` holds; None stands for what has not happened yet."""
+    """What `plan.json` holds; None for what has not happened yet."""
 
     measured: Measured | None = None
     predicted: Predicted | None = None

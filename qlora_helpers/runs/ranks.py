@@ -1,6 +1,6 @@
 """Starts the processes of one training on this machine, and ends them together.
 
-torchrun's stores listen on every address of a machine without a password, and unpickle what they are handed
+torchrun's stores listen on every address of a machine without a password, and unpickle what they are sent
 (https://github.com/pytorch/pytorch/issues/173909). Here the processes meet in a file in a folder that only their owner can enter,
 and gloo and NCCL are bound to the loopback interface. Each process is numbered by `RANK`, as torchrun numbers them. This module
 imports no torch; `training.processes` joins the processes.
@@ -90,15 +90,15 @@ def run_ranks(command: Sequence[str], processes: int) -> int:
     with tempfile.TemporaryDirectory(prefix="qlora-ranks-") as folder:  # only its owner may enter it
         store = os.path.join(folder, "store")
         started: list[subprocess.Popen[bytes]] = []
-        told = _SigtermPassedOn(started)
-        before = signal.signal(signal.SIGTERM, told.handle)
+        forwarder = _SigtermPassedOn(started)
+        before = signal.signal(signal.SIGTERM, forwarder.handle)
         try:
             for rank in range(processes):
                 environment = threads | python_environment() | rank_environment(rank, processes, store, interface)
                 started.append(subprocess.Popen(command, env=environment))
-                if told.received:
+                if forwarder.received:
                     started[-1].terminate()
-            return _wait(started, told)
+            return _wait(started, forwarder)
         finally:
             _end(started)
             signal.signal(signal.SIGTERM, before)
@@ -121,11 +121,11 @@ class _SigtermPassedOn:
                 process.terminate()
 
 
-def _wait(started: list[subprocess.Popen[bytes]], told: _SigtermPassedOn) -> int:
+def _wait(started: list[subprocess.Popen[bytes]], forwarder: _SigtermPassedOn) -> int:
     first, noticed_at = 0, 0.0
     while None in (codes := [process.poll() for process in started]):
         failed = next(filter(None, codes), 0)
-        if failed and not told.received:
+        if failed and not forwarder.received:
             first, noticed_at = first or failed, noticed_at or time.monotonic()
             if time.monotonic() - noticed_at > NOTICE_S:
                 break

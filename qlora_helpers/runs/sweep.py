@@ -21,6 +21,7 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs import launch, locks
 from qlora_helpers.runs.buckets import refuse_unconfirmed
+from qlora_helpers.runs.detached import start_session
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import open_to_append, refuse_links
 from qlora_helpers.runs.heartbeat import sending_heartbeats
@@ -77,26 +78,7 @@ def start_sweep(sweep: Run) -> int:
         raise RunError(f"the sweep {sweep.name!r} is running already", next_step="Look at it, or stop it first.")
     _refuse_spent(sweep, file)
     command = python_command("qlora_helpers", "sweep", str(sweep.folder.resolve()), "--foreground")
-    sweep.open_session()
-    with open_to_append(sweep.log_path) as output:
-        process = subprocess.Popen(
-            command,
-            env=python_environment() | {"PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    if sweep.status().state == "starting":
-        sweep.set_status(pid=process.pid)
-    _children.append(process)  # kept so that `poll` can collect it when it has ended
-    for child in list(_children):
-        if child.poll() is not None:
-            _children.remove(child)
-    return process.pid
-
-
-_children: list[subprocess.Popen[bytes]] = []
+    return start_session(sweep, command)
 
 
 def _refuse_spent(sweep: Run, file: SweepFile) -> None:
@@ -187,7 +169,7 @@ class _Driver:
         return ""
 
     def _train(self, run: Run, member: Member, place: str) -> None:
-        """Trains a run unless it has, or waits for the process that trains it, and hands on a request to stop."""
+        """Trains a run unless it has, or waits for the process that trains it, and forwards a request to stop."""
         if is_trained(run):
             return
         values = ", ".join(f"{name}={value}" for name, value in member.settings.items())

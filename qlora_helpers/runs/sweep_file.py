@@ -6,9 +6,12 @@ sweep's file may come from anywhere, so its names are checked before they are us
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_helpers.base.config import RunConfig
@@ -71,6 +74,38 @@ def read_sweep(sweep: Run) -> SweepFile:
 def write_sweep(sweep: Run, file: SweepFile) -> None:
     """Writes a sweep's file, whole or not at all."""
     write_json(sweep.folder / SWEEP, file)
+
+
+def find_sweeps(root: str | os.PathLike[str] = "runs") -> list[Run]:
+    """Returns the folders of all sweeps below a folder, in the order of their names."""
+    found = [path.parent for path in sorted(Path(root).glob(f"*/{SWEEP}")) if is_run_name(path.parent.name)]
+    return [Run(folder) for folder in found if not folder.is_symlink() and not Run(folder).exists()]
+
+
+def runs_of_sweep(sweep: Run) -> list[Run]:
+    """Returns the runs that exist for a sweep alone, so that they go with it.
+
+    The file may name any run. One counts if it has the settings that the file gives it, and if no other sweep has it, too.
+
+    Raises:
+        RunError: the sweep's file is missing or damaged.
+    """
+    root, others = sweep.folder.parent, set()
+    for other in find_sweeps(root):
+        with contextlib.suppress(RunError):
+            others |= {member.name for member in read_sweep(other).members if other.name != sweep.name}
+    members = [member for member in read_sweep(sweep).members if member.name not in others]
+    return [Run(root / member.name) for member in members if _has_settings(Run(root / member.name), member.settings)]
+
+
+def _has_settings(run: Run, settings: Mapping[str, Any]) -> bool:
+    if run.folder.is_symlink() or not run.exists():
+        return False
+    try:
+        config = run.config()
+        return config.with_settings(settings) == config
+    except UserError:
+        return False
 
 
 def members_of(run: Run, settings: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], tuple[Member, ...]]:

@@ -65,15 +65,6 @@ def endpoint_requests(
         expected = "letters, digits and '-', 63 at most"
         raise UserError("an endpoint can't have that name", expected=expected, got=repr(endpoint_name))
     split_s3_uri(model_s3_uri)
-    container: dict[str, Any] = {"Image": image_uri}
-    settings = {"SERVING_FAIL_FAST": "true"}
-    if model_s3_uri.endswith("/"):
-        source = {"S3Uri": model_s3_uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
-        container["ModelDataSource"] = {"S3DataSource": source}
-        settings |= {f"OPTION_{key.upper()}": value for key, value in VLLM_OPTIONS.items()}
-    else:
-        container["ModelDataUrl"] = model_s3_uri
-    container["Environment"] = settings | dict(environment or {})
     variant = {
         "VariantName": "AllTraffic",
         "ModelName": endpoint_name,
@@ -85,7 +76,7 @@ def endpoint_requests(
     return {
         "create_model": {
             "ModelName": endpoint_name,
-            "PrimaryContainer": container,
+            "PrimaryContainer": _container(model_s3_uri, image_uri, environment or {}),
             "ExecutionRoleArn": checked_role(role),
             **tags(made_by, run_name),
         },
@@ -100,6 +91,19 @@ def endpoint_requests(
             **tags(made_by, run_name),
         },
     }
+
+
+def _container(model_s3_uri: str, image_uri: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Describes the container: its image, where the model is, an archive or a folder, and its variables."""
+    container: dict[str, Any] = {"Image": image_uri}
+    settings = {"SERVING_FAIL_FAST": "true"}
+    if model_s3_uri.endswith("/"):
+        source = {"S3Uri": model_s3_uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
+        container["ModelDataSource"] = {"S3DataSource": source}
+        settings |= {f"OPTION_{key.upper()}": value for key, value in VLLM_OPTIONS.items()}
+    else:
+        container["ModelDataUrl"] = model_s3_uri
+    return container | {"Environment": settings | dict(environment)}
 
 
 def deploy(

@@ -63,7 +63,7 @@ def training_job(
     Watch it from here with `aws s3 sync S3_URI/runs/NAME runs/NAME`; the adapter comes back the same way.
 
     Args:
-        run: the run; a data file that its settings name is uploaded too.
+        run: the run; a data file that its settings name is uploaded, too.
         role: ARN of the execution role.
         instance_type: such as `ml.g5.12xlarge`.
         s3_uri: where code, settings, run folder and results go, such as `s3://bucket/qlora`.
@@ -90,10 +90,10 @@ def training_job(
     split_s3_uri(s3_uri)
     refuse_unconfirmed(run.config())
     config, data_file = _config_for_job(run.config())
-    named = {CONFIRMED: bucket} if (bucket := bucket_of(config)) else {}  # nobody names a bucket on the job's machine
     client = client or new_client("sagemaker")
     name = _new_job_name(run.name)
     place = f"{s3_uri.rstrip('/')}/jobs/{name}/"
+    s3_client = s3_client or new_client("s3")
     request = training_job_request(
         name,
         run_name=run.name,
@@ -101,13 +101,11 @@ def training_job(
         instance_type=instance_type,
         s3_uri=s3_uri,
         image_uri=image_uri or training_image_uri(client.meta.region_name),
-        channels=_upload_inputs(
-            run.name, config, data_file, place, processes, instance_count, s3_client or new_client("s3")
-        ),
+        channels=_upload_inputs(run.name, config, data_file, place, processes, instance_count, s3_client),
         instance_count=instance_count,
         volume_gib=volume_gib,
         max_hours=max_hours,
-        environment=named | dict(environment or {}),
+        environment=_bucket_confirmed(config) | dict(environment or {}),
         made_by=maker(),
     )
     with aws_errors_explained(f"start the training job {name}"):
@@ -194,6 +192,12 @@ def _config_for_job(config: RunConfig) -> tuple[RunConfig, Path | None]:
     if not data_file.is_file():
         return config, None
     return config.with_settings({"data.source": f"{_INPUT}/{_DATA_CHANNEL}/{data_file.name}"}), data_file
+
+
+def _bucket_confirmed(config: RunConfig) -> dict[str, str]:
+    """Returns the variable that names the bucket of the run's events, since nobody is there to name it on the job's machine."""
+    bucket = bucket_of(config)
+    return {CONFIRMED: bucket} if bucket else {}
 
 
 def _new_job_name(run_name: str) -> str:

@@ -20,7 +20,8 @@ from qlora_helpers.runs.folder import Run, Status
 from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.runs.status import PHASES
 from qlora_helpers.views.charts import Chart, Panel, Points, number_text
-from qlora_helpers.views.follow import Follower, View, as_number, as_readings, named_gpus, named_processes, points_of
+from qlora_helpers.views.follow import Follower, View
+from qlora_helpers.views.readings import as_number, as_readings, named_gpus, named_processes, points_of
 
 
 class LossCurve(Chart):

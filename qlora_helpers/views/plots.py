@@ -53,8 +53,9 @@ class Plot:
         lines: the lines, the most important one first.
         marks: what happened at which step.
         log: whether the vertical axis is logarithmic; values of 0 and less are then not drawn.
-        nothing: what is said where there is no point.
+        nothing: the text that is shown where there is no point.
         decimals: how many digits a value has after its point; None takes as many as are worth reading.
+        ceiling: what no value can exceed; the axis ends there instead of above it.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Plot:
     log: bool = False
     nothing: str = "no step has been logged yet"
     decimals: int | None = None
+    ceiling: float | None = None
 
     def text(self, value: float) -> str:
         """Returns one of its values as text."""
@@ -133,6 +135,8 @@ def drawn(
     ]
     values = [value for both in inside for points in both for _, value in points]
     up = _ends(values, plot.log)
+    if plot.ceiling is not None and max(values, default=0.0) <= plot.ceiling:
+        up = up[0], min(up[1], plot.ceiling)
     marks_up = log_ticks(*up) if plot.log else ()
     found = Drawing(
         plot,

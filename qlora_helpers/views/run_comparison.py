@@ -20,8 +20,9 @@ from qlora_helpers.evaluation.result import score_text, score_value, scoring_fro
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import PlanFile, read_plan
 from qlora_helpers.views.charts import Chart, Panel, number_text
-from qlora_helpers.views.follow import points_of
-from qlora_helpers.views.run_list import RunRow, named_runs, read_row, value_text
+from qlora_helpers.views.readings import points_of
+from qlora_helpers.views.run_list import named_runs
+from qlora_helpers.views.run_row import RunRow, read_row, value_text
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,16 @@ def run_plots(view: View, *, smoothing: float = 0.0, log: bool = False) -> dict[
         "memory_gib": (f"{device} memory, GiB", "GiB"),
         "load_percent": ("GPU load, %", "%") if view.on_gpu else ("CPU load, % of a core", "%"),
     }
+    ceilings = {"load_percent": 100.0} if view.on_gpu else {}  # several cores are more than 100 % of one
     return {"loss": Plot("loss, nats per token", losses, marks, log, nothing(view))} | {
-        key: Plot(title, (line(key, name),), resumed, nothing="nothing logged yet", decimals=DECIMALS.get(key))
+        key: Plot(
+            title,
+            (line(key, name),),
+            resumed,
+            nothing="nothing logged yet",
+            decimals=DECIMALS.get(key),
+            ceiling=ceilings.get(key),
+        )
         for key, (title, name) in small.items()
     }
 

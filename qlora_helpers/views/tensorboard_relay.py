@@ -1,7 +1,7 @@
 """Connects Jupyter's address `qlora-tensorboard/TOKEN/` with the Unix socket of the page that has this token.
 
 `jupyter-server-proxy` starts it, as `server_proxy` describes, on a socket in a private folder. No port is open, so that no other
-user of the machine can take one over and be handed the session's cookie
+user of the machine can take one over and get the session's cookie
 (https://github.com/jupyterhub/jupyter-server-proxy/issues/590). It knows nothing of TensorBoard.
 """
 

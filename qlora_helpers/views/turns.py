@@ -94,11 +94,11 @@ def _lines(example: Example, trained: Collection[int], masked: Mapping[int, str]
             f"calls {call.get('name', '')} {json.dumps(call.get('arguments', {}), ensure_ascii=False)}"
             for call in message.tool_calls
         ]
-        said = (
+        label = (
             "yes"
             if place in trained
             else f"no: {masked.get(place, 'it is left out')}"
             if message.role == "assistant"
             else ""
         )
-        yield [WHO.get(message.role, message.role), plain("\n".join(filter(None, [message.content, *calls]))), said]
+        yield [WHO.get(message.role, message.role), plain("\n".join(filter(None, [message.content, *calls]))), label]

@@ -1,7 +1,8 @@
 """A real JupyterLab in Debian's headless Chromium, driven by Playwright.
 
 Without Chromium these tests are skipped, unless QLORA_NEED_BROWSER is set: then they fail.
-QLORA_SCREENSHOTS names a folder (below the repository) for the pictures of the README; without it they go to a scratch folder.
+QLORA_SCREENSHOTS names a folder (below the repository) for the pictures that the documents show; the others, which are for looking
+at, then go to build/pictures. Without it all go to a scratch folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_S = 60
+DOCUMENTED = ("answers", "form", "rows", "runs", "watch")
+"""The pictures that docs/panels.md shows."""
+IN_SIGHT = 660
+"""Pixels of a notebook's height that a laptop shows."""
+PATIENCE_S = 180
 """How long a test waits for what must come; a shared machine may be slow."""
 
 
@@ -80,15 +85,22 @@ def opened(page, lab):
 @pytest.fixture
 def picture(tmp_path) -> Callable[[Notebook, Any, str], list[Path]]:
     """Takes a picture of a part of a notebook in the light and in the dark theme."""
-    folder = ROOT / os.environ["QLORA_SCREENSHOTS"] if "QLORA_SCREENSHOTS" in os.environ else tmp_path
+    asked = "QLORA_SCREENSHOTS" in os.environ
+    shown = ROOT / os.environ["QLORA_SCREENSHOTS"] if asked else tmp_path
+    others = ROOT / "build" / "pictures" if asked else tmp_path
 
     def take(notebook: Notebook, part: Any, name: str) -> list[Path]:
-        paths = []
+        folder = shown if name in DOCUMENTED else others
+        folder.mkdir(parents=True, exist_ok=True)
+        paths, height = [], part.bounding_box()["height"]
+        if height > IN_SIGHT:  # else JupyterLab's own status bar would be in the picture
+            notebook.page.set_viewport_size(LAPTOP | {"height": round(height) + LAPTOP["height"] - IN_SIGHT})
         for theme in THEMES:
             notebook.theme(theme)
             part.scroll_into_view_if_needed()
             paths.append(folder / f"{name}-{theme}.png")
             part.screenshot(path=paths[-1], animations="disabled", caret="hide")
+        notebook.page.set_viewport_size(LAPTOP)
         return paths
 
     return take

@@ -29,6 +29,32 @@ ROOT = Path(__file__).parent.parent.parent
 LAPTOP = {"width": 1280, "height": 800}
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 RUN_TIMEOUT_S = 180.0
+MADE = f"""
+import sys, time, dataclasses, pathlib
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from fake_run import fake_run, add_progress, finished_run
+from qlora_helpers.base.files import write_json
+run = fake_run(pathlib.Path("made"))
+run.start_session(max_steps=60, resumed_from=0)
+add_progress(run)
+run.append_progress({{"event": "saved", "session": 1, "step": 20}})
+run.append_progress({{"event": "start", "session": 2, "resumed_from": 20}})
+for step in range(22, 46, 2):
+    run.append_progress({{"session": 2, "step": step, "loss": 2.1 + 0.05 * (step % 3), "grad_norm": 0.9, "tokens_per_s": 812.0,
+        "learning_rate": 1e-3 * (1 - step / 60), "gpus": [{{"memory_used_gib": 18.2 + step / 60, "load": 97}}]}})
+run.append_progress({{"session": 2, "step": 40, "eval_loss": 2.2}})
+gpus = {{"gpus": [{{"name": "NVIDIA A10G", "memory_used_gib": 18.9, "memory_total_gib": 24.0, "load": 97.0}}]}}
+now = time.time()
+write_json(run.status_path, dataclasses.replace(run.status(), step=44, session=2, spent_s=300.0, spent_usd=0.5, usd_per_hour=5.67,
+    started_at=now - 90, heartbeat=now, readings=gpus))
+run.save_config(run.config().with_settings({{"train.stop_at_minutes": 3}}))
+_ = run.log_path.write_text('''2026-11-30 18:03:05,978 qlora_helpers.training.train INFO fast step: 12 layers compiled
+2026-11-30 18:03:06,101 qlora_helpers.training.callback INFO step 22: epoch 1, loss 2.1, learning_rate 0.001
+2026-11-30 18:03:08,010 qlora_helpers.runs.heartbeat WARNING the heartbeat could not be written: No space left on device
+2026-11-30 18:03:09,000 qlora_helpers.training.checkpoints INFO checkpoint-40 is sealed, with a name that is long enough to need
+''')
+"""
+"""A cell that makes a run which seems to train: its trainer is the notebook's own kernel."""
 
 
 def free_port() -> int:

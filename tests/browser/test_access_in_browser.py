@@ -1,7 +1,7 @@
 """For everyone: axe's rules, the keyboard alone, spoken values, narrow pages and paper.
 
-Looks at the report, the form and the row browser. axe-core (Deque Systems, MPL-2.0) comes in the PyPI package
-axe-playwright-python, which requirements-dev.txt names.
+Looks at the report, the form, the row browser, the watch panel, the answers, the list of runs and the form of a sweep. axe-core
+(Deque Systems, MPL-2.0) comes in the PyPI package axe-playwright-python, which requirements-dev.txt names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fake_run import finished_run
-from lab import THEMES
+from lab import MADE, THEMES
 from playwright.sync_api import expect
 
 from qlora_helpers.views.report import write_report
@@ -139,6 +139,128 @@ def check_rows(page: Any, axe: Any) -> None:
     rows.get_by_role("button", name="left out").click()
     expect(rows).to_contain_text("1 row is left out")
     assert not axe(page, ".qlora-rows")
+
+
+LIVE = [
+    MADE + "finished = [finished_run(pathlib.Path('made'), name) for name in ('first', 'second')]",
+    "import qlora_helpers as ql\nql.watch(run, ql.start)",
+    """\
+from qlora_helpers.views.widgets import answer_panel
+def echo(asked, **settings):
+    yield from asked.turns[-1][:20]
+rows = [{"id": "a", "dialogue": "Ann: lunch?\\nBo: at one", "summary": "They meet for lunch at one."}]
+answer_panel(echo, rows, vote=lambda vote: "1 vote between untuned and tuned")""",
+    "ql.list_runs('made')",
+    "ql.sweep_form(run)",
+]
+
+
+@pytest.fixture
+def live(lab, opened):
+    """A notebook with a watch panel, an answer panel, a list of runs and a form for a sweep."""
+    notebook = opened(lab.add_notebook("access-live.ipynb", LIVE))
+    notebook.run_all()
+    notebook.page.locator(".qlora-sweep").wait_for()
+    return notebook
+
+
+def test_the_panels_of_runs_and_answers(live, axe):
+    checks = (check_watch, check_answers, check_run_list, check_sweep)
+    for theme in THEMES:
+        live.theme(theme)
+        for check in checks:
+            check(live, axe)
+    for part in (".qlora-watch", ".qlora-answers", ".qlora-run-list", ".qlora-sweep"):
+        check_names_and_focus(live.page, part)
+    live.page.set_viewport_size({"width": 390, "height": 800})
+    for part in (".qlora-watch", ".qlora-answers", ".qlora-run-list", ".qlora-sweep"):
+        assert live.page.locator(part).evaluate(CUT_OFF) == [], part
+
+
+def check_watch(notebook: Any, axe: Any) -> None:
+    """A run that trains, then one that has died, with its steps and its log."""
+    page, panel = notebook.page, notebook.page.locator(".qlora-watch")
+    notebook.kernel("run.set_status(state='running', heartbeat=time.time())")
+    expect(panel.locator(".qlora-state")).to_contain_text("running")
+    for choice in panel.locator(".qlora-list-head select").all():
+        choice.select_option(index=0)
+    assert not axe(page, ".qlora-watch")
+    notebook.kernel("run.set_status(state='failed', last_error='CUDA out of memory: 2 GiB are missing')")
+    expect(panel.get_by_role("alert")).to_contain_text("out of memory")
+    assert not axe(page, ".qlora-watch")
+
+
+def check_answers(notebook: Any, axe: Any) -> None:
+    """A question that is answered, voted on and out of date, and an error."""
+    page, panel = notebook.page, notebook.page.locator(".qlora-answers")
+    panel.locator("button.qlora-ask").click()
+    expect(panel.locator("button.qlora-vote-tie")).to_be_enabled()
+    assert not axe(page, ".qlora-answers")
+    panel.locator("button.qlora-vote-tie").click()
+    expect(panel.locator(".qlora-votes")).to_contain_text("1 vote")
+    panel.get_by_role("checkbox").check()
+    panel.locator(".noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(panel.locator(".qlora-stale").first).to_be_visible()
+    panel.locator("textarea").first.fill("")
+    panel.locator("button.qlora-ask").click()
+    expect(panel.get_by_role("alert")).to_contain_text("nothing to ask")
+    assert not axe(page, ".qlora-answers")
+    panel.get_by_role("checkbox").uncheck()
+    panel.locator("button.qlora-new").click()
+
+
+def check_run_list(notebook: Any, axe: Any) -> None:
+    """Runs that are ticked and compared, and the question before one is deleted."""
+    page, panel = notebook.page, notebook.page.locator(".qlora-run-list")
+    for name in ("first", "second"):
+        panel.get_by_role("checkbox", name=name).check()
+    panel.get_by_role("button", name="Compare").click()
+    expect(panel.get_by_role("region", name="the comparison")).to_be_visible()
+    assert not axe(page, ".qlora-run-list")
+    panel.get_by_role("checkbox", name="first").uncheck()
+    panel.get_by_role("button", name="Delete").click()
+    panel.get_by_role("button", name="Delete for ever").click()
+    expect(panel.get_by_role("alert")).to_contain_text("nothing was deleted")
+    assert not axe(page, ".qlora-run-list")
+    panel.get_by_role("button", name="Cancel").click()
+
+
+def check_sweep(notebook: Any, axe: Any) -> None:
+    """A plan, and values that are wrong."""
+    page, panel = notebook.page, notebook.page.locator(".qlora-sweep")
+    values = panel.get_by_role("textbox", name="Values").first
+    for text, seen in (("4, 8", "All together"), ("4, none", "expected a whole number")):
+        values.fill(text)
+        values.press("Tab")
+        panel.get_by_role("button", name="Plan").click()
+        expect(panel).to_contain_text(seen)
+        assert not axe(page, ".qlora-sweep"), text
+
+
+def check_names_and_focus(page: Any, part: str) -> None:
+    """Every control that Tab reaches in a panel has a name, and its focus is seen."""
+    controls = page.locator(part).evaluate(CONTROLS)
+    assert controls and not [each for each in controls if not each["name"] or not each["seen"]], part
+
+
+CONTROLS = """async panel => {
+    const found = [], wait = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 30)));
+    const look = one => {
+        const style = getComputedStyle(one);
+        return [style.outlineStyle, style.outlineWidth, style.boxShadow, style.borderColor, style.backgroundColor].join();
+    };
+    for (const one of panel.querySelectorAll('button, input, select, textarea, [tabindex="0"]')) {
+        if (!one.offsetParent || one.disabled) continue;
+        one.blur(); await wait();
+        const before = look(one);
+        one.focus({focusVisible: true}); await wait();
+        const label = one.labels && one.labels[0], by = document.getElementById(one.getAttribute('aria-labelledby'));
+        const name = one.getAttribute('aria-label') || (label || by || one).textContent.trim() || one.title;
+        found.push({name, seen: look(one) !== before, html: one.outerHTML.slice(0, 150)});
+    }
+    return found;
+}"""
 
 
 def focused(page: Any) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 from fake_run import add_evaluation, evaluation_values, finished_run
+from playwright.sync_api import expect
 
+import qlora_helpers as ql
 from qlora_helpers.base.files import write_json
 from qlora_helpers.runs.folder import Run
 
@@ -42,11 +45,23 @@ def notebook(lab, opened):
     return opened_notebook
 
 
+def test_the_start_page_shows_where_to_begin_and_which_runs_there_are(lab, opened, page):
+    base = finished_run(lab.runs, "begun")
+    ql.sweep(base, {"adapter.r": [4, 8]}).write()
+    notebook = opened("start.ipynb")
+    notebook.run_all()
+    panel = page.locator(".qlora-run-list")
+    for name in ("begun", "begun-r4", "begun.sweep"):
+        expect(panel.get_by_role("checkbox", name=name, exact=True)).to_be_visible()
+    links = page.locator(".jp-RenderedMarkdown a[href*='.ipynb']")
+    assert links.count() >= 10
+    for name in ("begun", "begun-r4", "begun-r8", "begun.sweep"):
+        shutil.rmtree(lab.runs / name)
+
+
 def test_runs_are_filtered_compared_cloned_and_deleted(notebook, page, lab, picture):
     panel = page.locator(".qlora-run-list")
     names = panel.locator(".qlora-run .widget-checkbox")
-    from playwright.sync_api import expect
-
     expect(names).to_have_count(4)
     panel.get_by_role("textbox", name="Filter").fill("r=64")
     panel.get_by_role("textbox", name="Filter").press("Enter")

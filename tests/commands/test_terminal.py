@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers.__main__ import main
+from qlora_helpers.__main__ import main, parser
 from qlora_helpers.base import phases
 from qlora_helpers.base.phases import LossTable
 from qlora_helpers.commands import terminal
@@ -32,6 +33,7 @@ TINY = [
     )
     for part in ("--set", setting)
 ]
+SHOWN_STEP_BY_STEP = {"train", "launch", "evaluate", "demo"}
 CHATTER = (
     *("Loading weights", "Saving the dataset", "Writing model shards", "{'loss'", "'train_runtime'", "it/s"),
     *("FutureWarning", "UserWarning", "DeprecationWarning"),
@@ -114,6 +116,37 @@ def test_for_a_program_it_is_an_object_a_line(here, capsys):
     assert not [word for word in CHATTER if word in piped.out + piped.err]
 
 
+def test_launch_shows_and_ends_as_train_does(here, capsys, monkeypatch):
+    shown = terminal.JsonShow.step
+
+    def interrupting(show, values):
+        shown(show, values)
+        if values["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    start = ["launch", "mine", "--profile", "tiny", *TINY, "--set", "train.fast_step=false"]
+    with monkeypatch.context() as patched:
+        patched.setattr(terminal.JsonShow, "step", interrupting)
+        assert main([*start, "--json"]) == 130
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"phase", "line", "step", "result"} == {each["event"] for each in events}
+    assert (events[-1]["command"], events[-1]["stopped"]) == ("train", True) and events[-1]["steps"] < 3
+    assert main(["launch", "mine", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["launch", "mine", "--json", "--share", "nothing"]) == 2
+    assert json.loads(capsys.readouterr().out)["event"] == "error"
+
+
+@pytest.mark.only_slow
+def test_two_launched_processes_print_as_one(here, capfd):
+    assert main(["launch", "mine", "--profile", "tiny", *TINY, "--gpus", "2", "--json"]) == 0
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert "2 processes" in events[0]["text"]
+    (result,) = [each for each in events if each["event"] == "result"]
+    assert (result["steps"], result["stopped"]) == (3, False)
+    assert [each["step"] for each in events if each["event"] == "step" and "loss" in each] == [1, 2, 3]
+
+
 def test_a_library_s_warning_goes_to_the_log_and_ours_to_the_terminal(capsys, caplog):
     caplog.set_level("INFO", logger="qlora_helpers")
     with terminal.shown(), warnings.catch_warnings():
@@ -124,6 +157,24 @@ def test_a_library_s_warning_goes_to_the_log_and_ours_to_the_terminal(capsys, ca
         warnings.warn_explicit("of a script", UserWarning, "/home/somebody/script.py", 3)
     assert capsys.readouterr().err == "warning: ours\nwarning: of a script\n"
     assert "y.py:3: FutureWarning: theirs" in caplog.text
+
+
+def test_every_command_and_every_option_says_what_it_does():
+    """An option without a text, and an import that takes seconds, would be noticed only by a person who asks for help."""
+    (commands,) = (action for action in parser()._actions if action.dest == "command")
+    assert len(commands.choices) >= 16
+    silent = [
+        f"{name} {action.dest}"
+        for name, each in commands.choices.items()
+        for action in each._actions
+        if not action.help
+    ]
+    assert not silent
+    assert {name for name, each in commands.choices.items() if "--quiet" in each.format_usage()} == SHOWN_STEP_BY_STEP
+    code = "import sys; from qlora_helpers.__main__ import parser; parser(); print(sorted(set(sys.modules) & {names}))"
+    names = {"torch", "transformers", "numpy", "pandas", "tqdm", "qlora_helpers.workflow"}
+    done = subprocess.run([sys.executable, "-c", code.format(names=names)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_nothing_of_it_stays_when_the_command_has_ended(monkeypatch):

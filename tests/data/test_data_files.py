@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import random
+import re
+import unicodedata
 import zipfile
 
 import pyarrow
@@ -515,6 +518,23 @@ def test_damaged_bytes_of_any_kind_end_in_one_message(tmp_path, name):
             read(path)
         except DataError as error:
             assert name in str(error) and all(char.isprintable() or char == "\n" for char in str(error))
+
+
+def test_a_key_is_that_of_the_words_that_a_pattern_finds():
+    """Keys are kept in run folders, so they have to stay what they were."""
+    texts = [
+        "Ana: a_b, c-d",
+        "e\x1cf\x85g\u2028h\xa0i",
+        "Straße, İstanbul",
+        "日本語。テキスト",
+        "ça 🎂 x",
+        "१२ ٣",
+        "a\x00b",
+        "  ",
+    ]
+    for text in [*texts, *(chr(code) + " a" for code in range(0x3100))]:
+        words = " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+        assert duplicates.words_key(text) == hashlib.sha256((words or text).encode()).hexdigest()[:24], repr(text)
 
 
 # growth

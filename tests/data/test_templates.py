@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data import chat_rows, row_proof
 from qlora_helpers.data.chat_template import TEMPLATE_DATE
+from qlora_helpers.data.encoding import Encoded
 from qlora_helpers.data.examples import Example, Message, one_turn
 from qlora_helpers.data.labels import IGNORED, LabelSettings, label_row, label_rows
 from qlora_helpers.data.outcome import Outcome
@@ -217,6 +219,43 @@ def test_control_tokens_that_somebody_typed_stay_text(family, backend):
     assert trained_texts(row, tokenizer)[-1].endswith(TYPED + FAMILIES[family].end) or backend == "pieces"
     assert row.answers[-1].endswith(TYPED + FAMILIES[family].end)
     assert tokenizer.decode(prompt_tokens(typed, template).ids).count("<|eot_id|>") >= 1
+
+
+@pytest.mark.parametrize("backend", ["bytes", "pieces"])
+@pytest.mark.parametrize("family", TEN)
+def test_the_places_of_control_tokens_prove_what_the_places_of_all_tokens_do(family, backend):
+    """Rows are tokenised without the place of every token, which the tokenizer is faster without."""
+    template = make_template("chat", family_tokenizer(family, backend))
+    rows = [row_of(kind) for kind in ROWS]
+    rows += [Example("1", "row 1", (user(text), assistant(text))) for text in (TYPED, "", "\n\n ça 🎂 ", "日本語。\n")]
+    rows.append(Example("2", "row 2", text=f"A page.\n\n{TYPED}"))
+    renderings = []
+    for row in rows:
+        with contextlib.suppress(RowProblem):
+            renderings.append(template.render(row))
+    fast = row_proof.tokenised(renderings, template.encoder)
+    assert not any(isinstance(each, Encoded) for each in fast)
+    whole = zip(fast, template.encoder.encode(renderings), strict=True)
+    straight = [each if isinstance(each, row_proof.Apart) else encoded for each, encoded in whole]
+    found, wanted = (row_proof.prove(renderings, template.encoder, tokens) for tokens in (fast, straight))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert dataclasses.replace(one, ids=None) == dataclasses.replace(other, ids=None)
+
+
+def test_a_row_whose_control_tokens_are_not_found_gets_the_place_of_every_token():
+    """As where a tokenizer writes one in pieces: the template's second end of turn is nothing to it."""
+    tokenizer = family_tokenizer("chatml")
+    template = make_template("chat", tokenizer)
+    rendering = template.render(row_of("two turns"))
+    template.encoder._control_id["<|im_end|>"] = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (tokens,) = row_proof.tokenised([rendering], template.encoder)
+    assert isinstance(tokens, Encoded)
+    (made,) = row_proof.prove([rendering], template.encoder)
+    assert [tokenizer.decode(made.ids[slice(*span)]) for span in made.spans] == [
+        "It left.<|im_end|>",
+        "Tomorrow.<|im_end|>",
+    ]
 
 
 def test_a_twin_gives_the_tokens_of_the_tokenizer_itself():

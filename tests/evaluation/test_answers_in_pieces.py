@@ -20,6 +20,7 @@ from qlora_helpers.evaluation.conversation import Begun, Conversation, Note, as_
 from qlora_helpers.export.adapter import save_adapter
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.workflow import asking, preparing
 
 SAMPLED = {"temperature": 1.5, "top_p": 1.0, "max_new_tokens": 12}
 GREEDY = {"temperature": 0.0, "top_p": 0.9, "max_new_tokens": 12}
@@ -171,8 +172,8 @@ def test_the_model_is_loaded_with_the_first_question(asked, monkeypatch, tmp_pat
         workflow.streaming_answers(run)
     save_adapter(RunModel(run, model, loaded))
     opened = []
-    monkeypatch.setattr(workflow, "load", lambda *args, **more: opened.append(1) or loaded)
-    monkeypatch.setattr(workflow, "load_adapter", lambda *args: model)
+    monkeypatch.setattr(preparing, "load", lambda *args, **more: opened.append(1) or loaded)
+    monkeypatch.setattr(asking, "load_adapter", lambda *args: model)
     answer = workflow.streaming_answers(run)
     assert not opened and not answer.loaded
     pieces = answer(DIALOGUE, model="tuned", **GREEDY)

@@ -16,6 +16,7 @@ from qlora_helpers.export.adapter import save_adapter
 from qlora_helpers.model.run_model import RunModel
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import evaluation_lock
+from qlora_helpers.workflow import preparing
 
 SETTINGS = {
     "data.train_rows": 4,
@@ -80,7 +81,7 @@ def test_an_evaluation_that_fits_is_used_again_without_a_model(pair, asked, monk
     assert asked == [3, 3] and not answers_path(run).exists()
     written = run.evaluation_path.read_bytes()
     asked.clear()
-    monkeypatch.setattr(workflow, "load", lambda *args, **more: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preparing, "load", lambda *args, **more: pytest.fail("a model was loaded"))
     said: list[str] = []
     again = workflow.evaluate(run, say=said.append)
     assert asked == [] and again.scores == first.scores and again.form == first.form
@@ -230,7 +231,7 @@ def test_rows_that_the_other_run_was_trained_on_are_skipped_for_all(pair):
 
 def test_other_bases_are_refused_by_their_fingerprint_before_a_model_is_loaded(pair, llama_folder, monkeypatch):
     run, other, *_ = pair
-    monkeypatch.setattr(workflow, "load", lambda *args, **more: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preparing, "load", lambda *args, **more: pytest.fail("a model was loaded"))
     certificate = other.adapter_dir / "certificate.json"
     write_json(certificate, {"base_sha256": "f" * 64})
     with pytest.raises(

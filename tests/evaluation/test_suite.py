@@ -23,6 +23,7 @@ from qlora_helpers.data.prompts import prompt_tokens
 from qlora_helpers.data.templates import make_template
 from qlora_helpers.evaluation import suite
 from qlora_helpers.evaluation.suite_file import Suite, TaskScore, keep_suite, read_suite
+from qlora_helpers.evaluation.suite_scores import scores_of
 from qlora_helpers.evaluation.suite_task import write_held_out
 from qlora_helpers.views.report import write_report
 
@@ -31,7 +32,7 @@ STORED = json.loads((Path(__file__).parent / "suite_results.json").read_text(enc
 
 def test_a_stored_result_of_lm_eval_is_read_with_paired_intervals():
     assert STORED["tuned"]["lm_eval_version"] == "0.4.13"
-    first, second = suite.scores_of(STORED["base"], STORED["tuned"], limit=None)
+    first, second = scores_of(STORED["base"], STORED["tuned"], limit=None)
     assert first == TaskScore(
         "held_out", "acc", 5 / 24, 6 / 24, pytest.approx(0.0), pytest.approx(0.125), 24, True, 0, "1", None, False
     )
@@ -51,20 +52,20 @@ def test_an_interval_is_that_of_the_rows_of_both_models_in_one_order():
         }
         for value, samples, up in ((0.5, rows, True), (1.0, better, True))
     ]
-    (score,) = suite.scores_of(*results)
+    (score,) = scores_of(*results)
     assert score.low > 0.3 and score.high < 0.7 and score.verdict() == "better"
     results[1]["higher_is_better"]["t"]["acc"] = False
-    assert suite.scores_of(*results)[0].verdict() == "worse"
+    assert scores_of(*results)[0].verdict() == "worse"
     results[1]["results"]["t"]["acc,none"] = 0.97  # no mean of the rows: another aggregation
-    assert suite.scores_of(*results)[0].verdict() == "no interval"
+    assert scores_of(*results)[0].verdict() == "no interval"
     few = [dict(result, samples={}) for result in results]
-    assert suite.scores_of(*few)[0].low is None
+    assert scores_of(*few)[0].low is None
 
 
 def test_what_lm_eval_calls_no_number_is_not_taken():
     values = {"acc,none": "N/A", "f1,none": float("nan"), "em,none": 1, "ok,strict": 0.5, "sample_len": 3}
     result = {"results": {"t": values}, "n-samples": {"t": {"effective": 3}}}
-    names = [score.measure for score in suite.scores_of(result, result)]
+    names = [score.measure for score in scores_of(result, result)]
     assert names == ["em", "ok (strict)"]
 
 

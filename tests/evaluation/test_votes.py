@@ -31,7 +31,7 @@ def test_votes_are_counted_by_the_models_whatever_their_sides(run):
     assert found.counts() == {("base", "tuned"): {"first": 0, "second": 2, "tie": 1, "blind": 2}}
     said = " ".join(found.sentences())
     assert (
-        "3 votes between untuned and tuned: untuned was preferred 0 times, tuned 2 times, neither 1 times; 2 of them were"
+        "3 votes between untuned and tuned: untuned was preferred 0 times, tuned 2 times, neither 1 time; 2 of them were"
         in said
     )
     assert "not a measurement" in said and "not a measurement" in repr(found)

@@ -18,18 +18,7 @@ from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.evaluation.comparison import answered
 from qlora_helpers.export import bundle, drift
 from qlora_helpers.export.publish import publish
-from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import export_run as export
-
-SETTINGS = [
-    "train.max_steps=2",
-    "train.learning_rate=0.02",
-    "data.train_rows=4",
-    "data.eval_rows=1",
-    "data.test_rows=3",
-    "data.seq_len_tokens=256",
-    "evaluation.max_new_tokens=6",
-]
 
 
 def quiet(text: str) -> None:
@@ -37,25 +26,8 @@ def quiet(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(cache, torch, tmp_path_factory, llama_folder):
-    """A run on a checkpoint folder that was trained and evaluated. Shared: look, don't touch."""
-    settings = [*SETTINGS, f"model.name={llama_folder}"]
-    run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path_factory.mktemp("runs"))
-    workflow.train(run, show_progress=False, say=quiet)
-    workflow.evaluate(run, say=quiet)
-    return run
-
-
-@pytest.fixture(scope="module")
 def exported(trained):
     return export(trained, say=quiet)
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    """A copy of the run, to be spoilt."""
-    shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("export"))
-    return Run(tmp_path / "copy")
 
 
 def test_the_merged_model_loads_and_is_closest_to_the_unquantised_adapter(trained, exported, torch):
@@ -97,14 +69,14 @@ def test_the_export_holds_cards_certificates_and_serving_files(trained, exported
     assert "equal answers" in repr(exported)
 
 
-def test_no_path_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch):
+def test_no_path_of_this_machine_leaves_with_an_export(tmp_path, llama_folder, cache, torch, small_settings):
     """Only the exported copy names model and data by their last part; the run itself can still be trained."""
     base = shutil.copytree(llama_folder, tmp_path / "base")
     write_json(base / "config.json", read_json(base / "config.json") | {"_name_or_path": str(base)})
     rows = [{"dialogue": f"Ann: hello {number}\nBo: yes", "summary": f"Hello {number}."} for number in range(12)]
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [*SETTINGS, f"model.name={base}", f"data.source={data}", "train.max_steps=1"]
+    settings = [*small_settings, f"model.name={base}", f"data.source={data}", "train.max_steps=1"]
     run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path / "runs")
     workflow.train(run, show_progress=False, say=quiet)
     folder = export(run, drift=False, say=quiet).folder

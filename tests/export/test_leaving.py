@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from fake_hub import writable_hub
 
-from qlora_helpers import workflow
 from qlora_helpers.__main__ import main, parser
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.files import read_json
 from qlora_helpers.export import leaving
 from qlora_helpers.export.quantize import K_QUANTS
-from qlora_helpers.runs.folder import Run
 from qlora_helpers.workflow import export_to
-
-SETTINGS = [
-    "train.max_steps=2",
-    "train.learning_rate=0.02",
-    "data.train_rows=4",
-    "data.eval_rows=1",
-    "data.test_rows=3",
-    "data.seq_len_tokens=256",
-    "evaluation.max_new_tokens=6",
-]
 
 
 def quiet(text: str) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def trained(cache, torch, tmp_path_factory, llama_folder):
-    """A run on a checkpoint folder that was trained. Shared: look, don't touch."""
-    settings = [*SETTINGS, f"model.name={llama_folder}"]
-    run = workflow.open_run("mine", profile="tiny", settings=settings, root=tmp_path_factory.mktemp("runs"))
-    workflow.train(run, show_progress=False, say=quiet)
-    return run
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("export-*"))
-    return Run(tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,9 @@ def test_a_stop_reaches_every_process_of_several(make):
     panel.close()
 
 
+@pytest.mark.only_slow
 def test_a_budget_stops_every_process_of_several(make):
+    """As a request does in the test above: the first process decides, and sends what it decided to the others."""
     run = make("two", "data.train_rows=8", "train.stop_at_usd=0.5", "train.usd_per_hour=100")
     started = launch.start(run, processes=2)
     until(lambda: run.status().state == "stopped", run)

@@ -16,10 +16,13 @@ import qlora_helpers as ql
 from qlora_helpers.__main__ import main
 from qlora_helpers.base.errors import ConfigError, RunError, UserError
 from qlora_helpers.base.files import write_json
+from qlora_helpers.machine.hardware import parse_gpus
+from qlora_helpers.planning import sweep_cost
 from qlora_helpers.runs import sweep as driver
+from qlora_helpers.runs.cleanup import delete_run, find_space
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.sweep_file import read_sweep
-from qlora_helpers.views.run_list import read_runs
+from qlora_helpers.views.run_list import read_runs, total_line
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,72 @@ def test_a_plan_says_time_and_price_of_all_runs_and_writes_nothing(base):
     assert files(base.folder.parent) == before
 
 
+@pytest.fixture
+def a10g(monkeypatch):
+    """Makes this a machine with an A10G, of 24 GB."""
+    monkeypatch.setattr(sweep_cost, "has_gpu", lambda: True)
+    monkeypatch.setattr(sweep_cost, "this_machine", lambda price=None: parse_gpus("A10G"))
+
+
+@pytest.fixture
+def large(tmp_path) -> Run:
+    """A run of a Llama 8 B; its sequences fit an A10G where they are not too long."""
+    settings = ["model.name=meta-llama/Llama-3.1-8B", "data.source=embedded", "data.seq_len_tokens=2048"]
+    run = Run(tmp_path / "runs" / "large")
+    run.save_config(ql.profile_config("falcon-40b").with_settings(settings))
+    return run
+
+
+def test_a_plan_says_which_runs_fit_and_what_is_too_large_never_starts(large, a10g):
+    planned = ql.sweep(large, {"train.micro_batch_size": [1, 64]})
+    small, huge = planned.costs
+    assert 6 < small.peak_gib < small.usable_gib < huge.peak_gib and not small.is_too_large and huge.is_too_large
+    text = repr(planned)
+    assert f"{small.peak_gib:.1f} of {small.usable_gib:.1f}" in text
+    assert f"{huge.peak_gib:.1f} of {huge.usable_gib:.1f}, too large" in text and "so the sweep can't start" in text
+    assert [run["fits"] for run in planned.to_dict()["runs"]] == [True, False]
+    before = files(large.folder.parent)
+    for begin in (planned.start, planned.write):
+        with pytest.raises(
+            UserError, match=r"1 of the sweep's 2 runs does not fit; nothing was started; expected at most"
+        ):
+            begin()
+    assert files(large.folder.parent) == before
+
+
+def test_runs_that_do_not_fit_are_left_out_by_choice(large, a10g, monkeypatch, capsys):
+    planned = ql.sweep(large, {"train.micro_batch_size": [1, 2, 64]}, skip_too_large=True)
+    assert [run.name for run in planned.runs] == ["large-micro_batch_size1", "large-micro_batch_size2"]
+    assert list(planned.skipped) == ["large-micro_batch_size64"] and not planned.too_large
+    assert "Left out because they don't fit: large-micro_batch_size64 (" in repr(planned)
+    planned.write()
+    assert [member.name for member in read_sweep(planned.folder).members] == [run.name for run in planned.runs]
+    with pytest.raises(UserError, match="only one of the sweep's 2 runs would be left"):
+        ql.sweep(large, {"train.micro_batch_size": [1, 64]}, skip_too_large=True)
+
+    form = ql.sweep_form(large)
+    form.names[0].value, form.values[0].value = "train.micro_batch_size", "1, 2, 128"
+    form.plan_button.click()
+    assert form.start_button.disabled and "too large" in form.shown.value
+    form.skip.value = True
+    assert form.sweep is None
+    form.plan_button.click()
+    assert not form.start_button.disabled and "Left out because" in form.shown.value
+
+    monkeypatch.setenv("QLORA_RUNS", str(large.folder.parent))
+    values = ["--set", "train.micro_batch_size=1,2,128"]
+    assert main(["sweep", "large", *values, "--foreground"]) == 2 and "does not fit" in capsys.readouterr().err
+    assert main(["sweep", "large", *values, "--skip-too-large", "--json"]) == 0
+    left_out = json.loads(capsys.readouterr().out)["left_out"]
+    assert [(run["run"], run["fits"]) for run in left_out] == [("large-micro_batch_size128", False)]
+
+
+def test_a_plan_for_a_cpu_says_that_it_knows_nothing_of_memory(base):
+    planned = ql.sweep(base, {"adapter.r": [4, 8]})
+    assert "There is no GPU to train on" in repr(planned) and not planned.too_large
+    assert [run["fits"] for run in planned.to_dict()["runs"]] == [None, None]
+
+
 def test_what_is_no_sweep_is_refused(base):
     for settings, message in (
         ({"adapter.r": [8]}, "2 to 64 runs; got 1"),
@@ -96,7 +165,10 @@ def test_runs_go_one_after_another_and_what_is_done_is_not_done_again(base):
     status = ql.sweep("mine", root=base.folder.parent).status()
     assert (status.state, status.step, status.max_steps) == ("finished", 3, 3)
     assert driver.run_sweep(folder, say=said.append, train=train) == "all 3 runs are done" and len(begun) == 3
-    assert [row.name for row in read_runs(base.folder.parent)] == ["mine", "mine-r16", "mine-r4", "mine-r8"]
+    rows = {row.name: row for row in read_runs(base.folder.parent)}
+    assert list(rows) == ["mine", "mine-r16", "mine-r4", "mine-r8", "mine.sweep"]
+    assert rows["mine.sweep"].cells()[1:3] == ["finished 3 of 3", "sweep of mine, 3 runs: r=4,8,16"]
+    assert total_line(rows.values()).startswith("4 runs and 1 sweep, ")
 
 
 def test_a_run_that_fails_does_not_stop_the_others(base):
@@ -168,6 +240,61 @@ def test_a_run_of_that_name_with_other_settings_is_refused_and_nothing_is_writte
     with pytest.raises(RunError, match="there is a run 'mine-r8' already, with other settings"):
         driver.make_sweep(base, ql.sweep(base, {"adapter.r": [4, 8]}).file)
     assert files(base.folder.parent) == before
+
+
+def test_a_sweep_is_freed_with_its_runs_and_with_no_others(base, monkeypatch, capsys):
+    monkeypatch.setenv("QLORA_RUNS", str(base.folder.parent))
+    folder = driver.make_sweep(base, ql.sweep(base, {"adapter.r": [4, 8]}).file)
+    other = fake_run(base.folder.parent, "other")
+    values = json.loads((folder.folder / "sweep.json").read_text())
+    strange = [*values["members"], {"name": "other", "settings": {"adapter.r": 1024}}]  # it isn't that run's rank
+    write_json(folder.folder / "sweep.json", values | {"members": strange})
+    assert main(["clean"]) == 0
+    assert "a sweep; clean mine.sweep frees its 2 runs, too" in capsys.readouterr().out
+    folder.set_status(state="running", pid=os.getpid())
+    assert main(["clean", "mine.sweep", "--yes"]) == 2
+    assert "the sweep 'mine.sweep' is running; nothing was freed" in capsys.readouterr().err
+    folder.set_status(state="finished", pid=None)
+    assert main(["clean", "mine.sweep"]) == 0 and "run:mine-r8/rest" in capsys.readouterr().out
+    assert main(["clean", "mine.sweep", "--yes"]) == 0
+    assert sorted(path.name for path in base.folder.parent.iterdir()) == ["mine", "other"] and other.exists()
+
+
+def test_a_run_that_another_sweep_has_too_stays(base):
+    first = driver.make_sweep(base, ql.sweep(base, {"adapter.r": [4, 8]}).file)
+    second = driver.make_sweep(base, ql.sweep(base, {"adapter.r": [8, 16]}).file)
+    assert second.name == "mine-2.sweep"
+    with pytest.raises(UserError, match=r"the exact name, mine\.sweep"):
+        delete_run(first, name="mine")
+    assert delete_run(first, name="mine.sweep") > 0
+    assert sorted(path.name for path in base.folder.parent.iterdir()) == ["mine", "mine-2.sweep", "mine-r16", "mine-r8"]
+    (second.folder / "sweep.json").write_text("{")
+    (row,) = (row for row in read_runs(base.folder.parent) if row.name == second.name)
+    assert row.state == "broken" and "sweep.json is damaged" in row.problem
+    assert find_space(base.folder.parent).of_run(second.name).items[0].note == "a sweep without runs"
+
+
+def test_the_list_compares_reports_and_deletes_a_sweep(base, monkeypatch, capsys):
+    planned = ql.sweep(base, {"adapter.r": [4, 8]})
+    driver.run_sweep(driver.make_sweep(base, planned.file), say=lambda text: None, train=trained)
+    panel = ql.list_runs(base.folder.parent)
+    assert panel.box and [row.name for row in panel] == ["mine", "mine-r4", "mine-r8"] and len(panel) == 3
+    panel.ticks["mine.sweep"].value = True
+    enabled = {name for name, each in panel.buttons.items() if not each.disabled}
+    assert enabled == {"compare", "report", "delete", "refresh"}
+    panel.buttons["compare"].click()
+    assert "mine-r4" in panel.below.children[0].value and "adapter.r" in panel.below.children[0].value
+    panel.buttons["report"].click()
+    assert "<iframe" in panel.below.children[0].value
+    panel.buttons["delete"].click()
+    assert "go its runs: mine-r4, mine-r8." in panel.note.value
+    name, confirm, _ = panel.below.children[0].children
+    name.value = "mine.sweep"
+    confirm.click()
+    assert [path.name for path in base.folder.parent.iterdir() if path.is_dir()] == ["mine"]
+    driver.make_sweep(base, planned.file)
+    monkeypatch.setenv("QLORA_RUNS", str(base.folder.parent))
+    assert main(["compare", "mine.sweep"]) == 0 and "mine-r8" in capsys.readouterr().out
 
 
 def test_a_sweep_s_file_from_elsewhere_leads_nowhere(base, tmp_path):
@@ -260,7 +387,7 @@ def test_a_real_sweep_survives_a_kill_and_is_stopped_and_resumed(tmp_path, cache
 
 
 def _row(run: Run):
-    from qlora_helpers.views.run_list import read_row
+    from qlora_helpers.views.run_row import read_row
 
     return read_row(run.folder)
 

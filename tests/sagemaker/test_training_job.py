@@ -231,7 +231,7 @@ with open(os.environ["CALLS"], "a") as calls:
 if "qlora_helpers" in sys.argv:
     run = Path("runs", sys.argv[-1])
     assert json.loads((run / "config.json").read_text())["profile"] == "tiny"
-    assert Path("qlora_helpers/base/config.py").exists()
+    assert Path("qlora_helpers/base/config/run.py").exists()
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_config.json").write_text("{{}}")
     (run / "events").mkdir()

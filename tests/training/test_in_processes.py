@@ -17,6 +17,7 @@ from qlora_helpers.runs import launch, locks, ranks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan, read_plan
 from qlora_helpers.training import in_processes
+from qlora_helpers.workflow import training as workflow_training
 
 CARDS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
 STEP = ("train.micro_batch_size", "train.gradient_accumulation_steps")
@@ -167,13 +168,13 @@ def test_an_interrupted_cell_has_the_processes_save_and_stop(background):
 def test_workflow_train_goes_there_unless_a_model_is_loaded(g5_12xlarge, monkeypatch, tmp_path):
     run = Run(tmp_path / "runs" / "mine")
     run.save_config(profile_config("falcon-40b"))
-    monkeypatch.setattr(workflow, "train_in_processes", lambda run, **options: "there")
+    monkeypatch.setattr(workflow_training, "train_in_processes", lambda run, **options: "there")
     assert workflow.train(run, show_progress=False) == "there"
 
     def opened(*arguments, **options):
         raise RuntimeError("here")
 
-    monkeypatch.setattr(workflow, "_session", opened)
+    monkeypatch.setattr(workflow_training, "_session", opened)
     for options in ({"in_this_process": True}, {"loaded": object()}, {"model": object()}):
         with pytest.raises(RuntimeError, match="here"):
             workflow.train(run, show_progress=False, **options)

@@ -222,7 +222,7 @@ def test_a_machine_that_falls_silent_is_noticed(monkeypatch):
 
 
 def test_the_readings_of_all_machines_stand_side_by_side(monkeypatch):
-    from qlora_helpers.views.follow import named_gpus, named_processes
+    from qlora_helpers.views.readings import named_gpus, named_processes
 
     card = {"name": "A10G", "memory_used_gib": 3.0, "memory_total_gib": 24.0, "load": 97.0}
     monkeypatch.setattr(heartbeat, "readings", lambda: {"gpus": [card, card]})

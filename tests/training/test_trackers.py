@@ -21,6 +21,7 @@ from qlora_helpers.runs import launch
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.trackers import read_known
 from qlora_helpers.training import trackers
+from qlora_helpers.workflow import preparing
 
 SETTINGS = ["train.max_steps=2", "data.train_rows=4", "data.eval_rows=1", "data.test_rows=1", "train.eval_steps=2"]
 # Records what the package asks of Trackio; the real libraries are tested below, in `make slow`.
@@ -64,7 +65,7 @@ def run_of(tmp_path: Path, *settings: str) -> Run:
 def test_a_tracker_that_is_not_installed_is_one_error_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    monkeypatch.setattr(workflow, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(preparing, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert main(["train", "mine", "--profile", "tiny", "--set", "train.report_to=wandb,mlflow"]) == 2
     message = capsys.readouterr().err
     assert (
@@ -113,7 +114,7 @@ def test_one_that_fails_later_is_left_out_and_training_goes_on(tmp_path, recorde
 
 def test_one_that_can_t_be_opened_ends_it_before_the_model_is_loaded(tmp_path, recorded, monkeypatch):
     monkeypatch.setenv("FAILS", "init")
-    monkeypatch.setattr(workflow, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(preparing, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(RunError, match=r"Trackio can't be opened \(nobody is logged in\).*report_to=none"):
         workflow.train(run_of(tmp_path, "train.report_to=trackio"), show_progress=False, say=lambda text: None)
 

@@ -9,7 +9,8 @@ from fake_run import STEPS, add_progress, fake_run
 
 from qlora_helpers.base.config import TrainConfig
 from qlora_helpers.runs.status import Status
-from qlora_helpers.views.follow import Follower, left_within, use_of
+from qlora_helpers.views.follow import Follower, left_within
+from qlora_helpers.views.readings import use_of
 
 
 def status(**changes) -> Status:

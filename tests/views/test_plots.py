@@ -62,6 +62,12 @@ def test_a_constant_curve_has_room_above_and_below(value):
     assert drawing.place(5, value) == (0.5, pytest.approx(0.5))
 
 
+def test_an_axis_of_percent_ends_at_a_hundred():
+    line = Line("load", ((1, 97.0), (2, 97.0)))
+    assert drawn(Plot("GPU load, %", (line,), ceiling=100.0), (0, 10)).up == (pytest.approx(87.3), 100.0)
+    assert drawn(Plot("CPU load, %", (line,)), (0, 10)).up[1] > 100
+
+
 def test_a_logarithmic_axis_gives_equal_factors_equal_heights():
     drawing = drawn(Plot("loss", (Line("loss", (*FALLING, (41, 0.0), (42, -1.0))),), log=True), (0, 50))
     heights = [drawing.place(0, value)[1] for value in (0.5, 1.0, 2.0)]

@@ -303,7 +303,7 @@ def test_votes_are_shown_as_what_they_are(tmp_path):
     assert "What people preferred" not in page_of(run).text
     keep_vote(run, Vote("base", "tuned", "right", True, "<b>", ("a", "b"), {}), {"tuned": run})
     text = page_of(run).text
-    assert "1 vote between untuned and tuned: untuned was preferred 0 times, tuned 1 times" in text
+    assert "1 vote between untuned and tuned: untuned was preferred 0 times, tuned 1 time" in text
     assert "not a measurement" in text
 
 

@@ -18,7 +18,8 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.evaluation.ranking import rank
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.views.run_comparison import compare_runs
-from qlora_helpers.views.run_list import COLUMNS, read_row, read_runs
+from qlora_helpers.views.run_list import read_runs
+from qlora_helpers.views.run_row import COLUMNS, read_row
 from qlora_helpers.views.runs_report import write_runs_report
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"

@@ -153,6 +153,19 @@ def product(b: Matrix, a: Matrix) -> list[list[float]]:
     return [[sum(row[k] * a[k][column] for k in range(len(a))) for column in range(len(a[0]))] for row in b]
 
 
+def _checked_sizes(b: Matrix, a: Matrix, w: Matrix) -> tuple[int, int, int]:
+    """Returns the sizes out, r and in of three matrices that go together; raises as `low_rank` does."""
+    out, r, inner = len(b), len(a), len(a[0])
+    fits = all(len(row) == r for row in b) and all(len(row) == inner for row in (*a, *w)) and len(w) == out
+    if not fits or r > 2 or max(out, inner) > 4:
+        raise UserError(
+            "those matrices can't be drawn",
+            expected="W of at most 4 x 4, B with as many rows as W, A with as many columns, and a rank of 1 or 2",
+            got=f"W {len(w)} x {len(w[0])}, B {out} x {len(b[0])}, A {r} x {inner}",
+        )
+    return out, r, inner
+
+
 def low_rank(b: Matrix = B, a: Matrix = A, w: Matrix = W) -> Drawing:
     """Draws a frozen matrix W beside the change B·A that an adapter adds to it.
 
@@ -164,14 +177,7 @@ def low_rank(b: Matrix = B, a: Matrix = A, w: Matrix = W) -> Drawing:
     Raises:
         UserError: sizes that don't go together or are too large to draw.
     """
-    out, r, inner = len(b), len(a), len(a[0])
-    fits = all(len(row) == r for row in b) and all(len(row) == inner for row in (*a, *w)) and len(w) == out
-    if not fits or r > 2 or max(out, inner) > 4:
-        raise UserError(
-            "those matrices can't be drawn",
-            expected="W of at most 4 x 4, B with as many rows as W, A with as many columns, and a rank of 1 or 2",
-            got=f"W {len(w)} x {len(w[0])}, B {out} x {len(b[0])}, A {r} x {inner}",
-        )
+    out, r, inner = _checked_sizes(b, a, w)
     canvas, change, cell = Canvas(), product(b, a), 38
 
     def matrix(x: float, rows: Matrix, name: str, shade: str, decimals: int) -> float:

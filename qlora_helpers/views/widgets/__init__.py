@@ -1,6 +1,6 @@
 """Forms and panels for a notebook: edit a run's settings, look at its data and answers, and watch it train.
 
-They read and write run folders and know no model: a panel that needs answers is handed a function. Nothing here imports torch.
+They read and write run folders and know no model: a panel that needs answers takes a function. Nothing here imports torch.
 """
 
 from __future__ import annotations

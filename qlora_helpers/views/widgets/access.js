@@ -23,6 +23,17 @@
       const automatic = field.querySelector('.qlora-automatic input');
       set(automatic, 'aria-label', name + ', automatic');
     });
+    root.querySelectorAll('.widget-slider:not(.qlora-field *)').forEach(slider => {
+      const handle = slider.querySelector('.noUi-handle');
+      set(handle, 'aria-label', text(slider.querySelector('.widget-label')) + ', slider');
+      set(handle, 'aria-valuetext', text(slider.querySelector('.widget-readout')));
+      set(slider.querySelector('.widget-readout'), 'aria-label', text(slider.querySelector('.widget-label')));
+    });
+    root.querySelectorAll('input, select, textarea').forEach(control => {
+      const named = [...(control.labels || [])].some(text) || control.hasAttribute('aria-label');
+      const title = control.title || (control.closest('[title]') || control).title;
+      if (!named && title) set(control, 'aria-label', title.split(';')[0]);
+    });
     root.querySelectorAll('.widget-toggle-buttons').forEach(group => {
       set(group, 'role', 'group');
       const label = text(group.querySelector('.widget-label')) || group.title || 'choice';

@@ -14,7 +14,7 @@ OWN = "your own"
 LONGEST = 1024  # tokens, where the slider ends unless the panel begins with more
 SEEDS = 2**31 - 1
 PLACEHOLDER = "Ann: are we still on for lunch?\nBo: yes! at one, the usual place"
-# The kernel hears of no key: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not.
+# The kernel gets no keys: Ctrl+Enter presses the button in the page. A style sheet's `onload` runs where a script would not.
 # What was typed is sent first, as one message: sent key by key, the last keys would wait until the kernel has taken those before
 # them, and the button would overtake them.
 KEYS = """<style onload="
@@ -30,6 +30,8 @@ if (panel && !panel.dataset.keys) {
     ask.click();
   }, true);
 }">.qlora-answers { --qlora-keys: on; }</style>"""
+WIDE = {"width": "auto"}
+LOOK = {"layout": WIDE, "style": {"description_width": "124px"}}
 
 
 class Controls:
@@ -45,79 +47,34 @@ class Controls:
     def __init__(
         self, samples: Sequence[str], models: Mapping[str, str], values: Mapping[str, Any], *, can_vote: bool
     ) -> None:
-        wide, label = {"width": "auto"}, {"description_width": "124px"}
-        look = {"layout": wide, "style": label}
         self.pick = ipywidgets.Dropdown(
             options=[(OWN, -1), *((name, index) for index, name in enumerate(samples))],
             value=min(0, len(samples) - 1),
             description="row of the data",
-            **look,
+            **LOOK,
         )
         self.question = ipywidgets.Textarea(
             rows=7,
-            layout=wide,
+            layout=WIDE,
             continuous_update=False,
             placeholder=PLACEHOLDER,
             tooltip="The question; Ctrl+Enter asks",
         )
-        options = [(text, name) for name, text in models.items()]
-        chosen = [name for _, name in options]
-        self.models = {
-            side: ipywidgets.Dropdown(
-                options=options,
-                value=chosen[min(number, len(chosen) - 1)],
-                description=f"model on the {side}",
-                **look,
-            )
-            for number, side in enumerate(SIDES)
-        }
-        self.temperature = ipywidgets.FloatSlider(
-            values["temperature"],
-            min=0,
-            max=2,
-            step=0.05,
-            description="temperature",
-            tooltip="0 takes the likeliest token each time; a higher value draws unlikely tokens more often",
-            **look,
-        )
-        self.top_p = ipywidgets.FloatSlider(
-            values["top_p"],
-            min=0.01,
-            max=1,
-            step=0.01,
-            description="top_p",
-            tooltip="Draws from the likeliest tokens that make up this share; has no effect at temperature 0",
-            **look,
-        )
-        self.length = ipywidgets.IntSlider(
-            values["max_new_tokens"],
-            min=1,
-            max=max(LONGEST, values["max_new_tokens"]),
-            description="max_new_tokens",
-            tooltip="The length of the longest answer, in tokens",
-            **look,
-        )
-        self.seed = ipywidgets.BoundedIntText(
-            values["seed"],
-            min=0,
-            max=SEEDS,
-            description="seed",
-            tooltip="Another seed draws other tokens; has no effect at temperature 0",
-            **look,
-        )
+        self.models = _model_choices(models)
+        self.temperature, self.top_p, self.length, self.seed = _answer_settings(values)
         self.blind = ipywidgets.Checkbox(
             False,
             description="hide who answers until I vote",
             tooltip="The two models change sides by chance, and their names are shown after the vote",
             indent=False,
-            layout=wide,
+            layout=WIDE,
         )
         self.message, self.reference, self.votes = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.shown = {side: ipywidgets.HTML(layout={"flex": "1 1 380px", "min_width": "0"}) for side in SIDES}
         self.can_vote = can_vote
 
     def settings(self) -> dict[str, Any]:
-        """How an answer is asked for, as the controls stand."""
+        """Returns how an answer is asked for, as the controls say."""
         return {
             "temperature": self.temperature.value,
             "top_p": self.top_p.value,
@@ -180,3 +137,45 @@ class Controls:
         self.stop.disabled = not busy
         for each in self.vote.values():
             each.disabled = busy or not votable
+
+
+def _model_choices(models: Mapping[str, str]) -> dict[str, ipywidgets.Dropdown]:
+    """Makes a choice of who answers for each side; they begin with the first two."""
+    names = list(models)
+    return {
+        side: ipywidgets.Dropdown(
+            options=[(text, name) for name, text in models.items()],
+            value=names[min(number, len(names) - 1)],
+            description=f"model on the {side}",
+            **LOOK,
+        )
+        for number, side in enumerate(SIDES)
+    }
+
+
+def _answer_settings(values: Mapping[str, Any]) -> tuple[ipywidgets.Widget, ...]:
+    """Makes the controls of how an answer is drawn: temperature, top_p, the longest answer and the seed."""
+    longest = max(LONGEST, values["max_new_tokens"])
+    greedy = "has no effect at temperature 0"
+    wanted: list[tuple[Any, str, tuple[float, float], dict[str, float], str]] = [
+        (
+            ipywidgets.FloatSlider,
+            "temperature",
+            (0, 2),
+            {"step": 0.05},
+            "0 takes the likeliest token each time; a higher value draws unlikely tokens more often",
+        ),
+        (
+            ipywidgets.FloatSlider,
+            "top_p",
+            (0.01, 1),
+            {"step": 0.01},
+            f"Draws from the likeliest tokens that make up this share; {greedy}",
+        ),
+        (ipywidgets.IntSlider, "max_new_tokens", (1, longest), {}, "The length of the longest answer, in tokens"),
+        (ipywidgets.BoundedIntText, "seed", (0, SEEDS), {}, f"Another seed draws other tokens; {greedy}"),
+    ]
+    return tuple(
+        kind(values[name], min=low, max=high, description=name, tooltip=text, **step, **LOOK)
+        for kind, name, (low, high), step, text in wanted
+    )

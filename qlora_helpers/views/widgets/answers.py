@@ -1,6 +1,6 @@
 """A panel that holds a conversation with two models at once and shows both answers as they are written.
 
-It knows no model: it is handed a function that answers, which `asking` calls in a thread, and one that keeps votes. What people and
+It knows no model: it takes a function that answers, which `asking` calls in a thread, and one that keeps votes. What people and
 models write is escaped and never executed.
 """
 
@@ -158,12 +158,12 @@ class AnswerPanel(Panel):
             len(self.asking.turns),
         )
         try:
-            said = self._keep_vote(vote)
+            summary = self._keep_vote(vote)
         except UserError as error:
             self._show_error(str(error))
             return
         turn.vote, self._hidden = better, False
-        self.controls.votes.value = f'<span class="muted" role="status">{html.escape(plain(said))}</span>'
+        self.controls.votes.value = f'<span class="muted" role="status">{html.escape(plain(summary))}</span>'
         self._draw(*SIDES)
         self._enable()
 
@@ -237,7 +237,10 @@ class AnswerPanel(Panel):
             progress = self.answers.get(side)
             state = html.escape(progress.describe()) if progress else ""
             note = f'<div class="qlora-stale">{html.escape(stale)}</div>' if stale else ""
-            turns = before_html(self.asking.row) + "".join(turn_html(turn, side) for turn in self.asking.turns)
+            asked = self.asking.turns
+            turns = before_html(self.asking.row) + "".join(  # the head says how the last answer ended
+                turn_html(turn, side, ending=turn is not asked[-1]) for turn in asked
+            )
             self.controls.shown[side].value = (
                 f'<b>{name}</b> <span class="muted">{state}</span>{note}'
                 f'<div class="qlora-text qlora-answer{" qlora-old" if stale else ""}" '

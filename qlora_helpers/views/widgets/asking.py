@@ -1,6 +1,6 @@
 """Asking two models the same question in a thread of its own, so that the kernel stays free; holds the conversation with each.
 
-This module knows no model and no widgets: it is handed a function that answers, and functions that show what has come.
+This module knows no model and no widgets: it takes a function that answers, and functions that show what has come.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AnswerProgress:
         seconds: time since the model was asked.
         tokens: of the answer so far.
         prompt_tokens: of the prompt; None while it is not known.
-        by_itself: whether the answer ended by itself; None where nobody said.
+        by_itself: whether the answer ended by itself; None where that is not known.
         doing: what goes on before the first token, such as loading the model.
         notes: what was trimmed from the question, and what else there is to know.
     """
@@ -221,7 +221,7 @@ class Asking:
             self._ended()
 
     def _conversation(self, side: str, number: int) -> Conversation:
-        """What a side has heard and said before a question, and the question."""
+        """Returns the questions and answers of a side before a question, and the question."""
         before = [text for turn in self.turns[:number] for text in (turn.question, turn.answers[side].text)]
         return Conversation((*before, self.turns[number].question), self.row)
 

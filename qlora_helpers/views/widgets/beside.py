@@ -1,4 +1,4 @@
-"""What stands beside a form's controls: the consequences, and where the data are edited a row of them on a page of its own."""
+"""What is shown beside a form's controls: the consequences, and where the data are edited a row of them on a page of its own."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def plan_text(found: Forecast) -> str:
     elif found.plan_is_faster:
         changes = changed_settings(found.plan.workload.config, choice.settings)
         text = f"Faster by the plan: {', '.join(changes)} ({duration(choice.seconds)}, {choice.peak_gib:.1f} GiB)"
-    return text + (f"; in {several.copies} processes (notebook 07): {several!r}" if several else "")
+    return text + (f"; in {several.processes} processes (notebook 07): {several!r}" if several else "")
 
 
 def consequences_html(found: Forecast) -> str:

@@ -1,6 +1,7 @@
 """A panel that shows how far a run's evaluation has come, wherever it runs, and its scorecard when it is done.
 
-It reads the run's folder alone, so a page that was closed comes back to a running evaluation. What starts one is handed in.
+It reads the run's folder alone, so a page that was closed comes back to a running evaluation. It takes the function that starts
+one.
 """
 
 from __future__ import annotations

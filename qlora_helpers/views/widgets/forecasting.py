@@ -64,7 +64,7 @@ def look(
 
     Args:
         config: of the run.
-        hardware: the GPUs to plan for; None stands for this machine's CPU.
+        hardware: the GPUs to plan for; None for this machine's CPU.
         usual: the GPUs that are shown beside a CPU.
         shape: the model's `config.json`.
         usd_per_hour: price of this machine, where a person typed one.

@@ -24,7 +24,6 @@ from qlora_helpers.planning.fixes import cheapest_instance
 from qlora_helpers.planning.forecast import Forecast
 from qlora_helpers.planning.run_plan import forecast
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.views.widgets.access import accessible
 from qlora_helpers.views.widgets.beside import Beside
 from qlora_helpers.views.widgets.consequences import consequences_table, cpu_table, short
 from qlora_helpers.views.widgets.forecast_view import ForecastView
@@ -91,7 +90,7 @@ class ConfigForm(Panel):
 
     @property
     def hardware(self) -> Hardware | None:
-        """The hardware that the form plans for; None stands for this machine's CPU."""
+        """The hardware that the form plans for; None for this machine's CPU."""
         return self.choice.hardware
 
     # what a person does
@@ -162,7 +161,7 @@ class ConfigForm(Panel):
         line = ipywidgets.HBox(
             [self.save_button, reset, self.summary], layout={"align_items": "center", "overflow": "visible"}
         )
-        # What must be in sight wherever a person scrolls stands outside the pages, which scroll for themselves
+        # What must be in sight wherever a person scrolls is outside the pages, which scroll for themselves
         bar = add_classes(ipywidgets.VBox([line, self.problems, self.message]), "qlora-save-bar")
         controls = ipywidgets.VBox([self.pages.box, bar], layout={"flex": "1 1 370px", "min_width": "0"})
         add_classes(controls, "qlora-controls", "qlora-card")
@@ -170,7 +169,7 @@ class ConfigForm(Panel):
         columns = add_classes(ipywidgets.HBox([controls, self.beside.box]), "qlora-columns")
         if self.pages.section == "data":
             self._page_turned()
-        return styled([columns, self.code, accessible()], "qlora-form")
+        return styled([columns, self.code], "qlora-form")
 
     def _page_turned(self) -> None:
         self.beside.turn_to(row=self.pages.section == "data")

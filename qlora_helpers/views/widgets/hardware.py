@@ -32,7 +32,7 @@ class HardwareChoice:
 
     Attributes:
         box: the widget to show.
-        hardware: the last valid choice; None stands for this machine's CPU.
+        hardware: the last valid choice; None for this machine's CPU.
         price: the box for a price.
         usd_per_hour: the price that was typed, or None.
 

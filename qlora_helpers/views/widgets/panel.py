@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ipywidgets
 
 from qlora_helpers.base.style import stylesheet
+from qlora_helpers.views.widgets.access import accessible
 
 AnyWidget = TypeVar("AnyWidget", bound=ipywidgets.Widget)
 
@@ -153,7 +154,8 @@ def button(text: str, tooltip: str, clicked: Callable[[], Any], style: str = "")
 def styled(children: list[Any], *classes: str, gone: str = GONE) -> ipywidgets.VBox:
     """Makes a panel's box: it carries the stylesheet, and one line that takes the place of everything once its kernel is gone.
 
-    The stylesheet does that alone: JupyterLab marks widgets without a kernel with a class, and nobody is left to ask.
+    It also gives its controls the names that screen readers need. The stylesheet alone shows the line: JupyterLab marks widgets
+    without a kernel with a class, and nobody is left to ask.
 
     Args:
         children: widgets from top to bottom.
@@ -162,7 +164,7 @@ def styled(children: list[Any], *classes: str, gone: str = GONE) -> ipywidgets.V
     """
     sheet = ipywidgets.HTML(f"<style>{stylesheet('colours', 'panel')}</style>", layout={"display": "none"})
     line = add_classes(ipywidgets.HTML(f'<span role="status">{html.escape(gone)}</span>'), "qlora-gone")
-    return add_classes(ipywidgets.VBox([sheet, line, *children]), "qlora-panel", *classes)
+    return add_classes(ipywidgets.VBox([sheet, line, *children, accessible()]), "qlora-panel", *classes)
 
 
 def add_classes(widget: AnyWidget, *names: str) -> AnyWidget:

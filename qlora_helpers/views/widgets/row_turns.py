@@ -1,7 +1,7 @@
 """The turns of prepared rows, found in their source again and proved to be those rows, and the rows that are left out.
 
 Prepared data hold tokens alone. A row's turns are shown only where writing them again gives the very tokens that were prepared:
-otherwise the source has changed since, and that is said instead.
+otherwise the source has changed since, and a note says so instead.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from qlora_helpers.base.errors import DataError
 from qlora_helpers.data.outcome import left_out
 from qlora_helpers.views.token_html import framed, key, spans
 from qlora_helpers.views.tokens import TokenView, token_kind, token_texts
-from qlora_helpers.views.widgets.access import accessible
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled, success_html
 from qlora_helpers.views.widgets.row_turns import RowTurns, left_out_html, left_out_table, left_out_title
 
@@ -166,7 +165,7 @@ class RowBrowser(Panel):
         self._moves = ipywidgets.HBox([previous, self._number, following, self._search, self._whole], layout=wrapped)
         line = ipywidgets.HBox([self._split, self._moves], layout=wrapped)
         panel = ipywidgets.VBox([line, self._found, self._head, self._turns, self._read, self._tokens])
-        return styled([add_classes(panel, "qlora-card"), accessible()], "qlora-rows")
+        return styled([add_classes(panel, "qlora-card")], "qlora-rows")
 
     def _on_number(self, change: dict[str, Any]) -> None:
         if self._quiet:

@@ -6,6 +6,7 @@ only after its exact name was typed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import os
@@ -21,9 +22,12 @@ from qlora_helpers.runs import launch
 from qlora_helpers.runs.cleanup import delete_run
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.opening import clone_run
+from qlora_helpers.runs.space import is_sweep
+from qlora_helpers.runs.sweep_file import runs_of_sweep
 from qlora_helpers.views.report import write_report
 from qlora_helpers.views.run_comparison import comparison_of
-from qlora_helpers.views.run_list import BROKEN, COLUMNS, RunList, RunRow, read_runs, total_line
+from qlora_helpers.views.run_list import RunList, expanded, named_runs, read_runs, total_line
+from qlora_helpers.views.run_row import BROKEN, COLUMNS, RunRow
 from qlora_helpers.views.runs_report import write_runs_report
 from qlora_helpers.views.widgets.panel import Panel, add_classes, button, error_html, styled, success_html
 from qlora_helpers.views.widgets.watch_panel import WatchPanel
@@ -52,7 +56,7 @@ class RunListPanel(Panel):
     """What `list_runs` returns.
 
     Attributes:
-        runs: the runs that are shown, in their order; iterating yields them.
+        runs: the runs and sweeps that are shown, in their order; iterating over the panel yields the runs alone.
         ticks: a checkbox by the name of each run that is shown.
         filter, sort, reverse: what decides what is shown.
         note: the result of the last click.
@@ -66,10 +70,10 @@ class RunListPanel(Panel):
         self._read()
 
     def __iter__(self) -> Iterator[RunRow]:
-        return iter(self.runs)
+        return (row for row in self.runs if row.sweep is None)
 
     def __len__(self) -> int:
-        return len(self.runs)
+        return sum(1 for _ in self)
 
     def still_text(self) -> str:
         """Returns the table as text."""
@@ -155,16 +159,21 @@ class RunListPanel(Panel):
         self._enable()
 
     def _enable(self) -> None:
-        count = len(self.ticked)
-        self.buttons["compare"].disabled = count < 2
-        self.buttons["report"].disabled = count < 1
-        for name in ("watch", "clone", "delete"):
-            self.buttons[name].disabled = count != 1
+        rows = self._ticked_rows()
+        runs = sum(len(row.sweep.members) if row.sweep else 1 for row in rows)
+        self.buttons["compare"].disabled = runs < 2
+        self.buttons["report"].disabled = runs < 1
+        self.buttons["delete"].disabled = len(rows) != 1
+        for name in ("watch", "clone"):  # a sweep has many settings, and a form of its own
+            self.buttons[name].disabled = len(rows) != 1 or rows[0].sweep is not None
+
+    def _ticked_rows(self) -> list[RunRow]:
+        return [row for row in self.runs if row.name in self._ticked and row.run is not None]
 
     @property
     def ticked(self) -> list[Run]:
-        """The runs that are ticked, in the list's order; those that a filter hides don't count."""
-        return [row.run for row in self.runs if row.name in self._ticked and row.run is not None]
+        """The runs and sweeps that are ticked, in the list's order; those that a filter hides don't count."""
+        return [row.run for row in self._ticked_rows() if row.run is not None]
 
     def _open(self, *widgets: ipywidgets.Widget, note: str = "") -> None:
         """Shows something below the list in place of what was there."""
@@ -181,11 +190,15 @@ class RunListPanel(Panel):
             self.note.value = error_html(str(error))
 
     def _compare(self) -> None:
-        self._tried(lambda: self._open(ipywidgets.HTML(_scrolled(comparison_of(self.ticked)._repr_html_()))))
+        def compare() -> None:
+            found = comparison_of(named_runs(self.ticked))
+            self._open(ipywidgets.HTML(_scrolled(found._repr_html_())))
+
+        self._tried(compare)
 
     def _report(self) -> None:
         def write() -> None:
-            runs = self.ticked
+            runs = expanded(self.ticked)
             path = write_report(runs[0]) if len(runs) == 1 else write_runs_report(comparison_of(runs))
             page = html.escape(path.read_text(encoding="utf-8"))
             # Nothing in the page may run or reach the notebook, whoever made the run.
@@ -223,11 +236,19 @@ class RunListPanel(Panel):
             self.refresh()
             self._open(note=success_html(f"{run.name} is deleted; {size_text(freed)} are free again."))
 
-        self._ask(name, button("Delete for ever", "This can't be undone", lambda: self._tried(delete), "danger"))
+        going: list[Run] = []
+        with contextlib.suppress(UserError):
+            going = runs_of_sweep(run) if is_sweep(run) else []
+        names = ", ".join(each.name for each in going)
+        with_it = f"With the sweep {run.name} go its runs: {names}." if going else ""
+        self._ask(
+            name, button("Delete for ever", "This can't be undone", lambda: self._tried(delete), "danger"), with_it
+        )
 
-    def _ask(self, text: ipywidgets.Text, confirm: ipywidgets.Button) -> None:
+    def _ask(self, text: ipywidgets.Text, confirm: ipywidgets.Button, note: str = "") -> None:
         cancel = button("Cancel", "Changes nothing", self._open)
-        self._open(add_classes(ipywidgets.HBox([text, confirm, cancel]), "qlora-buttons"))
+        line = add_classes(ipywidgets.HBox([text, confirm, cancel]), "qlora-buttons")
+        self._open(line, note=_quiet(note) if note else "")
 
 
 def _near(path: os.PathLike[str]) -> str:

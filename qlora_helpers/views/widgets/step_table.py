@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_helpers.views.charts import number_text
-from qlora_helpers.views.follow import View, as_number, use_of
+from qlora_helpers.views.follow import View
+from qlora_helpers.views.readings import as_number, use_of
 from qlora_helpers.views.run_plots import DECIMALS
 
 COLUMNS = {

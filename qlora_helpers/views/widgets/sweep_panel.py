@@ -1,4 +1,4 @@
-"""A small form for a sweep: up to two settings with several values, the plan with time and price of all runs, and a start button.
+"""A small form for a sweep: several values of up to two settings, the plan with memory, time and price, and a start button.
 
 It plans and starts through `views.sweep`, and edits no other setting: the run that the sweep begins with has a form of its own.
 """
@@ -44,6 +44,7 @@ class SweepForm(Panel):
     Attributes:
         names, values: a choice of a setting and a field for its values, twice.
         budget: hours for all runs together; empty for no limit.
+        skip: whether runs that don't fit are left out.
         sweep: what was planned last; None before that.
         shown, note: the widgets with the plan, and with the result of the last click.
     """
@@ -64,19 +65,26 @@ class SweepForm(Panel):
         self.values = [ipywidgets.Text(description="Values", placeholder="such as 8, 64") for _ in range(MOST_SETTINGS)]
         self.budget = ipywidgets.Text(description="Budget, h", placeholder="no limit")
         self.shown, self.note = ipywidgets.HTML(), ipywidgets.HTML()
-        for control in (*self.names, *self.values, self.budget):
+        self.skip = ipywidgets.Checkbox(
+            False,
+            description="leave out runs that don't fit",
+            tooltip="Runs that need more memory than a GPU of this machine has are no part of the sweep",
+            indent=False,
+            layout={"width": "auto"},
+        )
+        for control in (*self.names, *self.values, self.budget, self.skip):
             control.observe(lambda _: self._forget(), "value")
         self.plan_button = button("Plan", "Says what all runs take, and starts nothing", self.plan, "primary")
         self.start_button = button("Start", "Trains the runs one after another in the background", self._start)
         self.stop_button = button("Stop and save", "The run that trains saves first", self._stop)
-        self.refresh_button = button("Refresh", "Shows how the runs stand", self._show)
+        self.refresh_button = button("Refresh", "Shows the state of the runs", self._show)
         rows: list[ipywidgets.Widget] = [
             ipywidgets.HBox([name, value]) for name, value in zip(self.names, self.values, strict=True)
         ]
         buttons = [self.plan_button, self.start_button, self.stop_button, self.refresh_button]
-        for each in (*rows, line := ipywidgets.HBox([self.budget, *buttons])):
+        for each in (*rows, line := ipywidgets.HBox([self.budget, self.skip, *buttons])):
             add_classes(each, "qlora-buttons")
-        self.box = styled([*rows, line, self.note, self.shown], "qlora-card")
+        self.box = styled([*rows, line, self.note, self.shown], "qlora-card", "qlora-sweep")
         self._forget()
 
     def settings(self) -> dict[str, list[str]]:
@@ -93,7 +101,8 @@ class SweepForm(Panel):
         self._tried(self._plan)
 
     def _plan(self) -> None:
-        self.sweep = sweep(self.run, self.settings(), budget_hours=_hours(self.budget.value))
+        hours = _hours(self.budget.value)
+        self.sweep = sweep(self.run, self.settings(), budget_hours=hours, skip_too_large=self.skip.value)
         self.note.value = ""
         self._show()
 
@@ -125,7 +134,7 @@ class SweepForm(Panel):
             return
         self.shown.value = self.sweep._repr_html_()
         live = self.sweep.status().is_live
-        self.start_button.disabled, self.stop_button.disabled = live, not live
+        self.start_button.disabled, self.stop_button.disabled = live or bool(self.sweep.too_large), not live
         self.start_button.description = "Start" if self.sweep.status().state == "new" else "Resume"
         self.refresh_button.disabled = False
 

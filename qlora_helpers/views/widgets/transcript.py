@@ -10,7 +10,7 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.data.examples import Example
 from qlora_helpers.views.widgets.asking import AnswerProgress, Turn
 
-SHORT = 400  # characters of a question that stand above its answer
+SHORT = 400  # characters of a question that are always seen above its answer
 VOTED = {"left": "voted: the left answer", "right": "voted: the right answer", "tie": "voted: as good"}
 
 
@@ -37,23 +37,32 @@ def before_html(row: Example | None) -> str:
     return f"<details><summary>{html.escape(plain(row.id))} has {count} before this question</summary>{texts}</details>"
 
 
-def turn_html(turn: Turn, side: str) -> str:
-    """Returns a question with the answer of one side."""
+def turn_html(turn: Turn, side: str, *, ending: bool) -> str:
+    """Returns a question with the answer of one side, and with how it ended where nothing else shows that."""
     progress = turn.answers[side]
-    question = plain(turn.question).strip()
-    shown = question if len(question) <= SHORT else f"{question[:SHORT]} ..."
     notes = "".join(f'<div class="qlora-trimmed">{html.escape(plain(note))}</div>' for note in progress.notes)
-    how = [settings_text(progress.settings), progress.describe(), VOTED.get(turn.vote, "")]
+    how = [settings_text(progress.settings), progress.describe() if ending else "", VOTED.get(turn.vote, "")]
     return (
-        f'<div class="qlora-asked">{html.escape(shown)}</div>{notes}'
+        f'<div class="qlora-asked">{question_html(plain(turn.question).strip())}</div>{notes}'
         f'<div class="qlora-said">{answer_html(progress)}</div>'
         f'<div class="muted qlora-how">{html.escape("; ".join(filter(None, how)))}</div>'
     )
+
+
+def question_html(question: str) -> str:
+    """Returns a question; the end of a long one is folded."""
+    if len(question) <= SHORT:
+        return html.escape(question)
+    end = question.rfind(" ", SHORT // 2, SHORT)  # not within a word, where there are any
+    end = SHORT if end < 0 else end
+    rest = f"<details><summary>the other {len(question) - end:,} characters</summary>{html.escape(question[end:])}</details>"
+    return f"{html.escape(question[:end])} …{rest}"
 
 
 def answer_html(progress: AnswerProgress) -> str:
     """Returns an answer as far as it has come, with a cursor while it is written."""
     text = html.escape(plain(progress.text).strip())
     if progress.text and not text:
-        text = '<span class="muted">only white space so far</span>'
+        so_far = " so far" if progress.state == "writing" else ""
+        text = f'<span class="muted">only white space{so_far}</span>'
     return f"{text}▌" if progress.state == "writing" else text

@@ -1,6 +1,6 @@
 """A panel that watches a run from its folder alone and passes a person's requests to the trainer.
 
-It reads in a thread and draws on the kernel's own loop, so other cells run meanwhile. It knows no step of a run: it is handed the
+It reads in a thread and draws on the kernel's own loop, so other cells run meanwhile. It knows no step of a run: it takes the
 function that starts one.
 """
 

@@ -10,7 +10,8 @@ from qlora_helpers.base.text import plain
 from qlora_helpers.base.units import duration
 from qlora_helpers.runs.requests import Request
 from qlora_helpers.runs.status import INTERRUPTED, PHASES, Status
-from qlora_helpers.views.follow import View, as_number, as_readings, named_gpus, named_processes
+from qlora_helpers.views.follow import View
+from qlora_helpers.views.readings import as_number, as_readings, named_gpus, named_processes
 from qlora_helpers.views.widgets.panel import error_html
 
 

@@ -166,18 +166,23 @@ def test_a_model_is_counted_once(tmp_path, monkeypatch):
     """In a process of its own, and found again in the cache; a damaged entry is counted again."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     config = {"model_type": "starcoder2"} | SMALL | {"vocab_size": 300}
+    run, answers = module.subprocess.run, []
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda *args, **more: answers.append(run(*args, **more)) or answers[0]
+    )
     sizes = counted_sizes(config)
     assert sizes.parameters == model_sizes(config).parameters and not sizes.gated_mlp
     (kept,) = (tmp_path / "counted").iterdir()
     assert from_plain(json.loads(kept.read_text())) == sizes
-    run = module.subprocess.run
     monkeypatch.setattr(module.subprocess, "run", lambda *args, **more: pytest.fail("it was counted again"))
     module._counted.cache_clear()
     assert counted_sizes(config | {"eos_token_id": 7, "dtype": "bfloat16"}) == sizes
-    monkeypatch.setattr(module.subprocess, "run", run)
+    # Asked a second time, the process would answer the same
+    monkeypatch.setattr(module.subprocess, "run", lambda *args, **more: answers.append(answers[0]) or answers[0])
     module._counted.cache_clear()
     kept.write_text('{"family": 1}')
-    assert counted_sizes(config) == sizes
+    assert counted_sizes(config) == sizes and len(answers) == 2
+    assert from_plain(json.loads(kept.read_text())) == sizes
 
 
 def test_a_key_that_is_null_is_no_mixture(tmp_path, monkeypatch):

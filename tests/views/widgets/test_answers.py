@@ -184,6 +184,13 @@ def test_what_it_does_before_the_first_token_is_shown():
     assert panel.wait(10)
 
 
+def test_the_end_of_a_long_question_is_folded_and_nothing_of_it_is_lost():
+    long = "word " * 300
+    left = asked(answer_panel(lambda asked, **settings: iter(["yes"]), [long]))[0]
+    assert left.count("word") == 300 and "<details><summary>the other 1,1" in left
+    assert "<details>" not in asked(answer_panel(lambda asked, **settings: iter(["yes"]), ["short"]))[0]
+
+
 def test_an_answer_of_white_space_says_so():
     panel = answer_panel(lambda asked, **settings: iter(["\n", "\n"]), EXAMPLES)
     assert "white space" in asked(panel)[0]

@@ -385,6 +385,11 @@ def test_a_plan_of_several_processes_is_shown_but_not_applied(falcon_run):
     assert form.view.plan_button.layout.display == "none" and form.forecast.plan.choice.copies == 1
 
 
+def test_the_processes_of_shards_are_counted(form):
+    assert (form.forecast.several.copies, form.forecast.several.processes) == (1, 4)
+    assert "in 4 processes (notebook 07)" in text(find(form.box, "qlora-consequences"))
+
+
 def test_an_unknown_run_or_section_is_refused(run, falcon_run):
     with pytest.raises(UserError, match="no such section"):
         ConfigForm(falcon_run, ("adaptor",))

@@ -68,7 +68,7 @@ def test_without_a_kernel_a_panel_prints_its_text(capsys):
 
 @pytest.mark.parametrize(("given", "expected"), [({}, GONE), ({"gone": "It <i>is</i>."}, "It &lt;i&gt;is&lt;/i&gt;.")])
 def test_each_panel_carries_the_line_for_a_kernel_that_is_gone(given, expected):
-    _, line = styled([], **given).children
+    _, line, _ = styled([], **given).children
     assert expected.replace("'", "&#x27;") in line.value
 
 
