@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from typing import Any
 
 from qlora_helpers.serving.answered import Answered
 from qlora_helpers.serving.asked import Asked
+from qlora_helpers.serving.tool_calls import Call
 
 
 class AnswerForm:
@@ -32,7 +34,11 @@ class AnswerForm:
 
     def whole(self, text: str, end: Answered) -> dict[str, Any]:
         """Returns the answer as one object."""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
+        content: dict[str, Any] = {"text": text}
+        if self._chat:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if end.calls:
+            content["message"] |= {"content": text or None, "tool_calls": [_call(each) for each in end.calls]}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": end.finished}
         return {**self._whole, "choices": [choice], "usage": _counts(end)}
 
@@ -44,6 +50,12 @@ class AnswerForm:
         """Returns a piece of a stream with its text."""
         return self._piece({"delta": {"content": text}} if self._chat else {"text": text})
 
+    def calls(self, end: Answered) -> dict[str, Any]:
+        """Returns the piece of a stream with the calls of tools."""
+        return self._piece(
+            {"delta": {"tool_calls": [{"index": at} | _call(each) for at, each in enumerate(end.calls)]}}
+        )
+
     def closing(self, end: Answered) -> dict[str, Any]:
         """Returns the last piece with a choice: how the answer ended."""
         return self._piece({"delta": {}} if self._chat else {"text": ""}, end.finished)
@@ -54,6 +66,11 @@ class AnswerForm:
 
     def _piece(self, content: dict[str, Any], finished: str | None = None) -> dict[str, Any]:
         return {**self._part, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finished}]}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _counts(end: Answered) -> dict[str, int]:

@@ -15,9 +15,10 @@ from typing import Any
 
 from qlora_helpers.serving.answer_form import AnswerForm
 from qlora_helpers.serving.answered import Answered
-from qlora_helpers.serving.asked import Refusal, read_request
+from qlora_helpers.serving.asked import read_request
 from qlora_helpers.serving.models import ServedModels
 from qlora_helpers.serving.queue import AnswerQueue
+from qlora_helpers.serving.refusal import Refusal
 
 MOST_BODY_BYTES = 1024**2
 BYTES_A_TOKEN = 16  # of a body, at most, however many tokens a model may read
@@ -173,6 +174,8 @@ def _stream(form: AnswerForm, pieces: AsyncIterator[Any]) -> Any:
         try:
             async for piece in pieces:
                 if isinstance(piece, Answered):
+                    if piece.calls:
+                        yield _event(form.calls(piece))
                     yield _event(form.closing(piece))
                     if form.asked.include_usage:
                         yield _event(form.usage(piece))

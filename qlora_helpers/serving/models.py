@@ -14,7 +14,7 @@ from qlora_helpers.base.text import Say
 from qlora_helpers.planning import run_plan
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.locks import MODEL_IN_USE
-from qlora_helpers.serving.asked import Refusal
+from qlora_helpers.serving.refusal import Refusal
 from qlora_helpers.serving.served_run import ServedRun
 from qlora_helpers.serving.together import refuse_other_bases, served_names
 

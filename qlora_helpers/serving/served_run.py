@@ -22,8 +22,11 @@ from qlora_helpers.data.rendering import Rendering, RowProblem
 from qlora_helpers.data.templates import template_of
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.serving.answered import Answered
-from qlora_helpers.serving.asked import Asked, Refusal
+from qlora_helpers.serving.asked import Asked
+from qlora_helpers.serving.asked_tools import names_of
+from qlora_helpers.serving.refusal import Refusal
 from qlora_helpers.serving.text import AnswerText
+from qlora_helpers.serving.tool_calls import CallForm, call_form
 
 if TYPE_CHECKING:
     from qlora_helpers.serving.models import ServedModels
@@ -51,6 +54,13 @@ class ServedRun:
     def _template(self) -> Any:
         return template_of(self.config.data, self.models.loaded.tokenizer)
 
+    @cached_property
+    def _call_form(self) -> CallForm | None:
+        from qlora_helpers.evaluation.generate import marks_of
+
+        tokenizer = self.models.loaded.tokenizer
+        return call_form(self._template, tokenizer, marks_of(self.models.model, tokenizer))
+
     def described(self, name: str) -> dict[str, Any]:
         """Returns what a client is told of it: its base, the longest conversation, and what is added to one."""
         asked, system = self._pattern.messages[-2], self._pattern.messages[:-2]
@@ -73,10 +83,17 @@ class ServedRun:
         """Returns a request's prompt as tokens.
 
         Raises:
-            Refusal: the run's template can't write it, or a token has no row in the model.
+            Refusal: the run's template can't write it, or not with tools, or a token has no row in the model.
         """
         from qlora_helpers.model.tokenizers import refuse_tokens_without_row
 
+        if asked.tools and self._call_form is None:
+            raise Refusal(
+                "This model takes no tools: its template does not show them, or writes calls in a form that is not read "
+                "back here. Describe them in the conversation, and read the call from the answer's text.",
+                param="tools",
+                code="unsupported_value",
+            )
         try:
             if asked.prompt is not None:
                 plain = Rendering(asked.prompt, begin=self._template.name != "chat")
@@ -94,7 +111,7 @@ class ServedRun:
         """The conversation as a row, with what the run's rows have around a person's text where the client left it out."""
         messages, answer = asked.messages, self._pattern.messages[-1]
         if asked.as_written:
-            return Example("asked", "asked", (*messages, answer))
+            return Example("asked", "asked", (*messages, answer), tools=asked.tools)
         if all(message.role != "system" for message in messages):
             pattern = self._pattern.messages[-2]
             start, end = pattern.body or (0, 0)
@@ -105,7 +122,8 @@ class ServedRun:
                 written = Message("user", before + text + behind, body=(len(before), len(before) + len(text)))
                 messages = (*messages[:place], written, *messages[place + 1 :])
             messages = (*self._pattern.messages[:-2], *messages)
-        return dataclasses.replace(self._pattern, messages=(*messages, answer))
+        tools = asked.tools or self._pattern.tools
+        return dataclasses.replace(self._pattern, messages=(*messages, answer), tools=tools)
 
     def settings(self, asked: Asked, prompt: Sequence[int]) -> EvaluationConfig:
         """Returns how the answer is made: the run's evaluation settings, but for what the request sets.
@@ -135,6 +153,8 @@ class ServedRun:
     def answer(self, asked: Asked, prompt: Sequence[int], settings: EvaluationConfig) -> Iterator[str | Answered]:
         """Yields the answer in pieces, and at the end how it ended; closing the iterator ends the generation.
 
+        Where tools may be called, the text comes in one piece at the end, since it may be a call.
+
         Args:
             asked: the request; its stop texts and its seed count.
             prompt: of `prompt`.
@@ -147,12 +167,20 @@ class ServedRun:
         with self.models.answering(self.adapter):
             marks = marks_of(model, tokenizer)
             text = AnswerText(tokenizer, marks, prompt, stop=asked.stop, raw=asked.prompt is not None)
+            held = []
             with contextlib.closing(stream_tokens(model, tokenizer, prompt, settings, seed=seed)) as tokens:
                 for token in tokens:
                     if piece := text.add(token):
-                        yield piece
+                        if asked.tools:
+                            held.append(piece)
+                        else:
+                            yield piece
                     if text.ended:
                         break
-            if rest := text.rest():
-                yield rest
-        yield Answered(len(prompt), len(text.tokens), "stop" if text.ended else "length")
+            rest = "".join([*held, text.rest()])
+        read = self._call_form.read(rest, names_of(asked.tools)) if asked.tools and self._call_form else None
+        content, calls = read or (rest, ())
+        if content:
+            yield content
+        finished = "tool_calls" if calls else "stop" if text.ended else "length"
+        yield Answered(len(prompt), len(text.tokens), finished, calls)

@@ -41,9 +41,7 @@ def _judge_size(function: Any) -> str:
         for code, value in values.items():
             if code != "right" and abs(got - value) < 1:
                 raise Wrong(code, **facts)
-        raise Wrong(
-            message="{weights} weights in {name} take {right} bytes; your function says {got}.".format(**facts)
-        )
+        raise Wrong(message="{weights} weights in {name} take {right} bytes; your function says {got}.".format(**facts))
     return "Q4_0, Q5_0 and Q8_0 take as many bytes in the gguf library: 4.5, 5.5 and 8.5 bits a weight."
 
 
