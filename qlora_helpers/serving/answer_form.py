@@ -69,7 +69,7 @@ class AnswerForm:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    function = {"name": call.name, "arguments": json.dumps(call.arguments)}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 

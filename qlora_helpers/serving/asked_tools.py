@@ -58,6 +58,7 @@ def _tool(value: Any, place: str) -> Mapping[str, Any]:
             f"{place} has a description that is not a text, or parameters that are not an object.", param=place
         )
     kept = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+    _refuse_half_characters(kept, place)
     return {"type": "function", "function": kept}
 
 
@@ -85,13 +86,27 @@ def _call(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(function, dict) or not _is_name(function.get("name")):
         raise Refusal(f"{place} has to be the call of a function.", param=place)
     try:
-        arguments = json.loads(function.get("arguments") or "{}")
+        arguments = json.loads(function.get("arguments") or "{}", parse_constant=_no_constant)
     except (TypeError, ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise Refusal(f"The arguments of {place} have to be a JSON object, as a text.", param=place)
+    _refuse_half_characters([arguments, value.get("id")], place)
     found = {"name": function["name"], "arguments": arguments}
     return found | ({"id": value["id"]} if isinstance(value.get("id"), str) and value["id"] else {})
+
+
+def _refuse_half_characters(value: Any, place: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refusal(f"{place} holds half a character (a lone surrogate).", param=place) from None
+    except RecursionError:
+        raise Refusal(f"{place} is nested too deeply.", param=place) from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity, which are not JSON
 
 
 def _is_name(value: Any) -> bool:

@@ -67,7 +67,7 @@ class CallForm:
         while True:
             place += len(text[place:]) - len(text[place:].lstrip())
             try:
-                value, end = json.JSONDecoder().raw_decode(text, place)
+                value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, place)
             except (ValueError, RecursionError):
                 return None
             call = self._call(value, names)
@@ -177,7 +177,7 @@ def _object(text: str, start: int, name: str) -> tuple[int, int, dict[str, Any]]
     """The first JSON object behind a place that has a name among its own values, with where it begins and ends."""
     for begin in (found.start() for found in re.finditer(r"\{", text) if found.start() >= start):
         try:
-            value, end = json.JSONDecoder().raw_decode(text, begin)
+            value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, begin)
         except ValueError:
             continue
         if isinstance(value, dict) and list(value.values()).count(name) == 1:
@@ -189,7 +189,7 @@ def _arguments(value: Any) -> Mapping[str, Any] | None:
     """Arguments as an object, which some templates write as a text that holds JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
@@ -197,4 +197,8 @@ def _arguments(value: Any) -> Mapping[str, Any] | None:
 
 def _spaced(text: str) -> re.Pattern[str]:
     """Matches a text with any white space around its words."""
-    return re.compile(r"\s*" + r"\s*".join(map(re.escape, text.split())) + r"\s*")
+    return re.compile("".join(rf"\s*{re.escape(word)}" for word in text.split()) + r"\s*")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity, which are not JSON

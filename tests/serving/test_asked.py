@@ -160,6 +160,11 @@ def test_what_is_not_carried_out_is_refused_by_its_name(field, value):
         ("tools", [{"type": "function", "function": {"name": "a b"}}]),
         ("tools", [{"type": "function", "function": {"name": "f", "parameters": "none"}}]),
         ("tools", [TOOL, TOOL]),
+        ("tools", [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]),
+        (
+            "messages",
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]}, USER],
+        ),
         ("messages", [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}, USER]),
         (
             "messages",

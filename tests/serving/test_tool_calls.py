@@ -69,6 +69,7 @@ def test_a_template_that_shows_no_tools_or_writes_calls_otherwise_has_no_form(na
         '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call>',
         '<tool_call>\n{"name": "weather", "arguments": ["Oslo"]}\n</tool_call>',
         '<tool_call>\n{"name": "weather"}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"x": NaN}}\n</tool_call>',
         '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n<tool_call>\n',
         "<tool_call>" + "[" * 100_000,
     ],
