@@ -9,6 +9,7 @@ import pytest
 from chat_families import family_tokenizer
 
 from qlora_helpers.data.examples import Example, Message
+from qlora_helpers.data.rendering import Rendering
 from qlora_helpers.data.templates import answer_marks, make_template
 from qlora_helpers.serving.app import application
 from qlora_helpers.serving.models import ServedModels
@@ -40,12 +41,14 @@ def test_what_a_model_writes_as_trained_is_read_as_the_calls(name):
     )
     tools = (TOOL, {"type": "function", "function": {**TOOL["function"], "name": "time"}})
     row = Example("r", "r", (Message("user", "Well?"), Message("assistant", "", tool_calls=made)), tools=tools)
-    prompt, whole = (
-        part.ids.tolist() for part in template.encoder.encode([template.prompt(row), template.render(row)])
-    )
-    assert whole[: len(prompt)] == prompt
-    text = AnswerText(tokenizer, marks, prompt)
-    pieces = [text.add(token) for token in whole[len(prompt) :] if not text.ended]
+    prompt, whole = template.prompt(row), template.render(row)
+    start = len(prompt.text)
+    assert whole.text.startswith(prompt.text)
+    typed = tuple((begin - start, end - start) for begin, end in whole.typed if begin >= start)
+    rest = Rendering(whole.text[start:], typed=typed, begin=False)
+    asked, written = (part.ids.tolist() for part in template.encoder.encode([prompt, rest]))
+    text = AnswerText(tokenizer, marks, asked)
+    pieces = [text.add(token) for token in written if not text.ended]
     answer = "".join([*pieces, text.rest()])
     form = call_form(template, tokenizer, marks)
     assert text.ended and form.read(answer, {"weather", "time"}) == ("", calls)
