@@ -87,6 +87,7 @@ WORK = {
     "08_clean_up": Work(loads=1, adapters=True, trains=True, always="tiny"),
     "09_fast_step": Work(loads=1, adapters=True, steps=9),
     "10_your_own_task": Work(loads=1, adapters=True, trains=True, answering=4, prepares=True),
+    "11_leaving": Work(loads=1, adapters=True, asked=20, merges=True),
 }
 """By notebook; `tests/test_bands.py` compares with what the cells call."""
 
@@ -162,7 +163,7 @@ class OnGpu:
 
     @property
     def merged(self) -> bool:
-        """Whether a merged model is written; notebook 06 skips Falcon-40B's, which takes 78 GiB."""
+        """Whether a merged model is written; notebooks 06 and 11 skip Falcon-40B's, which takes 78 GiB."""
         return self.work.merges and self.config.profile != "falcon-40b"
 
     def seconds_on_a_core(self) -> float:

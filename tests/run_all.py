@@ -22,7 +22,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WORKERS = max(2, min(8, CORES))
 STAGES = ("style", "unit", "notebooks", "browser")
 # Each needs what the one before it leaves in the run; every other notebook makes what it needs and can run beside them.
-IN_ORDER = ("04_train", "05_monitor", "06_evaluate")
+IN_ORDER = ("04_train", "05_monitor", "06_evaluate", "11_leaving")
 PYTEST = [sys.executable, "-m", "pytest"]
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Kept between calls, so that what is compiled once need not be compiled again.

@@ -52,11 +52,11 @@ def test_a_table_is_short_and_every_cell_is_known(name):
 def test_the_work_is_what_the_notebook_s_cells_do(name):
     code, work = code_of(name), bands.WORK[name]
     run = "throwaway" if work.always else "run"
-    loads = rf"ql\.load\({run}\)|load_model\(ql\.profile_config\(PROFILE\)"
+    loads = rf"ql\.load\({run}\)|ql\.serve\({run}\)|load_model\(ql\.profile_config\(PROFILE\)"
     assert bool(re.search(loads, code)) == (work.loads > 0)
     assert bool(re.search(rf"ql\.train\({run}\b", code)) == work.trains
     assert ("ql.evaluate(run" in code) == (work.answering > 0)
-    assert ("ql.export_run(run" in code) == work.merges
+    assert bool(re.search(r"ql\.export_(run|to)\(run", code)) == work.merges
     assert ("ql.prepare_data(run" in code) == work.prepares
     looked_at = len(re.findall(r"\bstep_cost\(", code)) + 2 * (
         "costs[again] = step_cost" in code

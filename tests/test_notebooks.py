@@ -19,9 +19,9 @@ import qlora_helpers
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_eleven_in_order_and_a_primer_and_a_start_page():
+def test_there_are_twelve_in_order_and_a_primer_and_a_start_page():
     names = [path.stem.partition("_")[0] for path in NOTEBOOKS]
-    assert names == [*(f"{number:02d}" for number in range(11)), "primer", "start"]
+    assert names == [*(f"{number:02d}" for number in range(12)), "primer", "start"]
 
 
 def test_make_lab_opens_the_start_page_which_leads_to_every_other_notebook():

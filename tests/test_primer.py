@@ -1,4 +1,4 @@
-"""The primer and notebook 10 have short texts. In all notebooks a prediction is answered only after the reader has committed one.
+"""The primer, 10 and 11 have short texts. In all notebooks a prediction is answered only after the reader has committed one.
 The primer has no profile."""
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ FEWER = {
     "06_evaluate": 5,
     "07_scale_out": 4,
     "08_clean_up": 6,
+    "11_leaving": 4,
 }
 
 
-@pytest.fixture(name="cells", params=["primer", "10_your_own_task"])
+@pytest.fixture(name="cells", params=["primer", "10_your_own_task", "11_leaving"])
 def _cells(request):
     return nbformat.read(NOTEBOOKS / f"{request.param}.ipynb", as_version=4).cells
 

@@ -10,14 +10,15 @@ import asyncio
 import hashlib
 import hmac
 import json
-import secrets
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from qlora_helpers.serving.asked import Asked, Refusal, read_request
-from qlora_helpers.serving.models import Answered, ServedModels, ServedRun
+from qlora_helpers.serving.answer_form import AnswerForm
+from qlora_helpers.serving.answered import Answered
+from qlora_helpers.serving.asked import read_request
+from qlora_helpers.serving.models import ServedModels
 from qlora_helpers.serving.queue import AnswerQueue
+from qlora_helpers.serving.refusal import Refusal
 
 MOST_BODY_BYTES = 1024**2
 BYTES_A_TOKEN = 16  # of a body, at most, however many tokens a model may read
@@ -34,67 +35,85 @@ def application(models: ServedModels, token: str, answers: AnswerQueue) -> Any:
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    tokens = max(models.named(name).most_tokens for name in models.names)
-    most_bytes = max(MOST_BODY_BYTES, BYTES_A_TOKEN * tokens)
+    front = _Front(models, answers)
+    routes = [
+        Route("/v1/models", front.listed, methods=["GET"]),
+        Route("/v1/models/{name}", front.described, methods=["GET"]),
+        Route("/v1/chat/completions", front.chat, methods=["POST"]),
+        Route("/v1/completions", front.completion, methods=["POST"]),
+    ]
+    app = Starlette(routes=routes, exception_handlers={Refusal: _refused, HTTPException: _not_found})
+    app.router.redirect_slashes = False
+    return behind_token(app, token)
 
-    async def listed(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [models.named(name).described(name) for name in models.names]})
 
-    async def described(request: Request) -> Response:
+class _Front:
+    """What is answered at each address, once the token was found right."""
+
+    def __init__(self, models: ServedModels, answers: AnswerQueue) -> None:
+        self._models, self._answers = models, answers
+        tokens = max(models.named(name).most_tokens for name in models.names)
+        self._most_bytes = max(MOST_BODY_BYTES, BYTES_A_TOKEN * tokens)
+
+    async def listed(self, request: Any) -> Any:
+        """Answers `GET /v1/models`."""
+        names = self._models.names
+        return _json({"object": "list", "data": [self._models.named(name).described(name) for name in names]})
+
+    async def described(self, request: Any) -> Any:
+        """Answers `GET /v1/models/NAME`."""
         name = request.path_params["name"]
-        return JSONResponse(models.named(name).described(name))
+        return _json(self._models.named(name).described(name))
 
-    async def chat(request: Request) -> Response:
-        return await answered(request, chat=True)
+    async def chat(self, request: Any) -> Any:
+        """Answers `POST /v1/chat/completions`."""
+        return await self._answered(request, chat=True)
 
-    async def completion(request: Request) -> Response:
-        return await answered(request, chat=False)
+    async def completion(self, request: Any) -> Any:
+        """Answers `POST /v1/completions`."""
+        return await self._answered(request, chat=False)
 
-    async def answered(request: Request, *, chat: bool) -> Response:
-        asked = read_request(await _body(request, most_bytes), chat=chat)
-        served = models.named(asked.model)
-        answers.refuse_full()
+    async def _answered(self, request: Any, *, chat: bool) -> Any:
+        asked = read_request(await _body(request, self._most_bytes), chat=chat)
+        served = self._models.named(asked.model)
+        self._answers.refuse_full()
         # The template's own work may take long: it must not hold up other requests.
         prompt = await asyncio.to_thread(served.prompt, asked)
         settings = served.settings(asked, prompt)
-        pieces = answers.pieces(lambda: served.answer(asked, prompt, settings), request.is_disconnected)
-        form = _Form(asked, served)
-        if asked.stream:
-            return _stream(form, pieces)
-        texts: list[str] = []
-        end = None
-        async for piece in pieces:
-            if isinstance(piece, Answered):
-                end = piece
-            else:
-                texts.append(piece)
-        if end is None:  # the client has gone, or the server is being stopped
-            raise Refusal("The answer was broken off.", status=503)
-        return JSONResponse(form.whole("".join(texts), end))
+        pieces = self._answers.pieces(lambda: served.answer(asked, prompt, settings), request.is_disconnected)
+        form = AnswerForm(asked, served.fingerprint)
+        return _stream(form, pieces) if asked.stream else _json(await _whole(form, pieces))
 
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        headers = {"Retry-After": "1"} if error.status == 429 else None
-        return JSONResponse(error.to_dict(), error.status, headers)
 
-    async def not_found(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        refusal = Refusal(f"There is no {request.method} of this address here.", status=error.status_code)
-        return JSONResponse(refusal.to_dict(), error.status_code)
+async def _whole(form: AnswerForm, pieces: AsyncIterator[Any]) -> dict[str, Any]:
+    texts: list[str] = []
+    end = None
+    async for piece in pieces:
+        if isinstance(piece, Answered):
+            end = piece
+        else:
+            texts.append(piece)
+    if end is None:  # the client has gone, or the server is being stopped
+        raise Refusal("The answer was broken off.", status=503)
+    return form.whole("".join(texts), end)
 
-    routes = [
-        Route("/v1/models", listed, methods=["GET"]),
-        Route("/v1/models/{name}", described, methods=["GET"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completion, methods=["POST"]),
-    ]
-    app = Starlette(routes=routes, exception_handlers={Refusal: refused, HTTPException: not_found})
-    app.router.redirect_slashes = False
-    return behind_token(app, token)
+
+async def _refused(request: Any, error: Exception) -> Any:
+    assert isinstance(error, Refusal)
+    return _json(error.to_dict(), error.status, {"Retry-After": "1"} if error.status == 429 else None)
+
+
+async def _not_found(request: Any, error: Any) -> Any:
+    refusal = Refusal(f"There is no {request.method} of this address here.", status=error.status_code)
+    return _json(refusal.to_dict(), error.status_code)
+
+
+def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Any:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(value, status, headers)
 
 
 def behind_token(app: Any, token: str) -> Any:
@@ -147,7 +166,7 @@ async def _body(request: Any, most: int) -> bytes:
     return bytes(body)
 
 
-def _stream(form: _Form, pieces: AsyncIterator[Any]) -> Any:
+def _stream(form: AnswerForm, pieces: AsyncIterator[Any]) -> Any:
     from starlette.responses import StreamingResponse
 
     async def events() -> AsyncIterator[bytes]:
@@ -155,6 +174,8 @@ def _stream(form: _Form, pieces: AsyncIterator[Any]) -> Any:
         try:
             async for piece in pieces:
                 if isinstance(piece, Answered):
+                    if piece.calls:
+                        yield _event(form.calls(piece))
                     yield _event(form.closing(piece))
                     if form.asked.include_usage:
                         yield _event(form.usage(piece))
@@ -171,47 +192,3 @@ def _stream(form: _Form, pieces: AsyncIterator[Any]) -> Any:
 
 def _event(value: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(value)}\n\n".encode()
-
-
-class _Form:
-    """An answer in OpenAI's form, whole or in pieces."""
-
-    def __init__(self, asked: Asked, served: ServedRun) -> None:
-        self.asked, self._chat = asked, asked.prompt is None
-        kind = "chat.completion" if self._chat else "text_completion"
-        self._same = {
-            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": asked.model,
-            "system_fingerprint": served.fingerprint,
-        }
-        self._whole = {**self._same, "object": kind}
-        self._part = {**self._same, "object": f"{kind}.chunk" if self._chat else kind}
-
-    def whole(self, text: str, end: Answered) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": end.finished}
-        return {**self._whole, "choices": [choice], "usage": _counts(end)}
-
-    def opening(self) -> dict[str, Any]:
-        return self._piece({"delta": {"role": "assistant", "content": ""}} if self._chat else {"text": ""})
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._piece({"delta": {"content": text}} if self._chat else {"text": text})
-
-    def closing(self, end: Answered) -> dict[str, Any]:
-        return self._piece({"delta": {}} if self._chat else {"text": ""}, end.finished)
-
-    def usage(self, end: Answered) -> dict[str, Any]:
-        return {**self._part, "choices": [], "usage": _counts(end)}
-
-    def _piece(self, content: dict[str, Any], finished: str | None = None) -> dict[str, Any]:
-        return {**self._part, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finished}]}
-
-
-def _counts(end: Answered) -> dict[str, int]:
-    return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.tokens,
-        "total_tokens": end.prompt_tokens + end.tokens,
-    }

@@ -13,30 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.data.examples import Message
+from qlora_helpers.serving.asked_tools import read_calls, read_tools
+from qlora_helpers.serving.refusal import Refusal
 
 MOST_MESSAGES = 1000
 MOST_STOPS, LONGEST_STOP = 4, 200
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-class Refusal(Exception):
-    """A request that is not carried out, as the client is told of it.
-
-    Args:
-        message: what is wrong, a sentence.
-        status: of HTTP.
-        param: the field that is wrong, if it is one.
-        code: OpenAI's name of the kind of error, which clients branch on.
-    """
-
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the body of the answer, in OpenAI's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 @dataclass(frozen=True)
@@ -55,6 +38,7 @@ class Asked:
         stop: texts before which the answer ends.
         stream: whether the answer is sent in pieces.
         include_usage: whether a last piece counts the tokens.
+        tools: descriptions of the functions that the model may call.
     """
 
     model: str
@@ -68,6 +52,7 @@ class Asked:
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_request(body: bytes, *, chat: bool) -> Asked:
@@ -87,7 +72,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
             raise Refusal(f"This server does not know the field {name[:60]!r}.", param=name[:60], code="unknown_field")
     given = {name: value for name, value in values.items() if value is not None}
     for name, asks_nothing in _NEUTRAL.items():
-        if name in given and not asks_nothing(given[name]):
+        if name in given and not (chat and name in _OF_TOOLS) and not asks_nothing(given[name]):
             raise Refusal(f"This server does not carry out {name!r}.", param=name, code="unsupported_value")
     if not isinstance(given.get("model"), str):
         raise Refusal("'model' has to be the name of a model.", param="model")
@@ -95,7 +80,8 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     if "stream_options" in settings:
         settings["include_usage"] = settings.pop("stream_options")
     if chat:
-        return Asked(given["model"], messages=_messages(given.get("messages")), **settings)
+        tools = read_tools(given)
+        return Asked(given["model"], messages=_messages(given.get("messages")), tools=tools, **settings)
     return Asked(given["model"], prompt=_prompt(given.get("prompt")), **settings)
 
 
@@ -117,21 +103,25 @@ def _messages(values: Any) -> tuple[Message, ...]:
     if not isinstance(values, list) or not 1 <= len(values) <= MOST_MESSAGES:
         raise Refusal(f"'messages' has to be a list of 1 to {MOST_MESSAGES} messages.", param="messages")
     found = tuple(_message(value, f"messages[{number}]") for number, value in enumerate(values))
-    if found[-1].role != "user":
-        raise Refusal("The last message has to be the user's.", param="messages")
+    if found[-1].role not in ("user", "tool") or all(message.role != "user" for message in found):
+        raise Refusal("The last message has to be the user's, or a tool's result behind one.", param="messages")
     return found
 
 
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise Refusal(f"{place} has to be an object.", param=place)
-    for name, part in value.items():
-        if name not in ("role", "content") and part not in (None, [], {}, ""):
-            raise Refusal(f"{place} has a field that this server does not take: {name[:60]!r}.", param=place)
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise Refusal(f"The role of {place} has to be one of {', '.join(ROLES)}.", param=f"{place}.role")
-    return Message(ROLES[role], _content(value.get("content"), f"{place}.content"))
+    own = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}.get(role, ())
+    for name, part in value.items():
+        if name not in ("role", "content", *own) and part not in (None, [], {}, ""):
+            raise Refusal(f"{place} has a field that this server does not take: {name[:60]!r}.", param=place)
+    calls = read_calls(value.get("tool_calls"), f"{place}.tool_calls") if role == "assistant" else ()
+    content = "" if calls and value.get("content") is None else _content(value.get("content"), f"{place}.content")
+    call_id, name = (_text(value.get(each) or "", f"{place}.{each}") for each in ("tool_call_id", "name"))
+    return Message(ROLES[role], content, tool_calls=calls, tool_call_id=call_id, name=name)
 
 
 def _content(value: Any, place: str) -> str:

@@ -22,9 +22,9 @@ from qlora_helpers.base.text import Say, brief
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
-from qlora_helpers.serving.models import runs_to_serve
 from qlora_helpers.serving.records import Serving, all_serving, is_alive, token_path
 from qlora_helpers.serving.server import FAILED, LOADING, READY
+from qlora_helpers.serving.together import runs_to_serve
 
 NEEDED = ("starlette", "uvicorn")
 INSTALL = "Install them: pip install 'qlora_helpers[serve]', or pip install starlette uvicorn."

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from qlora_helpers.base.errors import UserError
-from qlora_helpers.serving.asked import Refusal
+from qlora_helpers.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
 MOST_WAITING = 16

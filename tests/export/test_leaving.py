@@ -136,7 +136,7 @@ def test_a_k_quant_without_llama_cpp_is_refused_with_the_command(copy, monkeypat
 
 def test_a_family_that_llama_cpp_does_not_compute_is_refused_before_anything_is_merged(copy, monkeypatch):
     monkeypatch.setattr("qlora_helpers.export.gguf_families.FAMILIES", {})
-    monkeypatch.setattr(leaving, "write_merged", None)
+    monkeypatch.setattr("qlora_helpers.export.export_job.write_merged", None)
     with pytest.raises(ModelError, match=r"family llama are not written as GGUF here.*--to merged or --to vllm"):
         export_to(copy, "ollama", say=quiet)
     assert not list(copy.folder.glob("export*"))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_helpers.data.examples import Message
-from qlora_helpers.serving.asked import Asked, Refusal, read_request
+from qlora_helpers.serving.asked import Asked, read_request
+from qlora_helpers.serving.refusal import Refusal
 
 USER = {"role": "user", "content": "hi"}
 
@@ -51,6 +52,29 @@ def test_what_clients_send_is_read():
     assert read(False, prompt=["one"], echo=False, suffix=None, logprobs=None, best_of=1).prompt == "one"
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "of a place", "parameters": {"type": "object"}},
+}
+
+
+def test_tools_their_calls_and_results_are_read():
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Oslo"}'}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "12 degrees"}
+    asked = read(tools=[TOOL], messages=[USER, called, result], tool_choice="auto", parallel_tool_calls=True)
+    assert asked.tools == (TOOL,)
+    assert asked.messages[1:] == (
+        Message("assistant", "", tool_calls=({"name": "weather", "arguments": {"place": "Oslo"}, "id": "c1"},)),
+        Message("tool", "12 degrees", tool_call_id="c1"),
+    )
+    assert read(tools=[TOOL], tool_choice="none").tools == ()
+    with pytest.raises(Refusal, match="leave 'parallel_tool_calls' out"):
+        read(tools=[TOOL], parallel_tool_calls=False)
+    with pytest.raises(Refusal, match="does not carry out 'tools'"):
+        read(chat=False, tools=[TOOL])
+
+
 def test_fields_that_ask_for_nothing_are_taken():
     more = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "logit_bias": {}}
     more |= {"response_format": {"type": "text"}, "tool_choice": "none", "modalities": ["text"], "store": False}
@@ -77,7 +101,8 @@ def test_what_would_open_a_file_or_an_address_is_refused(part):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("response_format", {"type": "json_schema", "json_schema": {"$ref": "http://x"}}),
         ("n", 2),
         ("n", True),
@@ -130,6 +155,22 @@ def test_what_is_not_carried_out_is_refused_by_its_name(field, value):
         ("messages", [{"role": ["user"], "content": "hi"}]),
         ("messages", [{"role": "user", "content": None}]),
         ("messages", [{"role": "user", "content": "\ud800"}]),
+        ("tools", "weather"),
+        ("tools", [{"type": "web_search"}]),
+        ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": "none"}}]),
+        ("tools", [TOOL, TOOL]),
+        ("tools", [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]),
+        (
+            "messages",
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]}, USER],
+        ),
+        ("messages", [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}, USER]),
+        (
+            "messages",
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}, USER],
+        ),
+        ("messages", [{"role": "tool", "tool_call_id": "c1", "content": "12"}]),
         ("messages", [{"role": "user", "content": "hi", "tool_calls": [{"id": "x"}]}]),
     ],
 )

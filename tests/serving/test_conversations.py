@@ -9,7 +9,7 @@ from qlora_helpers.data.examples import Example, Message
 from qlora_helpers.data.prompts import question
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.serving.asked import Asked
-from qlora_helpers.serving.models import ServedRun
+from qlora_helpers.serving.served_run import ServedRun
 
 
 @pytest.fixture

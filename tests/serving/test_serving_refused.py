@@ -18,10 +18,10 @@ from qlora_helpers.base.files import read_json, write_json
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.serving import process, records, server
-from qlora_helpers.serving.asked import Refusal
-from qlora_helpers.serving.models import runs_to_serve
 from qlora_helpers.serving.process import serve
 from qlora_helpers.serving.queue import AnswerQueue
+from qlora_helpers.serving.refusal import Refusal
+from qlora_helpers.serving.together import runs_to_serve
 
 pytestmark = pytest.mark.xdist_group("test_server")  # whose server and runs it shares
 

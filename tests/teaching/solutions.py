@@ -31,6 +31,7 @@ SOLUTIONS = {
     "stop_in_time": exercises.watching.stop,
     "may_you_claim_it": exercises.judging.verdict,
     "fool_the_score": exercises.judging.FOOL_THE_SCORE.solution_is,
+    "gguf_size": exercises.leaving.gguf_bytes,
     "cheapest_machine": exercises.cost.cheapest,
     "repair_a_file": file_with(repaired),
 }

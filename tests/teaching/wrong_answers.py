@@ -242,6 +242,12 @@ WRONG = {
         "low": "Anna can come.",
         "still-true": exercises.REFERENCE.replace("and the candles", "and candles"),
     },
+    "gguf_size": {
+        "no-scale": lambda weights, bits: weights * bits / 8,
+        "scale-each": lambda weights, bits: weights * (bits / 8 + 2),
+        "in-bits": lambda weights, bits: weights // 32 * (32 * bits + 16),
+        "bits-as-bytes": lambda weights, bits: weights // 32 * (32 * bits + 2),
+    },
     "cheapest_machine": {
         "price-an-hour": lambda machines, tokens, hours: min(machines, key=lambda each: each[1])[0],
         "fastest": lambda machines, tokens, hours: max(machines, key=lambda each: each[2])[0],

@@ -11,6 +11,7 @@ from qlora_helpers.teaching.exercises import (
     data,
     four_bits,
     judging,
+    leaving,
     own_task,
     primer,
     setup,
@@ -33,6 +34,7 @@ BY_NOTEBOOK: dict[str, tuple[Exercise, ...]] = {
     "04_train": (training.COUNT_STEPS, training.MAKE_IT_FIT),
     "05_monitor": (watching.CLIP_GRADIENTS, watching.STOP_IN_TIME),
     "06_evaluate": (judging.MAY_YOU_CLAIM_IT, judging.FOOL_THE_SCORE),
+    "11_leaving": (leaving.GGUF_SIZE,),
     "07_scale_out": (cost.CHEAPEST_MACHINE,),
 }
 """The exercises of each notebook, in the order of the course."""

@@ -1,0 +1,25 @@
+"""A request that is not carried out, as its client is told of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Refusal(Exception):
+    """A request that is not carried out, as the client is told of it.
+
+    Args:
+        message: what is wrong, a sentence.
+        status: of HTTP.
+        param: the field that is wrong, if it is one.
+        code: OpenAI's name of the kind of error, which clients branch on.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the body of the answer, in OpenAI's form."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
