@@ -154,9 +154,10 @@ def gguf(tmp_path_factory, torch):
     return tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
-def test_a_gguf_file_is_dequantised_once(torch, gguf):
+def test_a_gguf_file_is_dequantised_once(torch, gguf, monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))  # other tests use the same file
     path, original = gguf
     messages = []
     found = find_checkpoint(ModelConfig(name=str(path)), say=messages.append)

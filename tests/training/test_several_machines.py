@@ -217,7 +217,7 @@ def test_a_machine_that_falls_silent_is_noticed(monkeypatch):
         first.read(store)
         said = first.silent()
     assert said == "the machine algo-2 has given no sign of life for 60 s"
-    assert first.heard[2]["count"] == 2
+    assert first.received[2]["count"] == 2
     assert second.silent() == "the machine number 0 has given no sign of life for 60 s"
 
 
