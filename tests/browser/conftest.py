@@ -29,7 +29,7 @@ DOCUMENTED = ("answers", "form", "rows", "runs", "watch")
 """The pictures that docs/panels.md shows."""
 IN_SIGHT = 660
 """Pixels of a notebook's height that a laptop shows."""
-PATIENCE_S = 180
+PATIENCE_S = 120
 """How long a test waits for what must come; a shared machine may be slow."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ class AnswerPanel(Panel):
         self._keep_vote, self._swapped, self._hidden = vote, False, False
         self._typing = False  # whether the row is deselected because its text was changed
         self._begin = True  # whether the next question begins a new conversation
+        self._enabling = threading.RLock()  # the answering thread's last word is not replaced by what was true before
         self.controls = Controls([each.name for each in self.examples], self.models, values, can_vote=vote is not None)
         self.controls.question.value = self.examples[0].dialogue if self.examples else ""
         actions: dict[str, Callable[[], Any]] = {
@@ -203,9 +205,10 @@ class AnswerPanel(Panel):
         self.controls.message.value = error_html(message)
 
     def _enable(self) -> None:
-        thread_ends = self.busy and all(each.state not in ("waiting", "writing") for each in self.answers.values())
-        busy = self.busy and not thread_ends
-        self.controls.enable(busy=busy, asked=bool(self.asking.turns), votable=self._votable())
+        with self._enabling:
+            thread_ends = self.busy and all(each.state not in ("waiting", "writing") for each in self.answers.values())
+            busy = self.busy and not thread_ends
+            self.controls.enable(busy=busy, asked=bool(self.asking.turns), votable=self._votable())
 
     def _name(self, side: str) -> str:
         """Who answers on a side, as far as a person may know it now."""

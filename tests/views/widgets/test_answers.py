@@ -297,6 +297,28 @@ def test_a_vote_is_kept_once_and_is_refused_for_what_can_t_be_compared():
     assert find(answer_panel(echo).box, "qlora-vote-left") is None, "where nobody keeps votes there are none"
 
 
+def test_an_answer_that_comes_at_once_leaves_its_buttons_enabled(monkeypatch):
+    """It ends while the click that asked for it still sets the buttons for the time in which it is written."""
+    settled = threading.Event()
+
+    def answer(asked, **settings):
+        settled.wait(20)
+        yield from echo(asked, **settings)
+
+    panel = answer_panel(answer, EXAMPLES, vote=lambda vote: "kept")
+    enable = panel.controls.enable
+
+    def slowly(**states):
+        if threading.current_thread() is threading.main_thread():
+            settled.set()
+            panel.asking.wait(0.5)  # it ends within this time, unless it has to wait for this call
+        enable(**states)
+
+    monkeypatch.setattr(panel.controls, "enable", slowly)
+    asked(panel)
+    assert not find(panel.box, "qlora-vote-tie").disabled and not find(panel.box, "qlora-ask").disabled
+
+
 def test_names_are_hidden_until_a_blind_vote(monkeypatch):
     from qlora_helpers.views.widgets import answers
 
