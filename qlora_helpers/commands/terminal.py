@@ -46,6 +46,7 @@ RESULTS = (
     *("scores", "gain", "scoring", "comparisons", "worth", "skipped", "remarks"),
 )
 """What a result may hold: of a training, and of an evaluation, whose rows are in the run's evaluation.json."""
+SHARE_TO_JUDGE_BY = 0.05  # what is left is said once so much of a phase is done
 QUICK_S, EVERY_S = 2.0, 30.0  # a phase that took less has no line in a file; a longer one has one now and then
 log = logging.getLogger("qlora_helpers.libraries")
 
@@ -114,8 +115,8 @@ class _Lines:
             self.show.say(f"{self.desc}: {self._amount()}{self._left(now)}")
 
     def _left(self, now: float) -> str:
-        if not self.total or self.done <= self._first:
-            return ""
+        if not self.total or self.done - self._first < SHARE_TO_JUDGE_BY * (self.total - self._first):
+            return ""  # the first of many takes longest
         left = (now - self._began) / (self.done - self._first) * (self.total - self.done)
         return f", about {duration(left)} left"
 

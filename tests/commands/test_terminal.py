@@ -207,6 +207,21 @@ def test_a_long_phase_says_in_a_file_how_far_it_is(capsys, monkeypatch):
     ]
 
 
+def test_the_first_of_many_says_nothing_of_what_is_left(capsys, monkeypatch):
+    """It takes longest: a model was warmed up in it."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.LineShow().bar("answering", total=120, unit=" answers") as bar:
+        for seconds in (31.0, *[1.0] * 35):
+            now[0] += seconds
+            bar.update(1)
+    assert capsys.readouterr().out.splitlines() == [
+        "answering: 1 of 120 answers",
+        "answering: 31 of 120 answers, about 2 min 55 s left",
+        "answering: 36 of 120 answers in 1 min 06 s",
+    ]
+
+
 def test_of_several_processes_the_first_alone_prints(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert type(terminal.chosen()) is terminal.QuietShow and type(terminal.chosen(as_json=True)) is terminal.QuietShow
