@@ -143,7 +143,9 @@ def test_the_command_line_passes_the_option_on(monkeypatch, tmp_path):
 
     calls = []
     monkeypatch.setattr(
-        workflow, "train", lambda run, *, shut_down_app, in_this_process, say: calls.append({"shut_down_app": shut_down_app})
+        workflow,
+        "train",
+        lambda run, *, shut_down_app, in_this_process, say: calls.append({"shut_down_app": shut_down_app}),
     )
     main(["train", str(tmp_path / "runs" / "mine"), "--profile", "tiny", "--shut-down-app"])
     main(["train", str(tmp_path / "runs" / "mine")])
