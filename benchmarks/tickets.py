@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: a folder, a .gguf file or its hub id")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--together", action="store_true", help="all seeds at once, each in a process of its own")
+    options.add_argument("--beside-others", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--set", dest="settings", nargs="+", default=[], metavar="SECTION.NAME=VALUE")
     return options.parse_args()
 
@@ -155,7 +157,17 @@ def together(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         started = []
         for seed in options.seeds:
             out = Path(folder) / f"{seed}.json"
-            command = [sys.executable, __file__, str(out), "--model", options.model, "--seeds", str(seed), "--set"]
+            command = [
+                sys.executable,
+                __file__,
+                str(out),
+                "--model",
+                options.model,
+                "--seeds",
+                str(seed),
+                "--beside-others",
+                "--set",
+            ]
             settings = [*options.settings, "train.cuda_graph=false"]  # several processes on one GPU capture nothing
             started.append((out, subprocess.Popen(command + settings, stdout=sys.stderr)))
         for out, process in started:
@@ -170,6 +182,8 @@ def main() -> None:
     from qlora_helpers.machine.environment import versions
 
     options = parsed()
+    if options.beside_others:  # a run locks its GPU, so that no other run trains there by mistake
+        unittest.mock.patch("qlora_helpers.runs.locks.visible_gpus", return_value=()).start()
     results: dict[str, Any] = {"versions": versions(), "targets": TARGETS, "cases": []}
 
     def in_turn() -> Iterator[dict[str, Any]]:
