@@ -96,6 +96,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "dora": {"train": {"compile": "off"}, "adapter": {"use_dora": True}},
     "fp8": {"train": {"compile": "on", "matmul_dtype": "fp8"}},
     "fp8_host": {"train": {"compile": "on", "matmul_dtype": "fp8", "offload_embeddings": True}},
+    "fast_experts": {
+        "train": {"compile": "on"},
+        "adapter": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "experts")},
+    },
     "fast_inputs": {"train": {"compile": "on", "offload_embeddings": True, "offload_checkpoints": True}},
     "fp8_inputs": {
         "train": {"compile": "on", "matmul_dtype": "fp8", "offload_embeddings": True, "offload_checkpoints": True}
@@ -113,9 +117,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What differs from our defaults without dropout: the 2023 recipe, packing alone, the fast step neither compiled nor recorded,
 compiled alone, recorded alone, both, both with recomputed layers that make every product again, both with the input embedding in
-the host's memory, with the inputs of checkpointed layers there too, with a loss on all tokens, with dropout, with DoRA, in FP8
-(also with embedding and inputs in the host's memory, and with a loss on all tokens), and as planned. All but those in FP8 and as
-planned multiply in bfloat16."""
+the host's memory, with adapters on a mixture's experts, with the inputs of checkpointed layers in the host's memory too, with a
+loss on all tokens, with dropout, with DoRA, in FP8 (also with embedding and inputs in the host's memory, and with a loss on all
+tokens), and as planned. All but those in FP8 and as planned multiply in bfloat16."""
 
 
 class Clock(TrainerCallback):

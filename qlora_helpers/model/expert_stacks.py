@@ -7,14 +7,15 @@ family's own forward pass runs unchanged, by whichever of transformers' implemen
 
 A stack exists in full for one forward pass of its module. What autograd would keep of it for the backward pass is replaced by a
 note of where it comes from, and the values are dequantised again when they are needed. Under activation checkpointing the whole
-layer is computed again anyway, so nothing is replaced there. Knows nothing of checkpoints, adapters or devices.
+layer is computed again anyway, so nothing is replaced there. While `changed` is open, the forward pass reads a stack plus low-rank
+products, which exist no longer than the stack does; such a stack may also be in 16 bits. Knows nothing of checkpoints or devices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,19 @@ from qlora_helpers.model.nf4 import unpack_rightly_on_cpu
 SMALLEST_SIDE = 32  # a parameter of three dimensions with a shorter side is no stack of weight matrices
 LARGEST_CALL = 1 << 30  # values that one call of a bitsandbytes kernel handles; its kernels count in 32 bits
 BLOCK = 64  # values that share a constant
-_OPENED = "_opened_stacks"
+_OPENED, _CHANGES = "_opened_stacks", "_changes_of_stacks"
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is added to a stack: `scale * left @ right`, with `left` `(experts, rows, r)` and `right` `(experts, r, columns)`."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def detached(self) -> Product:
+        return Product(self.left.detach(), self.right.detach(), self.scale)
 
 
 def stack_names(module: torch.nn.Module) -> list[str]:
@@ -60,6 +73,17 @@ def prepare_stacks(module: torch.nn.Module, names: list[str], *, double_quantiza
             quant_type="nf4",
             compress_statistics=double_quantization,
         )
+    open_stacks(module, names, dtype)
+
+
+def open_stacks(module: torch.nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    """Gives a module the class whose forward pass reads its stacks through `PackedStacks`, whether or not they are packed.
+
+    Args:
+        module: holds the parameters itself.
+        names: of the parameters.
+        dtype: of the values that the forward pass reads.
+    """
     if not isinstance(module, PackedStacks):
         module.source_cls = type(module)  # bitsandbytes' loading asks for it
         module.__class__ = _packed_class(type(module), tuple(names))
@@ -146,7 +170,7 @@ class PackedStacks:
         """Runs the module's own forward pass, with each stack in full from where it is first read to the end."""
         if _OPENED in self.__dict__:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        opened: dict[str, torch.Tensor] = {}
+        opened: dict[str, _Opened] = {}
         self.__dict__[_OPENED] = opened
         try:
             with _kept_packed(self, opened):
@@ -176,45 +200,119 @@ _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 
 def _reader(name: str) -> Any:
     def read(module: Any) -> Any:
-        parameter = module._parameters[name]
-        if getattr(parameter, "quant_state", None) is None:
-            return parameter  # its values have not arrived yet
-        opened = module.__dict__.get(_OPENED)
+        parameter, opened = module._parameters[name], module.__dict__.get(_OPENED)
+        make = module.__dict__.get(_CHANGES, {}).get(name) if opened is not None else None
+        if make is None and getattr(parameter, "quant_state", None) is None:
+            return parameter  # in 16 bits, or its values have not arrived yet
         if opened is None:
-            return unpacked(parameter, module.stack_dtype)
+            return stand_in(module, name) if _BY_SHAPE else unpacked(parameter, module.stack_dtype)
         if name not in opened:
-            opened[name] = unpacked(parameter, module.stack_dtype)
-        return opened[name]
+            products = make() if make is not None else ()
+            whole = _with_products(parameter, module.stack_dtype, products)
+            opened[name] = _Opened(whole, tuple(each.detached() for each in products))
+        return opened[name].values
 
     return read
 
 
+def stand_in(module: PackedStacks, name: str) -> torch.Tensor:
+    """Returns a tensor with the shape, type and device of a stack's values, without the memory of any."""
+    parameter: Any = module._parameters[name]  # type: ignore[attr-defined]
+    state = getattr(parameter, "quant_state", None)
+    shape, dtype = (parameter.shape, parameter.dtype) if state is None else (state.shape, module.stack_dtype)
+    return torch.empty((), dtype=dtype, device=parameter.device).expand(shape)
+
+
+_BY_SHAPE: list[bool] = []
+
+
+@contextlib.contextmanager
+def shown_by_shape() -> Iterator[None]:
+    """While open, packed stacks that are read outside of a forward pass have no values (`stand_in`)."""
+    _BY_SHAPE.append(True)
+    try:
+        yield
+    finally:
+        _BY_SHAPE.pop()
+
+
+@contextlib.contextmanager
+def changed(module: PackedStacks, name: str, make: Callable[[], tuple[Product, ...]]) -> Iterator[None]:
+    """While open, a forward pass of the module reads a stack with products added to it.
+
+    Args:
+        module: holds the stack.
+        name: of the stack.
+        make: returns the products; called where a forward pass first reads the stack.
+    """
+    changes = module.__dict__.setdefault(_CHANGES, {})
+    before = changes.get(name)
+    changes[name] = make
+    try:
+        yield
+    finally:
+        changes.pop(name)
+        if before is not None:
+            changes[name] = before
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A stack in full, with the products that were added to it."""
+
+    values: torch.Tensor
+    products: tuple[Product, ...]
+
+
+def _with_products(
+    parameter: Any, dtype: torch.dtype, products: tuple[Product, ...], first: int = 0, last: int | None = None
+) -> torch.Tensor:
+    """Returns experts `first` to `last` of a stack, packed or not, with products added; autograd follows these."""
+    is_packed = getattr(parameter, "quant_state", None) is not None
+    values = unpacked(parameter, dtype, first, last) if is_packed else parameter[first:last]
+    own = is_packed  # whether the memory is nobody else's, so that a product may be added in place
+    with torch.autocast(values.device.type, enabled=False):  # which would round the stack to its own type
+        for each in products:
+            left, right = each.left[first:last], each.right[first:last]
+            if own:
+                values.baddbmm_(left, right, alpha=each.scale)
+            else:
+                values, own = torch.baddbmm(values, left, right, alpha=each.scale), True
+    return values
+
+
 @dataclass(frozen=True)
 class _Note:
-    """Stands for a tensor that autograd keeps and that is a part of a stack: how to make it again from the packed bytes."""
+    """Stands for a tensor that autograd keeps and that is a part of a stack: how to make it again from what is held."""
 
     parameter: Any
+    products: tuple[Product, ...]
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def values(self) -> torch.Tensor:
-        state = self.parameter.quant_state
-        each = state.shape[1] * state.shape[2]
+        each = self.shape[1] * self.shape[2]
         ends = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
         first, last = self.offset // each, (self.offset + ends) // each + 1
-        held = unpacked(self.parameter, self.dtype, first, last)
-        return held.as_strided(self.size, self.stride, self.offset - first * each + held.storage_offset())
+        with torch.no_grad():
+            held = _with_products(self.parameter, self.dtype, self.products, first, last)
+            return held.as_strided(self.size, self.stride, self.offset - first * each + held.storage_offset())
+
+    @property
+    def shape(self) -> torch.Size:
+        state = getattr(self.parameter, "quant_state", None)
+        return self.parameter.shape if state is None else state.shape
 
 
 @contextlib.contextmanager
-def _kept_packed(module: Any, opened: dict[str, torch.Tensor]) -> Iterator[None]:
+def _kept_packed(module: Any, opened: dict[str, _Opened]) -> Iterator[None]:
     """While open, autograd keeps notes in place of stacks and of parts of them.
 
     Args:
         module: holds the packed parameters.
-        opened: the stacks in full by name; none of their memory may be used for anything else while this is open.
+        opened: the stacks in full by name, with what was added; none of their memory may be used otherwise while this is open.
     """
     if not torch.is_grad_enabled() or _others_keep():
         yield
@@ -222,10 +320,11 @@ def _kept_packed(module: Any, opened: dict[str, torch.Tensor]) -> Iterator[None]
 
     def keep(tensor: torch.Tensor) -> Any:
         place = tensor.untyped_storage().data_ptr()
-        for name, whole in opened.items():
-            if place == whole.untyped_storage().data_ptr():
-                stride, offset = tensor.stride(), tensor.storage_offset() - whole.storage_offset()
-                return _Note(module._parameters[name], tensor.dtype, tuple(tensor.shape), stride, offset)
+        for name, one in opened.items():
+            if place == one.values.untyped_storage().data_ptr():
+                stride, offset = tensor.stride(), tensor.storage_offset() - one.values.storage_offset()
+                held = module._parameters[name], one.products
+                return _Note(*held, tensor.dtype, tuple(tensor.shape), stride, offset)
         return tensor.detach()
 
     def give_back(kept: Any) -> torch.Tensor:

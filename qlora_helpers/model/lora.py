@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say
-from qlora_helpers.model.adapter_files import check_adapter
+from qlora_helpers.model.adapter_files import check_adapter, read_adapter_settings
 from qlora_helpers.model.blueprint import meta_model
 from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu, unpack_rightly_on_cpu, unpacked_numel
 
@@ -64,7 +65,7 @@ class ParameterCount(Tabular):
 
 
 def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Returns names of the layers that get an adapter, as peft matches them (`targets.target_paths`, `targets.shortened`).
+    """Returns names of the linear layers that get an adapter, as peft matches them (`targets.target_paths`, `targets.shortened`).
 
     Raises:
         ModelError: a name that the user gave is not a linear layer of the model, or the model has none.
@@ -86,10 +87,10 @@ class AdapterSize:
     """The adapters on all layers of one name and size.
 
     Attributes:
-        name: last part of the layers' names.
-        in_features, out_features: of one layer.
-        layers: how many layers there are.
-        parameters: of all their adapters: `r * (in + out)` per layer, and with DoRA `out` magnitudes more.
+        name: last part of the layers' names; of stacks of experts, the last two.
+        in_features, out_features: of one layer, or of one expert.
+        layers: how many layers, or stacks, there are.
+        parameters: of all their adapters: `r * (in + out)` per layer or expert, and with DoRA `out` magnitudes more.
     """
 
     name: str
@@ -111,9 +112,22 @@ def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[Adapte
     for path in targets.target_paths(model, config):
         key = (path.rsplit(".", 1)[-1], *targets.sizes(model.get_submodule(path)))
         found[key] = found.get(key, 0) + 1
-    return tuple(
+    sizes = [
         AdapterSize(name, inputs, outputs, layers, layers * (config.r * (inputs + outputs) + config.use_dora * outputs))
         for (name, inputs, outputs), layers in found.items()
+    ]
+    shapes, stacks = targets.stacks(model), Counter[tuple[str, int, int, int]]()
+    for path in targets.stack_paths(model, config):
+        experts, rows, columns = shapes[path]
+        turned = getattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed", False)
+        name = ".".join(path.split(".")[-2:])
+        stacks[(name, experts, rows, columns) if turned else (name, experts, columns, rows)] += 1
+    return (
+        *sizes,
+        *(
+            AdapterSize(name, inputs, outputs, layers, layers * experts * config.r * (inputs + outputs))
+            for (name, experts, inputs, outputs), layers in stacks.items()
+        ),
     )
 
 
@@ -134,9 +148,10 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from qlora_helpers.model import targets
+    from qlora_helpers.model.expert_adapters import open_all, stacks_adapted
     from qlora_helpers.model.peft_names import take_names_literally
     from qlora_helpers.model.sharding import is_sharded
-    from qlora_helpers.model.targets import refuse_what_adapters_break
 
     if hasattr(model, "peft_config"):
         raise ModelError(
@@ -150,7 +165,8 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
     model.requires_grad_(False)
     unpack_rightly_on_cpu()  # as `load_model` does: the model may have been loaded otherwise
     keep_gradients_exact_on_cpu(model)
-    names = _reached_targets(model, config, say)
+    linears, stacks = _reached_targets(model, config, say)
+    names = targets.shortened(model, linears, config.target_modules)
     torch.manual_seed(seed)
     take_names_literally(model)
     settings = LoraConfig(
@@ -163,9 +179,11 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
         use_dora=config.use_dora,
         bias="none",
         task_type="CAUSAL_LM",
+        target_parameters=targets.shortened_stacks(model, stacks) or None,
     )
+    open_all(model, stacks)
     try:
-        with _without_deprecation_noise():
+        with _without_deprecation_noise(), stacks_adapted(model):
             adapted = get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # as for Mamba's convolutions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -175,16 +193,21 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
         ) from error
     if not any(parameter.is_meta for parameter in model.parameters()):
         with removed_on_error(adapted):
-            refuse_what_adapters_break(adapted)
+            targets.refuse_what_adapters_break(adapted)
     return adapted
 
 
-def _reached_targets(model: torch.nn.Module, config: AdapterConfig, say: Say) -> tuple[str, ...]:
-    """Returns names of the target layers that a backward pass reaches, and says which it does not reach."""
+def _reached_targets(
+    model: torch.nn.Module, config: AdapterConfig, say: Say
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the linear layers and the stacks to adapt that a backward pass reaches, and says which it does not reach."""
     from qlora_helpers.model import targets
 
-    paths = targets.target_paths(model, config)
+    linears, stacks = targets.target_paths(model, config), targets.stack_paths(model, config)
+    _refuse_on_experts(config, stacks)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
+    holders = dict.fromkeys(path.rpartition(".")[0] for path in stacks)
+    paths = (*linears, *holders)
     apart = [] if on_meta else targets.without_gradient(model, paths)
     if len(apart) == len(paths):
         raise ModelError(
@@ -194,7 +217,22 @@ def _reached_targets(model: torch.nn.Module, config: AdapterConfig, say: Say) ->
         )
     if apart:
         say(f"{len(apart)} layers get no adapter, because no gradient reaches them: {', '.join(apart[:3])} ...")
-    return targets.shortened(model, [path for path in paths if path not in apart], config.target_modules)
+    return tuple(path for path in linears if path not in apart), tuple(
+        path for path in stacks if path.rpartition(".")[0] not in apart
+    )
+
+
+def _refuse_on_experts(config: AdapterConfig, stacks: tuple[str, ...]) -> None:
+    """Refuses what adapters on experts can't have: each is added to its expert's weight, so it has no input of its own."""
+    refused = ["adapter.use_dora=true"] * config.use_dora
+    refused += [f"adapter.lora_dropout={config.lora_dropout:g}"] * (config.lora_dropout > 0)
+    if stacks and refused:
+        raise ModelError(
+            "adapters on a mixture's experts have neither dropout nor DoRA",
+            expected="adapter.lora_dropout=0 and adapter.use_dora=false",
+            got=", ".join(refused),
+            next_step="Set these, or leave the experts out of adapter.target_modules.",
+        )
 
 
 def _is_transposed(model: torch.nn.Module, names: tuple[str, ...]) -> bool:
@@ -241,13 +279,16 @@ def load_adapter(
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from qlora_helpers.model.expert_adapters import open_all, stacks_adapted
     from qlora_helpers.model.peft_names import take_names_literally
 
     has_adapters = isinstance(model, PeftModel)
-    take_names_literally(model.get_base_model() if has_adapters else model)
+    base = model.get_base_model() if has_adapters else model
+    take_names_literally(base)
     try:
         check_adapter(Path(folder))
-        with _without_deprecation_noise():
+        open_all(base, _stacks_in(Path(folder), base))
+        with _without_deprecation_noise(), stacks_adapted(base):
             if has_adapters:
                 model.load_adapter(str(folder), name, is_trainable=False)
                 loaded = model
@@ -270,6 +311,14 @@ def load_adapter(
         ) from error
     _refuse_other_tensors(loaded, Path(folder), name)
     return loaded
+
+
+def _stacks_in(folder: Path, base: torch.nn.Module) -> tuple[str, ...]:
+    """Returns the paths of the stacks of experts that an adapter's settings name."""
+    from qlora_helpers.model import targets
+
+    names = read_adapter_settings(folder).get("target_parameters") or ()
+    return tuple(path for path in targets.stacks(base) if any(f".{path}".endswith(f".{name}") for name in names))
 
 
 def _refuse_other_tensors(model: PeftModel, folder: Path, name: str) -> None:

@@ -1,13 +1,15 @@
 """Decides which layers of a loaded model get an adapter, by their full paths.
 
 A layer gets one because of what it is: a linear layer of the text part's decoder layers that is no router, and that a forward and
-a backward pass over a few tokens reach. Last parts of names alone would match a vision tower's layers too.
+a backward pass over a few tokens reach. Last parts of names alone would match a vision tower's layers too. The experts of a mixture
+get adapters only where they are named.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from qlora_helpers.model.expert_stacks import stack_names
 from qlora_helpers.model.shapes.families import adapter_targets
 from qlora_helpers.model.wiring import decoder_layers
 
+EXPERTS = "experts"  # names all experts of a mixture, whatever their family calls them
 FEWEST = 16  # rows and columns; a layer with fewer is a gate or a coefficient
 PROBE_TOKENS = 16
 
@@ -45,11 +48,60 @@ def sizes(module: Any) -> tuple[int, int]:
     return (module.in_features, module.out_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
 
 
+def stacks(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the stacks of experts of a model's decoder layers: paths of parameters, with the shapes of their values."""
+    inside = {id(part) for layer in decoder_layers(model) for part in layer.modules()}
+    found = {}
+    for path, module in model.named_modules():
+        for name in stack_names(module) if id(module) in inside else ():
+            parameter: Any = module._parameters[name]
+            state = getattr(parameter, "quant_state", None)
+            found[f"{path}.{name}"] = tuple(parameter.shape if state is None else state.shape)
+    return found
+
+
+def stack_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Returns the paths of the stacks of experts that get an adapter: those that the user named, by default none.
+
+    `experts` names all of them. Another name is that of a stack or of the module that holds it; where linear layers have the name
+    too, as the shared experts' `down_proj`, it means these alone, and `experts.down_proj` the stack.
+    """
+    if config.target_modules is None:
+        return ()
+    linears, found = linear_layers(model), []
+    for name in config.target_modules:
+        if name == EXPERTS or not any(_is_named(path, name) for path in linears):
+            found.append(name)
+    return tuple(
+        path
+        for path in stacks(model)
+        if any(name == EXPERTS or _ends(path, name) or _ends(path.rpartition(".")[0], name) for name in found)
+    )
+
+
+def shortened_stacks(model: torch.nn.Module, paths: Sequence[str]) -> list[str]:
+    """Returns names that peft matches to exactly these stacks: the last two parts where they are the same, else whole paths."""
+    available, found = list(stacks(model)), set()
+    for path in paths:
+        short = ".".join(path.split(".")[-2:])
+        found.add(short if all(each in paths for each in available if _ends(each, short)) else path)
+    return sorted(found)
+
+
+def _ends(path: str, name: str) -> bool:
+    return f".{path}".endswith(f".{name}")
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Whether a name means a linear layer; `experts` means those of experts that are a list of modules."""
+    return _ends(path, name) or (name == EXPERTS and re.search(r"(^|\.)experts\.\d+\.", path) is not None)
+
+
 def target_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Returns the paths of the layers that get an adapter: those that the user named, else all linear layers of the text part.
+    """Returns the paths of the linear layers that get an adapter: those that the user named, else all of the text part.
 
     Raises:
-        ModelError: a name that the user gave is not a linear layer of the model, or the model has none.
+        ModelError: a name that the user gave is neither a linear layer of the model nor a stack of experts, or the model has none.
     """
     available = linear_layers(model)
     if config.target_modules is None:
@@ -57,8 +109,12 @@ def target_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ..
         if not found:
             raise ModelError("the model has no linear layers in its decoder layers", next_step="Choose another model.")
         return found
-    named = {name: [path for path in available if f".{path}".endswith(f".{name}")] for name in config.target_modules}
-    unknown = [name for name, paths in named.items() if not paths]
+    named = {name: [path for path in available if _is_named(path, name)] for name in config.target_modules}
+    unknown = [
+        name
+        for name, paths in named.items()
+        if not paths and not stack_paths(model, replace(config, target_modules=(name,)))
+    ]
     if unknown:
         raise _unknown_names(model, unknown, available)
     wanted = {path for paths in named.values() for path in paths}
@@ -66,18 +122,10 @@ def target_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ..
 
 
 def _unknown_names(model: torch.nn.Module, unknown: list[str], available: dict[str, Any]) -> ModelError:
-    held = {name for module in model.modules() for name in stack_names(module)}
-    stacks = [name for name in unknown if name.rpartition(".")[2] in held | {"experts"}]
-    if stacks:
-        return ModelError(
-            "adapters on a mixture's experts are not supported",
-            expected="some of " + ", ".join(last_names(available)),
-            got=", ".join(stacks),
-            next_step="Set adapter.target_modules=none: the attention and all shared layers get adapters.",
-        )
+    mixture = [EXPERTS] if stacks(model) else []
     return ModelError(
         "adapter.target_modules names layers that the model does not have",
-        expected="some of " + ", ".join(last_names(available)),
+        expected="some of " + ", ".join(last_names(available) + mixture),
         got=", ".join(unknown),
         next_step="Set adapter.target_modules=none to take the architecture's default.",
     )
@@ -238,7 +286,9 @@ def _sees_later_tokens(logits: torch.Tensor, embedded: Sequence[torch.Tensor]) -
 def _watch(path: str, reached: set[str]) -> Any:
     def hook(module: Any, inputs: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        if tensor.requires_grad and bool(inputs[0].any()):  # from zeros alone an adapter learns nothing either
+        if tensor.requires_grad and (
+            not inputs or bool(inputs[0].any())
+        ):  # from zeros alone an adapter learns nothing either
             tensor.register_hook(lambda gradient: reached.add(path) if bool(gradient.any()) else None)
 
     return hook

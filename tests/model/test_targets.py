@@ -99,10 +99,35 @@ def test_routers_are_found_and_stay_frozen(torch, family):
     assert not any(weight.requires_grad for name, weight in tuned.named_parameters() if "lora" not in name)
 
 
-@pytest.mark.parametrize("name", ["experts", "gate_up_proj", "mlp.experts.down_proj"])
-def test_adapters_on_experts_are_refused_in_one_sentence(torch, name):
-    with pytest.raises(ModelError, match=r"adapters on a mixture's experts are not supported; .* q_proj"):
-        add_adapters(tiny_mixture("qwen3_moe"), AdapterConfig(target_modules=("q_proj", name)), seed=0, say=quiet)
+@pytest.mark.parametrize("more", [{"lora_dropout": 0.05}, {"lora_dropout": 0.0, "use_dora": True}])
+def test_what_adapters_on_experts_can_not_have_is_refused_in_one_sentence(torch, more):
+    with pytest.raises(ModelError, match=r"experts have neither dropout nor DoRA; .* got adapter\.(lora_d|use_d)\w+="):
+        add_adapters(
+            tiny_mixture("qwen3_moe"), AdapterConfig(target_modules=("q_proj", "experts"), **more), seed=0, say=quiet
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "stacks", "linears"),
+    [
+        ("qwen3_moe", "experts", {"gate_up_proj", "down_proj"}, set()),
+        ("qwen3_moe", "gate_up_proj", {"gate_up_proj"}, set()),
+        ("qwen3_moe", "mlp.experts.down_proj", {"down_proj"}, set()),
+        ("qwen2_moe", "down_proj", set(), {"down_proj"}),  # of the shared experts, which are linear layers
+        ("qwen2_moe", "experts.down_proj", {"down_proj"}, set()),
+        ("jetmoe", "experts", {"weight"}, set()),  # whatever their family calls them
+        ("qwen2_moe", None, set(), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_experts_get_adapters_where_they_are_named(torch, family, name, stacks, linears):
+    model, config = tiny_mixture(family), AdapterConfig(target_modules=name and (name,))
+    assert set(targets.last_names(targets.stack_paths(model, config))) == stacks
+    assert set(targets.last_names(targets.target_paths(model, config))) == linears
+
+
+def test_an_unknown_name_on_a_mixture_is_refused_with_the_names_that_it_has(torch):
+    with pytest.raises(ModelError, match=r"expected some of k_proj, o_proj, q_proj, v_proj, experts; got expert\."):
+        targets.target_paths(tiny_mixture("qwen3_moe"), AdapterConfig(target_modules=("q_proj", "expert")))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
