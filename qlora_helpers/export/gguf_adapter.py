@@ -58,7 +58,8 @@ def _adapter_tensors(weights: Mapping[str, StoredTensor], config: Any, family: G
 
 
 def _refuse_other_kinds(settings: Mapping[str, Any]) -> None:
-    refused = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if settings.get(key)]
+    kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
+    refused = [key for key in kinds if settings.get(key)]
     if refused:
         raise ModelError(
             "llama.cpp takes plain LoRA alone", got=", ".join(refused), next_step="Use --to gguf: the merged model."

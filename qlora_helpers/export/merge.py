@@ -21,7 +21,7 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.base.folders import copy_regular
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.export.certificate import WEIGHTS
-from qlora_helpers.export.live_names import Places
+from qlora_helpers.export.live_names import LiveStack, Places
 from qlora_helpers.export.tensor_files import TensorToWrite, shards, write_tensors
 from qlora_helpers.model.adapter_files import read_adapter_settings
 from qlora_helpers.model.stored_tensors import BYTES, FLOATS, INDEX, StoredTensor, stored_tensors, tensors_in
@@ -71,7 +71,8 @@ class MergeReport:
 class LowRank:
     """What an adapter adds to rows of a stored tensor, in float32: `up` times `down`, to the rows from `first` on.
 
-    For a layer that is stored as it is in memory, `down` is A, `(r, in)`, and `up` is B times the scale, `(out, r)`.
+    For a layer that is stored as it is in memory, `down` is A, `(r, in)`, and `up` is B times the scale, `(out, r)`. For a stack of
+    experts that is stored as one tensor, both have a matrix for each expert, and rows are experts.
     """
 
     down: torch.Tensor
@@ -81,8 +82,13 @@ class LowRank:
     def add(self, rows: torch.Tensor, first: int) -> None:
         """Adds to rows of the stored tensor, of which the first has the number `first`."""
         start, end = max(first, self.first), min(first + rows.shape[0], self.first + self.up.shape[0])
-        if start < end:
-            rows[start - first : end - first].addmm_(self.up[start - self.first : end - self.first], self.down)
+        if start >= end:
+            return
+        own, up = rows[start - first : end - first], self.up[start - self.first : end - self.first]
+        if self.up.dim() == 3:
+            own.baddbmm_(up, self.down[start - self.first : end - self.first])
+        else:
+            own.addmm_(up, self.down)
 
 
 def merge(
@@ -148,6 +154,11 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor], places: Places) ->
     for name in layers:
         layer = name.removeprefix(PREFIX)
         down, up = weights[f"{name}.lora_A.weight"], weights.get(f"{name}.lora_B.weight")
+        stack = places.of_stack(layer, settings.get("target_parameters") or ())
+        if stack is not None and up is not None:
+            for held_in, change in _of_stack(layer, stack, (down.read().float(), up.read().float() * scale), stored):
+                found.setdefault(held_in, []).append(change)
+            continue
         where = places.of(layer)
         if up is None or not where:
             raise _of_another_model(layer, None if up is None else (up.shape[0], down.shape[1]), "none")
@@ -172,10 +183,49 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor], places: Places) ->
     return found
 
 
+def _of_stack(
+    layer: str, stack: LiveStack, matrices: tuple[torch.Tensor, torch.Tensor], stored: dict[str, StoredTensor]
+) -> Iterator[tuple[str, LowRank]]:
+    """Yields what an adapter on a stack of experts adds, by the names of the stored tensors.
+
+    Args:
+        layer: the adapter's name for it.
+        stack: shape and places.
+        matrices: A, `(experts * r, in)`, and B times the scale, `(out, r * experts)`, in which neighbours are of different experts.
+        stored: the checkpoint's tensors.
+
+    Raises:
+        ModelError: the adapter belongs to another model.
+    """
+    experts, (down, up) = stack.shape[0], matrices
+    shape = (up.shape[0], down.shape[1]) if not stack.transposed else (down.shape[1], up.shape[0])
+    if shape != stack.shape[1:] or down.shape[0] % experts or down.shape[0] != up.shape[1]:
+        raise _of_another_model(layer, (experts, *shape), str(stack.shape))
+    right = down.view(experts, -1, down.shape[1])
+    left = up.view(up.shape[0], -1, experts).permute(2, 0, 1)
+    if stack.transposed:
+        left, right = right.transpose(1, 2), left.transpose(1, 2)
+    held = 0
+    for place in stack.places:
+        tensor = stored[place.stored]
+        if place.expert is None:
+            change, expected = LowRank(right, left), tuple(stack.shape)
+        else:
+            end = None if place.rows is None else place.first_live + place.rows
+            change = LowRank(right[place.expert], left[place.expert, place.first_live : end])
+            expected = (change.up.shape[0], change.down.shape[1])
+        if tensor.shape != expected or tensor.dtype not in FLOATS:
+            raise _of_another_model(layer, expected, f"{tensor.dtype} {tensor.shape}")
+        held += tensor.values
+        yield place.stored, change
+    if held != math.prod(stack.shape):
+        raise _of_another_model(layer, stack.shape, f"{held:,} values in {len(stack.places)} tensors")
+
+
 def _refuse_other_kinds(settings: dict[str, Any]) -> None:
     refused = [
         name
-        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters")
+        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
         if settings.get(name)
     ]
     refused += ["fan_in_fan_out"] if isinstance(settings.get("fan_in_fan_out"), str) else []
@@ -190,7 +240,7 @@ def _refuse_other_kinds(settings: dict[str, Any]) -> None:
         )
 
 
-def _of_another_model(layer: str, shape: tuple[int, int] | None, got: str) -> ModelError:
+def _of_another_model(layer: str, shape: tuple[int, ...] | None, got: str) -> ModelError:
     return ModelError(
         "the adapter does not belong to this checkpoint",
         expected=f"an unquantised weight of {layer}, {shape}",

@@ -124,6 +124,7 @@ def _check_served_by_vllm(adapter_dir: Path) -> int:
         "peft_type": config.get("peft_type") != "LORA",
         "use_dora": config.get("use_dora"),
         "modules_to_save": config.get("modules_to_save"),
+        "target_parameters": config.get("target_parameters"),
         "bias": config.get("bias", "none") != "none",
         "r": rank > _VLLM_RANKS[-1],
     }

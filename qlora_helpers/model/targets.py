@@ -22,6 +22,7 @@ from qlora_helpers.model.shapes.families import adapter_targets
 from qlora_helpers.model.wiring import decoder_layers
 
 EXPERTS = "experts"  # names all experts of a mixture, whatever their family calls them
+_EXPERT = re.compile("expert", re.I)  # some state-space layers have stacks too
 FEWEST = 16  # rows and columns; a layer with fewer is a gate or a coefficient
 PROBE_TOKENS = 16
 
@@ -53,7 +54,8 @@ def stacks(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     inside = {id(part) for layer in decoder_layers(model) for part in layer.modules()}
     found = {}
     for path, module in model.named_modules():
-        for name in stack_names(module) if id(module) in inside else ():
+        of_experts = id(module) in inside and _EXPERT.search(f"{path} {type(module).__name__}")
+        for name in stack_names(module) if of_experts else ():
             parameter: Any = module._parameters[name]
             state = getattr(parameter, "quant_state", None)
             found[f"{path}.{name}"] = tuple(parameter.shape if state is None else state.shape)
