@@ -25,6 +25,7 @@ from qlora_helpers.export.how_to_run import Way, run_section, ways
 from qlora_helpers.export.licences import Licences
 from qlora_helpers.export.serving_files import check_serving_files, generation_settings, sampling, write_serving_files
 from qlora_helpers.export.serving_template import ServingTemplate
+from qlora_helpers.model.adapter_files import read_adapter_settings
 from qlora_helpers.model.checkpoints import Checkpoint
 from qlora_helpers.model.stored_formats import usable_folder
 from qlora_helpers.runs.folder import Run
@@ -90,9 +91,9 @@ class ExportJob:
         else:
             self._write_folder(folder, shard_gib, say)
         gguf = self.values.get("gguf", {}).get("file", "")
-        self.ways = ways(
-            self.to, self.run.name, self.config, gguf=gguf, adapter=not self.merged, question=self.question
-        )
+        on_experts = bool(read_adapter_settings(self.run.adapter_dir).get("target_parameters"))
+        about = {"gguf": gguf, "adapter": not self.merged, "on_experts": on_experts, "question": self.question}
+        self.ways = ways(self.to, self.run.name, self.config, **about)
         card = export_card(
             self.run,
             self.certificate,

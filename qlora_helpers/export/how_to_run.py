@@ -34,7 +34,14 @@ class Way:
 
 
 def ways(
-    to: str, name: str, config: RunConfig, *, gguf: str = "", adapter: bool = False, question: str = "YOUR TEXT"
+    to: str,
+    name: str,
+    config: RunConfig,
+    *,
+    gguf: str = "",
+    adapter: bool = False,
+    on_experts: bool = False,
+    question: str = "YOUR TEXT",
 ) -> tuple[Way, ...]:
     """Returns how to run what was exported.
 
@@ -44,6 +51,7 @@ def ways(
         config: the run's settings.
         gguf: name of the GGUF file.
         adapter: whether the adapter alone was exported.
+        on_experts: whether it is on a mixture's experts too, which vLLM takes in another form than peft's.
         question: an example of what the model is asked.
     """
     base, longest = config.model.name, config.data.seq_len_tokens
@@ -71,9 +79,10 @@ def ways(
         served = (
             f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}=. {options}"
         )
+        chat = f"--max-model-len {longest} --chat-template chat_template.jinja"
         return (
             Way("peft", _peft(base, message), "in this project's tests"),
-            Way("vLLM", f"{served} --max-model-len {longest} --chat-template chat_template.jinja", NOT_RUN),
+            *(() if on_experts else (Way("vLLM", f"{served} {chat}", NOT_RUN),)),
             *((_lmi(),) if to == "lmi" else ()),
         )
     serve = f"vllm serve . --dtype bfloat16 --max-model-len {longest} --served-model-name {shlex.quote(name)} {options}"

@@ -77,6 +77,7 @@ class _Layer:
     """What one decoder layer is made of; counts in weights, widths in values a token."""
 
     linears: Counter[tuple[str, int, int, bool]] = dataclasses.field(default_factory=Counter)
+    stacks: Counter[tuple[str, int, int]] = dataclasses.field(default_factory=Counter)
     experts: int = 0
     expert_inner: int = 0
     expert_gated: bool = False
@@ -150,6 +151,10 @@ def _add_stacks(found: _Layer, name: str, module: nn.Module, own: list[Any], hid
         if part.ndim != 3 or min(part.shape[1:]) < SMALLEST_SIDE:
             continue
         found.experts += part.numel()
+        if re.search("expert", f"{name} {type(module).__name__}", re.I):  # as `targets.stacks` finds them
+            rows, columns = part.shape[1:]
+            inputs, outputs = (rows, columns) if getattr(module, "is_transposed", False) else (columns, rows)
+            found.stacks[f"{name.rpartition('.')[2]}.{names[id(part)]}", inputs, outputs] += part.shape[0]
         path = f"{name.rpartition('.')[2]}.{names[id(part)]}"
         other = part.shape[1] if part.shape[2] == hidden else part.shape[2]
         if _BACK.search(path):
@@ -214,6 +219,9 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
     linears: Counter[tuple[str, int, int, bool]] = Counter()
     for each in measured:
         linears.update(each.linears)
+    stacks: Counter[tuple[str, int, int]] = Counter()
+    for each in measured:
+        stacks.update(each.stacks)
     matrices = sum(times * inputs * outputs for (_, inputs, outputs, _), times in linears.items())
     in_experts = sum(each.experts for each in measured)
     inner = [each.inner + each.expert_inner for each in measured]
@@ -239,6 +247,10 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
         qk_norm=any(each.qk_norm for each in measured),
         logit_softcap=float(cap) if isinstance(cap, int | float) and cap > 0 else None,
         expert_parameters_per_layer=_share(in_experts, count_of),
+        expert_stacks=tuple(
+            LinearLayer(name, inputs, outputs, per_layer=_share(times, count_of))
+            for (name, inputs, outputs), times in sorted(stacks.items())
+        ),
         widest_experts=max(each.experts for each in measured),
         inner_per_token=_mean(inner),
         widest_inner=max(inner),

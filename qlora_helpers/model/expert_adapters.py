@@ -51,6 +51,9 @@ class StackAdapter(ParamWrapper):
         super().merge(*args, **kwargs)
 
 
+StackAdapter.__name__ = ParamWrapper.__name__  # by which peft knows its wrappers where a further adapter is added
+
+
 @contextlib.contextmanager
 def stacks_adapted(model: torch.nn.Module) -> Iterator[None]:
     """While open, peft may add adapters to a model's stacks; afterwards those that it added compute as described above."""
@@ -71,3 +74,15 @@ def open_all(model: torch.nn.Module, paths: tuple[str, ...]) -> None:
         module: Any = model.get_submodule(holder)
         if not isinstance(module, PackedStacks):
             open_stacks(module, own, module._parameters[own[0]].dtype)
+
+
+def weights_on_experts(model: torch.nn.Module) -> int:
+    """Counts the weights of a model's adapters on stacks that are trained."""
+    return sum(
+        weight.numel()
+        for module in model.modules()
+        if isinstance(module, StackAdapter)
+        for part in (module.lora_A, module.lora_B)
+        for weight in part.parameters()
+        if weight.requires_grad
+    )

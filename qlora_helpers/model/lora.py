@@ -202,9 +202,13 @@ def _reached_targets(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the linear layers and the stacks to adapt that a backward pass reaches, and says which it does not reach."""
     from qlora_helpers.model import targets
+    from qlora_helpers.model.shapes.expert_targets import refuse_on_experts
 
     linears, stacks = targets.target_paths(model, config), targets.stack_paths(model, config)
-    _refuse_on_experts(config, stacks)
+    if stacks:
+        refuse_on_experts(config)
+    for name in targets.without_experts(model, config):
+        say(f"{name} means the linear layers of that name; the experts' are experts.{name}")
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     holders = dict.fromkeys(path.rpartition(".")[0] for path in stacks)
     paths = (*linears, *holders)
@@ -220,19 +224,6 @@ def _reached_targets(
     return tuple(path for path in linears if path not in apart), tuple(
         path for path in stacks if path.rpartition(".")[0] not in apart
     )
-
-
-def _refuse_on_experts(config: AdapterConfig, stacks: tuple[str, ...]) -> None:
-    """Refuses what adapters on experts can't have: each is added to its expert's weight, so it has no input of its own."""
-    refused = ["adapter.use_dora=true"] * config.use_dora
-    refused += [f"adapter.lora_dropout={config.lora_dropout:g}"] * (config.lora_dropout > 0)
-    if stacks and refused:
-        raise ModelError(
-            "adapters on a mixture's experts have neither dropout nor DoRA",
-            expected="adapter.lora_dropout=0 and adapter.use_dora=false",
-            got=", ".join(refused),
-            next_step="Set these, or leave the experts out of adapter.target_modules.",
-        )
 
 
 def _is_transposed(model: torch.nn.Module, names: tuple[str, ...]) -> bool:
@@ -316,9 +307,10 @@ def load_adapter(
 def _stacks_in(folder: Path, base: torch.nn.Module) -> tuple[str, ...]:
     """Returns the paths of the stacks of experts that an adapter's settings name."""
     from qlora_helpers.model import targets
+    from qlora_helpers.model.shapes.expert_targets import ends
 
     names = read_adapter_settings(folder).get("target_parameters") or ()
-    return tuple(path for path in targets.stacks(base) if any(f".{path}".endswith(f".{name}") for name in names))
+    return tuple(path for path in targets.stacks(base) if any(ends(path, name) for name in names))
 
 
 def _refuse_other_tensors(model: PeftModel, folder: Path, name: str) -> None:

@@ -18,10 +18,10 @@ from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.audit import routers
 from qlora_helpers.model.expert_stacks import stack_names
+from qlora_helpers.model.shapes.expert_targets import EXPERTS, ends, named_stacks
 from qlora_helpers.model.shapes.families import adapter_targets
 from qlora_helpers.model.wiring import decoder_layers
 
-EXPERTS = "experts"  # names all experts of a mixture, whatever their family calls them
 _EXPERT = re.compile("expert", re.I)  # some state-space layers have stacks too
 FEWEST = 16  # rows and columns; a layer with fewer is a gate or a coefficient
 PROBE_TOKENS = 16
@@ -63,22 +63,14 @@ def stacks(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def stack_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Returns the paths of the stacks of experts that get an adapter: those that the user named, by default none.
+    """Returns the paths of the stacks of experts that get an adapter, by default none (`shapes.expert_targets`)."""
+    return named_stacks(config.target_modules, list(linear_layers(model)), list(stacks(model)))
 
-    `experts` names all of them. Another name is that of a stack or of the module that holds it; where linear layers have the name
-    too, as the shared experts' `down_proj`, it means these alone, and `experts.down_proj` the stack.
-    """
-    if config.target_modules is None:
-        return ()
-    linears, found = linear_layers(model), []
-    for name in config.target_modules:
-        if name == EXPERTS or not any(_is_named(path, name) for path in linears):
-            found.append(name)
-    return tuple(
-        path
-        for path in stacks(model)
-        if any(name == EXPERTS or _ends(path, name) or _ends(path.rpartition(".")[0], name) for name in found)
-    )
+
+def without_experts(model: torch.nn.Module, config: AdapterConfig) -> list[str]:
+    """Returns the names that the user gave that linear layers and stacks of experts share, and that mean the former alone."""
+    linears, last = list(linear_layers(model)), last_names(stacks(model))
+    return [name for name in config.target_modules or () if name in last and any(ends(path, name) for path in linears)]
 
 
 def shortened_stacks(model: torch.nn.Module, paths: Sequence[str]) -> list[str]:
@@ -86,17 +78,13 @@ def shortened_stacks(model: torch.nn.Module, paths: Sequence[str]) -> list[str]:
     available, found = list(stacks(model)), set()
     for path in paths:
         short = ".".join(path.split(".")[-2:])
-        found.add(short if all(each in paths for each in available if _ends(each, short)) else path)
+        found.add(short if all(each in paths for each in available if ends(each, short)) else path)
     return sorted(found)
-
-
-def _ends(path: str, name: str) -> bool:
-    return f".{path}".endswith(f".{name}")
 
 
 def _is_named(path: str, name: str) -> bool:
     """Whether a name means a linear layer; `experts` means those of experts that are a list of modules."""
-    return _ends(path, name) or (name == EXPERTS and re.search(r"(^|\.)experts\.\d+\.", path) is not None)
+    return ends(path, name) or (name == EXPERTS and re.search(r"(^|\.)experts\.\d+\.", path) is not None)
 
 
 def target_paths(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:

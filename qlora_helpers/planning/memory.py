@@ -125,7 +125,7 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
         adapters=SINGLE * adapters,
         gradients=SINGLE * adapters * (2 if settings.copies * settings.shards > 1 else 1),  # copies of them are sent
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
-        activations=round(settings.tokens * kept_bytes(sizes, settings)),
+        activations=round(settings.tokens * kept_bytes(sizes, settings)) + _experts_adapters_kept(sizes, settings),
     )
 
 
@@ -230,9 +230,21 @@ def _inner_in_backward(sizes: ModelSizes) -> int:
 
 
 def _experts_in_full(sizes: ModelSizes, settings: StepSettings) -> int:
-    """Counts what the experts of one layer take while they are dequantised, in forward and backward."""
+    """Counts what the experts of one layer take while they are dequantised, in forward and backward.
+
+    With adapters they are in full where they are not quantised too: the sum of weight and adapter is. In the backward pass the
+    gradient of one stack's sum is beside them, until the gradients of its adapters are made of it.
+    """
     widest = sizes.expert_parameters_per_layer if sizes.widest_experts is None else sizes.widest_experts
-    return round(settings.value_bytes * widest) if settings.quantized else 0
+    held = widest if settings.quantized or settings.on_experts else 0
+    if settings.on_experts:
+        held += max(sizes.experts * each.in_features * each.out_features for each in sizes.expert_stacks)
+    return round(settings.value_bytes * held)
+
+
+def _experts_adapters_kept(sizes: ModelSizes, settings: StepSettings) -> int:
+    """Counts the adapters on one layer's experts as they were multiplied, which are kept where they were cast from float32."""
+    return settings.value_bytes * (settings.on_experts // sizes.layers) if settings.value_bytes != SINGLE else 0
 
 
 def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:

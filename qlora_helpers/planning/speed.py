@@ -72,6 +72,8 @@ FP8_MATRIX_SHARE = (
 WEIGHT_BYTES = 2.5  # that cross the bus for a weight: read in 4 bits, written in 16; counted
 FP8_WEIGHT_BYTES = 1.5  # that cross the bus for a weight: read in 4 bits, written in 8; counted
 FP8_ROUNDING_BYTES = 3  # for a value that is rounded: read in 16 bits, written in 8; counted
+ADDED_BYTES = 4  # for an expert's weight that its adapter is added to: read and written in 16 bits; counted
+GRADIENT_BYTES = 6  # for the gradient of that sum: written once, read for A's and for B's gradient; counted
 LOSS_BYTES = 64  # that cross the bus for each logit, its part of the sum and its gradient in `fast_step.loss`; counted
 UNNAMED_GPU = GPUS["L4"]
 """The card whose speed is assumed where only an amount of memory is known."""
@@ -122,13 +124,16 @@ def step_time(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FI
     kept *= 1.0 if step.compiled else speed.eager_factor
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory
     norms = DORA_BYTES * sizes.linear_parameters_per_layer / memory if step.dora else 0.0
+    added, learned = _experts_adapted(sizes, step, matrix, memory)
     attention = speed.head_operations + speed.value_operations * sizes.head_dim
     attention *= step.tokens * sizes.heads / (gpu.bf16_tflops * 1e12)
     forward = matmuls + dequantised + inputs + norms + values * speed.forward_passes + ATTENTION_FORWARD * attention
+    forward += added
     skipped = step.skipped and (gpu.supports_bf16 or step.value_bytes > HALF) and step.fast_adapters and not step.dora
     added_last = sizes.parameters_added_last_per_layer if skipped else 0
     again = forward - (matmuls + dequantised) * added_last / max(1, sizes.linear_parameters_per_layer)
     backward = matmuls + dequantised + gradients + values * speed.backward_passes + (1 - ATTENTION_FORWARD) * attention
+    backward += added + learned
     logits = step.trained_share * step.tokens * sizes.vocab
     head = 4 * logits * sizes.hidden / matrix + LOSS_BYTES * logits / memory
     optimizer = 28 * step.adapter_parameters / memory
@@ -143,6 +148,21 @@ def step_time(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FI
         on_host += looked_up / LOOKUP_BYTES_S
     in_layers = sizes.layers * backward + step.checkpointed * again
     return StepTime(on_gpu, on_host, sizes.layers * forward, in_layers)
+
+
+def _experts_adapted(sizes: ModelSizes, step: StepSettings, matrix: float, memory: float) -> tuple[float, float]:
+    """Returns the seconds that the adapters on one layer's experts take whenever they are added, and for their gradients.
+
+    They are added to all experts, chosen or not; the gradients of the sums come from the tokens, as those of inputs do.
+    """
+    if not step.on_experts:
+        return 0.0, 0.0
+    weights = sizes.expert_parameters_per_layer
+    chosen = weights * sizes.experts_per_token / max(1, sizes.experts)
+    product = 2 * step.r * weights / matrix
+    return product + weights * ADDED_BYTES / memory, (
+        2 * product + weights * GRADIENT_BYTES / memory + 2 * step.tokens * chosen / matrix
+    )
 
 
 def compile_pays(sizes: ModelSizes, step: StepSettings, gpu: Gpu, passes: int) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig, TrainConfig
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
+from qlora_helpers.model.shapes.expert_targets import refuse_on_experts
 from qlora_helpers.model.shapes.families import adapter_targets, packing_refusal
-from qlora_helpers.model.shapes.sizes import adapter_parameters
+from qlora_helpers.model.shapes.sizes import adapted_stacks, adapter_parameters, model_sizes
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit and of a 32-bit value
 SUMMARY_SHARE = 0.2  # of a row's tokens, before they are counted: a summary is about a fifth of its row
@@ -29,6 +30,7 @@ class StepSettings:
         captured: whether passes are captured and replayed as CUDA graphs.
         r: rank of the adapters.
         adapter_parameters: trainable weights in all.
+        on_experts: those of them that are on a mixture's experts.
         optim: optimizer, as in `TrainConfig.optim`.
         trained_share: share of the tokens that count in the loss.
         quantized, double_quantization: 4-bit storage, and 8-bit constants of it.
@@ -53,6 +55,7 @@ class StepSettings:
     compiled: bool
     r: int
     adapter_parameters: int
+    on_experts: int = 0
     optim: str = "adamw_torch"
     trained_share: float = 0.2
     quantized: bool = True
@@ -104,14 +107,20 @@ def step_settings(
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    adapter = config.adapter
+    adapter, named = config.adapter, config.adapter.target_modules
+    sizes = model_sizes(shape)
+    stacks = adapted_stacks(sizes, named)
+    if stacks:
+        refuse_on_experts(adapter)
+    on_experts = sizes.layers * sum(each.per_layer * (each.in_features + each.out_features) for each in stacks)
     return StepSettings(
         seq_len_tokens=config.data.seq_len_tokens,
         micro_batch_size=micro_batch_size,
         checkpointed=checkpointed,
         compiled=compiled,
         r=adapter.r,
-        adapter_parameters=adapter_parameters(shape, adapter.r, adapter.target_modules, adapter.use_dora),
+        adapter_parameters=adapter_parameters(shape, adapter.r, named, adapter.use_dora),
+        on_experts=round(adapter.r * on_experts),
         optim=config.train.optim,
         trained_share=trained_share,
         quantized=config.model.quantization == "nf4",
@@ -123,7 +132,7 @@ def step_settings(
         dora=adapter.use_dora,
         fast_adapters=config.train.fast_step,
         value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
-        adapted=frozenset(n.rpartition(".")[2] for n in adapter.target_modules or adapter_targets(shape) or ()) or None,
+        adapted=frozenset(n.rpartition(".")[2] for n in named or adapter_targets(shape) or ()) or None,
         captured=captured,
         skipped=config.model.compute_dtype != "float16",
     )

@@ -21,6 +21,7 @@ from qlora_helpers.data import batches
 from qlora_helpers.data.batches import SequenceCollator, most_rows, most_trained
 from qlora_helpers.data.packing import PreparedData
 from qlora_helpers.machine.hardware import find_gpu
+from qlora_helpers.model.expert_adapters import weights_on_experts
 from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
 from qlora_helpers.model.sharding import bytes_elsewhere, is_sharded
@@ -194,6 +195,7 @@ def _settings_of(
         r=lora.r,
         optim=config.optim,
         adapter_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        on_experts=weights_on_experts(model),
         trained_share=data.report.trained_tokens / data.report.tokens,
         quantized=quantization is not None,
         double_quantization=getattr(quantization, "bnb_4bit_use_double_quant", False),

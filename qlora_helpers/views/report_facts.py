@@ -16,6 +16,7 @@ from qlora_helpers.data.known import DATA_LICENCES
 from qlora_helpers.data.label_report import LabelReport
 from qlora_helpers.data.plain_templates import template_name
 from qlora_helpers.model.shapes.catalog import MODEL_LICENCES
+from qlora_helpers.model.shapes.expert_targets import EXPERTS
 from qlora_helpers.views.report_parts import Parts
 
 PROMPTS = {
@@ -45,8 +46,9 @@ def asked(parts: Parts) -> list[tuple[str, str]]:
         facts.append(("Rows", "{:,} for training, {:,} for the evaluation loss, {:,} held out".format(*rows)))
     else:
         facts.append(("Data", f"{short_name(data.source)} ({DATA_LICENCES.get(data.source, 'licence not known yet')})"))
-    targets = parts.adapter.get("target_modules") or adapter.target_modules or ["the linear layers of the architecture"]
-    targets = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))  # a path names one layer of many
+    held = [*(parts.adapter.get("target_modules") or ()), *(parts.adapter.get("target_parameters") or ())]
+    targets = held or adapter.target_modules or ["the linear layers of the architecture"]
+    targets = list(dict.fromkeys(_shown(name) for name in targets))
     variant = ", rank-stabilised" * adapter.use_rslora + ", DoRA" * adapter.use_dora
     unit = (
         f"packed sequences of {data.seq_len_tokens:,} tokens" if parts.prepared.get("packed", data.packing) else "rows"
@@ -64,6 +66,13 @@ def asked(parts: Parts) -> list[tuple[str, str]]:
         ("Batch", f"{batch} {unit} per step and process"),
         ("Learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
     ]
+
+
+def _shown(name: str) -> str:
+    """Returns the last part of a path, which is one layer of many; of a stack of experts, the last two."""
+    holder, _, last = name.rpartition(".")
+    holder = holder.rpartition(".")[2]
+    return f"{holder}.{last}" if holder == EXPERTS else last
 
 
 def measured(parts: Parts) -> list[tuple[str, str]]:

@@ -70,7 +70,8 @@ def counted_sizes(config: Shape) -> ModelSizes:
 
 def from_plain(found: dict[str, Any]) -> ModelSizes:
     """Returns sizes from plain values, as `dataclasses.asdict` gives them."""
-    return ModelSizes(**found | {"linears": tuple(LinearLayer(**each) for each in found["linears"])})
+    layers = {name: tuple(LinearLayer(**each) for each in found[name]) for name in ("linears", "expert_stacks")}
+    return ModelSizes(**found | layers)
 
 
 def _kept(key: str) -> ModelSizes | None:

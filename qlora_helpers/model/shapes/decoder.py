@@ -59,6 +59,7 @@ class ModelSizes:
         experts, experts_per_token: of a mixture of experts, else 0.
         expert_parameters_per_layer: of all experts together. transformers keeps them in parameters of three dimensions, not in
             `nn.Linear` modules; they are stored in 4 bits too, and peft's `target_modules` does not reach them.
+        expert_stacks: the matrices of the experts by stack, such as `experts.down_proj`; `per_layer` counts experts.
         widest_experts: of the layer that has most of them; dequantised together while that layer computes. None: as in the mean.
         inner_per_token: inner values of all MLPs and experts that a token goes through; None: of one MLP, or of each chosen expert.
         widest_inner: the same of the widest layer.
@@ -90,6 +91,7 @@ class ModelSizes:
     experts: int = 0
     experts_per_token: int = 0
     expert_parameters_per_layer: float = 0
+    expert_stacks: tuple[LinearLayer, ...] = ()
     widest_experts: int | None = None
     inner_per_token: float | None = None
     widest_inner: int | None = None

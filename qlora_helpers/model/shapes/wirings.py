@@ -147,6 +147,10 @@ def _mixture_of_experts(
         experts=experts,
         experts_per_token=size(config, "num_experts_per_tok"),
         expert_parameters_per_layer=expert_parameters,
+        expert_stacks=(
+            LinearLayer("experts.gate_up_proj", hidden, 2 * inner, per_layer=experts),
+            LinearLayer("experts.down_proj", inner, hidden, per_layer=experts),
+        ),
     )
 
 
