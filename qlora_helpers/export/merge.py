@@ -156,6 +156,8 @@ def low_ranks(adapter: Path, stored: dict[str, StoredTensor], places: Places) ->
         down, up = weights[f"{name}.lora_A.weight"], weights.get(f"{name}.lora_B.weight")
         stack = places.of_stack(layer, settings.get("target_parameters") or ())
         if stack is not None and up is not None:
+            if down.shape[0] != stack.shape[0] * settings["r"]:
+                raise _of_another_model(layer, stack.shape, f"adapters for {down.shape[0] // settings['r']} experts")
             for held_in, change in _of_stack(layer, stack, (down.read().float(), up.read().float() * scale), stored):
                 found.setdefault(held_in, []).append(change)
             continue

@@ -51,6 +51,31 @@ def test_the_merged_files_are_base_plus_adapter(torch, tmp_path, kind):
         assert torch.allclose(found[name], weight.bfloat16().float(), rtol=2**-7, atol=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("mixtral", ("q_proj", "experts")),  # a file's tensor for each expert's w1, w2 and w3
+        ("qwen3_moe", ("experts.down_proj",)),
+        ("deepseek_v3", ("q_b_proj", "experts")),
+        ("gpt_oss", ("q_proj", "experts")),  # a tensor for all experts, of (in, out)
+        ("granitemoe", ("experts.gate_up_proj",)),
+        ("jetmoe", ("experts",)),
+    ],
+)
+def test_adapters_on_experts_are_merged_into_each_expert_s_tensor(torch, tmp_path, family, names):
+    found, expected = merged(torch, tiny_mixture(family), tmp_path, target_modules=names, lora_dropout=0.0)
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight.bfloat16().float(), rtol=2**-7, atol=1e-6), name
+
+
+def test_an_adapter_on_another_mixture_s_experts_is_refused(torch, tmp_path):
+    settings = {"target_modules": ("experts",), "lora_dropout": 0.0}
+    merged(torch, tiny_mixture("qwen3_moe", num_experts=8), tmp_path, **settings)
+    tiny_mixture("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="does not belong to this checkpoint"):
+        merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_square_layers_of_gpt2_are_transposed_too(torch, tmp_path):
     """Their shape does not tell."""
     found, expected = merged(torch, tiny_model("gpt2"), tmp_path, target_modules=("attn.c_proj",))

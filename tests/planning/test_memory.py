@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from measured_steps import name_of, planned_steps, step_of
 
+from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
 from qlora_helpers.planning.memory import StepMemory, packed_bytes, predict
-from qlora_helpers.planning.step_settings import StepSettings, kept_values
+from qlora_helpers.planning.step_settings import StepSettings, kept_values, step_settings
 
 
 def settings(name: str, *, r: int = 8, **changes) -> StepSettings:
@@ -151,3 +153,32 @@ def test_what_is_whole_on_every_gpu_of_shards_is_counted_as_whole():
     for words, counted in figures.items():
         (figure,) = re.findall(r"0\.\d\d", words)
         assert words in said and figure == f"{gib(counted):.2f}", (words, gib(counted))
+
+
+def test_adapters_on_experts_hold_the_gradient_of_one_stack_and_what_was_cast():
+    """Of Mixtral: a layer's sums in place of its dequantised weights, and the gradient of the larger stack's beside them."""
+    sizes = model_sizes(SHAPES["mixtral-8x7b"])
+    names = ("q_proj", "experts")
+    settings = {"seq_len_tokens": 512, "micro_batch_size": 1, "checkpointed": 32, "compiled": True, "r": 8}
+    linear = adapter_parameters(SHAPES["mixtral-8x7b"], 8, ("q_proj",), False)
+    both = adapter_parameters(SHAPES["mixtral-8x7b"], 8, names, False)
+    on_experts = 32 * 8 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert both == linear + on_experts
+    without = StepMemory(sizes, StepSettings(**settings, adapter_parameters=linear))
+    with_experts = StepMemory(sizes, StepSettings(**settings, adapter_parameters=both, on_experts=on_experts))
+    assert with_experts.in_backward - without.in_backward == 2 * 8 * 4096 * 2 * 14336
+    assert with_experts.layer.activations - without.layer.activations == 2 * on_experts // 32
+    assert with_experts.layer.optimizer - without.layer.optimizer == 8 * on_experts // 32
+    unquantised = StepSettings(**settings, adapter_parameters=both, on_experts=on_experts, quantized=False)
+    assert StepMemory(sizes, unquantised).in_backward > 2 * 8 * 4096 * (3 + 2) * 14336
+
+
+def test_a_plan_refuses_what_adapters_on_experts_can_not_have():
+    config = RunConfig().with_settings({"adapter.target_modules": ["q_proj", "experts"]})
+    shape = SHAPES["mixtral-8x7b"]
+    with pytest.raises(ModelError, match="have neither dropout nor DoRA; .* got adapter.lora_dropout=0.05"):
+        step_settings(config, shape, micro_batch_size=1, trained_share=0.2)
+    step = step_settings(
+        config.with_settings({"adapter.lora_dropout": 0.0}), shape, micro_batch_size=1, trained_share=0.2
+    )
+    assert 0 < step.on_experts < step.adapter_parameters

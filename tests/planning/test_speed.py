@@ -9,7 +9,16 @@ import pytest
 from qlora_helpers.machine.hardware import GPUS
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.sizes import model_sizes
-from qlora_helpers.planning.speed import COMPILE_S, DORA_BYTES, FITTED, LOOKUP_BYTES_S, compile_pays, step_seconds
+from qlora_helpers.planning.speed import (
+    ADDED_BYTES,
+    COMPILE_S,
+    DORA_BYTES,
+    FITTED,
+    GRADIENT_BYTES,
+    LOOKUP_BYTES_S,
+    compile_pays,
+    step_seconds,
+)
 from qlora_helpers.planning.step_settings import HALF, StepSettings
 
 H100 = GPUS["H100"]
@@ -33,6 +42,18 @@ def seconds(sizes=LLAMA, **changes) -> float:
 def test_the_optimizer_reads_and_writes_28_bytes_a_weight():
     more = seconds(adapter_parameters=2 * 10**8) - seconds(adapter_parameters=10**8)
     assert more == pytest.approx(28 * 10**8 / MEMORY)
+
+
+def test_adapters_on_experts_are_added_to_all_of_them_in_each_pass():
+    """Of a token, where other parts are small: in the forward and the backward pass, and in checkpointed layers once more."""
+    mixture = model_sizes(SHAPES["mixtral-8x7b"])
+    one = {"sizes": mixture, "seq_len_tokens": 1, "micro_batch_size": 1, "skipped": False}
+    weights, matrix = mixture.layers * 8 * 3 * 4096 * 14336, H100.bf16_tflops * 1e12 * FITTED.matrix_share
+    added = weights * (ADDED_BYTES / MEMORY + 2 * STEP.r / matrix)
+    learned = weights * (GRADIENT_BYTES / MEMORY + 4 * STEP.r / matrix)
+    assert seconds(**one, on_experts=1) - seconds(**one) == pytest.approx(2 * added + learned, rel=1e-3)
+    again = one | {"checkpointed": mixture.layers}
+    assert seconds(**again, on_experts=1) - seconds(**again) == pytest.approx(3 * added + learned, rel=1e-3)
 
 
 def test_dora_computes_norms_of_weights_in_each_forward_pass():

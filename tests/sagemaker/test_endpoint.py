@@ -154,6 +154,7 @@ def test_families_that_vllm_serves_without_adapters_are_refused(tmp_path, model_
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters="),
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"r": 1024}, "r=1024"),

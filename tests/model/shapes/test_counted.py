@@ -88,6 +88,7 @@ def test_a_model_is_as_large_as_transformers_builds_it(torch, built, family):
     check(torch, model, sizes)
     assert sizes.counted == "built"
     assert bool(sizes.experts) == ("experts" in str(FAMILIES[family]))
+    assert sum(stack.parameters_per_layer for stack in sizes.expert_stacks) == sizes.expert_parameters_per_layer
     assert (sizes.recurrent_share > 0) == any(part in str(FAMILIES[family]) for part in ("linear_", "mamba"))
 
 
@@ -119,6 +120,7 @@ def test_counting_and_arithmetic_agree(torch, built, name):
     assert sizes.parameters == expected.parameters
     assert sizes.parameters_in_use == expected.parameters_in_use
     assert sizes.expert_parameters_per_layer == expected.expert_parameters_per_layer
+    assert set(sizes.expert_stacks) == set(expected.expert_stacks)
     assert sizes.inner == expected.inner
     assert sizes.gated_mlp == expected.gated_mlp or name == "phi-3-mini"
     assert sizes.norms_per_layer == expected.norms_per_layer

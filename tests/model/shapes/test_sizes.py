@@ -269,6 +269,29 @@ def test_adapters_of_mixtral_are_on_its_attention(torch):
     assert adapter_parameters(config, 4, None, False) == count_parameters(adapted).trainable
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("mixtral", ("q_proj", "experts")),
+        ("mixtral", ("down_proj",)),
+        ("mixtral", ("mlp.experts.gate_up_proj", "v_proj")),
+        ("qwen3_moe", ("mlp.experts",)),
+        ("deepseek_v3", ("down_proj", "experts.gate_up_proj")),  # the first names dense and shared layers alone
+    ],
+)
+def test_adapters_on_experts_are_as_large_as_peft_makes_them(torch, cache, family, names):
+    from mixtures import tiny_mixture
+
+    model = tiny_mixture(family)
+    adapted = add_adapters(model, AdapterConfig(r=4, lora_dropout=0.0, target_modules=names), seed=0)
+    assert adapter_parameters(model.config.to_dict(), 4, names, False) == count_parameters(adapted).trainable
+
+
+def test_an_unknown_name_of_a_mixture_is_refused_with_the_names_that_it_has():
+    with pytest.raises(ModelError, match=r"expected some of k_proj, o_proj, q_proj, v_proj, experts; got expert\."):
+        adapter_parameters(SHAPES["mixtral-8x7b"], 8, ("expert",), False)
+
+
 def test_the_recipe_s_adapters_are_counted_as_published():
     assert adapter_parameters(SHAPES["falcon-40b"], 8, None, False) == 55_541_760
 
