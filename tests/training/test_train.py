@@ -366,6 +366,19 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(teach, run, tmp_path):
     assert run.status().session == 2
 
 
+def test_adapters_on_experts_resume_as_they_were(teach, run, tmp_path):
+    from mixtures import tiny_mixture
+
+    def mixture():
+        return tuned(tiny_mixture("qwen3_moe"), target_modules=("q_proj", "experts"))
+
+    whole, _ = teach(model=mixture(), on=Run(tmp_path / "whole"))
+    teach(At(3, lambda: run.request("stop")), model=mixture())
+    resumed, result = teach(model=mixture())
+    assert result.steps == 4 and [line["session"] for line in run.progress() if "loss" in line] == [1, 1, 1, 2]
+    assert largest_difference(whole, resumed) < 1e-6 < largest_difference(mixture(), resumed)
+
+
 def test_a_damaged_checkpoint_is_skipped(teach, run):
     teach(max_steps=4)
     weights = run.checkpoints_dir / "checkpoint-4" / "adapter_model.safetensors"

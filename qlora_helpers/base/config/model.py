@@ -57,7 +57,8 @@ class AdapterConfig:
     )
     target_modules: tuple[str, ...] | None = option(
         None,
-        "Names or paths of the linear layers that get an adapter; none takes all linear layers of the text part.",
+        "Names or paths of the layers that get an adapter; none takes all linear layers of the text part. A mixture's experts get "
+        "adapters where experts is among the names.",
     )
     use_rslora: bool = option(
         False, "Scale by lora_alpha / sqrt(r) instead, for high ranks (Kalajdzievski 2023, arXiv:2312.03732)."
