@@ -12,7 +12,7 @@ from qlora_helpers.base.errors import ModelError
 from qlora_helpers.base.units import duration
 from qlora_helpers.data.lengths import RowLengths
 from qlora_helpers.machine.hardware import Hardware
-from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.model.shapes.sizes import adapted_stacks, model_sizes
 from qlora_helpers.planning.cpu_speed import cpu_seconds
 from qlora_helpers.planning.decide_batch import decide_batch, sequences_an_epoch
 from qlora_helpers.planning.decide_lengths import decide_lengths
@@ -45,18 +45,28 @@ def decide_training(
     except ModelError:  # a shape that can't be planned may still be trained
         parameters = None
     decide_epochs(decided, lengths, None if hardware or parameters is None else shape, cores=cores)
-    _decide_learning(decided, parameters)
+    _decide_learning(decided, parameters, on_experts=_on_experts(decided, shape))
     decide_batch(decided, lengths, shape, hardware, parameters)
     _decide_looks(decided, lengths, shape)
 
 
-def _decide_learning(decided: Decided, parameters: int | None) -> None:
+def _on_experts(decided: Decided, shape: dict[str, Any]) -> bool:
+    """Whether a mixture's experts are to get adapters."""
+    try:
+        return bool(adapted_stacks(model_sizes(shape), decided.config.adapter.target_modules))
+    except ModelError:
+        return False
+
+
+def _decide_learning(decided: Decided, parameters: int | None, *, on_experts: bool = False) -> None:
     decided.take(
         "adapter.r", decided.config.adapter.r, "the recipe's rank; a higher one holds more, and takes more memory"
     )
     epochs = decided.config.train.epochs
     why = f"rows are seen {epochs:g} time{'s' * (epochs != 1)}: "
-    if epochs <= FEW_EPOCHS:
+    if on_experts:
+        decided.take("adapter.lora_dropout", 0.0, "adapters on a mixture's experts have no dropout")
+    elif epochs <= FEW_EPOCHS:
         decided.take("adapter.lora_dropout", 0.0, f"{why}too seldom to be learned by heart, and dropout takes time")
     else:
         decided.take("adapter.lora_dropout", 0.05, f"{why}dropout works against learning them by heart")

@@ -65,6 +65,14 @@ def test_settings_of_a_thousand_rows_on_a_cpu():
     assert (config.train.warmup_steps, config.train.logging_steps) == (11, 5)
 
 
+def test_adapters_on_experts_get_no_dropout_however_often_rows_are_seen():
+    few, mixtral = conversations(range(41, 141), 40), known_shape("random:mixtral-8x7b")
+    assert decide(few, mixtral, "H100").config.adapter.lora_dropout == 0.05
+    named = decide(few, mixtral, "H100", adapter__target_modules=["q_proj", "experts"])
+    assert named.config.adapter.lora_dropout == 0.0
+    assert decide(few, mixtral, "H100", adapter__target_modules=["q_proj"]).config.adapter.lora_dropout == 0.05
+
+
 def test_on_gpus_the_settings_are_the_plan_s():
     found = decide(THOUSAND, LLAMA, "L4")
     train = found.config.train
