@@ -81,6 +81,7 @@ class _Layer:
     experts: int = 0
     expert_inner: int = 0
     expert_gated: bool = False
+    expert_kept: float = 0.0
     inner: int = 0
     inner_outputs: int = 0
     mixer: int = 0
@@ -147,6 +148,8 @@ def _add_linear(
 
 def _add_stacks(found: _Layer, name: str, module: nn.Module, own: list[Any], hidden: int, per_token: int) -> None:
     names = {id(part): part_name for part_name, part in module.named_parameters(recurse=False)}
+    if any(part.ndim == 3 for part in own):
+        found.expert_kept = max(found.expert_kept, _kept_for_each(module))
     for part in own:
         if part.ndim != 3 or min(part.shape[1:]) < SMALLEST_SIDE:
             continue
@@ -161,6 +164,25 @@ def _add_stacks(found: _Layer, name: str, module: nn.Module, own: list[Any], hid
             found.expert_inner += other * per_token
         elif "gate" in path or "input_linear" in path:
             found.expert_gated = True
+
+
+def _kept_for_each(module: nn.Module) -> float:
+    """Counts what experts keep for each inner value: their own activation is run on values without memory."""
+    apply = getattr(module, "_apply_gate", None)
+    if apply is None:
+        return 0.0
+    width, kept = 64, dict[int, int]()
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        held.append(tensor)
+        return tensor
+
+    held: list[torch.Tensor] = []
+    branches = torch.empty(1, 2 * width, device="meta", requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        apply(branches)
+    return sum(kept.values()) / width
 
 
 def count(model: nn.Module, family: str) -> ModelSizes:
@@ -254,6 +276,8 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
         widest_experts=max(each.experts for each in measured),
         inner_per_token=_mean(inner),
         widest_inner=max(inner),
+        expert_inner=_mean([each.expert_inner for each in measured]),
+        expert_kept=max(each.expert_kept for each in measured) or ModelSizes.expert_kept,
         mixer_values=_mean(mixers),
         recurrent_share=_mean([each.recurrent for each in measured]),
         counted="built",

@@ -165,8 +165,8 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
 
     Compiled, it keeps what no pointwise kernel can recompute: the layer's input, the residual between attention and MLP, queries,
     keys, values and the attention's output, the MLP's inner values before their non-linearity, and the output of each adapter's
-    first matrix. Uncompiled, it also keeps the output of each norm, an RMS norm's input in float32, the non-linearity's output,
-    and the product of a gated MLP's two branches.
+    first matrix; experts keep more (`kept_by_experts`). Uncompiled, it also keeps the output of each norm, an RMS norm's input in
+    float32, the non-linearity's output, and the product of a gated MLP's two branches.
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     residuals = 1 if sizes.parallel_attention else 2
@@ -178,13 +178,25 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
         attention = sizes.mixer_values
     if sizes.qk_norm:
         attention += queries + keys
-    inner = sizes.inner * (2 if sizes.gated_mlp else 1)
+    inner = (sizes.inner - sizes.inner_of_experts) * (2 if sizes.gated_mlp else 1)
     if not compiled:
         stream = sizes.hidden * (residuals + extra_norms) * (2 if sizes.norm == "rms" else 1) + sizes.hidden * norms
         inner *= 2
-    inner += sizes.hidden * sizes.experts_per_token  # each expert's output waits for the gradient of its router weight
+    inner += kept_by_experts(sizes)
     low_rank = r * sum(layer.per_layer for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
+
+
+def kept_by_experts(sizes: ModelSizes) -> float:
+    """Counts the values a token that the experts of one layer keep, compiled or not: their code is launched as it is.
+
+    Inner values, each expert's output, which waits for the gradient of its router weight, the router's scores in float32, and the
+    places of tokens as integers of 8 bytes.
+    """
+    if not sizes.experts:
+        return 0.0
+    chosen = sizes.experts_per_token
+    return sizes.inner_of_experts * sizes.expert_kept + sizes.hidden * chosen + 2 * sizes.experts + 16 * chosen
 
 
 def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> float:
@@ -192,6 +204,8 @@ def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> float:
     fast = settings.fast_adapters and not settings.dora
     adapted = settings.adapted_layers(sizes)
     values = kept_values(sizes, compiled=settings.compiled and fast, r=settings.r, adapted=adapted)
+    if settings.on_experts:  # what an expert's weights are multiplied with, for the gradients of their adapters
+        values += sizes.hidden * sizes.experts_per_token + sizes.inner_of_experts
     return settings.value_bytes * values + kept_by_adapters(sizes, settings)
 
 

@@ -2,7 +2,8 @@
 
 Two ways of computing the same sum round differently at every layer. How much that changes at the end depends on the model, its
 depth and its data type, so it is measured: the output of each decoder layer is multiplied by random factors as far from one as a
-rounding takes it, and whatever is computed from it moves by as much as a rounding in every layer would move it.
+rounding takes it, and whatever is computed from it moves by as much as a rounding in every layer would move it. A mixture's router
+chooses between experts, and a rounding may change its choice, after which nothing is alike: so a row's choices can be kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from qlora_helpers.model.attention import UnsupportedAttentionError
 from qlora_helpers.model.wiring import decoder_layers
@@ -52,6 +54,48 @@ def random_rows(model: torch.nn.Module, *lengths: int) -> list[list[int]]:
     vocabulary = min(model.get_input_embeddings().num_embeddings, getattr(head, "out_features", None) or 2**31)
     draw = torch.Generator().manual_seed(0)
     return [torch.randint(2, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+
+
+class Choices(TorchFunctionMode):
+    """The experts that routers chose for the tokens of a row; later passes are made to choose the same ones for it.
+
+    The first pass that is watched is written down: each call of `torch.topk` over the last dimension, with a line for each token.
+    Passes of other rows that end with this row take its choices for its tokens; the values follow, and autograd through them.
+
+    Args:
+        tokens: of the row.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.kept: list[torch.Tensor] = []
+        self._next: int | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While open, one pass goes through the model: the first is written down, the others choose as it did."""
+        self._next = 0 if self.kept else None
+        with self:
+            yield
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function not in (torch.topk, torch.Tensor.topk) or found.indices.numel() < self.tokens:
+            return found
+        indices = found.indices.flatten(0, -2)
+        if len(indices) < self.tokens:  # over something else than tokens
+            return found
+        if self._next is None:
+            self.kept.append(indices[-self.tokens :].clone())
+            return found
+        if self._next >= len(self.kept):
+            return found
+        same, self._next = self.kept[self._next], self._next + 1
+        if same.shape[1:] != indices.shape[1:]:
+            return found
+        indices = torch.cat([indices[: -self.tokens], same]).view(found.indices.shape)
+        return torch.return_types.topk((args[0].gather(-1, indices), indices))
 
 
 @contextmanager

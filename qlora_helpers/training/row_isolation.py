@@ -23,7 +23,14 @@ from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
 from qlora_helpers.model.shapes.families import ALIBI, is_recurrent, uses_alibi
 from qlora_helpers.model.wiring import base_model_of, in_eval_mode, windows_of
-from qlora_helpers.training.proving import ROUNDINGS, NotProvedError, random_rows, values_rounded_anew, why_it_fails
+from qlora_helpers.training.proving import (
+    ROUNDINGS,
+    Choices,
+    NotProvedError,
+    random_rows,
+    values_rounded_anew,
+    why_it_fails,
+)
 
 LEAK = 1e-3  # largest change when the row before changes, as a share of the logits' spread
 MOST_APART = 0.5  # share of a gradient that is called rounding, however much more rounding moves it
@@ -120,8 +127,8 @@ def prove_isolation(
 
     There are two probes. Other tokens in the row before must not change a row's logits; the same sums are computed either way, so
     this is exact even in bfloat16, unless a layer's kernels depend on all tokens (experts): then as exact as for unpacked rows.
-    And the row alone must give the same logits up to rounding, with windows narrowed until the rows are longer, or where that
-    changes nothing in a row that is longer than the window.
+    And the row alone must give the same logits up to rounding, through the same experts, with windows narrowed until the rows are
+    longer, or where that changes nothing in a row that is longer than the window.
 
     Args:
         model: with or without adapters.
@@ -158,8 +165,13 @@ def prove_isolation(
             own = float((unpacked[0] - unpacked[1]).abs().max() / spread)
             if not changed <= 4 * own:
                 raise NotProvedError(f"its rows reach each other: {_why(inner, changed)}")
-        apart = float((packed[0] - alone).square().mean().sqrt() / spread)
-        with values_rounded_anew(inner):
+        choices = Choices(len(second))
+        with choices.watched():
+            alone = _logits(model, [second])
+        with choices.watched():
+            same = _packed_logits(model, attention, first, second, sequences)
+        apart = float((same - alone).square().mean().sqrt() / spread)
+        with values_rounded_anew(inner), choices.watched():
             rounded = float((_logits(model, [second]) - alone).square().mean().sqrt() / spread)
     if not apart <= ROUNDINGS * rounded:
         raise NotProvedError(
@@ -188,9 +200,12 @@ def prove_gradients(model: torch.nn.Module, attention: batches.Attention, longes
     first, _, second = random_rows(model, 23, 23, 17)
     with in_eval_mode(model), ExitStack() as narrowed:
         attention = _narrowed(inner, attention, longest, narrowed)
-        alone = _slopes(model, lambda: _logits(model, [second]))
-        packed = _slopes(model, lambda: _packed_logits(model, attention, first, second, 1))
-        with values_rounded_anew(inner):
+        choices = Choices(len(second))
+        with choices.watched():
+            alone = _slopes(model, lambda: _logits(model, [second]))
+        with choices.watched():
+            packed = _slopes(model, lambda: _packed_logits(model, attention, first, second, 1))
+        with values_rounded_anew(inner), choices.watched():
             rounded = _slopes(model, lambda: _logits(model, [second])) - alone
     size = alone.square().mean().sqrt()
     leaked = float(packed[: len(first)].abs().max() / size)

@@ -39,7 +39,10 @@ def checkpoint(folder: Path, config: Any) -> float:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.save_pretrained(folder)
     shape = json.loads((folder / "config.json").read_text())
-    shape |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    shape |= {
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }
     shape["architectures"] = ["GptOssForCausalLM"]
     (folder / "config.json").write_text(json.dumps(shape))
     device, files = "cuda" if ON_GPU else "cpu", {}
@@ -53,13 +56,19 @@ def checkpoint(folder: Path, config: Any) -> float:
         for name, value in tensors.items():
             if name.endswith(STACKS):
                 packed = (value.shape[0], value.shape[2], value.shape[1] // 32, 16)
-                made[f"{name}_blocks"] = torch.randint(0, 256, packed, dtype=torch.uint8, device=device, generator=generator)
-                made[f"{name}_scales"] = torch.randint(118, 121, packed[:-1], dtype=torch.uint8, device=device, generator=generator)
+                made[f"{name}_blocks"] = torch.randint(
+                    0, 256, packed, dtype=torch.uint8, device=device, generator=generator
+                )
+                made[f"{name}_scales"] = torch.randint(
+                    118, 121, packed[:-1], dtype=torch.uint8, device=device, generator=generator
+                )
             elif name.endswith("norm.weight"):
                 made[name] = torch.ones(value.shape, dtype=torch.bfloat16)
             else:
                 made[name] = (torch.randn(value.shape, device=device, generator=generator) * 0.02).bfloat16()
-        save_file({name: each.cpu().contiguous() for name, each in made.items()}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: each.cpu().contiguous() for name, each in made.items()}, folder / file, metadata={"format": "pt"}
+        )
         files |= dict.fromkeys(made, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return gib(sum(each.stat().st_size for each in folder.iterdir()))

@@ -22,6 +22,7 @@ from qlora_helpers.training.fast_step.layers import layers_changed
 TOKENS, R = 256, 4
 _COMMON = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
 _GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 448}
+_EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES = {
     "falcon-40b": _COMMON
     | {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 512},
@@ -30,6 +31,8 @@ FAMILIES = {
     "qwen2": _GROUPED | {"model_type": "qwen2"},
     "qwen3": _GROUPED | {"model_type": "qwen3"},
     "gemma3": _GROUPED | {"model_type": "gemma3_text"},
+    "mixtral": _GROUPED | {"model_type": "mixtral", "intermediate_size": 96} | _EXPERTS | {"num_local_experts": 8},
+    "qwen3_moe": _GROUPED | {"model_type": "qwen3_moe", "moe_intermediate_size": 96, "num_experts": 8} | _EXPERTS,
 }
 
 
@@ -57,8 +60,9 @@ def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch
 
     def look(tensor):
         storage = tensor.untyped_storage().data_ptr()
-        if TOKENS in tensor.shape and storage not in own:
-            kept[storage] = tensor.numel() * tensor.element_size()
+        rows = TOKENS, TOKENS * shape.get("num_experts_per_tok", 1)
+        if any(each in tensor.shape for each in rows) and storage not in own:
+            kept[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
     with ExitStack() as parts:
@@ -97,6 +101,15 @@ def test_a_compiled_layer_keeps_what_was_counted(name, monkeypatch):
     shared = 2 * 2 * sizes.head_dim  # the rotation's cosine and sine, one pair for all layers
     statistics = 2 * 2 * (2 * sizes.norms_per_layer + sizes.heads + sizes.kv_heads)  # of norms, in float32
     assert counted <= kept_by_a_layer(shape, monkeypatch) <= counted + shared + statistics
+
+
+@pytest.mark.parametrize("named", [(), ("q_proj", "k_proj", "v_proj", "o_proj", "experts")])
+def test_a_mixture_with_adapters_on_its_experts_keeps_what_their_gradients_need(named, monkeypatch):
+    shape = FAMILIES["qwen3_moe"]
+    sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
+    step = StepSettings(TOKENS, 1, 0, True, R, 0, on_experts=len(named))
+    kept = kept_by_a_layer(shape, monkeypatch, target_modules=named or None)
+    assert 0.9 * kept <= kept_bytes(sizes, step) <= kept
 
 
 FEW = ("q_proj", "v_proj")

@@ -155,8 +155,9 @@ def test_what_is_whole_on_every_gpu_of_shards_is_counted_as_whole():
         assert words in said and figure == f"{gib(counted):.2f}", (words, gib(counted))
 
 
-def test_adapters_on_experts_hold_the_gradient_of_one_stack_and_what_was_cast():
-    """Of Mixtral: a layer's sums in place of its dequantised weights, and the gradient of the larger stack's beside them."""
+def test_adapters_on_experts_hold_the_gradient_of_one_stack_what_was_cast_and_inputs():
+    """Of Mixtral: a layer's sums in place of its dequantised weights, and the gradient of the larger stack's beside them; and what
+    the weights of a token's two experts are multiplied with."""
     sizes = model_sizes(SHAPES["mixtral-8x7b"])
     names = ("q_proj", "experts")
     settings = {"seq_len_tokens": 512, "micro_batch_size": 1, "checkpointed": 32, "compiled": True, "r": 8}
@@ -167,7 +168,9 @@ def test_adapters_on_experts_hold_the_gradient_of_one_stack_and_what_was_cast():
     without = StepMemory(sizes, StepSettings(**settings, adapter_parameters=linear))
     with_experts = StepMemory(sizes, StepSettings(**settings, adapter_parameters=both, on_experts=on_experts))
     assert with_experts.in_backward - without.in_backward == 2 * 8 * 4096 * 2 * 14336
-    assert with_experts.layer.activations - without.layer.activations == 2 * on_experts // 32
+    assert with_experts.layer.activations - without.layer.activations == 2 * (
+        on_experts // 32 + 512 * 2 * (4096 + 14336)
+    )
     assert with_experts.layer.optimizer - without.layer.optimizer == 8 * on_experts // 32
     unquantised = StepSettings(**settings, adapter_parameters=both, on_experts=on_experts, quantized=False)
     assert StepMemory(sizes, unquantised).in_backward > 2 * 8 * 4096 * (3 + 2) * 14336

@@ -63,6 +63,9 @@ class ModelSizes:
         widest_experts: of the layer that has most of them; dequantised together while that layer computes. None: as in the mean.
         inner_per_token: inner values of all MLPs and experts that a token goes through; None: of one MLP, or of each chosen expert.
         widest_inner: the same of the widest layer.
+        expert_inner: of `inner_per_token` what experts have; None: all of it.
+        expert_kept: values that an expert keeps for the backward pass for each inner value of a token: its branches and what its
+            activation adds. The experts' part of a layer is not compiled.
         mixer_values: values a token that attention, or what stands for it, keeps for the backward pass; None: by `heads`.
         recurrent_share: share of the layers that carry a state along the sequence (state space, linear attention, convolution).
         beside_text: weights of vision and audio parts, which no other count includes.
@@ -95,6 +98,8 @@ class ModelSizes:
     widest_experts: int | None = None
     inner_per_token: float | None = None
     widest_inner: int | None = None
+    expert_inner: float | None = None
+    expert_kept: float = 3.0
     mixer_values: float | None = None
     recurrent_share: float = 0.0
     beside_text: int = 0
@@ -115,6 +120,13 @@ class ModelSizes:
         """Inner values of the MLPs that a token goes through in a layer, before a gate doubles them."""
         active = self.intermediate * max(1, self.experts_per_token)
         return active if self.inner_per_token is None else self.inner_per_token
+
+    @property
+    def inner_of_experts(self) -> float:
+        """Inner values of the experts that a token goes through in a layer; 0 without experts."""
+        if not self.experts:
+            return 0.0
+        return self.inner if self.expert_inner is None else self.expert_inner
 
     @property
     def parameters_in_use(self) -> int:
