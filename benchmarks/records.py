@@ -33,6 +33,12 @@ TRAINERS = {
 }
 
 
+def shape_of(name: str) -> dict[str, Any]:
+    """The `config.json` of a catalogued model; `NAME@24` has 24 of its decoder layers, all of one kind."""
+    known, _, layers = name.partition("@")
+    return SHAPES[known] | ({"num_hidden_layers": int(layers)} if layers else {})
+
+
 OURS = ("fast", "fast_host")
 
 
@@ -118,7 +124,7 @@ def _as_fast(case: dict[str, Any]) -> float:
 
 def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     """A measured case as the plan sees it."""
-    shape = SHAPES[case["model"]]
+    shape = shape_of(case["model"])
     sizes = model_sizes(shape)
     return sizes, StepSettings(
         seq_len_tokens=case["seq_len_tokens"],

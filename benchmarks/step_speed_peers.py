@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from step_speed import Case
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def targets(case: Case) -> list[str]:
+    """What gets an adapter, as in our own cases: of a mixture its attention alone."""
+    from records import shape_of
+
+    return ATTENTION if shape_of(case.model).get("num_experts") else TARGETS
 
 
 class Counting:
@@ -97,7 +106,7 @@ def _plain(case: Case, seq_len_tokens: int, checkpointing: bool) -> tuple[Any, A
 
     loaded = loading.load_model(ModelConfig(name=f"random:{case.model}"), say=lambda text: None)
     adapter = LoraConfig(
-        r=case.rank, lora_alpha=32, target_modules=TARGETS, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=case.rank, lora_alpha=32, target_modules=targets(case), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     return loaded.model, loaded.tokenizer, {"peft_config": adapter}
 
@@ -114,7 +123,7 @@ def _unsloth(case: Case, seq_len_tokens: int, checkpointing: bool) -> tuple[Any,
     model = FastLanguageModel.get_peft_model(
         model,
         r=case.rank,
-        target_modules=TARGETS,
+        target_modules=targets(case),
         lora_alpha=32,
         lora_dropout=0,
         bias="none",
@@ -127,20 +136,26 @@ def _unsloth(case: Case, seq_len_tokens: int, checkpointing: bool) -> tuple[Any,
 def _checkpoint(case: Case) -> Path:
     """A 16-bit checkpoint with random weights; made once."""
     import subprocess
-    import sys
 
     folder = Path(tempfile.gettempdir()) / f"random-{case.model}"
     if not (folder / "config.json").exists():  # in a process of its own, whose memory is given back
-        subprocess.run([sys.executable, "-c", MAKE, case.model, str(folder)], check=True)
+        subprocess.run([sys.executable, __file__, case.model, str(folder)], check=True)
     return folder
 
 
-MAKE = """
-import sys, torch
-from qlora_helpers.model import loading
-from qlora_helpers.base.config import ModelConfig
-loaded = loading.load_model(ModelConfig(name=f"random:{sys.argv[1]}", quantization="none"), say=lambda text: None)
-vars(loaded.model.config).pop("random_weights", None)
-loaded.model.save_pretrained(sys.argv[2])
-loaded.tokenizer.save_pretrained(sys.argv[2])
-"""
+def make(name: str, folder: str) -> None:
+    """Writes the checkpoint."""
+    from step_speed import catalogue
+
+    from qlora_helpers.base.config import ModelConfig
+    from qlora_helpers.model import loading
+
+    catalogue(name)
+    loaded = loading.load_model(ModelConfig(name=f"random:{name}", quantization="none"), say=lambda text: None)
+    vars(loaded.model.config).pop("random_weights", None)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make(*sys.argv[1:])
