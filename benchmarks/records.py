@@ -33,6 +33,10 @@ TRAINERS = {
 }
 
 
+EXPERT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts")
+"""What the variant `fast_experts` gives adapters to."""
+
+
 def shape_of(name: str) -> dict[str, Any]:
     """The `config.json` of a catalogued model; `NAME@24` has 24 of its decoder layers, all of one kind."""
     known, _, layers = name.partition("@")
@@ -126,14 +130,18 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
     """A measured case as the plan sees it."""
     shape = shape_of(case["model"])
     sizes = model_sizes(shape)
+    named = EXPERT_TARGETS if case["variant"] == "fast_experts" else None
+    adapters = adapter_parameters(shape, case["r"], named, case.get("dora", False))
+    without = adapter_parameters(shape, case["r"], named[:-1], False) if named else adapters
     return sizes, StepSettings(
-        seq_len_tokens=case["seq_len_tokens"],
+        seq_len_tokens=case["longest_row_tokens"] if case.get("padded") else case["seq_len_tokens"],
         micro_batch_size=case["blocks"],
         compiled=case["compiled"],
         r=case["r"],
         checkpointed=case["layers_checkpointed"],
         offloaded=case.get("offloaded", False),
-        adapter_parameters=adapter_parameters(shape, case["r"], None, case.get("dora", False)),
+        adapter_parameters=adapters,
+        on_experts=adapters - without,
         trained_share=case["trained_share"],
         dropout=case.get("dropout", False),
         dora=case.get("dora", False),

@@ -7,9 +7,10 @@
 Models are catalogued shapes at true size with random weights (`NAME@24`: 24 of the layers), or any name that the package loads;
 rows are the embedded corpus (or `--data`); data loader, optimizer and steps are those of `transformers.Trainer`. Each case runs in
 a process of its own, one after another (`--together`: in one process; put ours first, since other trainers change transformers for
-good). `3/2` tries three blocks and takes two where they do not fit. The clock is CUDA's own, read at each step's end without
-waiting; the first steps are left out. Tokens are those that are not padding. The limit is enforced on what is reserved. All cases
-of a call see the same card, so their ratios hold. Without a GPU the same runs on the CPU.
+good). Rows are padded where the model can't take packed ones. `3/2` tries three blocks and takes two where they do not fit. The
+clock is CUDA's own, read at each step's end without waiting; the first steps are left out. Tokens are those that are not padding.
+The limit is enforced on what is reserved. All cases of a call see the same card, so their ratios hold. Without a GPU the same runs
+on the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import shape_of
+from records import EXPERT_TARGETS, shape_of
 from transformers import TrainerCallback
 
 from qlora_helpers import workflow
@@ -42,7 +43,7 @@ from qlora_helpers.model import loading, lora
 from qlora_helpers.model.allocator import segments_expand, use_expandable_segments
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.runs.folder import Run
-from qlora_helpers.training import fp8_proof, train
+from qlora_helpers.training import fp8_proof, row_isolation, train
 from qlora_helpers.training.fast_step import matmuls
 from qlora_helpers.training.result import machine_name
 
@@ -99,7 +100,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fp8_host": {"train": {"compile": "on", "matmul_dtype": "fp8", "offload_embeddings": True}},
     "fast_experts": {
         "train": {"compile": "on"},
-        "adapter": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "experts")},
+        "adapter": {"target_modules": EXPERT_TARGETS},
     },
     "fast_inputs": {"train": {"compile": "on", "offload_embeddings": True, "offload_checkpoints": True}},
     "fp8_inputs": {
@@ -242,7 +243,9 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     model = lora.add_adapters(
         model, AdapterConfig(**{"r": case.rank, "lora_dropout": 0.0} | variant.get("adapter", {})), seed=0
     )
-    settings = data_settings(source, seq_len_tokens, train_rows=rows, **variant.get("data", {}))
+    refusal = row_isolation.packing_refusal(model, seq_len_tokens, case.blocks)
+    as_rows = {"packing": False} if refusal else {}
+    settings = data_settings(source, seq_len_tokens, train_rows=rows, **variant.get("data", {}) | as_rows)
     started = time.monotonic()
     data = prepare(read_corpus(settings), loaded.tokenizer, settings)
     prepared_s = time.monotonic() - started
@@ -274,6 +277,8 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "load_s": round(load_s, 1),
             "prepared_s": round(prepared_s, 2),
             "fill": round(data.report.tokens / max(1, len(data.train) * seq_len_tokens), 4) if data.packed else None,
+            "padded": refusal,
+            "longest_row_tokens": max(map(len, data.train["input_ids"])),
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),
