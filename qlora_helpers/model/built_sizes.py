@@ -295,18 +295,22 @@ def _mean(values: list[Any]) -> float:
     return _share(sum(values), len(values))
 
 
+def answer_to(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of a `config.json` as plain values, or `{"refused": reason}`."""
+    try:
+        return dataclasses.asdict(count(build(config), config["model_type"]))
+    except Exception as error:  # whatever a stranger's configuration makes transformers raise
+        said = re.split(r"[\n;]|\. ", str(error).strip(), maxsplit=1)[0]
+        return {"refused": f"{type(error).__name__}: {said}"[:300]}
+
+
 def main() -> None:
     """Reads a `config.json`, prints the sizes, or `{"refused": reason}`."""
     if len(sys.argv) > 1:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
-    config = json.load(sys.stdin)
-    try:
-        answer: dict[str, Any] = dataclasses.asdict(count(build(config), config["model_type"]))
-    except Exception as error:  # whatever a stranger's configuration makes transformers raise
-        said = re.split(r"[\n;]|\. ", str(error).strip(), maxsplit=1)[0]
-        answer = {"refused": f"{type(error).__name__}: {said}"[:300]}
+    answer = answer_to(json.load(sys.stdin))
     print("\n" + json.dumps(answer))
 
 
