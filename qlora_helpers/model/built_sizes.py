@@ -26,7 +26,9 @@ from qlora_helpers.model.quantizer import packed_weights
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
 from qlora_helpers.model.wiring import decoder_layers, text_decoder
 
-SMALLEST_SIDE = 32  # a matrix with a shorter side is a router or a gate, whose few outputs no activations are counted for
+SMALLEST_SIDE = (
+    32  # a matrix with a shorter side is a router or a gate, whose few outputs no activations are counted for
+)
 _RECURRENT = re.compile(r"mamba|delta|recurrent|lightning|linearattention|rwkv|mlstm", re.I)
 _MIXER = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal|ssm|mlstm|\bdense\b|query_key_value", re.I)
 _MLP = re.compile(r"mlp|feed_forward|ffn|\bff\b|expert|moe|dense_h_to_4h|dense_4h_to_h|\bfc\d|\bw\d\b", re.I)
@@ -34,7 +36,7 @@ _BACK = re.compile(r"down|w2\b|fc2|fc_out|4h_to_h|c_proj|wo\b|output_linear|line
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """Builds the model of a `config.json` on the meta device, with tied weights: read as loading reads it, as the class that is loaded.
+    """Builds the model of a `config.json` on the meta device, with tied weights, as loading reads and builds it.
 
     Raises:
         ValueError: transformers knows no language model of that kind, or the configuration does not fit it.
@@ -84,9 +86,7 @@ def _matrix(module: nn.Module) -> tuple[int, int] | None:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else None
 
 
-def _measure(
-    layer: nn.Module, hidden: int, seen: set[int], packed: set[int], per_token: int, experts: int
-) -> _Layer:
+def _measure(layer: nn.Module, hidden: int, seen: set[int], packed: set[int], per_token: int, experts: int) -> _Layer:
     """Counts one layer; a weight that an earlier layer holds too counts there alone."""
     found = _Layer()
     for name, module in layer.named_modules():
@@ -221,7 +221,7 @@ def count(model: nn.Module, family: str) -> ModelSizes:
 
 
 def _in_float32(model: Any, packed: set[int]) -> int:
-    """Counts the unquantised weights that transformers keeps in float32 in a model of 16 bits: by a part of their name, or as built."""
+    """Counts the unquantised weights that transformers keeps in float32: by a part of their name, or as built."""
     names = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     kept = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names)) or "(?!)")
     return sum(
@@ -251,7 +251,9 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
     gated = sum(each.inner_outputs for each in measured) > 1.5 * sum(each.inner for each in measured)
     norms = _mean([each.norms for each in measured])
     states = state_values(config)
-    mixers = [each.mixer + (0 if each.recurrent else 2 * heads) + (states if each.recurrent else 0) for each in measured]
+    mixers = [
+        each.mixer + (0 if each.recurrent else 2 * heads) + (states if each.recurrent else 0) for each in measured
+    ]
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return ModelSizes(
         layers=count_of,

@@ -117,7 +117,9 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     in_4_bits, other = sizes.quantized_parameters_per_layer, sizes.other_parameters_per_layer
     adapters = settings.adapter_parameters // sizes.layers
     constants = _constants(in_4_bits, settings)
-    in_float32 = (SINGLE - settings.value_bytes) * sizes.float32_parameters / sizes.layers  # those beside the layers too
+    in_float32 = (
+        (SINGLE - settings.value_bytes) * sizes.float32_parameters / sizes.layers
+    )  # those beside the layers too
     return GpuMemory(
         weights_quantized=math.ceil(int(in_4_bits // 2) / settings.shards) if settings.quantized else 0,
         constants=math.ceil(constants / settings.shards) if settings.quantized else 0,

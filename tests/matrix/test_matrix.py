@@ -71,7 +71,9 @@ def test_the_most_used_families_are_judged():
 
 def test_the_plan_of_every_family_that_loads_was_compared():
     plans = {name: found["plan"] for name, found in RECORDED.items()}
-    loaded = {name for name, found in RECORDED.items() if found["passed"] or found["failed"]["stage"] not in ("build", "load")}
+    loaded = {
+        name for name, found in RECORDED.items() if found["passed"] or found["failed"]["stage"] not in ("build", "load")
+    }
     assert [name for name in loaded if not abs(plans[name].get("off", 1)) <= 0.001] == []
     assert [name for name in loaded if not abs(plans[name]["bytes_off"]) <= 0.01] == []
 

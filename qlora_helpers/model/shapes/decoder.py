@@ -46,10 +46,10 @@ class ModelSizes:
         vocab: rows of the embedding.
         tied: whether the output head is the embedding.
         linears: the `nn.Linear` modules of ONE decoder layer: what bitsandbytes stores in 4 bits.
-        other_parameters_per_layer: the rest of a decoder layer that is not quantised: norms, biases, a router, convolutions, what the
-            model's code reads directly.
+        other_parameters_per_layer: the rest of a decoder layer that is not quantised: norms, biases, a router, convolutions,
+            and what the model's code reads directly.
         other_parameters: outside the decoder layers: embeddings, final norm, projections.
-        other_quantized: of these, the weights that are stored in 4 bits nonetheless: of linear layers such as OPT-350M's projections.
+        other_quantized: those of them that are stored in 4 bits all the same: of linear layers such as OPT-350M's projections.
         head_parameters: of the output head, which is not quantised; 0 where it is tied (Phi's bias always counts).
         gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
         parallel_attention: whether attention and MLP read the same residual and are added together.
