@@ -223,8 +223,8 @@ def plot() -> str:
 def families() -> str:
     """Every judged family of causal language models: how far it comes, its rows, what stays out of 4 bits, and its plan."""
     lines = [
-        "| family | result | rows | in 16 or 32 bits, beside embedding, head and vectors | plan's parameters |",
-        "|---|---|---|---|---|",
+        "| family | result | rows | in 16 or 32 bits, beside embedding, head and vectors | plan's parameters | plan's bytes |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in record("matrix_two_cores")["families"].items():
         rows = {True: "packed", False: "padded", None: ""}[found.get("packed")]
@@ -236,7 +236,8 @@ def families() -> str:
             f"{rows}: {_cell(why)}" if why else rows,
             ", ".join(f"{reason} {share:.1%}" for reason, share in kept.items())
             or ("none" if "reasons" in found else ""),
-            _planned(found.get("plan")),
+            _planned(found.get("plan"), "off"),
+            _planned(found.get("plan"), "bytes_off"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -268,12 +269,15 @@ def _cell(text: str) -> str:
     return text if len(text) <= 240 else text[:240].rsplit(" ", 1)[0] + " ..."
 
 
-def _planned(plan: dict[str, Any] | None) -> str:
+def _planned(plan: dict[str, Any] | None, name: str) -> str:
+    """How far the plan's parameters, or its bytes, are from those of the loaded model."""
     if not plan:
         return ""
     if "refused" in plan:
         return "refused"
-    return "exact" if plan["off"] == 0 else f"{plan['off']:+.1%}"
+    if name not in plan:
+        return "not loaded"
+    return "exact" if plan[name] == 0 else f"{plan[name]:+.1%}" if abs(plan[name]) >= 0.0005 else "within 0.05 %"
 
 
 TABLES = {

@@ -56,15 +56,20 @@ def matrix() -> dict[str, str]:
     """How many families of causal language models go down the whole path."""
     found = list(record("matrix_two_cores")["families"].values())
     passed = [each for each in found if each["passed"]]
-    plans = [each["plan"] for each in found if "plan" in each]
+    plans = [each.get("plan", {}) for each in found]
+    compared = [plan for plan in plans if "off" in plan]
+    made = record("matrix_two_cores")["plans"]
     return {
         "matrix_judged": f"{len(found)}",
         "matrix_passed": f"{len(passed)}",
         "matrix_packed": f"{sum(each['packed'] for each in passed)}",
         "matrix_padded": f"{sum(not each['packed'] for each in passed)}",
-        "matrix_plans_close": f"{sum(abs(plan.get('off', 1)) <= 0.001 for plan in plans)}",
-        "matrix_plans_wrong": f"{sum(abs(plan['off']) > 0.001 for plan in plans if 'off' in plan)}",
+        "matrix_plans_compared": f"{len(compared)}",
+        "matrix_plans_close": f"{sum(abs(plan['off']) <= 0.001 for plan in compared)}",
+        "matrix_plans_bytes_close": f"{sum(abs(plan['bytes_off']) <= 0.01 for plan in compared)}",
+        "matrix_plans_not_loaded": f"{sum('off' not in plan and 'refused' not in plan for plan in plans)}",
         "matrix_plans_refused": f"{sum('refused' in plan for plan in plans)}",
+        "matrix_plans_made": f"{made['measured']}, transformers {made['versions']['transformers']}",
         "matrix_machine": _machine("matrix_two_cores"),
     }
 

@@ -12,24 +12,22 @@ import json
 import re
 import resource
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora_helpers.model.config_sizes import experts_of, largest, state_values
+from qlora_helpers.model.nf4 import falcon_linears_as_plain
+from qlora_helpers.model.quantizer import packed_weights
 from qlora_helpers.model.shapes.decoder import LinearLayer, ModelSizes
+from qlora_helpers.model.wiring import decoder_layers, text_decoder
 
-SMALLEST_SIDE = 32  # a matrix with a shorter side is a router or a gate; a stack with one holds no matrices
-_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k_experts",
-    "top_k",
+SMALLEST_SIDE = (
+    32  # a matrix with a shorter side is a router or a gate, whose few outputs no activations are counted for
 )
 _RECURRENT = re.compile(r"mamba|delta|recurrent|lightning|linearattention|rwkv|mlstm", re.I)
 _MIXER = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal|ssm|mlstm|\bdense\b|query_key_value", re.I)
@@ -38,38 +36,25 @@ _BACK = re.compile(r"down|w2\b|fc2|fc_out|4h_to_h|c_proj|wo\b|output_linear|line
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """Builds the model of a `config.json` on the meta device, with tied weights.
+    """Builds the model of a `config.json` on the meta device, with tied weights, as loading reads and builds it.
 
     Raises:
         ValueError: transformers knows no language model of that kind, or the configuration does not fit it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    plain = {
-        key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_type")
-    }
-    read = AutoConfig.for_model(config["model_type"], **plain)
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    with tempfile.TemporaryDirectory() as folder:  # only a file's infinities and lists come out as they do in loading
+        Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
+        read = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     for loader in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(read) in loader._model_mapping:
-            with torch.device("meta"):  # accelerate's `init_empty_weights` allocates each weight before it drops it
-                model: nn.Module = loader.from_config(read, trust_remote_code=False)
+            # accelerate's `init_empty_weights` allocates each weight before it drops it
+            with falcon_linears_as_plain(), torch.device("meta"):
+                model: nn.Module = loader.from_config(read, dtype=torch.bfloat16, trust_remote_code=False)
             model.tie_weights()
             return model
     raise ValueError(f"transformers has no causal language model of the kind {config['model_type']}")
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """Returns the decoder layers in their order, also of several classes: what activation checkpointing would recompute."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in decoder.modules():
-        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
-            found.append(module)
-            inside.update(id(part) for part in module.modules())
-    lists = [list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    return found or max(lists, key=len, default=[])
 
 
 @dataclasses.dataclass
@@ -101,7 +86,7 @@ def _matrix(module: nn.Module) -> tuple[int, int] | None:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else None
 
 
-def _measure(layer: nn.Module, hidden: int, seen: set[int], per_token: int, experts: int) -> _Layer:
+def _measure(layer: nn.Module, hidden: int, seen: set[int], packed: set[int], per_token: int, experts: int) -> _Layer:
     """Counts one layer; a weight that an earlier layer holds too counts there alone."""
     found = _Layer()
     for name, module in layer.named_modules():
@@ -112,7 +97,7 @@ def _measure(layer: nn.Module, hidden: int, seen: set[int], per_token: int, expe
         found.recurrent |= bool(_RECURRENT.search(kind)) or isinstance(module, nn.Conv1d)
         if (matrix := _matrix(module)) is not None:
             if own:
-                _add_linear(found, name, matrix, getattr(module, "bias", None) is not None, hidden, per_token, experts)
+                _add_linear(found, name, module, matrix, id(module.weight) in packed, hidden, per_token, experts)
         elif "norm" in kind.lower() and len(own) and own[0].numel() == hidden and not last.startswith(("q_", "k_")):
             found.norms += 1
             found.layer_norm |= getattr(module, "bias", None) is not None
@@ -121,23 +106,31 @@ def _measure(layer: nn.Module, hidden: int, seen: set[int], per_token: int, expe
         elif isinstance(module, nn.modules.conv._ConvNd):
             found.mixer += 2 * module.out_channels  # before and after its non-linearity
         else:
-            _add_stacks(found, name, module, own, hidden, per_token)
+            _add_stacks(found, name, module, [part for part in own if id(part) in packed], hidden, per_token)
     return found
 
 
 def _add_linear(
-    found: _Layer, name: str, matrix: tuple[int, int], bias: bool, hidden: int, per_token: int, experts: int
+    found: _Layer,
+    name: str,
+    module: nn.Module,
+    matrix: tuple[int, int],
+    packed: bool,
+    hidden: int,
+    per_token: int,
+    experts: int,
 ) -> None:
     inputs, outputs = matrix
     last = name.rpartition(".")[2]
     if re.search(r"experts\.\d+\.", name):  # a list of experts, each with linear layers of its own
-        found.experts += inputs * outputs
+        found.experts += inputs * outputs if packed else 0
         if _BACK.search(last):
             found.expert_inner += round(inputs * per_token / max(1, experts))
         return
+    if packed:
+        found.linears[last, inputs, outputs, getattr(module, "bias", None) is not None] += 1
     if min(inputs, outputs) < SMALLEST_SIDE:
         return
-    found.linears[last, inputs, outputs, bias] += 1
     back = bool(_BACK.search(last)) or (outputs == hidden and inputs != hidden)
     if _MLP.search(name) and not re.search(r"attn|attention", name):
         found.inner += inputs if back else 0
@@ -151,8 +144,6 @@ def _add_stacks(found: _Layer, name: str, module: nn.Module, own: list[Any], hid
     if any(part.ndim == 3 for part in own):
         found.expert_kept = max(found.expert_kept, _kept_for_each(module))
     for part in own:
-        if part.ndim != 3 or min(part.shape[1:]) < SMALLEST_SIDE:
-            continue
         found.experts += part.numel()
         if re.search("expert", f"{name} {type(module).__name__}", re.I):  # as `targets.stacks` finds them
             rows, columns = part.shape[1:]
@@ -195,26 +186,22 @@ def count(model: nn.Module, family: str) -> ModelSizes:
     Raises:
         ValueError: it has no decoder layers, or no output head.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder = decoder if isinstance(decoder, nn.Module) and decoder is not model else getattr(model, "model", model)
+    decoder, layers = text_decoder(model), decoder_layers(model)
     config: Any = model.config.get_text_config(decoder=True)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = layers_of(decoder)
     if not layers or head is None or embedding is None:
         raise ValueError("it is not made of an embedding, decoder layers and an output head")
     vocab, hidden = head.weight.shape
-    per_token, experts = _experts_of(config)
+    per_token, experts = experts_of(config)
     seen: set[int] = set()
-    measured = [_measure(layer, hidden, seen, per_token, experts) for layer in layers]
+    packed = packed_weights(model)
+    measured = [_measure(layer, hidden, seen, packed, per_token, experts) for layer in layers]
     if not any(each.experts for each in measured):
         per_token = experts = 0
-    text = {id(part): part.numel() for part in (*decoder.parameters(), *embedding.parameters(), *head.parameters())}
-    in_head = sum(part.numel() for part in head.parameters() if id(part) not in _ids(decoder, embedding))
-    layers_hold = sum(each.parameters for each in measured)
-    total = sum(text.values())
-    everything = sum(part.numel() for part in model.parameters())
-    of_text = model.config.get_text_config(decoder=True) is model.config
-    total = everything if of_text else total
+    everything = {id(part): part.numel() for part in model.parameters()}
+    of_text = set(everything) if config is model.config else _ids(decoder, embedding, head)
+    total = sum(everything[part] for part in of_text)
+    in_head = sum(part.numel() for part in head.parameters() if id(part) not in seen | _ids(embedding))
     return _sizes(
         measured,
         config,
@@ -222,11 +209,25 @@ def count(model: nn.Module, family: str) -> ModelSizes:
         hidden=hidden,
         vocab=vocab,
         tied=any(id(part) in _ids(embedding) for part in head.parameters()),
-        other_parameters=total - layers_hold - in_head,
+        other_parameters=total - sum(each.parameters for each in measured) - in_head,
+        other_quantized=sum(everything[part] for part in (packed & of_text) - seen),
         head_parameters=in_head,
         experts=experts,
         experts_per_token=per_token,
-        beside_text=everything - total,
+        beside_text=sum(everything.values()) - total,
+        beside_quantized=sum(everything[part] for part in packed - of_text),
+        float32_parameters=_in_float32(model, packed),
+    )
+
+
+def _in_float32(model: Any, packed: set[int]) -> int:
+    """Counts the unquantised weights that transformers keeps in float32: by a part of their name, or as built."""
+    names = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names)) or "(?!)")
+    return sum(
+        part.numel()
+        for name, part in model.named_parameters()
+        if id(part) not in packed and (part.dtype == torch.float32 or kept.search(name))
     )
 
 
@@ -236,8 +237,8 @@ def _ids(*modules: nn.Module) -> set[int]:
 
 def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
     count_of, hidden = len(measured), found["hidden"]
-    heads = _largest(config, "num_attention_heads", "n_head", "num_heads") or 1
-    head_dim = _largest(config, "head_dim") or max(1, hidden // heads)
+    heads = largest(config, "num_attention_heads", "n_head", "num_heads") or 1
+    head_dim = largest(config, "head_dim") or max(1, hidden // heads)
     linears: Counter[tuple[str, int, int, bool]] = Counter()
     for each in measured:
         linears.update(each.linears)
@@ -249,12 +250,15 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
     inner = [each.inner + each.expert_inner for each in measured]
     gated = sum(each.inner_outputs for each in measured) > 1.5 * sum(each.inner for each in measured)
     norms = _mean([each.norms for each in measured])
-    mixers = [each.mixer + (0 if each.recurrent else 2 * heads) + _state(config, each) for each in measured]
+    states = state_values(config)
+    mixers = [
+        each.mixer + (0 if each.recurrent else 2 * heads) + (states if each.recurrent else 0) for each in measured
+    ]
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return ModelSizes(
         layers=count_of,
         heads=heads,
-        kv_heads=_largest(config, "num_key_value_heads") or heads,
+        kv_heads=largest(config, "num_key_value_heads") or heads,
         head_dim=head_dim,
         intermediate=max(1, round(_mean(inner) / max(1, found["experts_per_token"]))),
         linears=tuple(
@@ -293,43 +297,13 @@ def _mean(values: list[Any]) -> float:
     return _share(sum(values), len(values))
 
 
-def _largest(config: Any, *names: str) -> int:
-    """Returns the first of some sizes that a configuration has; the largest where layers have their own; 0 where none has."""
+def answer_to(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of a `config.json` as plain values, or `{"refused": reason}`."""
     try:
-        parts = list(config.per_layer_config) or [config]
-    except AttributeError:  # of transformers before 5.20, and of parts of a configuration
-        parts = [config]
-    for name in names:
-        held = [getattr(part, name, None) for part in parts]
-        values = [each for value in held for each in (value if isinstance(value, list | tuple) else [value])]
-        found = [each for each in values if isinstance(each, int)]
-        if found:
-            return max(found)
-    return 0
-
-
-def _experts_of(config: Any) -> tuple[int, int]:
-    """Returns how many experts a token goes through, and how many a layer has."""
-    nested = getattr(config, "ffn_config", None) or config
-    per_token = _largest(nested, *_PER_TOKEN)
-    experts = _largest(nested, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return max(1, per_token) if experts else 0, experts
-
-
-def _state(config: Any, layer: _Layer) -> int:
-    """Counts values a token of the states that a recurrent layer's kernel keeps: one state for each chunk of tokens."""
-    if not layer.recurrent:
-        return 0
-    width = (
-        _largest(config, "linear_num_value_heads")
-        * _largest(config, "linear_key_head_dim")
-        * _largest(config, "linear_value_head_dim")
-    )
-    inner = _largest(config, "mamba_d_ssm", "mamba_intermediate", "lru_width") or 2 * (
-        _largest(config, "hidden_size") or 1
-    )
-    width = width or inner * _largest(config, "mamba_d_state", "ssm_state_size", "state_size")
-    return width // max(64, _largest(config, "mamba_chunk_size", "chunk_size"))
+        return dataclasses.asdict(count(build(config), config["model_type"]))
+    except Exception as error:  # whatever a stranger's configuration makes transformers raise
+        said = re.split(r"[\n;]|\. ", str(error).strip(), maxsplit=1)[0]
+        return {"refused": f"{type(error).__name__}: {said}"[:300]}
 
 
 def main() -> None:
@@ -338,12 +312,7 @@ def main() -> None:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
-    config = json.load(sys.stdin)
-    try:
-        answer: dict[str, Any] = dataclasses.asdict(count(build(config), config["model_type"]))
-    except Exception as error:  # whatever a stranger's configuration makes transformers raise
-        said = re.split(r"[\n;]|\. ", str(error).strip(), maxsplit=1)[0]
-        answer = {"refused": f"{type(error).__name__}: {said}"[:300]}
+    answer = answer_to(json.load(sys.stdin))
     print("\n" + json.dumps(answer))
 
 

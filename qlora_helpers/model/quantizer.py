@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -119,6 +120,41 @@ def left_as_they_are(model: Any) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and (id(module) in special or min(module.weight.shape) <= FEW)
     ]
+
+
+def packed_weights(model: Any) -> set[int]:
+    """Returns the `id`s of the parameters that loading packs to NF4, of a model on any device, the meta device included.
+
+    Args:
+        model: unquantised, as transformers builds it; Falcon's with plain linear layers (`nf4.falcon_linears_as_plain`).
+    """
+    with _head_untied(model):
+        left_alone = Nf4Quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linears = {
+        id(module.weight)
+        for path, module in model.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, left_alone)
+    }
+    stacks = stacks_of(model, left_alone)
+    return linears | {id(module._parameters[name]) for module, names in stacks for name in names}
+
+
+@contextlib.contextmanager
+def _head_untied(model: Any) -> Iterator[None]:
+    """While open, the output layer has a weight of its own, as in loading, which ties weights at its end.
+
+    transformers leaves the last of a model's parameters as it is: without the output layer that would be another one.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    tied = head.weight
+    head.weight = torch.nn.Parameter(tied.detach(), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = tied
 
 
 def stacks_of(model: Any, left_alone: list[str] | None = None) -> list[tuple[torch.nn.Module, list[str]]]:

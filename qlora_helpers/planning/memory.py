@@ -116,17 +116,25 @@ def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
     """Counts what one decoder layer holds for the whole step; activations as without checkpointing."""
     in_4_bits, other = sizes.quantized_parameters_per_layer, sizes.other_parameters_per_layer
     adapters = settings.adapter_parameters // sizes.layers
-    constants = in_4_bits / QUANTISATION_BLOCK
-    constants *= 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
+    constants = _constants(in_4_bits, settings)
+    in_float32 = (
+        (SINGLE - settings.value_bytes) * sizes.float32_parameters / sizes.layers
+    )  # those beside the layers too
     return GpuMemory(
         weights_quantized=math.ceil(int(in_4_bits // 2) / settings.shards) if settings.quantized else 0,
-        constants=math.ceil(round(constants) / settings.shards) if settings.quantized else 0,
-        weights_other=round(settings.value_bytes * (other if settings.quantized else other + in_4_bits)),
+        constants=math.ceil(constants / settings.shards) if settings.quantized else 0,
+        weights_other=round(settings.value_bytes * (other if settings.quantized else other + in_4_bits) + in_float32),
         adapters=SINGLE * adapters,
         gradients=SINGLE * adapters * (2 if settings.copies * settings.shards > 1 else 1),  # copies of them are sent
         optimizer=OPTIMIZER_BYTES[settings.optim] * adapters,
         activations=round(settings.tokens * kept_bytes(sizes, settings)) + _experts_adapters_kept(sizes, settings),
     )
+
+
+def _constants(in_4_bits: float, settings: StepSettings) -> int:
+    """Counts the bytes of the constants of so many weights in 4 bits."""
+    each = 1 + SINGLE / CONSTANTS_BLOCK if settings.double_quantization else SINGLE
+    return round(in_4_bits / QUANTISATION_BLOCK * each)
 
 
 def packed_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
@@ -197,7 +205,9 @@ class StepMemory:
         head = first if sizes.tied else last
         inputs = min(checkpointed, self.most_inputs)
         activations = (layers - checkpointed) * one.activations + inputs * self.layer_input
-        unquantized = (sizes.other_parameters if first else 0) + (sizes.head_parameters if head else 0)
+        beside = sizes.other_parameters + sizes.beside_text if first else 0
+        packed = sizes.other_quantized + sizes.beside_quantized if first and self.settings.quantized else 0
+        unquantized = beside - packed + (sizes.head_parameters if head else 0)
         offloaded = self.on_the_host if first else 0
         in_layer = self.in_backward + (one.activations if checkpointed else 0)
         working = max(in_layer if layers else 0, self.loss if head else 0)
@@ -207,8 +217,8 @@ class StepMemory:
         fragmentation = FRAGMENTATION_BYTES + FRAGMENTATION_SHARE * (activations + working)
         fragmentation += CHECKPOINTED_FRAGMENTATION_SHARE * in_layer if checkpointed else 0
         return GpuMemory(
-            weights_quantized=layers * one.weights_quantized,
-            constants=layers * one.constants,
+            weights_quantized=layers * one.weights_quantized + packed // 2,
+            constants=layers * one.constants + _constants(packed, self.settings),
             weights_other=layers * one.weights_other + self.settings.value_bytes * unquantized - offloaded,
             adapters=layers * one.adapters,
             gradients=layers * one.gradients,

@@ -147,7 +147,8 @@ def model_notes(sizes: ModelSizes) -> list[str]:
         notes.append("its weights were counted on the layers that transformers builds from the config.json")
     if sizes.beside_text:
         notes.append(
-            f"the text part alone is planned; {sizes.beside_text:,} weights for pictures and sound come on top if they are loaded"
+            f"{sizes.beside_text:,} weights for pictures and sound are loaded too: they count in the memory, not in the time; the "
+            "text part is tuned"
         )
     if sizes.experts:
         notes.append(

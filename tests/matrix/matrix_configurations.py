@@ -58,6 +58,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups", "n_mamba_heads"), 1),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_dt_rank", "time_step_rank"), 64),
     **{"mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_ssm": 256},
+    **{"linear_num_heads": 2, "linear_head_dim": 32},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
     **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0},
 }

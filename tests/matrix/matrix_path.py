@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,13 +28,19 @@ class FailedError(Exception):
     """A stage came to its end with a wrong result."""
 
 
-def judge(family: str, folder: Path, keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+def judge(
+    family: str,
+    folder: Path,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    stages: tuple[str, ...] = STAGES,
+) -> dict[str, Any]:
     """Takes a family down the whole path.
 
     Args:
         family: a key of transformers' causal-LM mapping.
         folder: an empty folder for the model and its runs.
         keep: called with what was found so far, after each stage.
+        stages: the path, or its beginning.
 
     Returns:
         `family`, `reached` (the last stage that passed), `passed`, and what each stage found; where one failed, `failed` with its
@@ -43,7 +48,7 @@ def judge(family: str, folder: Path, keep: Callable[[dict[str, Any]], None] = la
     """
     found: dict[str, Any] = {"family": family, "reached": None, "passed": False, "seconds": {}}
     path = _Path(family, folder, found)
-    for stage in STAGES:
+    for stage in stages:
         started = time.process_time()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -75,6 +80,38 @@ def _failure(stage: str, error: Exception) -> dict[str, Any]:
         "refused": isinstance(error, UserError),
         "place": f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "",
     }
+
+
+def compared(sizes: Any, loaded: Any) -> dict[str, Any]:
+    """The plan's parameters and bytes beside those of a loaded model, which computes in bfloat16.
+
+    Returns:
+        `off`, of the parameters, and `bytes_off`, of the weights with their quantisation constants; both relative. Tables of
+        codes are left out: a kilobyte for each weight, whatever its size.
+    """
+    from qlora_helpers.planning.memory import StepMemory
+    from qlora_helpers.planning.step_settings import StepSettings
+
+    settings = StepSettings(
+        seq_len_tokens=1, micro_batch_size=1, checkpointed=0, compiled=False, r=1, adapter_parameters=0
+    )
+    planned = StepMemory(sizes, settings).stage(layers=sizes.layers, checkpointed=0, first=True, last=True).weights
+    held = sum(weight_bytes(parameter) for parameter in loaded.model.parameters())
+    parameters = sizes.parameters + sizes.beside_text
+    return {
+        "off": round(parameters / loaded.audit.parameters - 1, 6),
+        "bytes": planned,
+        "bytes_off": round(planned / held - 1, 6),
+    }
+
+
+def weight_bytes(parameter: Any) -> int:
+    """The bytes of a parameter and of its quantisation constants."""
+    size, state = parameter.numel() * parameter.element_size(), getattr(parameter, "quant_state", None)
+    while state is not None:
+        size += state.absmax.numel() * state.absmax.element_size()
+        state = state.state2
+    return size
 
 
 class _Path:
@@ -116,8 +153,13 @@ class _Path:
 
     def load(self) -> None:
         """The plan from `config.json`; then the model in NF4, with every weight accounted for."""
-        self.found["plan"] = self._plan()
+        from qlora_helpers.model.loading import load_model
+
+        self.found["plan"], sizes = self._plan()
         self.run = self._opened("plain", "train.fast_step=false")
+        if sizes is not None:
+            as_on_a_gpu = replace(self.run.config().model, compute_dtype="bfloat16")
+            self.found["plan"] |= compared(sizes, load_model(as_on_a_gpu, say=lambda text: None))
         self.loaded = self._load()
         audit = self.loaded.audit
         self.found |= {
@@ -224,17 +266,17 @@ class _Path:
         workflow.train(self.run, model=self.model, loaded=self.loaded, show_progress=False, say=lambda text: None)
         return [each["loss"] for each in Progress(self.run.progress_path).read(to_end=True) if "loss" in each]
 
-    def _plan(self) -> dict[str, Any]:
+    def _plan(self) -> tuple[dict[str, Any], Any]:
+        """What the plan says of `config.json`, and the sizes; None where it refuses."""
         from qlora_helpers.base.errors import UserError
+        from qlora_helpers.model.shapes.config_file import read_config_file
         from qlora_helpers.model.shapes.sizes import model_sizes
 
-        shape = json.loads((self.folder / "model" / "config.json").read_text())
         try:
-            sizes = model_sizes(shape)
+            sizes = model_sizes(read_config_file(self.folder / "model" / "config.json", self.family))
         except UserError as error:
-            return {"refused": " ".join(str(error).split())[:300]}
-        whole = sizes.parameters + sizes.beside_text
-        return {"counted": sizes.counted, "parameters": whole, "off": round(whole / self.found["parameters"] - 1, 4)}
+            return {"refused": " ".join(str(error).split())[:300]}, None
+        return {"counted": sizes.counted, "parameters": sizes.parameters + sizes.beside_text}, sizes
 
     def _why_padded(self) -> str:
         from qlora_helpers.training.row_isolation import packing_refusal

@@ -1,9 +1,11 @@
 """Takes families down the whole path, one process each, and writes what was found.
 
-    .venv/bin/python tests/matrix/measure.py [--write] [--out FILE.jsonl] [--workers N] [FAMILY ...]
+    .venv/bin/python tests/matrix/measure.py [--plans] [--write] [--out FILE.jsonl] [--workers N] [FAMILY ...]
 
 A parent imports torch, transformers and peft once, on one thread, and forks a child for each family. `--write` keeps the results
 in `benchmarks/matrix_two_cores.json`, of which `docs/models.md` is made; families that are not named stay as they are there.
+`--plans` goes no further than loading: what the plan says of each `config.json` is compared with the loaded model, and of the
+record that part alone is replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "matrix_two_cores.json"
 LIMIT_S = 300
 ADDRESS_SPACE_GIB = 24
+PLANS = ("build", "load")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -33,6 +36,7 @@ def main() -> int:
     """Judges the families that are named, or all; returns 0 whatever was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--plans", action="store_true", help="compare the plans alone")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/")
     parser.add_argument("--out", type=Path, help="write a line of JSON for each family, as soon as it is judged")
     parser.add_argument("--workers", type=int, default=1)
@@ -44,13 +48,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="qlora-matrix-") as scratch:
         os.environ["QLORA_CACHE"] = f"{scratch}/cache"
         families = options.families or judged_families()
-        for found in judged(families, Path(scratch), options.workers):
-            print(sentence(found), flush=True)
+        for found in judged(families, Path(scratch), options.workers, PLANS if options.plans else None):
+            print(planned(found) if options.plans else sentence(found), flush=True)
             if options.out:
                 with open(options.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
             if options.write:
-                write(found)
+                write_plan(found) if options.plans else write(found)
     return 0
 
 
@@ -76,13 +80,13 @@ def import_once() -> None:
     corpus_tokenizer()
 
 
-def judged(families: list[str], scratch: Path, workers: int) -> Any:
+def judged(families: list[str], scratch: Path, workers: int, stages: tuple[str, ...] | None = None) -> Any:
     """Yields what was found of each family, in the order in which they end."""
     waiting, running = list(reversed(families)), {}
     while waiting or running:
         while waiting and len(running) < workers:
             family = waiting.pop()
-            running[forked(family, scratch)] = family, time.monotonic()
+            running[forked(family, scratch, stages)] = family, time.monotonic()
         for child in list(running):
             family, started = running[child]
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -95,7 +99,7 @@ def judged(families: list[str], scratch: Path, workers: int) -> Any:
         time.sleep(0.05)
 
 
-def forked(family: str, scratch: Path) -> int:
+def forked(family: str, scratch: Path, stages: tuple[str, ...] | None) -> int:
     """Starts a child that judges a family and returns its process id."""
     child = os.fork()
     if child:
@@ -113,7 +117,8 @@ def forked(family: str, scratch: Path) -> int:
         os.dup2(log.fileno(), 2)
         (scratch / family).mkdir()
         result = scratch / f"{family}.json"
-        matrix_path.judge(family, scratch / family, lambda found: replaced(result, found) and None)
+        stages = stages or matrix_path.STAGES
+        matrix_path.judge(family, scratch / family, lambda found: replaced(result, found) and None, stages)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -162,6 +167,30 @@ def sentence(found: dict[str, Any]) -> str:
     )
 
 
+def planned(found: dict[str, Any]) -> str:
+    """One line on a family's plan."""
+    plan = found.get("plan", {})
+    if "off" in plan:
+        return f"{found['family']}: parameters {plan['off']:+.3%}, bytes {plan['bytes_off']:+.3%}"
+    return f"{found['family']}: {plan.get('refused') or found['failed']['sentence']}"
+
+
+def write_plan(found: dict[str, Any]) -> None:
+    """Puts a family's plan into the record, beside what was measured of it before."""
+    from importlib.metadata import version
+
+    from qlora_helpers.base.files import write_json
+
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if found["family"] in record["families"] and "plan" in found:
+        record["families"][found["family"]]["plan"] = found["plan"]
+        record["plans"] = {
+            "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        write_json(RECORD, record)
+
+
 def write(found: dict[str, Any]) -> None:
     """Puts a family's result into the record, with the versions that it holds for."""
     from importlib.metadata import version
@@ -170,9 +199,11 @@ def write(found: dict[str, Any]) -> None:
 
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     families = record.get("families", {}) | {found["family"]: found}
+    plans = {"plans": record["plans"]} if "plans" in record else {}
     write_json(
         RECORD,
-        {
+        plans
+        | {
             "machine": f"{os.cpu_count()} shared CPU cores, no GPU",
             "versions": {name: version(name) for name in PACKAGES},
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),

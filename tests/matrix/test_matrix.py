@@ -51,6 +51,7 @@ def test_a_family_goes_down_the_path(results, family):
     if recorded["passed"] or family in configurations.MOST_USED:
         assert found["passed"], found["failed"]
         assert found["packed"] or not recorded["packed"], found["why_padded"]
+        assert abs(found["plan"]["off"]) <= 0.001 and abs(found["plan"]["bytes_off"]) <= 0.01, found["plan"]
     elif found["passed"]:
         pytest.fail(f"{family} passes now: tests/matrix/measure.py --write {family}")
 
@@ -66,6 +67,15 @@ def test_every_family_is_judged_or_listed_with_its_reason():
 def test_the_most_used_families_are_judged():
     assert len(configurations.MOST_USED) == 25
     assert [name for name in configurations.MOST_USED if not RECORDED[name]["passed"]] == []
+
+
+def test_the_plan_of_every_family_that_loads_was_compared():
+    plans = {name: found["plan"] for name, found in RECORDED.items()}
+    loaded = {
+        name for name, found in RECORDED.items() if found["passed"] or found["failed"]["stage"] not in ("build", "load")
+    }
+    assert [name for name in loaded if not abs(plans[name].get("off", 1)) <= 0.001] == []
+    assert [name for name in loaded if not abs(plans[name]["bytes_off"]) <= 0.01] == []
 
 
 def test_what_does_not_pass_says_where_and_why():

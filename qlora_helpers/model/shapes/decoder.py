@@ -46,9 +46,10 @@ class ModelSizes:
         vocab: rows of the embedding.
         tied: whether the output head is the embedding.
         linears: the `nn.Linear` modules of ONE decoder layer: what bitsandbytes stores in 4 bits.
-        other_parameters_per_layer: the rest of a decoder layer that is not quantised: norms, biases, a router, convolutions.
-        other_parameters: outside the decoder layers: embeddings, final norm. OPT-350M's two projections are counted here although
-            they are stored in 4 bits (1 M weights).
+        other_parameters_per_layer: the rest of a decoder layer that is not quantised: norms, biases, a router, convolutions,
+            and what the model's code reads directly.
+        other_parameters: outside the decoder layers: embeddings, final norm, projections.
+        other_quantized: those of them that are stored in 4 bits all the same: of linear layers such as OPT-350M's projections.
         head_parameters: of the output head, which is not quantised; 0 where it is tied (Phi's bias always counts).
         gated_mlp: whether the MLP multiplies two branches (SwiGLU, GeGLU), so that it keeps more activations.
         parallel_attention: whether attention and MLP read the same residual and are added together.
@@ -68,7 +69,9 @@ class ModelSizes:
             activation adds. The experts' part of a layer is not compiled.
         mixer_values: values a token that attention, or what stands for it, keeps for the backward pass; None: by `heads`.
         recurrent_share: share of the layers that carry a state along the sequence (state space, linear attention, convolution).
-        beside_text: weights of vision and audio parts, which no other count includes.
+        beside_text: weights of vision and audio parts that are loaded with the text part; no other count includes them.
+        beside_quantized: of these, the weights that are stored in 4 bits.
+        float32_parameters: of all weights that are not in 4 bits, those that transformers keeps in float32 whatever is asked for.
         counted: `arithmetic` from the configuration, or `built`: on the layers that transformers builds of it.
     """
 
@@ -102,7 +105,10 @@ class ModelSizes:
     expert_kept: float = 3.0
     mixer_values: float | None = None
     recurrent_share: float = 0.0
+    other_quantized: int = 0
     beside_text: int = 0
+    beside_quantized: int = 0
+    float32_parameters: int = 0
     counted: str = "arithmetic"
 
     @property

@@ -22,18 +22,12 @@ def model_sizes(config: Shape) -> ModelSizes:
 
     Args:
         config: a model's `config.json`, raw or with its defaults filled in. Of a multimodal model the text part is meant: the
-            vision tower that transformers loads with it is counted apart where it is known (`beside_text`).
+            vision tower that transformers loads with it is counted apart (`beside_text`).
 
     Raises:
         ModelError: a size is missing or larger than any model's, or transformers does not build such a model.
     """
     family = family_of(config)
-    if family == "gemma3":
-        family, config = "gemma3_text", config.get("text_config") or {}
-        if not isinstance(config, dict):
-            raise ModelError(
-                "the text_config of a config.json is not an object", next_step="Give the model's own config.json."
-            )
     if family not in WIRINGS or not _uniform(family, config):
         return counted_sizes(config)
     return WIRINGS[family](family, DEFAULTS.get(family, {}) | config | {"model_type": family})

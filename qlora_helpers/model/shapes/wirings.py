@@ -237,6 +237,7 @@ def _opt(family: str, config: Shape) -> ModelSizes:
         layer_extra=0 if affine else -4 * hidden,
         final_norm=final and affine,
         embeddings=size(config, "vocab_size") * width + positions + projections,
+        other_quantized=projections,
     )
 
 
