@@ -294,6 +294,6 @@ def test_tickets_are_measured_over_seeds(tmp_path, monkeypatch):
 def test_tickets_are_trained_as_in_the_notebook(monkeypatch):
     notebook = json.loads((BENCHMARKS.parent / "notebooks" / "10_your_own_task.ipynb").read_text(encoding="utf-8"))
     (cell,) = [text for text in ("".join(cell["source"]) for cell in notebook["cells"]) if "SETTINGS = {" in text]
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"PROFILE": "demo"}
     exec(cell.partition("run = ")[0], names)
     assert names["SETTINGS"] == script("tickets", monkeypatch).SETTINGS
