@@ -7,7 +7,18 @@ import re
 from typing import Any
 
 import matplotlib
-from records import CALIBRATED, OURS, TRAINERS, compared, ours_beside, own_steps, predicted_step, record, step_name
+from records import (
+    CALIBRATED,
+    OURS,
+    TRAINERS,
+    compared,
+    ours_beside,
+    own_steps,
+    planned_on,
+    predicted_step,
+    record,
+    step_name,
+)
 
 from qlora_helpers.base.units import gib
 from qlora_helpers.model.shapes.catalog import SHAPES
@@ -99,6 +110,44 @@ def predicted() -> str:
             f"| {case['model']}{held_out} | {step_name(case)} | {case['peak_allocated_gib']:.2f} | {gib(memory.allocated):.2f} | "
             f"{case['peak_reserved_gib']:.2f} | {gib(memory.reserved):.2f} | {case['step_s']:.3f} | {seconds:.3f} |"
         )
+    return "\n".join(lines)
+
+
+def todays() -> str:
+    """Today's models at true size on one H200, beside the plan."""
+    lines = [
+        "| model | step | tokens/s | planned | reserved GiB, measured | planned |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in record("todays_models_one_gpu")["cases"]:
+        memory, seconds = planned_on(case, "H200")
+        name, _, layers = case["model"].partition("@")
+        what = f"{name}, {layers} of its layers" if layers else name
+        what += ", adapters on its experts too" if case["variant"] == "fast_experts" else ""
+        lines.append(
+            f"| {what} | {step_name(case)} | {case['tokens_per_s']:,.0f} | {case['tokens_per_step'] / seconds:,.0f} | "
+            f"{case['peak_reserved_gib']:.1f} | {gib(memory.reserved):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def tickets() -> str:
+    """Fields out of support tickets, by seed."""
+    lines = [
+        "| seed | valid answers: untuned | with examples | tuned | field F1: untuned | with examples | tuned | "
+        "tuned above examples |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record("tickets_one_gpu")["cases"]:
+        by = {
+            (rival, item["measure"]): item for rival, found in case["against"].items() for item in found["differences"]
+        }
+        few = by["base_few", "field_f1"]
+        valid = [by["base", "valid_json"]["first"], by["base_few", "valid_json"]["first"]]
+        cells = [f"{value:.0f} %" for value in (*valid, by["base", "valid_json"]["second"])]
+        cells += [f"{value:.1f}" for value in (by["base", "field_f1"]["first"], few["first"], few["second"])]
+        above = f"{few['difference']:+.1f} ({few['low']:.1f} to {few['high']:.1f})"
+        lines.append("| " + " | ".join([str(case["seed"]), *cells, above]) + " |")
     return "\n".join(lines)
 
 
@@ -287,6 +336,8 @@ TABLES = {
     "trainers": trainers,
     "predicted": predicted,
     "growth": growth,
+    "todays": todays,
+    "tickets": tickets,
     "two_gpus": two_gpus,
     "learning": learning,
     "answers": answers,

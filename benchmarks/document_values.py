@@ -14,6 +14,7 @@ from records import (
     measured_steps,
     ours_beside,
     own_steps,
+    planned_on,
     predicted_step,
     record,
     sent_to_host_gib,
@@ -48,7 +49,8 @@ def _machine(name: str) -> str:
 
 def machines() -> dict[str, str]:
     """Where each record was made."""
-    names = ("step_speed_one_gpu", "learning_one_gpu", "evaluation_speed_one_gpu", "true_size_one_gpu", "two_gpus")
+    names = ["step_speed_one_gpu", "learning_one_gpu", "evaluation_speed_one_gpu", "true_size_one_gpu", "two_gpus"]
+    names += ["todays_models_one_gpu", "gpt_oss_one_gpu", "tickets_one_gpu"]
     return {f"{name}_machine": _machine(name) for name in names}
 
 
@@ -86,6 +88,48 @@ def demo() -> dict[str, str]:
         "demo_peak_gib": f"{run['measured']['peak_gib']['cpu']:.1f}",
         "demo_machine": f"{found['machine']['cpu']}, {found['machine']['cores']} cores; "
         + ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
+    }
+
+
+def todays_models() -> dict[str, str]:
+    """Today's models at true size: how far the plan is off, and what a model of MXFP4 files went through."""
+    found, apart = record("todays_models_one_gpu"), [[], []]
+    for case in found["cases"]:
+        memory, seconds = planned_on(case, "H200")
+        apart[0].append(abs(gib(memory.reserved) / case["peak_reserved_gib"] - 1))
+        apart[1].append(abs(seconds / case["step_s"] - 1))
+    stored, whole = record("gpt_oss_one_gpu")["from_mxfp4"], record("gpt_oss_one_gpu")["random"]
+    return {
+        "todays_off_reserved": f"{max(apart[0]):.1%}",
+        "todays_off_seconds": f"{max(apart[1]):.1%}",
+        "gpt_oss_layers": f"{stored['options']['layers']}",
+        "gpt_oss_load_peak_gib": f"{stored['load']['peak_reserved_gib']:.1f}",
+        "gpt_oss_steps": f"{stored['train']['steps']}",
+        "gpt_oss_losses": "{:.1f} to {:.1f}".format(*stored["train"]["losses"]),
+        "gpt_oss_merge_s": f"{stored['merge']['seconds']:.0f}",
+        "gpt_oss_whole_gib": f"{sum(whole['weights_gib'].values()):.1f}",
+        "gpt_oss_whole_parameters": f"{whole['parameters']:,}",
+        "gpt_oss_whole_losses": f"{whole['first_loss']:.1f} to {whole['last_loss']:.1f}",
+        "gpt_oss_whole_peak_gib": f"{sum(whole['peak_gib'].values()):.1f}",
+        "experts_gradient_apart": f"{max(line['error'] for line in record('gpt_oss_one_gpu')['experts']):.3%}",
+    }
+
+
+def tickets() -> dict[str, str]:
+    """Fields out of support tickets: the means over the seeds."""
+    found = record("tickets_one_gpu")
+    few = next(item for item in found["over_seeds"]["base_few"]["differences"] if item["measure"] == "field_f1")
+    case = found["cases"][0]
+    return {
+        "tickets_seeds": f"{len(found['cases'])}",
+        "tickets_rows": f"{case['train_rows']}",
+        "tickets_asked": f"{few['rows']}",
+        "tickets_steps": f"{case['steps']}",
+        "tickets_tuned": f"{few['second']:.1f}",
+        "tickets_few": f"{few['first']:.1f}",
+        "tickets_gain": f"{few['difference']:.1f}",
+        "tickets_gain_low": f"{few['low']:.1f}",
+        "tickets_gain_high": f"{few['high']:.1f}",
     }
 
 
@@ -360,6 +404,8 @@ PARTS = (
     machines,
     matrix,
     demo,
+    todays_models,
+    tickets,
     against_the_recipe,
     loss_on_all_tokens,
     parts_of_the_step,

@@ -154,9 +154,14 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
 
 def predicted_step(case: dict[str, Any]) -> tuple[GpuMemory, float]:
     """Memory and seconds of a step, by the plan's arithmetic."""
+    return planned_on(case, "H100")
+
+
+def planned_on(case: dict[str, Any], gpu: str) -> tuple[GpuMemory, float]:
+    """The same on a card of the catalogue."""
     sizes, step = step_of(case)
     _, (memory,) = predict(sizes, step)
-    return memory, step_seconds(sizes, step, GPUS["H100"])
+    return memory, step_seconds(sizes, step, GPUS[gpu])
 
 
 def sent_to_host_gib(case: dict[str, Any]) -> float:
