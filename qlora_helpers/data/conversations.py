@@ -7,39 +7,77 @@ says where. Knows nothing of files and columns.
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_helpers.data.examples import Message
 from qlora_helpers.data.texts import Cleaner, Unusable
 
-ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+TEXT_KEYS = ("content", "value", "parts", "text", "message", "utterance")
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL = "call"  # ShareGPT writes an assistant's tool call as a turn of its own
 ROLE_NAMES = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("user", "human", "prompter", "customer", "client", "usr", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "bing", "bard", "claude"), "assistant"),
+    **dict.fromkeys(("agent", "chatbot", "llm", "answer", "gpt-4", "gpt4", "gpt-3.5-turbo"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), CALL),
 }
+USUAL = {"system", "developer", "user", "human", "assistant", "gpt", "model", "tool", "function", "observation", CALL}
+"""Names of roles that need no word; what another name was taken for is said."""
 _BEFORE = {"user": ("", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+_PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
+_MOST_PYTHON = 1_000_000  # characters of a cell that are read as Python's own notation
+_TURNS = re.compile(rf"\s*\[\s*\{{\s*['\"](?:{'|'.join(ROLE_KEYS + TEXT_KEYS)})['\"]\s*:")
 
 
 def parsed(value: Any) -> Any:
-    """Returns the list or object that a text holds as JSON; any other value as it is."""
+    """Returns what a text holds as JSON, or as Python writes it (pandas does in CSV); other values as they are."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            return value
+            return _from_python(value)
     return value
+
+
+def _from_python(text: str) -> Any:
+    """Returns the value of a Python literal, which is parsed and never run; a text that is none as it is."""
+    if len(text) > _MOST_PYTHON or not _PYTHON.match(text):
+        return text
+    try:
+        with warnings.catch_warnings():  # of escapes that Python will refuse one day
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+
+
+def has_broken_turns(value: Any) -> bool:
+    """Whether a text begins as a list of turns does, but can't be parsed (numpy writes lists without commas)."""
+    return isinstance(value, str) and bool(_TURNS.match(value)) and isinstance(parsed(value), str)
+
+
+def as_turns(value: Any) -> Any:
+    """Returns a list of turns of an object that holds their roles and their texts as lists; any other value parsed."""
+    found = parsed(value)
+    if not isinstance(found, Mapping) or not any(isinstance(found.get(key), list) for key in ROLE_KEYS):
+        return found
+    lists = {key: items for key, items in found.items() if isinstance(items, list)}
+    if len({len(items) for items in lists.values()}) != 1 or not any(key in lists for key in TEXT_KEYS):
+        return found
+    return [dict(zip(lists, turn, strict=True)) for turn in zip(*lists.values(), strict=True)]
 
 
 def chat_keys(value: Any) -> tuple[str, str] | None:
     """Returns the names under which a list of turns holds role and text; None where it is no such list."""
-    turns = parsed(value)
+    turns = as_turns(value)
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
         return None
     role = next((key for key in ROLE_KEYS if key in turns[0]), None)
@@ -57,8 +95,8 @@ def conversation(value: Any, cleaner: Cleaner) -> tuple[list[Message], int]:
     Raises:
         Unusable: it is no list of turns, a role is unknown or out of order, or an answer is empty.
     """
-    turns = parsed(value)
-    if turns is None or turns == []:
+    turns = as_turns(value)
+    if turns is None or turns == [] or (isinstance(turns, str) and not turns.strip()):
         raise Unusable("its messages are missing")
     if not isinstance(turns, list | tuple):
         raise Unusable("its messages are not a list", f" but {type(turns).__name__}")
@@ -66,6 +104,9 @@ def conversation(value: Any, cleaner: Cleaner) -> tuple[list[Message], int]:
     for number, turn in enumerate(turns, start=1):
         message = _message(turn, number, cleaner)
         follows = found[-1].role if found else ""
+        if message.role == "system" and not message.content:
+            cleaner.empty_systems += 1
+            continue
         if message.role == "assistant" and follows == "assistant" and found[-1].tool_calls and not message.content:
             found[-1] = _with_calls(found[-1], message)
             continue
@@ -95,7 +136,14 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     found = [found] if isinstance(found, Mapping) else found
     if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
         raise Unusable("its tools are not a list of objects")
-    return tuple(found)
+    return tuple(map(_tool, found))
+
+
+def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the description of a tool as OpenAI writes it; older files and other interfaces leave out the object around it."""
+    if "function" in tool or not isinstance(tool.get("name"), str):
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
@@ -105,16 +153,20 @@ def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
     role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         shown = repr(name[:40]) if isinstance(name, str) else type(name).__name__
-        raise Unusable("it has an unknown role", f": {shown} in message {number}")
+        raise Unusable(
+            "it has an unknown role", f": {shown} in message {number} (system, user, assistant and tool are known)"
+        )
+    if (said := name.strip().lower()) not in USUAL and role != CALL:
+        cleaner.roles[said] = role
     value = _first(turn, TEXT_KEYS)
     if role == CALL:
         return Message("assistant", "", tool_calls=_calls(value, number))
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"), number) if role == "assistant" else ()
     what = f"message {number}" if role != "assistant" else f"answer (message {number})"
-    if role == "tool" and isinstance(parsed(value), Mapping | list) and not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False)  # a result that was not written as text
+    if (role == "assistant" and isinstance(value, Mapping) and value) or (role == "tool" and _is_data(value)):
+        value = json.dumps(value, ensure_ascii=False, default=str)  # an answer or a result that was not written as text
     content = cleaner.optional(value, what, numbers=role in ("assistant", "tool"))
-    if not content and not calls and role != "tool":
+    if not content and not calls and role not in ("tool", "system"):
         raise Unusable(
             "one of its answers is empty" if role == "assistant" else "one of its messages is empty", f": {what}"
         )
@@ -126,7 +178,7 @@ def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
         calls,
         _word(turn.get("tool_call_id")) if role == "tool" else "",
         _word(turn.get("name")),
-        _learned(turn.get("weight"), number),
+        _learned(turn, number),
     )
 
 
@@ -138,9 +190,19 @@ def _first(turn: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return None
 
 
-def _learned(weight: Any, number: int) -> bool:
-    if weight is None or weight in (0, 1):
-        return weight is None or bool(weight)
+def _is_data(value: Any) -> bool:
+    """Whether a tool's result is an object or a list, other than a list of text parts."""
+    parts = isinstance(value, list) and value and all(isinstance(part, Mapping) and "text" in part for part in value)
+    return isinstance(value, Mapping | list) and not parts
+
+
+def _learned(turn: Mapping[str, Any], number: int) -> bool:
+    """Whether a turn is to be learned, by its `weight`, or by the `train` or `loss` of other trainers' files."""
+    weight = turn.get("weight")
+    if weight is None:
+        return all(turn.get(key) is not False for key in ("train", "loss"))
+    if weight in (0, 1):
+        return bool(weight)
     raise Unusable("it has a weight other than 0 and 1", f": message {number}")
 
 

@@ -71,6 +71,7 @@ class Conversion:
         self._ids: set[str] = set()
         self._shared: dict[str, str] = {self._system: self._system}  # one object for a text that stands in many rows
         self._cut = self._gaps = self._seen = 0
+        self._objects: bool | None = None
         makers: dict[str, Callable[[Mapping[str, Any]], Example]] = {
             **dict.fromkeys(("messages", "conversations"), self._chat),
             "transcript": self._transcript,
@@ -147,13 +148,22 @@ class Conversion:
         answer = parsed(answer)["text"] if _is_squad(parsed(answer)) else answer
         if isinstance(answer, list) and answer and all(isinstance(item, str) for item in answer):
             answer, *references = dict.fromkeys(answer)  # several right answers
-        answered = self._cleaner.answer(answer, names[1])
+        answered = self._cleaner.answer(self._written(answer), names[1])
         for part, column in columns.items():
             if part.startswith("reference"):
                 references.append(values.get(column) or "")
         asked = self._asked(text, body)
         right = tuple(filter(None, map(self._reference, references)))
         return self._example([asked, Message("assistant", answered)], (), right, self._system_of(values))
+
+    def _written(self, answer: Any) -> Any:
+        """Returns an answer that is an object as JSON, where answers are objects from the first on; any other as it is."""
+        if answer not in (None, "", []) and self._objects is None:
+            self._objects = isinstance(answer, Mapping)
+        if not (self._objects and isinstance(answer, Mapping) and answer):
+            return answer
+        self._cleaner.objects += 1
+        return json.dumps(answer, ensure_ascii=False, default=str)
 
     def _reference(self, value: Any) -> str:
         try:
@@ -191,13 +201,18 @@ class Conversion:
 
     def _system_of(self, values: Mapping[str, Any]) -> str:
         column = self._form.columns.get("system")
-        return self._cleaner.optional(values.get(column), "system message") if column else ""
+        value = parsed(values.get(column)) if column else None
+        value = (
+            value.get("parts") if isinstance(value, Mapping) and "parts" in value else value
+        )  # as Gemini's files have it
+        return self._cleaner.optional(value, "system message") if column else ""
 
     def _alpaca(self, values: Mapping[str, Any]) -> Example:
         columns = self._form.columns
         text = self._cleaner.text(values.get(columns["prompt"]), "instruction")
         asked = self._asked(*self._with_input(text, values))
-        answer = Message("assistant", self._cleaner.answer(values.get(columns["answer"]), "output"))
+        given = self._written(values.get(columns["answer"]))
+        answer = Message("assistant", self._cleaner.answer(given, "output"))
         return self._example([asked, answer], (), (), self._system_of(values))
 
     def _with_input(self, text: str, values: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:

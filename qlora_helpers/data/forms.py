@@ -14,7 +14,7 @@ from itertools import islice
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data.conversations import chat_keys, parsed
+from qlora_helpers.data.conversations import ROLE_KEYS, ROLE_NAMES, as_turns, chat_keys, has_broken_turns, parsed
 from qlora_helpers.data.placeholders import Filled
 from qlora_helpers.data.rows import listed
 from qlora_helpers.data.transcripts import MARKUP, style_of
@@ -22,7 +22,7 @@ from qlora_helpers.data.transcripts import MARKUP, style_of
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "turns")
 TEXTS = ("text", "content", "document", "markdown", "passage")
 IDS = ("id", "_id", "idx", "index", "uuid", "row_id", "split", "__index_level_0__", "unnamed: 0", "")
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
 LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "emotion", "topic")
 ANSWERS = (
     "summary",
@@ -152,11 +152,15 @@ def _by_columns(
 ) -> Form:
     found = _candidates(columns, kinds, config)
     asked = config.format
+    if asked != "text":
+        _refuse_broken_turns(name, columns, found)
     if asked != "auto":
         found = [form for form in found if form.name == asked]
         if not found and asked == "text" and config.column is None:
             found = [Form("text", {"text": column}) for column in columns if column.lower() in TEXTS][:1]
     if len(found) == 1:
+        if asked == "auto" and found[0].name == "text":
+            _refuse_single_turns(name, columns)
         return found[0]
     if not found:
         raise _unknown(name, columns, asked)
@@ -171,6 +175,32 @@ def _by_columns(
     )
 
 
+def _refuse_broken_turns(name: str, columns: Mapping[str, Sequence[object]], found: Sequence[Form]) -> None:
+    """Refuses texts that were lists of turns before somebody printed them, where they would be read as something else."""
+    read = {column for form in found for column in form.needed} if found else set(columns)
+    for column in columns:
+        if column in read and any(map(has_broken_turns, columns[column])):
+            raise DataError(
+                f"the column {column!r} of {name} holds turns that can't be parsed",
+                expected='JSON, such as [{"role": "user", "content": "..."}, ...]',
+                got=f"{str(next(filter(has_broken_turns, columns[column])))[:80]!r}...",
+                next_step="Write the rows as JSON Lines or Parquet, which keep lists; or `--set data.format=text` for documents.",
+            )
+
+
+def _refuse_single_turns(name: str, columns: Mapping[str, Sequence[object]]) -> None:
+    """Refuses rows that are one turn each, which would be learned as documents that nobody asked for."""
+    for column, values in columns.items():
+        roles = [ROLE_NAMES.get(value.strip().lower()) for value in values if isinstance(value, str)]
+        if column.strip().lower() in ROLE_KEYS and roles and all(roles):
+            raise DataError(
+                f"each row of {name} is one turn of a conversation, by its column {column!r}",
+                expected="a row for each conversation, with its turns in one list",
+                got=f"the columns {listed(columns)}",
+                next_step="Put a conversation's turns into one list under `messages`; or `--set data.format=text` for documents.",
+            )
+
+
 def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str], config: DataConfig) -> list[Form]:
     lower = {column.strip().lower(): column for column in reversed(list(columns))}
     usable = [column for column in columns if column.strip().lower() not in IDS and column not in kinds]
@@ -180,12 +210,13 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
         return [chat or Form("text", {"text": column})]
     found = [_dialogue(columns, config)] if {config.dialogue_column, config.summary_column} <= set(columns) else []
     pairs = [form for name, (asked, answered) in PAIRS.items() if (form := _pair(name, asked, answered, lower))]
-    pairs = [form for form in pairs if form.columns["answer"].lower() != PREFERRED or not _is_chat(form, columns)]
+    pairs = [form for form in pairs if form.columns["answer"].lower() != PREFERRED or not _is_whole(form, columns)]
     if any(form.name == "alpaca" for form in pairs):
         pairs = [form for form in pairs if form.name == "alpaca"]  # its `input` and `output` are no pair of their own
     taken = {column for form in pairs for column in form.needed}
     chats = {column: form for column in usable if column not in taken and (form := _chat_form(column, columns, lower))}
-    if PREFERRED in (names := {column.strip().lower(): column for column in chats}):
+    names = {column.strip().lower(): column for column in chats}
+    if PREFERRED in names or any(form.columns["answer"].strip().lower() == PREFERRED for form in pairs):
         chats.pop(names.get(REJECTED, ""), None)
     found += [*chats.values(), *pairs]
     text = next((lower[name] for name in TEXTS if name in lower and lower[name] in usable), None)
@@ -248,9 +279,13 @@ def _pair(form: str, asked: Sequence[str], answered: Sequence[str], lower: Mappi
     return Form(form, {"prompt": prompt, "answer": answer, **more})
 
 
-def _is_chat(form: Form, columns: Mapping[str, Sequence[object]]) -> bool:
+def _is_whole(form: Form, columns: Mapping[str, Sequence[object]]) -> bool:
     """Whether the answers are whole conversations, the question among them."""
-    return any(chat_keys(value) for value in columns.get(form.columns["answer"], ()))
+    for value in columns.get(form.columns["answer"], ()):
+        if keys := chat_keys(value):
+            first = as_turns(value)[0].get(keys[0])
+            return ROLE_NAMES.get(str(first).strip().lower()) != "assistant"
+    return False
 
 
 def _system(lower: Mapping[str, str]) -> dict[str, str]:

@@ -126,13 +126,13 @@ def json_parts(text: str, name: str, notes: list[str]) -> Parts:
 def _values(text: str, name: str) -> Any:
     """Returns the value of a JSON text; a list of them where several objects stand one after another."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data" or not text.lstrip().startswith("{"):
             raise _not_json(error, name, None, _JSON_FORMS) from error
     except (ValueError, RecursionError) as error:
         raise _not_json(error, name, None, _JSON_FORMS) from error
-    decode, found, place = json.JSONDecoder().raw_decode, [], 0
+    decode, found, place = json.JSONDecoder(object_pairs_hook=each_key_once).raw_decode, [], 0
     while (place := _BLANK.match(text, place).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, place = decode(text, place)
@@ -189,7 +189,7 @@ def _elements(text: str, name: str) -> Iterator[Any]:
     Raises:
         DataError: it is not a JSON list, or an empty one; the message names the line.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=each_key_once).raw_decode
     place = _BLANK.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
     if text[place : place + 1] == "]" and not text[place + 1 :].strip():
         raise DataError(
@@ -231,9 +231,26 @@ def _jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[Row]:
 def _parsed(text: str, name: str, line: int, expected: str) -> Any:
     """Parses a line of JSON text."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise _not_json(error, name, line, expected) from error
+
+
+class KeyTwiceError(ValueError):
+    """An object has a key twice, of which JSON's readers would take the last without a word."""
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its keys and values, for `json`'s `object_pairs_hook`.
+
+    Raises:
+        KeyTwiceError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwiceError(next(key for key in found if keys.count(key) > 1)[:80])
+    return found
 
 
 def _not_json(error: ValueError | RecursionError, name: str, line: int | None, expected: str) -> DataError:
@@ -243,6 +260,12 @@ def _not_json(error: ValueError | RecursionError, name: str, line: int | None, e
             f"{name} line {line or error.lineno} is not valid JSON ({error.msg}, column {error.colno})",
             expected=expected,
             next_step="Fix that line.",
+        )
+    if isinstance(error, KeyTwiceError):
+        return DataError(
+            f"{place} has an object with the key {str(error)!r} twice",
+            expected="each key once",
+            next_step="Remove one of them.",
         )
     if isinstance(error, RecursionError):
         return DataError(f"{place} is nested too deeply", expected=expected, next_step="Flatten the objects.")

@@ -47,10 +47,14 @@ class Cleaner:
         removed: control characters that were removed.
         touched: rows that they were removed from, counted by who hands over the rows.
         doubtful: how often each of `DOUBTFUL` was a whole answer.
+        empty_systems: system messages without a text, which are left out.
+        roles: unusual names of who speaks, and what each was taken for.
+        objects: answers that were objects and are written as JSON.
     """
 
     def __init__(self) -> None:
-        self.removed = self.touched = 0
+        self.removed = self.touched = self.empty_systems = self.objects = 0
+        self.roles: dict[str, str] = {}
         self.doubtful: dict[str, int] = {}
 
     def text(self, value: Any, what: str, *, numbers: bool = False) -> str:
@@ -103,6 +107,13 @@ class Cleaner:
         found = []
         if self.removed:
             found.append(f"{name}: removed {self.removed} control characters (rows touched: {self.touched})")
+        if self.empty_systems:
+            found.append(f"{name}: left out {self.empty_systems} system messages that are empty")
+        if self.roles:
+            words = ", ".join(f"{said!r} as {role}" for said, role in sorted(self.roles.items()))
+            found.append(f"{name}: who speaks was taken by its name: {words}")
+        if self.objects:
+            found.append(f"{name}: answers that are objects, written as JSON: {self.objects}")
         if self.doubtful:
             words = ", ".join(f"{count} x {word!r}" for word, count in self.doubtful.items())
             found.append(f"{name}: taken as answers, though they may stand for missing values: {words}")
@@ -112,6 +123,8 @@ class Cleaner:
 def _as_text(value: Any, what: str, numbers: bool) -> str:
     if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise Unusable(f"its {what} is an infinite number")
     if numbers and isinstance(value, _NUMBERS):
         return str(value).lower() if isinstance(value, bool) else str(value)
     if numbers and isinstance(value, datetime.date | datetime.time):

@@ -44,6 +44,7 @@ def turns(row):
     return [(message.role, message.content) for message in row.messages]
 
 
+ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [{"role": role, "content": f"{text} #"} for role, text in TURNS]
 CHAT_READ = [(role, f"{text} 0") for role, text in TURNS]
 SHARE = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": f"{text} #"} for role, text in TURNS]
@@ -156,6 +157,35 @@ FORMS = {  # a row, its form, and the messages
         {"prompt": "q", "chosen": CHAT, "rejected": CHAT},
         "messages",
         CHAT_READ,
+    ),
+    "preferences after a chat": (
+        {"prompt": [{"role": "user", "content": "q#"}], "chosen": [TELL], "rejected": [TELL | {"content": "b"}]},
+        "prompt_completion",
+        [("user", "q0"), ("assistant", "a")],
+    ),
+    "as Python writes it": ({"messages": str(CHAT)}, "messages", CHAT_READ),
+    "a list for each key": (
+        {"messages": {"role": [turn["role"] for turn in CHAT], "content": [turn["content"] for turn in CHAT]}},
+        "messages",
+        CHAT_READ,
+    ),
+    "contents in parts, as Gemini's": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+            "contents": [{"role": "user", "parts": [{"text": "q#"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+        },
+        "messages",
+        [("system", "Be brief."), ("user", "q0"), ("assistant", "a")],
+    ),
+    "an empty system's message": (
+        {"messages": [{"role": "system", "content": ""}, *CHAT]},
+        "messages",
+        CHAT_READ,
+    ),
+    "objects for answers": (
+        {"question": "q#", "answer": {"name": "Ann", "age": None}},
+        "question_answer",
+        [("user", "q0"), ("assistant", '{"name": "Ann", "age": null}')],
     ),
     "a boolean for an answer": (
         {"question": "q#", "answer": True},
@@ -305,6 +335,14 @@ UNCLEAR = {
         {"title": "#", "reply": "x", "body": "y"},
         *("no known form", r"--set data.prompt='{title}\n\n{body}' --set data.answer='{reply}'"),
     ),
+    "a turn a row": (
+        {"message_id": "#", "text": "t", "role": "prompter"},
+        *("is one turn of a conversation, by its column 'role'", "--set data.format=text"),
+    ),
+    "turns as numpy prints them": (
+        {"messages": "[{'role': 'user', 'content': '#'}\n {'role': 'assistant', 'content': 'a'}]"},
+        *("'messages'", "can't be parsed", "--set data.format=text"),
+    ),
     "lists of nobody knows whom": ({"dialog": ["a#", "b"]}, "lists without roles", "--set data.column=dialog"),
 }
 
@@ -338,7 +376,6 @@ def test_answers_beside_the_first_are_references_also_in_squads_way(read):
 
 # rows that can't be used
 
-ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 BROKEN = {
     "user after user": ([ASK, ASK, TELL], "its roles are out of order: message 2 is user after user"),
     "an answer first": ([TELL, ASK, TELL], "its roles are out of order: message 1 is assistant at the start"),
@@ -355,6 +392,7 @@ BROKEN = {
         "it has an unknown role: 'narrator' in message 1",
     ),
     "a role that is no text": ([{"role": 3, "content": "x"}, TELL], "it has an unknown role"),
+    "an infinite number": ([ASK, {"role": "assistant", "content": float("inf")}], "is an infinite number"),
     "half a weight": ([ASK, TELL | {"weight": 0.5}], "it has a weight other than 0 and 1"),
     "nothing learned": ([ASK, TELL | {"weight": 0}], "all its answers have weight 0"),
     "a picture": (
@@ -383,6 +421,48 @@ def test_a_broken_conversation_is_named_with_its_line_and_left_out(read, case):
     with pytest.raises(DataError, match=r"rows.jsonl has 1 row that can't be used.*data.bad_rows=skip") as caught:
         read([*many({"messages": CHAT}), {"messages": messages}], bad_rows="refuse")
     assert "rows.jsonl line 9" in str(caught.value)
+
+
+def test_what_was_decided_about_roles_systems_and_objects_is_said(read):
+    said = [{"speaker": "customer", "text": "q#"}, {"speaker": "Agent", "text": "a"}]
+    assert read(many({"turns": said})).notes[1] == (
+        "rows.jsonl: who speaks was taken by its name: 'agent' as assistant, 'customer' as user"
+    )
+    empty = [{"role": "system", "content": ""}, *CHAT]
+    assert "rows.jsonl: left out 8 system messages that are empty" in read(many({"messages": empty})).notes
+    objects = many({"question": "q#", "answer": {"a": 1}})
+    assert "rows.jsonl: answers that are objects, written as JSON: 8" in read(objects).notes
+    objects[0]["answer"] = "a text"  # so the objects after it are another thing
+    with pytest.raises(DataError, match="its answer is not text but an object with 'a'"):
+        read(objects)
+
+
+@pytest.mark.parametrize("mark", ["train", "loss"])
+def test_answers_that_other_trainers_leave_out_are_not_learned(read, mark):
+    shared = [*SHARE[:1], SHARE[1] | {mark: False}, *SHARE[2:]]
+    learned = [message.learned for message in example(read(many({"conversations": shared}))).messages]
+    assert learned == [True, False, True, True]
+
+
+def test_a_tool_without_the_object_around_it_gets_it(read):
+    tool = {"name": "find", "parameters": {"type": "object", "properties": {}}}
+    (found,) = example(read(many({"messages": CHAT, "tools": [tool]}))).tools
+    assert found == {"type": "function", "function": tool}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("rows.jsonl", '{"prompt": "q", "completion": "a", "completion": "b"}\n', "rows.jsonl line 1"),
+        ("rows.json", '[{"prompt": "q", "completion": "a", "completion": "b"}]', "rows.json"),
+        ("rows.json", '{"data": [{"prompt": "q", "completion": "a", "completion": "b"}]}', "rows.json"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(read, name, text, place):
+    """Readers take the last one, and nobody hears of the first."""
+    with pytest.raises(DataError) as caught:
+        read(text, name)
+    assert f"{place} has an object with the key 'completion' twice" in str(caught.value)
 
 
 def test_many_broken_rows_are_counted_by_kind(read):
