@@ -50,7 +50,7 @@ def _machine(name: str) -> str:
 def machines() -> dict[str, str]:
     """Where each record was made."""
     names = ["step_speed_one_gpu", "learning_one_gpu", "evaluation_speed_one_gpu", "true_size_one_gpu", "two_gpus"]
-    names += ["todays_models_one_gpu", "gpt_oss_one_gpu", "tickets_one_gpu"]
+    names += ["todays_models_one_gpu", "tickets_one_gpu"]
     return {f"{name}_machine": _machine(name) for name in names}
 
 
@@ -110,7 +110,6 @@ def todays_models() -> dict[str, str]:
         "gpt_oss_whole_gib": f"{sum(whole['weights_gib'].values()):.1f}",
         "gpt_oss_whole_parameters": f"{whole['parameters']:,}",
         "gpt_oss_whole_losses": f"{whole['first_loss']:.1f} to {whole['last_loss']:.1f}",
-        "gpt_oss_whole_peak_gib": f"{sum(whole['peak_gib'].values()):.1f}",
         "experts_gradient_apart": f"{max(line['error'] for line in record('gpt_oss_one_gpu')['experts']):.3%}",
     }
 
@@ -126,7 +125,6 @@ def tickets() -> dict[str, str]:
         "tickets_asked": f"{few['rows']}",
         "tickets_steps": f"{case['steps']}",
         "tickets_tuned": f"{few['second']:.1f}",
-        "tickets_few": f"{few['first']:.1f}",
         "tickets_gain": f"{few['difference']:.1f}",
         "tickets_gain_low": f"{few['low']:.1f}",
         "tickets_gain_high": f"{few['high']:.1f}",

@@ -7,10 +7,12 @@ Knows nothing of tokens and labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from jinja2.runtime import LoopContext
 
 from qlora_helpers.data.examples import Message
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_DATE = datetime(2026, 1, 1)
 """What a template gets that asks for today's date: rows and prompts that are written on other days stay the same."""
+_PLAIN = frozenset({dict, list, tuple, str, int, bool, LoopContext})
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -68,7 +71,28 @@ def render_chat(
 def _compiled(template: str) -> Any:
     from transformers.utils import chat_template_utils
 
-    return chat_template_utils._compile_jinja_template(template)
+    compiled = chat_template_utils._compile_jinja_template(template)
+    environment = compiled.environment
+    environment.is_safe_attribute = _remembered(environment.is_safe_attribute)
+    return compiled
+
+
+def _remembered(is_safe: Callable[[Any, str, Any], bool]) -> Callable[[Any, str, Any], bool]:
+    """Returns the sandbox's own check, which answers once for each type of Python's or Jinja's own and name: it looks at nothing else.
+
+    A template asks some 30 times a row, which took a tenth of the time of labelling.
+    """
+    known: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(obj: Any, attr: str, value: Any) -> bool:
+        kind = type(obj)
+        if kind not in _PLAIN:
+            return is_safe(obj, attr, value)
+        if (found := known.get((kind, attr))) is None:
+            found = known[kind, attr] = is_safe(obj, attr, value)
+        return found
+
+    return is_safe_attribute
 
 
 @lru_cache(maxsize=16)

@@ -422,6 +422,11 @@ BROKEN = {
         "{{ ''.__class__.__mro__ }}",
         "access to attribute '__class__' of 'str' object is unsafe",
     ),
+    "a change of the messages": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages.append(messages[0]) }}",
+        "access to attribute 'append' of 'list' object is unsafe",
+    ),
+    "another change of them": ("{% set _ = messages[0].update({}) %}", "attribute 'update' of 'dict' object is unsafe"),
     "an error of Python": ("{{ 1 / 0 }}", "division by zero"),
     "a message that is far too long": ("{{ raise_exception('x' * 5000) }}", "x" * 200),
     "the message is dropped": ("Hello!", "expected a text with the message in it once; got one with it 0 times"),
