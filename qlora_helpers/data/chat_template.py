@@ -78,7 +78,7 @@ def _compiled(template: str) -> Any:
 
 
 def _remembered(is_safe: Callable[[Any, str, Any], bool]) -> Callable[[Any, str, Any], bool]:
-    """Returns the sandbox's own check, which answers once for each type of Python's or Jinja's own and name: it looks at nothing else.
+    """Returns the sandbox's own check, asked once for each name and type of Python's or Jinja's own: it looks at nothing else.
 
     A template asks some 30 times a row, which took a tenth of the time of labelling.
     """

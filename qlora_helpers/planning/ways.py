@@ -14,7 +14,7 @@ from qlora_helpers.base.units import duration, gib
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.candidates import all_candidates, fitting_candidates
-from qlora_helpers.planning.layout import COPIES, COPIES_OF_SHARDS, MEANING, SHARDS, SPREAD, WAYS, layouts
+from qlora_helpers.planning.layout import COPIES, COPIES_OF_SHARDS, MEANING, SHARDS, SPREAD, WAYS
 from qlora_helpers.planning.workload import Workload
 
 MEASURED = {(COPIES, "H200"), (SPREAD, "H200")}
@@ -66,7 +66,7 @@ def find_ways(workload: Workload) -> tuple[Way, ...]:
     hardware = workload.hardware
     if workload.one_process or workload.only is not None or hardware.gpus == 1:
         return ()
-    possible = {each.share: each for each in layouts(hardware.gpus, hardware.machines, workload.sequences_per_step)}
+    possible = {each.share: each for each in workload.possible_layouts}
     found = []
     for share in WAYS:
         if share not in possible:
@@ -96,6 +96,8 @@ def _why_not(share: str, workload: Workload) -> str:
     machines = workload.hardware.machines
     if share == SPREAD and machines > 1:
         return "one process can't reach the GPUs of another machine"
+    if share in (SHARDS, COPIES_OF_SHARDS) and workload.not_shared:
+        return workload.not_shared
     if share == COPIES_OF_SHARDS and machines == 1:
         return "takes several machines; within one it is the same as shards"
     if share == COPIES_OF_SHARDS and workload.hardware.gpus_per_machine == 1:

@@ -93,6 +93,22 @@ class Workload:
         return sequences_per_step(self.config.train)
 
     @property
+    def not_shared(self) -> str:
+        """Why the layers can't be shared out as shards, as loading and adapters refuse it; empty where they can."""
+        if self.sizes.expert_stacks:
+            return "a mixture's experts can't be shared out yet"
+        if self.config.adapter.use_dora:
+            return "DoRA reads whole weights, which no process has then"
+        return "" if self.config.model.quantization == "nf4" else "there are no 4-bit weights to share out"
+
+    @property
+    def possible_layouts(self) -> tuple[Layout, ...]:
+        """The ways that these GPUs and this model allow, whatever the settings ask for."""
+        hardware = self.hardware
+        found = layouts(hardware.gpus, hardware.machines, self.sequences_per_step)
+        return tuple(each for each in found if each.shards == 1 or not self.not_shared)
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
         """The ways in which the GPUs may be used: those that `train.share` allows and that share a step's sequences evenly.
 
@@ -100,8 +116,7 @@ class Workload:
         """
         if self.only is not None:
             return (self.only,)
-        hardware = self.hardware
-        found = layouts(hardware.gpus, hardware.machines, self.sequences_per_step)
+        found = self.possible_layouts
         if self.one_process:
             return tuple(each for each in found if each.share in (ONE, SPREAD))[-1:]
         asked = [each for each in found if each.share == self.config.train.share]

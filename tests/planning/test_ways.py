@@ -34,6 +34,26 @@ def ways(plan: Plan) -> dict[str, bool]:
     return {each.share: each.fits for each in plan.ways}
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (("model.name=random:mixtral-8x7b",), "experts can't be shared out"),
+        (("adapter.use_dora=true",), "DoRA reads whole weights"),
+        (("model.quantization=none",), "no 4-bit weights"),
+    ],
+)
+def test_shards_are_not_offered_where_they_are_refused(settings, reason):
+    """`model.sharding` and `model.lora` refuse them when they are loaded."""
+    model = "random:mixtral-8x7b" if "mixtral" in settings[0] else "tiiuae/falcon-40b"
+    given = workload("ml.g5.12xlarge", *settings, model=model)
+    assert reason in given.not_shared and all(each.shards == 1 for each in given.layouts)
+    plan = make_plan(given)
+    shards = next(each for each in plan.ways if each.share == "shards")
+    assert shards.best is None and not shards.fits and reason in shards.why_not
+    assert plan.choice is None or plan.choice.share != "shards"
+    assert not workload("ml.g5.12xlarge").not_shared
+
+
 def test_the_ways_are_those_of_the_setting():
     (setting,) = [each for each in TrainConfig.__dataclass_fields__.values() if each.name == "share"]
     assert {"auto", *WAYS} == set(setting.metadata["choices"])
