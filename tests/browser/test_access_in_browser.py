@@ -1,7 +1,7 @@
 """For everyone: axe's rules, the keyboard alone, spoken values, narrow pages and paper.
 
-Looks at the report, the form, the row browser, the watch panel, the answers, the list of runs and the form of a sweep. axe-core
-(Deque Systems, MPL-2.0) comes in the PyPI package axe-playwright-python, which requirements-dev.txt names.
+Looks at the report, the form, the row browser, the watch panel, the answers, the list of runs, the form of a sweep and the
+evaluation. axe-core (Deque Systems, MPL-2.0) comes in the PyPI package axe-playwright-python, which requirements-dev.txt names.
 """
 
 from __future__ import annotations
@@ -152,28 +152,30 @@ rows = [{"id": "a", "dialogue": "Ann: lunch?\\nBo: at one", "summary": "They mee
 answer_panel(echo, rows, vote=lambda vote: "1 vote between untuned and tuned")""",
     "ql.list_runs('made')",
     "ql.sweep_form(run)",
+    "from qlora_helpers.views.widgets import EvaluationPanel\nEvaluationPanel(finished[0], start=lambda run: None)",
 ]
 
 
 @pytest.fixture
 def live(lab, opened):
-    """A notebook with a watch panel, an answer panel, a list of runs and a form for a sweep."""
+    """A notebook with a watch panel, an answer panel, a list of runs, a form for a sweep and an evaluation."""
     notebook = opened(lab.add_notebook("access-live.ipynb", LIVE))
     notebook.run_all()
-    notebook.page.locator(".qlora-sweep").wait_for()
+    notebook.page.locator(".qlora-evaluation").wait_for()
     return notebook
 
 
 def test_the_panels_of_runs_and_answers(live, axe):
-    checks = (check_watch, check_answers, check_run_list, check_sweep)
+    checks = (check_watch, check_answers, check_run_list, check_sweep, check_evaluation)
     for theme in THEMES:
         live.theme(theme)
         for check in checks:
             check(live, axe)
-    for part in (".qlora-watch", ".qlora-answers", ".qlora-run-list", ".qlora-sweep"):
+    parts = (".qlora-watch", ".qlora-answers", ".qlora-run-list", ".qlora-sweep", ".qlora-evaluation")
+    for part in parts:
         check_names_and_focus(live.page, part)
     live.page.set_viewport_size({"width": 390, "height": 800})
-    for part in (".qlora-watch", ".qlora-answers", ".qlora-run-list", ".qlora-sweep"):
+    for part in parts:
         assert live.page.locator(part).evaluate(CUT_OFF) == [], part
 
 
@@ -236,6 +238,14 @@ def check_sweep(notebook: Any, axe: Any) -> None:
         panel.get_by_role("button", name="Plan").click()
         expect(panel).to_contain_text(seen)
         assert not axe(page, ".qlora-sweep"), text
+
+
+def check_evaluation(notebook: Any, axe: Any) -> None:
+    """A scorecard, and the button that asks again."""
+    panel = notebook.page.locator(".qlora-evaluation")
+    expect(panel.get_by_role("button", name="Evaluate")).to_be_enabled()
+    expect(panel.locator(".qlora-scorecard table").first).to_be_visible()
+    assert not axe(notebook.page, ".qlora-evaluation")
 
 
 def check_names_and_focus(page: Any, part: str) -> None:
