@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -319,18 +320,32 @@ def measured(name: str, profile: str) -> dict[str, float]:
 
 def config_of(name: str, profile: str) -> RunConfig:
     """The settings of a notebook's run: the profile's, with the notebook's own where its cells have a dict `SETTINGS`."""
-    config, names = profile_config(profile), {}
+    config, names = profile_config(profile), {"PROFILE": profile}
     for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or "SETTINGS = {" not in source:
             continue
-        for statement in ast.parse(source).body:
-            if isinstance(statement, ast.Assign) and isinstance(target := statement.targets[0], ast.Name):
-                if isinstance(statement.value, ast.Constant):
-                    names[target.id] = statement.value.value
-                elif isinstance(statement.value, ast.Dict) and target.id == "SETTINGS":
-                    config = config.with_settings(_plain(statement.value, names))
+        for statement in _that_run(ast.parse(source).body, profile):
+            if isinstance(statement, ast.Assign):
+                (target,), value = statement.targets, statement.value
+            elif isinstance(statement, ast.AugAssign):
+                target, value = statement.target, statement.value
+            else:
+                continue
+            if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
+                names[target.id] = value.value
+            elif isinstance(target, ast.Name) and target.id == "SETTINGS" and isinstance(value, ast.Dict):
+                config = config.with_settings(_plain(value, names))
     return config
+
+
+def _that_run(body: list[ast.stmt], profile: str) -> Iterator[ast.stmt]:
+    """The statements that run in a profile: those after `if PROFILE != "tiny":` and the like are taken where that holds."""
+    for statement in body:
+        if not isinstance(statement, ast.If):
+            yield statement
+        elif eval(compile(ast.Expression(statement.test), "a notebook's cell", "eval"), {"PROFILE": profile}):
+            yield from _that_run(statement.body, profile)
 
 
 def _plain(found: ast.Dict, names: dict[str, Any]) -> dict[str, Any]:
