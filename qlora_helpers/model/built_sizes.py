@@ -271,6 +271,7 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
         norm="layer" if any(each.layer_norm for each in measured) else "rms",
         norms_per_layer=norms,
         qk_norm=any(each.qk_norm for each in measured),
+        attention_softcap=getattr(config, "attn_logit_softcapping", None),
         logit_softcap=float(cap) if isinstance(cap, int | float) and cap > 0 else None,
         expert_parameters_per_layer=_share(in_experts, count_of),
         expert_stacks=tuple(

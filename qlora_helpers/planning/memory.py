@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 from qlora_helpers.base.units import BYTES_IN_GIB, gib
 from qlora_helpers.model.shapes.decoder import ModelSizes
-from qlora_helpers.planning.step_settings import SINGLE, StepSettings, kept_bytes
+from qlora_helpers.planning.step_settings import SINGLE, StepSettings, kept_bytes, kept_scores
 
 # Weights that share a constant, and constants that share one of their own with double quantisation (arXiv:2305.14314)
 QUANTISATION_BLOCK, CONSTANTS_BLOCK = 64, 256
@@ -159,6 +159,9 @@ class StepMemory:
         self.most_inputs = INPUTS_AT_ONCE if settings.inputs_on_host else sizes.layers
         self.in_backward = _widest_weight(sizes, settings) + _experts_in_full(sizes, settings)
         self.in_backward += settings.value_bytes * settings.tokens * _inner_in_backward(sizes)
+        self.in_backward += (
+            SINGLE * settings.tokens * round(kept_scores(sizes, settings, compiled=True))
+        )  # their gradient
         self.loss = loss_bytes(sizes, settings)
         offloaded = settings.offloaded and not sizes.tied
         self.on_the_host = settings.value_bytes * sizes.vocab * sizes.hidden if offloaded else 0

@@ -156,6 +156,11 @@ def model_notes(sizes: ModelSizes) -> list[str]:
             f"{sizes.parameters_in_use:,} weights; all are in 4 bits, a layer's are dequantised together; "
             "two mixtures were measured, on an H200"
         )
+    if sizes.attention_softcap is not None:
+        notes.append(
+            "its attention's scores are capped, which no kernel here computes on a GPU: they are held in full, for each pair of tokens "
+            "of a block; shorter blocks (data.seq_len_tokens) hold fewer; arithmetic, not measured"
+        )
     if sizes.recurrent_share:
         share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"
         notes.append(

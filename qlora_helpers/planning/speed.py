@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 
 from qlora_helpers.machine.hardware import GPUS, Gpu
 from qlora_helpers.model.shapes.decoder import ModelSizes
-from qlora_helpers.planning.step_settings import HALF, StepSettings, kept_by_adapters, kept_by_experts, kept_values
+from qlora_helpers.planning.step_settings import (
+    HALF,
+    StepSettings,
+    kept_by_adapters,
+    kept_by_experts,
+    kept_scores,
+    kept_values,
+)
 
 LOOKUP_BYTES_S, SENT_BYTES_S = (
     4e9,
@@ -120,7 +127,8 @@ def step_time(sizes: ModelSizes, step: StepSettings, gpu: Gpu, speed: Speed = FI
     rounded = step.tokens * FP8_ROUNDING_BYTES / memory if step.fp8 else 0.0  # a value of each token
     inputs = rounded * sum(layer.in_features * layer.per_layer for layer in sizes.linears)
     gradients = rounded * sum(layer.out_features * layer.per_layer for layer in sizes.linears)
-    kept: float = step.value_bytes * kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept = kept_values(sizes, compiled=True, r=step.r, adapted=step.adapted_layers(sizes))
+    kept = step.value_bytes * (kept + kept_scores(sizes, step, compiled=True))
     eagerly = step.value_bytes * kept_by_experts(sizes) if step.compiled else kept
     kept += (speed.eager_factor - 1) * eagerly
     values = step.tokens * (kept + kept_by_adapters(sizes, step)) / memory

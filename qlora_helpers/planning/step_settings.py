@@ -199,11 +199,23 @@ def kept_by_experts(sizes: ModelSizes) -> float:
     return sizes.inner_of_experts * sizes.expert_kept + sizes.hidden * chosen + 2 * sizes.experts + 16 * chosen
 
 
+def kept_scores(sizes: ModelSizes, settings: StepSettings, *, compiled: bool) -> float:
+    """Counts the attention scores a token that one layer keeps: none with a kernel, else one for each head and token of the block.
+
+    Compiled, the probabilities are kept in the model's type; else those in float32 and what is before the tanh too.
+    """
+    if sizes.attention_softcap is None:
+        return 0.0
+    return sizes.heads * settings.seq_len_tokens * (1 if compiled else 4)
+
+
 def kept_bytes(sizes: ModelSizes, settings: StepSettings) -> float:
     """Counts the bytes a token that one decoder layer keeps for its backward pass."""
     fast = settings.fast_adapters and not settings.dora
     adapted = settings.adapted_layers(sizes)
-    values = kept_values(sizes, compiled=settings.compiled and fast, r=settings.r, adapted=adapted)
+    values = kept_scores(sizes, settings, compiled=settings.compiled and fast) + kept_values(
+        sizes, compiled=settings.compiled and fast, r=settings.r, adapted=adapted
+    )
     if settings.on_experts:  # what an expert's weights are multiplied with, for the gradients of their adapters
         values += sizes.hidden * sizes.experts_per_token + sizes.inner_of_experts
     return settings.value_bytes * values + kept_by_adapters(sizes, settings)

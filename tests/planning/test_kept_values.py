@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -45,12 +45,14 @@ def attended_at_once(query, key, value, starts, scale):
     return out[0].transpose(0, 1)
 
 
-def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch.bfloat16, **adapter) -> float:
+def kept_by_a_layer(
+    shape, monkeypatch, *, compiled=True, fast=True, dtype=torch.bfloat16, attention="sdpa", **adapter
+) -> float:
     """Counts bytes a token of the tensors that a layer saves, each storage once."""
     monkeypatch.setattr(block_diagonal, "_row_by_row", attended_at_once)
     torch._dynamo.reset()
     config = AutoConfig.for_model(**shape)
-    model = build_random_model(config.to_dict(), ModelConfig(device_map="cpu"), dtype=dtype, attention="sdpa")
+    model = build_random_model(config.to_dict(), ModelConfig(device_map="cpu"), dtype=dtype, attention=attention)
     keep_gradients_exact_on_cpu(model)
     model = add_adapters(model, AdapterConfig(**{"r": R, "lora_dropout": 0.0} | adapter), seed=0).train()
     model.enable_input_require_grads()  # as a layer before this one would
@@ -84,7 +86,7 @@ def kept_by_a_layer(shape, monkeypatch, *, compiled=True, fast=True, dtype=torch
         layer.forward = watched
         tokens = torch.arange(TOKENS).unsqueeze(0)
         starts = torch.tensor([0, TOKENS], dtype=torch.int32)
-        alone = {"row_starts": starts} if fast else {}
+        alone = {"row_starts": starts} if fast and attention == "sdpa" else {}
         model(input_ids=tokens, position_ids=tokens, use_cache=False, **alone)
         layer.forward = forward
     return sum(kept.values()) / TOKENS
@@ -110,6 +112,18 @@ def test_a_mixture_with_adapters_on_its_experts_keeps_what_their_gradients_need(
     step = StepSettings(TOKENS, 1, 0, True, R, 0, on_experts=len(named))
     kept = kept_by_a_layer(shape, monkeypatch, target_modules=named or None)
     assert 0.9 * kept <= kept_bytes(sizes, step) <= kept
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_capped_attention_keeps_its_scores(compiled, monkeypatch):
+    """On a GPU, where such a model attends under a mask; here with as many heads as make the scores most of it."""
+    shape = _GROUPED | {"model_type": "gemma2", "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 8}
+    monkeypatch.setattr(block_diagonal, "block_diagonal_attention", lambda model, longest: nullcontext())
+    sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
+    assert sizes.attention_softcap == 50.0
+    step = StepSettings(TOKENS, 1, 0, compiled, R, 0)
+    kept = kept_by_a_layer(shape, monkeypatch, compiled=compiled, attention="eager")
+    assert 0.85 * kept <= kept_bytes(sizes, step) <= 1.1 * kept
 
 
 FEW = ("q_proj", "v_proj")

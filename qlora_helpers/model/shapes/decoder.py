@@ -57,6 +57,7 @@ class ModelSizes:
         norms_per_layer: norms of width `hidden`.
         qk_norm: whether queries and keys are normalised for each head.
         logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
+        attention_softcap: tanh cap on the attention's scores, which a GPU's kernels do not know, so that they are there in full.
         experts, experts_per_token: of a mixture of experts, else 0.
         expert_parameters_per_layer: of all experts together. transformers keeps them in parameters of three dimensions, not in
             `nn.Linear` modules; they are stored in 4 bits too, and peft's `target_modules` does not reach them.
@@ -94,6 +95,7 @@ class ModelSizes:
     norms_per_layer: float = 2
     qk_norm: bool = False
     logit_softcap: float | None = None
+    attention_softcap: float | None = None
     experts: int = 0
     experts_per_token: int = 0
     expert_parameters_per_layer: float = 0

@@ -83,16 +83,16 @@ def head_width(config: Shape, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def softcap(config: Shape) -> float | None:
-    """Returns the tanh cap on the logits, or None.
+def softcap(config: Shape, key: str = "final_logit_softcapping") -> float | None:
+    """Returns the tanh cap on the logits, or by another key on the attention's scores; None without one.
 
     Raises:
         ModelError: it is not a number.
     """
-    cap = config.get("final_logit_softcapping")
+    cap = config.get(key)
     if cap is not None and not isinstance(cap, int | float):
         raise ModelError(
-            "the final_logit_softcapping of a config.json is not a number",
+            f"the {key} of a config.json is not a number",
             expected="a number, or null",
             got=reprlib.repr(cap),
             next_step="Give the model's own config.json.",

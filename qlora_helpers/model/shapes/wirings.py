@@ -25,7 +25,12 @@ DEFAULTS: dict[str, Shape] = {
         "decoder_sparse_step": 1,
     },
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": 30.0},
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
     "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208},
     "opt": {"max_position_embeddings": 2048},
 }
@@ -119,6 +124,7 @@ def like_llama(family: str, config: Shape) -> ModelSizes:
         gated_mlp=True,
         qk_norm=qk_norm,
         logit_softcap=softcap(config),
+        attention_softcap=softcap(config, "attn_logit_softcapping") if family == "gemma2" else None,
     )
 
 
