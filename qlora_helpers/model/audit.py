@@ -279,15 +279,16 @@ def read_directly(model: torch.nn.Module) -> set[int]:
     found: set[int] = set()
     sources: dict[type, str] = {}
     for module in (part for layer in decoder_layers(model) for part in layer.modules()):
+        linears = {name: part for name, part in module.named_children() if isinstance(part, torch.nn.Linear)}
+        if not linears:  # a class's source takes long: Python parses the whole file for it
+            continue
         if type(module) not in sources:
             try:
                 sources[type(module)] = inspect.getsource(type(module))
             except (OSError, TypeError):
                 sources[type(module)] = ""
         read = set(re.findall(r"self\.(\w+)\.weight @", sources[type(module)]))
-        found |= {
-            id(part) for name, part in module.named_children() if name in read and isinstance(part, torch.nn.Linear)
-        }
+        found |= {id(part) for name, part in linears.items() if name in read}
     return found
 
 
