@@ -1,11 +1,14 @@
 """The command line: parses its arguments, calls a command of `commands/` and maps exit codes.
 
-It exits with 0 on success, with 2 and one clear message on what the user can fix, and with 1 on a bug in this package.
+It exits with 0 on success, with 2 and one clear message on what the user can fix, with 141 where
+its output is no longer read, and with 1 on a bug in this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = parser().parse_args(arguments)
     try:
-        return int(options.call(options))
+        code = int(options.call(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 128 + signal.SIGPIPE
     except UserError as error:
         if getattr(options, "json", False) and hasattr(options, "quiet"):
             terminal.JsonShow().error(error)

@@ -132,6 +132,16 @@ def run_cli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
+def test_output_that_nobody_reads_any_more_is_no_error(tmp_path):
+    """As with `qlora plan ... | head`: the pipe is closed before the first line."""
+    command = [sys.executable, "-m", "qlora_helpers", "plan", "--model", "llama-3.1-8b", "--gpu", "H100"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_train_evaluate_and_report_as_processes_and_clean(here, capsys):
     trained = run_cli(*train("data.source=./good.jsonl", "train.max_steps=2", "data.seq_len_tokens=128"), cwd=here)
     assert trained.returncode == 0, trained.stderr
