@@ -158,8 +158,8 @@ def model_notes(sizes: ModelSizes) -> list[str]:
         )
     if sizes.attention_softcap is not None:
         notes.append(
-            "its attention's scores are capped, which no kernel here computes on a GPU: they are held in full, for each pair of tokens "
-            "of a block; shorter blocks (data.seq_len_tokens) hold fewer; arithmetic, not measured"
+            "its attention's scores are capped, which no kernel here computes on a GPU: they are held in full, for each pair of "
+            "tokens of a block; shorter blocks (data.seq_len_tokens) hold fewer; arithmetic, not measured"
         )
     if sizes.recurrent_share:
         share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"
