@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_helpers.data.examples import Message
-from qlora_helpers.data.texts import Cleaner, Unusable
+from qlora_helpers.data.texts import Cleaner, KeyTwiceError, Unusable, each_key_once
 
-ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+USUAL_KEYS = ("role", "from")
+ROLE_KEYS = (*USUAL_KEYS, "speaker", "author", "sender")
 TEXT_KEYS = ("content", "value", "parts", "text", "message", "utterance")
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL = "call"  # ShareGPT writes an assistant's tool call as a turn of its own
@@ -37,26 +38,42 @@ _MOST_PYTHON = 1_000_000  # characters of a cell that are read as Python's own n
 _TURNS = re.compile(rf"\s*\[\s*\{{\s*['\"](?:{'|'.join(ROLE_KEYS + TEXT_KEYS)})['\"]\s*:")
 
 
-def parsed(value: Any) -> Any:
-    """Returns what a text holds as JSON, or as Python writes it (pandas does in CSV); other values as they are."""
+def parsed(value: Any, *, strict: bool = False) -> Any:
+    """Returns what a text holds as JSON, or as Python writes it (pandas does in CSV); other values as they are.
+
+    Raises:
+        Unusable: `strict`, and an object has a key twice.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=each_key_once if strict else None)
+        except KeyTwiceError as twice:
+            raise _twice(str(twice)) from twice
         except (ValueError, RecursionError):
-            return _from_python(value)
+            return _from_python(value, strict)
     return value
 
 
-def _from_python(text: str) -> Any:
+def _twice(key: str) -> Unusable:
+    return Unusable("an object in it has a key twice", f": {key[:80]!r}")
+
+
+def _from_python(text: str, strict: bool) -> Any:
     """Returns the value of a Python literal, which is parsed and never run; a text that is none as it is."""
     if len(text) > _MOST_PYTHON or not _PYTHON.match(text):
         return text
     try:
         with warnings.catch_warnings():  # of escapes that Python will refuse one day
             warnings.simplefilter("ignore")
-            return ast.literal_eval(text.strip())
+            tree = ast.parse(text.strip(), mode="eval")
+            found = ast.literal_eval(tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
+    for node in ast.walk(tree) if strict else ():
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
+        if len(set(keys)) < len(keys):
+            raise _twice(str(next(key for key in keys if keys.count(key) > 1)))
+    return found
 
 
 def has_broken_turns(value: Any) -> bool:
@@ -64,9 +81,9 @@ def has_broken_turns(value: Any) -> bool:
     return isinstance(value, str) and bool(_TURNS.match(value)) and isinstance(parsed(value), str)
 
 
-def as_turns(value: Any) -> Any:
-    """Returns a list of turns of an object that holds their roles and their texts as lists; any other value parsed."""
-    found = parsed(value)
+def as_turns(value: Any, *, strict: bool = False) -> Any:
+    """Returns a list of turns of an object that holds their roles and their texts as lists; any other value `parsed`."""
+    found = parsed(value, strict=strict)
     if not isinstance(found, Mapping) or not any(isinstance(found.get(key), list) for key in ROLE_KEYS):
         return found
     lists = {key: items for key, items in found.items() if isinstance(items, list)}
@@ -81,6 +98,8 @@ def chat_keys(value: Any) -> tuple[str, str] | None:
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
         return None
     role = next((key for key in ROLE_KEYS if key in turns[0]), None)
+    if role not in USUAL_KEYS and str(turns[0].get(role)).strip().lower() not in ROLE_NAMES:
+        return None  # such as readers' comments with their authors
     text = next((key for key in TEXT_KEYS if key in turns[0]), None)
     calls = role == "role" and turns[0].get("tool_calls")
     return (role, text or "content") if role and (text or calls) else None
@@ -95,7 +114,7 @@ def conversation(value: Any, cleaner: Cleaner) -> tuple[list[Message], int]:
     Raises:
         Unusable: it is no list of turns, a role is unknown or out of order, or an answer is empty.
     """
-    turns = as_turns(value)
+    turns = as_turns(value, strict=True)
     if turns is None or turns == [] or (isinstance(turns, str) and not turns.strip()):
         raise Unusable("its messages are missing")
     if not isinstance(turns, list | tuple):
@@ -130,7 +149,7 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     Raises:
         Unusable: it is something else.
     """
-    found = parsed(value)
+    found = parsed(value, strict=True)
     if found is None or found == "" or found == []:
         return ()
     found = [found] if isinstance(found, Mapping) else found
@@ -160,10 +179,11 @@ def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
         cleaner.roles[said] = role
     value = _first(turn, TEXT_KEYS)
     if role == CALL:
-        return Message("assistant", "", tool_calls=_calls(value, number))
+        return Message("assistant", "", tool_calls=_calls(value, number), learned=_learned(turn, number))
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"), number) if role == "assistant" else ()
     what = f"message {number}" if role != "assistant" else f"answer (message {number})"
     if (role == "assistant" and isinstance(value, Mapping) and value) or (role == "tool" and _is_data(value)):
+        cleaner.objects += role == "assistant"
         value = json.dumps(value, ensure_ascii=False, default=str)  # an answer or a result that was not written as text
     content = cleaner.optional(value, what, numbers=role in ("assistant", "tool"))
     if not content and not calls and role not in ("tool", "system"):
@@ -182,6 +202,11 @@ def _message(turn: Any, number: int, cleaner: Cleaner) -> Message:
     )
 
 
+def is_answer(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is the assistant's."""
+    return ROLE_NAMES.get(str(_first(turn, ROLE_KEYS)).strip().lower()) in ("assistant", CALL)
+
+
 def _first(turn: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     """Returns the first of some values that is there."""
     for key in keys:
@@ -198,12 +223,13 @@ def _is_data(value: Any) -> bool:
 
 def _learned(turn: Mapping[str, Any], number: int) -> bool:
     """Whether a turn is to be learned, by its `weight`, or by the `train` or `loss` of other trainers' files."""
-    weight = turn.get("weight")
-    if weight is None:
-        return all(turn.get(key) is not False for key in ("train", "loss"))
-    if weight in (0, 1):
-        return bool(weight)
-    raise Unusable("it has a weight other than 0 and 1", f": message {number}")
+    if turn.get("train_detail"):
+        raise Unusable("it marks parts of an answer to be learned (train_detail)", f": message {number}")
+    marks = {key: turn[key] for key in ("weight", "train", "loss") if turn.get(key) is not None}
+    for key, value in marks.items():
+        if value not in (0, 1):  # false and true are these too
+            raise Unusable(f"it has a {key} other than 0 and 1", f": message {number}")
+    return all(marks.values())
 
 
 def _word(value: Any) -> str:
@@ -215,13 +241,14 @@ def _with_calls(one: Message, other: Message) -> Message:
 
 
 def _calls(value: Any, number: int) -> tuple[Mapping[str, Any], ...]:
-    calls = parsed(value)
+    calls = parsed(value, strict=True)
     if calls is None or calls == "":
         return ()
     found = []
     for call in calls if isinstance(calls, list | tuple) else [calls]:
         inner = call.get("function") or call if isinstance(call, Mapping) else {}
-        arguments = parsed(inner.get("arguments", inner.get("parameters", {}))) if isinstance(inner, Mapping) else None
+        arguments = inner.get("arguments", inner.get("parameters", {})) if isinstance(inner, Mapping) else None
+        arguments = parsed(arguments, strict=True)
         arguments = {} if arguments in (None, "") else arguments
         if (
             not isinstance(inner, Mapping)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data.conversations import chat_keys, conversation, parsed, tools_of
+from qlora_helpers.data.conversations import as_turns, chat_keys, conversation, is_answer, parsed, tools_of
 from qlora_helpers.data.examples import SUMMARIZE, Example, Message
 from qlora_helpers.data.forms import Form
 from qlora_helpers.data.rows import MAX_ROWS, Part, Row, SkippedRows
@@ -70,7 +70,7 @@ class Conversion:
         self._system = config.system or ""
         self._ids: set[str] = set()
         self._shared: dict[str, str] = {self._system: self._system}  # one object for a text that stands in many rows
-        self._cut = self._gaps = self._seen = 0
+        self._cut = self._gaps = self._seen = self._given = 0
         self._objects: bool | None = None
         makers: dict[str, Callable[[Mapping[str, Any]], Example]] = {
             **dict.fromkeys(("messages", "conversations"), self._chat),
@@ -115,6 +115,8 @@ class Conversion:
         found = self._cleaner.notes(name)
         if self._cut:
             found.append(f"{name}: left out {self._cut} turns that stand behind a conversation's last answer")
+        if self._given:
+            found.append(f"{name}: answers in prompts, which are read and not learned: {self._given}")
         if self._gaps:
             found.append(f"{name}: empty cells that data.prompt names, left out of their prompts: {self._gaps}")
         return found
@@ -140,7 +142,7 @@ class Conversion:
         columns = self._form.columns
         prompt, answer = parsed(values.get(columns["prompt"])), values.get(columns["answer"])
         if chat_keys(prompt):
-            return self._chat_pair(prompt, parsed(answer), values)
+            return self._chat_pair(values.get(columns["prompt"]), answer, values)
         names = ("dialogue", "summary") if self._form.name == "dialogue" else ("prompt", "answer")
         text = self._cleaner.text(values.get(columns["prompt"]), names[0])
         text, body = self._with_input(text, values)
@@ -172,8 +174,12 @@ class Conversion:
             return ""
 
     def _chat_pair(self, prompt: Any, answer: Any, values: Mapping[str, Any]) -> Example:
-        turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
-        messages, _ = conversation(turns, self._cleaner)
+        """Returns an example of turns and the answer to them; the answers among the turns are given, and not learned."""
+        asked, answered = as_turns(prompt, strict=True), as_turns(answer, strict=True)
+        answered = answered if isinstance(answered, list) else [{"role": "assistant", "content": answer}]
+        given = [{**turn, "weight": 0} if isinstance(turn, Mapping) and is_answer(turn) else turn for turn in asked]
+        self._given += sum(given_turn is not turn for given_turn, turn in zip(given, asked, strict=True))
+        messages, _ = conversation([*given, *answered], self._cleaner)
         return self._with_instruction(messages, (), self._system_of(values))
 
     def _chat(self, values: Mapping[str, Any]) -> Example:

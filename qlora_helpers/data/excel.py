@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import re
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from qlora_helpers.base.text import brief, size_text
 from qlora_helpers.data.compressed import opened
 from qlora_helpers.data.headers import checked_header, without_a_row_as_header
 from qlora_helpers.data.rows import Part, Row, listed
+from qlora_helpers.data.texts import Unreadable
 
 MAX_SHEET_ROWS = 1_048_576  # Excel's own limit
 MAX_SHEET_CELLS = 50_000_000
@@ -34,7 +37,9 @@ def excel_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes:
         sheets = [sheet.title for sheet in book.worksheets]
         chosen = config.sheet
         if chosen is None:
-            chosen = next((sheet.title for sheet in book.worksheets if any(_filled_rows(sheet, name))), None)
+            seen_first = sorted(book.worksheets, key=lambda sheet: sheet.sheet_state != "visible")
+            chosen = next((sheet.title for sheet in seen_first if any(_filled_rows(sheet, name))), None)
+        unsaved = _unsaved_formulas(book, chosen) if chosen is not None and chosen in sheets else []
     if chosen not in sheets:
         raise DataError(
             f"{name} has no sheet {config.sheet!r}" if config.sheet else f"{name} holds no rows",
@@ -44,14 +49,24 @@ def excel_part(path: Path, file: BinaryIO, name: str, config: DataConfig, notes:
     if len(sheets) > 1 and config.sheet is None:
         notes.append(f"{name}: read the sheet {chosen!r} of {listed(sheets)}; data.sheet chooses another")
 
+    if unsaved:
+        notes.append(
+            f"{name}: formulas without a saved value: {len(unsaved)}, the first in {unsaved[0]}; rows that need them are left out; "
+            "open the file in Excel or LibreOffice and save it, which calculates them"
+        )
+
     def rows(columns: Collection[str] | None) -> Iterator[Row]:
         with opened(path) as again, _workbook(again, name) as book:
-            yield from without_a_row_as_header(_sheet_rows(book[chosen], name), f"{name} row 1", config)
+            yield from without_a_row_as_header(
+                _sheet_rows(book[chosen], name, frozenset(unsaved)), f"{name} row 1", config
+            )
 
     return Part(name, rows)
 
 
-def _sheet_rows(sheet: Any, name: str) -> Iterator[Row]:
+def _sheet_rows(sheet: Any, name: str, unsaved: Collection[str]) -> Iterator[Row]:
+    from openpyxl.utils import get_column_letter
+
     header: list[str] = []
     empty = True
     for number, cells in _filled_rows(sheet, name):
@@ -66,10 +81,13 @@ def _sheet_rows(sheet: Any, name: str) -> Iterator[Row]:
             raise DataError(
                 f"{name} row {number} has cells beyond its columns",
                 expected=f"{len(header)} ({listed(header)})",
-                next_step="Give each column a name in the first row.",
+                next_step="Give each column a name in the first row, and remove a title above the names.",
             )
         values = [_plain(cell) for cell in cells[: len(header)]]
         values += [None] * (len(header) - len(values))
+        if unsaved:
+            places = [f"{get_column_letter(column)}{number}" for column in range(1, len(header) + 1)]
+            values = [_UNSAVED_VALUE if place in unsaved else cell for place, cell in zip(places, values, strict=True)]
         yield Row(f"{name} row {number}", dict(zip(header, values, strict=True)))
     if empty:
         raise DataError(
@@ -92,14 +110,36 @@ def _filled_rows(sheet: Any, name: str) -> Iterator[tuple[int, tuple[Any, ...]]]
             yield number, row
 
 
+def _unsaved_formulas(book: Any, sheet: str) -> list[str]:
+    """Returns the places of formulas without a value, as programs write them that don't calculate; openpyxl gives None for both."""
+    found, rest = [], b""
+    with book._archive.open(book[sheet]._worksheet_path) as part:
+        while piece := part.read(1024**2):
+            text = rest + piece
+            end = 0
+            for match in _UNSAVED.finditer(text):
+                found.append(match["place"].decode("ascii", "replace"))
+                end = match.end()
+            rest = text[max(end, len(text) - _LONGEST_CELL) :]
+    return found
+
+
 def _plain(cell: Any) -> Any:
     if isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53:
         return int(cell)  # Excel knows no whole numbers
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        return cell.date()  # nor days without a time
     if isinstance(cell, str) and cell.startswith("#") and cell in _ERRORS:
         return None
     return cell
 
 
+_UNSAVED_VALUE = Unreadable("a formula without a saved value (save the file in Excel or LibreOffice)")
+_LONGEST_CELL = 64 * 1024  # bytes of a formula, of 8,192 characters at most, and what is around it
+_UNSAVED = re.compile(
+    rb'<c\b(?![^>]*\bt="str")[^>]*?\br="(?P<place>[A-Z]{1,3}[0-9]{1,7})"[^>]*>\s*'
+    rb"<f\b(?:[^>]*/>|[^>]*>[^<]*</f>)\s*(?:<v\s*/>|<v>\s*</v>|</c>)"
+)
 _ERRORS = ("#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!")
 
 

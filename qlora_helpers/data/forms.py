@@ -14,8 +14,9 @@ from itertools import islice
 
 from qlora_helpers.base.config import DataConfig
 from qlora_helpers.base.errors import DataError
-from qlora_helpers.data.conversations import ROLE_KEYS, ROLE_NAMES, as_turns, chat_keys, has_broken_turns, parsed
+from qlora_helpers.data.conversations import ROLE_NAMES, as_turns, chat_keys, parsed
 from qlora_helpers.data.placeholders import Filled
+from qlora_helpers.data.refusals import refuse_broken_turns, refuse_marked_answers, refuse_single_turns
 from qlora_helpers.data.rows import listed
 from qlora_helpers.data.transcripts import MARKUP, style_of
 
@@ -153,14 +154,16 @@ def _by_columns(
     found = _candidates(columns, kinds, config)
     asked = config.format
     if asked != "text":
-        _refuse_broken_turns(name, columns, found)
+        refuse_broken_turns(name, columns, {column for form in found for column in form.needed} or set(columns))
     if asked != "auto":
         found = [form for form in found if form.name == asked]
         if not found and asked == "text" and config.column is None:
             found = [Form("text", {"text": column}) for column in columns if column.lower() in TEXTS][:1]
     if len(found) == 1:
         if asked == "auto" and found[0].name == "text":
-            _refuse_single_turns(name, columns)
+            refuse_single_turns(name, columns)
+        elif asked == "auto":
+            refuse_marked_answers(name, columns, found[0].needed, found[0].name)
         return found[0]
     if not found:
         raise _unknown(name, columns, asked)
@@ -175,35 +178,10 @@ def _by_columns(
     )
 
 
-def _refuse_broken_turns(name: str, columns: Mapping[str, Sequence[object]], found: Sequence[Form]) -> None:
-    """Refuses texts that were lists of turns before somebody printed them, where they would be read as something else."""
-    read = {column for form in found for column in form.needed} if found else set(columns)
-    for column in columns:
-        if column in read and any(map(has_broken_turns, columns[column])):
-            raise DataError(
-                f"the column {column!r} of {name} holds turns that can't be parsed",
-                expected='JSON, such as [{"role": "user", "content": "..."}, ...]',
-                got=f"{str(next(filter(has_broken_turns, columns[column])))[:80]!r}...",
-                next_step="Write the rows as JSON Lines or Parquet, which keep lists; or `--set data.format=text` for documents.",
-            )
-
-
-def _refuse_single_turns(name: str, columns: Mapping[str, Sequence[object]]) -> None:
-    """Refuses rows that are one turn each, which would be learned as documents that nobody asked for."""
-    for column, values in columns.items():
-        roles = [ROLE_NAMES.get(value.strip().lower()) for value in values if isinstance(value, str)]
-        if column.strip().lower() in ROLE_KEYS and roles and all(roles):
-            raise DataError(
-                f"each row of {name} is one turn of a conversation, by its column {column!r}",
-                expected="a row for each conversation, with its turns in one list",
-                got=f"the columns {listed(columns)}",
-                next_step="Put a conversation's turns into one list under `messages`; or `--set data.format=text` for documents.",
-            )
-
-
 def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str], config: DataConfig) -> list[Form]:
     lower = {column.strip().lower(): column for column in reversed(list(columns))}
-    usable = [column for column in columns if column.strip().lower() not in IDS and column not in kinds]
+    left_out = (*IDS, REJECTED) if PREFERRED in lower else IDS
+    usable = [column for column in columns if column.strip().lower() not in left_out and column not in kinds]
     if config.column is not None:
         column = config.column
         chat = _chat_form(column, columns, lower) or _transcript_form(column, columns, config.format)
@@ -215,9 +193,6 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
         pairs = [form for form in pairs if form.name == "alpaca"]  # its `input` and `output` are no pair of their own
     taken = {column for form in pairs for column in form.needed}
     chats = {column: form for column in usable if column not in taken and (form := _chat_form(column, columns, lower))}
-    names = {column.strip().lower(): column for column in chats}
-    if PREFERRED in names or any(form.columns["answer"].strip().lower() == PREFERRED for form in pairs):
-        chats.pop(names.get(REJECTED, ""), None)
     found += [*chats.values(), *pairs]
     text = next((lower[name] for name in TEXTS if name in lower and lower[name] in usable), None)
     if not found or config.format == "transcript":
@@ -232,7 +207,8 @@ def _candidates(columns: Mapping[str, Sequence[object]], kinds: Mapping[str, str
         found.append(Form("columns", {"prompt": text, "answer": beside[0]}))
     if not found and len(usable) == 2 and all(map(columns.get, usable)):
         found.append(Form("columns", {"prompt": usable[0], "answer": usable[1]}))
-    if not found and len(usable) == 1 and not kinds and not _holds_lists(columns[usable[0]]):
+    is_answer_alone = usable == [lower.get(PREFERRED)] and REJECTED in lower
+    if not found and len(usable) == 1 and not kinds and not is_answer_alone and not _holds_lists(columns[usable[0]]):
         found.append(Form("text", {"text": usable[0]}))
     return found
 

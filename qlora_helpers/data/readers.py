@@ -25,6 +25,7 @@ from qlora_helpers.data.rows import Part, Row, listed
 from qlora_helpers.data.splits import SPLIT_NAMES, named_splits
 from qlora_helpers.data.tables import arrow_part, parquet_part
 from qlora_helpers.data.text_files import text_rows
+from qlora_helpers.data.texts import KeyTwiceError, each_key_once
 
 _JSON_FORMS = "a list of objects, or an object with the lists train, val and test, or data"
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -234,23 +235,6 @@ def _parsed(text: str, name: str, line: int, expected: str) -> Any:
         return json.loads(text, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise _not_json(error, name, line, expected) from error
-
-
-class KeyTwiceError(ValueError):
-    """An object has a key twice, of which JSON's readers would take the last without a word."""
-
-
-def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes an object of its keys and values, for `json`'s `object_pairs_hook`.
-
-    Raises:
-        KeyTwiceError: a key is there twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise KeyTwiceError(next(key for key in found if keys.count(key) > 1)[:80])
-    return found
 
 
 def _not_json(error: ValueError | RecursionError, name: str, line: int | None, expected: str) -> DataError:

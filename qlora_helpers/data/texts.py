@@ -10,6 +10,7 @@ import datetime
 import decimal
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_helpers.base.text import CONTROLS, SURROGATES
@@ -120,6 +121,37 @@ class Cleaner:
         return found
 
 
+_PART_KEYS = {"type", "text", "annotations", "cache_control", "citations"}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell that holds something which can't be read; a row that needs it is left out.
+
+    Attributes:
+        what: it in words, for messages.
+    """
+
+    what: str
+
+
+class KeyTwiceError(ValueError):
+    """An object has a key twice, of which JSON's readers would take the last without a word."""
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its keys and values, for `json`'s `object_pairs_hook`.
+
+    Raises:
+        KeyTwiceError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwiceError(next(key for key in found if keys.count(key) > 1)[:80])
+    return found
+
+
 def _as_text(value: Any, what: str, numbers: bool) -> str:
     if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
         return ""
@@ -134,7 +166,8 @@ def _as_text(value: Any, what: str, numbers: bool) -> str:
             return "\n".join(value)
         if all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):
             kinds = {item.get("type", "text") for item in value}
-            if kinds <= {"text", "input_text", "output_text"}:
+            keys = {key for item in value for key, more in item.items() if more not in (None, [])}
+            if kinds <= {"text", "input_text", "output_text"} and keys <= _PART_KEYS:  # else something would be lost
                 return "".join(item["text"] for item in value)
     if isinstance(value, list | tuple) and not value:
         return ""
@@ -142,6 +175,8 @@ def _as_text(value: Any, what: str, numbers: bool) -> str:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, Unreadable):
+        return value.what
     if isinstance(value, list | tuple):
         parts = [part.get("type") for part in value if isinstance(part, dict)]
         other = next((part for part in parts if isinstance(part, str) and "text" not in part), None)

@@ -32,7 +32,7 @@ class Style:
     closing: re.Pattern[str]
 
 
-# The marks as the model families' own chat templates write them, and as Alpaca's, Vicuna's and Guanaco's data do.
+# The marks as the model families' own chat templates write them, and as Alpaca's, Vicuna's, Guanaco's and Anthropic's data do.
 STYLES = (
     Style(
         "ChatML",
@@ -62,6 +62,7 @@ STYLES = (
         re.compile(r"</s>|<\|endoftext\|>"),
     ),
     Style("USER: and ASSISTANT:", re.compile(r"(?<![^\s>])(?P<role>USER|ASSISTANT):"), re.compile(r"</s>")),
+    Style("Human: and Assistant:", re.compile(r"(?:^|\n\n)(?P<role>Human|Assistant):"), re.compile(r"</s>|<EOT>")),
 )
 _BEGINNING = re.compile(r"\s*(<s>|<\|begin_of_text\|>|<bos>|<\|endoftext\|>)?\s*")
 _SYSTEM_IN_LLAMA_2 = re.compile(r"\s*<<SYS>>\n?(?P<system>.*?)\n?<</SYS>>\s*", re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import hashlib
 import io
@@ -343,6 +344,32 @@ def test_a_sheet_is_read(tmp_path):
     assert "rows.xlsx row 5" in {row.where for row in (*corpus.train, *corpus.eval, *corpus.test)}
     with pytest.raises(DataError, match="has no sheet 'nothing'; got the sheets 'empty', 'Fragen'"):
         read(tmp_path / "rows.xlsx", sheet="nothing")
+
+
+def test_a_formula_without_a_saved_value_is_named(tmp_path):
+    """Programs that don't calculate write it so, and its cell would pass for an empty one."""
+    rows = [["subject", "body", "answer"], *([f"s{n}", "b", f"a{n}"] for n in range(6))]
+    rows[3][1] = '="b" & 1'
+    path = workbook(tmp_path / "rows.xlsx", ("a", rows))
+    corpus = read(path, prompt="{subject} {body}", answer="{answer}")
+    assert pairs(corpus) == {(f"s{n} b", f"a{n}") for n in range(6) if n != 2}
+    assert any("formulas without a saved value: 1, the first in B4" in note for note in corpus.notes)
+    assert any("row 4: skipped" in note and "is not text but a formula without" in note for note in corpus.notes)
+    assert len(pairs(read(path, prompt="{subject}", answer="{answer}"))) == 6  # a column that isn't needed
+
+
+def test_days_and_hidden_sheets_of_a_workbook(tmp_path):
+    """Excel knows no days without a time, and a hidden sheet is not the one that a person sees."""
+    import openpyxl
+
+    rows = [["question", "answer"], *([f"q{n}", datetime.datetime(2024, 1, 2 + n, 12 * (n == 5))] for n in range(6))]
+    path = workbook(tmp_path / "rows.xlsx", ("lists", [["question", "answer"], ["x", "y"]]), ("rows", rows))
+    book = openpyxl.load_workbook(path)
+    book.active = 1
+    book["lists"].sheet_state = "hidden"
+    book.save(path)
+    days = {(f"q{n}", f"2024-01-0{2 + n}") for n in range(5)}
+    assert pairs(read(path)) == days | {("q5", "2024-01-07T12:00:00")}
 
 
 def test_broken_and_endless_sheets_are_refused(tmp_path, monkeypatch):

@@ -163,6 +163,16 @@ FORMS = {  # a row, its form, and the messages
         "prompt_completion",
         [("user", "q0"), ("assistant", "a")],
     ),
+    "preferences as transcripts": (
+        {"chosen": "\n\nHuman: q#\n\nAssistant: a", "rejected": "\n\nHuman: q#\n\nAssistant: b"},
+        "transcript",
+        [("user", "q0"), ("assistant", "a")],
+    ),
+    "a column of readers' comments": (
+        {"question": "q#", "answer": "a", "comments": [{"author": "bob", "text": "x"}]},
+        "question_answer",
+        [("user", "q0"), ("assistant", "a")],
+    ),
     "as Python writes it": ({"messages": str(CHAT)}, "messages", CHAT_READ),
     "a list for each key": (
         {"messages": {"role": [turn["role"] for turn in CHAT], "content": [turn["content"] for turn in CHAT]}},
@@ -335,6 +345,12 @@ UNCLEAR = {
         {"title": "#", "reply": "x", "body": "y"},
         *("no known form", r"--set data.prompt='{title}\n\n{body}' --set data.answer='{reply}'"),
     ),
+    "preferences without their questions": ({"chosen": "a#", "rejected": "b"}, "no known form", "data.column="),
+    "answers marked as bad": (
+        {"prompt": "q#", "completion": "a", "label": False},
+        *("the column 'label' of rows.jsonl says which answers are good ones", "--set data.format=prompt_completion"),
+    ),
+    "chats marked as bad": ({"messages": [ASK, TELL], "kto_tag": "False"}, "'kto_tag'", "--set data.format=messages"),
     "a turn a row": (
         {"message_id": "#", "text": "t", "role": "prompter"},
         *("is one turn of a conversation, by its column 'role'", "--set data.format=text"),
@@ -394,6 +410,29 @@ BROKEN = {
     "a role that is no text": ([{"role": 3, "content": "x"}, TELL], "it has an unknown role"),
     "an infinite number": ([ASK, {"role": "assistant", "content": float("inf")}], "is an infinite number"),
     "half a weight": ([ASK, TELL | {"weight": 0.5}], "it has a weight other than 0 and 1"),
+    "half a loss": ([ASK, TELL | {"loss": 0.5}], "it has a loss other than 0 and 1"),
+    "a word for a mark": ([ASK, TELL | {"train": "false"}], "it has a train other than 0 and 1"),
+    "parts of an answer": (
+        [ASK, TELL | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}],
+        "it marks parts of an answer to be learned (train_detail)",
+    ),
+    "parts with speakers": ([ASK | {"content": [{"speaker": "Ann", "text": "x"}]}, TELL], "is not text but list"),
+    "a thought among the parts": (
+        [ASK, {"role": "model", "parts": [{"text": "hm", "thought": True}, {"text": "a"}]}],
+        "is not text but list",
+    ),
+    "a key twice in a call's arguments": (
+        [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]}],
+        "an object in it has a key twice: 'x'",
+    ),
+    "a key twice in a list that is text": (
+        '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]',
+        "an object in it has a key twice: 'content'",
+    ),
+    "a key twice as Python writes it": (
+        "[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a', 'content': 'b'}]",
+        "an object in it has a key twice: 'content'",
+    ),
     "nothing learned": ([ASK, TELL | {"weight": 0}], "all its answers have weight 0"),
     "a picture": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, TELL],
@@ -437,11 +476,34 @@ def test_what_was_decided_about_roles_systems_and_objects_is_said(read):
         read(objects)
 
 
-@pytest.mark.parametrize("mark", ["train", "loss"])
-def test_answers_that_other_trainers_leave_out_are_not_learned(read, mark):
-    shared = [*SHARE[:1], SHARE[1] | {mark: False}, *SHARE[2:]]
+@pytest.mark.parametrize(("mark", "value"), [("train", False), ("loss", False), ("train", 0), ("loss", 0.0)])
+def test_answers_that_other_trainers_leave_out_are_not_learned(read, mark, value):
+    shared = [*SHARE[:1], SHARE[1] | {mark: value, "weight": None}, *SHARE[2:]]
     learned = [message.learned for message in example(read(many({"conversations": shared}))).messages]
     assert learned == [True, False, True, True]
+
+
+def test_a_call_that_is_not_to_be_learned_is_not(read):
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "loss": False}
+    asked, result = {"from": "human", "value": "q#"}, {"from": "observation", "value": "r"}
+    row = example(read(many({"conversations": [asked, call, result, {"from": "gpt", "value": "a"}]})))
+    assert [message.learned for message in row.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("answered", ["completion", "chosen"])
+def test_answers_within_a_prompt_are_read_and_not_learned(read, answered):
+    """Of a prompt and its completion, the completion alone is to be learned, as in every trainer."""
+    corpus = read(many({"prompt": [ASK, TELL, ASK | {"content": "r#"}], answered: [TELL | {"content": "b"}]}))
+    row = example(corpus)
+    assert turns(row) == [("user", "q"), ("assistant", "a"), ("user", "r0"), ("assistant", "b")]
+    assert [message.learned for message in row.messages] == [True, False, True, True]
+    assert "rows.jsonl: answers in prompts, which are read and not learned: 8" in corpus.notes
+
+
+def test_objects_among_a_chats_answers_are_counted(read):
+    corpus = read(many({"messages": [ASK | {"content": "q#"}, TELL | {"content": {"a": "#"}}]}))
+    assert turns(example(corpus))[1] == ("assistant", '{"a": "0"}')
+    assert "rows.jsonl: answers that are objects, written as JSON: 8" in corpus.notes
 
 
 def test_a_tool_without_the_object_around_it_gets_it(read):

@@ -44,6 +44,7 @@ WRITTEN = {  # style -> a text, and what it is
     ),
     "### Human, ### Assistant": (f"### Human: {Q}### Assistant: {A}### Human: {Q2}### Assistant: {A2}", ASKED),
     "Alpaca's": (f"Be brief.\n\n### Instruction:\n{Q}\n\n### Response:\n{A}", BRIEF[:3]),
+    "Human: and Assistant:": (f"\n\nHuman: {Q}\n\nAssistant: {A}\n\nHuman: {Q2}\n\nAssistant: {A2}", ASKED),
     "USER: and ASSISTANT:": (f"Be brief. USER: {Q} ASSISTANT: {A}</s>USER: {Q2} ASSISTANT: {A2}</s>", BRIEF),
 }
 
