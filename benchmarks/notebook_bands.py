@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -325,27 +324,21 @@ def config_of(name: str, profile: str) -> RunConfig:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or "SETTINGS = {" not in source:
             continue
-        for statement in _that_run(ast.parse(source).body, profile):
+        for statement in ast.parse(source).body:
             if isinstance(statement, ast.Assign):
                 (target,), value = statement.targets, statement.value
             elif isinstance(statement, ast.AugAssign):
                 target, value = statement.target, statement.value
             else:
                 continue
+            if isinstance(value, ast.IfExp):
+                holds = eval(compile(ast.Expression(value.test), "a notebook's cell", "eval"), {"PROFILE": profile})
+                value = value.body if holds else value.orelse
             if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
                 names[target.id] = value.value
             elif isinstance(target, ast.Name) and target.id == "SETTINGS" and isinstance(value, ast.Dict):
                 config = config.with_settings(_plain(value, names))
     return config
-
-
-def _that_run(body: list[ast.stmt], profile: str) -> Iterator[ast.stmt]:
-    """The statements that run in a profile: those after `if PROFILE != "tiny":` and the like are taken where that holds."""
-    for statement in body:
-        if not isinstance(statement, ast.If):
-            yield statement
-        elif eval(compile(ast.Expression(statement.test), "a notebook's cell", "eval"), {"PROFILE": profile}):
-            yield from _that_run(statement.body, profile)
 
 
 def _plain(found: ast.Dict, names: dict[str, Any]) -> dict[str, Any]:
