@@ -130,11 +130,13 @@ def test_the_process_needs_no_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_a_tokenizer_that_is_not_on_the_disk_is_one_sentence(writer, chats):
-    example = first_rows(DataConfig(source=str(chats))).rows[0]
+def test_a_tokenizer_that_is_not_on_the_disk_is_one_sentence(chats, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))  # another test may have made a random model in its own
+    example, writer = first_rows(DataConfig(source=str(chats))).rows[0], TokenWriter()
     for name in ("someone/model", "/nowhere/model", "random:falcon-40b", "/nowhere/model.gguf"):
         found = writer.ask(request(ModelConfig(name=name), DataConfig(), example))
         assert "is not on this disk yet" in found["error"], name
+    writer.close()
 
 
 def test_a_process_that_ended_is_told_and_started_again(writer, folder, chats):
