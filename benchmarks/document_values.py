@@ -98,10 +98,15 @@ def todays_models() -> dict[str, str]:
         memory, seconds = planned_on(case, "H200")
         apart[0].append(abs(gib(memory.reserved) / case["peak_reserved_gib"] - 1))
         apart[1].append(abs(seconds / case["step_s"] - 1))
+    (masked,) = found["before"]
+    packed = next(case for case in found["cases"] if (case["model"], case["blocks"]) == ("gpt-oss-20b", 2))
     stored, whole = record("gpt_oss_one_gpu")["from_mxfp4"], record("gpt_oss_one_gpu")["random"]
     return {
         "todays_off_reserved": f"{max(apart[0]):.1%}",
         "todays_off_seconds": f"{max(apart[1]):.1%}",
+        "gpt_oss_masked_speed": f"{masked['tokens_per_s']:,.0f}",
+        "gpt_oss_masked_gib": f"{masked['peak_reserved_gib']:.1f}",
+        "gpt_oss_packed_gib": f"{packed['peak_reserved_gib']:.1f}",
         "gpt_oss_layers": f"{stored['options']['layers']}",
         "gpt_oss_load_peak_gib": f"{stored['load']['peak_reserved_gib']:.1f}",
         "gpt_oss_steps": f"{stored['train']['steps']}",

@@ -30,7 +30,7 @@ from qlora_helpers.model.shapes.values import Shape, family_of
 COUNT_S = 180.0  # for building a model on the meta device; a few seconds on an idle machine
 COUNT_BYTES = 16 * 1024**3  # of address space; PyTorch with CUDA maps several GiB that it never touches
 KEPT = "counted.json"
-COUNTING = 2  # raised whenever more, or something else, is counted: what was kept before is counted anew
+COUNTING = 3  # raised whenever more, or something else, is counted: what was kept before is counted anew
 _NO_SIZES = {
     "_name_or_path",
     "architectures",
