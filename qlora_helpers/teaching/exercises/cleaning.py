@@ -61,19 +61,21 @@ def _items_of_runs(folder: str) -> list[SpaceItem]:
 
 
 def _refuse_loss(got: Sequence[SpaceItem]) -> None:
-    """Names what the items would cost, the worst first."""
-    for item in got:
-        assert item.run is not None
-        part, state = item.id.rpartition("/")[2], item.run.status().state
+    """Names what the items would cost, the worst first, in whichever order they come."""
+    known = [(item, item.id.rpartition("/")[2], item.run.status().state) for item in got if item.run is not None]
+    for item, part, _ in known:
         if part == "adapter":
             raise Wrong("result", item=item.id)
+    for item, _, state in known:
         if state == "running":
             try:
                 free(item, confirm=True)
             except UserError as error:
                 raise Wrong("running", item=item.id, error=error.problem) from None
+    for item, part, _ in known:
         if part != "checkpoints":
             raise Wrong("what-is-small", item=item.id)
+    for item, _, state in known:
         if state in RESUMES:
             raise Wrong("resume", item=item.id, state=state)
 
