@@ -29,9 +29,12 @@ SOLUTIONS = {
     "make_it_fit": {"train.micro_batch_size": 2, "train.gradient_accumulation_steps": 8},
     "clip_gradients": exercises.watching.clipped,
     "stop_in_time": exercises.watching.stop,
+    "go_back": exercises.watching.last_healthy,
     "may_you_claim_it": exercises.judging.verdict,
     "fool_the_score": exercises.judging.FOOL_THE_SCORE.solution_is,
+    "one_byte": exercises.certified.is_certified,
     "gguf_size": exercises.leaving.gguf_bytes,
     "cheapest_machine": exercises.cost.cheapest,
+    "clean_without_loss": exercises.cleaning.may_go,
     "repair_a_file": file_with(repaired),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+from qlora_helpers.export.certificate import SETTINGS as ADAPTER_SETTINGS
+from qlora_helpers.export.certificate import WEIGHTS, read_certificate, sha256
 from qlora_helpers.teaching import exercises
-from qlora_helpers.teaching.exercises import judging, watching
+from qlora_helpers.teaching.exercises import cleaning, judging, watching
 
 
 def softmax(scores, token):
@@ -118,6 +120,23 @@ def not_paired(before, after):
     return "better" if difference > wide else "worse" if difference < -wide else "can't tell"
 
 
+def jump_of(norms):
+    return next(step for step, norm in enumerate(norms, start=1) if norm > 10 * norms[0])
+
+
+def is_hash_of(folder, name):
+    found = read_certificate(folder)
+    return sha256(folder / name) == {WEIGHTS: found.weights_sha256, ADAPTER_SETTINGS: found.settings_sha256}[name]
+
+
+def parts(items, *names):
+    return [each for each in items if each.id.rpartition("/")[2] in names]
+
+
+def state_of(item):
+    return item.run.status().state
+
+
 WRONG = {
     "write_a_loss": {
         "probability": softmax,
@@ -224,6 +243,12 @@ WRONG = {
             watching.stop(losses, patience)[1],
         ),
     },
+    "go_back": {
+        "newest": lambda norms, saved: saved[-1],
+        "one-late": lambda norms, saved: max((step for step in saved if step < jump_of(norms)), default=0),
+        "never-starts-over": lambda norms, saved: watching.last_healthy(norms, saved) or saved[0],
+        "always-starts-over": lambda norms, saved: 0,
+    },
     "may_you_claim_it": {
         "mean-alone": lambda before, after: "better" if sum(after) > sum(before) else "worse",
         "not-paired": not_paired,
@@ -242,6 +267,12 @@ WRONG = {
         "low": "Anna can come.",
         "still-true": exercises.REFERENCE.replace("and the candles", "and candles"),
     },
+    "one_byte": {
+        "refuses-all": lambda folder: False,
+        "reads-the-verdict-alone": lambda folder: read_certificate(folder).passed,
+        "weights-alone": lambda folder: is_hash_of(folder, WEIGHTS) and read_certificate(folder).passed,
+        "hashes-alone": lambda folder: is_hash_of(folder, WEIGHTS) and is_hash_of(folder, ADAPTER_SETTINGS),
+    },
     "gguf_size": {
         "no-scale": lambda weights, bits: weights * bits / 8,
         "scale-each": lambda weights, bits: weights * (bits / 8 + 2),
@@ -252,6 +283,15 @@ WRONG = {
         "price-an-hour": lambda machines, tokens, hours: min(machines, key=lambda each: each[1])[0],
         "fastest": lambda machines, tokens, hours: max(machines, key=lambda each: each[2])[0],
         "deadline": lambda machines, tokens, hours: min(machines, key=lambda each: each[1] / each[2])[0],
+    },
+    "clean_without_loss": {
+        "result": lambda items: parts(items, "checkpoints", "adapter"),
+        "running": lambda items: [
+            each for each in parts(items, "checkpoints") if state_of(each) in ("finished", "running")
+        ],
+        "what-is-small": lambda items: [each for each in parts(items, "data", "rest") if state_of(each) == "finished"],
+        "resume": lambda items: [each for each in parts(items, "checkpoints") if state_of(each) != "running"],
+        "too-careful": lambda items: cleaning.may_go(items)[:1],
     },
     "repair_a_file": {
         "refused": file_with(lambda rows: '{"messages": [' + lines(rows)),

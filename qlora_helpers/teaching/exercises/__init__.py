@@ -7,6 +7,8 @@ from qlora_helpers.teaching import today as _today
 from qlora_helpers.teaching.exercise import Exercise
 from qlora_helpers.teaching.exercises import (
     adapters,
+    certified,
+    cleaning,
     cost,
     data,
     four_bits,
@@ -32,10 +34,11 @@ BY_NOTEBOOK: dict[str, tuple[Exercise, ...]] = {
     "03_prepare_data": (data.WRITE_LABELS, data.KEEP_ROWS_APART, data.REPAIR_A_FILE),
     "10_your_own_task": (own_task.SCORE_FIELDS, own_task.NO_LEAK),
     "04_train": (training.COUNT_STEPS, training.MAKE_IT_FIT),
-    "05_monitor": (watching.CLIP_GRADIENTS, watching.STOP_IN_TIME),
+    "05_monitor": (watching.CLIP_GRADIENTS, watching.STOP_IN_TIME, watching.GO_BACK),
     "06_evaluate": (judging.MAY_YOU_CLAIM_IT, judging.FOOL_THE_SCORE),
-    "11_leaving": (leaving.GGUF_SIZE,),
+    "11_leaving": (certified.ONE_BYTE, leaving.GGUF_SIZE),
     "07_scale_out": (cost.CHEAPEST_MACHINE,),
+    "08_clean_up": (cleaning.CLEAN_WITHOUT_LOSS,),
 }
 """The exercises of each notebook, in the order of the course."""
 

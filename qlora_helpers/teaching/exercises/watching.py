@@ -1,4 +1,4 @@
-"""Exercises of notebook 05: clip gradients, and stop in time."""
+"""Exercises of notebook 05: clip gradients, stop in time, and find where to go on after an explosion."""
 
 from __future__ import annotations
 
@@ -152,4 +152,61 @@ STOP_IN_TIME = Exercise(
         "Stop at the first place where place - best >= patience.",
     ),
     solution_is=stop,
+)
+
+
+def last_healthy(norms, saved):
+    """The solution of `go_back`."""
+    jump = next(step for step, norm in enumerate(norms, start=1) if norm > 10 * norms[0])
+    return max((step for step in saved if step + 1 < jump), default=0)
+
+
+def _judge_go_back(function: Any) -> str:
+    draw = random.Random()
+    for number in range(9):
+        every = draw.choice((2, 3))
+        jump = draw.randrange(2, every + 1) if number % 3 == 2 else every * draw.randrange(2, 5) + 1 + number % 3 % 2
+        norms = [draw.uniform(1, 2) for _ in range(jump - 1)]
+        norms += [norms[0] * 50 * 8**place for place in range(2 * every)]
+        saved = list(range(every, len(norms) + 1, every))
+        right = last_healthy(norms, saved)
+        got = call(function, list(norms), list(saved))
+        if got == right:
+            continue
+        before = max((step for step in saved if step < jump), default=0)
+        facts = {"jump": jump, "saved": ", ".join(map(str, saved)), "right": right}
+        if got == saved[-1]:
+            raise Wrong("newest", **facts)
+        if right == 0 and got in saved:
+            raise Wrong("never-starts-over", **facts)
+        if got == before:
+            raise Wrong("one-late", **facts)
+        if got == 0:
+            raise Wrong("always-starts-over", **facts)
+        raise Wrong(message="The norm jumps in step {jump}; saved were {saved}: expected {right}.".format(**facts))
+    return "Nine drawn runs agree. A checkpoint can be finite and spoilt: look at the norms before you go on from it."
+
+
+GO_BACK = Exercise(
+    name="go_back",
+    title="Where to go on after an explosion",
+    kind="write",
+    minutes=7,
+    question="Write last_healthy(norms, saved): gradient norms of steps 1, 2, … and the steps of the checkpoints become the newest "
+    "checkpoint whose own gradient is still at most ten times the first norm, or 0 to start over.",
+    judge=_judge_go_back,
+    misconceptions={
+        "newest": "The newest checkpoint is finite, and yet spoilt: the norm had already jumped in step {jump}. From there "
+        "the training can fail again even at a low learning rate.",
+        "one-late": "The norm of step {jump} is that of the weights with which the step began, and these were saved after the "
+        "step before. So of {saved} the answer is {right}.",
+        "never-starts-over": "The norm jumps in step {jump}, before any checkpoint of {saved} can be healthy: start over.",
+        "always-starts-over": "Starting over wastes healthy steps: the norm jumps in step {jump} only, so {right} is healthy.",
+    },
+    hints=(
+        "In which step is the norm first above ten times the first one?",
+        "The checkpoint of step k holds the weights whose gradient step k + 1 measures.",
+        "With the jump in step j, the newest saved step with step + 1 < j; max(..., default=0).",
+    ),
+    solution_is=last_healthy,
 )
