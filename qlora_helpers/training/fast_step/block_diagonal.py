@@ -2,20 +2,22 @@
 
 A block-diagonal mask costs work for every pair of tokens in the packed sequence, also for pairs from two rows. Here each row is a
 short sequence of its own: on a GPU, FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691) takes all rows at once; on
-a CPU, each row takes one causal call. Sliding windows and attention sinks are computed too, and soft-caps on a CPU. The starts of
-the rows reach the layers beside the model's own arguments, so this also works for models that pass nothing of the kind to their
-layers (Falcon).
+a CPU, each row takes one causal call. Sliding windows, attention sinks and soft-caps are computed too; soft-caps and heads wider
+than the kernel takes go to flex attention on a GPU (`flex_rows`). The starts of the rows reach the layers beside the model's own
+arguments, so this also works for models that pass nothing of the kind to their layers (Falcon).
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
@@ -23,14 +25,15 @@ from qlora_helpers.data.batches import RowBounds
 from qlora_helpers.model.attention import (
     REPLACEABLE,
     AttentionTerms,
-    UnsupportedAttentionError,
     attention_replaced,
 )
+from qlora_helpers.training.fast_step.flex_rows import MOST_KINDS, RowMasks, attend_by_flex, attend_where_seen
 from qlora_helpers.training.proving import why_it_fails
 from qlora_helpers.training.row_isolation import has_state, prove_gradients, prove_isolation
 
 NAME = "block_diagonal"
 WIDEST_HEAD = 256  # values of a head that the variable-length kernel takes
+log = logging.getLogger(__name__)
 
 
 class RowStarts:
@@ -40,11 +43,18 @@ class RowStarts:
         starts: `(rows + 1,)`, int32: the first token of each row in the flattened batch, then the number of tokens. May end in
             several equal numbers, so that every batch has the same length. None while no packed batch runs.
         longest: an upper bound on a row's tokens.
+        masks: for layers that attend by flex attention.
     """
 
-    def __init__(self, device: torch.device, longest: int) -> None:
+    def __init__(self, device: torch.device, longest: int, say: Callable[[str], None] = log.warning) -> None:
         self.device, self.longest = device, longest
         self.starts: Any = None
+        self.masks = RowMasks(say)
+
+    def begin(self, starts: torch.Tensor | None, tokens: int | None = None) -> None:
+        """Takes where the rows of the next batch start, or None where it has none, and its number of tokens, if known."""
+        self.starts = None if starts is None else starts.to(self.device, non_blocking=True)
+        self.masks.begin(self.starts, tokens)
 
 
 def attend_within_rows(
@@ -64,9 +74,6 @@ def attend_within_rows(
 
     Returns:
         `(batch, tokens, heads, head_dim)`.
-
-    Raises:
-        UnsupportedAttentionError: the GPU's kernel doesn't compute this.
     """
     batch = query.shape[0]
     # A view would keep the whole fused projection for the backward pass.
@@ -75,7 +82,9 @@ def attend_within_rows(
         rearrange(part, "batch tokens heads dim -> (batch tokens) heads dim") for part in (query, key, value)
     )
     windowed = terms.window is not None and terms.window < rows.longest
-    if windowed or terms.softcap is not None or terms.sinks is not None:
+    if query.is_cuda and (terms.softcap is not None or query.shape[-1] > WIDEST_HEAD):
+        out = attend_by_flex(query, key, value, rows.masks, terms, terms.window if windowed else None, batch)
+    elif windowed or terms.softcap is not None or terms.sinks is not None:
         attend_on = _by_kernel_on_terms if query.is_cuda else _row_by_row_on_terms
         out = attend_on(query, key, value, rows, terms)
     else:
@@ -114,7 +123,7 @@ def block_diagonal_refusal(model: torch.nn.Module, longest: int) -> str | None:
         return "the model drops attention scores while it trains, which the kernel does not"
 
     def attempt() -> None:
-        with block_diagonal_attention(model, longest=longest):
+        with block_diagonal_attention(model, longest=longest, say=log.debug):
             attention = RowBounds(2, has_state(model))
             prove_isolation(model, attention, longest)
             prove_gradients(model, attention, longest)
@@ -133,7 +142,6 @@ def _by_kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    _check_width(query)
     grouped = {"enable_gqa": True} if _NEEDS_ENABLE_GQA and key.shape[1] != query.shape[1] else {}
     return varlen_attn(
         query,
@@ -152,23 +160,11 @@ def _by_kernel(
 def _by_kernel_on_terms(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RowStarts, terms: AttentionTerms
 ) -> torch.Tensor:
-    _check_width(query)
-    if terms.softcap is not None:
-        raise UnsupportedAttentionError(
-            "the model bounds its attention scores (soft-capping), which the kernel does not"
-        )
     before = -1 if terms.window is None or terms.window >= rows.longest else terms.window - 1
     if terms.sinks is not None:
         scale = query.shape[-1] ** -0.5 if terms.scale is None else terms.scale
         return _WithSinks.apply(query, key, value, rows.starts, terms.sinks, rows.longest, scale, before)
     return _by_kernel(query, key, value, rows, terms.scale, before)
-
-
-def _check_width(query: torch.Tensor) -> None:
-    if query.shape[-1] > WIDEST_HEAD:
-        raise UnsupportedAttentionError(
-            f"variable-length attention takes heads of at most {WIDEST_HEAD} values, not {query.shape[-1]}"
-        )
 
 
 def _needs_enable_gqa() -> bool:
@@ -278,34 +274,28 @@ def _attend_in_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     if window == tokens and terms.softcap is None and terms.sinks is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=terms.scale)
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    if terms.softcap is None and terms.sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=terms.scale)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if terms.scale is None else terms.scale)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if terms.softcap is not None:
-        scores = terms.softcap * torch.tanh(scores / terms.softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if terms.sinks is not None:
-        sinks = repeat(terms.sinks.to(scores.dtype), "heads -> 1 heads tokens 1", tokens=tokens)
-        scores = torch.cat([scores, sinks], dim=-1)
-    return scores.softmax(-1)[..., :tokens].to(value.dtype) @ value
+    return attend_where_seen(query, key, value, seen, terms)
 
 
 @contextmanager
-def block_diagonal_attention(model: torch.nn.Module, *, longest: int) -> Iterator[None]:
+def block_diagonal_attention(
+    model: torch.nn.Module, *, longest: int, say: Callable[[str], None] = log.warning
+) -> Iterator[None]:
     """While open, a causal language model takes `row_starts` instead of a mask. Without them it attends as before.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
         longest: an upper bound on a row's tokens.
+        say: is handed a sentence where layers need a mask after all.
     """
     by_device: dict[torch.device, RowStarts] = {}
     with ExitStack() as undo:
+        undo.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_KINDS))
         for module in model.modules():
             if not _is_attention(module):
                 continue
             device = next(module.parameters()).device
-            module.row_starts = by_device.setdefault(device, RowStarts(device, longest))
+            module.row_starts = by_device.setdefault(device, RowStarts(device, longest, say))
             undo.callback(delattr, module, "row_starts")
         undo.enter_context(attention_replaced(model, NAME, _attend, _takes))
         hook = model.register_forward_pre_hook(_take_row_starts(list(by_device.values())), with_kwargs=True)
@@ -337,10 +327,18 @@ def _take_row_starts(places: list[RowStarts]) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         starts = kwargs.pop("row_starts", None)
         for place in places:
-            place.starts = starts if starts is None else starts.to(place.device, non_blocking=True)
+            place.begin(starts, _tokens_of(args, kwargs))
         if starts is not None and places:
             # transformers passes a mask of four dimensions on unchanged, and so builds none of its own.
             kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places[0].device)
         return args, kwargs
 
     return hook
+
+
+def _tokens_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Tokens of a batch, or None where it is handed over under another name."""
+    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    if ids is not None:
+        return ids.numel()
+    return None if embeddings is None else embeddings.shape[:-1].numel()

@@ -180,7 +180,7 @@ PARTS = (
     ),
     Part(
         "block_diagonal",
-        lambda request, on: block_diagonal_attention(request.inner, longest=request.longest),
+        lambda request, on: block_diagonal_attention(request.inner, longest=request.longest, say=on.reasons.append),
         label="block-diagonal attention without a mask",
         asked=lambda request: request.packed,
         refusal=lambda request, on: block_diagonal_refusal(request.inner, request.longest),
