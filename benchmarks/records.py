@@ -146,6 +146,7 @@ def step_of(case: dict[str, Any]) -> tuple[ModelSizes, StepSettings]:
         dropout=case.get("dropout", False),
         dora=case.get("dora", False),
         fast_adapters=not case.get("plain", False),
+        within_rows=not case.get("plain", False) and not case.get("padded"),
         chunked_loss=not case.get("plain", False),
         captured=case.get("captured", False),
         skipped=any("made once" in line for line in case.get("fast_step") or ()),

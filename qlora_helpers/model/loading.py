@@ -75,6 +75,7 @@ def load_model(
     import torch
 
     from qlora_helpers.model.sharding import PartKeeper, share_layers
+    from qlora_helpers.model.short_convolutions import keep_rows_apart
 
     if torch.cuda.is_available():
         use_expandable_segments()
@@ -109,6 +110,7 @@ def load_model(
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = False
     _check_vocabulary(model, tokenizer)
+    keep_rows_apart(model)
     keep_gradients_exact_on_cpu(model)
     if mesh is not None:
         share_layers(model, mesh)

@@ -63,6 +63,8 @@ def build_random_model(
         if parameter.is_meta:
             value = draw(name, *parameter.shape, ones=_is_norm(name))
             _set(model, name, torch.nn.Parameter(value, requires_grad=False))
+            if _is_norm(name):
+                _start_neutral(model, name)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         _set(model, name, buffer.to(draw.device(name)))
@@ -174,6 +176,24 @@ def _quantise_stacks(model: PreTrainedModel, config: ModelConfig, draw: _WeightD
 
 def _is_norm(name: str) -> bool:
     return name.endswith("weight") and any(part in name for part in ("norm", "ln_"))
+
+
+def _start_neutral(model: PreTrainedModel, name: str) -> None:
+    """Gives a norm's weight the value that its family starts from: some multiply by one more than the weight (Gemma, Qwen3.5).
+
+    A norm of queries also takes over the scale of the scores where the layer has none of its own (Gemma 4, which learns it): else
+    random scores would be so large that each token attended to one other.
+    """
+    import torch
+
+    path, _, _ = name.rpartition(".")
+    module, (parent, _, leaf) = model.get_submodule(path), path.rpartition(".")
+    if not list(module.children()):
+        model._init_weights(module)
+    scale = getattr(model.get_submodule(parent), "scaling", None)
+    if leaf == "q_norm" and scale == 1:
+        with torch.no_grad():
+            module.weight.mul_(module.weight.numel() ** -0.5)
 
 
 def _set(model: torch.nn.Module, name: str, value: Any) -> None:

@@ -278,13 +278,12 @@ def _widest_weight(sizes: ModelSizes, settings: StepSettings) -> int:
 def loss_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     """Counts a chunk of logits, as computed and in float32, with their gradients, and inputs and gradients of the trained tokens.
 
-    Logits that the model caps itself (soft-capping) are needed whole.
+    Capped logits (soft-capping) also keep what is before the cap.
     """
     trained = max(1, round(settings.trained_share * settings.tokens))
-    whole = sizes.logit_softcap or not settings.chunked_loss
-    chunk = trained if whole else min(trained, loss_chunk(sizes.vocab))
-    value = settings.value_bytes
-    return chunk * sizes.vocab * (2 * value + 2 * SINGLE) + 2 * trained * sizes.hidden * value
+    chunk = min(trained, loss_chunk(sizes.vocab)) if settings.chunked_loss else trained
+    value, single = settings.value_bytes, SINGLE * (3 if sizes.logit_softcap else 2)
+    return chunk * sizes.vocab * (2 * value + single) + 2 * trained * sizes.hidden * value
 
 
 def loss_chunk(vocab: int) -> int:

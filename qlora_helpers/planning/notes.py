@@ -121,6 +121,11 @@ def settings_notes(workload: Workload) -> list[str]:
         notes.append(PADDED + why)
     if config.model.compute_dtype == "float32":
         notes.append("float32: memory is arithmetic, and the speed is that of bfloat16, which float32 does not reach")
+    if workload.sizes.attention_softcap is not None and not workload.step().within_rows:
+        notes.append(
+            "its attention's scores are capped, which only the fast step on packed rows computes without holding them: they are "
+            "held for each pair of tokens; shorter sequences (data.seq_len_tokens) hold fewer; arithmetic, not measured"
+        )
     return notes
 
 
@@ -155,11 +160,6 @@ def model_notes(sizes: ModelSizes) -> list[str]:
             f"a mixture of experts: a token goes through {sizes.experts_per_token} of {sizes.experts}, with "
             f"{sizes.parameters_in_use:,} weights; all are in 4 bits, a layer's are dequantised together; "
             "two mixtures were measured, on an H200"
-        )
-    if sizes.attention_softcap is not None:
-        notes.append(
-            "its attention's scores are capped, which no kernel here computes on a GPU: they are held in full, for each pair of "
-            "tokens of a block; shorter blocks (data.seq_len_tokens) hold fewer; arithmetic, not measured"
         )
     if sizes.recurrent_share:
         share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"

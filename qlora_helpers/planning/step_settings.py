@@ -39,6 +39,7 @@ class StepSettings:
         chunked_loss: whether logits exist a chunk at a time; else those of all trained tokens at once.
         dropout: whether the adapters have dropout: the mask of each input and what it lets through are kept.
         dora: whether the adapters have magnitudes (DoRA): peft computes them, in float32.
+        within_rows: whether attention is computed within packed rows by a kernel; else under a mask, which holds capped scores.
         fast_adapters: whether adapters compute in the model's type at once; else they are peft's, under autocast.
         value_bytes: of a value that the model computes with.
         adapted: names of the linear layers that get an adapter; None for all.
@@ -65,6 +66,7 @@ class StepSettings:
     chunked_loss: bool = True
     dropout: bool = False
     dora: bool = False
+    within_rows: bool = True
     fast_adapters: bool = True
     value_bytes: int = HALF
     adapted: frozenset[str] | None = None
@@ -130,6 +132,7 @@ def step_settings(
         chunked_loss=config.train.fast_step,
         dropout=adapter.lora_dropout > 0,
         dora=adapter.use_dora,
+        within_rows=config.train.fast_step and is_packed(config, shape),
         fast_adapters=config.train.fast_step,
         value_bytes=SINGLE if config.model.compute_dtype == "float32" else HALF,
         adapted=frozenset(n.rpartition(".")[2] for n in named or adapter_targets(shape) or ()) or None,
@@ -148,16 +151,15 @@ def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     return config.data.packing and packing_refusal(shape) is None
 
 
-def may_capture(train: TrainConfig, packed: bool, dropout: bool, sizes: ModelSizes) -> bool:
+def may_capture(train: TrainConfig, packed: bool, dropout: bool) -> bool:
     """Whether passes may be captured as CUDA graphs on one GPU: all have one shape and nothing in them is random.
 
     Args:
         train: training settings.
         packed: whether rows are packed.
         dropout: whether some values are dropped.
-        sizes: of the model; one that caps its logits takes its own loss, whose shape changes with the trained tokens.
     """
-    return train.fast_step and train.cuda_graph and packed and not dropout and not sizes.logit_softcap
+    return train.fast_step and train.cuda_graph and packed and not dropout
 
 
 def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[LinearLayer, ...] | None = None) -> float:
@@ -202,9 +204,11 @@ def kept_by_experts(sizes: ModelSizes) -> float:
 def kept_scores(sizes: ModelSizes, settings: StepSettings, *, compiled: bool) -> float:
     """Counts the attention scores a token that one layer keeps: none with a kernel, else one for each head and token of the block.
 
+    Only soft-caps are computed without one, on the plain path and for padded rows.
+
     Compiled, the probabilities are kept in the model's type; else those in float32 and what is before the tanh too.
     """
-    if sizes.attention_softcap is None:
+    if sizes.attention_softcap is None or settings.within_rows:
         return 0.0
     return sizes.heads * settings.seq_len_tokens * (1 if compiled else 4)
 

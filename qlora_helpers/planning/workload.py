@@ -132,7 +132,7 @@ class Workload:
         """Whether one process can capture its passes as CUDA graphs on one of these GPUs."""
         bfloat16 = self.gpu.supports_bf16 and self.config.model.compute_dtype != "float16"
         dropout = self.config.adapter.lora_dropout > 0 or has_dropout(self.shape)
-        return bfloat16 and may_capture(self.config.train, self.packed, dropout, self.sizes)
+        return bfloat16 and may_capture(self.config.train, self.packed, dropout)
 
     @property
     def embedding_places(self) -> tuple[bool, ...]:

@@ -95,10 +95,19 @@ def packing_refusal(model: torch.nn.Module, longest: int, sequences: int = 1) ->
     inner = base_model_of(model)
     if uses_alibi(inner.config.get_text_config().to_dict()):
         return ALIBI
-    return why_it_fails(
-        lambda: prove_isolation(inner, plain_attention(inner, longest), longest, sequences=sequences),
-        "it can't take packed rows",
-    )
+
+    def why(sequences: int) -> str | None:
+        return why_it_fails(
+            lambda: prove_isolation(inner, plain_attention(inner, longest), longest, sequences=sequences),
+            "it can't take packed rows",
+        )
+
+    refusal = why(sequences)
+    if refusal is not None and sequences > 1 and has_state(inner) and why(1) is None:
+        return (
+            f"{refusal}; one sequence a pass can be packed (train.micro_batch_size=1, with longer data.seq_len_tokens)"
+        )
+    return refusal
 
 
 @at("check before training")

@@ -203,12 +203,11 @@ def _settings_of(
         inputs_on_host=config.offload_checkpoints,
         dropout=lora.lora_dropout > 0,
         dora=lora.use_dora,
+        within_rows=data.packed,
         adapted=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
         value_bytes=model.get_input_embeddings().weight.dtype.itemsize,
         skipped=model.dtype != torch.float16,
-        captured=may_capture(config, data.packed, dropout, sizes)
-        and model.dtype != torch.float16
-        and not is_sharded(model),
+        captured=may_capture(config, data.packed, dropout) and model.dtype != torch.float16 and not is_sharded(model),
         copies=copies,
     )
     if not step.captured:

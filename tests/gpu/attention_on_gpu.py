@@ -1,6 +1,6 @@
 """Packed attention with soft-caps and heads wider than 256 values on a GPU: exactness, time, CUDA graphs, compiled layers.
 
-    .venv/bin/python tests/gpu/attention_on_gpu.py OUT.json [--tiny] [--seconds 110]
+    .venv/bin/python tests/gpu/attention_on_gpu.py OUT.json [--tiny] [--seconds 110] [--only gemma2]
 
 For the heads of real models, each by every route that computes them (the variable-length kernel, flex attention, a mask): outputs
 and gradients in bfloat16 against float64, the time and memory of a forward and backward pass of 8,192 packed tokens, and whether
@@ -34,7 +34,8 @@ from qlora_helpers.base.files import write_json
 from qlora_helpers.model import cuda_graphs
 from qlora_helpers.model.attention import AttentionTerms
 from qlora_helpers.training.fast_step.block_diagonal import WIDEST_HEAD, RowStarts, attend_within_rows
-from qlora_helpers.training.fast_step.flex_rows import MOST_KINDS, attend_by_flex, attend_under_mask, kind_of
+from qlora_helpers.training.fast_step.flex_rows import attend_by_flex, attend_under_mask, kind_of
+from qlora_helpers.training.fast_step.layers import MOST_KINDS
 from qlora_helpers.training.result import machine_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,11 +78,10 @@ _GEMMA = fast_step_on_gpu._GROUPED | {"num_hidden_layers": 2, "layer_types": ["s
 MODELS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA
     | {"model_type": "gemma2", "head_dim": 256, "sliding_window": 16, "attn_logit_softcapping": 5.0}
-    # A cap on the logits would keep the model's own loss, and so the graph away. Only eager attention caps scores.
-    | {"final_logit_softcapping": None, "attn_implementation": "eager"},
+    | {"final_logit_softcapping": 30.0, "attn_implementation": "eager"},  # only eager attention caps scores
     "gemma4": _GEMMA
     | {"model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 512, "sliding_window": 16}
-    | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "final_logit_softcapping": None},
+    | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
 }
 
 
@@ -321,6 +321,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--only", help="cases and models whose name has this in it")
     asked = parser.parse_args()
     dtype, largest = (torch.float32, LARGEST_ERROR_FLOAT32) if asked.tiny else (torch.bfloat16, LARGEST_ERROR)
     begun = time.monotonic()
@@ -344,6 +345,8 @@ def main() -> int:
     flex_log.setLevel(logging.INFO)
     with torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
         for kind, name, job in [*work[:2], *models, *work[2:]]:
+            if asked.only and asked.only not in name:
+                continue
             at = time.monotonic() - begun
             entry: dict[str, Any] = {"name": name, "at_s": round(at, 1)}
             if at > asked.seconds:

@@ -156,13 +156,27 @@ def compared(
     alone_exact = logits_alone(exact_model, blocks, lengths)
     with fast_step(model, packed=packed, longest=LENGTH, compiled=False, checkpointed=0):
         alone = logits_alone(model, blocks, lengths)
-    with fast_step(
-        model, packed=packed, longest=LENGTH, compiled=compiled, checkpointed=checkpointed, captured=captured
-    ) as on:
+
+    def collator_of(on: Any) -> SequenceCollator:
         attention = plain_attention(model, LENGTH) if packed else PaddingMask()
         if packed and on.block_diagonal:
             attention = RowBounds(5)
-        collator = SequenceCollator(0, attention, TrainedTokens(200 if captured else None), length=length)
+        return SequenceCollator(0, attention, TrainedTokens(200 if captured else None), length=length)
+
+    def check(on: Any) -> None:  # as training does before anything is compiled
+        with torch.no_grad():
+            model(**send_to_device(collator_of(on)(blocks), DEVICE))
+
+    with fast_step(
+        model,
+        packed=packed,
+        longest=LENGTH,
+        compiled=compiled,
+        checkpointed=checkpointed,
+        captured=captured,
+        check=check,
+    ) as on:
+        collator = collator_of(on)
         for seed in range(10, 10 + 3 * captured):
             gradients(model, collator([block_of(lengths[::-1], seed) for lengths in reversed(ROWS[rows])]))
         fast_loss, fast = gradients(model, collator(blocks))

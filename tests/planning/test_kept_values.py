@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,14 +117,15 @@ def test_a_mixture_with_adapters_on_its_experts_keeps_what_their_gradients_need(
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_capped_attention_keeps_its_scores(compiled, monkeypatch):
-    """On a GPU, where such a model attends under a mask; here with as many heads as make the scores most of it."""
+    """Where such a model attends under a mask; here with as many heads as make the scores most of it."""
     shape = _GROUPED | {"model_type": "gemma2", "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 8}
     monkeypatch.setattr(block_diagonal, "block_diagonal_attention", lambda model, longest: nullcontext())
     sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
     assert sizes.attention_softcap == 50.0
-    step = StepSettings(TOKENS, 1, 0, compiled, R, 0)
+    step = StepSettings(TOKENS, 1, 0, compiled, R, 0, within_rows=False)
     kept = kept_by_a_layer(shape, monkeypatch, compiled=compiled, attention="eager")
     assert 0.85 * kept <= kept_bytes(sizes, step) <= 1.1 * kept
+    assert kept_bytes(sizes, replace(step, within_rows=True)) < kept / 2
 
 
 FEW = ("q_proj", "v_proj")

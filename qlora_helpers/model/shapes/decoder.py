@@ -56,7 +56,7 @@ class ModelSizes:
         norm: `rms` (weight alone) or `layer` (weight and bias).
         norms_per_layer: norms of width `hidden`.
         qk_norm: whether queries and keys are normalised for each head.
-        logit_softcap: tanh cap on the logits, which are then needed whole; None where there is none.
+        logit_softcap: tanh cap on the logits; None where there is none.
         attention_softcap: tanh cap on the attention's scores, which a GPU's kernels do not know, so that they are there in full.
         experts, experts_per_token: of a mixture of experts, else 0.
         expert_parameters_per_layer: of all experts together. transformers keeps them in parameters of three dimensions, not in

@@ -65,6 +65,14 @@ def is_recurrent(config: dict[str, Any]) -> bool:
     return any(config.get(name) is not None for name in _RECURRENT)
 
 
+def _only_convolutions(config: dict[str, Any]) -> bool:
+    """Whether short convolutions are all that carries a state (LFM2): their rows are kept apart without a package."""
+    kinds = {
+        str(kind) for kind in config.get("layer_types") or () if any(part in str(kind) for part in _RECURRENT_KINDS)
+    }
+    return bool(kinds) and all("conv" in kind for kind in kinds)
+
+
 def uses_alibi(config: dict[str, Any]) -> bool:
     """Whether positions are biases of the attention scores (Press et al. 2021, arXiv:2108.12409): BLOOM, MPT, Falcon-RW.
 
@@ -89,7 +97,7 @@ def packing_refusal(config: dict[str, Any]) -> str | None:
         return "its config.json names no model type"
     if uses_alibi(config):
         return ALIBI
-    if is_recurrent(config):
+    if is_recurrent(config) and not _only_convolutions(config):
         return "its recurrent layers carry their state from row to row"
     return None
 

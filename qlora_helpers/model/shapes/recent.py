@@ -149,6 +149,20 @@ def _falcon_h1(*sizes: int, mamba: int, heads: int, head_dim: int, groups: int =
     )
 
 
+def _lfm2(*sizes: int, attention: tuple[int, ...]) -> Shape:
+    """Attention in the layers named, short convolutions in the others; two thirds of the written inner width are used."""
+    layers = sizes[1]
+    return _shape(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        **_decoder(*sizes, 65536),
+        block_auto_adjust_ff_dim=True,
+        conv_L_cache=3,
+        layer_types=["full_attention" if n in attention else "conv" for n in range(layers)],
+        tie_word_embeddings=True,
+    )
+
+
 def _qwen3_moe(*sizes: int, inner: int, positions: int) -> Shape:
     return _shape(
         "qwen3_moe",
@@ -274,6 +288,7 @@ RECENT: dict[str, Shape] = {
         tie_word_embeddings=False,
     ),
     "falcon-h1-7b": _falcon_h1(3072, 44, 12, 2, 12288, 130048, mamba=3072, heads=24, head_dim=128),
+    "lfm2-1.2b": _lfm2(2048, 16, 32, 8, 12288, attention=(2, 5, 8, 10, 12, 14)),
     "deepseek-v3": _shape(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
@@ -339,6 +354,7 @@ RECENT_HUB_NAMES: dict[str, str] = {
     **_both("zai-org", "glm-4-9b-0414", "GLM-4-9B-0414"),
     **_both("zai-org", "glm-4.5-air", "GLM-4.5-Air", "GLM-4.5-Air-Base"),
     **_both("tiiuae", "falcon-h1-7b", "Falcon-H1-7B-Base", "Falcon-H1-7B-Instruct"),
+    **_both("LiquidAI", "lfm2-1.2b", "LFM2-1.2B", "LFM2.5-1.2B-Instruct"),
     **_both("deepseek-ai", "deepseek-v3", "DeepSeek-V3", "DeepSeek-V3-Base", "DeepSeek-V3-0324", "DeepSeek-R1"),
     **_both("deepseek-ai", "deepseek-r1-distill-qwen-1.5b", "DeepSeek-R1-Distill-Qwen-1.5B"),
     **_both("deepseek-ai", "qwen2.5-7b", "DeepSeek-R1-Distill-Qwen-7B"),
@@ -364,6 +380,7 @@ SOURCES: dict[str, str] = {
     "olmo-3-": f"public contracts of both sizes; {_TOTAL}",
     "glm-": f"a log of ms-swift with the Glm4MoeConfig of GLM-4.5-Air; {_TOTAL} (9B)",
     "falcon-h1-": "a public table of published configurations; transformers' documentation of Falcon-H1",
+    "lfm2-": "the published total (1.17B) and kinds of layers; public readers of its config.json",
     "deepseek-": f"transformers' defaults, which are DeepSeek-V3's; {_TOTAL}",
 }
 """Start of a key -> where its values were checked."""

@@ -27,7 +27,8 @@ from qlora_helpers.model.attention import (
     AttentionTerms,
     attention_replaced,
 )
-from qlora_helpers.training.fast_step.flex_rows import MOST_KINDS, RowMasks, attend_by_flex, attend_where_seen
+from qlora_helpers.training.fast_step.flex_rows import RowMasks, attend_by_flex, attend_where_seen
+from qlora_helpers.training.fast_step.layers import MOST_KINDS
 from qlora_helpers.training.proving import why_it_fails
 from qlora_helpers.training.row_isolation import has_state, prove_gradients, prove_isolation
 

@@ -21,9 +21,6 @@ from einops import rearrange, repeat
 from qlora_helpers.model.attention import AttentionTerms
 
 BLOCK = 128  # tokens in a block of the mask; the kernel's tiles divide it
-MOST_KINDS = (
-    64  # of shapes that the kernel is compiled for; PyTorch's own limit of 8 is less than a few kinds of layers need
-)
 _TILES = {
     "FORCE_USE_FLEX_ATTENTION": True
 }  # else short sequences take a kernel for decoding, which has no backward pass
@@ -58,23 +55,29 @@ class RowMasks:
         self._say = say
         self._starts: Any = None
         self._tokens = 0
+        self._windows: dict[int | None, None] = {}
         self.masks: dict[int | None, RowMask] = {}
         self.how: dict[tuple[Any, ...], Options | str] = {}
 
     def begin(self, starts: torch.Tensor | None, tokens: int | None) -> None:
-        """Takes a new batch: where rows start, `(rows + 1,)`, and its number of tokens, or None where that is not known yet."""
+        """Takes a new batch: where rows start, `(rows + 1,)`, and its number of tokens, or None where that is not known yet.
+
+        All windows that were ever asked for get their mask here. A layer that asked for one while it recomputes would save other
+        tensors than in its forward pass.
+        """
         self._starts = starts
         if starts is None or tokens is None:
             self.masks = {}
             return
         self._tokens = tokens
-        self.masks = {window: row_mask(starts, tokens, window) for window in self.masks}
+        self.masks = {window: row_mask(starts, tokens, window) for window in self._windows}
 
     @torch.compiler.disable
     def mask(self, window: int | None, tokens: int) -> RowMask:
         """Returns the batch's mask for a window, which later batches get beforehand."""
         if window not in self.masks or self._tokens != tokens:
             self._tokens = tokens
+            self._windows[window] = None
             self.masks[window] = row_mask(self._starts, tokens, window)
         return self.masks[window]
 

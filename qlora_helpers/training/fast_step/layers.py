@@ -25,6 +25,9 @@ from qlora_helpers.planning.memory import layers_to_checkpoint
 from qlora_helpers.training.fast_step.host_inputs import HostInputs
 from qlora_helpers.training.fast_step.matmuls import recomputation_contexts, unused_outputs_skipped
 
+MOST_KINDS = (
+    64  # of shapes that a function is compiled for; PyTorch's own limit of 8 is less than a few kinds of layers need
+)
 RECOMPUTE_POINTWISE = dict.fromkeys(
     ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"), False
 )
@@ -56,6 +59,8 @@ def layers_changed(
             undo.enter_context(torch._functorch.config.patch(RECOMPUTE_POINTWISE))
             # DDP would split each layer so that gradients are sent sooner; they are small, and a split keeps more values.
             undo.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            # Layers of several kinds share one function, and each kind is compiled for training and for evaluation.
+            undo.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_KINDS))
         if chosen:
             skipped = undo.enter_context(unused_outputs_skipped(model, layers))
             text = model.config.get_text_config()

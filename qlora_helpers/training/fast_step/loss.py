@@ -4,14 +4,15 @@ A vocabulary of 128,256 makes half a MiB of float32 logits per token. The output
 input's gradient: loss and gradient are computed chunk by chunk in the forward pass, and no chunk's logits outlive it. The matrix
 multiplications are those of the plain path, each done once. (Liger Kernel, arXiv:2410.10989, fuses the output layer with the loss.)
 
-What a model does with its logits after the output layer is read off the model: nothing, or a multiplication (Cohere, Granite),
-which it then does to the output layer's input. Anything else, such as a soft-cap, keeps the model's own loss.
+What a model does with its logits after the output layer is read off the model: nothing, a multiplication (Cohere, Granite), or a
+soft-cap (Gemma 2 and 4), and the same is done to each chunk. Anything else keeps the model's own loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ from qlora_helpers.planning.memory import loss_chunk
 from qlora_helpers.training.proving import NotProvedError, random_rows, why_it_fails
 
 
+@dataclass(frozen=True)
+class LogitChange:
+    """What a model does with its logits after the output layer.
+
+    Attributes:
+        scale: factor of the logits.
+        cap: bounds them to `cap * tanh(logits / cap)`; None doesn't.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
 class _TokenLosses(torch.autograd.Function):
     """Maps `(tokens, hidden)` to `(tokens,)` losses, and keeps the gradient of each token's loss instead of its logits."""
 
@@ -35,6 +49,7 @@ class _TokenLosses(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        cap: float | None,
         chunk: int,
     ) -> torch.Tensor:
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -42,6 +57,9 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(hidden[part], weight, bias).float()
+            tangent = None if cap is None else logits.div_(cap).tanh_()
+            if tangent is not None:
+                logits = tangent * cap
             trained = labels[part] != IGNORED
             target = labels[part].clamp(min=0).unsqueeze(1)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
@@ -49,6 +67,8 @@ class _TokenLosses(torch.autograd.Function):
             if gradients is not None:
                 slopes = logits.sub_(log_sum).exp_()
                 slopes.scatter_add_(1, target, torch.full_like(target, -1, dtype=slopes.dtype))
+                if tangent is not None:
+                    slopes.mul_(tangent.square_().neg_().add_(1))
                 gradients[part] = slopes.mul_(trained.unsqueeze(1)).to(weight.dtype) @ weight
         ctx.save_for_backward(gradients)
         return losses
@@ -56,7 +76,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        return gradients * upstream.unsqueeze(1).to(gradients.dtype), None, None, None, None
+        return gradients * upstream.unsqueeze(1).to(gradients.dtype), None, None, None, None, None
 
 
 def token_losses(
@@ -65,6 +85,7 @@ def token_losses(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    cap: float | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Computes each token's cross-entropy under a frozen output layer, in nats; 0 where the label is ignored.
@@ -74,12 +95,13 @@ def token_losses(
         weight: `(vocabulary, hidden)`; gets no gradient.
         labels: `(tokens,)`, the next token at each position, or -100.
         bias: `(vocabulary,)` or None.
+        cap: bounds the logits to `cap * tanh(logits / cap)`; None doesn't.
         chunk: how many tokens' logits exist at once; None keeps them within 128 MiB.
 
     Returns:
         `(tokens,)`, float32.
     """
-    return _TokenLosses.apply(hidden, weight, bias, labels, chunk or loss_chunk(weight.shape[0]))
+    return _TokenLosses.apply(hidden, weight, bias, labels, cap, chunk or loss_chunk(weight.shape[0]))
 
 
 class ChunkedLoss:
@@ -88,12 +110,14 @@ class ChunkedLoss:
     Attributes:
         trained: flat index of the tokens whose successor is trained, `(trained,)`, and these successors, `(trained,)`; None where
             the batch does not list them.
-        scale: what the model multiplies its logits by, and so the output layer's input, which takes their place here.
+        hidden: the output layer's input, `(batch, tokens, hidden)`, between the output layer and the loss.
+        change: what the model does with its logits.
         per_token: losses of the last call, `(trained,)`, without gradient; an evaluation weights them by tokens.
     """
 
-    def __init__(self, head: torch.nn.Module, scale: float = 1.0) -> None:
-        self.head, self.scale = head, scale
+    def __init__(self, head: torch.nn.Module, change: LogitChange) -> None:
+        self.head, self.change = head, change
+        self.hidden: torch.Tensor | None = None
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self.per_token: Any = None
 
@@ -106,8 +130,13 @@ class ChunkedLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Returns the mean over trained tokens, or their sum over `num_items_in_batch`; takes transformers' arguments."""
-        hidden = logits.flatten(0, -2)
+        """Returns the mean over trained tokens, or their sum over `num_items_in_batch`; takes transformers' arguments.
+
+        `logits` are the stand-in that `loss_in_chunks` lets the model handle in their place.
+        """
+        if self.hidden is None:
+            raise NotProvedError("the model computes its loss without its output layer: its own loss is used")
+        hidden, self.hidden = self.hidden.flatten(0, -2), None
         if self.trained is None:
             target = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
         else:
@@ -115,9 +144,10 @@ class ChunkedLoss:
             hidden = hidden[index.to(hidden.device)]
         weight, bias = self.head.weight, self.head.bias
         target = target.to(weight.device)
-        if self.scale != 1 and bias is not None:
-            bias = bias * self.scale
-        losses = token_losses(hidden.to(weight), weight, target, bias=bias)
+        if self.change.scale != 1:
+            hidden = hidden * self.change.scale
+            bias = None if bias is None else bias * self.change.scale
+        losses = token_losses(hidden.to(weight), weight, target, bias=bias, cap=self.change.cap)
         self.per_token = losses.detach()
         if num_items_in_batch is None:
             return losses.sum() / (target != IGNORED).sum()
@@ -160,7 +190,7 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
         model: a transformers model, without peft's wrapper around it; `chunked_loss_refusal` gives None for it.
     """
     head = model.get_output_embeddings()
-    loss = ChunkedLoss(head, logit_scale(model) or 1.0)
+    loss = ChunkedLoss(head, logit_change(model) or LogitChange())
     logits_of, before = head.forward, model.loss_function
     with_labels = False
 
@@ -172,7 +202,10 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
         return args, kwargs
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if with_labels else logits_of(hidden)
+        if not with_labels:
+            return logits_of(hidden)
+        loss.hidden = hidden
+        return hidden[..., :1].detach()  # for the model to scale or cap
 
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(look, with_kwargs=True).remove)
@@ -183,12 +216,12 @@ def loss_in_chunks(model: torch.nn.Module) -> Iterator[ChunkedLoss]:
 
 
 @torch.no_grad()
-def logit_scale(model: torch.nn.Module) -> float | None:
-    """Returns what a model multiplies its logits by after the output layer, usually 1, or None where it does something else.
+def logit_change(model: torch.nn.Module) -> LogitChange | None:
+    """Returns what a model does with its logits after the output layer, or None where it is neither a factor nor a soft-cap.
 
     The output layer is made to return known numbers, small and large, that every data type holds exactly, and the model's logits
-    are compared with them. No name in the config is relied on, since they differ by family; a factor that was measured is replaced
-    by the number in the config that it is a rounding of.
+    are compared with them. No name in the config is relied on, since they differ by family; a number that was measured is replaced
+    by the one in the config that it is a rounding of.
 
     Args:
         model: a transformers model, without peft's wrapper around it.
@@ -209,13 +242,27 @@ def logit_scale(model: torch.nn.Module) -> float | None:
     if len(given) != 1 or logits.shape != given[0].shape:
         return None
     before, after = given[0].double(), logits.to(given[0].device).double()
-    scale = float((before * after).sum() / before.square().sum())
     rounding = max(torch.finfo(each.dtype).eps for each in (logits, given[0]))
+    written = [value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int | float)]
+    return _factor(before, after, rounding, written) or _soft_cap(before, after, rounding, written)
+
+
+def _factor(before: torch.Tensor, after: torch.Tensor, rounding: float, written: list[float]) -> LogitChange | None:
+    scale = float((before * after).sum() / before.square().sum())
     if scale <= 0 or not ((after - scale * before).abs() <= 2 * rounding * (scale * before).abs()).all():
         return None
-    written = [value for value in model.config.get_text_config().to_dict().values() if isinstance(value, int | float)]
     exact = [1.0, *(each for value in written if value for each in (float(value), 1 / value))]
-    return next((each for each in exact if abs(each / scale - 1) <= rounding), scale)
+    return LogitChange(scale=next((each for each in exact if abs(each / scale - 1) <= rounding), scale))
+
+
+def _soft_cap(before: torch.Tensor, after: torch.Tensor, rounding: float, written: list[float]) -> LogitChange | None:
+    """The cap is the number in the config that gives what was measured: logits needn't reach a wide one."""
+    for cap in sorted({float(value) for value in written if 0 < value < float("inf")}):
+        expected = cap * (before / cap).tanh()
+        # A quotient, a tanh and a product are rounded, and what the first loses a steep tanh passes on.
+        if ((after - expected).abs() <= 4 * rounding * expected.abs()).all():
+            return LogitChange(cap=cap)
+    return None
 
 
 @torch.no_grad()
@@ -237,7 +284,7 @@ def _prove_loss(model: torch.nn.Module) -> None:
     Raises:
         NotProvedError: they differ, or would for other logits.
     """
-    if logit_scale(model) is None:
+    if logit_change(model) is None:
         raise NotProvedError("the model changes its logits after the output layer: its own loss is used")
     ids = torch.tensor(random_rows(model, 24), device=model.get_input_embeddings().weight.device)
     with in_eval_mode(model):

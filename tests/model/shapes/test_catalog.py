@@ -96,6 +96,7 @@ ROUNDED = {
     "granite-4.0-h-small": 32,
     "glm-4.5-air": 106,
     "falcon-h1-7b": 7.6,
+    "lfm2-1.2b": 1.17,
 }
 
 

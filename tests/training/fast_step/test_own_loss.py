@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.data.batches import PaddingMask, SequenceCollator, TrainedTokens
 from qlora_helpers.model.wiring import row_losses
-from qlora_helpers.training.fast_step.loss import chunked_loss_refusal, logit_scale, loss_in_chunks
+from qlora_helpers.training.fast_step.loss import LogitChange, chunked_loss_refusal, logit_change, loss_in_chunks
 from qlora_helpers.training.probes import check_same_losses, probe_losses
 from qlora_helpers.training.proving import random_rows, values_rounded_anew
 
@@ -36,25 +36,45 @@ def built(family: str, *, dtype=torch.float32, **more):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("family", "settings", "scale"),
+    ("family", "settings", "change"),
     [
-        ("llama", {}, 1),
-        ("cohere", {"logit_scale": 0.0625}, 0.0625),
-        ("granite", {"logits_scaling": 6.0}, 1 / 6),
-        ("gemma2", {"final_logit_softcapping": 30.0}, None),
-        ("gemma2", {"final_logit_softcapping": 3000.0}, None),  # so wide that logits of this size hardly show it
-        ("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64, "logits_soft_cap": 30.0}, None),
+        ("llama", {}, LogitChange()),
+        ("cohere", {"logit_scale": 0.0625}, LogitChange(scale=0.0625)),
+        ("granite", {"logits_scaling": 6.0}, LogitChange(scale=1 / 6)),
+        ("gemma2", {"final_logit_softcapping": 30.0}, LogitChange(cap=30.0)),
+        (
+            "gemma2",
+            {"final_logit_softcapping": 3000.0},
+            LogitChange(cap=3000.0),
+        ),  # so wide that logits of this size hardly show it
+        ("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 64, "logits_soft_cap": 30.0}, LogitChange(cap=30.0)),
     ],
 )
-def test_what_follows_the_output_layer(family, settings, scale, dtype):
-    assert logit_scale(built(family, dtype=dtype, **settings)) == scale
+def test_what_follows_the_output_layer(family, settings, change, dtype):
+    assert logit_change(built(family, dtype=dtype, **settings)) == change
 
 
-def test_scaled_logits_with_a_bias_have_their_own_loss_and_gradient():
-    model = built("granite", logits_scaling=6.0, dtype=torch.float64)
+def test_another_change_of_the_logits_keeps_the_model_s_own_loss():
+    model = built("gemma2", final_logit_softcapping=30.0)
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.clamp(-5, 5)))
+    assert logit_change(model) is None
+    assert "changes its logits" in chunked_loss_refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "change"),
+    [
+        ("granite", {"logits_scaling": 6.0}, LogitChange(scale=1 / 6)),
+        ("gemma2", {"final_logit_softcapping": 0.5}, LogitChange(cap=0.5)),  # logits are about as large here
+    ],
+)
+def test_changed_logits_with_a_bias_have_their_own_loss_and_gradient(family, settings, change):
+    model = built(family, **settings, dtype=torch.float64)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(256, dtype=torch.float64), requires_grad=False)
     assert chunked_loss_refusal(model) is None
     embeddings = model.get_input_embeddings().weight.requires_grad_()
+    if family == "gemma2":  # its output layer is its embedding, and frozen
+        model.lm_head.weight = torch.nn.Parameter(embeddings.detach().clone(), requires_grad=False)
     ids = torch.arange(1, 25).unsqueeze(0)
     found = []
     own = model(input_ids=ids, labels=ids).loss
@@ -62,7 +82,9 @@ def test_scaled_logits_with_a_bias_have_their_own_loss_and_gradient():
     with loss_in_chunks(model) as chunked:
         fast = model(input_ids=ids, labels=ids).loss
         found.append((fast, torch.autograd.grad(fast, embeddings)[0]))
-    assert chunked.scale == 1 / 6
+        without_labels = model(input_ids=ids).logits
+    assert chunked.change == change
+    assert torch.equal(without_labels, model(input_ids=ids).logits)
     torch.testing.assert_close(found[1][0].double(), found[0][0].double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-8)
 
@@ -83,6 +105,7 @@ def test_a_soft_cap_that_is_left_out_is_found_by_the_losses(dtype):
     with values_rounded_anew(model):
         rounded = probe_losses(model, _PLAIN_COLLATOR, None)
     with loss_in_chunks(model) as chunked:
+        chunked.change = LogitChange()
         uncapped = probe_losses(model, _FAST_COLLATOR, chunked)
     assert 0 < float(uncapped.mean() / plain.mean()) - 1 < 0.005
     assert float((uncapped - plain).square().mean().sqrt() / plain.std()) < 0.1
