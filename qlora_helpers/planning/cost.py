@@ -92,13 +92,14 @@ class TrainingCost:
         )
 
 
-def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCost:
+def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData, *, done: int | None = None) -> TrainingCost:
     """Estimates what a run's training takes on this machine: rows, tokens, epochs, steps, time and price.
 
     Args:
         run: the run; the steps that it has done don't count in the time.
         loaded: the model, whose device counts.
         data: the run's prepared data.
+        done: the step that training goes on from, where it isn't the one that the run has reached.
     """
     status, config, hardware = run.status(), run.config(), None
     holding = sum(name.startswith("cuda") for name in loaded.audit.gib_by_device)  # of several processes one
@@ -116,7 +117,7 @@ def cost_of_run(run: Run, loaded: LoadedModel, data: PreparedData) -> TrainingCo
         hardware=hardware,
         cores=cpu_threads(),
         usd_per_hour=status.usd_per_hour,
-        done=status.step,
+        done=status.step if done is None else done,
         layout=here.layout,
         packed=data.packed,
     )

@@ -115,7 +115,7 @@ class RunFolderCallback(TrainerCallback):
             if name in logs and not math.isfinite(float(logs[name])):
                 raise RunError(
                     f"{name} is no longer a finite number at step {state.global_step}",
-                    next_step="Lower train.learning_rate; the run goes on from its last good checkpoint.",
+                    next_step=f"Lower train.learning_rate; the run goes on from {self._goes_on_from()}.",
                 )
         if "eval_loss" in logs:  # before its line is written, which counts evaluations without a better loss
             self.budget.evaluated(float(logs["eval_loss"]))
@@ -126,6 +126,9 @@ class RunFolderCallback(TrainerCallback):
             values = ", ".join(f"{name} {value:.5g}" for name, value in record.items() if name not in unlogged)
             log.info("step %d: %s", state.global_step, values)
             self.run.set_status(step=state.global_step)
+
+    def _goes_on_from(self) -> str:
+        return self.trainer.goes_on_from() if self.trainer and self.is_writer else "its last good checkpoint"
 
     def _record(self, logs: dict[str, float], state: Any) -> dict[str, Any]:
         names = ("loss", "learning_rate", "grad_norm", "eval_loss")
@@ -147,7 +150,9 @@ class RunFolderCallback(TrainerCallback):
         if not self.is_writer:
             return
         if not self.trainer.watch.suspects:  # checkpoints from before the loss rose may still be needed
-            saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept)
+            since = self.trainer.watch.health.since
+            suspect_from = since - 1 if since else None
+            saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept, suspect_from=suspect_from)
         self.run.append_progress({"event": "saved", "session": self.session, "step": state.global_step})
         for request in self.saving_for:
             self.run.requests.acknowledge(request, f"saved at step {state.global_step}")

@@ -35,6 +35,10 @@ UNFINISHED = ".unfinished"
 _REPLACED = ".replaced-"
 
 
+class SpoiltWeights(RunError):
+    """A checkpoint's weights are not finite."""
+
+
 def step_of(checkpoint: Path) -> int:
     """Returns the optimizer step in a checkpoint folder's name."""
     return int(checkpoint.name.rsplit("-", 1)[1])
@@ -62,7 +66,7 @@ def verify(checkpoint: Path) -> None:
     if state.get("global_step") != step_of(checkpoint):
         raise RunError(f"{checkpoint.name} holds step {state.get('global_step')}")
     if not adapter_is_finite(checkpoint / "adapter_model.safetensors"):
-        raise RunError(
+        raise SpoiltWeights(
             f"{checkpoint.name} holds weights that are not finite", next_step="Lower train.learning_rate and resume."
         )
     files = {path.name: _fingerprint(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
@@ -174,13 +178,13 @@ def _is_sealed(checkpoint: Path, name: str, mark: list[int | str]) -> bool:
 
 
 def newest_good(folder: Path) -> Path | None:
-    """Returns the newest checkpoint that can be trusted, or None; warns of newer ones that can't."""
+    """Returns the newest checkpoint that can be trusted, or None; warns of newer ones that are damaged."""
     _put_back(folder)
     for checkpoint in reversed(all_checkpoints(folder)):
         if is_good(checkpoint):
             return checkpoint
-        why = _why_set_aside(checkpoint) or "is incomplete or damaged"
-        warnings.warn(f"{checkpoint.name} {why}; resuming from an older one", stacklevel=2)
+        if not why_set_aside(checkpoint):  # `checkpoint_choice.choice_in_words` says those
+            warnings.warn(f"{checkpoint.name} is incomplete or damaged; resuming from an older one", stacklevel=2)
     return None
 
 
@@ -189,16 +193,10 @@ def last_good_step(folder: Path) -> int:
     return max((step_of(path) for path in all_checkpoints(folder) if is_good(path)), default=0)
 
 
-def set_aside(folder: Path, step: int, why: str) -> None:
-    """Marks checkpoints of this step and later as not to be resumed from: they are whole, but their weights are bad."""
-    for checkpoint in all_checkpoints(folder):
-        if step_of(checkpoint) >= step and is_good(checkpoint):
-            write_json(checkpoint / SEAL, read_json(checkpoint / SEAL) | {"set_aside": why})
-
-
-def _why_set_aside(checkpoint: Path) -> str:
+def why_set_aside(checkpoint: Path) -> str:
+    """Returns why a checkpoint was set aside; empty where it was not (`checkpoint_choice`)."""
     try:
-        return f"was set aside ({read_json(checkpoint / SEAL)['set_aside']})"
+        return str(read_json(checkpoint / SEAL)["set_aside"])
     except (RunError, KeyError, TypeError):
         return ""
 
@@ -222,12 +220,18 @@ def load_finished(model: PeftModel, checkpoint: Path) -> TrainerState:
     return read_trainer_state(checkpoint)
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` good checkpoints, and leftovers older than the newest good one."""
+def rotate(folder: Path, keep: int, *, suspect_from: int | None = None) -> None:
+    """Removes all but the newest `keep` good checkpoints, and leftovers older than the newest good one.
+
+    Args:
+        suspect_from: keeps the newest good checkpoint of an earlier step than this as well, which may still be needed.
+    """
     good = [path for path in all_checkpoints(folder) if is_good(path)]
     if not good:
         return
     kept = set(good[-keep:])
+    if suspect_from is not None:
+        kept.update([path for path in good if step_of(path) < suspect_from][-1:])
     for path in all_checkpoints(folder):
         if path not in kept and step_of(path) < step_of(good[-1]):
             remove(path, root=folder.parent)

@@ -2,28 +2,24 @@
 and float16 gradients that overflow at every step.
 
 Values are copied to the host while the device works on, and checked once they have arrived: the host waits for them only before a
-log or a save. Knows packed sequences by number only; the trainer decides what to do.
+log or a save. Where several processes train, each of them judges the same values, those of all, at the logs and saves; so all stop
+at the same step. Knows packed sequences by number only; the trainer decides what to do.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-WINDOW = 32  # steps of the running median
-LEAST = 10  # steps needed before a loss can count as exploded
-IN_A_ROW = 3  # steps: a single hard batch is not an explosion
-RISE_NATS = 2.0  # per token, above the median
-SPREADS = 6.0  # of the usual spread, above the median
+from qlora_helpers.training.health import IN_A_ROW, WINDOW, Health, bound
+
 MOST_OVERFLOWS = 30  # in a row: the loss scaler starts at 2**16 and halves its scale each time, so a few are usual
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,9 @@ class Trouble:
         exploded: whether the loss exploded, so was finite.
         batch, batches: which forward pass of the step (from 1), of how many; None where it is all of them.
         blocks: numbers of its packed sequences in the training data.
+        process: the process (from 1) of that forward pass; None where it is all of them, or where only one trains.
+        since: the first abnormal step: what the step before left, and all later weights, are spoilt. None where there is none.
+        evidence: what was abnormal in that step.
         fix: what a person can do.
     """
 
@@ -45,7 +44,27 @@ class Trouble:
     batch: int | None
     batches: int
     blocks: tuple[int, ...]
+    process: int | None = None
+    since: int | None = None
+    evidence: str = ""
     fix: str = "Look at these rows, or lower train.learning_rate"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process measured in a step.
+
+    Attributes:
+        number: of the optimizer step, from 1.
+        losses: of every forward pass, its share of the step's loss.
+        norm: of the gradients, before clipping; of several processes the mean gradients', so that it is the same in all.
+        blocks: for every forward pass, the numbers of its packed sequences.
+    """
+
+    number: int
+    losses: list[float]
+    norm: float
+    blocks: list[tuple[int, ...]]
 
 
 @dataclass
@@ -55,12 +74,14 @@ class _Step:
     values: torch.Tensor  # on the host: the loss of every forward pass, then the gradient norm
     arrived: Any = None
 
-    def read(self, wait: bool) -> list[float] | None:
+    def read(self, wait: bool) -> Measured | None:
         if self.arrived is not None:
             if not (wait or self.arrived.query()):
                 return None
             self.arrived.synchronize()
-        return self.values.tolist()
+        *losses, norm = self.values.tolist()
+        blocks = [() if each is None else tuple(int(number) for number in each.tolist()) for each in self.blocks]
+        return Measured(self.number, losses, norm, blocks)
 
 
 @dataclass
@@ -72,12 +93,14 @@ class LossWatch:
         overflows: steps in a row that were skipped for that.
         recent: losses of the last healthy steps.
         suspects: the trouble of each of the last steps in a row whose loss is far too high.
+        health: since when the weights are suspect.
     """
 
     may_overflow: bool = False
     overflows: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     suspects: list[Trouble] = field(default_factory=list)
+    health: Health = field(default_factory=Health)
     _losses: list[torch.Tensor] = field(default_factory=list)
     _blocks: list[Any] = field(default_factory=list)
     _waiting: deque[_Step] = field(default_factory=deque)
@@ -119,58 +142,100 @@ class LossWatch:
             wait: whether to wait for the values of all steps so far, as before a log or a save.
         """
         while self._waiting:
-            values = self._waiting[0].read(wait)
-            if values is None:
+            measured = self._waiting[0].read(wait)
+            if measured is None:
                 return None
-            trouble = self._judge(self._waiting.popleft(), values)
-            if trouble is not None:
+            self._waiting.popleft()
+            if trouble := self._judge([measured]):
                 return trouble
         return None
 
-    def _judge(self, step: _Step, values: list[float]) -> Trouble | None:
-        *losses, norm = values
-        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+    def look_together(self, gather: Callable[[list[Measured]], list[list[Measured]]]) -> Trouble | None:
+        """Returns the first trouble in the steps so far of all processes, the same one in each of them; waits for the values.
+
+        Args:
+            gather: returns what each process handed in, in their order; all processes call this together.
+        """
+        own = [step.read(wait=True) for step in self._waiting]
+        self._waiting.clear()
+        of_all = gather([each for each in own if each is not None])
+        for measured in zip(*of_all, strict=True):
+            if trouble := self._judge(measured):
+                return trouble
+        return None
+
+    def _judge(self, of_all: Sequence[Measured]) -> Trouble | None:
+        """Judges one step.
+
+        Args:
+            of_all: what each process measured in it.
+        """
+        trouble = self._not_finite(of_all)
+        if trouble is None and math.isfinite(norm := of_all[0].norm):
+            self.health.add(of_all[0].number, _mean_loss(of_all), norm)
+        trouble = trouble or self._overflowing(of_all) or self._exploded(of_all)
+        if trouble and self.health.since and self.health.since < (trouble.since or math.inf):
+            return replace(trouble, since=self.health.since, evidence=self.health.why)
+        return trouble
+
+    def _not_finite(self, of_all: Sequence[Measured]) -> Trouble | None:
+        passes = [(rank, index) for rank, each in enumerate(of_all) for index in range(len(each.losses))]
+        bad = [(rank, index) for rank, index in passes if not math.isfinite(of_all[rank].losses[index])]
+        number, norm = of_all[0].number, of_all[0].norm
+        # Weights that are bad give no finite loss at all; where some passes have one, the rows of the others are to blame.
+        since = number if len(bad) in (0, len(passes)) else None
         if bad:
-            return _trouble(step, losses, bad[0], f"the loss is no longer a finite number ({losses[bad[0]]})")
-        if not math.isfinite(norm) and not self.may_overflow:
-            return _trouble(step, losses, None, f"grad_norm is no longer a finite number ({norm})")
-        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
-        if self.overflows > MOST_OVERFLOWS:
-            learned = step.number - self.overflows
-            found = f"float16 gradients overflowed in {self.overflows} steps in a row, first"
-            what = f"nothing was learned since step {learned}: {found}"
-            fix = "Lower train.learning_rate, or give a new run model.compute_dtype=float32"
-            return Trouble(learned + 1, what, exploded=False, batch=None, batches=len(losses), blocks=(), fix=fix)
-        loss = sum(losses)
-        limit = bound(self.recent)
-        if loss <= limit:
+            value = of_all[bad[0][0]].losses[bad[0][1]]
+            what, where = f"the loss is no longer a finite number ({value})", bad[0]
+        elif not math.isfinite(norm) and not self.may_overflow:
+            what, where = f"grad_norm is no longer a finite number ({norm})", None
+        else:
+            return None
+        trouble = _trouble(of_all, where, what)
+        return trouble if since is None else replace(trouble, since=since, evidence=f"{what} at step {since}")
+
+    def _overflowing(self, of_all: Sequence[Measured]) -> Trouble | None:
+        self.overflows = 0 if math.isfinite(of_all[0].norm) else self.overflows + 1
+        if self.overflows <= MOST_OVERFLOWS:
+            return None
+        learned = of_all[0].number - self.overflows
+        found = f"float16 gradients overflowed in {self.overflows} steps in a row, first"
+        what = f"nothing was learned since step {learned}: {found}"
+        fix = "Lower train.learning_rate, or give a new run model.compute_dtype=float32"
+        return replace(_trouble(of_all, None, what), step=learned + 1, blocks=(), fix=fix)
+
+    def _exploded(self, of_all: Sequence[Measured]) -> Trouble | None:
+        loss = _mean_loss(of_all)
+        if loss <= bound(self.recent):
             self.recent.append(loss)
             self.suspects = []
             return None
-        worst = max(range(len(losses)), key=losses.__getitem__)
-        usual = f"where {statistics.median(self.recent):.2f} was usual"
-        self.suspects.append(_trouble(step, losses, worst, f"the loss exploded to {loss:.2f}, {usual}", exploded=True))
+        worst = max(
+            ((rank, index) for rank, each in enumerate(of_all) for index in range(len(each.losses))),
+            key=lambda place: of_all[place[0]].losses[place[1]],
+        )
+        what = f"the loss exploded to {loss:.2f}, where {statistics.median(self.recent):.2f} was usual"
+        trouble, number = _trouble(of_all, worst, what, exploded=True), of_all[0].number
+        self.suspects.append(replace(trouble, since=number, evidence=f"the loss exploded at step {number}"))
         return self.suspects[0] if len(self.suspects) >= IN_A_ROW else None
 
 
-def _trouble(step: _Step, losses: list[float], batch: int | None, what: str, *, exploded: bool = False) -> Trouble:
-    chosen = step.blocks if batch is None else [step.blocks[batch]]
-    blocks = tuple(int(number) for each in chosen if each is not None for number in each.tolist())
-    return Trouble(step.number, what, exploded, None if batch is None else batch + 1, len(losses), blocks)
+def _mean_loss(of_all: Sequence[Measured]) -> float:
+    """The loss of a step: of several processes the mean, as Trainer logs it."""
+    return sum(sum(each.losses) for each in of_all) / len(of_all)
 
 
-def bound(recent: Iterable[float]) -> float:
-    """Returns the loss above which a step is suspect: the running median plus a multiple of a robust spread.
-
-    Infinite while too few losses are known. The spread is that of the differences from step to step, so that a falling loss does
-    not widen it; two independent losses differ by sqrt(2) times the spread of one.
-    """
-    values = list(recent)
-    if len(values) < LEAST:
-        return math.inf
-    changes = statistics.median(abs(value - before) for before, value in itertools.pairwise(values))
-    spread = MAD_TO_SIGMA * changes / math.sqrt(2)
-    return statistics.median(values) + max(RISE_NATS, SPREADS * spread)
+def _trouble(
+    of_all: Sequence[Measured], where: tuple[int, int] | None, what: str, *, exploded: bool = False
+) -> Trouble:
+    """Trouble in one forward pass, given by its process and number (from 0), or in all."""
+    if where is None:
+        blocks = tuple(number for each in of_all for numbers in each.blocks for number in numbers)
+        return Trouble(of_all[0].number, what, exploded, None, len(of_all[0].losses), blocks)
+    rank, index = where
+    own = of_all[rank]
+    process = rank + 1 if len(of_all) > 1 else None
+    return Trouble(own.number, what, exploded, index + 1, len(own.losses), own.blocks[index], process)
 
 
 def rows_in_words(blocks: Sequence[int], row_ids: Sequence[Sequence[str]], *, most: int = 12) -> str:

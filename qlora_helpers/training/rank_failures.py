@@ -33,8 +33,8 @@ _WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo
 log = logging.getLogger(__name__)
 
 
-class AveragedFailure(RunError):
-    """A failure that averaged gradients show in every process: the report of one that knows its cause counts more."""
+class CommonFailure(RunError):
+    """A failure that every process has found in the same values at the same step: each raises its own, which says the same."""
 
 
 @contextlib.contextmanager
@@ -59,7 +59,10 @@ def failures_propagated(when_stuck: Callable[[Exception], None] = lambda error: 
     try:
         yield
     except BaseException as error:
-        reported = _reported(wait=is_of_exchange(error) or isinstance(error, AveragedFailure))
+        if isinstance(error, CommonFailure):
+            _report(error)
+            raise
+        reported = _reported(wait=is_of_exchange(error))
         if reported is None and is_of_exchange(error):
             reported = _ended()
         elif reported is None:

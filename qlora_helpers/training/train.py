@@ -73,13 +73,15 @@ def train(
 
     Raises:
         ModelError: a token has no row in the embedding, packed rows would attend to each other, or the fast step's losses differ
-            from the plain path's.
+            from the plain path's; or no checkpoint can be gone on from and the adapters are not untrained.
         RunError: a loss or gradient is no longer finite, or a checkpoint can't be written.
     """
     for rows, what in ((data.train, "the training data"), (data.eval, "the evaluation data")):
         refuse_tokens_without_row(model, tokenizer, rows["input_ids"], what)
     restore_embedding(model.get_input_embeddings())  # where a session that ran out of memory left it on the host
     resume = _resumed_from(run)
+    if resume is None and saved.all_checkpoints(run.checkpoints_dir):
+        _refuse_trained_adapters(model)
     config = with_same_sequences(config, resume, processes())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_loss_named(model))
@@ -110,6 +112,19 @@ def _resumed_from(run: Run) -> Path | None:
         return None
     refuse_code(run.checkpoints_dir / chosen)
     return run.checkpoints_dir / chosen
+
+
+def _refuse_trained_adapters(model: torch.nn.Module) -> None:
+    """Refuses to start anew from adapters that have learned something: B of an untrained one is zero.
+
+    Raises:
+        ModelError: as it says.
+    """
+    if any(bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name):
+        raise ModelError(
+            "no checkpoint is healthy, so training starts anew, but the adapters in memory have been trained",
+            next_step="Call it without a model, or load the model and add its adapters again.",
+        )
 
 
 def refuse_settings(config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,25 @@ from qlora_helpers.model.wiring import in_eval_mode, row_losses
 from qlora_helpers.runs import sigterm
 from qlora_helpers.training import checkpoints as saved
 from qlora_helpers.training.averaging import average_gradients
+from qlora_helpers.training.checkpoint_choice import after_failure
 from qlora_helpers.training.fast_step.loss import chunked_row_losses
 from qlora_helpers.training.fast_step.parts import FastStep
 from qlora_helpers.training.global_batch import Processes, write_processes
+from qlora_helpers.training.health import Evidence
 from qlora_helpers.training.loss_watch import LossWatch, rows_in_words
-from qlora_helpers.training.processes import files_to_first, several_machines
-from qlora_helpers.training.rank_failures import AveragedFailure
+from qlora_helpers.training.processes import files_to_first, from_first, several_machines, values_of_all
+from qlora_helpers.training.rank_failures import CommonFailure
 
 
 @dataclass(frozen=True)
 class _LossSum:
-    """What `loss_sum_*.json` of a checkpoint holds; checkpoints of earlier versions have no `overflows`."""
+    """What `loss_sum_*.json` of a checkpoint holds; checkpoints of earlier versions have no `overflows` or no `health`."""
 
     loss: float
     since_step: int
     recent: tuple[float, ...]
     overflows: int = 0
+    health: Evidence = Evidence()
 
 
 class _OptimizerPlace(TrainerCallback):
@@ -121,28 +124,36 @@ class SummaryTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _stop_in_trouble(self, *, wait: bool) -> None:
-        trouble = self.watch.look(wait=wait)
+        """Raises what the watch reports. Of several processes, each looks at the values of all, and only where all do so together.
+
+        Raises:
+            RunError: the same in every process, with the rows; spoilt checkpoints are set aside.
+        """
+        several = self.accelerator.num_processes > 1
+        if several and not wait:  # when a value arrives differs from process to process
+            return
+        trouble = self.watch.look_together(values_of_all) if several else self.watch.look(wait=wait)
         if trouble is None:
             return
-        if trouble.exploded and not self.is_world_process_zero():
-            return  # each process sees only its own rows: if it ended alone, the others would wait for it
-        folder = Path(self.args.output_dir)
-        if trouble.exploded:  # the weights before that step gave this loss
-            saved.set_aside(folder, trouble.step - 1, f"the loss exploded at step {trouble.step}")
-        last = saved.last_good_step(folder)
         passes = (
             f" in forward pass {trouble.batch} of {trouble.batches}" if trouble.batch and trouble.batches > 1 else ""
         )
+        passes += f" in process {trouble.process} of {self.accelerator.num_processes}" if trouble.process else ""
         rows = [self.train_dataset[number]["row_ids"] for number in trouble.blocks]
-        # The mean of all processes' gradients says nothing of whose rows it was; one whose loss was not finite says more.
-        averaged = trouble.batch is None and not trouble.exploded and self.accelerator.num_processes > 1
-        whose = "the data of this process" if averaged else "its data"
-        where = f"; {whose}: {rows_in_words(trouble.blocks, rows)}" if rows else ""
-        raise (AveragedFailure if averaged else RunError)(
+        where = f"; its data: {rows_in_words(trouble.blocks, rows)}" if rows else ""
+        goes_on = from_first(lambda: after_failure(Path(self.args.output_dir), trouble.since, trouble.evidence))
+        raise (CommonFailure if several else RunError)(
             f"{trouble.what} at step {trouble.step}{passes}{where}",
-            next_step=f"{trouble.fix}; the run goes on from "
-            + (f"its last good checkpoint, of step {last}." if last else "its start: it had no checkpoint yet."),
+            next_step=f"{trouble.fix}; the run goes on from {goes_on}.",
         )
+
+    def goes_on_from(self) -> str:
+        """Sets aside the checkpoints since the watch suspects the weights; returns where the run goes on from.
+
+        For failures that the watch does not find itself.
+        """
+        health = self.watch.health
+        return after_failure(Path(self.args.output_dir), health.since or None, health.why)
 
     @at("evaluation")
     @torch.no_grad()
@@ -203,7 +214,13 @@ class SummaryTrainer(Trainer):
             self._saves_to = None
         self.accelerator.wait_for_everyone()  # the seal covers the files of all processes
         if self.is_world_process_zero():
-            saved.put_in_place(written)
+            try:
+                saved.put_in_place(written)
+            except saved.SpoiltWeights as error:
+                raise RunError(
+                    f"{written.name} holds weights that are not finite",
+                    next_step=f"Lower train.learning_rate; the run goes on from {self.goes_on_from()}.",
+                ) from error
 
     def _taking_part(self) -> Processes:
         count = self.accelerator.num_processes
@@ -219,6 +236,7 @@ class SummaryTrainer(Trainer):
             "since_step": self._globalstep_last_logged,
             "recent": list(self.watch.recent),
             "overflows": self.watch.overflows,
+            "health": asdict(self.watch.health.evidence()),
         }
         write_json(checkpoint / self._sum_name(), kept)
 
@@ -235,3 +253,4 @@ class SummaryTrainer(Trainer):
         self._globalstep_last_logged = kept.since_step
         self.watch.recent.extend(kept.recent)
         self.watch.overflows = kept.overflows
+        self.watch.health.restore(kept.health)

@@ -19,10 +19,12 @@ from qlora_helpers.planning.cost import cost_of_run
 from qlora_helpers.planning.measured import write_measured
 from qlora_helpers.runs import sigterm
 from qlora_helpers.runs.folder import Run
+from qlora_helpers.runs.locks import run_lock
 from qlora_helpers.runs.log import prints_into
 from qlora_helpers.runs.session import training_session
 from qlora_helpers.sagemaker.after_training import shut_app_down
-from qlora_helpers.training.checkpoints import refuse_other_than_trained_on
+from qlora_helpers.training.checkpoint_choice import choice_in_words, go_back_to
+from qlora_helpers.training.checkpoints import last_good_step, refuse_other_than_trained_on
 from qlora_helpers.training.in_processes import several_by_plan, train_in_processes
 from qlora_helpers.training.processes import is_main_process, several_machines, values_of_all
 from qlora_helpers.training.rank_failures import failures_propagated
@@ -50,7 +52,7 @@ def train(
     in_this_process: bool = False,
     say: Say = print,
 ) -> TrainResult:
-    """Trains the run's adapters, from the newest verified checkpoint if there is one, and saves the adapter.
+    """Trains the run's adapters, from the newest healthy checkpoint if there is one, and saves the adapter.
 
     Where several GPUs are free and the plan shares the work among processes, such as shards of a large model, it starts these and
     waits for them (`training.in_processes`), unless a model is in memory already.
@@ -87,6 +89,9 @@ def train(
         contextlib.ExitStack() as undone,
     ):
         refuse_other_than_trained_on(run)
+        if is_main_process() and (chosen := choice_in_words(run.checkpoints_dir)):
+            say(chosen)
+            log.info("%s", chosen)
         trackers = undone.enter_context(reporting(run, run.config())) if is_main_process() else []
         if loaded is None:
             if is_main_process():
@@ -98,7 +103,7 @@ def train(
             undone.enter_context(removed_on_error(model))
         data = preparing.prepare_data(run, loaded.tokenizer, shape=loaded.shape, model=model, say=say)
         if is_main_process():
-            say(str(cost_of_run(run, loaded, data)))
+            say(str(cost_of_run(run, loaded, data, done=last_good_step(run.checkpoints_dir))))
         show = phases.current() if show_progress and not redraw and is_main_process() else None
         result = train_steps(run, model, loaded, data, redraw=redraw, show=show, trackers=trackers)
         _save_result(run, model, loaded, data, result, say)
@@ -172,22 +177,31 @@ def retry(
     model: PeftModel | None = None,
     loaded: LoadedModel | None = None,
     settings: Iterable[str] | dict[str, Any] | None = None,
+    checkpoint: int | None = None,
     show_progress: bool = True,
     say: Say = print,
 ) -> TrainResult:
-    """Resumes a run that failed from its last verified checkpoint, without restarting the process.
+    """Resumes a run that failed from its last healthy checkpoint, without restarting the process.
+
+    Where training failed because its weights were spoilt, the checkpoints since the first abnormal step are set aside; where none
+    is left, it starts anew from the untrained adapter. What was chosen is said.
 
     Args:
         settings: changes to the settings. If the run was out of memory, None takes the fastest settings that should fit.
+        checkpoint: the step of a checkpoint to go on from, even if it was set aside; None takes the last healthy one.
         run, model, loaded, show_progress, say: as for `train`.
 
     Raises:
-        RunError: as for `train`, or a setting would change that is fixed once the run has trained.
+        RunError: as for `train`, there is no such checkpoint, or a setting would change that is fixed once the run has trained.
     """
     settings = out_of_memory.next_settings(run) if settings is None else settings
     if settings:
         run.change_config(run.config().with_settings(settings))
-        say("Going on with " + ", ".join(settings))
+        texts = [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else settings
+        say("Going on with " + ", ".join(texts))
+    if checkpoint is not None:
+        with run_lock(run):
+            go_back_to(run.checkpoints_dir, checkpoint)
     return train(run, model=model, loaded=loaded, show_progress=show_progress, say=say)
 
 

@@ -8,16 +8,8 @@ import random
 import pytest
 import torch
 
-from qlora_helpers.training.loss_watch import (
-    IN_A_ROW,
-    LEAST,
-    MOST_OVERFLOWS,
-    RISE_NATS,
-    LossWatch,
-    _Step,
-    bound,
-    rows_in_words,
-)
+from qlora_helpers.training.health import IN_A_ROW, LEAST, RISE_NATS, bound
+from qlora_helpers.training.loss_watch import MOST_OVERFLOWS, LossWatch, _Step, rows_in_words
 
 NAN = float("nan")
 

@@ -297,11 +297,49 @@ def spoiled(root: Path, name: str, rank: int) -> Any:
 def test_a_loss_that_is_no_number_in_one_process_ends_all_with_its_rows(root, imported):
     """The averaged gradients are none in both; the first process must not blame its own rows."""
     first, second = in_ranks(spoiled, root, "spoiled", 1)
-    assert second.startswith("the loss is no longer a finite number (nan) at step 3; its data: sequence ")
-    assert first == f"process 2 of 2 failed: {second}"
+    assert first == second
+    assert first.startswith(
+        "the loss is no longer a finite number (nan) at step 3 in process 2 of 2; its data: sequence "
+    )
     assert "its last good checkpoint, of step 2" in first
     assert (root / "spoiled/checkpoints/checkpoint-2/verified.json").is_file()
-    assert (status(root, "spoiled")["state"], status(root, "spoiled")["last_error"]) == ("failed", f"RunError: {first}")
+    assert (status(root, "spoiled")["state"], status(root, "spoiled")["last_error"]) == (
+        "failed",
+        f"CommonFailure: {first}",
+    )
+
+
+def explodes(root: Path, name: str, rank: int) -> Any:
+    """What each process does of a training in which the loss of one is ten times as high since its 13th step."""
+    from qlora_helpers.base.errors import RunError
+    from qlora_helpers.training.trainer import SummaryTrainer
+
+    own = SummaryTrainer.compute_loss
+
+    def compute_loss(self: Any, *arguments: Any, **more: Any) -> Any:
+        loss = own(self, *arguments, **more)
+        return loss * 10 if self.model.training and self.state.global_step >= 12 else loss
+
+    if os.environ["RANK"] == str(rank):
+        SummaryTrainer.compute_loss = compute_loss
+    steps = {"train.max_steps": 40, "train.logging_steps": 5, "train.save_steps": 4, "train.eval_steps": 40}
+    try:
+        train(root, name, steps | {"train.share": "copies", "train.checkpoints_kept": 2})
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def test_a_loss_that_explodes_in_another_process_than_the_first_ends_all_at_a_log(root, imported):
+    """The first one's own loss is as it was: it would train on, and the other would end alone or not at all."""
+    first, second = in_ranks(explodes, root, "explodes", 1)
+    assert first == second
+    assert first.startswith("the loss exploded to ") and "at step 13 in process 2 of 2; its data: sequence " in first
+    assert "the run goes on from its last healthy checkpoint, of step 8: checkpoint 12 is set aside (" in first
+    assert losses(root, "explodes")[-1][0] == 10, "found before the log of step 15 was written"
+    in_ranks(train, root, "explodes", {"train.share": "copies", "train.max_steps": 9})
+    assert status(root, "explodes")["state"] == "finished"
+    assert '"resumed_from": 8' in (root / "explodes/progress.jsonl").read_text()
 
 
 def run_out(root: Path, name: str, settings: dict[str, Any], place: str, rank: int) -> Any:

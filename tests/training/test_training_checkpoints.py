@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from qlora_helpers.base.errors import RunError
+from qlora_helpers.training.checkpoint_choice import after_failure, choice_in_words, go_back_to, set_aside
 from qlora_helpers.training.checkpoints import (
     NEEDED,
     SEAL,
@@ -19,7 +20,6 @@ from qlora_helpers.training.checkpoints import (
     newest_good,
     put_in_place,
     rotate,
-    set_aside,
     step_of,
     verify,
 )
@@ -102,8 +102,69 @@ def test_checkpoints_that_were_set_aside_are_not_resumed_from(folder):
     set_aside(folder, 20, "the loss exploded at step 21")
     assert [is_good(path) for path in all_checkpoints(folder)] == [True, False, False]
     assert last_good_step(folder) == 10
-    with pytest.warns(UserWarning, match=r"was set aside \(the loss exploded at step 21\); resuming from an older one"):
-        assert step_of(newest_good(folder)) == 10
+    assert step_of(newest_good(folder)) == 10
+    assert choice_in_words(folder) == (
+        "Training goes on from checkpoint 10, the last healthy one: checkpoints 20 and 30 are set aside "
+        "(the loss exploded at step 21)."
+    )
+    write(folder, 40)
+    assert choice_in_words(folder) == "", "the run has gone on since"
+
+
+def test_a_failure_sets_aside_what_its_first_abnormal_step_was_measured_on(folder):
+    """The values of step 21 are those of the weights that step 20 left."""
+    for step in (10, 20, 30):
+        write(folder, step)
+    assert after_failure(folder, None, "") == "its last good checkpoint, of step 30"
+    assert after_failure(folder, 22, "it rose") == (
+        "its last healthy checkpoint, of step 20: checkpoint 30 is set aside (it rose)"
+    )
+    assert after_failure(folder, 21, "it rose") == (
+        "its last healthy checkpoint, of step 10: checkpoint 20 is set aside (it rose)"
+    )
+    assert after_failure(folder, 2, "it rose") == "the untrained adapter: checkpoint 10 is set aside (it rose)"
+    assert newest_good(folder) is None and steps(folder) == [10, 20, 30]
+    assert choice_in_words(folder) == (
+        "Training starts anew from the untrained adapter, because no checkpoint is healthy: "
+        "checkpoints 10, 20 and 30 are set aside (it rose)."
+    )
+    assert after_failure(folder / "empty", 5, "it rose") == "its start: it had no checkpoint yet"
+
+
+def test_a_person_may_go_on_from_a_checkpoint_that_was_set_aside(folder):
+    for step in (10, 20, 30):
+        write(folder, step)
+    set_aside(folder, 20, "it rose")
+    go_back_to(folder, 20)
+    assert step_of(newest_good(folder)) == 20
+    assert choice_in_words(folder) == (
+        "Training goes on from checkpoint 20, as you asked, although it had been set aside (it rose)."
+    )
+    go_back_to(folder, 10)
+    assert step_of(newest_good(folder)) == 10
+    assert "checkpoints 20 and 30 are set aside (you asked to go on from checkpoint 10)" in choice_in_words(folder)
+
+
+@pytest.mark.parametrize("step", [15, 20])
+def test_a_person_can_t_go_on_from_a_damaged_checkpoint_or_none(folder, step):
+    for each in (10, 20):
+        write(folder, each)
+    set_aside(folder, 20, "it rose")
+    (folder / "checkpoint-20/optimizer.pt").write_bytes(b"y")
+    before = (folder / "checkpoint-20" / SEAL).read_bytes()
+    with pytest.raises(RunError, match=f"no whole checkpoint of step {step}; expected one of 10"):
+        go_back_to(folder, step)
+    assert (folder / "checkpoint-20" / SEAL).read_bytes() == before
+    assert step_of(newest_good(folder)) == 10
+
+
+def test_the_last_checkpoint_from_before_a_suspicion_is_kept(folder):
+    for step in (10, 20, 30, 40, 50):
+        write(folder, step)
+    rotate(folder, 2, suspect_from=20)
+    assert steps(folder) == [10, 40, 50]
+    rotate(folder, 2)
+    assert steps(folder) == [40, 50]
 
 
 def test_an_adapter_file_without_weights_is_not_sealed(folder):
