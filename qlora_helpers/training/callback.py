@@ -150,7 +150,7 @@ class RunFolderCallback(TrainerCallback):
         if not self.is_writer:
             return
         if not self.trainer.watch.suspects:  # checkpoints from before the loss rose may still be needed
-            since = self.trainer.watch.health.since
+            since = self.trainer.watch.health.doubtful_since
             suspect_from = since - 1 if since else None
             saved.rotate(self.run.checkpoints_dir, self.config.checkpoints_kept, suspect_from=suspect_from)
         self.run.append_progress({"event": "saved", "session": self.session, "step": state.global_step})

@@ -81,6 +81,11 @@ class Health:
             self._later.clear()
             self.since, self.why = 0, ""
 
+    @property
+    def doubtful_since(self) -> int:
+        """The first step that may turn out to be abnormal; 0 where there is none."""
+        return self.since or self.collapsed
+
     def evidence(self) -> Evidence:
         """Returns what a checkpoint keeps."""
         later = tuple(loss for loss, _ in self._later), tuple(norm for _, norm in self._later)
@@ -98,7 +103,7 @@ class Health:
     def _abnormal(self, step: int, loss: float, norm: float) -> str:
         """Says what is far above its level; empty where nothing is."""
         if loss > self._loss_limit():
-            usual = statistics.median(self.losses or [self.before])
+            usual = statistics.median(self.losses or [self.before or 0.0])
             return f"the loss rose to {loss:.2f} at step {step}, where {usual:.2f} was usual"
         if norm > norm_bound(self.norms):
             usual = statistics.median(self.norms)

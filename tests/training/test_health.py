@@ -72,7 +72,10 @@ def test_norms_that_leap_never_become_the_level():
 def test_a_jump_that_follows_collapsed_norms_is_dated_by_these():
     """A tiny model whose learning rate was raised to 1.0 at step 5, as measured."""
     norms = [1.14, 1.1034, 1.1311, 1.152, 1.1775, 0.048855, 0.0098552, 15.152, 2218]
-    health = health_of([7.7, 7.65, 7.67, 7.58, 7.55, 7.37, 7.35, 8.07, 8.0], norms)
+    losses = [7.7, 7.65, 7.67, 7.58, 7.55, 7.37, 7.35, 8.07, 8.0]
+    before = health_of(losses[:7], norms[:7])
+    assert (before.since, before.doubtful_since) == (0, 6), "the checkpoint from before step 6 is kept"
+    health = health_of(losses, norms)
     what = "the gradient norm jumped to 15.15 at step 8, where 1.1 was usual, after the norm had collapsed at step 6"
     assert (health.since, health.why) == (6, what)
 
