@@ -255,6 +255,10 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
     recompute = {"activation_checkpointing": case.checkpointed != 0, "checkpointed_layers": case.checkpointed}
     config = TrainConfig(**steps | recompute | {"micro_batch_size": case.blocks} | variant.get("train", {}))
     clock, profiled = Clock(), [Profile()] if profile else []
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(given["input_ids"].shape[1] * module.training), with_kwargs=True
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         every_matmul() if case.variant == "remade" else contextlib.nullcontext(),
@@ -278,7 +282,7 @@ def measure(case: Case, source: str, seq_len_tokens: int, profile: bool, *, rows
             "prepared_s": round(prepared_s, 2),
             "fill": round(data.report.tokens / max(1, len(data.train) * seq_len_tokens), 4) if data.packed else None,
             "padded": refusal,
-            "longest_row_tokens": max(map(len, data.train["input_ids"])),
+            "longest_row_tokens": max(lengths),
             "mean_row_tokens": round(data.report.tokens / data.report.rows, 1),
             "trained_share": round(data.report.trained_tokens / data.report.tokens, 4),
             "compiled": bool(fast and fast.compiled),

@@ -8,6 +8,7 @@ never code that a checkpoint brings along. Of a multimodal model the text part i
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import resource
@@ -74,6 +75,8 @@ class _Layer:
     layer_norm: bool = False
     qk_norm: bool = False
     recurrent: bool = False
+    recurrent_kept: float | None = None
+    packages: frozenset[str] = frozenset()
     parameters: int = 0
 
 
@@ -108,6 +111,25 @@ def _measure(layer: nn.Module, hidden: int, seen: set[int], packed: set[int], pe
         else:
             _add_stacks(found, name, module, [part for part in own if id(part) in packed], hidden, per_token)
     return found
+
+
+def _is_recurrent_mixer(part: nn.Module) -> bool:
+    by_name = bool(_RECURRENT.search(type(part).__name__))
+    return by_name or any(isinstance(child, nn.Conv1d) for child in part.children())
+
+
+def _count_without_kernels(layers: Any, measured: list[_Layer], hidden: int) -> None:
+    """Adds to recurrent layers what their mixer keeps without a kernel: run once for each class, since all of one are alike."""
+    known: dict[type, tuple[float | None, frozenset[str]]] = {}
+    for layer, found in zip(layers, measured, strict=True):
+        mixer = next((part for part in layer.modules() if part is not layer and _is_recurrent_mixer(part)), None)
+        if mixer is None or not found.recurrent:
+            continue
+        kind = type(mixer)
+        if kind not in known:
+            packages = _kernel_packages(mixer)
+            known[kind] = (_kept_without_kernels(mixer, hidden) if packages else None, packages)
+        found.recurrent_kept, found.packages = known[kind]
 
 
 def _add_linear(
@@ -176,6 +198,40 @@ def _kept_for_each(module: nn.Module) -> float:
     return sum(kept.values()) / width
 
 
+def _kept_without_kernels(mixer: nn.Module, hidden: int) -> float | None:
+    """Counts the values a token that a recurrent mixer keeps as transformers computes it here, on values without memory.
+
+    Weights are frozen, so what adapters keep is not in it. None where it can't be run so, as with a kernel that is installed.
+    """
+    tokens, kept, held = 1024, dict[int, int](), list[torch.Tensor]()
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        if id(tensor) not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = list(mixer.parameters())
+    weights = {id(part) for part in own}
+    for part in own:
+        part.requires_grad_(False)
+    given = torch.empty(1, tokens, hidden, device="meta", dtype=torch.bfloat16, requires_grad=True) * 1
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+            mixer(given)
+    except Exception:  # of a kernel, or of a layer that asks for more
+        return None
+    of_weights = {part.untyped_storage()._cdata for part in own}
+    return sum(size for storage, size in kept.items() if storage not in of_weights) / tokens / given.element_size()
+
+
+def _kernel_packages(mixer: nn.Module) -> frozenset[str]:
+    """Which packages transformers looks for in the file that defines a mixer; short convolutions are computed here without."""
+    source = inspect.getsource(sys.modules[type(mixer).__module__])
+    found = re.findall(r'use_kernel_func_from_hub_with_fallback\(\s*"\w+",\s*"(\w+)"', source)
+    return frozenset(found) - {"causal_conv1d"}
+
+
 def count(model: nn.Module, family: str) -> ModelSizes:
     """Counts a model's text part.
 
@@ -196,6 +252,7 @@ def count(model: nn.Module, family: str) -> ModelSizes:
     seen: set[int] = set()
     packed = packed_weights(model)
     measured = [_measure(layer, hidden, seen, packed, per_token, experts) for layer in layers]
+    _count_without_kernels(layers, measured, hidden)
     if not any(each.experts for each in measured):
         per_token = experts = 0
     everything = {id(part): part.numel() for part in model.parameters()}
@@ -254,6 +311,10 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
     mixers = [
         each.mixer + (0 if each.recurrent else 2 * heads) + (states if each.recurrent else 0) for each in measured
     ]
+    plain = [
+        max(mixer, each.recurrent_kept or 0.0) if each.recurrent else mixer
+        for each, mixer in zip(measured, mixers, strict=True)
+    ]
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return ModelSizes(
         layers=count_of,
@@ -284,6 +345,8 @@ def _sizes(measured: list[_Layer], config: Any, **found: Any) -> ModelSizes:
         expert_inner=_mean([each.expert_inner for each in measured]),
         expert_kept=max(each.expert_kept for each in measured) or ModelSizes.expert_kept,
         mixer_values=_mean(mixers),
+        mixer_without_kernels=round(_mean(plain), 1) if plain != mixers else None,
+        mixer_packages=tuple(sorted(frozenset().union(*(each.packages for each in measured)))),
         recurrent_share=_mean([each.recurrent for each in measured]),
         counted="built",
         **found,

@@ -14,10 +14,12 @@ from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.layout import copies_sharing
 from qlora_helpers.planning.memory import predict, usable_with_margin
 from qlora_helpers.planning.speed import UNNAMED_GPU
+from qlora_helpers.planning.step_settings import has_kernels
 from qlora_helpers.planning.workload import Workload
 
 SHOWN_GIB = 0.05  # what is less is 0.0 in a note
 GRACE_S = 10  # what `docker stop` gives a process to save
+_DISTRIBUTIONS = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}  # by what is imported
 PLAIN_STEP = "train.fast_step is off: what the plain step keeps was counted on a CPU, and its speed is arithmetic"
 
 PADDED = "rows are padded, not packed, and nothing is compiled"
@@ -145,6 +147,18 @@ def hardware_notes(hardware: Hardware) -> list[str]:
     return notes
 
 
+def _of_recurrent_layers(sizes: ModelSizes) -> str:
+    if not sizes.mixer_packages:
+        return "their memory and time are arithmetic, not measured"
+    names = " and ".join(_DISTRIBUTIONS.get(name, name) for name in sizes.mixer_packages)
+    if has_kernels(sizes):
+        return f"their memory and time are arithmetic for the kernels of {names}, not measured"
+    return (
+        f"{names} is not installed here, so memory is that of PyTorch's own operations, which hold several times as much as the "
+        "kernels (measured with Qwen3.5 9B, on an H200); they also take longer than the time here, which is that of the kernels"
+    )
+
+
 def model_notes(sizes: ModelSizes) -> list[str]:
     """Says where the sizes come from, and which parts of the model were never measured."""
     notes = []
@@ -163,7 +177,5 @@ def model_notes(sizes: ModelSizes) -> list[str]:
         )
     if sizes.recurrent_share:
         share = f"{sizes.recurrent_share:.0%} of its layers carry" if sizes.recurrent_share < 1 else "its layers carry"
-        notes.append(
-            f"{share} a state along the sequence: their memory and time are arithmetic for the fast kernels, not measured"
-        )
+        notes.append(f"{share} a state along the sequence: {_of_recurrent_layers(sizes)}")
     return notes

@@ -5,6 +5,7 @@ Arithmetic alone, no torch. Knows nothing of cards, of the rest of a step's byte
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +178,7 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
     stream = sizes.hidden * max(residuals, 1 + extra_norms)  # the residual is their input and what came before
     attention: float = 2 * queries + 2 * keys + 2 * sizes.heads  # the last: the softmax's sums, in float32
     if sizes.mixer_values is not None:
-        attention = sizes.mixer_values
+        attention = sizes.mixer_values if has_kernels(sizes) else sizes.mixer_without_kernels or sizes.mixer_values
     if sizes.qk_norm:
         attention += queries + keys
     inner = (sizes.inner - sizes.inner_of_experts) * (2 if sizes.gated_mlp else 1)
@@ -187,6 +188,11 @@ def kept_values(sizes: ModelSizes, *, compiled: bool, r: int, adapted: tuple[Lin
     inner += kept_by_experts(sizes)
     low_rank = r * sum(layer.per_layer for layer in adapted or sizes.linears)
     return stream + attention + inner + low_rank
+
+
+def has_kernels(sizes: ModelSizes) -> bool:
+    """Whether the kernels of a model's recurrent layers are installed here; without, transformers takes PyTorch's operations."""
+    return all(importlib.util.find_spec(package) is not None for package in sizes.mixer_packages)
 
 
 def kept_by_experts(sizes: ModelSizes) -> float:

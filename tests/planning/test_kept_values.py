@@ -15,6 +15,7 @@ from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu
 from qlora_helpers.model.random_weights import build_random_model
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.model.wiring import decoder_layers
+from qlora_helpers.planning import step_settings
 from qlora_helpers.planning.step_settings import StepSettings, kept_bytes, kept_values
 from qlora_helpers.training.fast_step import block_diagonal
 from qlora_helpers.training.fast_step.adapters import weights_cast_in_place_of_activations
@@ -64,7 +65,8 @@ def kept_by_a_layer(
     def look(tensor):
         storage = tensor.untyped_storage().data_ptr()
         rows = TOKENS, TOKENS * shape.get("num_experts_per_tok", 1)
-        if any(each in tensor.shape for each in rows) and storage not in own:
+        chunked = shape["model_type"] == "qwen3_5_text" and tensor.numel() >= TOKENS
+        if (chunked or any(each in tensor.shape for each in rows)) and storage not in own:
             kept[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -126,6 +128,24 @@ def test_capped_attention_keeps_its_scores(compiled, monkeypatch):
     kept = kept_by_a_layer(shape, monkeypatch, compiled=compiled, attention="eager")
     assert 0.85 * kept <= kept_bytes(sizes, step) <= 1.1 * kept
     assert kept_bytes(sizes, replace(step, within_rows=True)) < kept / 2
+
+
+def test_linear_attention_without_its_kernel_keeps_what_was_counted(monkeypatch):
+    """By PyTorch's own operations, in chunks of tokens and in float32: several times what the kernel keeps."""
+    heads = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    }
+    shape = _GROUPED | heads | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"]}
+    sizes = model_sizes(AutoConfig.for_model(**shape).to_dict())
+    assert sizes.mixer_packages == ("fla",)
+    step = StepSettings(TOKENS, 1, 0, False, R, 0, within_rows=False)
+    kept = kept_by_a_layer(shape, monkeypatch, compiled=False, attention="eager")
+    assert 0.9 * kept <= kept_bytes(sizes, step) <= 1.1 * kept
+    monkeypatch.setattr(step_settings, "has_kernels", lambda sizes: True)
+    assert kept_bytes(sizes, step) < kept / 2
 
 
 FEW = ("q_proj", "v_proj")

@@ -30,7 +30,7 @@ from qlora_helpers.model.shapes.values import Shape, family_of
 COUNT_S = 180.0  # for building a model on the meta device; a few seconds on an idle machine
 COUNT_BYTES = 16 * 1024**3  # of address space; PyTorch with CUDA maps several GiB that it never touches
 KEPT = "counted.json"
-COUNTING = 3  # raised whenever more, or something else, is counted: what was kept before is counted anew
+COUNTING = 4  # raised whenever more, or something else, is counted: what was kept before is counted anew
 _NO_SIZES = {
     "_name_or_path",
     "architectures",
@@ -72,7 +72,7 @@ def counted_sizes(config: Shape) -> ModelSizes:
 def from_plain(found: dict[str, Any]) -> ModelSizes:
     """Returns sizes from plain values, as `dataclasses.asdict` gives them."""
     layers = {name: tuple(LinearLayer(**each) for each in found[name]) for name in ("linears", "expert_stacks")}
-    return ModelSizes(**found | layers)
+    return ModelSizes(**found | layers | {"mixer_packages": tuple(found["mixer_packages"])})
 
 
 def _kept(key: str) -> ModelSizes | None:

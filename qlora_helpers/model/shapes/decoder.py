@@ -69,6 +69,9 @@ class ModelSizes:
         expert_kept: values that an expert keeps for the backward pass for each inner value of a token: its branches and what its
             activation adds. The experts' part of a layer is not compiled.
         mixer_values: values a token that attention, or what stands for it, keeps for the backward pass; None: by `heads`.
+        mixer_without_kernels: the same where transformers computes recurrent layers by PyTorch's own operations; None where that
+            is no different.
+        mixer_packages: what must be installed for their kernels, by the names that are imported.
         recurrent_share: share of the layers that carry a state along the sequence (state space, linear attention, convolution).
         beside_text: weights of vision and audio parts that are loaded with the text part; no other count includes them.
         beside_quantized: of these, the weights that are stored in 4 bits.
@@ -106,6 +109,8 @@ class ModelSizes:
     expert_inner: float | None = None
     expert_kept: float = 3.0
     mixer_values: float | None = None
+    mixer_without_kernels: float | None = None
+    mixer_packages: tuple[str, ...] = ()
     recurrent_share: float = 0.0
     other_quantized: int = 0
     beside_text: int = 0

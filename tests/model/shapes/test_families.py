@@ -43,7 +43,7 @@ def test_an_unlisted_family_has_no_targets_here():
         ({"model_type": "stablelm"}, None),
         ({"model_type": "mamba", "state_size": 16}, "recurrent"),
         ({"model_type": "jamba", "mamba_d_state": 16}, "recurrent"),
-        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "recurrent"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, None),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "recurrent"),
         ({"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}, None),
         ({"model_type": "granitemoehybrid", "mamba_d_state": 16, "layer_types": ["attention", "attention"]}, None),
