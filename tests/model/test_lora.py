@@ -10,6 +10,7 @@ from tiny import tiny_llama, tiny_model
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
+from qlora_helpers.model.adapter_loading import load_adapter
 from qlora_helpers.model.lora import (
     ParameterCount,
     adapter_sizes,
@@ -17,7 +18,6 @@ from qlora_helpers.model.lora import (
     count_from_shape,
     count_parameters,
     linear_layer_names,
-    load_adapter,
     target_modules,
 )
 from qlora_helpers.model.shapes.catalog import SHAPES
