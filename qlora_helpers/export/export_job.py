@@ -60,6 +60,7 @@ class ExportJob:
 
     @property
     def config(self) -> RunConfig:
+        """The run's settings without this machine's folders, as they may leave it."""
         return without_folders(self.run.config())
 
     @property

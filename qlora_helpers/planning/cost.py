@@ -145,11 +145,11 @@ def training_cost(
         shape: the model's `config.json`.
         rows, tokens, sequences: of an epoch, without padding.
         trained_share: share of the tokens that count in the loss.
-        hardware: the GPUs that train; None stands for a CPU.
+        hardware: the GPUs that train; None means a CPU.
         cores: of the CPU that each process computes with.
         usd_per_hour: of this machine.
         done: optimizer steps that are behind it.
-        layout: how processes and GPUs share the model; None stands for one process whose layers are spread over the GPUs.
+        layout: how processes and GPUs share the model; None means one process whose layers are spread over the GPUs.
         packed: whether rows are packed; None asks the settings and the shape.
     """
     packed = is_packed(config, shape) if packed is None else packed
