@@ -44,7 +44,7 @@ from qlora_helpers.data.sources import Corpus, Example, read_corpus
 from qlora_helpers.data.templates import template_of
 from qlora_helpers.evaluation import evaluate, generate
 from qlora_helpers.evaluation.scorecard import compare
-from qlora_helpers.model import loading, lora
+from qlora_helpers.model import adapter_loading, loading, lora
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.training import train as training
 from qlora_helpers.training.result import machine_name
@@ -123,7 +123,7 @@ def train_one(config: RunConfig, variant: str, corpus: Corpus) -> tuple[Any, Any
             model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
             del model, loaded
             loaded = loading.load_model(config.model, say=lambda text: None)
-            model = lora.load_adapter(loaded.model, Path(folder, "adapter"))
+            model = adapter_loading.load_adapter(loaded.model, Path(folder, "adapter"))
     return (
         model,
         loaded.tokenizer,

@@ -11,7 +11,8 @@ from qlora_helpers.machine.hardware import GPUS
 from qlora_helpers.model.shapes.catalog import SHAPES
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.model.shapes.sizes import adapter_parameters, model_sizes
-from qlora_helpers.planning.memory import GpuMemory, predict
+from qlora_helpers.planning.gpu_memory import GpuMemory
+from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.speed import step_seconds
 from qlora_helpers.planning.step_settings import StepSettings
 

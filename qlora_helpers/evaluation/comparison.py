@@ -60,6 +60,7 @@ class ReloadCheck:
 
     @property
     def passed(self) -> bool:
+        """Whether all answers are equal, and no logit differs by more than `RELOAD_TOLERANCE`."""
         return self.same_answers == self.prompts and self.largest_difference <= RELOAD_TOLERANCE
 
     def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from qlora_helpers.evaluation.metrics.own import Function
 from qlora_helpers.evaluation.metrics.text import rouge_rows
 from qlora_helpers.evaluation.questions import Asking, Rival, asked_prompts, asks_alike, held_out, known_to_rivals
 from qlora_helpers.evaluation.result import MODELS, Evaluation, Scores, Scoring
-from qlora_helpers.evaluation.scorecard import compare, interval, mean_loss, score_answers, unscored
+from qlora_helpers.evaluation.scorecard import Comparison, compare, interval, mean_loss, score_answers, unscored
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,17 +98,28 @@ def evaluate(
     adapters = {rival.name: rival.adapter for rival in rivals}
     form = answer_rows(model, tokenizer, rows, asked, config, kept, adapters=adapters, progress=progress)
     if "base_few" in prompts and shots and asking.template.name != "chat":
-        for row in rows:
-            answer = row["answers"]["base_few"]
-            answer["text"] = first_answer(answer["text"], shots[: config.few_shot], asking.template.opening(shots[0]))
-    remarks += more
-    score_answers(rows, scored_by)
-    scores = {name: _scores([row["answers"][name] for row in rows], scored_by) for name in prompts}
-    others = [name for name in prompts if name != "tuned" and "tuned" in prompts]
-    against = {name: compare(rows, name, "tuned", metric=scored_by) for name in others}
+        _cut_after_first_answer(rows, shots[: config.few_shot], asking.template.opening(shots[0]))
+    scores, against = _scored(rows, tuple(prompts), scored_by)
     scoring = Scoring(scored_by.name, scored_by.task, scored_by.main, scored_by.measures, reason, scored_by.notes)
-    remarks += unscored(rows, scored_by)
+    remarks += [*more, *unscored(rows, scored_by)]
     return Evaluation(scores, tuple(rows), trimmed, against, skipped, form, scoring, tuple(remarks))
+
+
+def _cut_after_first_answer(rows: Sequence[dict[str, Any]], shots: Sequence[Example], opening: str) -> None:
+    """Cuts the answers that were given after examples where the model goes on to write an example of its own."""
+    for row in rows:
+        answer = row["answers"]["base_few"]
+        answer["text"] = first_answer(answer["text"], shots, opening)
+
+
+def _scored(
+    rows: list[dict[str, Any]], names: Sequence[str], metric: Metric
+) -> tuple[dict[str, Scores], dict[str, Comparison]]:
+    """Scores each answer in its row; returns each model's scores, and each other model's comparison with the tuned one."""
+    score_answers(rows, metric)
+    scores = {name: _scores([row["answers"][name] for row in rows], metric) for name in names}
+    others = [name for name in names if name != "tuned" and "tuned" in names]
+    return scores, {name: compare(rows, name, "tuned", metric=metric) for name in others}
 
 
 def evaluate_prepared(

@@ -315,7 +315,7 @@ def answer_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, marks: Answ
 
 
 def behind_lead(tokens: list[int], lead: Sequence[int]) -> list[int]:
-    """Returns the tokens behind the last place where `lead` stands; all where it doesn't."""
+    """Returns the tokens behind the last occurrence of `lead`; all where it does not occur."""
     for start in range(len(tokens) - len(lead), -1, -1) if lead else ():
         if tokens[start : start + len(lead)] == list(lead):
             return tokens[start + len(lead) :]

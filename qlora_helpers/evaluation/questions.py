@@ -76,6 +76,11 @@ class Asking:
         return found, [f"{count} held-out rows were not asked: {reason}" for reason, count in reasons.items()]
 
     def prompt(self, example: Example) -> Prompt:
+        """Returns a row's prompt, cut so that the answer has room within `max_tokens`.
+
+        Raises:
+            RowProblem: the template can't write the row, or its prompt does not fit.
+        """
         room = self.max_tokens - self.answer_tokens
         return prompt_tokens(example, self.template, max_tokens=room, long_rows=self.long_rows)
 

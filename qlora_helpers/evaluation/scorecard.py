@@ -53,6 +53,7 @@ class Difference:
 
     @property
     def difference(self) -> float:
+        """How much larger the second value is than the first one, in the measure's unit."""
         return self.second - self.first
 
     @property
@@ -165,10 +166,12 @@ class Measured(Protocol):
     """What was scored: a metric, or what an evaluation says of one."""
 
     @property
-    def measures(self) -> Sequence[str]: ...
+    def measures(self) -> Sequence[str]:
+        """Keys of the measures, as `measures.measure_of` takes them."""
 
     @property
-    def main(self) -> str: ...
+    def main(self) -> str:
+        """Key of the measure that decides."""
 
 
 def compare(

@@ -58,10 +58,10 @@ def load_adapter(run: Run, loaded: LoadedModel) -> PeftModel:
     Raises:
         RunError: the run has no adapter yet.
     """
-    from qlora_helpers.model import lora
+    from qlora_helpers.model import adapter_loading
 
     need_adapter(run)
-    return lora.load_adapter(loaded.model, run.adapter_dir)
+    return adapter_loading.load_adapter(loaded.model, run.adapter_dir)
 
 
 def certify(trained: RunModel, data: PreparedData, *, prompts: int = 3) -> Certificate:

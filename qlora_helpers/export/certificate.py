@@ -88,6 +88,7 @@ class Certificate(Tabular):
 
     @property
     def passed(self) -> bool:
+        """Whether `problems` is empty."""
         return not self.problems
 
     def table(self) -> Table:

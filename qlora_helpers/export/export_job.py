@@ -21,7 +21,7 @@ from qlora_helpers.export import vllm
 from qlora_helpers.export.bundle import without_folders, write_adapter, write_merged
 from qlora_helpers.export.card import export_card
 from qlora_helpers.export.certificate import FILE, Certificate, write_hashes
-from qlora_helpers.export.how_to_run import Way, run_section, ways
+from qlora_helpers.export.how_to_run import RunCommand, run_commands, run_section
 from qlora_helpers.export.licences import Licences
 from qlora_helpers.export.serving_files import check_serving_files, generation_settings, sampling, write_serving_files
 from qlora_helpers.export.serving_template import ServingTemplate
@@ -56,10 +56,11 @@ class ExportJob:
         self.notes = list(self.template.notes)
         self.proofs: list[str] = []
         self.values: dict[str, Any] = {"adapter_sha256": self.certificate.weights_sha256}
-        self.ways: tuple[Way, ...] = ()
+        self.ways: tuple[RunCommand, ...] = ()
 
     @property
     def config(self) -> RunConfig:
+        """The run's settings without this machine's folders, as they may leave it."""
         return without_folders(self.run.config())
 
     @property
@@ -93,7 +94,7 @@ class ExportJob:
         gguf = self.values.get("gguf", {}).get("file", "")
         on_experts = bool(read_adapter_settings(self.run.adapter_dir).get("target_parameters"))
         about = {"gguf": gguf, "adapter": not self.merged, "on_experts": on_experts, "question": self.question}
-        self.ways = ways(self.to, self.run.name, self.config, **about)
+        self.ways = run_commands(self.to, self.run.name, self.config, **about)
         card = export_card(
             self.run,
             self.certificate,
@@ -107,7 +108,7 @@ class ExportJob:
             "to": self.to,
             "licences": dataclasses.asdict(self.licences),
             "generation": generation_settings(self.template, self.config.evaluation, self.tokenizer),
-            "ways": [dataclasses.asdict(way) for way in self.ways],
+            "ways": [dataclasses.asdict(each) for each in self.ways],
             "proofs": self.proofs,
             "notes": self.notes,
         }

@@ -1,6 +1,6 @@
 """The exact commands that run what was exported, and which of them somebody has run.
 
-Each way names what it was tried with. What no server of this project has loaded is labelled `not run`.
+Each command names what it was tried with. What no server of this project has loaded is labelled `not run`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NOT_RUN = "not run: no machine of this project has it"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run a model.
+class RunCommand:
+    """A program that runs the exported model, and its commands.
 
     Attributes:
         name: of the program.
@@ -33,7 +33,7 @@ class Way:
     tried: str
 
 
-def ways(
+def run_commands(
     to: str,
     name: str,
     config: RunConfig,
@@ -42,7 +42,7 @@ def ways(
     adapter: bool = False,
     on_experts: bool = False,
     question: str = "YOUR TEXT",
-) -> tuple[Way, ...]:
+) -> tuple[RunCommand, ...]:
     """Returns how to run what was exported.
 
     Args:
@@ -54,51 +54,79 @@ def ways(
         on_experts: whether it is on a mixture's experts too, which vLLM takes in another form than peft's.
         question: an example of what the model is asked.
     """
-    base, longest = config.model.name, config.data.seq_len_tokens
     message = [{"role": "user", "content": question}]
-    options = server_options(config.evaluation)
-    if to == "gguf" and adapter:
-        command = f"llama-server -m BASE.gguf --lora {gguf} --jinja -c {longest}"
-        return (
-            Way("llama.cpp", command, "llama-cpp-python with a GGUF file of the base model, in this project's tests"),
-        )
     if to == "gguf":
-        return (
-            Way(
-                "llama.cpp",
-                _llama_server(gguf, config),
-                "its library read and asked such files in this project's tests; the server itself was not run",
-            ),
-            Way("llama-cpp-python", _llama_python(gguf, config, message), "in this project's tests"),
-        )
+        return _adapter_in_llama_cpp(gguf, config) if adapter else _with_llama_cpp(gguf, config, message)
     if to == "ollama":
         command = f"ollama create {shlex.quote(name)} -f Modelfile\nollama run {shlex.quote(name)}"
-        return (Way("Ollama", command, f"{NOT_RUN}; the template was rendered by Go's text/template in its tests"),)
-    if adapter:
-        rank = allowed_rank(config.adapter.r)
-        served = (
-            f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}=. {options}"
-        )
-        chat = f"--max-model-len {longest} --chat-template chat_template.jinja"
         return (
-            Way("peft", _peft(base, message), "in this project's tests"),
-            *(() if on_experts else (Way("vLLM", f"{served} {chat}", NOT_RUN),)),
-            *((_lmi(),) if to == "lmi" else ()),
+            RunCommand("Ollama", command, f"{NOT_RUN}; the template was rendered by Go's text/template in its tests"),
         )
-    serve = f"vllm serve . --dtype bfloat16 --max-model-len {longest} --served-model-name {shlex.quote(name)} {options}"
-    found = {
-        "merged": (
-            Way("transformers", _transformers(message), "in this project's tests"),
-            Way(
-                "transformers serve",
-                _transformers_serve(message, config.evaluation.max_new_tokens),
-                "asked by the openai client, streaming too, in this project's tests",
-            ),
+    if adapter:
+        found = _with_adapter(name, config, message, on_experts=on_experts)
+        return (*found, _lmi()) if to == "lmi" else found
+    if to == "vllm":
+        return (_vllm(name, config),)
+    if to == "lmi":
+        return (_lmi(),)
+    return _with_transformers(config, message)
+
+
+def _adapter_in_llama_cpp(gguf: str, config: RunConfig) -> tuple[RunCommand, ...]:
+    """An adapter as GGUF, beside a GGUF file of its base model."""
+    command = f"llama-server -m BASE.gguf --lora {gguf} --jinja -c {config.data.seq_len_tokens}"
+    return (
+        RunCommand(
+            "llama.cpp", command, "llama-cpp-python with a GGUF file of the base model, in this project's tests"
         ),
-        "vllm": (Way("vLLM", serve, NOT_RUN),),
-        "lmi": (_lmi(),),
-    }
-    return found.get(to, found["merged"])
+    )
+
+
+def _with_llama_cpp(gguf: str, config: RunConfig, message: Sequence[Any]) -> tuple[RunCommand, ...]:
+    """A merged model as GGUF."""
+    return (
+        RunCommand(
+            "llama.cpp",
+            _llama_server(gguf, config),
+            "its library read and asked such files in this project's tests; the server itself was not run",
+        ),
+        RunCommand("llama-cpp-python", _llama_python(gguf, config, message), "in this project's tests"),
+    )
+
+
+def _with_adapter(name: str, config: RunConfig, message: Sequence[Any], *, on_experts: bool) -> tuple[RunCommand, ...]:
+    """An adapter in peft's files, beside its base model."""
+    base = config.model.name
+    peft = RunCommand("peft", _peft(base, message), "in this project's tests")
+    if on_experts:
+        return (peft,)
+    command = (
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {allowed_rank(config.adapter.r)} "
+        f"--lora-modules {name}=. {server_options(config.evaluation)} "
+        f"--max-model-len {config.data.seq_len_tokens} --chat-template chat_template.jinja"
+    )
+    return (peft, RunCommand("vLLM", command, NOT_RUN))
+
+
+def _vllm(name: str, config: RunConfig) -> RunCommand:
+    """A merged model in vLLM's server."""
+    command = (
+        f"vllm serve . --dtype bfloat16 --max-model-len {config.data.seq_len_tokens} "
+        f"--served-model-name {shlex.quote(name)} {server_options(config.evaluation)}"
+    )
+    return RunCommand("vLLM", command, NOT_RUN)
+
+
+def _with_transformers(config: RunConfig, message: Sequence[Any]) -> tuple[RunCommand, ...]:
+    """A merged model in transformers, in a program and as a server."""
+    return (
+        RunCommand("transformers", _transformers(message), "in this project's tests"),
+        RunCommand(
+            "transformers serve",
+            _transformers_serve(message, config.evaluation.max_new_tokens),
+            "asked by the openai client, streaming too, in this project's tests",
+        ),
+    )
 
 
 def _llama_server(gguf: str, config: RunConfig) -> str:
@@ -160,17 +188,17 @@ def _transformers_serve(message: Sequence[Any], most: int) -> str:
     )
 
 
-def _lmi() -> Way:
+def _lmi() -> RunCommand:
     command = (
         "aws s3 cp --recursive . s3://BUCKET/PREFIX/  # then a SageMaker model with the LMI container and ModelDataSource there;\n"
         "# notebook 07 of qlora_helpers deploys it: sagemaker.deploy"
     )
-    return Way("AWS's LMI container", command, NOT_RUN)
+    return RunCommand("AWS's LMI container", command, NOT_RUN)
 
 
-def run_section(found: Sequence[Way]) -> str:
+def run_section(found: Sequence[RunCommand]) -> str:
     """Writes the model card's section on how to run the model."""
     lines = ["## Run it", ""]
-    for way in found:
-        lines += [f"**{way.name}** ({way.tried}), in this folder:", "", "```bash", way.commands, "```", ""]
+    for each in found:
+        lines += [f"**{each.name}** ({each.tried}), in this folder:", "", "```bash", each.commands, "```", ""]
     return "\n".join(lines)

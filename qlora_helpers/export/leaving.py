@@ -19,7 +19,7 @@ from qlora_helpers.export.adapter import need_adapter
 from qlora_helpers.export.bundle import check_base, held_out
 from qlora_helpers.export.certificate import require_certificate
 from qlora_helpers.export.export_job import GGUF_TARGETS, SUMMARY, ExportJob
-from qlora_helpers.export.how_to_run import Way
+from qlora_helpers.export.how_to_run import RunCommand
 from qlora_helpers.export.licences import licences_of
 from qlora_helpers.export.merge import SHARD_GIB
 from qlora_helpers.export.serving_template import serving_template
@@ -47,7 +47,7 @@ class Leaving(Tabular):
 
     folder: Path
     to: str
-    ways: tuple[Way, ...]
+    ways: tuple[RunCommand, ...]
     proofs: tuple[str, ...]
     notes: tuple[str, ...]
     values: dict[str, Any]
@@ -55,7 +55,7 @@ class Leaving(Tabular):
     def table(self) -> Table:
         """Returns the ways to run what was written, and what was proved."""
         files = ", ".join(sorted(item.name for item in self.folder.iterdir()))
-        rows = [[way.name, way.commands.splitlines()[0], way.tried] for way in self.ways]
+        rows = [[each.name, each.commands.splitlines()[0], each.tried] for each in self.ways]
         return Table(
             ["with", "command", "tried"],
             rows,

@@ -1,4 +1,4 @@
-"""What is known of the terms that an exported model stands under: its base model's and its data's.
+"""What is known of the terms that apply to an exported model: its base model's and its data's.
 
 A licence is quoted from where it is written, never guessed: from the checkpoint's own card, or from the tables of what this
 package has looked up.

@@ -53,7 +53,7 @@ def checked_by_llama_cpp(
     asked: list[tuple[str, list[int]]] = []
     for row in rows:
         if row.is_document or template.control.any_in(row_texts(row)):
-            continue  # a server takes a control token's string for the token, wherever it stands
+            continue  # a server takes a control token's string for the token, wherever it is
         with contextlib.suppress(RowProblem):
             asked.append((rendered_text(served, tokenizer, row), prompt_tokens(row, template).ids))
     model = _vocabulary_of(llama_cpp, path)

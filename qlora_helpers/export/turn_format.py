@@ -1,4 +1,4 @@
-"""A chat template taken apart into what stands around each turn, which other template languages can write too.
+"""A chat template taken apart into the text around each turn, which other template languages can write too.
 
 The parts are found by rendering probes, never by reading the template, and they count only where they write ten conversations
 exactly as the template does. A template that does more, such as to put a system's text into the last question, is refused.
@@ -52,7 +52,7 @@ class TurnFormat:
 
     Attributes:
         alone: before a conversation without a system's message.
-        system: before and behind a system's message; None where it stands before the user's first text.
+        system: before and behind a system's message; None where it is written before the user's first text.
         takes_system: whether it takes one at all.
         user, assistant: before and behind a turn.
         answer: behind the last question, where the model begins to write.
@@ -140,7 +140,7 @@ def _tried(render: Render, messages: Messages) -> str:
 
 
 def _around(text: str, *contents: str) -> list[str]:
-    """Returns what stands before, between and behind texts, each of which must occur once and in this order."""
+    """Returns the text before, between and behind texts, each of which must occur once and in this order."""
     pieces = []
     for content in contents:
         before, found, text = text.partition(content)

@@ -94,7 +94,7 @@ def check_machine(cache_dir: str | os.PathLike[str] | None = None, *, nvml: Any 
 
     Args:
         cache_dir: the folder into which models are downloaded; None takes huggingface_hub's (HF_HOME, HF_HUB_CACHE).
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     importlib.invalidate_caches()  # this very process may have installed packages a moment ago
     gpus, driver, torch = read_gpus(nvml), read_driver(nvml), read_torch_build()

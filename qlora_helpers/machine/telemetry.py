@@ -85,7 +85,7 @@ def read_gpus(nvml: Any = None) -> list[GpuReading]:
     """Reads all NVIDIA GPUs of the machine; an empty list if there is no GPU, no driver or no nvidia-ml-py.
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     nvml = _started(nvml)
     if nvml is None:
@@ -97,7 +97,7 @@ def gpu_ids(nvml: Any = None) -> list[str]:
     """Returns the unique ids of all NVIDIA GPUs, in NVML's order; they stay the same when the machine restarts.
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     nvml = _started(nvml)
     if nvml is None:
@@ -113,7 +113,7 @@ def used_shares(nvml: Any = None) -> dict[str, float]:
     """Returns the share of each GPU's memory that is in use by whichever process, by the GPU's unique id.
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     found = zip(gpu_ids(nvml), read_gpus(nvml), strict=False)
     return {
@@ -127,7 +127,7 @@ def pcie_generation(nvml: Any = None) -> int | None:
     """Returns the generation of PCI Express over which GPUs of this machine that have no NVLink reach each other.
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
 
     Returns:
         3, 4 or 5; None where an NVLink is up, or the driver does not report it.
@@ -147,7 +147,7 @@ def read_driver(nvml: Any = None) -> DriverReading | None:
     """Reads the NVIDIA driver's versions; None if there is no driver or no nvidia-ml-py.
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     nvml = _started(nvml)
     if nvml is None:
@@ -259,7 +259,7 @@ def gpu_table(pid: int | None = None, nvml: Any = None) -> GpuTable:
 
     Args:
         pid: the process's id, such as the trainer's; None takes this process.
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     return GpuTable(tuple(read_gpus(nvml)), read_process(pid), read_machine())
 

@@ -255,7 +255,7 @@ def _shape(parameter: Any) -> torch.Size:
 def routers(model: torch.nn.Module) -> set[int]:
     """Returns the `id`s of the modules that send tokens to experts.
 
-    A router stands in one block with a stack of experts, and its matrix has a row for each expert of that stack.
+    A router is in one block with a stack of experts, and its matrix has a row for each expert of that stack.
     """
     found: set[int] = set()
     for layer in decoder_layers(model):

@@ -49,6 +49,7 @@ class Checkpoint:
 
     @property
     def is_random(self) -> bool:
+        """Whether the weights are random, with a known model's architecture."""
         return self.origin == "random"
 
     @property

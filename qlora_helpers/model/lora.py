@@ -1,6 +1,7 @@
-"""Adds LoRA adapters to a loaded model, and counts parameters as they were before they were packed.
+"""Adds LoRA adapters to a loaded model, and removes and compares them.
 
-Takes a model and a small `AdapterConfig`, and returns peft's model. Knows nothing of data, training or run folders.
+Takes a model and a small `AdapterConfig`, and returns peft's model. `adapter_loading` adds a saved adapter, and `parameter_counts`
+counts. Knows nothing of data, training or run folders.
 """
 
 from __future__ import annotations
@@ -8,60 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say
-from qlora_helpers.model.adapter_files import check_adapter, read_adapter_settings
-from qlora_helpers.model.blueprint import meta_model
-from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu, unpack_rightly_on_cpu, unpacked_numel
+from qlora_helpers.model.nf4 import keep_gradients_exact_on_cpu, unpack_rightly_on_cpu
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
-
-
-@dataclass(frozen=True)
-class ParameterCount(Tabular):
-    """Parameters of a model with adapters.
-
-    Attributes:
-        trainable: adapter parameters.
-        total: all parameters, two for each byte of a 4-bit layer.
-        published_total: all parameters as the 2023 recipe published them and as peft's `print_trainable_parameters` counts for
-            some storage types: each stored byte of a 4-bit layer as one parameter, so two weights as one.
-    """
-
-    trainable: int
-    total: int
-    published_total: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.trainable / self.total
-
-    @property
-    def published_percent(self) -> float:
-        return 100 * self.trainable / self.published_total
-
-    def table(self) -> Table:
-        """Returns the counts, and the share that is trained by either way of counting."""
-        rows = [
-            ["trainable", f"{self.trainable:,}", ""],
-            ["all parameters", f"{self.total:,}", f"{self.percent:.4f} % trained"],
-            [
-                "published way",
-                f"{self.published_total:,}",
-                f"{self.published_percent:.4f} % (counts two 4-bit weights as one)",
-            ],
-        ]
-        return Table((), rows, numbers=(1,))
+    from peft import LoraConfig, PeftModel
 
 
 def target_modules(model: torch.nn.Module, config: AdapterConfig) -> tuple[str, ...]:
@@ -82,55 +41,6 @@ def linear_layer_names(model: torch.nn.Module) -> set[str]:
     return set(targets.last_names(targets.linear_layers(model)))
 
 
-@dataclass(frozen=True)
-class AdapterSize:
-    """The adapters on all layers of one name and size.
-
-    Attributes:
-        name: last part of the layers' names; of stacks of experts, the last two.
-        in_features, out_features: of one layer, or of one expert.
-        layers: how many layers, or stacks, there are.
-        parameters: of all their adapters: `r * (in + out)` per layer or expert, and with DoRA `out` magnitudes more.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    layers: int
-    parameters: int
-
-
-def adapter_sizes(model: torch.nn.Module, config: AdapterConfig) -> tuple[AdapterSize, ...]:
-    """Computes the sizes of the adapters that a model would get, without adding them.
-
-    Raises:
-        ModelError: unknown target layers.
-    """
-    from qlora_helpers.model import targets
-
-    found: dict[tuple[str, int, int], int] = {}
-    for path in targets.target_paths(model, config):
-        key = (path.rsplit(".", 1)[-1], *targets.sizes(model.get_submodule(path)))
-        found[key] = found.get(key, 0) + 1
-    sizes = [
-        AdapterSize(name, inputs, outputs, layers, layers * (config.r * (inputs + outputs) + config.use_dora * outputs))
-        for (name, inputs, outputs), layers in found.items()
-    ]
-    shapes, stacks = targets.stacks(model), Counter[tuple[str, int, int, int]]()
-    for path in targets.stack_paths(model, config):
-        experts, rows, columns = shapes[path]
-        turned = getattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed", False)
-        name = ".".join(path.split(".")[-2:])
-        stacks[(name, experts, rows, columns) if turned else (name, experts, columns, rows)] += 1
-    return (
-        *sizes,
-        *(
-            AdapterSize(name, inputs, outputs, layers, layers * experts * config.r * (inputs + outputs))
-            for (name, experts, inputs, outputs), layers in stacks.items()
-        ),
-    )
-
-
 def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, say: Say = print) -> PeftModel:
     """Freezes the model and adds LoRA adapters in float32 beside the chosen layers.
 
@@ -146,11 +56,27 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
         ModelError: unknown target layers, the model has adapters already, or it can't be trained.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
 
     from qlora_helpers.model import targets
-    from qlora_helpers.model.expert_adapters import open_all, stacks_adapted
     from qlora_helpers.model.peft_names import take_names_literally
+
+    _refuse_unfit(model, config)
+    model.requires_grad_(False)
+    unpack_rightly_on_cpu()  # as `load_model` does: the model may have been loaded otherwise
+    keep_gradients_exact_on_cpu(model)
+    linears, stacks = _reached_targets(model, config, say)
+    settings = _peft_settings(model, config, linears, stacks)
+    torch.manual_seed(seed)
+    take_names_literally(model)
+    adapted = _adapted(model, settings, stacks)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        with removed_on_error(adapted):
+            targets.refuse_what_adapters_break(adapted)
+    return adapted
+
+
+def _refuse_unfit(model: torch.nn.Module, config: AdapterConfig) -> None:
+    """Refuses a model that has adapters already, and DoRA where no process has whole weights."""
     from qlora_helpers.model.sharding import is_sharded
 
     if hasattr(model, "peft_config"):
@@ -162,14 +88,18 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
             "DoRA reads whole weights, which no process has where layers are shared out",
             next_step="Set adapter.use_dora=false, or train.share=copies.",
         )
-    model.requires_grad_(False)
-    unpack_rightly_on_cpu()  # as `load_model` does: the model may have been loaded otherwise
-    keep_gradients_exact_on_cpu(model)
-    linears, stacks = _reached_targets(model, config, say)
+
+
+def _peft_settings(
+    model: torch.nn.Module, config: AdapterConfig, linears: tuple[str, ...], stacks: tuple[str, ...]
+) -> LoraConfig:
+    """Returns peft's settings for adapters on these linear layers and stacks of experts, given by their paths."""
+    from peft import LoraConfig
+
+    from qlora_helpers.model import targets
+
     names = targets.shortened(model, linears, config.target_modules)
-    torch.manual_seed(seed)
-    take_names_literally(model)
-    settings = LoraConfig(
+    return LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -181,20 +111,24 @@ def add_adapters(model: torch.nn.Module, config: AdapterConfig, *, seed: int, sa
         task_type="CAUSAL_LM",
         target_parameters=targets.shortened_stacks(model, stacks) or None,
     )
+
+
+def _adapted(model: torch.nn.Module, settings: LoraConfig, stacks: tuple[str, ...]) -> PeftModel:
+    """Adds the adapters, and explains peft's refusal as a `ModelError`."""
+    from peft import get_peft_model
+
+    from qlora_helpers.model.expert_adapters import open_all, stacks_adapted
+
     open_all(model, stacks)
     try:
-        with _without_deprecation_noise(), stacks_adapted(model):
-            adapted = get_peft_model(model, settings)
+        with without_deprecation_noise(), stacks_adapted(model):
+            return get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # as for Mamba's convolutions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"adapters can't be added to this model ({reason})",
             next_step="Set adapter.target_modules to other layers, or choose another model.",
         ) from error
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        with removed_on_error(adapted):
-            targets.refuse_what_adapters_break(adapted)
-    return adapted
 
 
 def _reached_targets(
@@ -253,86 +187,6 @@ def removed_on_error(model: PeftModel) -> Iterator[None]:
         raise
 
 
-def load_adapter(
-    model: torch.nn.Module | PeftModel, folder: str | os.PathLike[str], *, name: str = "default"
-) -> PeftModel:
-    """Adds a saved adapter to a freshly loaded base model, or one more to a model that has adapters of other names.
-
-    Args:
-        model: the base model; or what this function returned, which then stays as it was but for the adapter that it gets:
-            `model.set_adapter(name)` chooses the one that answers.
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-        name: peft's name for it.
-
-    Raises:
-        ModelError: the files are damaged, or belong to an adapter for another model.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    from qlora_helpers.model.expert_adapters import open_all, stacks_adapted
-    from qlora_helpers.model.peft_names import take_names_literally
-
-    has_adapters = isinstance(model, PeftModel)
-    base = model.get_base_model() if has_adapters else model
-    take_names_literally(base)
-    try:
-        check_adapter(Path(folder))
-        open_all(base, _stacks_in(Path(folder), base))
-        with _without_deprecation_noise(), stacks_adapted(base):
-            if has_adapters:
-                model.load_adapter(str(folder), name, is_trainable=False)
-                loaded = model
-            else:
-                loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-    except ModelError as error:
-        raise ModelError(
-            f"the saved adapter could not be loaded ({error.problem})",
-            expected=error.expected,
-            got=error.got,
-            next_step=error.next_step,
-        ) from error
-    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
-        if has_adapters and name in model.peft_config:
-            model.delete_adapter(name)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"the saved adapter could not be loaded ({reason})",
-            next_step="Train the run again: it takes its newest good checkpoint and saves the adapter once more.",
-        ) from error
-    _refuse_other_tensors(loaded, Path(folder), name)
-    return loaded
-
-
-def _stacks_in(folder: Path, base: torch.nn.Module) -> tuple[str, ...]:
-    """Returns the paths of the stacks of experts that an adapter's settings name."""
-    from qlora_helpers.model import targets
-    from qlora_helpers.model.shapes.expert_targets import ends
-
-    names = read_adapter_settings(folder).get("target_parameters") or ()
-    return tuple(path for path in targets.stacks(base) if any(ends(path, name) for name in names))
-
-
-def _refuse_other_tensors(model: PeftModel, folder: Path, name: str) -> None:
-    """Refuses an adapter of which the model lacks tensors, or which lacks some of the model's; peft only warns of it."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        held = set(file.keys())
-    for names, what in ((expected - held, "lacks {} of"), (held - expected, "has {} beyond those of")):
-        if names:
-            if len(model.peft_config) > 1:
-                model.delete_adapter(name)
-            else:
-                remove_adapters(model)
-            raise ModelError(
-                f"the saved adapter {what.format(f'{len(names)} tensor' + 's' * (len(names) > 1))} the model, {min(names)} first",
-                next_step="Load the model that it was trained on, or train the run again.",
-            )
-
-
 def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> float:
     """Returns the largest difference between corresponding weights of two saved adapters; 0.0 if they are equal to the bit.
 
@@ -356,44 +210,8 @@ def adapter_difference(first: str | os.PathLike[str], second: str | os.PathLike[
 
 
 @contextlib.contextmanager
-def _without_deprecation_noise() -> Iterator[None]:
+def without_deprecation_noise() -> Iterator[None]:
     """Silences a warning that a reader can do nothing about: peft uses transformers' old names for activation checkpointing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
-
-
-def count_parameters(model: torch.nn.Module) -> ParameterCount:
-    """Counts a model's parameters: 4-bit layers by their shape before they were packed, tied weights once."""
-    trainable = total = published = 0
-    for parameter in model.parameters():
-        stored = parameter.numel()
-        total += unpacked_numel(parameter)
-        published += stored
-        trainable += stored if parameter.requires_grad else 0
-    return ParameterCount(trainable, total, published)
-
-
-def count_from_shape(shape: dict[str, Any], config: AdapterConfig) -> ParameterCount:
-    """Counts the parameters of a model from its shape, on the meta device: it needs no memory and no weights.
-
-    Args:
-        shape: the model's `config.json`.
-        config: rank and targets of the adapters.
-
-    Returns:
-        The count; `published_total` as if every linear layer of the decoder layers were packed, two weights to a byte.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    model = meta_model(AutoConfig.for_model(**shape))
-    head = model.get_output_embeddings()
-    packed = sum(
-        module.weight.numel() // 2
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    )
-    with torch.device("meta"):
-        count = count_parameters(add_adapters(model, config, seed=0))
-    return ParameterCount(count.trainable, count.total, count.total - packed)

@@ -31,6 +31,7 @@ class RunModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
         return self.loaded.tokenizer
 
     def with_adapters(self, on: bool) -> contextlib.AbstractContextManager[None]:

@@ -33,6 +33,7 @@ class Sharing:
 
     @property
     def processes(self) -> int:
+        """How many processes train together."""
         return self.copies * self.shards
 
     def mesh(self, device: str) -> DeviceMesh | None:

@@ -45,10 +45,12 @@ class StoredTensor:
 
     @property
     def row_values(self) -> int:
+        """How many values a row has; 1 for a scalar or a vector."""
         return math.prod(self.shape[1:])
 
     @property
     def values(self) -> int:
+        """How many values the tensor has."""
         return math.prod(self.shape)
 
     def read(self, first: int = 0, end: int | None = None) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 from qlora_helpers.base.units import duration, gib
 from qlora_helpers.planning.exchange import Exchange
+from qlora_helpers.planning.gpu_memory import GpuMemory, MemoryDetails
 from qlora_helpers.planning.layout import COPIES, COPIES_OF_SHARDS, SHARDS, SPREAD, Layout
-from qlora_helpers.planning.memory import GpuMemory, MemoryDetails
 from qlora_helpers.planning.step_settings import StepSettings
 
 _HOW = {

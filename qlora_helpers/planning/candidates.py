@@ -12,10 +12,10 @@ from qlora_helpers.base.units import gib
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.exchange import exchange
+from qlora_helpers.planning.gpu_memory import GpuMemory
 from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import (
     CAPTURE_ROOM_GIB,
-    GpuMemory,
     StepMemory,
     memory_details,
     predict,

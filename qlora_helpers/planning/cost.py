@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.base.config import RunConfig
+from qlora_helpers.base.config import RunConfig, TrainConfig
 from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.units import duration
 from qlora_helpers.machine.hardware import Hardware
@@ -145,38 +145,31 @@ def training_cost(
         shape: the model's `config.json`.
         rows, tokens, sequences: of an epoch, without padding.
         trained_share: share of the tokens that count in the loss.
-        hardware: the GPUs that train; None stands for a CPU.
+        hardware: the GPUs that train; None means a CPU.
         cores: of the CPU that each process computes with.
         usd_per_hour: of this machine.
         done: optimizer steps that are behind it.
-        layout: how processes and GPUs share the model; None stands for one process whose layers are spread over the GPUs.
+        layout: how processes and GPUs share the model; None means one process whose layers are spread over the GPUs.
         packed: whether rows are packed; None asks the settings and the shape.
     """
-    train, length = config.train, config.data.seq_len_tokens
     packed = is_packed(config, shape) if packed is None else packed
     layout = layout or Layout(spread=hardware.gpus if hardware else 1)
-    processes = layout.processes
-    an_epoch = max(
-        1, math.ceil(math.ceil(sequences / processes / train.micro_batch_size) / train.gradient_accumulation_steps)
-    )
-    steps = math.ceil(train.epochs * an_epoch) if train.max_steps is None else train.max_steps
-    epochs = train.epochs if train.max_steps is None else steps / an_epoch
-    through = (tokens if packed else sequences * length) * epochs
+    cores *= layout.processes
+    epochs, steps = _epochs_and_steps(config.train, sequences, layout.processes)
+    computed = (tokens if packed else sequences * config.data.seq_len_tokens) * epochs  # padding included
     seconds: float | None
     peak_gib: float | None = None
     try:
         if hardware is None:
-            again = train.activation_checkpointing and train.checkpointed_layers != 0
-            seconds = cpu_seconds(model_sizes(shape), through, trained_share, cores * processes, checkpointed=again)
+            checkpointed = config.train.activation_checkpointing and config.train.checkpointed_layers != 0
+            seconds = cpu_seconds(model_sizes(shape), computed, trained_share, cores, checkpointed=checkpointed)
         else:
-            workload = Workload(config, shape, hardware, round(through), trained_share)
+            workload = Workload(config, shape, hardware, round(computed), trained_share)
             given = settings_as_given(workload, steps, layout)
             seconds, peak_gib = given.seconds, given.peak_gib
     except ModelError:  # a shape that can't be planned
         seconds = None
     left = max(0, steps - done) / max(1, steps)
-    cores *= processes
-    machine = f"this CPU ({cores} core{'s' * (cores != 1)})" if hardware is None else hardware.label
     return TrainingCost(
         rows,
         round(tokens * epochs),
@@ -185,9 +178,18 @@ def training_cost(
         done,
         None if seconds is None else seconds * left,
         usd_per_hour,
-        machine,
+        machine=f"this CPU ({cores} core{'s' * (cores != 1)})" if hardware is None else hardware.label,
         on_cpu=hardware is None,
         padded=not packed,
         peak_gib=peak_gib,
         usable_gib=None if hardware is None else hardware.usable_gib,
     )
+
+
+def _epochs_and_steps(train: TrainConfig, sequences: int, processes: int) -> tuple[float, int]:
+    """Returns epochs and optimizer steps of a training, counted as the trainer does: a last, smaller batch is a step."""
+    batches = math.ceil(sequences / processes / train.micro_batch_size)
+    steps_per_epoch = max(1, math.ceil(batches / train.gradient_accumulation_steps))
+    if train.max_steps is None:
+        return train.epochs, math.ceil(train.epochs * steps_per_epoch)
+    return train.max_steps / steps_per_epoch, train.max_steps

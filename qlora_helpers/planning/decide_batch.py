@@ -47,7 +47,7 @@ def decide_batch(
         decided: the settings so far; gets the decisions.
         lengths: of the training rows.
         shape: the model's `config.json`.
-        hardware: the GPUs; None stands for a CPU.
+        hardware: the GPUs; None means a CPU.
         parameters: of the model; None where they are not known.
     """
     in_all = sequences_an_epoch(decided.config, lengths, shape) * decided.config.train.epochs

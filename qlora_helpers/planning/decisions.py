@@ -36,7 +36,7 @@ def decide_training(
         decided: the settings so far; gets the decisions. Model, data, form and template are settled.
         lengths: of the training rows.
         shape: the model's `config.json`.
-        hardware: the GPUs; None stands for a CPU.
+        hardware: the GPUs; None means a CPU.
         cores: of the CPU.
     """
     decide_lengths(decided, lengths, shape, on_cpu=hardware is None)

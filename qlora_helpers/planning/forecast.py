@@ -66,6 +66,7 @@ class Forecast:
 
     @property
     def hardware(self) -> Hardware:
+        """The GPUs that the forecast is for."""
         return self.plan.hardware
 
     @property
@@ -142,7 +143,7 @@ def settings_as_given(workload: Workload, steps: int, layout: Layout | None = No
     Args:
         workload: what is trained, with the settings of each process, and on what.
         steps: optimizer steps.
-        layout: how the GPUs are used; None stands for one process whose layers are spread over them.
+        layout: how the GPUs are used; None means one process whose layers are spread over them.
     """
     train, sizes, hardware = workload.config.train, workload.sizes, workload.hardware
     layout = layout or Layout(spread=hardware.gpus)

@@ -13,7 +13,7 @@ from qlora_helpers.runs.plan_file import add_to_plan
 if TYPE_CHECKING:
     from qlora_helpers.data.packing import PreparedData
     from qlora_helpers.model.loading import LoadedModel
-    from qlora_helpers.model.lora import ParameterCount
+    from qlora_helpers.model.parameter_counts import ParameterCount
     from qlora_helpers.training.result import TrainResult
 
 log = logging.getLogger(__name__)

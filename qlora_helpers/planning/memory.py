@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 
-from qlora_helpers.base.units import BYTES_IN_GIB, gib
+from qlora_helpers.base.units import BYTES_IN_GIB
 from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.planning.gpu_memory import GpuMemory, MemoryDetails
 from qlora_helpers.planning.step_settings import SINGLE, StepSettings, kept_bytes, kept_scores
 
 # Weights that share a constant, and constants that share one of their own with double quantisation (arXiv:2305.14314)
@@ -47,69 +48,6 @@ OPTIMIZER_BYTES = {
 def usable_with_margin(usable_gib: float) -> float:
     """Returns what the trainer plans to fill of a GPU, GiB: all but `MEMORY_MARGIN`."""
     return (1 - MEMORY_MARGIN) * usable_gib
-
-
-@dataclass(frozen=True)
-class GpuMemory:
-    """Bytes on one GPU, by what they are for.
-
-    Attributes:
-        weights_quantized: linear layers in 4 bits; this GPU's part of them where they are sharded.
-        constants: their quantisation constants, or this GPU's part of them.
-        gathered: whole layers with their constants for the time in which they compute, where they are sharded.
-        weights_other: embeddings, output layer, norms and what else is not quantised.
-        adapters, gradients, optimizer: of the adapters, in float32.
-        activations: kept from the forward for the backward pass.
-        working: the largest short-lived part: a layer being recomputed, a dequantised weight, a chunk of logits.
-        fragmentation: reserved by PyTorch beyond what tensors take.
-        context: CUDA's own, CUDA graphs included.
-    """
-
-    weights_quantized: int = 0
-    constants: int = 0
-    weights_other: int = 0
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    working: int = 0
-    fragmentation: int = 0
-    context: int = 0
-    gathered: int = 0
-
-    @property
-    def weights(self) -> int:
-        """The frozen weights with their constants."""
-        return self.weights_quantized + self.constants + self.weights_other
-
-    @property
-    def allocated(self) -> int:
-        """The peak of `torch.cuda.max_memory_allocated`."""
-        return self.total - self.fragmentation - self.context
-
-    @property
-    def reserved(self) -> int:
-        """The peak of `torch.cuda.max_memory_reserved`."""
-        return self.total - self.context
-
-    @property
-    def total(self) -> int:
-        """What the card must have free."""
-        return (
-            self.weights
-            + self.adapters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.working
-            + self.fragmentation
-            + self.context
-            + self.gathered
-        )
-
-    def parts_gib(self) -> dict[str, float]:
-        """Each part in GiB, by name."""
-        return {item.name: gib(getattr(self, item.name)) for item in fields(self)}
 
 
 def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> GpuMemory:
@@ -311,20 +249,6 @@ def predict(
         Decoder layers of each GPU, and its memory.
     """
     return StepMemory(sizes, settings, gpus).with_checkpointed(settings.checkpointed)
-
-
-@dataclass(frozen=True)
-class MemoryDetails:
-    """What explains one GPU's memory, bytes; no part of its sum.
-
-    Attributes:
-        activations_kept, activations_checkpointed: activations with none of its layers checkpointed, and with all of them.
-        logits: what the loss holds: a chunk of logits with its gradients; 0 where the output layer is elsewhere.
-    """
-
-    activations_kept: int
-    activations_checkpointed: int
-    logits: int
 
 
 def memory_details(sizes: ModelSizes, settings: StepSettings, counts: tuple[int, ...]) -> tuple[MemoryDetails, ...]:

@@ -100,7 +100,7 @@ def find_rescue(config: RunConfig, failure: Failure) -> Rescue:
         most = min(usable, NEXT_SHARE * max(held.values()) + gib(CONTEXT_BYTES))
         asked = of_all_processes(config, layout.processes)
         plan = run_plan.plan_run(asked, hardware=dataclasses.replace(hardware, usable_gib=most), only=layout)
-        other = _other_way(asked, dataclasses.replace(here.all_gpus(), usable_gib=most), layout)
+        other = _other_layout(asked, dataclasses.replace(here.all_gpus(), usable_gib=most), layout)
     except UserError:  # no GPU, or a shape that can't be planned
         return Rescue()
     candidates = (plan.choice, *plan.alternatives) if plan.choice else ()
@@ -108,7 +108,7 @@ def find_rescue(config: RunConfig, failure: Failure) -> Rescue:
     return Rescue(candidates, other, () if candidates else fixes, most, hardware.usable_gib, layout.processes)
 
 
-def _other_way(asked: RunConfig, hardware: Hardware, layout: Layout) -> str:
+def _other_layout(asked: RunConfig, hardware: Hardware, layout: Layout) -> str:
     """Returns how several processes could use the GPUs otherwise, such as in more shards; empty where nothing else fits."""
     if hardware.gpus == 1:
         return ""

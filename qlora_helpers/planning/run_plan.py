@@ -130,7 +130,7 @@ def predicted_step(
         trained_share: share of the tokens that count in the loss.
         captured: whether passes were replayed as CUDA graphs.
         fill: share of a sequence that is not padding.
-        layout: how the GPUs are used; None stands for one process whose layers are spread over them.
+        layout: how the GPUs are used; None means one process whose layers are spread over them.
         fp8: whether frozen weights were multiplied in FP8.
 
     Returns:

@@ -124,7 +124,7 @@ def visible_gpus(nvml: Any = None) -> tuple[str, ...]:
     is repeated before that hides every GPU (the driver's cuInit then fails with CUDA_ERROR_INVALID_DEVICE).
 
     Args:
-        nvml: stands in for the module `pynvml`.
+        nvml: is used in place of the module `pynvml`.
     """
     installed = telemetry.gpu_ids(nvml)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -106,6 +106,7 @@ def find_space(runs: str | os.PathLike[str] = "runs") -> SpaceReport:
 
 
 def hub_cache() -> Path:
+    """Returns the folder of Hugging Face's cache of models and data sets (`$HF_HUB_CACHE`), whether it exists or not."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -194,6 +195,7 @@ def _gpu_items() -> list[SpaceItem]:
 
 
 def reserved_bytes() -> list[int]:
+    """Returns what PyTorch has reserved in this process on each GPU, bytes, by index; empty where CUDA was not used yet."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return []

@@ -28,7 +28,7 @@ def place_in_job(ml: Path, environment: Mapping[str, str] = os.environ) -> tuple
         UserError: file or variables can't be read, or don't name this machine.
     """
     path = ml / RESOURCES
-    told = path.name if path.exists() else "SM_HOSTS, SM_CURRENT_HOST"
+    source = path.name if path.exists() else "SM_HOSTS, SM_CURRENT_HOST"
     try:
         if path.exists():
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def place_in_job(ml: Path, environment: Mapping[str, str] = os.environ) -> tuple
         raise UserError(
             "the job's machines can't be told apart",
             expected="their names, and this machine's among them",
-            got=f"{told}: {type(error).__name__}: {error}"[:300],
+            got=f"{source}: {type(error).__name__}: {error}"[:300],
             next_step="Start the job anew; if it stays so, train on one instance.",
         ) from error
 

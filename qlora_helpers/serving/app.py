@@ -117,7 +117,7 @@ def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | No
 
 
 def behind_token(app: Any, token: str) -> Any:
-    """Returns an ASGI application that hands on what has the token, and answers all else with 401.
+    """Returns an ASGI application that forwards requests with the token, and answers all others with 401.
 
     Hashes of fixed length are compared in constant time, so neither the token's length nor its beginning shows in the time.
     """

@@ -37,7 +37,7 @@ class ServedModels:
 
     def __init__(self, runs: Sequence[Run], *, say: Say = print) -> None:
         from qlora_helpers.export.adapter import load_adapter
-        from qlora_helpers.model import lora
+        from qlora_helpers.model import adapter_loading
         from qlora_helpers.model.checkpoints import base_fingerprint
         from qlora_helpers.model.loading import load_model
 
@@ -59,7 +59,7 @@ class ServedModels:
         adapters = ["default"]
         for number, run in enumerate(runs[1:], start=2):
             adapters.append(f"adapter{number}")
-            lora.load_adapter(self.model, run.adapter_dir, name=adapters[-1])
+            adapter_loading.load_adapter(self.model, run.adapter_dir, name=adapters[-1])
         served = [
             ServedRun(run, adapter, self, certificate.weights_sha256)
             for run, adapter, certificate in zip(runs, adapters, certificates, strict=True)

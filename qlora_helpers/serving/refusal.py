@@ -1,4 +1,4 @@
-"""A request that is not carried out, as its client is told of it."""
+"""A request that is refused, and the error that its client gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Refusal(Exception):
-    """A request that is not carried out, as the client is told of it.
+    """A request that is refused, and the error that its client gets.
 
     Args:
         message: what is wrong, a sentence.

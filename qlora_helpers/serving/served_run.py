@@ -62,7 +62,7 @@ class ServedRun:
         return call_form(self._template, tokenizer, marks_of(self.models.model, tokenizer))
 
     def described(self, name: str) -> dict[str, Any]:
-        """Returns what a client is told of it: its base, the longest conversation, and what is added to one."""
+        """Returns what a client can read of it: its base, the longest conversation, and what is added to one."""
         asked, system = self._pattern.messages[-2], self._pattern.messages[:-2]
         start, end = asked.body or (0, 0)
         return {

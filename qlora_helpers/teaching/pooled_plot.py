@@ -89,7 +89,7 @@ def _of_setting(runs: Runs, axis: Axis) -> Drawing | None:
         for number, run in enumerate(group):  # side by side, so that equal losses are seen as several runs
             _dot(canvas, x + 5 * (number % 5 - min(2, len(group) // 2)), place(value, run.loss)[1], far=run.loss > high)
     _key(canvas, "a run", "mean of the runs with one value", far=any(run.loss > high for run in chosen), high=high)
-    _said(canvas, [verdict, rest])
+    _write_below(canvas, [verdict, rest])
     return canvas.finish(
         axis.title,
         f"{len(chosen)} runs that share all settings but {axis.name} and seed. {' '.join(said)} {verdict} {rest}".strip(),
@@ -159,7 +159,7 @@ def _of_predictions(runs: Runs) -> Drawing | None:
         _dot(canvas, across(predicted), _up(loss, low, high), far=max(predicted, loss) > high)
     far = any(max(pair) > high for pair in committed)
     _key(canvas, "a run", "as predicted", far=far, high=high)
-    _said(canvas, [verdict, "Above the line the loss was higher than predicted."])
+    _write_below(canvas, [verdict, "Above the line the loss was higher than predicted."])
     return canvas.finish(
         title,
         f"{count} committed {_plural('prediction', committed)} beside the measured loss. {verdict} {lower} of them "
@@ -208,7 +208,7 @@ def _key(canvas: Canvas, dot: str, line: str, *, far: bool, high: float) -> None
         canvas.text(LEFT + 530, 40, f"above {high:.3g}", size=11)
 
 
-def _said(canvas: Canvas, lines: Iterable[str]) -> None:
+def _write_below(canvas: Canvas, lines: Iterable[str]) -> None:
     for number, text in enumerate(line for line in lines if line):
         canvas.text(LEFT, BOTTOM + 62 + 20 * number, text, size=12)
 

@@ -38,7 +38,7 @@ class TeacherPage:
     """The board with buttons.
 
     Attributes:
-        key: stands in the page's address; whoever has no key gets no page.
+        key: is part of the page's address; a request without it gets no page.
         make: returns the page, whose forms post to the address that it is given.
         press: called with the fields of a button's form.
     """

@@ -25,8 +25,8 @@ SHARED_PORT = (
 
 
 @dataclass(frozen=True)
-class Way:
-    """The way of a browser to a page.
+class BrowserAddress:
+    """How a browser reaches a page.
 
     Attributes:
         address: what comes before the page's token; `{port}` stands for its port.
@@ -43,7 +43,7 @@ class Way:
         return f"{self.address.replace(PORT, str(port))}{token}/"
 
 
-def way_of_browser(environ: Mapping[str, str] = os.environ) -> Way:
+def browser_address(environ: Mapping[str, str] = os.environ) -> BrowserAddress:
     """Returns how a browser reaches a page.
 
     Where the Jupyter server that started this kernel has this package's relay, it goes through a Unix socket. Else it goes through
@@ -51,20 +51,20 @@ def way_of_browser(environ: Mapping[str, str] = os.environ) -> Way:
     machine, which a browser on the same machine reaches. `TENSORBOARD_PROXY_URL`, with `%PORT%` in it, overrides all of these.
     """
     if "TENSORBOARD_PROXY_URL" in environ:
-        return Way(environ["TENSORBOARD_PROXY_URL"].replace("%PORT%", PORT))
+        return BrowserAddress(environ["TENSORBOARD_PROXY_URL"].replace("%PORT%", PORT))
     server = jupyter_server(environ)
     token = (server or {}).get("token") or environ.get("JUPYTERHUB_API_TOKEN", "")
     if server and _status(f"{server['url']}{NAME}/", token) == 204:
-        return Way(f"{server['base_url']}{NAME}/", by_socket=True)
+        return BrowserAddress(f"{server['base_url']}{NAME}/", by_socket=True)
     if prefix := environ.get("JUPYTERHUB_SERVICE_PREFIX"):
-        return Way(f"{prefix.rstrip('/')}/proxy/{PORT}/", caution=SHARED_PORT)
+        return BrowserAddress(f"{prefix.rstrip('/')}/proxy/{PORT}/", caution=SHARED_PORT)
     # A Studio app is a machine of its own, on which its owner is alone.
     if app := environ.get("SAGEMAKER_APP_TYPE_LOWERCASE") or environ.get("SAGEMAKER_APP_TYPE", "").lower():
-        return Way(f"/{app}/default/proxy/{PORT}/")
+        return BrowserAddress(f"/{app}/default/proxy/{PORT}/")
     # 0 is no port, so nobody answers there: the proxy says so (500), and a server without a proxy knows no such page (404).
     if server and _status(f"{server['url']}proxy/0/", token) not in (None, 302, 403, 404):
-        return Way(f"{server['base_url']}proxy/{PORT}/", caution=SHARED_PORT)
-    return Way(f"http://127.0.0.1:{PORT}/")
+        return BrowserAddress(f"{server['base_url']}proxy/{PORT}/", caution=SHARED_PORT)
+    return BrowserAddress(f"http://127.0.0.1:{PORT}/")
 
 
 def jupyter_server(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def links_html(path: Path, *, name: str = "", environ: Mapping[str, str] = os.en
     Args:
         path: the file.
         name: what people read; empty takes the path without folders of a person's.
-        environ: stands in for the environment.
+        environ: is read in place of the environment.
     """
     label = html.escape(name or shown_path(path))
     if not path.is_file():

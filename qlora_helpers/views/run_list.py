@@ -135,7 +135,7 @@ def _was_run(folder: Path) -> bool:
 def named_runs(
     names: Sequence[str | os.PathLike[str] | Run], *, root: str | os.PathLike[str] | None = None
 ) -> list[Run]:
-    """Opens several runs by their names, paths or themselves, each once; a sweep stands for those of its runs that exist.
+    """Opens several runs by their names, paths or themselves, each once; a sweep means those of its runs that exist.
 
     Raises:
         RunError: one of them does not exist, or its folder holds links.

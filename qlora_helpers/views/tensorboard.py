@@ -28,7 +28,7 @@ from qlora_helpers.runs.buckets import refuse_unconfirmed
 from qlora_helpers.runs.events_copy import s3_target
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.guard import refuse_links
-from qlora_helpers.views.browser_way import way_of_browser
+from qlora_helpers.views.browser_way import browser_address
 from qlora_helpers.views.tensorboard_relay import socket_name, sockets_folder
 from qlora_helpers.views.tensorboard_server import READY
 
@@ -99,7 +99,7 @@ class TensorBoardPage:
 
     def __init__(self, name: str, place: str | Mapping[str, Path]) -> None:
         self.name = name
-        self._way = way_of_browser()
+        self._address = browser_address()
         self._token = secrets.token_hex(16)
         self._view: Any = None
         # TensorBoard names a run after its folder, so a folder of links gives runs the names that people know.
@@ -107,7 +107,7 @@ class TensorBoardPage:
         if not isinstance(place, str):
             for run_name, folder in place.items():
                 (Path(self._links.name) / run_name).symlink_to(folder, target_is_directory=True)
-        socket = str(sockets_folder() / socket_name(self._token)) if self._way.by_socket else None
+        socket = str(sockets_folder() / socket_name(self._token)) if self._address.by_socket else None
         asked = {
             "logdir": place if isinstance(place, str) else self._links.name,
             "token": self._token,
@@ -125,7 +125,7 @@ class TensorBoardPage:
             )
             atexit.register(self.stop)
             self.port = self._wait_for_port(log, json.dumps(asked))
-        self.url = self._way.url(self._token, self.port)
+        self.url = self._address.url(self._token, self.port)
 
     def _wait_for_port(self, log: IO[bytes], asked: str) -> int:
         with contextlib.suppress(BrokenPipeError):  # it has ended already; its output says why
@@ -173,7 +173,7 @@ class TensorBoardPage:
     def _line(self, *, running: bool) -> str:
         if not running:
             return f"TensorBoard of {self.name}: stopped"
-        caution = f" {self._way.caution}." if self._way.caution else ""
+        caution = f" {self._address.caution}." if self._address.caution else ""
         return f"TensorBoard of {self.name}: print(page.url) gives its address, page.stop() ends it.{caution}"
 
     def __repr__(self) -> str:
@@ -195,7 +195,7 @@ class TensorBoardPage:
 
     def _frame(self) -> str:
         url, name = html.escape(self.url), html.escape(self.name)
-        caution = f"<p>{html.escape(self._way.caution)}.</p>" if self._way.caution else ""
+        caution = f"<p>{html.escape(self._address.caution)}.</p>" if self._address.caution else ""
         return (
             f'<p>TensorBoard of {name}: <a href="{url}" target="_blank" rel="noopener">open it in its own tab</a></p>{caution}'
             f'<iframe title="TensorBoard of {name}" src="{url}" width="100%" height="640" style="{inline("frame")}"></iframe>'

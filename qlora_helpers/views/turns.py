@@ -25,7 +25,7 @@ def turns_html(example: Example, trained: Collection[int], masked: Mapping[int, 
         masked: place in its messages -> why that turn is not trained.
         left_out: why the whole row is not used.
     """
-    items = [_item("document", "" if left_out else "trained", "", _said(example.text))] if example.is_document else []
+    items = [_item("document", "" if left_out else "trained", "", _body(example.text))] if example.is_document else []
     if example.tools:
         names = ", ".join(_tool_name(tool) for tool in example.tools)
         items.append(
@@ -54,16 +54,16 @@ def _item(role: str, mark: str, why: str, content: str) -> str:
 
 
 def _content(message: Message) -> str:
-    thinking = f"<details><summary>thoughts</summary>{_said(message.thinking)}</details>" if message.thinking else ""
+    thinking = f"<details><summary>thoughts</summary>{_body(message.thinking)}</details>" if message.thinking else ""
     calls = "".join(
         f'<div class="call">calls <code>{_text(call.get("name", ""))}</code>{_json(call.get("arguments", {}))}</div>'
         for call in message.tool_calls
     )
     of = " ".join(filter(None, (message.name, message.tool_call_id)))
-    return (f'<div class="muted">of {_text(of)}</div>' if of else "") + thinking + _said(message.content) + calls
+    return (f'<div class="muted">of {_text(of)}</div>' if of else "") + thinking + _body(message.content) + calls
 
 
-def _said(text: str) -> str:
+def _body(text: str) -> str:
     return f'<div dir="auto">{_text(text)}</div>' if text else ""
 
 

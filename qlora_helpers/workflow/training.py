@@ -134,7 +134,7 @@ def _save_result(
 
     The first process writes. Where layers are shared out, the others take part in what the model is asked.
     """
-    from qlora_helpers.model import lora
+    from qlora_helpers.model import parameter_counts
     from qlora_helpers.model.sharding import is_sharded
 
     trained = RunModel(run, model, loaded)
@@ -152,7 +152,7 @@ def _save_result(
     if warning:
         say(f"WARNING: {warning}")
     if result.new_steps:  # a session without steps has measured nothing
-        write_measured(run, lora.count_parameters(model), loaded, result, data)
+        write_measured(run, parameter_counts.count_parameters(model), loaded, result, data)
     run.set_status(
         state="stopped" if result.stopped else "finished",
         step=result.steps,

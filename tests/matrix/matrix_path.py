@@ -225,8 +225,8 @@ class _Path:
     def export(self) -> None:
         """Merged, and each weight of the merged model compared with what peft itself makes of base and adapter."""
         from qlora_helpers import workflow
+        from qlora_helpers.model.adapter_loading import load_adapter
         from qlora_helpers.model.loading import load_model
-        from qlora_helpers.model.lora import load_adapter
 
         self.loaded = self.model = None
         report = workflow.export_run(self.run, drift=False, say=lambda text: None)

@@ -12,8 +12,10 @@ from test_expert_stacks import packed_and_plain
 from qlora_helpers.base.config import AdapterConfig, ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model import expert_stacks
+from qlora_helpers.model.adapter_loading import load_adapter
 from qlora_helpers.model.expert_adapters import StackAdapter, weights_on_experts
-from qlora_helpers.model.lora import adapter_sizes, add_adapters, count_parameters, load_adapter, remove_adapters
+from qlora_helpers.model.lora import add_adapters, remove_adapters
+from qlora_helpers.model.parameter_counts import adapter_sizes, count_parameters
 from qlora_helpers.model.quantizer import stacks_of
 
 pytestmark = pytest.mark.usefixtures("torch")

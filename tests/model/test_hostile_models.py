@@ -497,7 +497,7 @@ EVIL = {
 def test_known_settings_of_an_adapter_are_taken(tmp_path, torch, settings):
     from safetensors.torch import load_file
 
-    from qlora_helpers.model.lora import load_adapter
+    from qlora_helpers.model.adapter_loading import load_adapter
 
     adapter(tmp_path, torch, **settings)
     check_adapter(tmp_path)
@@ -509,7 +509,7 @@ def test_known_settings_of_an_adapter_are_taken(tmp_path, torch, settings):
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in EVIL.items() for value in values], ids=str)
 def test_other_settings_of_an_adapter_are_refused_before_peft_reads_them(tmp_path, torch, key, value):
-    from qlora_helpers.model.lora import load_adapter
+    from qlora_helpers.model.adapter_loading import load_adapter
 
     folder = tmp_path / "adapter"
     adapter(folder, torch)
@@ -530,7 +530,7 @@ def test_a_rank_beyond_the_weights_is_refused(tmp_path, torch):
 def test_a_pickled_adapter_is_refused(tmp_path, torch):
     from safetensors.torch import load_file
 
-    from qlora_helpers.model.lora import load_adapter
+    from qlora_helpers.model.adapter_loading import load_adapter
 
     adapter(tmp_path, torch)
     path = tmp_path / "adapter_model.safetensors"
@@ -545,7 +545,8 @@ def test_a_pickled_adapter_is_refused(tmp_path, torch):
 
 
 def test_our_own_adapters_are_among_the_known_ones(tmp_path, torch):
-    from qlora_helpers.model.lora import add_adapters, load_adapter
+    from qlora_helpers.model.adapter_loading import load_adapter
+    from qlora_helpers.model.lora import add_adapters
 
     for number, config in enumerate((AdapterConfig(), AdapterConfig(use_dora=True), AdapterConfig(use_rslora=True))):
         add_adapters(tiny_llama(), config, seed=0).save_pretrained(tmp_path / str(number))

@@ -10,16 +10,9 @@ from tiny import tiny_llama, tiny_model
 
 from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.errors import ModelError
-from qlora_helpers.model.lora import (
-    ParameterCount,
-    adapter_sizes,
-    add_adapters,
-    count_from_shape,
-    count_parameters,
-    linear_layer_names,
-    load_adapter,
-    target_modules,
-)
+from qlora_helpers.model.adapter_loading import load_adapter
+from qlora_helpers.model.lora import add_adapters, linear_layer_names, target_modules
+from qlora_helpers.model.parameter_counts import ParameterCount, adapter_sizes, count_from_shape, count_parameters
 from qlora_helpers.model.shapes.catalog import SHAPES
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -11,9 +11,10 @@ from tiny import tiny_llama
 from qlora_helpers.base.config import AdapterConfig, ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model import targets
+from qlora_helpers.model.adapter_loading import load_adapter
 from qlora_helpers.model.audit import routers
 from qlora_helpers.model.blueprint import model_class
-from qlora_helpers.model.lora import add_adapters, load_adapter
+from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.wiring import decoder_layers, text_decoder
 
 pytestmark = pytest.mark.usefixtures("torch")

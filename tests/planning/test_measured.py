@@ -11,7 +11,8 @@ from qlora_helpers.base.config import AdapterConfig
 from qlora_helpers.base.files import read_json
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import parse_gpus
-from qlora_helpers.model.lora import add_adapters, count_parameters
+from qlora_helpers.model.lora import add_adapters
+from qlora_helpers.model.parameter_counts import count_parameters
 from qlora_helpers.planning import run_plan
 from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.measured import write_measured

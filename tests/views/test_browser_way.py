@@ -20,7 +20,7 @@ from fake_run import fake_run
 from tensorboardX import SummaryWriter
 from two_users import as_other_user, needs_root
 
-from qlora_helpers.views.browser_way import SHARED_PORT, Way, way_of_browser
+from qlora_helpers.views.browser_way import SHARED_PORT, BrowserAddress, browser_address
 from qlora_helpers.views.tensorboard import start_tensorboard
 from qlora_helpers.views.tensorboard_relay import NAME, sockets_folder
 
@@ -41,7 +41,7 @@ TOKEN = "0123456789abcdef" * 2
     ],
 )
 def test_the_way_without_a_jupyter_server_to_ask(environ, expected):
-    way = way_of_browser(environ)
+    way = browser_address(environ)
     assert way.url(TOKEN, 6007) == f"{expected}{TOKEN}/" and not way.by_socket
     assert bool(way.caution) == ("JUPYTERHUB_SERVICE_PREFIX" in environ)
 
@@ -164,4 +164,4 @@ def test_a_folder_of_sockets_that_others_may_enter_is_closed_to_them(tmp_path, m
 
 
 def test_an_address_holds_the_port_and_the_token():
-    assert Way("/x/{port}/").url(TOKEN, 8) == f"/x/8/{TOKEN}/"
+    assert BrowserAddress("/x/{port}/").url(TOKEN, 8) == f"/x/8/{TOKEN}/"

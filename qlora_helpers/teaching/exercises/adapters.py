@@ -64,7 +64,7 @@ COUNT_ADAPTERS = Exercise(
 def _judge_rank(answer: Any) -> str:
     from qlora_helpers.base.config import AdapterConfig
     from qlora_helpers.base.units import gib
-    from qlora_helpers.model.lora import count_from_shape
+    from qlora_helpers.model.parameter_counts import count_from_shape
     from qlora_helpers.model.shapes.catalog import SHAPES
 
     shape = SHAPES["falcon-40b"]

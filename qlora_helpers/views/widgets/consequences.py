@@ -11,7 +11,7 @@ from qlora_helpers.base.tables import Table
 from qlora_helpers.base.units import duration, gib
 from qlora_helpers.planning.cost import TrainingCost
 from qlora_helpers.planning.forecast import Fix, Forecast, changed_settings
-from qlora_helpers.planning.memory import GpuMemory
+from qlora_helpers.planning.gpu_memory import GpuMemory
 
 # name -> (parts of `GpuMemory`, colour in the stylesheet); the colours are distinct to colour-blind readers on white and on black
 PARTS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -18,8 +18,9 @@ from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.inspection import count_weights
-from qlora_helpers.model.lora import add_adapters, count_parameters
+from qlora_helpers.model.lora import add_adapters
 from qlora_helpers.model.nf4 import falcon_linears_as_plain
+from qlora_helpers.model.parameter_counts import count_parameters
 from qlora_helpers.model.shapes import sizes as module
 from qlora_helpers.model.shapes import wirings
 from qlora_helpers.model.shapes.catalog import SHAPES, known_shape
