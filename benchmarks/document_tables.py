@@ -124,6 +124,7 @@ def todays() -> str:
         name, _, layers = case["model"].partition("@")
         what = f"{name}, {layers} of its layers" if layers else name
         what += ", adapters on its experts too" if case["variant"] == "fast_experts" else ""
+        what += ", padded, without kernels" if case.get("padded") else ""
         lines.append(
             f"| {what} | {step_name(case)} | {case['tokens_per_s']:,.0f} | {case['tokens_per_step'] / seconds:,.0f} | "
             f"{case['peak_reserved_gib']:.1f} | {gib(memory.reserved):.1f} |"

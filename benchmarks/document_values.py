@@ -50,7 +50,7 @@ def _machine(name: str) -> str:
 def machines() -> dict[str, str]:
     """Where each record was made."""
     names = ["step_speed_one_gpu", "learning_one_gpu", "evaluation_speed_one_gpu", "true_size_one_gpu", "two_gpus"]
-    names += ["todays_models_one_gpu", "tickets_one_gpu"]
+    names += ["todays_models_one_gpu", "attention_one_gpu", "tickets_one_gpu"]
     return {f"{name}_machine": _machine(name) for name in names}
 
 
@@ -97,8 +97,11 @@ def todays_models() -> dict[str, str]:
     for case in found["cases"]:
         memory, seconds = planned_on(case, "H200")
         apart[0].append(abs(gib(memory.reserved) / case["peak_reserved_gib"] - 1))
-        apart[1].append(abs(seconds / case["step_s"] - 1))
-    (masked,) = found["before"]
+        if not case.get("padded"):
+            apart[1].append(abs(seconds / case["step_s"] - 1))
+    masked, held = found["before"]
+    capped = next(case for case in found["cases"] if case["model"] == "gemma-2-9b")
+    slow = next(case for case in found["cases"] if (case["model"], case["blocks"]) == ("qwen3.5-9b", 8))
     packed = next(case for case in found["cases"] if (case["model"], case["blocks"]) == ("gpt-oss-20b", 2))
     stored, whole = record("gpt_oss_one_gpu")["from_mxfp4"], record("gpt_oss_one_gpu")["random"]
     return {
@@ -107,6 +110,12 @@ def todays_models() -> dict[str, str]:
         "gpt_oss_masked_speed": f"{masked['tokens_per_s']:,.0f}",
         "gpt_oss_masked_gib": f"{masked['peak_reserved_gib']:.1f}",
         "gpt_oss_packed_gib": f"{packed['peak_reserved_gib']:.1f}",
+        "capped_held_speed": f"{held['tokens_per_s']:,.0f}",
+        "capped_held_gib": f"{held['peak_reserved_gib']:.1f}",
+        "capped_speed": f"{capped['tokens_per_s']:,.0f}",
+        "capped_gib": f"{capped['peak_reserved_gib']:.1f}",
+        "fallback_step_s": f"{slow['step_s']:.2f}",
+        "fallback_planned_s": f"{planned_on(slow, 'H200')[1]:.2f}",
         "gpt_oss_layers": f"{stored['options']['layers']}",
         "gpt_oss_load_peak_gib": f"{stored['load']['peak_reserved_gib']:.1f}",
         "gpt_oss_steps": f"{stored['train']['steps']}",
@@ -117,6 +126,19 @@ def todays_models() -> dict[str, str]:
         "gpt_oss_whole_losses": f"{whole['first_loss']:.1f} to {whole['last_loss']:.1f}",
         "experts_gradient_apart": f"{max(line['error'] for line in record('gpt_oss_one_gpu')['experts']):.3%}",
     }
+
+
+def attention() -> dict[str, str]:
+    """Soft-capped scores and wide heads by flex attention, against a mask."""
+    found = {case["name"]: case["found"] for case in record("attention_one_gpu")["cases"]}
+    values = {}
+    for short, name in (("capped", "gemma-2-9b, all tokens"), ("wide", "gemma-4-31b, global")):
+        for route in ("training", "mask"):
+            cost = found[name][route]["cost"]
+            values[f"attention_{short}_{route}_ms"] = f"{cost['ms']:.1f}"
+            values[f"attention_{short}_{route}_gib"] = f"{cost['held_gib']:.1f}"
+    off = [error for each in found.values() for error in each["training"]["errors"].values()]
+    return values | {"attention_cases": str(len(found)), "attention_off": f"{max(off):.1%}"}
 
 
 def tickets() -> dict[str, str]:
@@ -408,6 +430,7 @@ PARTS = (
     matrix,
     demo,
     todays_models,
+    attention,
     tickets,
     against_the_recipe,
     loss_on_all_tokens,
