@@ -21,7 +21,7 @@ from qlora_helpers.base.place import at
 from qlora_helpers.data import batches
 from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
-from qlora_helpers.model.shapes.families import ALIBI, fixed_positions, is_recurrent, uses_alibi
+from qlora_helpers.model.shapes.families import ALIBI, is_recurrent, positions_refusal, uses_alibi
 from qlora_helpers.model.wiring import base_model_of, in_eval_mode, windows_of
 from qlora_helpers.training.proving import (
     ROUNDINGS,
@@ -153,12 +153,8 @@ def prove_isolation(
             it changes the positions of the rows beside it, which rows as short as the proof's don't show.
     """
     inner = base_model_of(model)
-    kind, fixed = fixed_positions(inner.config.get_text_config().to_dict())
-    if longest > fixed:
-        raise NotProvedError(
-            f"a row of more than {fixed:,} tokens changes the positions of all rows in its pass (rope_type {kind}), so packed rows "
-            f"need data.seq_len_tokens of at most {fixed:,}"
-        )
+    if reason := positions_refusal(inner.config.get_text_config().to_dict(), longest):
+        raise NotProvedError(reason)
     first, other, second = random_rows(model, 23, 23, 17)
     own_window = shortest_window(inner)
     with in_eval_mode(model), ExitStack() as narrowed:

@@ -110,13 +110,14 @@ def fixed_positions(config: dict[str, Any]) -> tuple[str, float]:
     return kind, longest
 
 
-def packing_refusal(config: dict[str, Any]) -> str | None:
+def packing_refusal(config: dict[str, Any], longest: int = 0) -> str | None:
     """Says why a model's rows will probably be padded instead of packed, as far as `config.json` tells, or None.
 
     A forecast for plans and forms: once a model is loaded, a proof on it decides (`training.row_isolation`).
 
     Args:
         config: a model's `config.json`.
+        longest: an upper bound on a row's tokens.
     """
     if not isinstance(config.get("model_type"), str):
         return "its config.json names no model type"
@@ -124,7 +125,23 @@ def packing_refusal(config: dict[str, Any]) -> str | None:
         return ALIBI
     if is_recurrent(config) and not _only_convolutions(config):
         return "its recurrent layers carry their state from row to row"
-    return None
+    return positions_refusal(config, longest)
+
+
+def positions_refusal(config: dict[str, Any], longest: int) -> str | None:
+    """Says that a row can be so long that it changes the positions of all rows in its forward pass, or None.
+
+    Args:
+        config: a model's `config.json`.
+        longest: an upper bound on a row's tokens.
+    """
+    kind, fixed = fixed_positions(config)
+    if longest <= fixed:
+        return None
+    return (
+        f"a row of more than {fixed:,} tokens changes the positions of all rows in its pass (rope_type {kind}), so packed rows need "
+        f"data.seq_len_tokens of at most {fixed:,}"
+    )
 
 
 _ADDED_LAST = {
