@@ -139,8 +139,8 @@ def positions_refusal(config: dict[str, Any], longest: int) -> str | None:
     if longest <= fixed:
         return None
     return (
-        f"a row of more than {fixed:,} tokens changes the positions of all rows in its pass (rope_type {kind}), so packed rows need "
-        f"data.seq_len_tokens of at most {fixed:,}"
+        f"a row of more than {fixed:,} tokens changes the positions of all rows in its pass (rope_type {kind}), so packed rows "
+        f"need data.seq_len_tokens of at most {fixed:,}"
     )
 
 
