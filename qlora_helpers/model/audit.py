@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +87,13 @@ class LoadAudit:
         return f"{1 - others / self.parameters:.2%} of the parameters in 4 bits; not: {reasons or 'none'}\n"
 
 
-def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
+def audit(model: PreTrainedModel, config: ModelConfig, *, left_out: Sequence[str] = ()) -> LoadAudit:
     """Checks that the model in memory is the one that was asked for, and measures it.
 
     Args:
         model: the loaded model, without adapters.
         config: what was asked for.
+        left_out: names or paths of modules that the checkpoint itself keeps out of its 4 bits (`stored_formats.left_out_of_nf4`).
 
     Raises:
         ModelError: a weight matrix is in 16 or 32 bits without a reason, or a weight is on the meta device or on disk.
@@ -108,7 +109,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
     reasons: dict[str, list[int]] = {}
     unexplained: dict[str, int] = {}
     excused: set[int] = set()
-    reason_of = _Reasons(model)
+    reason_of = _Reasons(model, left_out)
     for name, module, parameter in _own_parameters(model):
         if holds_nf4(parameter):
             continue
@@ -129,7 +130,7 @@ def audit(model: PreTrainedModel, config: ModelConfig) -> LoadAudit:
     return LoadAudit(
         quantized=len(packed),
         expected=sum(config.quantization == "none" or is_nf4(each) or id(each) not in excused for each in linears),
-        stacks=len(states) - len(packed),
+        stacks=len(states) - len(packed) - (head is not None and is_nf4(head)),
         storage=config.quantization,
         double_quantization=all(state.nested for state in states) if states else None,
         gib_by_device=sizes,
@@ -195,7 +196,7 @@ def _sizes(model: torch.nn.Module) -> dict[str, float]:
 class _Reasons:
     """Finds why a parameter of a model need not be in 4 bits, from what its module is and how the model uses it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, left_out: Sequence[str] = ()) -> None:
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         head = model.get_output_embeddings()
@@ -204,6 +205,7 @@ class _Reasons:
         self._text = {id(module) for module in text_decoder(model).modules()} if several_parts else None
         own = {name for module in model.modules() for name in _kept_in_fp32(module)}
         self._kept = lambda path: bool(own) and not should_convert_module(path, sorted(own))
+        self._left_out = lambda path: bool(left_out) and not should_convert_module(path, list(left_out))
         self._routers, self._read = routers(model), read_directly(model)
 
     def __call__(self, path: str, module: Any, parameter: torch.Tensor) -> str | None:
@@ -228,6 +230,8 @@ class _Reasons:
             return "kept in float32 by transformers"
         if _is_bias_of_experts(module, parameter):
             return "biases of experts"
+        if self._left_out(path.rpartition(".")[0]):
+            return "kept by the checkpoint"
         return "matrices of a few rows or columns" if sorted(parameter.shape)[-2] < NARROW else None
 
 

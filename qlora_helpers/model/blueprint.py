@@ -11,12 +11,14 @@ from typing import Any
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.nf4 import falcon_linears_as_plain
 
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
 
 def model_class(config: Any) -> Any:
     """Returns transformers' automatic class for a configuration: causal language models, else those that take pictures too.
 
     Raises:
-        ModelError: it is neither, or an encoder-decoder.
+        ModelError: it is neither, an encoder-decoder, or a classifier.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -25,6 +27,13 @@ def model_class(config: Any) -> Any:
             f"{config.model_type} is an encoder-decoder, whose answers depend on what its encoder reads",
             expected="a causal language model, which continues one text",
             next_step="Choose another model.",
+        )
+    built_as = getattr(config, "architectures", None) or ()
+    if built_as and all(str(each).endswith(CLASSIFIERS) for each in built_as):
+        raise ModelError(
+            f"the checkpoint is a {built_as[0]}, whose head for classes would be dropped",
+            expected="a causal language model, which continues a text",
+            next_step="Choose the language model that it was made from.",
         )
     for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in found._model_mapping:

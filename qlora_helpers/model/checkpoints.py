@@ -121,6 +121,13 @@ def _checked_folder(path: Path) -> Path:
             f"the folder {path.name} holds no model", expected="config.json in it", next_step="Check model.name."
         )
     if not weight_files(path):
+        gguf = sorted(each.name for each in path.glob("*.gguf"))
+        if gguf:
+            raise ModelError(
+                f"the folder {path.name} holds no weights as safetensors",
+                got=", ".join(gguf[:3]),
+                next_step=f"Give the file itself: model.name={path / gguf[0]}.",
+            )
         other = sorted(each.name for each in path.glob("*.safetensors"))
         raise ModelError(
             f"the folder {path.name} holds no weights as safetensors",

@@ -28,7 +28,7 @@ from qlora_helpers.model.nf4 import (
     unpack_rightly_on_cpu,
 )
 from qlora_helpers.model.placement import Spread, device_map_argument, memory_limits, on_a_gpu
-from qlora_helpers.model.stored_formats import is_stored_in_nf4
+from qlora_helpers.model.stored_formats import is_stored_in_nf4, left_out_of_nf4
 from qlora_helpers.model.tokenizers import tokenizer_of
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def load_model(
     keep_gradients_exact_on_cpu(model)
     if mesh is not None:
         share_layers(model, mesh)
-    return LoadedModel(model, tokenizer, checkpoint, audit(model, config))
+    left_out = left_out_of_nf4(checkpoint.folder) if config.quantization == "nf4" else ()
+    return LoadedModel(model, tokenizer, checkpoint, audit(model, config, left_out=left_out))
 
 
 def _from_pretrained(

@@ -60,6 +60,15 @@ def is_stored_in_nf4(folder: Path) -> bool:
     return is_4_bit and found.get("bnb_4bit_quant_type", "fp4") == "nf4"
 
 
+def left_out_of_nf4(folder: Path) -> tuple[str, ...]:
+    """Names or paths of the modules that a checkpoint in NF4 keeps in 16 bits, as Unsloth's dynamic ones do for some layers.
+
+    Empty for every other checkpoint: what is quantised while it is loaded has no such layers.
+    """
+    names = quantization_of(folder).get("llm_int8_skip_modules") if is_stored_in_nf4(folder) else ()
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+
 def usable_folder(folder: Path, name: str, *, packed: bool, say: Say = print) -> Path:
     """Returns a folder whose weights can be loaded: the checkpoint's own, or that of a dequantised copy in the cache.
 
@@ -113,7 +122,12 @@ def _refuse_unknown(name: str, method: str, settings: dict[str, Any], kinds: dic
     odd = sorted(each for each in kinds if each.endswith(PACKED_NAMES))
     if method in known and not odd:
         return
-    form = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": f"compressed-tensors ({settings.get('format')})"}
+    form = {
+        "": "a form that its config.json does not name",
+        "gptq": "GPTQ",
+        "awq": "AWQ",
+        "compressed-tensors": f"compressed-tensors ({settings.get('format')})",
+    }
     raise ModelError(
         f"the weights of {name} are stored in {form.get(method, method)}, which can't be tuned here",
         expected="plain weights, or bitsandbytes, FP8 or MXFP4 ones",

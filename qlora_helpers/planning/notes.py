@@ -118,7 +118,7 @@ def settings_notes(workload: Workload) -> list[str]:
             "DoRA: what it keeps was counted on a CPU, and its speed is arithmetic; neither was measured on a GPU"
         )
     if not workload.packed:
-        reason = packing_refusal(workload.shape) if config.data.packing else None
+        reason = packing_refusal(workload.shape, config.data.seq_len_tokens) if config.data.packing else None
         why = f": {reason}" if reason else ""
         notes.append(PADDED + why)
     if config.model.compute_dtype == "float32":

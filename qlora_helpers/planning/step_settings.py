@@ -149,7 +149,7 @@ def sequences_per_step(train: TrainConfig) -> int:
 
 def is_packed(config: RunConfig, shape: dict[str, Any]) -> bool:
     """Whether rows will be packed: asked for, and the model's `config.json` says nothing against it."""
-    return config.data.packing and packing_refusal(shape) is None
+    return config.data.packing and packing_refusal(shape, config.data.seq_len_tokens) is None
 
 
 def may_capture(train: TrainConfig, packed: bool, dropout: bool) -> bool:

@@ -21,7 +21,7 @@ from qlora_helpers.base.place import at
 from qlora_helpers.data import batches
 from qlora_helpers.data.batches import AllLogits, SequenceCollator
 from qlora_helpers.data.labels import IGNORED
-from qlora_helpers.model.shapes.families import ALIBI, is_recurrent, uses_alibi
+from qlora_helpers.model.shapes.families import ALIBI, is_recurrent, positions_refusal, uses_alibi
 from qlora_helpers.model.wiring import base_model_of, in_eval_mode, windows_of
 from qlora_helpers.training.proving import (
     ROUNDINGS,
@@ -149,9 +149,12 @@ def prove_isolation(
         The two differences found, as shares of the logits' spread.
 
     Raises:
-        NotProvedError: the rows attend to each other, or the windows can't be narrowed for the proof.
+        NotProvedError: the rows attend to each other, the windows can't be narrowed for the proof, or a row can be so long that
+            it changes the positions of the rows beside it, which rows as short as the proof's don't show.
     """
     inner = base_model_of(model)
+    if reason := positions_refusal(inner.config.get_text_config().to_dict(), longest):
+        raise NotProvedError(reason)
     first, other, second = random_rows(model, 23, 23, 17)
     own_window = shortest_window(inner)
     with in_eval_mode(model), ExitStack() as narrowed:

@@ -79,7 +79,8 @@ def prepare_data(
         UserError: the data can't be used, its label report failed, or the run has trained on other data.
     """
     refuse_other_than_trained_on(run, content_marks(run.config().data, tokenizer))
-    config, forecast = run.config(), packing_refusal(shape)
+    config = run.config()
+    forecast = packing_refusal(shape, config.data.seq_len_tokens)
     if model is None or not config.data.packing or has_trained(run):
         with _first_prepares(run):
             return run_data(run, tokenizer, no_packing=forecast, settled=True)

@@ -406,6 +406,33 @@ def test_a_missing_shard_is_named(folder):
     assert "model-00002-of-00002.safetensors" in refusal(folder)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_is_refused_though_its_head_would_be_ignored(torch, tmp_path, tied):
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_llama(tie_word_embeddings=tied).config
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    corpus_tokenizer().save_pretrained(tmp_path / "classifier")
+    assert "the checkpoint is a LlamaForSequenceClassification" in refusal(tmp_path / "classifier")
+
+
+def test_a_tensor_that_the_index_names_and_its_file_lacks_is_missed(folder):
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    places = dict.fromkeys(held, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors").unlink()
+    del held["model.norm.weight"]
+    save_file(held, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert "lacks 1 of its weights, model.norm.weight first" in refusal(folder)
+
+
+def test_a_folder_with_a_gguf_file_alone_names_the_file(folder):
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    assert refusal(folder).endswith(f"Give the file itself: model.name={folder / 'model-Q4_K_M.gguf'}.")
+
+
 def test_weights_of_another_size_are_refused(folder):
     edit(folder, vocab_size=4096)
     message = refusal(folder, quantization="none")  # transformers 5.17 does not look where it quantises

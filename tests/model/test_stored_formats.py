@@ -257,3 +257,40 @@ def test_packed_weights_without_a_scale_are_refused(torch, folder):
     repack(folder, {"quant_method": "fp8"}, lambda name, value: {name: value.to(torch.float8_e4m3fn)})
     with pytest.raises(ModelError, match="is packed and has no scale"):
         load(folder)
+
+
+def test_what_an_nf4_checkpoint_itself_keeps_out_of_4_bits_is_counted_with_its_reason(torch, folder):
+    """As Unsloth's dynamic checkpoints do; what is neither in 4 bits nor named there is refused as ever."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "model.layers.1.mlp"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)
+    mlp = sum(parameter.numel() for parameter in model.model.layers[1].mlp.parameters())
+    model.save_pretrained(folder)
+    found = load(folder).audit
+    assert {each.reason: each.values for each in found.unquantised}["kept by the checkpoint"] == mlp
+    assert found.quantized == found.expected == 11
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="not quantised as asked"):
+        load(folder)
+
+
+def test_an_output_head_in_4_bits_is_no_stack_of_experts(torch, folder):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[])
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).save_pretrained(folder)
+    found = load(folder).audit
+    assert (found.quantized, found.stacks) == (14, 0)
+    assert "output head" not in {each.reason for each in found.unquantised}
+
+
+def test_a_form_without_a_name_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(ModelError, match="stored in a form that its config.json does not name"):
+        load(folder)

@@ -199,6 +199,24 @@ def test_no_network_and_no_catalogue_entry(from_hub):
         find_shape(ModelConfig(name="lab/new"))
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("qwen3-8b-chat", "Qwen/Qwen3-8B"),
+        ("qwen3 8b", "Qwen/Qwen3-8B"),
+        ("llama3", "meta-llama/Llama-3.1-8B"),
+        ("gemma3-12b-it", "google/gemma-3-12b-it"),
+        ("Qwen/Qwen3-9B", "Qwen/Qwen3-8B"),
+        ("gpt-oss", "openai/gpt-oss-20b"),
+    ],
+)
+def test_a_name_as_people_type_it_is_answered_with_near_names(from_hub, typed, meant):
+    from_hub(None)
+    with pytest.raises(ModelError, match="Give a catalogued model") as error:
+        find_shape(ModelConfig(name=typed))
+    assert meant in str(error.value)
+
+
 def closed_port() -> str:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from tiny import FAMILIES, tiny_model
 from qlora_helpers.data import batches
 from qlora_helpers.training import row_isolation
 from qlora_helpers.training.fast_step import block_diagonal
-from qlora_helpers.training.proving import Choices, NotProvedError
+from qlora_helpers.training.proving import Choices, NotProvedError, random_rows
 from qlora_helpers.training.row_isolation import (
     packing_refusal,
     plain_attention,
@@ -104,6 +104,31 @@ def test_chunks_are_packed_where_they_are_counted_in_each_row():
         assert refusal is None
     else:
         assert "between packed and alone" in refusal
+
+
+LONG_POSITIONS = {
+    "longrope": {
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+        "factor": 4.0,
+        "original_max_position_embeddings": 48,
+    },
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", LONG_POSITIONS)
+def test_a_row_that_changes_the_positions_of_its_neighbours_is_not_packed(kind):
+    """The frequencies of a whole pass follow its longest row, which the proof's short rows never are."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | LONG_POSITIONS[kind]
+    model = built("llama", _GROUPED | {"max_position_embeddings": 48, "rope_parameters": rope})
+    long, short = random_rows(model, 60, 20)
+    with torch.no_grad():
+        alone = row_isolation._logits(model, [short])
+        packed = row_isolation._packed_logits(model, plain_attention(model, LONGEST), long, short, 1)
+    assert float((packed - alone).abs().max() / alone.std()) > 0.1
+    assert "data.seq_len_tokens of at most 48" in packing_refusal(model, LONGEST)
+    assert packing_refusal(model, 48) is None
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bloom"])

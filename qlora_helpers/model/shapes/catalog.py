@@ -383,6 +383,27 @@ def known_shape(name: str) -> Shape | None:
     return copy.deepcopy(SHAPES[key]) if key in SHAPES else None
 
 
+def near_names(name: str, most: int = 3) -> list[str]:
+    """Returns the hub ids of catalogued models that a person may have meant, the nearest first: `qwen3 8b`, `llama3`.
+
+    Args:
+        name: as it was typed.
+        most: ids that are returned.
+    """
+    wanted = _letters(name)
+    by_letters: dict[str, str] = {}
+    for hub_id in sorted(HUB_NAMES, key=len):
+        by_letters.setdefault(_letters(hub_id), hub_id)
+    begun = [each for each in by_letters if wanted and wanted in each]
+    near = difflib.get_close_matches(wanted, by_letters, n=most, cutoff=0.6)
+    return [by_letters[each] for each in dict.fromkeys([*begun, *near])][:most]
+
+
+def _letters(name: str) -> str:
+    """Letters and digits of a name without its owner, in lower case."""
+    return "".join(filter(str.isalnum, name.rpartition("/")[2].lower()))
+
+
 def unknown_shape(name: str) -> ModelError:
     """Returns the error for a `random:NAME` that is not catalogued, with the closest names."""
     key = name.strip().lower().removeprefix("random:")

@@ -85,13 +85,39 @@ def uses_alibi(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "bloom" or bool(config.get("alibi"))
 
 
-def packing_refusal(config: dict[str, Any]) -> str | None:
+def fixed_positions(config: dict[str, Any]) -> tuple[str, float]:
+    """Returns a name for a model's rotary positions, and how long a row may be without changing those of the rows beside it.
+
+    LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi-3.5) and dynamic NTK scaling choose the frequencies of a whole forward pass
+    by its longest row. The length is infinite for all others.
+
+    Args:
+        config: a model's `config.json`.
+    """
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = found if isinstance(found, dict) else {}
+    limits: list[tuple[float, str]] = []
+    for rope in (found, *(each for each in found.values() if isinstance(each, dict))):
+        kind = str(rope.get("rope_type") or rope.get("type") or "")
+        if kind == "longrope" or "dynamic" in kind:
+            lengths = (
+                rope.get("original_max_position_embeddings"),
+                config.get("original_max_position_embeddings"),
+                config.get("max_position_embeddings"),
+            )
+            limits.append((min((each for each in lengths if isinstance(each, int)), default=0), kind))
+    longest, kind = min(limits, default=(float("inf"), ""))
+    return kind, longest
+
+
+def packing_refusal(config: dict[str, Any], longest: int = 0) -> str | None:
     """Says why a model's rows will probably be padded instead of packed, as far as `config.json` tells, or None.
 
     A forecast for plans and forms: once a model is loaded, a proof on it decides (`training.row_isolation`).
 
     Args:
         config: a model's `config.json`.
+        longest: an upper bound on a row's tokens.
     """
     if not isinstance(config.get("model_type"), str):
         return "its config.json names no model type"
@@ -99,7 +125,23 @@ def packing_refusal(config: dict[str, Any]) -> str | None:
         return ALIBI
     if is_recurrent(config) and not _only_convolutions(config):
         return "its recurrent layers carry their state from row to row"
-    return None
+    return positions_refusal(config, longest)
+
+
+def positions_refusal(config: dict[str, Any], longest: int) -> str | None:
+    """Says that a row can be so long that it changes the positions of all rows in its forward pass, or None.
+
+    Args:
+        config: a model's `config.json`.
+        longest: an upper bound on a row's tokens.
+    """
+    kind, fixed = fixed_positions(config)
+    if longest <= fixed:
+        return None
+    return (
+        f"a row of more than {fixed:,} tokens changes the positions of all rows in its pass (rope_type {kind}), so packed rows "
+        f"need data.seq_len_tokens of at most {fixed:,}"
+    )
 
 
 _ADDED_LAST = {

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ModelError
 from qlora_helpers.model.hub import download_config
-from qlora_helpers.model.shapes.catalog import HUB_NAMES, known_shape, unknown_shape
+from qlora_helpers.model.shapes.catalog import HUB_NAMES, known_shape, near_names, unknown_shape
 from qlora_helpers.model.shapes.config_file import read_config_file
 
 
@@ -42,7 +42,7 @@ def _from_hub(config: ModelConfig) -> Path:
     try:
         return download_config(config.name, config.revision)
     except ModelError as error:
-        known = ", ".join(sorted(HUB_NAMES)[:3])
+        known = ", ".join(near_names(config.name) or sorted(HUB_NAMES)[:3])
         raise ModelError(
             f"the shape of {config.name} is not catalogued and can't be downloaded: {error.problem}",
             next_step=f"Give a catalogued model ({known}, ...), or a folder that holds the model's config.json.",

@@ -60,6 +60,21 @@ def test_which_models_will_probably_be_packed(config, reason):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}},
+        {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096},
+        {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}, "max_position_embeddings": 4096},
+    ],
+)
+def test_positions_that_follow_the_longest_row_are_a_reason_beyond_their_length_alone(config):
+    config = config | {"model_type": "phi3"}
+    assert packing_refusal(config, 4096) is None
+    assert "data.seq_len_tokens of at most 4,096" in packing_refusal(config, 4097)
+    assert packing_refusal({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, 10**6) is None
+
+
+@pytest.mark.parametrize(
     ("config", "drops"),
     [({}, False), ({"dropout": 0.1}, True), ({"attention_dropout": 0.0}, False), ({"dropout": "much"}, False)],
 )
