@@ -22,7 +22,8 @@ def targets(case: Case) -> list[str]:
     """What gets an adapter, as in our own cases: of a mixture its attention alone."""
     from records import shape_of
 
-    return ATTENTION if shape_of(case.model).get("num_experts") else TARGETS
+    shape = shape_of(case.model)
+    return ATTENTION if shape.get("num_experts") or shape.get("num_local_experts") else TARGETS
 
 
 class Counting:
