@@ -180,9 +180,9 @@ def _gpu_label(index: int, found: Forecast) -> str:
 
 
 def _bar(index: int, found: Forecast) -> str:
-    memory, shards = found.step.memory[index], found.step.step.shards
-    layers = f"{f'1/{shards} of ' if shards > 1 else ''}{found.step.layers_per_gpu[index]} layers"
+    memory = found.step.memory[index]
     name = _gpu_label(index, found)
+    layers = "" if found.step.processes > 1 else f" · {found.step.layers_per_gpu[index]} layers"
     total, usable = gib(memory.total), found.hardware.usable_gib
     scale = 100 / (1.03 * max(usable, found.step.peak_gib))
     pieces = "".join(
@@ -193,7 +193,7 @@ def _bar(index: int, found: Forecast) -> str:
     label = f"{name}: {total:.1f} of {usable:.1f} GiB{', does not fit' if over else ''}"
     return (
         f'<div class="qlora-gpu{" qlora-over" if over else ""}" role="img" aria-label="{label}">'
-        f"<span>{name} · {layers}</span>"
+        f"<span>{name}{layers}</span>"
         f'<div class="qlora-bar">{pieces}<u style="left:{usable * scale:.2f}%" title="usable: {usable:.1f} GiB"></u></div>'
         f"<span>{total:.1f} of {usable:.1f} GiB</span></div>"
     )
