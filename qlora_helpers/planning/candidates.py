@@ -74,14 +74,6 @@ def _checkpointed_counts(workload: Workload, step: StepSettings, gpus: int) -> l
     return sorted(fewest | {sizes.layers})
 
 
-def fastest_in_several_processes(workload: Workload) -> Candidate | None:
-    """Finds the fastest candidate in which several processes, each with a GPU, share the sequences; None where none fits."""
-    everywhere = replace(workload, one_process=False)
-    several = [each for each in everywhere.layouts if each.processes > 1]
-    fitting = fitting_candidates(all_candidates(everywhere, several), workload.hardware.usable_gib)
-    return fitting[0] if fitting else None
-
-
 def fitting_candidates(candidates: Sequence[Candidate], usable_gib: float) -> list[Candidate]:
     """Returns the candidates that fit, the one that ends first before the others."""
     fitting = [each for each in candidates if each.peak_gib <= usable_gib]

@@ -16,24 +16,16 @@ from qlora_helpers.base.units import duration
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.machine.price import machine_price
-from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.layout import COPIES, MEANING, ONE, SHARDS, SPREAD, WAYS, copies_sharing
 from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.plan import Plan
 from qlora_helpers.planning.run_plan import plan_run, this_machine
+from qlora_helpers.planning.started import MICRO, PASSES, SHARE, settings_to_start
 from qlora_helpers.planning.step_settings import sequences_per_step
 from qlora_helpers.runs import locks
 from qlora_helpers.runs.plan_file import MemoryFailure
 
 AUTO = "auto"
-SHARE, MICRO, PASSES = "train.share", "train.micro_batch_size", "train.gradient_accumulation_steps"
-FOR_THE_PLAN = {
-    "train.activation_checkpointing": (True,),
-    "train.checkpointed_layers": (None,),
-    "train.compile": ("auto",),
-    "train.offload_embeddings": (False,),
-}
-"""Settings that the plan decides where they have one of these values, which leave it open."""
 IN_USE = 0.25  # of a GPU's memory: one of which other programs hold more is taken only where it is asked for
 LIKE = 1.05  # times the memory of the cards on which a run was out of memory; larger ones are other cards
 
@@ -98,7 +90,7 @@ def choose(
     used, left = divmod(plan.choice.layout.gpus, nodes)
     if left:
         return _by_settings(config, count, plan.choice.share, taken, "")
-    settings = _settings(config, plan.choice, limited=limit_gib is not None)
+    settings = settings_to_start(config, plan.choice, limited=limit_gib is not None)
     return Choice(taken[:used], plan.choice.share, plan.choice.processes, settings, _why(plan))
 
 
@@ -192,27 +184,6 @@ def _not_so(plan: Plan, share: str) -> UserError:
     )
 
 
-def _settings(config: RunConfig, choice: Candidate, *, limited: bool) -> dict[str, Any]:
-    """Returns what to set for a plan's choice: what a person has set beside it stays.
-
-    Args:
-        config: the settings as asked for.
-        choice: the plan's.
-        limited: whether it may hold less than the cards can, which a process that plans for its own card does not know.
-    """
-    found: dict[str, Any] = {SHARE: choice.share} if choice.processes > 1 else {}
-    if choice.share == ONE:
-        return found
-    found |= {MICRO: choice.micro_batch_size, PASSES: choice.gradient_accumulation_steps}
-    if choice.processes > 1 and not limited:  # each process plans the rest for its own card, with what is free there
-        return found
-    planned = config.with_settings(choice.settings)
-    is_open = {name: setting_of(config, name) in values for name, values in FOR_THE_PLAN.items()}
-    if not (is_open["train.activation_checkpointing"] and is_open["train.checkpointed_layers"]):
-        is_open |= dict.fromkeys(("train.activation_checkpointing", "train.checkpointed_layers"), False)
-    return found | {name: setting_of(planned, name) for name, is_ours in is_open.items() if is_ours}
-
-
 def _why(plan: Plan) -> str:
     assert plan.choice is not None
     choice = plan.choice
@@ -260,9 +231,3 @@ def uneven(config: RunConfig, processes: int, nodes: int) -> UserError:
         got=str(processes),
         next_step=f"Use fewer, or set {PASSES} so that they can share the step.",
     )
-
-
-def setting_of(config: RunConfig, setting: str) -> Any:
-    """Returns a setting's value by its full name, such as `train.share`."""
-    section, _, name = setting.partition(".")
-    return getattr(getattr(config, section), name)

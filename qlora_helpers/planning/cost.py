@@ -15,8 +15,8 @@ from qlora_helpers.base.errors import ModelError, UserError
 from qlora_helpers.base.units import duration
 from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.model.shapes.sizes import model_sizes
+from qlora_helpers.planning.as_given import settings_as_given
 from qlora_helpers.planning.cpu_speed import cpu_seconds, cpu_threads
-from qlora_helpers.planning.forecast import settings_as_given
 from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.running import running
 from qlora_helpers.planning.step_settings import is_packed

@@ -1,7 +1,7 @@
 """What a run's settings lead to as they are: memory, speed, time and price, and the smallest change where they don't fit.
 
-`plan` looks for the best settings; here the settings are given. Owns what the trainer does with a setting that is `auto` or none.
-Imports no torch; knows nothing of forms, runs or files.
+`plan` looks for the best settings; here the settings are given. What the trainer and a start make of
+them is `as_given`'s. Imports no torch; knows nothing of forms, runs or files.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qlora_helpers.base.config import RunConfig, TrainConfig
+from qlora_helpers.base.config import RunConfig
 from qlora_helpers.data.known import DataSize
-from qlora_helpers.machine.hardware import Gpu, Hardware
-from qlora_helpers.model.shapes.decoder import ModelSizes
+from qlora_helpers.machine.hardware import Hardware
+from qlora_helpers.planning.as_given import as_started, settings_as_given
 from qlora_helpers.planning.candidate import Candidate
-from qlora_helpers.planning.candidates import candidate, fastest_in_several_processes, fewest_checkpointed
+from qlora_helpers.planning.candidates import candidate, fewest_checkpointed
 from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.fp8 import fp8_notes
-from qlora_helpers.planning.layout import Layout
-from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.notes import SPREAD, hardware_notes, model_notes, settings_notes
 from qlora_helpers.planning.plan import Plan, make_plan
-from qlora_helpers.planning.speed import compile_pays
-from qlora_helpers.planning.step_settings import StepSettings, sequences_per_step
+from qlora_helpers.planning.started import CHECKPOINTED, CHECKPOINTING
+from qlora_helpers.planning.step_settings import sequences_per_step
 from qlora_helpers.planning.workload import Workload
 
+LEFT_OPEN = (f"{CHECKPOINTING}=true", f"{CHECKPOINTED}=none", "train.compile=auto")
+"""Leaves it to a start and its processes how layers are computed."""
 WORTH_TAKING = 0.99  # of the time that the settings take; a plan that saves less is not offered
 
 
@@ -49,10 +49,12 @@ class Forecast:
     """What settings lead to on some hardware.
 
     Attributes:
-        step: memory, speed, time and price of the whole training with these very settings.
+        step: memory, speed, time and price of the whole training with these very settings; on several GPUs in the way, and with
+            the micro-batch and passes, that a start takes for them.
         steps: optimizer steps.
-        plan: what would be chosen instead, in one process on the same hardware and data.
-        several: the fastest in several processes, each with a GPU, where that is faster than the plan.
+        plan: what would be chosen instead on the same hardware and data; on several GPUs what a start follows.
+        started: whether a start chooses how several GPUs share the work.
+        spread: where that is in several processes, the same settings in a single one, whose layers are spread over the GPUs.
         fixes: the smallest changes that fit, where the settings don't.
         notes: what a reader must know of these figures.
     """
@@ -60,7 +62,8 @@ class Forecast:
     step: Candidate
     steps: int
     plan: Plan
-    several: Candidate | None = None
+    started: bool = False
+    spread: Candidate | None = None
     fixes: tuple[Fix, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -91,13 +94,16 @@ class Forecast:
 
     @property
     def plan_is_faster(self) -> bool:
-        """Whether the plan is worth taking: the settings don't fit, or take more than a hundredth longer than the plan."""
-        choice = self.plan.choice
+        """Whether the plan is worth taking: the settings don't fit, or take more than a hundredth longer than the plan.
+
+        Never where a start takes the plan's way by itself.
+        """
+        choice = None if self.started else self.plan.choice
         return choice is not None and (not self.fits or choice.seconds < WORTH_TAKING * self.step.seconds)
 
 
 def make_forecast(workload: Workload, steps: int) -> Forecast:
-    """Works out what these very settings lead to, in one process.
+    """Works out what these very settings lead to: on several GPUs in the way that a start takes, unless `workload` has one process.
 
     Args:
         workload: what is trained, and on what.
@@ -106,16 +112,21 @@ def make_forecast(workload: Workload, steps: int) -> Forecast:
     Raises:
         ModelError: the shape lacks a size, or a target layer is unknown.
     """
-    workload = replace(workload, one_process=True)
-    step = settings_as_given(workload, steps)
-    plan = make_plan(workload, fix=False)
-    several = fastest_in_several_processes(workload)
-    if several and plan.choice and several.seconds >= plan.choice.seconds:
-        several = None
-    fixes = _fixes(plan, step, steps) if step.peak_gib > workload.hardware.usable_gib else ()
-    notes = *hardware_notes(workload.hardware), *model_notes(workload.sizes), *_notes(workload)
+    hardware = workload.hardware
+    started, spread = hardware.gpus > 1 and not workload.one_process, None
+    if started:
+        step, plan = as_started(workload, steps)
+        if step.processes > 1 and hardware.machines == 1:
+            spread = settings_as_given(workload, steps)
+    else:
+        workload = replace(workload, one_process=True)
+        step, plan = settings_as_given(workload, steps), make_plan(workload, fix=False)
+    fixes: tuple[Fix, ...] = ()
+    if step.peak_gib > hardware.usable_gib:
+        fixes = _fixes_of_a_start(plan, steps) if started else _fixes(plan, step, steps)
+    notes = *hardware_notes(hardware), *model_notes(workload.sizes), *_notes(workload, step)
     notes += tuple(fp8_notes(workload.config.train, workload.gpu, step.fp8))
-    return Forecast(step, steps, plan, several, fixes, notes)
+    return Forecast(step, steps, plan, started, spread, fixes, notes)
 
 
 def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tuple[int, int]:
@@ -137,69 +148,6 @@ def steps_and_tokens(config: RunConfig, size: DataSize, *, packed: bool) -> tupl
     return steps, tokens
 
 
-def settings_as_given(workload: Workload, steps: int, layout: Layout | None = None) -> Candidate:
-    """The settings as they are, with what the trainer makes of `auto`.
-
-    Args:
-        workload: what is trained, with the settings of each process, and on what.
-        steps: optimizer steps.
-        layout: how the GPUs are used; None means one process whose layers are spread over them.
-    """
-    train, sizes, hardware = workload.config.train, workload.sizes, workload.hardware
-    layout = layout or Layout(spread=hardware.gpus)
-    captured = layout.shards == layout.spread == 1 and workload.may_capture
-    step = workload.step(captured=captured, copies=layout.copies, shards=layout.shards)
-    if layout.spread == 1:
-        compiled, checkpointed = compiled_and_checkpointed(
-            train,
-            sizes,
-            step,
-            workload.gpu,
-            usable_with_margin(hardware.usable_gib),
-            passes=steps * train.gradient_accumulation_steps,
-            packed=workload.packed,
-        )
-    else:  # the trainer plans for one card alone
-        asked = sizes.layers if train.checkpointed_layers is None else train.checkpointed_layers
-        compiled = train.compile == "on" and workload.may_compile
-        checkpointed = asked if train.activation_checkpointing else 0
-    step = replace(step, compiled=compiled, checkpointed=min(checkpointed, sizes.layers))
-    return candidate(workload, step, gpus=layout.spread, gradient_accumulation_steps=train.gradient_accumulation_steps)
-
-
-def compiled_and_checkpointed(
-    config: TrainConfig,
-    sizes: ModelSizes,
-    step: StepSettings,
-    gpu: Gpu,
-    usable_gib: float,
-    *,
-    passes: int,
-    packed: bool,
-) -> tuple[bool, int]:
-    """Decides whether to compile and how many decoder layers to checkpoint on one GPU: as the settings say, else by arithmetic.
-
-    Args:
-        config: training settings.
-        sizes: of the model.
-        step: what memory and speed depend on; its `compiled` and `checkpointed` don't count.
-        gpu: the card, or one like it.
-        usable_gib: what the training may take of it, the CUDA context included.
-        passes: forward passes of the whole training.
-        packed: whether rows are packed; padded rows differ in length, and are not compiled.
-    """
-    if not config.fast_step:  # Trainer's own way
-        return False, sizes.layers if config.activation_checkpointing else 0
-    compiled = packed and config.compile == "on"
-    if config.compile == "auto":
-        compiled = packed and compile_pays(sizes, step, gpu, passes)
-    if not config.activation_checkpointing:
-        return compiled, 0
-    if config.checkpointed_layers is not None:
-        return compiled, config.checkpointed_layers
-    return compiled, fewest_checkpointed(sizes, replace(step, compiled=compiled), usable_gib)
-
-
 def _fixes(plan: Plan, step: Candidate, steps: int) -> tuple[Fix, ...]:
     """Lists fixes: one that learns the same where there is one, else the plan or its smallest change, and other hardware.
 
@@ -215,6 +163,25 @@ def _fixes(plan: Plan, step: Candidate, steps: int) -> tuple[Fix, ...]:
         settings, best = change
         found.append(_least_fix(workload, settings, best, steps))
     if other := cheapest_instance(workload):
+        found.append(Fix((), other.label, other.priced))
+    return tuple(found)
+
+
+def _fixes_of_a_start(plan: Plan, steps: int) -> tuple[Fix, ...]:
+    """Lists fixes of what a start makes of the settings: it shares the work out itself, so they name nothing of that."""
+    workload, found = plan.workload, []
+    change = None if plan.choice else smallest_change(workload)
+    if plan.choice or change:
+        needed = tuple(change[0]) if change else ()
+        for more in ((), LEFT_OPEN):
+            settings = *needed, *changed_settings(workload.config, more)
+            changed = workload.with_settings(settings)
+            step, _ = as_started(changed, steps)
+            if settings and step.peak_gib <= workload.hardware.usable_gib:
+                learns = "" if needed else ", learns the same"
+                found.append(Fix(settings, "", f"{step.peak_gib:.1f} GiB{learns}"))
+                break
+    if not plan.choice and (other := cheapest_instance(workload)):
         found.append(Fix((), other.label, other.priced))
     return tuple(found)
 
@@ -286,9 +253,14 @@ def _changed(old: Candidate, new: Candidate) -> list[str]:
     return settings
 
 
-def _notes(workload: Workload) -> list[str]:
+def _notes(workload: Workload, step: Candidate) -> list[str]:
     notes = settings_notes(workload)
-    notes += [f"one process: {SPREAD}"] if workload.hardware.gpus > 1 else []
+    notes += [f"one process: {SPREAD}"] if step.layout.spread > 1 else []
+    asked = workload.config.train.share
+    if not workload.one_process and asked not in ("auto", step.share) and workload.hardware.gpus > 1:
+        notes.append(
+            f"train.share={asked} is refused at the start: these GPUs can't share the work so; shown is {step.share}"
+        )
     if not workload.packed:
         notes.append("each padded row is counted at the full sequence length: time and memory are upper limits")
     return notes

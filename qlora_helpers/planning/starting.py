@@ -13,17 +13,8 @@ from typing import Any
 
 from qlora_helpers.base.config import RunConfig
 from qlora_helpers.base.text import Say
-from qlora_helpers.planning.choosing import (
-    FOR_THE_PLAN,
-    MICRO,
-    PASSES,
-    SHARE,
-    Choice,
-    choose,
-    free_gpus,
-    setting_of,
-    uneven,
-)
+from qlora_helpers.planning.choosing import Choice, choose, free_gpus, uneven
+from qlora_helpers.planning.started import FOR_THE_PLAN, MICRO, PASSES, SHARE, setting_of
 from qlora_helpers.runs import launch
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.launch import Started

@@ -26,7 +26,7 @@ from qlora_helpers.model.shapes.families import has_dropout
 from qlora_helpers.model.shapes.sizes import ModelSizes, model_sizes
 from qlora_helpers.model.sharding import bytes_elsewhere, is_sharded
 from qlora_helpers.model.wiring import base_model_of, is_spread, takes_logits_to_keep
-from qlora_helpers.planning.forecast import compiled_and_checkpointed
+from qlora_helpers.planning.as_given import compiled_and_checkpointed
 from qlora_helpers.planning.fp8 import fp8_refusal
 from qlora_helpers.planning.memory import CONTEXT_BYTES, MEMORY_MARGIN
 from qlora_helpers.planning.speed import UNNAMED_GPU

@@ -11,8 +11,8 @@ from qlora_helpers.machine.hardware import parse_gpus
 from qlora_helpers.model.shapes.catalog import known_shape
 from qlora_helpers.model.shapes.sizes import model_sizes
 from qlora_helpers.planning import fixes
-from qlora_helpers.planning.memory import predict
-from qlora_helpers.planning.run_plan import forecast
+from qlora_helpers.planning.memory import predict, usable_with_margin
+from qlora_helpers.planning.run_plan import forecast, plan_run
 from qlora_helpers.planning.step_settings import step_settings
 
 FALCON = profile_config("falcon-40b")
@@ -48,7 +48,6 @@ def test_more_of_everything_takes_more():
     [
         ("H100", ["train.activation_checkpointing=false"]),
         ("H100", ["adapter.r=512"]),
-        ("4x24GiB", ["train.activation_checkpointing=false", "train.micro_batch_size=32"]),
         ("24GiB", []),
     ],
 )
@@ -93,11 +92,40 @@ def test_layers_are_checkpointed_as_the_step_is_compiled():
     assert eager.peak_gib <= 0.97 * 79.11
 
 
-def test_several_processes_are_named_where_they_are_faster():
-    found = look("2xH100")
-    assert found.several.copies == 2 and found.several.seconds < found.plan.choice.seconds
-    assert look("2xH100", "train.micro_batch_size=1", "train.gradient_accumulation_steps=1").several is None
-    assert look("H100").several is None
+@pytest.mark.parametrize(
+    ("gpus", "share", "way"),
+    [
+        ("2xH100", "auto", "copies"),
+        ("ml.g5.12xlarge", "auto", "shards"),
+        ("ml.g5.12xlarge", "spread", "spread"),
+        ("2xH100", "one", "one"),
+        ("2xml.g5.12xlarge", "auto", "copies of shards"),
+    ],
+)
+def test_several_gpus_are_used_as_a_start_uses_them(gpus, share, way):
+    """With a micro-batch and passes that make up the same step; `plan_run` is what a start asks."""
+    found = look(gpus, f"train.share={share}")
+    step = found.step
+    assert (step.share, found.started, found.plan_is_faster) == (way, True, False) and found.fits
+    assert step.micro_batch_size * step.gradient_accumulation_steps * step.processes == 8
+    if share != "one":
+        hardware = parse_gpus(gpus)
+        spare = dataclasses.replace(hardware, usable_gib=usable_with_margin(hardware.usable_gib))
+        choice = plan_run(FALCON.with_settings([f"train.share={share}"]), hardware=spare).choice
+        assert (choice.layout, choice.micro_batch_size) == (step.layout, step.micro_batch_size)
+    assert (found.spread is not None) == (way in ("copies", "shards"))
+
+
+def test_one_gpu_is_not_started_on_several():
+    assert not look("H100").started and look("H100").spread is None
+    assert look("2xH100", "train.micro_batch_size=1", "train.gradient_accumulation_steps=1").step.processes == 1
+
+
+def test_what_was_set_by_hand_and_does_not_fit_in_shards_is_left_to_the_start():
+    found = look("ml.g5.12xlarge", "train.activation_checkpointing=false")
+    (fix,) = found.fixes
+    assert not found.fits and fix.settings == ("train.activation_checkpointing=true",)
+    assert look("ml.g5.12xlarge", "train.activation_checkpointing=false", *fix.settings).fits
 
 
 @pytest.mark.parametrize(

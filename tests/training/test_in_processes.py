@@ -12,7 +12,7 @@ from qlora_helpers.base.errors import Interrupted, RunError
 from qlora_helpers.base.profiles import profile_config
 from qlora_helpers.machine import telemetry
 from qlora_helpers.machine.hardware import parse_gpus
-from qlora_helpers.planning import choosing, run_plan, starting
+from qlora_helpers.planning import choosing, run_plan, started, starting
 from qlora_helpers.runs import launch, locks, ranks
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import add_to_plan, read_plan
@@ -61,7 +61,7 @@ def test_the_command_train_takes_the_way_of_the_plan_with_its_time_and_price(g5_
     assert processes == 4 and command[-1] == "--quiet" and "--processes" not in command
     run = Run("runs/mine")
     assert run.config().train.share == "shards"
-    micro, passes = (choosing.setting_of(run.config(), name) for name in STEP)
+    micro, passes = (started.setting_of(run.config(), name) for name in STEP)
     assert micro * passes * 4 == 8
     assert command_line.main(["train", "mine"]) == 0
     said = capsys.readouterr().out

@@ -405,6 +405,36 @@ def test_shards_answer_and_score_as_one_process_does(root, alone, shards):
     assert json.loads((root / "shards/evaluation.json").read_text())["scores"] == written["scores"]
 
 
+def exported(root: Path, name: str) -> None:
+    from qlora_helpers import workflow
+
+    workflow.export_run(workflow.open_run(name, root=root), drift=False, say=lambda text: None)
+
+
+def test_what_leaves_a_run_of_shards_is_byte_for_byte_that_of_one_process(root, alone, shards):
+    """The certificate is examined anew from the saved folder, and the merged model is loaded by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_helpers.export.certificate import require_certificate
+
+    folders = []
+    for name in ("alone", "shards"):
+        in_ranks(exported, root, name, processes=1)
+        assert require_certificate(root / name / "adapter").passed
+        assert require_certificate(root / name / "export/adapter").passed
+        folders.append(root / name / "export")
+    weights = [{path.relative_to(each): path.read_bytes() for path in each.rglob("*.safetensors")} for each in folders]
+    assert len(weights[0]) >= 2 and weights[0] == weights[1]
+    one, other = (AutoModelForCausalLM.from_pretrained(each / "merged").eval() for each in folders)
+    with torch.no_grad():
+        ids = torch.arange(2, 22)[None]
+        assert one(input_ids=ids).logits.equal(other(input_ids=ids).logits)
+    certificates = [json.loads((each / "adapter/certificate.json").read_text()) for each in folders]
+    same = ("weights_sha256", "base_sha256", "parameters", "data_fingerprint", "largest_difference", "passed")
+    assert [certificates[0][each] for each in same] == [certificates[1][each] for each in same]
+
+
 def four_and_two_machines(root: Path) -> dict[str, Any]:
     return train(root, "copies-of-shards", {"train.share": "copies of shards", "train.max_steps": 2})
 

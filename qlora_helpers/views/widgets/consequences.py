@@ -12,6 +12,7 @@ from qlora_helpers.base.units import duration, gib
 from qlora_helpers.planning.cost import TrainingCost
 from qlora_helpers.planning.forecast import Fix, Forecast, changed_settings
 from qlora_helpers.planning.gpu_memory import GpuMemory
+from qlora_helpers.planning.layout import MEANING
 
 # name -> (parts of `GpuMemory`, colour in the stylesheet); the colours are distinct to colour-blind readers on white and on black
 PARTS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -51,6 +52,7 @@ def how(found: Forecast) -> str:
     compiled = "compiled" if step.compiled else "not compiled"
     compiled += ", with CUDA graphs" if step.captured else ""
     batches = f"{step.gradient_accumulation_steps} batch{'es' * (step.gradient_accumulation_steps != 1)} per step"
+    batches += f" in each of {step.processes} processes" if step.processes > 1 else ""
     size = f"batches of {step.micro_batch_size} x {step.seq_len_tokens:,} tokens, {batches}"
     return f"{size}; activation checkpointing in {layers}; {compiled}"
 
@@ -124,15 +126,30 @@ def verdict(found: Forecast) -> str:
 
 
 def plan_text(found: Forecast) -> str:
-    """Returns what the plan would change, in a sentence or two."""
-    choice, several = found.plan.choice, found.several
-    text = "The plan finds nothing faster"
+    """Returns what the plan would change, or how a start shares the work, in a sentence or two."""
+    choice = found.plan.choice
+    if found.started:
+        return _start_text(found)
     if choice is None:
-        text = "The plan finds nothing that fits in one process"
-    elif found.plan_is_faster:
-        changes = changed_settings(found.plan.workload.config, choice.settings)
-        text = f"Faster by the plan: {', '.join(changes)} ({duration(choice.seconds)}, {choice.peak_gib:.1f} GiB)"
-    return text + (f"; in {several.processes} processes (notebook 07): {several!r}" if several else "")
+        return "The plan finds nothing that fits"
+    if not found.plan_is_faster:
+        return "The plan finds nothing faster"
+    changes = changed_settings(found.plan.workload.config, choice.settings)
+    return f"Faster by the plan: {', '.join(changes)} ({duration(choice.seconds)}, {choice.peak_gib:.1f} GiB)"
+
+
+def _start_text(found: Forecast) -> str:
+    step, spread = found.step, found.spread
+    if found.plan.choice is None:
+        return "The plan finds nothing that fits on these GPUs"
+    text = f"Started by ql.start or qlora train: {step.share}, in which {MEANING[step.share]}"
+    if spread is None:
+        return text
+    fits = "" if spread.peak_gib <= found.hardware.usable_gib else ", which does not fit"
+    return (
+        f"{text}. A model that is loaded in this kernel trains in one process, its layers spread over the GPUs: "
+        f"{spread.peak_gib:.1f} GiB, {spread.tokens_per_s:,.0f} tokens/s, {duration(spread.seconds)}{fits}"
+    )
 
 
 def consequences_html(found: Forecast) -> str:
@@ -156,8 +173,16 @@ def _figures_html(figures: dict[str, str]) -> str:
     return f'<div class="qlora-figures">{shown}</div>'
 
 
+def _gpu_label(index: int, found: Forecast) -> str:
+    """Names the GPUs of a bar: those of several processes hold as much as each other."""
+    step = found.step
+    return f"Each of {step.layout.gpus} GPUs" if step.processes > 1 else f"GPU {index}"
+
+
 def _bar(index: int, found: Forecast) -> str:
-    memory, layers = found.step.memory[index], found.step.layers_per_gpu[index]
+    memory = found.step.memory[index]
+    name = _gpu_label(index, found)
+    layers = "" if found.step.processes > 1 else f" · {found.step.layers_per_gpu[index]} layers"
     total, usable = gib(memory.total), found.hardware.usable_gib
     scale = 100 / (1.03 * max(usable, found.step.peak_gib))
     pieces = "".join(
@@ -165,10 +190,10 @@ def _bar(index: int, found: Forecast) -> str:
         for name, value in parts_gib(memory).items()
     )
     over = total > usable
-    label = f"GPU {index}: {total:.1f} of {usable:.1f} GiB{', does not fit' if over else ''}"
+    label = f"{name}: {total:.1f} of {usable:.1f} GiB{', does not fit' if over else ''}"
     return (
         f'<div class="qlora-gpu{" qlora-over" if over else ""}" role="img" aria-label="{label}">'
-        f"<span>GPU {index} · {layers} layers</span>"
+        f"<span>{name}{layers}</span>"
         f'<div class="qlora-bar">{pieces}<u style="left:{usable * scale:.2f}%" title="usable: {usable:.1f} GiB"></u></div>'
         f"<span>{total:.1f} of {usable:.1f} GiB</span></div>"
     )
@@ -187,7 +212,9 @@ def consequences_table(found: Forecast) -> Table:
     rows.append(["each step", how(found)])
     for index, memory in enumerate(found.step.memory):
         inside = ", ".join(f"{name} {value:.2f}" for name, value in parts_gib(memory).items() if value >= 0.005)
-        rows.append([f"GPU {index}", f"{gib(memory.total):.1f} of {found.hardware.usable_gib:.1f} GiB: {inside}"])
+        rows.append(
+            [_gpu_label(index, found), f"{gib(memory.total):.1f} of {found.hardware.usable_gib:.1f} GiB: {inside}"]
+        )
     rows += [["verdict", verdict(found)], ["plan", plan_text(found)]]
     rows += [["note", note] for note in found.notes]
     return Table(["consequence", "predicted"], rows)

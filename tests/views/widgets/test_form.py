@@ -90,7 +90,7 @@ def test_a_plan_that_does_not_fit_is_red_with_a_fix_that_fits(form):
     form.fields["train.activation_checkpointing"].control.value = False
     assert not form.forecast.fits
     shown = text(find(form.box, "qlora-consequences"))
-    assert "qlora-over" in shown and "Does not fit" in shown and "train.checkpointed_layers=" in shown
+    assert "qlora-over" in shown and "Does not fit" in shown and "train.activation_checkpointing=true" in shown
     assert form.view.fix_button.layout.display == ""
     form.view.fix_button.click()
     assert form.forecast.fits and form.config.train.activation_checkpointing
@@ -98,7 +98,8 @@ def test_a_plan_that_does_not_fit_is_red_with_a_fix_that_fits(form):
     assert form.view.fix_button.layout.display == "none"
 
 
-def test_the_plan_button_applies_all_its_settings(form):
+def test_the_plan_button_applies_all_its_settings(falcon_run):
+    form = ConfigForm(falcon_run, gpus="H100")
     choice = form.forecast.plan.choice
     assert (
         form.forecast.step.micro_batch_size != choice.micro_batch_size and choice.seconds < form.forecast.step.seconds
@@ -111,7 +112,7 @@ def test_the_plan_button_applies_all_its_settings(form):
 
 
 def test_a_form_of_one_section_still_applies_the_whole_plan(falcon_run):
-    form = ConfigForm(falcon_run, ("adapter",), gpus="ml.g5.12xlarge")
+    form = ConfigForm(falcon_run, ("adapter",), gpus="H100")
     choice = form.forecast.plan.choice
     form.view.plan_button.click()
     type_into(form.fields["adapter.lora_alpha"], 16)
@@ -370,24 +371,22 @@ def test_other_hardware_leaves_a_message_about_a_wrong_value(form):
     assert not form.save()
 
 
-def test_a_plan_of_several_processes_is_shown_but_not_applied(falcon_run):
+def test_the_way_that_a_start_takes_is_shown_and_nothing_is_offered_beside_it(falcon_run):
     settings = ["model.name=tiiuae/falcon-7b", "train.gradient_accumulation_steps=4"]
     falcon_run.save_config(profile_config("demo").with_settings(settings))
     form = ConfigForm(falcon_run, gpus="4xL4")
-    assert form.forecast.several.copies == 4 and "4 processes (notebook 07" in text(
-        find(form.box, "qlora-consequences")
-    )
-    form.view.plan_button.click()
-    train = form.config.train
-    assert train.micro_batch_size * train.gradient_accumulation_steps == 8, (
-        "the optimizer step sees as many sequences as before"
-    )
-    assert form.view.plan_button.layout.display == "none" and form.forecast.plan.choice.copies == 1
+    shown = text(find(form.box, "qlora-consequences"))
+    assert form.forecast.step.copies == 4 and "qlora train: copies, in which each GPU has the whole" in shown
+    assert "in each of 4 processes" in shown and "<span>Each of 4 GPUs</span>" in shown
+    assert form.view.plan_button.layout.display == "none"
 
 
-def test_the_processes_of_shards_are_counted(form):
-    assert (form.forecast.several.copies, form.forecast.several.processes) == (1, 4)
-    assert "in 4 processes (notebook 07)" in text(find(form.box, "qlora-consequences"))
+def test_shards_are_shown_with_what_a_loaded_model_does(form):
+    shown = text(find(form.box, "qlora-consequences"))
+    assert form.forecast.step.share == "shards" and "<span>Each of 4 GPUs</span>" in shown
+    assert "its layers spread over the GPUs" in shown
+    spread = form.forecast.spread
+    assert spread.share == "spread" and f"{spread.tokens_per_s:,.0f} tokens/s" in shown
 
 
 def test_an_unknown_run_or_section_is_refused(run, falcon_run):
@@ -421,7 +420,7 @@ def test_without_widgets_it_is_tables(form):
     assert "application/vnd.jupyter.widget-view+json" in bundle
     for shown in (bundle["text/plain"], bundle["text/html"], repr(form)):
         assert "55,541,760" in shown and "learning_rate" in shown and "python -m qlora_helpers train" in shown
-    assert "<table" in bundle["text/html"] and "GPU 3" in bundle["text/plain"]
+    assert "<table" in bundle["text/html"] and "Each of 4 GPUs" in bundle["text/plain"]
 
 
 def test_html_in_a_setting_is_never_run(falcon_run):
