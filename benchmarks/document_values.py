@@ -136,7 +136,8 @@ def attention() -> dict[str, str]:
         for route in ("training", "mask"):
             cost = found[name][route]["cost"]
             values[f"attention_{short}_{route}_ms"] = f"{cost['ms']:.1f}"
-            values[f"attention_{short}_{route}_gib"] = f"{cost['held_gib']:.1f}"
+            if short == "capped":
+                values[f"attention_{short}_{route}_gib"] = f"{cost['held_gib']:.1f}"
     off = [error for each in found.values() for error in each["training"]["errors"].values()]
     return values | {"attention_cases": str(len(found)), "attention_off": f"{max(off):.1%}"}
 
