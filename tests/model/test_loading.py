@@ -631,7 +631,7 @@ def test_the_plan_predicts_memory_for_the_layers_it_places(torch):
     """The numbers that the plan shows are the ones a model is loaded by."""
     config = profile_config("falcon-40b").with_settings(["train.checkpointed_layers=12", "train.micro_batch_size=2"])
     found = forecast(config, hardware=parse_gpus("4x24GiB"))
-    assert layers_per_gpu(config, 4) == found.step.layers_per_gpu
+    assert layers_per_gpu(config, 4) == found.spread.layers_per_gpu
 
 
 def test_a_model_without_a_plan_is_left_to_accelerate(torch, monkeypatch):
