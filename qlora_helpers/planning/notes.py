@@ -155,7 +155,8 @@ def _of_recurrent_layers(sizes: ModelSizes) -> str:
         return f"their memory and time are arithmetic for the kernels of {names}, not measured"
     return (
         f"{names} is not installed here, so memory is that of PyTorch's own operations, which hold several times as much as the "
-        "kernels (measured with Qwen3.5 9B, on an H200); they also take longer than the time here, which is that of the kernels"
+        "kernels (measured with Qwen3.5 9B, on an H200), and rows are padded; the time is that of the kernels, and longer without "
+        "(docs/models.md, Hybrids)"
     )
 
 
