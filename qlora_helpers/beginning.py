@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.base.config import RENAMED, RunConfig
-from qlora_helpers.base.errors import DataError, UserError
+from qlora_helpers.base.errors import DataError, ModelError, UserError
 from qlora_helpers.base.phases import bar
 from qlora_helpers.base.tables import Table, Tabular
 from qlora_helpers.base.text import Say, short_name
@@ -34,7 +34,9 @@ from qlora_helpers.planning.cpu_speed import cpu_threads
 from qlora_helpers.planning.decide_batch import sequences_an_epoch
 from qlora_helpers.planning.decided import Decided
 from qlora_helpers.planning.decisions import decide_training
-from qlora_helpers.planning.run_plan import this_machine
+from qlora_helpers.planning.planned_start import PlannedStart, plan_start
+from qlora_helpers.planning.run_plan import planned_tokens, this_machine
+from qlora_helpers.planning.workload import TrainingTokens, Workload
 from qlora_helpers.runs import opening
 from qlora_helpers.runs.folder import Run
 from qlora_helpers.runs.plan_file import DecidedSetting, add_to_plan
@@ -61,7 +63,8 @@ class NewSettings(Tabular):
         rows: rows for training, for the evaluation loss and held out.
         source: the data's name.
         notes: what a person should know of the data and the settings.
-        cost: what the training takes on this machine.
+        cost: what the training takes on this machine, as a start uses its GPUs.
+        start: how a start shares the work of several GPUs; empty without these.
     """
 
     config: RunConfig
@@ -70,6 +73,7 @@ class NewSettings(Tabular):
     source: str
     notes: tuple[str, ...]
     cost: TrainingCost
+    start: str = ""
 
     def table(self) -> Table:
         """Returns the decisions, the notes and the line on time and price."""
@@ -79,7 +83,8 @@ class NewSettings(Tabular):
             f"{self.source}: {train} rows to train {model} on, {evaluation} for the evaluation loss, {test} held out"
         )
         rows = [(each.setting, _shown(each.value), each.reason) for each in self.decisions]
-        return Table(["setting", "value", "reason"], rows, caption=caption, notes=[*self.notes, str(self.cost)])
+        last = [self.start, str(self.cost)] if self.start else [str(self.cost)]
+        return Table(["setting", "value", "reason"], rows, caption=caption, notes=[*self.notes, *last])
 
 
 def new_run(
@@ -171,10 +176,13 @@ def decide_settings(
     _decide_metric(decided, corpus)
     shape = _shape(checkpoint)
     hardware, cores = hardware or _gpus(config), cpu_threads()
-    decide_training(decided, lengths, shape, hardware, cores=cores)
-    price = machine_price(config.train)
+    several = hardware if hardware and hardware.gpus > 1 else None
+    known = planned_tokens(decided.config.data) if several else None
+    decide_training(decided, lengths, shape, hardware, cores=cores, known=known)
+    started = _started(decided, shape, several, known) if several and known else None
+    price = None if hardware else machine_price(config.train)
     cost = training_cost(
-        decided.config,
+        started.config if started else decided.config,
         shape,
         rows=lengths.rows,
         tokens=lengths.tokens,
@@ -182,12 +190,24 @@ def decide_settings(
         trained_share=lengths.trained_share,
         hardware=hardware,
         cores=cores,
-        usd_per_hour=price.usd_per_hour if price else None,
+        usd_per_hour=hardware.price_usd_per_hour if hardware else price.usd_per_hour if price else None,
+        layout=started.layout if started else None,
     )
+    start = started.text(cost.peak_gib) if started else ""
     notes = [*(note for note in corpus.notes if " read as " not in note), *lengths.notes, *decided.notes]
     rest = [f"and {len(notes) - MOST_NOTES} more notes"] if len(notes) > MOST_NOTES else []
     rows = tuple(len(getattr(corpus, split)) for split in SPLITS)
-    return NewSettings(decided.config, tuple(decided.decisions), rows, corpus.name, (*notes[:MOST_NOTES], *rest), cost)  # type: ignore[arg-type]
+    shown = *notes[:MOST_NOTES], *rest
+    return NewSettings(decided.config, tuple(decided.decisions), rows, corpus.name, shown, cost, start)  # type: ignore[arg-type]
+
+
+def _started(decided: Decided, shape: dict[str, Any], hardware: Hardware, known: TrainingTokens) -> PlannedStart | None:
+    """Returns what a start makes of the settings on several GPUs; None where the model can't be planned: it spreads its layers."""
+    config = decided.config
+    try:
+        return plan_start(Workload(config, shape, hardware, known.in_all(config), known.trained_share))
+    except ModelError:
+        return None
 
 
 def _names(settings: Iterable[str] | Mapping[str, Any]) -> frozenset[str]:

@@ -18,8 +18,16 @@ from qlora_helpers.base.config import ModelConfig
 from qlora_helpers.base.errors import ConfigError, DataError, ModelError, RunError, UserError
 from qlora_helpers.data.lengths import covering
 from qlora_helpers.data.templates import make_template
+from qlora_helpers.machine import telemetry
+from qlora_helpers.machine.hardware import Hardware, parse_gpus
 from qlora_helpers.model.checkpoints import find_checkpoint
+from qlora_helpers.model.shapes.catalog import known_shape
+from qlora_helpers.planning import choosing
+from qlora_helpers.planning.as_given import settings_as_given
 from qlora_helpers.planning.decided import BY_HAND
+from qlora_helpers.planning.layout import Layout
+from qlora_helpers.planning.workload import Workload
+from qlora_helpers.runs import locks
 from qlora_helpers.runs.plan_file import read_plan
 from qlora_helpers.views import report
 
@@ -187,6 +195,93 @@ def test_what_is_set_by_hand_stays_and_is_called_so(tmp_path, llama_folder, sett
     names = [str(each).partition("=")[0] for each in settings]
     by_hand = {each.setting for each in read_plan(run).decisions if each.reason == BY_HAND}
     assert by_hand == set(names) and run.config().train.epochs == 7
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this a machine with some free cards, for a start."""
+
+    def of(gpus: str) -> Hardware:
+        hardware = parse_gpus(gpus)
+        cards = tuple(f"GPU-{index}" for index in range(hardware.gpus))
+        monkeypatch.setattr(locks, "visible_gpus", lambda: cards)
+        monkeypatch.setattr(locks, "unlocked_gpus", lambda all_cards: tuple(all_cards))
+        monkeypatch.setattr(choosing, "this_machine", lambda price=None: hardware)
+        monkeypatch.setattr(telemetry, "used_shares", lambda: dict.fromkeys(cards, 0.02))
+        return hardware
+
+    return of
+
+
+# model, GPUs, settings by hand -> the way of a start, how many GPUs it takes, micro-batch and passes of each process
+STARTS = [
+    ("falcon-40b", "ml.g5.12xlarge", [], ("shards", 4, 2, 1)),
+    ("falcon-40b", "8xL4", [], ("shards", 8, 1, 1)),
+    ("falcon-40b", "2xT4", [], ("spread", 2, 1, 8)),
+    ("llama-3-8b", "2xL4", [], ("copies", 2, 4, 1)),
+    ("llama-3-8b", "4xL4", ["train.share=one"], ("one", 1, 8, 1)),
+    ("llama-3-8b", "4xL4", ["train.micro_batch_size=6", "train.gradient_accumulation_steps=2"], ("copies", 4, 3, 1)),
+    ("llama-3-8b", "8xL4", ["train.max_steps=3", "train.usd_per_hour=9"], ("copies", 8, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("model", "gpus", "by_hand", "expected"), STARTS)
+def test_what_is_said_of_several_gpus_is_what_a_start_takes(tmp_path, machine, model, gpus, by_hand, expected):
+    """The way, its settings and its price; nothing is decided that the start decides itself."""
+    hardware, data = machine(gpus), as_questions(tmp_path)
+    found = beginning.decide_settings(
+        model=f"random:{model}", data=str(data), settings=by_hand, hardware=hardware, say=lambda text: None
+    )
+    chosen = choosing.choose(found.config)
+    each = found.config.with_settings(chosen.settings).train
+    share, count, micro, passes = expected
+    assert (chosen.share, len(chosen.gpus)) == (share, count)
+    assert (each.micro_batch_size, each.gradient_accumulation_steps) == (micro, passes)
+    many = "es" * (passes != 1)
+    assert (
+        f"takes {share} on {count} of {hardware.gpus} GPUs, micro-batch {micro} and {passes} pass{many} a step"
+        in found.start
+    )
+    assert found.start in repr(found)
+    # 561 sequences in three epochs are 72 steps of 8, or 48 of 12
+    assert found.cost.steps == (3 if "train.max_steps=3" in by_hand else 48 if count * micro == 12 else 72)
+    layout = Layout(**{"spread" if share == "spread" else share: count}) if share != "one" else Layout()
+    tokens = round(found.cost.tokens)
+    workload = Workload(
+        found.config.with_settings(chosen.settings), known_shape(f"random:{model}"), hardware, tokens, 0.25
+    )
+    step = settings_as_given(workload, found.cost.steps, layout)
+    assert found.cost.seconds == pytest.approx(step.seconds, rel=0.1)
+    assert found.cost.peak_gib == pytest.approx(step.peak_gib, rel=0.1) and not found.cost.is_too_large
+    price = hardware.price_usd_per_hour
+    assert found.cost.dollars == (None if price is None else pytest.approx(price * found.cost.seconds / 3600))
+    decided = {each.setting for each in found.decisions}
+    assert ("train.checkpointed_layers" in decided) == ("train.share=one" in by_hand)
+    if share != "one":
+        train = found.config.train
+        left = train.activation_checkpointing, train.checkpointed_layers, train.compile, train.offload_embeddings
+        assert left == (True, None, "auto", False)
+
+
+@pytest.mark.parametrize(
+    ("model", "share", "why"),
+    [("llama-3-8b", "copies of shards", "can't share the work so"), ("falcon-40b", "copies", "nothing fits so")],
+)
+def test_a_way_that_a_start_refuses_is_said_so(tmp_path, machine, model, share, why):
+    hardware, settings = machine("2xA10G"), {"train.share": share}
+    found = beginning.decide_settings(
+        model=f"random:{model}", data=str(as_questions(tmp_path)), settings=settings, hardware=hardware
+    )
+    assert f"train.share={share} is refused at the start" in found.start and why in found.start
+    with pytest.raises(UserError):
+        choosing.choose(found.config)
+
+
+def test_one_gpu_has_all_settings_of_its_plan(tmp_path):
+    found = beginning.decide_settings(
+        model="random:llama-3-8b", data=str(as_questions(tmp_path)), hardware=parse_gpus("L4"), say=lambda text: None
+    )
+    assert found.start == "" and found.config.train.checkpointed_layers == 0 and found.config.train.compile == "on"
 
 
 def test_the_same_again_opens_the_run_and_another_is_refused(tmp_path, llama_folder):

@@ -12,11 +12,11 @@ from qlora_helpers.machine.hardware import Gpu
 from qlora_helpers.model.shapes.decoder import ModelSizes
 from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.candidates import candidate, fewest_checkpointed
-from qlora_helpers.planning.layout import ONE, SPREAD, Layout
+from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import usable_with_margin
-from qlora_helpers.planning.plan import Plan, make_plan
+from qlora_helpers.planning.plan import Plan
+from qlora_helpers.planning.planned_start import plan_start
 from qlora_helpers.planning.speed import compile_pays
-from qlora_helpers.planning.started import settings_to_start
 from qlora_helpers.planning.step_settings import StepSettings
 from qlora_helpers.planning.workload import Workload
 
@@ -91,14 +91,7 @@ def as_started(workload: Workload, steps: int) -> tuple[Candidate, Plan]:
         workload: what is trained, with the settings as a person asked for them, and on what.
         steps: optimizer steps.
     """
-    hardware, share = workload.hardware, workload.config.train.share
-    spare = replace(hardware, usable_gib=usable_with_margin(hardware.usable_gib))
-    plan = make_plan(workload.on(spare), fix=False)
-    plan = replace(plan, workload=workload) if plan.choice else make_plan(workload, fix=False)
-    if share == ONE:
-        return settings_as_given(workload, steps, Layout()), plan
-    if plan.choice is None:
-        spread = share in ("auto", SPREAD) and hardware.machines == 1  # else a start refuses it
-        return settings_as_given(workload, steps) if spread else plan.smallest, plan
-    config = workload.config.with_settings(settings_to_start(workload.config, plan.choice))
-    return settings_as_given(replace(workload, config=config), steps, plan.choice.layout), plan
+    found = plan_start(workload)
+    if not found.plan.choice and found.refusal:
+        return found.plan.smallest, found.plan
+    return settings_as_given(replace(workload, config=found.config), steps, found.layout), found.plan

@@ -1,5 +1,6 @@
-"""Decides how many sequences an optimizer step of a new run takes, and on GPUs the fastest way to hold them.
+"""Decides how many sequences an optimizer step of a new run takes, and on a GPU the fastest way to hold them.
 
+On several GPUs a start decides how they share the step, and its processes how layers are computed: that is left open.
 Imports no torch; reads no file.
 """
 
@@ -16,10 +17,11 @@ from qlora_helpers.machine.hardware import Hardware
 from qlora_helpers.planning.candidate import Candidate
 from qlora_helpers.planning.decide_lengths import ANSWER, FEWEST_PACKED, SEQUENCE, SMALL_LENGTHS, rounded
 from qlora_helpers.planning.decided import Decided
+from qlora_helpers.planning.layout import ONE
 from qlora_helpers.planning.memory import usable_with_margin
 from qlora_helpers.planning.plan import Plan, make_plan
 from qlora_helpers.planning.step_settings import is_packed
-from qlora_helpers.planning.workload import Workload
+from qlora_helpers.planning.workload import TrainingTokens, Workload
 
 FEWEST_STEPS, MOST_SEQUENCES, CPU_SEQUENCES = 50, 16, 4  # optimizer steps of a training; sequences in one
 CPU_KEPT = 1e9  # parameters from which a CPU recomputes activations, to save memory
@@ -40,8 +42,12 @@ def decide_batch(
     shape: dict[str, Any],
     hardware: Hardware | None,
     parameters: int | None,
+    *,
+    known: TrainingTokens | None = None,
 ) -> None:
     """Decides batch, accumulation and what is recomputed; on GPUs the fastest plan that fits, with shorter sequences if need be.
+
+    What a start on several GPUs decides itself stays open.
 
     Args:
         decided: the settings so far; gets the decisions.
@@ -49,6 +55,7 @@ def decide_batch(
         shape: the model's `config.json`.
         hardware: the GPUs; None means a CPU.
         parameters: of the model; None where they are not known.
+        known: the data as a start plans for them; None takes the measured lengths.
     """
     in_all = sequences_an_epoch(decided.config, lengths, shape) * decided.config.train.epochs
     most = MOST_SEQUENCES if hardware else CPU_SEQUENCES
@@ -59,9 +66,16 @@ def decide_batch(
     if hardware is None:
         _decide_on_cpu(decided, per_step, parameters, why)
         return
-    plan = _fitting_plan(decided, lengths, shape, hardware, per_step)
+    per_step = _beside_by_hand(decided, per_step)
+    known = known or TrainingTokens(lengths.tokens, lengths.trained_share)
+    plan = _fitting_plan(decided, lengths, shape, hardware, per_step, known)
     if plan is not None and plan.choice is not None:
-        _take_plan(decided, plan.choice, hardware, per_step, why)
+        if hardware.gpus > 1 and decided.config.train.share != ONE:
+            _take_sizes(
+                decided, per_step, plan.choice.micro_batch_size, f"{why}; a start shares them out over the GPUs"
+            )
+        else:
+            _take_plan(decided, plan.choice, hardware, per_step, why)
         return
     _take_sizes(decided, per_step, 1, why)
     text = "this model can't be planned" if plan is None else f"nothing fits on {hardware.label}"
@@ -76,6 +90,16 @@ def _decide_on_cpu(decided: Decided, per_step: int, parameters: int | None, why:
     heavy = parameters is None or parameters >= CPU_KEPT
     text = "a large model on a CPU: memory counts more than time" if heavy else "a small model: its activations fit"
     decided.take(CHECKPOINTING, heavy, text)
+
+
+def _beside_by_hand(decided: Decided, per_step: int) -> int:
+    """Returns the sequences of an optimizer step, with the micro-batch or the passes that a person has set."""
+    micro = decided.value(BATCH) if BATCH in decided.by_hand else None
+    passes = decided.value(ACCUMULATION) if ACCUMULATION in decided.by_hand else None
+    if micro is None and passes is None:
+        return per_step
+    passes = passes or max(1, per_step // micro)
+    return passes * (micro or max(1, per_step // passes))
 
 
 def _take_plan(decided: Decided, choice: Candidate, hardware: Hardware, per_step: int, why: str) -> None:
@@ -98,15 +122,19 @@ def _take_sizes(decided: Decided, per_step: int, micro: int, why: str) -> None:
 
 
 def _fitting_plan(
-    decided: Decided, lengths: RowLengths, shape: dict[str, Any], hardware: Hardware, per_step: int
+    decided: Decided,
+    lengths: RowLengths,
+    shape: dict[str, Any],
+    hardware: Hardware,
+    per_step: int,
+    known: TrainingTokens,
 ) -> Plan | None:
     """Plans with the wanted sequence length, and with shorter ones where that does not fit; None where nothing can be planned."""
     wanted = decided.config.data.seq_len_tokens
     first, length = None, wanted
     while True:
         config = decided.config.with_settings({SEQUENCE: length, BATCH: per_step, ACCUMULATION: 1})
-        tokens = round(lengths.tokens * config.train.epochs)
-        workload = Workload(config, shape, hardware, tokens, lengths.trained_share, one_process=True)
+        workload = Workload(config, shape, hardware, known.in_all(config), known.trained_share)
         spare = replace(hardware, usable_gib=usable_with_margin(hardware.usable_gib))
         try:
             plan = make_plan(workload.on(spare), fix=False)

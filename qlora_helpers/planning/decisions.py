@@ -17,6 +17,7 @@ from qlora_helpers.planning.cpu_speed import cpu_seconds
 from qlora_helpers.planning.decide_batch import decide_batch, sequences_an_epoch
 from qlora_helpers.planning.decide_lengths import decide_lengths
 from qlora_helpers.planning.decided import Decided
+from qlora_helpers.planning.workload import TrainingTokens
 
 EPOCHS = ((200, 5), (1_000, 3), (10_000, 2))  # rows below which so many epochs are taken; one from there on
 CPU_EPOCHS_S = 1800.0  # on a CPU fewer epochs are taken where they would take longer than this
@@ -28,7 +29,13 @@ LOOKS, POINTS = 5, 50  # evaluations and checkpoints in a training; points of it
 
 
 def decide_training(
-    decided: Decided, lengths: RowLengths, shape: dict[str, Any], hardware: Hardware | None, *, cores: int = 1
+    decided: Decided,
+    lengths: RowLengths,
+    shape: dict[str, Any],
+    hardware: Hardware | None,
+    *,
+    cores: int = 1,
+    known: TrainingTokens | None = None,
 ) -> None:
     """Decides sequence length, longest answer, adapter and training settings.
 
@@ -38,6 +45,7 @@ def decide_training(
         shape: the model's `config.json`.
         hardware: the GPUs; None means a CPU.
         cores: of the CPU.
+        known: the data as a start on several GPUs plans for them; None takes the measured lengths.
     """
     decide_lengths(decided, lengths, shape, on_cpu=hardware is None)
     try:
@@ -46,7 +54,7 @@ def decide_training(
         parameters = None
     decide_epochs(decided, lengths, None if hardware or parameters is None else shape, cores=cores)
     _decide_learning(decided, parameters, on_experts=_on_experts(decided, shape))
-    decide_batch(decided, lengths, shape, hardware, parameters)
+    decide_batch(decided, lengths, shape, hardware, parameters, known=known)
     _decide_looks(decided, lengths, shape)
 
 

@@ -20,7 +20,7 @@ from qlora_helpers.planning.fixes import cheapest_instance, smallest_change
 from qlora_helpers.planning.fp8 import fp8_notes
 from qlora_helpers.planning.notes import SPREAD, hardware_notes, model_notes, settings_notes
 from qlora_helpers.planning.plan import Plan, make_plan
-from qlora_helpers.planning.started import CHECKPOINTED, CHECKPOINTING
+from qlora_helpers.planning.started import CHECKPOINTED, CHECKPOINTING, refusal
 from qlora_helpers.planning.step_settings import sequences_per_step
 from qlora_helpers.planning.workload import Workload
 
@@ -256,11 +256,8 @@ def _changed(old: Candidate, new: Candidate) -> list[str]:
 def _notes(workload: Workload, step: Candidate) -> list[str]:
     notes = settings_notes(workload)
     notes += [f"one process: {SPREAD}"] if step.layout.spread > 1 else []
-    asked = workload.config.train.share
-    if not workload.one_process and asked not in ("auto", step.share) and workload.hardware.gpus > 1:
-        notes.append(
-            f"train.share={asked} is refused at the start: these GPUs can't share the work so; shown is {step.share}"
-        )
+    if not workload.one_process and workload.hardware.gpus > 1 and (refused := refusal(workload.config, step.share)):
+        notes.append(refused)
     if not workload.packed:
         notes.append("each padded row is counted at the full sequence length: time and memory are upper limits")
     return notes

@@ -31,8 +31,8 @@ from qlora_helpers.planning.layout import Layout
 from qlora_helpers.planning.memory import predict
 from qlora_helpers.planning.plan import Plan, make_plan
 from qlora_helpers.planning.speed import step_time
-from qlora_helpers.planning.step_settings import SUMMARY_SHARE, is_packed, sequences_per_step
-from qlora_helpers.planning.workload import Workload
+from qlora_helpers.planning.step_settings import SUMMARY_SHARE, is_packed
+from qlora_helpers.planning.workload import TrainingTokens, Workload
 
 HEADERS_TOLERANCE = 0.001  # of the weights
 UNKNOWN_TOKENS, ROW_TOKENS = 1_000_000, 200  # of a source whose size is not known
@@ -76,11 +76,8 @@ def plan_run(
     if tokens is not None and tokens < 1:
         raise UserError("the amount of data is not valid", expected="tokens, 1 or more", got=str(tokens))
     known = tokens if tokens is not None else estimated_tokens(config.data)
-    tokens_in_all = round((known or UNKNOWN_TOKENS) * config.train.epochs)
-    if config.train.max_steps is not None:  # however much data there is
-        tokens_in_all = config.train.max_steps * sequences_per_step(config.train) * config.data.seq_len_tokens
-    share = trained_share(config.data)
-    workload = Workload(config, shape, hardware, tokens_in_all, trained_share=share, one_process=one_process, only=only)
+    data = TrainingTokens(known or UNKNOWN_TOKENS, trained_share(config.data))
+    workload = Workload(config, shape, hardware, data.in_all(config), data.trained_share, one_process, only)
     plan = make_plan(workload, fix=fix)
     for note in _checked_with_headers(config.model.name, plan):
         plan = plan.with_note(note)
@@ -216,6 +213,15 @@ def estimated_tokens(config: DataConfig) -> int | None:
     """Estimates the tokens of the training rows with the recipe's prompt; None where the source would have to be downloaded."""
     size = data_size(config)
     return None if size is None else round(min(size.rows, config.most_rows("train") or size.rows) * size.tokens_per_row)
+
+
+def planned_tokens(config: DataConfig) -> TrainingTokens:
+    """Returns how much data a run is planned for, as `plan_run` and thus a start take it: a million tokens where nothing is known.
+
+    Raises:
+        DataError: they can't be read or used.
+    """
+    return TrainingTokens(estimated_tokens(config) or UNKNOWN_TOKENS, trained_share(config))
 
 
 def data_size(config: DataConfig) -> DataSize | None:

@@ -13,11 +13,12 @@ from qlora_helpers.planning.layout import ONE
 
 SHARE, MICRO, PASSES = "train.share", "train.micro_batch_size", "train.gradient_accumulation_steps"
 CHECKPOINTING, CHECKPOINTED = "train.activation_checkpointing", "train.checkpointed_layers"
+OFFLOAD = "train.offload_embeddings"
 FOR_THE_PLAN = {
     CHECKPOINTING: (True,),
     CHECKPOINTED: (None,),
     "train.compile": ("auto",),
-    "train.offload_embeddings": (False,),
+    OFFLOAD: (False,),
 }
 """Settings that the plan decides where they have one of these values, which leave it open."""
 
@@ -31,6 +32,8 @@ def settings_to_start(config: RunConfig, choice: Candidate, *, limited: bool = F
         limited: whether it may hold less than the cards can, which a process that plans for its own card does not know.
     """
     found: dict[str, Any] = {SHARE: choice.share} if choice.processes > 1 else {}
+    if choice.offloaded:  # no process moves its embedding by itself
+        found[OFFLOAD] = True
     if choice.share == ONE:
         return found
     found |= {MICRO: choice.micro_batch_size, PASSES: choice.gradient_accumulation_steps}
@@ -41,6 +44,19 @@ def settings_to_start(config: RunConfig, choice: Candidate, *, limited: bool = F
     if not (is_open[CHECKPOINTING] and is_open[CHECKPOINTED]):
         is_open |= dict.fromkeys((CHECKPOINTING, CHECKPOINTED), False)
     return found | {name: setting_of(planned, name) for name, is_ours in is_open.items() if is_ours}
+
+
+def refusal(config: RunConfig, taken: str) -> str:
+    """Returns what to say where a start on several GPUs refuses the way that the settings name; empty where it does not.
+
+    Args:
+        config: the settings as asked for.
+        taken: the way that the plan takes, and that is shown.
+    """
+    asked = config.train.share
+    if asked in ("auto", taken):
+        return ""
+    return f"{SHARE}={asked} is refused at the start: these GPUs can't share the work so; shown is {taken}"
 
 
 def setting_of(config: RunConfig, setting: str) -> Any:

@@ -29,6 +29,25 @@ from qlora_helpers.planning.step_settings import (
 
 
 @dataclass(frozen=True)
+class TrainingTokens:
+    """How much there is to train on.
+
+    Attributes:
+        an_epoch: tokens of all training rows.
+        trained_share: share of them that count in the loss.
+    """
+
+    an_epoch: int
+    trained_share: float
+
+    def in_all(self, config: RunConfig) -> int:
+        """Returns the tokens of the whole training; `train.max_steps` counts however much data there is."""
+        if config.train.max_steps is not None:
+            return config.train.max_steps * sequences_per_step(config.train) * config.data.seq_len_tokens
+        return round(self.an_epoch * config.train.epochs)
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is trained, with which settings, on which GPUs.
 

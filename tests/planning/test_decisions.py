@@ -85,6 +85,33 @@ def test_on_gpus_the_settings_are_the_plan_s():
     assert (less.checkpointed_layers or 0) > train.checkpointed_layers, "less memory recomputes more"
 
 
+LEFT_TO_THE_START = {
+    "train.activation_checkpointing": True,
+    "train.checkpointed_layers": None,
+    "train.compile": "auto",
+    "train.offload_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(("gpus", "sizes"), [("2xL4", (4, 4)), ("4xL4", (4, 4)), ("8xL4", (2, 8))])
+def test_on_several_gpus_a_step_is_decided_and_the_rest_is_the_start_s(gpus, sizes):
+    """Sixteen sequences a step, in the micro-batch of each process; as the trainer of one process would take them, too."""
+    found = decide(THOUSAND, LLAMA, gpus)
+    assert (found.config.train.micro_batch_size, found.config.train.gradient_accumulation_steps) == sizes
+    assert {name: found.value(name) for name in LEFT_TO_THE_START} == LEFT_TO_THE_START
+    assert not LEFT_TO_THE_START.keys() & {each.setting for each in found.decisions}
+    alone = decide(THOUSAND, LLAMA, gpus, train__share="one")
+    assert alone.config.train == decide(THOUSAND, LLAMA, "L4", train__share="one").config.train
+    assert alone.config.train.checkpointed_layers == 0
+
+
+def test_shards_take_the_length_that_a_card_alone_has_no_room_for():
+    falcon = known_shape("random:falcon-40b")
+    assert any("GiB are missing" in note for note in decide(THOUSAND, falcon, "L4").notes)
+    four = decide(THOUSAND, falcon, "4xL4")
+    assert four.config.data.seq_len_tokens == 1152 and not four.notes
+
+
 def test_what_does_not_fit_is_shorter_or_said():
     long = conversations([7000] * 1000, 40)
     short = decide(long, LLAMA, "8GiB")
@@ -156,13 +183,13 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("gpus", [None, "L4", "8GiB"])
+@pytest.mark.parametrize("gpus", [None, "L4", "8GiB", "4xL4"])
 def test_every_setting_that_is_decided_is_tried_by_hand(gpus):
     decided = {each.setting for each in decide(THOUSAND, LLAMA, gpus).decisions}
     assert decided <= set(OTHER)
 
 
-@pytest.mark.parametrize("gpus", [None, "L4", "8GiB"])
+@pytest.mark.parametrize("gpus", [None, "L4", "8GiB", "4xL4"])
 @pytest.mark.parametrize("setting", OTHER)
 def test_a_value_set_by_hand_is_never_changed(setting, gpus):
     found = decide(THOUSAND, LLAMA, gpus, **{setting.replace(".", "__"): OTHER[setting]})
