@@ -114,6 +114,7 @@ class OnGpu:
 
     @cached_property
     def workload(self) -> Workload:
+        """The training in the notebook's own process, which has loaded the model: over several GPUs its layers are spread."""
         shape = find_shape(self.config.model)
         size = data_size(self.config.data)
         assert size is not None, "the profiles' own data are known"

@@ -60,8 +60,8 @@ def source_archive(out_path: Path, run_name: str, *, processes: int | None = Non
     Args:
         out_path: the archive.
         run_name: the run's name.
-        processes: on each instance; None takes all its GPUs in the way that the plan finds fastest, and 1 spreads one model over
-            them.
+        processes: None takes all GPUs in the way that the plan finds fastest. On a single instance so many processes train with the
+            settings as they are, and 1 spreads one model over its GPUs; of several instances so many GPUs each are used.
         instances: machines that train together.
 
     Raises:
@@ -98,4 +98,4 @@ def _train_command(run_name: str, processes: int | None, instances: int) -> str:
         return f'{command} launch {run_name} --nodes "$nodes" --node-rank "$rank" --address "$address"{gpus}'
     if processes is None:
         return f"{command} launch {run_name}"
-    return f"{command} train {run_name}" + (f" --processes {processes}" if processes > 1 else "")
+    return f"{command} train {run_name} --processes {processes}"

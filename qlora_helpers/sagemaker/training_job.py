@@ -67,8 +67,8 @@ def training_job(
         role: ARN of the execution role.
         instance_type: such as `ml.g5.12xlarge`.
         s3_uri: where code, settings, run folder and results go, such as `s3://bucket/qlora`.
-        processes: on each instance; None takes all its GPUs in the way that the plan finds fastest, and 1 spreads one model over
-            them.
+        processes: None takes all GPUs in the way that the plan finds fastest. On a single instance so many processes train with the
+            settings as they are, and 1 spreads one model over its GPUs; of several instances so many GPUs each are used.
         instance_count: how many instances train together, in SageMaker's private network; each costs its price. The first one alone
             writes the run folder.
         image_uri: another container; None takes `training_image_uri` of the client's region.
