@@ -94,12 +94,14 @@ def _decide_on_cpu(decided: Decided, per_step: int, parameters: int | None, why:
 
 def _beside_by_hand(decided: Decided, per_step: int) -> int:
     """Returns the sequences of an optimizer step, with the micro-batch or the passes that a person has set."""
-    micro = decided.value(BATCH) if BATCH in decided.by_hand else None
-    passes = decided.value(ACCUMULATION) if ACCUMULATION in decided.by_hand else None
-    if micro is None and passes is None:
-        return per_step
-    passes = passes or max(1, per_step // micro)
-    return passes * (micro or max(1, per_step // passes))
+    if BATCH in decided.by_hand:
+        micro = int(decided.value(BATCH))
+        passes = int(decided.value(ACCUMULATION)) if ACCUMULATION in decided.by_hand else max(1, per_step // micro)
+        return micro * passes
+    if ACCUMULATION in decided.by_hand:
+        passes = int(decided.value(ACCUMULATION))
+        return max(1, per_step // passes) * passes
+    return per_step
 
 
 def _take_plan(decided: Decided, choice: Candidate, hardware: Hardware, per_step: int, why: str) -> None:
